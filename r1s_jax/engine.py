@@ -1,0 +1,208 @@
+"""Rolling questions out: text in, trajectories and text out, around the jitted search loop."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1s_jax import protocol
+from r1s_jax.config import RolloutConfig, SearchConfig
+from r1s_jax.data import Question
+from r1s_jax.model import ModelConfig, Params
+from r1s_jax.rewards import Solution
+from r1s_jax.rollout import Finish, Prompts, Rollout, Trajectory
+from r1s_jax.sampler import trajectory_keys
+from r1s_jax.search import Broker, Retriever, Search
+from r1s_jax.sharding import batch_sharding, batch_shards, replicated
+from r1s_jax.tags import build_tag_table
+from r1s_jax.tokenizer import token_strings
+
+_MAX_ID = 0x7FFFFFFF  # random keys fold in 31 bits of a question's id
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A batch rolled out: row `i` of `trajectory` is sample `i % samples` of its question."""
+
+    questions: tuple[Question, ...]  # one a row
+    trajectory: Trajectory  # NumPy arrays
+    solutions: tuple[Solution, ...]
+    searches: tuple[tuple[Search, ...], ...]  # of each row, in order
+    outcomes: dict[str, int]  # searches of the batch by outcome
+    seconds: float
+    counters: dict[str, int]
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens the policy wrote."""
+        return int(self.trajectory.loss_mask.sum())
+
+
+class Engine:
+    """Rolls questions out with one model, tokenizer and set of limits.
+
+    `render` makes the prompt of a question; see protocol.py.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        rollout: RolloutConfig,
+        search: SearchConfig,
+        mesh: Mesh,
+        compute_dtype: Any,
+        render: Callable[[str], str],
+    ):
+        self.config, self.mesh = rollout, mesh
+        self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
+        self.render = render
+        tags = build_tag_table(
+            token_strings(tokenizer),
+            [protocol.END_QUERY, protocol.END_ANSWER],
+            model.vocab_size,
+        )
+        self.tag_table = jax.device_put(tags.table, replicated(mesh))
+        self.broker = Broker(
+            search,
+            decode=self.decode,
+            encode=self.encode,
+            documents_per_query=rollout.documents_per_query,
+            max_documents_length=rollout.max_documents_length,
+        )
+        self._rollout = jax.jit(
+            Rollout(
+                model=model,
+                config=rollout,
+                mesh=mesh,
+                compute_dtype=compute_dtype,
+                eos_ids=self.eos_ids,
+                num_tag_states=tags.num_states,
+                exchange=self.broker.exchange,
+            )
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that stands inside a sequence."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The exact text of token ids, special tokens included."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def run(
+        self,
+        params: Params,
+        questions: Sequence[Question],
+        *,
+        samples: int,
+        seed: int,
+        step: int,
+        retriever: Retriever,
+    ) -> Rolled:
+        """Rolls out `samples` trajectories of each question.
+
+        Each depends on (seed, step, question.id, sample) and the parameters, not on its
+        neighbours. Raises SearchFailure when too many searches failed, ValueError when a prompt
+        is longer than `rollout.max_prompt_length`.
+        """
+        started = time.perf_counter()
+        self.broker.begin(retriever)
+        prompts, forced = self._prompts(questions)
+        repeated = [q for q in questions for _ in range(samples)]
+        arrays = self._arrays(prompts, questions, samples, seed, step)
+        trajectory, counters = jax.device_get(self._rollout(params, arrays, self.tag_table))
+        trajectory = Trajectory(*(a[: len(repeated)] for a in trajectory))
+        self.broker.check()
+        starts = np.repeat([len(p) - len(f) for p, f in zip(prompts, forced, strict=True)], samples)
+        return Rolled(
+            questions=tuple(repeated),
+            trajectory=trajectory,
+            solutions=tuple(
+                self.solution(trajectory, i, int(starts[i])) for i in range(len(repeated))
+            ),
+            searches=self._searches(len(repeated)),
+            outcomes=self.broker.counts,
+            seconds=time.perf_counter() - started,
+            counters={name: int(values.sum()) for name, values in counters.items()},
+        )
+
+    def solution(self, trajectory: Trajectory, row: int, start: int) -> Solution:
+        """The text of a trajectory from token `start` on, split by who wrote it."""
+        end = int(trajectory.lengths[row])
+        tokens, mask = trajectory.tokens[row, start:end], trajectory.loss_mask[row, start:end]
+        if len(tokens) and mask[-1] and tokens[-1] in self.eos_ids:
+            tokens, mask = tokens[:-1], mask[:-1]
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
+        pieces = zip(np.split(tokens, edges), np.split(mask, edges), strict=True)
+        return Solution(tuple((self.decode(t.tolist()), bool(m[0])) for t, m in pieces if len(t)))
+
+    def _prompts(self, questions: Sequence[Question]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of every prompt, and the part of it that is the system's own first search."""
+        prompts = [self.encode(self.render(q.question)) for q in questions]
+        forced: list[list[int]] = [[] for _ in questions]
+        if self.config.first_search:
+            for i, search in enumerate(self.broker.search_now([q.question for q in questions])):
+                query = f" {protocol.BEGIN_QUERY} {search.query} {protocol.END_QUERY}"
+                forced[i] = self.encode(query) + self.broker.document_tokens(search.documents)
+        prompts = [p + f for p, f in zip(prompts, forced, strict=True)]
+        for question, prompt in zip(questions, prompts, strict=True):
+            if len(prompt) > self.config.max_prompt_length:
+                raise ValueError(
+                    f"the prompt of question {question.id} ({question.question[:60]!r}) has "
+                    f"{len(prompt)} tokens: more than rollout.max_prompt_length="
+                    f"{self.config.max_prompt_length}"
+                )
+        return prompts, forced
+
+    def _arrays(
+        self,
+        prompts: list[list[int]],
+        questions: Sequence[Question],
+        samples: int,
+        seed: int,
+        step: int,
+    ) -> Prompts:
+        """The prompts as arrays on the mesh, padded with copies to a multiple of its shards."""
+        rows = np.repeat(np.arange(len(questions)), samples)
+        sample = np.tile(np.arange(samples), len(questions))
+        extra = -len(rows) % batch_shards(self.mesh)
+        rows, sample = np.pad(rows, (0, extra), "edge"), np.pad(sample, (0, extra), "edge")
+        tokens = np.zeros((len(questions), self.config.max_prompt_length), np.int32)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = prompt
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        ids = np.array([q.id & _MAX_ID for q in questions], np.int32)
+        arrays = Prompts(
+            tokens=tokens[rows],
+            lengths=lengths[rows],
+            groups=rows.astype(np.int32),
+            keys=trajectory_keys(seed, step, jnp.asarray(ids[rows]), jnp.asarray(sample)),
+        )
+        return jax.device_put(arrays, batch_sharding(self.mesh))
+
+    def _searches(self, rows: int) -> tuple[tuple[Search, ...], ...]:
+        by_row: list[list[Search]] = [[] for _ in range(rows)]
+        for search in self.broker.log:
+            if 0 <= search.trajectory < rows:
+                by_row[search.trajectory].append(search)
+        return tuple(map(tuple, by_row))
+
+
+def finish_shares(trajectory: Trajectory) -> dict[str, float]:
+    """Share of trajectories by why they ended, lower-case names of Finish."""
+    return {
+        reason.name.lower(): float(np.mean(trajectory.finish == reason))
+        for reason in Finish
+        if reason != Finish.NONE
+    }
+
+

@@ -1,0 +1,347 @@
+"""The policy: one Flax decoder for Llama 3.x, SmolLM2, Qwen2.5 and Qwen3.
+
+Shapes: B rows, T tokens, D model width, F feed-forward width, H query heads, N key/value heads,
+K head width, L layers, V vocabulary, S slots of a KV cache, C its capacity in tokens.
+
+Parameters are a plain nested dict (the pytree that crosses every jit border); `Policy` wraps it as
+a Flax module for the length of one traced call. One block serves sampling and learning: only the
+function that attends differs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from r1s_jax.kernels.attention.api import attention, decode_attention
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the slow rotary frequencies (arXiv 2407.21783)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a decoder; the flags tell Llama, Qwen2 and Qwen3 apart."""
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    max_position: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
+            )
+
+
+class ParamSpec(NamedTuple):
+    """Shape, logical axes (see sharding.py) and initial scale of one parameter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    std: float | None  # None: all ones (a norm's gain)
+
+
+def param_specs(config: ModelConfig) -> dict[str, Any]:
+    """The parameter tree of `config`, a `ParamSpec` at each leaf."""
+    c = config
+    layer = {
+        "attn_norm": ((c.d_model,), (None,), None),
+        "wq": ((c.d_model, c.num_heads, c.head_dim), ("embed", "heads", None), 1.0),
+        "wk": ((c.d_model, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), 1.0),
+        "wv": ((c.d_model, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), 1.0),
+        "wo": ((c.num_heads, c.head_dim, c.d_model), ("heads", None, "embed"), c.num_layers),
+        "mlp_norm": ((c.d_model,), (None,), None),
+        "w_gate": ((c.d_model, c.d_ff), ("embed", "mlp"), 1.0),
+        "w_up": ((c.d_model, c.d_ff), ("embed", "mlp"), 1.0),
+        "w_down": ((c.d_ff, c.d_model), ("mlp", "embed"), c.num_layers),
+    }
+    if c.qkv_bias:
+        layer["bq"] = ((c.num_heads, c.head_dim), ("heads", None), 0.0)
+        layer["bk"] = ((c.num_kv_heads, c.head_dim), ("kv_heads", None), 0.0)
+        layer["bv"] = ((c.num_kv_heads, c.head_dim), ("kv_heads", None), 0.0)
+    if c.qk_norm:
+        layer["q_norm"] = ((c.head_dim,), (None,), None)
+        layer["k_norm"] = ((c.head_dim,), (None,), None)
+
+    def spec(shape: tuple, axes: tuple, gain: float | None) -> ParamSpec:
+        # 1/sqrt(fan in); the two projections that add to the residual also shrink with depth.
+        fan_in = shape[0] * shape[1] if axes[0] == "heads" else shape[0]
+        std = None if gain is None else (gain and (fan_in * (2 * gain if gain > 1 else 1)) ** -0.5)
+        return ParamSpec((c.num_layers, *shape), ("layers", *axes), std)
+
+    specs: dict[str, Any] = {
+        "embed": ParamSpec((c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5),
+        "layers": {name: spec(*entry) for name, entry in layer.items()},
+        "final_norm": ParamSpec((c.d_model,), (None,), None),
+    }
+    if not c.tie_embeddings:
+        specs["lm_head"] = ParamSpec((c.d_model, c.vocab_size), ("embed", "vocab"), c.d_model**-0.5)
+    return specs
+
+
+def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Params:
+    """Random parameters of `config`; equal seeds give equal parameters."""
+    specs, treedef = jax.tree.flatten(
+        param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec)
+    )
+    keys = jax.random.split(jax.random.key(seed), len(specs))
+
+    def leaf(spec: ParamSpec, key: Array) -> Array:
+        if spec.std is None:
+            return jnp.ones(spec.shape, dtype)
+        return (spec.std * jax.random.normal(key, spec.shape)).astype(dtype)
+
+    return jax.tree.unflatten(treedef, [leaf(s, k) for s, k in zip(specs, keys, strict=True)])
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, updated in place as the layer scan's carry."""
+
+    k: Float[Array, "L S N C K"]
+    v: Float[Array, "L S N C K"]
+
+    @staticmethod
+    def empty(config: ModelConfig, slots: int, capacity: int, kv_heads: int, dtype: Any):
+        shape = (config.num_layers, slots, kv_heads, capacity, config.head_dim)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+# Given layer index, q, k, v of the new tokens and the carried cache: attends, returns the cache.
+Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
+
+
+class Policy(nnx.Module):
+    """The decoder around one parameter tree.
+
+    `compute_dtype` is what activations and matmuls use; parameters keep their own dtype and are
+    cast where they are used. Inside `shard_map`, `tensor_axis` names the mesh axis over which
+    heads, feed-forward and vocabulary are split; under plain jit it stays None and XLA places the
+    collectives itself.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        compute_dtype: Any = jnp.float32,
+        tensor_axis: str | None = None,
+        remat: bool = False,
+    ):
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.tensor_axis = tensor_axis
+        self.remat = remat
+        self.embed = nnx.Param(params["embed"])
+        self.layers = nnx.Dict({name: nnx.Param(w) for name, w in params["layers"].items()})
+        self.final_norm = nnx.Param(params["final_norm"])
+        self.lm_head = None if config.tie_embeddings else nnx.Param(params["lm_head"])
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """float32 logits of whole rows."""
+        return self.logits(self.hidden(tokens, positions, segment_ids))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states of whole rows (learning). Positions restart in each segment."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+        def attend(layer: Array, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
+            return attention(q, k, v, segment_ids=segment_ids), cache
+
+        return self._stack(tokens, positions, attend, None)[0]
+
+    def decode(
+        self, tokens: Int[Array, " S"], starts: Int[Array, " S"], cache: KVCache
+    ) -> tuple[Float[Array, "S D"], KVCache]:
+        """Feeds one token to every slot; `starts[s]` is how many tokens slot s holds already."""
+        slots = jnp.arange(tokens.shape[0])
+
+        def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
+            cache = KVCache(
+                cache.k.at[layer, slots, :, starts].set(k[:, 0].astype(cache.k.dtype)),
+                cache.v.at[layer, slots, :, starts].set(v[:, 0].astype(cache.v.dtype)),
+            )
+            return decode_attention(q, cache.k, cache.v, layer, starts + 1), cache
+
+        x, cache = self._stack(tokens[:, None], starts[:, None], attend, cache)
+        return x[:, 0], cache
+
+    def prefill(
+        self,
+        tokens: Int[Array, "R T"],
+        rows: Int[Array, " R"],
+        starts: Int[Array, " R"],
+        valid: Int[Array, " R"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "R T D"], KVCache]:
+        """Feeds a chunk of T tokens to R of the slots, from position `starts[r]` on.
+
+        The entries past a row's text are garbage that later tokens overwrite. Where `valid[r]` is
+        false the row is left as it was. Requires `starts + T <= C`.
+        """
+        length = tokens.shape[1]
+        positions = starts[:, None] + jnp.arange(length)
+
+        def write(buffer: Array, new: Array, layer: Array) -> Array:
+            # One slice a row keeps the update in place; a gather over rows copies the cache.
+            new = new.swapaxes(1, 2).astype(buffer.dtype)
+            for r in range(tokens.shape[0]):
+                at = (layer, rows[r], 0, starts[r], 0)
+                old = lax.dynamic_slice(buffer, at, (1, 1, *new.shape[1:]))
+                buffer = lax.dynamic_update_slice(
+                    buffer, jnp.where(valid[r], new[r][None, None], old), at
+                )
+            return buffer
+
+        def read(buffer: Array, layer: Array) -> Array:
+            size = (1, 1, *buffer.shape[2:])
+            take = [lax.dynamic_slice(buffer, (layer, row, 0, 0, 0), size)[0] for row in rows]
+            return jnp.concatenate(take)[None]
+
+        def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
+            cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
+            k_rows, v_rows = read(cache.k, layer), read(cache.v, layer)
+            return decode_attention(q, k_rows, v_rows, 0, starts + length), cache
+
+        return self._stack(tokens, positions, attend, cache)
+
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """float32 logits of hidden states, over the whole vocabulary on every device."""
+        x = x.astype(self.compute_dtype)
+        if self.lm_head is None:
+            w, equation = self.embed[...], "...d,vd->...v"
+        else:
+            w, equation = self.lm_head[...], "...d,dv->...v"
+        w = w.astype(self.compute_dtype)
+        out = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+        if self.tensor_axis:
+            out = lax.all_gather(out, self.tensor_axis, axis=out.ndim - 1, tiled=True)
+        return out
+
+    def _stack(self, tokens: Array, positions: Array, attend: Attend, cache: Any):
+        """Embedding, all layers under one scan, final norm."""
+        x = self._embed(tokens)
+        rope = rope_tables(self.config, positions)
+
+        def layer(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            (x, cache), (index, w) = carry, inputs
+            return self._block(x, w, rope, partial(attend, index), cache), None
+
+        if self.remat:
+            layer = jax.checkpoint(layer)
+        weights = {name: w[...] for name, w in self.layers.items()}
+        inputs = (jnp.arange(self.config.num_layers), weights)
+        (x, cache), _ = lax.scan(layer, (x, cache), inputs)
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
+
+    def _block(self, x: Array, w: Params, rope: tuple, attend: Callable, cache: Any):
+        """One decoder layer: attention and gated feed-forward, each added to the residual."""
+        eps, dtype = self.config.norm_eps, self.compute_dtype
+        w = {name: p if name.endswith("norm") else p.astype(dtype) for name, p in w.items()}
+
+        y = rms_norm(x, w["attn_norm"], eps)
+        q = jnp.einsum("btd,dhk->bthk", y, w["wq"])
+        k = jnp.einsum("btd,dnk->btnk", y, w["wk"])
+        v = jnp.einsum("btd,dnk->btnk", y, w["wv"])
+        if self.config.qkv_bias:
+            q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
+        if self.config.qk_norm:
+            q, k = rms_norm(q, w["q_norm"], eps), rms_norm(k, w["k_norm"], eps)
+        out, cache = attend(apply_rope(q, rope), apply_rope(k, rope), v, cache)
+        x = x + self._sum(jnp.einsum("bthk,hkd->btd", out.astype(dtype), w["wo"]))
+
+        y = rms_norm(x, w["mlp_norm"], eps)
+        gate = jax.nn.silu(jnp.einsum("btd,df->btf", y, w["w_gate"]))
+        up = jnp.einsum("btd,df->btf", y, w["w_up"])
+        x = x + self._sum(jnp.einsum("btf,fd->btd", gate * up, w["w_down"]))
+        return x, cache
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        table = self.embed[...]
+        if not self.tensor_axis:
+            return table[tokens].astype(self.compute_dtype)
+        # Each device holds a slice of the vocabulary: the others contribute zeros.
+        local = tokens - lax.axis_index(self.tensor_axis) * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        x = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0)
+        return lax.psum(x.astype(self.compute_dtype), self.tensor_axis)
+
+    def _sum(self, x: Array) -> Array:
+        return lax.psum(x, self.tensor_axis) if self.tensor_axis else x
+
+
+def rms_norm(x: Float[Array, "*B D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """Root-mean-square normalisation, computed in float32 (arXiv 1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * gain.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(
+    config: ModelConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 K"], Float[Array, "B T 1 K"]]:
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), float32."""
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """float32[K/2] radians a position, Llama 3's scaling applied."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    freqs = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    s = config.rope_scaling
+    if s is None:
+        return freqs
+    # Long waves are stretched by `factor`, short ones kept, those between interpolated.
+    turns = s.original_max_position * freqs / (2 * np.pi)
+    smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return ((1 - smooth) * freqs / s.factor + smooth * freqs).astype(np.float32)
+
+
+def apply_rope(x: Float[Array, "B T H K"], rope: tuple) -> Float[Array, "B T H K"]:
+    """Rotates each head's halves against each other (the Hugging Face convention)."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x.astype(jnp.float32) * cos + rotated * sin).astype(x.dtype)

@@ -1,0 +1,96 @@
+"""Packing: several trajectories in one row, kept apart by segment ids.
+
+Rows of equal length waste nothing on padding when trajectories are ragged. A token's entries
+(`weights`, `advantages`, ...) belong to the token itself: the model predicts it from the one before.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class PackedBatch(NamedTuple):
+    """Micro-batches of packed rows: every array is [M, R, T] (micro-batch, row, token)."""
+
+    tokens: np.ndarray  # int32
+    segment_ids: np.ndarray  # int32, 0 is padding
+    positions: np.ndarray  # int32, restarting in each segment
+    weights: np.ndarray  # float32, a token's share of the loss; 0 on all the policy did not write
+    advantages: np.ndarray  # float32
+    old_logprobs: np.ndarray  # float32, when the token was sampled
+
+
+class Layout(NamedTuple):
+    """Where trajectories went: `row[i]`, `offset[i]` of each, and the number of rows used."""
+
+    row: np.ndarray
+    offset: np.ndarray
+    rows: int
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> Layout:
+    """First-fit decreasing: within 11/9 of the fewest rows.
+
+    Raises ValueError when a length exceeds `capacity`.
+    """
+    row, offset = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
+    used: list[int] = []
+    for i in np.argsort(-np.asarray(lengths), kind="stable"):
+        if lengths[i] > capacity:
+            raise ValueError(
+                f"a sequence of {lengths[i]} tokens does not fit into packed rows of {capacity}: "
+                "raise optimizer.pack_length"
+            )
+        r = next((r for r, n in enumerate(used) if n + lengths[i] <= capacity), len(used))
+        if r == len(used):
+            used.append(0)
+        row[i], offset[i] = r, used[r]
+        used[r] += lengths[i]
+    return Layout(row, offset, len(used))
+
+
+def pack(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    weights: np.ndarray,
+    advantages: np.ndarray,
+    old_logprobs: np.ndarray,
+    *,
+    capacity: int,
+    micro_rows: int,
+    max_micro: int | None = None,
+) -> tuple[PackedBatch, Layout, int]:
+    """Packs N sequences ([N, W] arrays, `lengths` int[N]) into micro-batches.
+
+    Always returns `max_micro` micro-batches of `micro_rows` rows (by default enough for one
+    sequence a row), so that the update compiles once; the number that hold anything comes third.
+    """
+    layout = first_fit(lengths, capacity)
+    micro = -(-layout.rows // micro_rows)
+    max_micro = max_micro or -(-len(lengths) // micro_rows)
+    shape = (max_micro * micro_rows, capacity)
+    segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    sources = {"tokens": tokens, "weights": weights}
+    sources |= {"advantages": advantages, "old_logprobs": old_logprobs}
+    packed = {
+        name: np.zeros(shape, np.int32 if name == "tokens" else np.float32) for name in sources
+    }
+    for i, n in enumerate(lengths):
+        r, cut = layout.row[i], slice(layout.offset[i], layout.offset[i] + n)
+        segment_ids[r, cut] = i + 1
+        positions[r, cut] = np.arange(n)
+        for name, source in sources.items():
+            packed[name][r, cut] = source[i, :n]
+    batch = PackedBatch(segment_ids=segment_ids, positions=positions, **packed)
+    split = (max_micro, micro_rows, capacity)
+    return PackedBatch(*(a.reshape(split) for a in batch)), layout, micro
+
+
+def unpack(packed: np.ndarray, layout: Layout, lengths: np.ndarray, width: int) -> np.ndarray:
+    """Undoes `pack` for one array of values: [M, R, T] -> [N, width]."""
+    rows = packed.reshape(-1, packed.shape[-1])
+    out = np.zeros((len(lengths), width), packed.dtype)
+    for i, n in enumerate(lengths):
+        out[i, :n] = rows[layout.row[i], layout.offset[i] : layout.offset[i] + n]
+    return out

@@ -1,0 +1,76 @@
+"""The text protocol between the policy and the search engine: every string of it lives here.
+
+The tags are ordinary text, not special tokens, as in R1-Searcher (arXiv 2503.05592).
+"""
+
+import re
+from collections.abc import Sequence
+
+BEGIN_QUERY = "<|begin_of_query|>"
+END_QUERY = "<|end_of_query|>"
+BEGIN_DOCUMENTS = "<|begin_of_documents|>"
+END_DOCUMENTS = "<|end_of_documents|>"
+BEGIN_THINK = "<think>"
+END_THINK = "</think>"
+BEGIN_ANSWER = "<answer>"
+END_ANSWER = "</answer>"
+
+_LINE_ID = re.compile(r"^\d+\s+")
+
+# The prompt of a base model; ends inside the reasoning, so the policy starts by thinking.
+BASE_PROMPT = f"""\
+A User asks a question and an Assistant answers it.
+The Assistant reasons first, inside {BEGIN_THINK} {END_THINK}, and then gives a short final answer \
+inside {BEGIN_ANSWER} {END_ANSWER}.
+While reasoning, the Assistant may look up what it is not sure of by writing \
+{BEGIN_QUERY} keywords {END_QUERY}. Each query asks for one single fact.
+A search engine then inserts what it found as {BEGIN_DOCUMENTS} documents {END_DOCUMENTS}.
+
+User: {{question}}
+Assistant: {BEGIN_THINK}"""
+
+# The system message of a chat model; the question is the user's turn.
+CHAT_PROMPT = f"""\
+You answer questions. Reason first, inside {BEGIN_THINK} {END_THINK}, and then give a short final \
+answer inside {BEGIN_ANSWER} {END_ANSWER}.
+While reasoning, look up what you are not sure of by writing {BEGIN_QUERY} keywords {END_QUERY}; \
+each query asks for one single fact. A search engine then inserts what it found as \
+{BEGIN_DOCUMENTS} documents {END_DOCUMENTS}."""
+
+
+def render_prompt(template: str, question: str) -> str:
+    """Puts `question` into a template whose only field is `{question}` (other braces are kept)."""
+    if "{question}" not in template:
+        raise ValueError("a prompt template needs the field {question}; this one has none")
+    return template.replace("{question}", question)
+
+
+def document_block(documents: Sequence[str]) -> str:
+    """What the system appends after the model's `<|end_of_query|>`.
+
+    Each document is a passage line; a leading numeric id is cut. Without documents the body
+    is `None`.
+    """
+    lines = [f"({i}){_LINE_ID.sub('', doc)}\n" for i, doc in enumerate(documents, start=1)]
+    body = "".join(lines) if lines else "None\n"
+    return f"\n\n{BEGIN_DOCUMENTS}\n{body}{END_DOCUMENTS}\n\n"
+
+
+def extract_query(turn: str) -> str | None:
+    """The cleaned query of one model turn: between its last begin tag and the next end tag.
+
+    Double quotes are dropped and white space is collapsed (the published training form).
+    Returns None when the turn holds no begin tag, "" when there is nothing between the tags.
+    """
+    _, begin, tail = turn.rpartition(BEGIN_QUERY)
+    if not begin:
+        return None
+    query = tail.partition(END_QUERY)[0]
+    return " ".join(query.replace('"', "").split())
+
+
+def extract_answer(text: str) -> str | None:
+    """Text between the last `<answer>` and the next `</answer>`, stripped; None without both."""
+    _, begin, tail = text.rpartition(BEGIN_ANSWER)
+    answer, end, _ = tail.partition(END_ANSWER)
+    return answer.strip() if begin and end else None

@@ -1,0 +1,100 @@
+"""Drawing the next token: temperature, top-p, and the log-probabilities learning needs.
+
+Both steps avoid sorting the vocabulary: the nucleus is found by bisection on a probability
+threshold and the token by inverting the cumulative distribution with one uniform number.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+_BLOCK = 128
+
+
+def trajectory_keys(
+    seed: int, step: int, questions: Int[Array, " N"], samples: Int[Array, " N"]
+) -> Array:
+    """One random key a trajectory, a function of (seed, step, question, sample) alone."""
+    base = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda q, s: jax.random.fold_in(jax.random.fold_in(base, q), s))(
+        questions, samples
+    )
+
+
+def sample(
+    logits: Float[Array, "S V"], uniform: Float[Array, " S"], *, temperature: float, top_p: float
+) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
+    """Next token of each row, with two log-probabilities of it.
+
+    Returns `(token, sample_logprob, policy_logprob)`: under the distribution it was drawn from
+    (tempered, cut to the nucleus, renormalised), and under the plain softmax (temperature 1,
+    top-p 1), which is the one that importance ratios compare. Temperature 0 takes the likeliest
+    token, whose sampling probability is 1.
+    """
+    if temperature == 0:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return token, jnp.zeros(logits.shape[0]), _logprob(logits, token)
+    probs = jax.nn.softmax(logits / temperature, axis=-1)
+    if top_p < 1:
+        threshold = nucleus_threshold(probs, top_p)
+        probs = jnp.where(probs >= threshold[:, None], probs, 0)
+    token = invert_cdf(probs, uniform)
+    drawn = jnp.take_along_axis(probs, token[:, None], axis=-1)[:, 0]
+    sample_logprob = jnp.log(drawn) - jnp.log(probs.sum(-1))
+    return token, sample_logprob, _logprob(logits, token)
+
+
+def nucleus_threshold(probs: Float[Array, "S V"], top_p: float) -> Float[Array, " S"]:
+    """The largest t such that the tokens of probability >= t hold at least `top_p` of the mass.
+
+    Bisects on the bits of t, since positive floats order like their bits: at most 31 passes
+    over the row, exact, with nothing but sums (small all-reduces where the vocabulary is sharded).
+    """
+    bits = lax.bitcast_convert_type(probs.astype(jnp.float32), jnp.int32)
+    # Tokens below (1 - top_p) / V cannot together hold 1 - top_p: a floor for the search.
+    floor = jnp.float32((1 - top_p) / probs.shape[-1])
+    low = jnp.full(probs.shape[0], lax.bitcast_convert_type(floor, jnp.int32))
+    high = bits.max(-1)
+
+    def narrow(bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = low + (high - low + 1) // 2
+        mass = jnp.where(bits >= middle[:, None], probs, 0).sum(-1)
+        enough = mass >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    low, _ = lax.while_loop(lambda b: jnp.any(b[0] < b[1]), narrow, (low, high))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
+def invert_cdf(probs: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
+    """Draws a token of each row from unnormalised `probs` with one uniform number in [0, 1).
+
+    Two levels (blocks of tokens, then tokens of one block), so no cumulative sum runs over the
+    whole vocabulary.
+    """
+    rows, vocab = probs.shape
+    probs = jnp.pad(probs, ((0, 0), (0, -vocab % _BLOCK))).reshape(rows, -1, _BLOCK)
+    mass = probs.sum(-1)
+    target = uniform * mass.sum(-1)
+    block, before = _first_above(mass, target)
+    inside = jnp.take_along_axis(probs, block[:, None, None], axis=1)[:, 0]
+    token, _ = _first_above(inside, target - before)
+    return (block * _BLOCK + token).astype(jnp.int32)
+
+
+def _first_above(mass: Float[Array, "S M"], target: Float[Array, " S"]) -> tuple[Array, Array]:
+    """First index whose cumulative mass exceeds `target`, and the mass before it."""
+    cumulative = jnp.cumsum(mass, axis=-1)
+    index = (cumulative <= target[:, None]).sum(-1)
+    # Rounding may put the target past the end: fall back to the last entry with any mass.
+    last = mass.shape[-1] - 1 - jnp.argmax(mass[:, ::-1] > 0, axis=-1)
+    index = jnp.minimum(index, last)
+    before = jnp.take_along_axis(cumulative - mass, index[:, None], axis=-1)[:, 0]
+    return index, before
+
+
+def _logprob(logits: Float[Array, "S V"], token: Int[Array, " S"]) -> Float[Array, " S"]:
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

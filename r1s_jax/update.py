@@ -1,0 +1,209 @@
+"""Learning: the loss, the optimizer and one jitted update.
+
+Shapes: M micro-batches of R packed rows of T tokens (see packing.py), V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from r1s_jax.config import OptimizerConfig
+from r1s_jax.model import ModelConfig, Params, Policy
+from r1s_jax.packing import PackedBatch
+from r1s_jax.sharding import BATCH_AXES, param_shardings, replicated
+
+# Logits of this many tokens of a row exist at a time; the rest are recomputed when needed.
+_LOGIT_CHUNK = 128
+
+Metrics = dict[str, Array]
+# (log-probabilities, entropies, micro-batch) -> (loss, metrics to add up over micro-batches)
+TokenLoss = Callable[[Array, Array, PackedBatch], tuple[Array, Metrics]]
+
+
+class LearnerState(NamedTuple):
+    """What an update changes."""
+
+    params: Params
+    optimizer: Any
+
+
+def make_optimizer(
+    config: OptimizerConfig, learning_rate: float | optax.Schedule | None = None
+) -> optax.GradientTransformation:
+    """Adam after clipping the global norm; AdamW where weight decay is asked for."""
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+    )
+
+
+def token_logprobs(
+    policy: Policy, tokens: Int[Array, "R T"], hidden: Float[Array, "R T D"]
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probability of every token given those before it, and the entropy it was drawn with.
+
+    Column 0 has no token before it and is 0. The vocabulary-wide logits are made chunk by chunk.
+    """
+    length = tokens.shape[1]
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    pad = -length % min(_LOGIT_CHUNK, length)
+    targets = jnp.pad(targets, ((0, 0), (0, pad)))
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    chunks = (length + pad) // min(_LOGIT_CHUNK, length)
+
+    @jax.checkpoint
+    def chunk(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = args
+        logits = policy.logits(hidden)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        probs = jnp.exp(logits - normalizer[..., None])
+        return chosen - normalizer, normalizer - (probs * logits).sum(-1)
+
+    def split(x: Array) -> Array:
+        return x.reshape(x.shape[0], chunks, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x: Array) -> Array:
+        x = x.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, : length - 1]
+        return jnp.pad(x, ((0, 0), (1, 0)))
+
+    logprobs, entropies = lax.map(chunk, (split(hidden), split(targets)))
+    return join(logprobs), join(entropies)
+
+
+def clipped_loss(
+    clip: float, logprobs: Array, entropies: Array, batch: PackedBatch
+) -> tuple[Array, Metrics]:
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7), each token by its weight.
+
+    Weights of 1 / (tokens of the sequence x sequences of the batch) make it the token mean within
+    a sequence, then the mean over the batch, whatever the packing.
+    """
+    log_ratio = jnp.where(batch.weights > 0, logprobs - batch.old_logprobs, 0.0)
+    ratio = jnp.exp(log_ratio)
+    clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
+    objective = jnp.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    mask = (batch.weights > 0).astype(jnp.float32)
+    outside = (ratio * batch.advantages > clipped * batch.advantages).astype(jnp.float32)
+    metrics = {
+        "tokens": mask.sum(),
+        "entropy": (mask * entropies).sum(),
+        "clip_fraction": (mask * outside).sum(),
+        "logprob_gap_mean": (mask * jnp.abs(log_ratio)).sum(),
+        "logprob_gap_max": jnp.abs(log_ratio).max(),
+    }
+    return -(batch.weights * objective).sum(), metrics
+
+
+def likelihood_loss(
+    logprobs: Array, entropies: Array, batch: PackedBatch
+) -> tuple[Array, Metrics]:
+    """Negative log-likelihood, each token by its weight (the supervised cold start)."""
+    mask = (batch.weights > 0).astype(jnp.float32)
+    metrics = {
+        "tokens": mask.sum(),
+        "entropy": (mask * entropies).sum(),
+        "logprob": (mask * logprobs).sum(),
+    }
+    return -(batch.weights * logprobs).sum(), metrics
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One jitted update over packed rows, and log-probabilities without one."""
+
+    model: ModelConfig
+    mesh: Mesh
+    compute_dtype: Any
+    remat: bool
+    optimizer: optax.GradientTransformation
+    loss: TokenLoss
+
+    def init(self, params: Params) -> LearnerState:
+        """Fresh optimizer state, each moment sharded like its parameter."""
+        state = self._shardings(params)
+        return jax.jit(lambda p: LearnerState(p, self.optimizer.init(p)), out_shardings=state)(
+            params
+        )
+
+    def _shardings(self, params: Params) -> LearnerState:
+        shardings = param_shardings(self.model, self.mesh)
+        abstract = jax.eval_shape(self.optimizer.init, params)
+        moments = optax.tree_map_params(
+            self.optimizer,
+            lambda _, s: s,
+            abstract,
+            shardings,
+            transform_non_params=lambda _: replicated(self.mesh),
+        )
+        return LearnerState(shardings, moments)
+
+    def update(
+        self, state: LearnerState, batch: PackedBatch, micro: int
+    ) -> tuple[LearnerState, dict[str, float]]:
+        """One optimizer step over the first `micro` micro-batches; donates `state`.
+
+        Returns the new state and metrics (token means; `loss`, `grad_norm`).
+        """
+        state, metrics = self._update(state, self._place(batch), jnp.int32(micro))
+        return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+    def logprobs(self, params: Params, batch: PackedBatch, micro: int) -> np.ndarray:
+        """float32[M, R, T] log-probability of every token under `params`."""
+        return jax.device_get(self._logprobs(params, self._place(batch), jnp.int32(micro)))
+
+    def _place(self, batch: PackedBatch) -> PackedBatch:
+        return jax.device_put(batch, NamedSharding(self.mesh, P(None, BATCH_AXES)))
+
+    def _forward(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
+        policy = Policy(self.model, params, compute_dtype=self.compute_dtype, remat=self.remat)
+        hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
+        return token_logprobs(policy, batch.tokens, hidden)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _update(self, state: LearnerState, batch: PackedBatch, micro: Array):
+        def loss(params: Params, rows: PackedBatch) -> tuple[Array, Metrics]:
+            return self.loss(*self._forward(params, rows), rows)
+
+        def accumulate(i: Array, carry: tuple) -> tuple:
+            rows = PackedBatch(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in batch))
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+            total = jax.tree.map(jnp.add, carry[:2], (grads, value))
+            return *total, {k: _merge(k, carry[2][k], v) for k, v in metrics.items()}
+
+        rows = PackedBatch(*(a[0] for a in batch))
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, state.params, rows)[1]
+        )
+        start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), zeros)
+        grads, value, metrics = lax.fori_loop(0, micro, accumulate, start)
+        tokens = jnp.maximum(metrics["tokens"], 1)
+        metrics = {
+            k: v if k == "tokens" or k.endswith("max") else v / tokens for k, v in metrics.items()
+        }
+        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        return LearnerState(optax.apply_updates(state.params, updates), optimizer), metrics
+
+    @partial(jax.jit, static_argnums=0)
+    def _logprobs(self, params: Params, batch: PackedBatch, micro: Array) -> Array:
+        def fill(i: Array, out: Array) -> Array:
+            rows = PackedBatch(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in batch))
+            return out.at[i].set(self._forward(params, rows)[0])
+
+        return lax.fori_loop(0, micro, fill, jnp.zeros(batch.tokens.shape))
+
+
+def _merge(name: str, total: Array, value: Array) -> Array:
+    return jnp.maximum(total, value) if name.endswith("max") else total + value

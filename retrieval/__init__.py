@@ -1,0 +1,1 @@
+"""Corpora, encoders and indexes: from text to documents; imports nothing from the rest."""

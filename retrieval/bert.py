@@ -1,0 +1,193 @@
+"""The BERT encoder (Devlin et al., 2018), as used by sentence encoders such as MiniLM, E5 and BGE.
+
+One forward pass serves two engines. On JAX it is jitted, with the layers under `lax.scan`, for
+bulk encoding. On NumPy it needs no device, for queries that arrive while the device is busy.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+from safetensors.numpy import load_file
+
+Array = jax.Array | np.ndarray
+Weights = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The shape of a model, from its `config.json`."""
+
+    layers: int
+    heads: int
+    dims: int
+    positions: int
+    norm_epsilon: float
+
+    @classmethod
+    def load(cls, directory: Path) -> "BertConfig":
+        """Raises ValueError where the model is not a BERT with exact GELU."""
+        raw = json.loads((directory / "config.json").read_text("utf-8"))
+        for key, ours in (
+            ("model_type", "bert"),
+            ("hidden_act", "gelu"),
+            ("position_embedding_type", "absolute"),
+        ):
+            if raw.get(key, ours) != ours:
+                raise ValueError(f"{directory}: {key} is {raw[key]!r}; only {ours!r} is supported")
+        return cls(
+            layers=raw["num_hidden_layers"],
+            heads=raw["num_attention_heads"],
+            dims=raw["hidden_size"],
+            positions=raw["max_position_embeddings"],
+            norm_epsilon=raw["layer_norm_eps"],
+        )
+
+
+class Engine(NamedTuple):
+    """What the forward pass asks of an array library."""
+
+    xp: ModuleType
+    erf: Callable[[Array], Array]
+    scan: Callable[..., tuple[Array, None]]
+
+
+def _loop(body: Callable, carry: Array, stacked: Weights) -> tuple[Array, None]:
+    """`lax.scan` without outputs, as a Python loop."""
+    for i in range(len(next(iter(stacked.values())))):
+        carry, _ = body(carry, {name: value[i] for name, value in stacked.items()})
+    return carry, None
+
+
+JAX = Engine(jnp, jax.scipy.special.erf, jax.lax.scan)
+NUMPY = Engine(np, scipy.special.erf, _loop)
+
+# Stacked parameter -> its name under `encoder.layer.{i}.` in a checkpoint.
+_LAYER_NAMES = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "attention_out": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "mlp_in": "intermediate.dense",
+    "mlp_out": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+_EMBEDDING_NAMES = {
+    "words": "word_embeddings.weight",
+    "positions": "position_embeddings.weight",
+    "types": "token_type_embeddings.weight",
+    "norm.weight": "LayerNorm.weight",
+    "norm.bias": "LayerNorm.bias",
+}
+
+
+class BertWeights(NamedTuple):
+    """Parameters by name: the embeddings, and the layers' stacked over a leading axis.
+
+    Dense weights are [in, out], so that `x @ weight` applies them.
+    """
+
+    embeddings: Weights
+    layers: Weights
+
+
+def load_weights(directory: Path, config: BertConfig) -> BertWeights:
+    """Reads `model.safetensors` (with or without a `bert.` prefix) as float32 on the host.
+
+    Raises KeyError, naming the parameter, where one is missing.
+    """
+    tensors = load_file(directory / "model.safetensors")
+    tensors = {name.removeprefix("bert."): value for name, value in tensors.items()}
+
+    def stacked(name: str, part: str) -> np.ndarray:
+        values = [tensors[f"encoder.layer.{i}.{name}.{part}"] for i in range(config.layers)]
+        value = np.stack(values).astype(np.float32)
+        return np.ascontiguousarray(value.swapaxes(1, 2)) if value.ndim == 3 else value
+
+    embeddings = {
+        ours: tensors[f"embeddings.{theirs}"].astype(np.float32)
+        for ours, theirs in _EMBEDDING_NAMES.items()
+    }
+    layers = {
+        f"{ours}.{part}": stacked(theirs, part)
+        for ours, theirs in _LAYER_NAMES.items()
+        for part in ("weight", "bias")
+    }
+    return BertWeights(embeddings, layers)
+
+
+def bert(
+    weights: BertWeights,
+    ids: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    config: BertConfig,
+    engine: Engine = JAX,
+) -> Float[Array, "batch time dims"]:
+    """The last hidden states of a batch; `mask` is True at real tokens. Computes in float32."""
+    xp = engine.xp
+    table = weights.embeddings
+    x = table["words"][ids] + table["positions"][: ids.shape[1]] + table["types"][0]
+    x = _norm(xp, x, table, "norm", config.norm_epsilon)
+    bias = xp.where(mask, 0.0, -1e9).astype(x.dtype)[:, None, None, :]
+
+    def layer(x: Array, w: Weights) -> tuple[Array, None]:
+        x = _norm(xp, x + _attention(xp, x, bias, w, config), w, "attention_norm", eps)
+        hidden = _dense(x, w, "mlp_in")
+        hidden = hidden * (0.5 + 0.5 * engine.erf(hidden * math.sqrt(0.5)))
+        return _norm(xp, x + _dense(hidden, w, "mlp_out"), w, "mlp_norm", eps), None
+
+    eps = config.norm_epsilon
+    return engine.scan(layer, x, weights.layers)[0]
+
+
+def _attention(xp: ModuleType, x: Array, bias: Array, w: Weights, config: BertConfig) -> Array:
+    def by_head(name: str) -> Array:  # [batch, time, dims] -> [batch, heads, time, head_dim]
+        return _dense(x, w, name).reshape(*x.shape[:2], config.heads, -1).swapaxes(1, 2)
+
+    scale = math.sqrt(config.heads / config.dims)
+    scores = by_head("query") @ by_head("key").swapaxes(2, 3) * scale + bias
+    scores = xp.exp(scores - scores.max(-1, keepdims=True))
+    scores = scores / scores.sum(-1, keepdims=True)
+    return _dense((scores @ by_head("value")).swapaxes(1, 2).reshape(x.shape), w, "attention_out")
+
+
+def _dense(x: Array, w: Weights, name: str) -> Array:
+    return x @ w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def _norm(xp: ModuleType, x: Array, w: Weights, name: str, epsilon: float) -> Array:
+    x = x - x.mean(-1, keepdims=True)
+    x = x / xp.sqrt((x * x).mean(-1, keepdims=True) + epsilon)
+    return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+class Bert(nnx.Module):
+    """`bert` on JAX, with its parameters on a device."""
+
+    def __init__(self, config: BertConfig, weights: BertWeights, device: jax.Device | None = None):
+        device = device or jax.devices()[0]
+        self.config = config
+        self.embeddings, self.layers = (
+            nnx.Dict({name: nnx.Param(jax.device_put(v, device)) for name, v in group.items()})
+            for group in weights
+        )
+
+    def __call__(
+        self, ids: Int[jax.Array, "batch time"], mask: Bool[jax.Array, "batch time"]
+    ) -> Float[jax.Array, "batch time dims"]:
+        groups = (
+            {name: param[...] for name, param in group.items()}
+            for group in (self.embeddings, self.layers)
+        )
+        return bert(BertWeights(*groups), ids, mask, self.config)

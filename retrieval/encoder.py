@@ -1,0 +1,270 @@
+"""Encoders: from texts to unit vectors.
+
+Queries are encoded in NumPy on the calling thread, never by JAX: they arrive from worker threads
+while the training program holds the devices. XLA's CPU client runs every execution on a thread
+pool as large as the machine's cores, so a program over as many host devices, waiting in a loop for
+its documents, would leave no thread for the jitted encoder that must produce them.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.sparse
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
+from tokenizers import Tokenizer
+
+Kind = Literal["query", "passage"]
+Pooling = Literal["mean", "cls"]
+Progress = Callable[[int, int], None]  # (done, total)
+
+# The padded lengths of passage batches. Each has two row counts, so jit compiles ten variants.
+_LENGTHS = (32, 64, 128, 256, 512)
+_BATCH_TOKENS = 8192
+_FEW_ROWS = 8
+
+
+class Encoder(Protocol):
+    """Turns texts into vectors whose dot product says how well a passage answers a query."""
+
+    dims: int
+    fingerprint: str  # changes whenever the vectors would
+    reference: str  # for people: where the encoder came from
+
+    def encode(
+        self, texts: Sequence[str], *, kind: Kind, progress: Progress | None = None
+    ) -> Float[np.ndarray, "texts dims"]:
+        """Unit float32 vectors of texts; `kind="query"` may be called from any thread."""
+        ...
+
+
+def _unit(x: Float[Array, "*n dims"], xp=np) -> Float[Array, "*n dims"]:
+    return x / xp.maximum(xp.sqrt((x * x).sum(-1, keepdims=True)), 1e-12)
+
+
+class BertEncoder:
+    """A sentence encoder of the BERT family (MiniLM, E5, BGE) from a sentence-transformers folder.
+
+    Reads `config.json`, `model.safetensors`, `tokenizer.json`, `1_Pooling/config.json` and, where
+    it is there, `sentence_bert_config.json` (the maximum length).
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        query_instruction: str = "",
+        passage_instruction: str = "",
+        reference: str | None = None,
+        device: jax.Device | None = None,
+    ):
+        """Loads the model.
+
+        Args:
+            directory: the folder.
+            query_instruction: put before each query; what the model's card asks for.
+            passage_instruction: put before each passage (E5: "passage: ").
+            reference: where the folder came from; the folder itself by default.
+            device: where passages are encoded; JAX's first device by default.
+
+        Raises:
+            ValueError: a model or a pooling that is not supported.
+            OSError: a file is missing.
+        """
+        directory = Path(directory)
+        self.reference = reference or str(directory)
+        self._instructions = {"query": query_instruction, "passage": passage_instruction}
+        self._device = device
+        self._config = BertConfig.load(directory)
+        self._pooling = _read_pooling(directory)
+        self._max_length = _read_max_length(directory, self._config)
+        self._weights = load_weights(directory, self._config)
+        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(self._max_length)
+        self.dims = self._config.dims
+        self.fingerprint = self._fingerprint(directory)
+
+    def _fingerprint(self, directory: Path) -> str:
+        settings = [self._pooling, self._max_length, self._instructions]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            with (directory / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return f"bert-{digest.hexdigest()[:16]}"
+
+    def encode(
+        self, texts: Sequence[str], *, kind: Kind, progress: Progress | None = None
+    ) -> Float[np.ndarray, "texts dims"]:
+        """Unit float32 vectors of texts, cut to the model's maximum length.
+
+        Queries go one by one through NumPy: a query's vector does not depend on its neighbours.
+        Passages go through JAX in batches of like length.
+        """
+        instruction = self._instructions[kind]
+        encodings = self._tokenizer.encode_batch_fast([instruction + text for text in texts])
+        tokens = [encoding.ids for encoding in encodings]
+        vectors = np.zeros((len(tokens), self.dims), np.float32)
+        done = 0
+        batches = self._encode_queries(tokens) if kind == "query" else self._encode_passages(tokens)
+        for rows, values in batches:
+            vectors[rows] = values
+            done += len(rows)
+            if progress:
+                progress(done, len(tokens))
+        return vectors
+
+    def _encode_queries(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+        for row, sequence in enumerate(tokens):
+            ids = np.asarray([sequence], np.int32)
+            mask = np.ones_like(ids, bool)
+            states = bert(self._weights, ids, mask, self._config, NUMPY)
+            yield [row], _unit(_pool(states, mask, self._pooling))
+
+    def _encode_passages(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
+        graph, state = self._model
+        pending = None
+        for rows, ids, mask in _batches(tokens, self._max_length):
+            values = _encode_batch(graph, state, ids, mask, self._pooling)
+            if pending:  # fetch one batch late, so that the device computes while the host pads
+                yield pending[0], np.asarray(pending[1])[: len(pending[0])]
+            pending = rows, values
+        if pending:
+            yield pending[0], np.asarray(pending[1])[: len(pending[0])]
+
+    @cached_property
+    def _model(self) -> tuple[nnx.GraphDef, nnx.State]:
+        # Made when first needed: a run that only searches keeps no second copy of the weights.
+        return nnx.split(Bert(self._config, self._weights, self._device))
+
+
+@jax.jit(static_argnames=("graph", "pooling"))
+def _encode_batch(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    ids: Int[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    pooling: Pooling,
+) -> Float[jax.Array, "batch dims"]:
+    # Accelerators multiply float32 in fewer bits by default; NumPy's queries must find the same.
+    with jax.default_matmul_precision("float32"):
+        return _unit(_pool(nnx.merge(graph, state)(ids, mask), mask, pooling, jnp), jnp)
+
+
+def _pool(
+    states: Float[Array, "batch time dims"],
+    mask: Bool[Array, "batch time"],
+    pooling: Pooling,
+    xp=np,
+) -> Float[Array, "batch dims"]:
+    if pooling == "cls":
+        return states[:, 0]
+    weights = mask.astype(states.dtype)[..., None]
+    return (states * weights).sum(1) / xp.maximum(weights.sum(1), 1)
+
+
+def _batches(
+    tokens: list[list[int]], max_length: int
+) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
+    """Rows of like length, their padded ids int32[B, T] and mask bool[B, T], in few shapes."""
+    lengths = [length for length in _LENGTHS if length < max_length] + [max_length]
+    order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
+
+    def padded_length(row: int) -> int:
+        return next(length for length in lengths if len(tokens[row]) <= length)
+
+    for length, group in itertools.groupby(order, key=padded_length):
+        rows, many = list(group), max(_BATCH_TOKENS // length, _FEW_ROWS)
+        while rows:
+            size = many if len(rows) >= many else _FEW_ROWS
+            batch, rows = rows[:size], rows[size:]
+            ids, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
+            for i, row in enumerate(batch):
+                ids[i, : len(tokens[row])] = tokens[row]
+                mask[i, : len(tokens[row])] = True
+            yield batch, ids, mask
+
+
+def _read_pooling(directory: Path) -> Pooling:
+    raw = json.loads((directory / "1_Pooling" / "config.json").read_text("utf-8"))
+    chosen = [key for key, on in raw.items() if key.startswith("pooling_mode_") and on is True]
+    match chosen:
+        case ["pooling_mode_mean_tokens"]:
+            return "mean"
+        case ["pooling_mode_cls_token"]:
+            return "cls"
+    raise ValueError(f"{directory}: pooling is {chosen}; only mean or cls is supported")
+
+
+def _read_max_length(directory: Path, config: BertConfig) -> int:
+    path = directory / "sentence_bert_config.json"
+    raw = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return min(raw.get("max_seq_length") or config.positions, config.positions)
+
+
+class HashEncoder:
+    """Hashed character n-grams of words: an encoder without weights.
+
+    Each n-gram of `<word>` adds +1 or -1 to one of `dims` buckets; a word that comes `t` times
+    counts `1 + log t`. Finds passages that share rare spellings with the query, such as names.
+    """
+
+    def __init__(self, dims: int = 512, ngrams: tuple[int, int] = (3, 5)):
+        """`ngrams` are the shortest and the longest n-gram taken."""
+        self.dims = dims
+        self._ngrams = ngrams
+        self.reference = self.fingerprint = f"hash-v1-{dims}-{ngrams[0]}-{ngrams[1]}"
+
+    def encode(
+        self, texts: Sequence[str], *, kind: Kind, progress: Progress | None = None
+    ) -> Float[np.ndarray, "texts dims"]:
+        """Unit float32 vectors of texts (zero for a text without a word); `kind` is not used."""
+        counts = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+        words = {word: i for i, word in enumerate(dict.fromkeys(itertools.chain(*counts)))}
+        vectors = np.zeros((len(texts), self.dims), np.float32)
+        if words:  # the text-by-word table times the word-by-bucket table, both sparse
+            columns = np.asarray([words[word] for row in counts for word in row])
+            times = np.asarray([n for row in counts for n in row.values()], np.float32)
+            by_word = _sparse([len(row) for row in counts], columns, 1 + np.log(times), len(words))
+            hashed = [_hash_word(word, self.dims, *self._ngrams) for word in words]
+            buckets, signs = (np.concatenate(part) for part in zip(*hashed, strict=True))
+            by_bucket = _sparse([len(row) for row, _ in hashed], buckets, signs, self.dims)
+            vectors = _unit((by_word @ by_bucket).toarray())
+        if progress:
+            progress(len(texts), len(texts))
+        return vectors
+
+
+def _sparse(
+    row_lengths: list[int], columns: np.ndarray, values: np.ndarray, width: int
+) -> scipy.sparse.csr_array:
+    ends = np.cumsum([0, *row_lengths])
+    return scipy.sparse.csr_array((values, columns, ends), shape=(len(row_lengths), width))
+
+
+@lru_cache(maxsize=1 << 17)
+def _hash_word(
+    word: str, dims: int, shortest: int, longest: int
+) -> tuple[Int[np.ndarray, " grams"], Float[np.ndarray, " grams"]]:
+    """The bucket and the sign of each n-gram of a word."""
+    padded = f"<{word}>"
+    grams = [
+        padded[i : i + n].encode()
+        for n in range(shortest, longest + 1)
+        for i in range(len(padded) - n + 1)
+    ]
+    digests = b"".join(hashlib.blake2b(gram, digest_size=8).digest() for gram in grams)
+    hashes = np.frombuffer(digests, "<u8")
+    signs = np.where(hashes >> 63, 1, -1).astype(np.float32)
+    return (hashes % dims).astype(np.int32), signs

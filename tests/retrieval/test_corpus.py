@@ -1,0 +1,135 @@
+"""Corpora: the line forms, the files they come in, and what is said of broken ones."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+from r1s_jax.retrieval.corpus import (
+    CorpusError,
+    Passage,
+    PassageStore,
+    join_line,
+    read_passages,
+    split_line,
+    wiki_summaries,
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "title", "text"),
+    [
+        ("Ada Lovelace   was a mathematician.", "Ada Lovelace", "was a mathematician."),
+        ("Title: Lucy Mair Text:  An anthropologist.", "Lucy Mair", "An anthropologist."),
+        ('"Title: K Text:  He wrote ""Dune""."', "K", 'He wrote "Dune".'),
+        ("Title: a film   about titles", "Title: a film", "about titles"),
+        ("no title here", "", "no title here"),
+    ],
+)
+def test_title_and_text_of_each_form(line, title, text):
+    assert split_line(line) == (title, text)
+    assert (Passage("0", line).title, Passage("0", line).text) == (title, text)
+
+
+def test_joined_lines_split_again():
+    assert split_line(join_line(" A \n title", "some\ttext   here")) == (
+        "A title",
+        "some text here",
+    )
+
+
+@pytest.mark.parametrize("name", ["c.tsv", "c.tsv.gz"])
+def test_tsv_with_byte_order_mark_and_windows_line_ends(tmp_path, name):
+    data = "\ufeff0\tA   one\r\n1\tB   two\u2028still two\r\nx\tC   three".encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert list(read_passages(tmp_path / name)) == [
+        ("0", "A   one"),
+        ("1", "B   two\u2028still two"),
+        ("x", "C   three"),
+    ]
+
+
+def test_both_json_forms(tmp_path):
+    rows = [
+        {"id": 0, "title": "A", "text": "one\ntwo"},
+        {"id": "1", "contents": '"B"\nthree'},
+        {"id": "2", "contents": "no title"},
+    ]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert list(read_passages(tmp_path / "c.jsonl")) == [
+        ("0", "A   one two"),
+        ("1", "B   three"),
+        ("2", "no title"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("c.tsv", b"0\tfine\nno tab\n", r"c\.tsv:2: not a passage"),
+        ("c.tsv", b"0\tfine\n\n", r"c\.tsv:2: not a passage"),
+        ("c.tsv", b"0\tfine\n1\t\xff\n", r"c\.tsv:2: not UTF-8"),
+        ("c.tsv", b"0\ta\n1\tb\n0\tc\n", r"c\.tsv:3: id '0' came before"),
+        ("c.tsv", b"1\ta\n0\tb\n1\tc\n", r"c\.tsv:3: id '1' came before"),
+        ("c.tsv", b"x\ta\nx\tb\n", r"c\.tsv:2: id 'x' came before"),
+        ("c.tsv", b"", "no passages"),
+        ("c.jsonl", b'{"id": 0}\n', r"c\.jsonl:1: not a passage"),
+        ("c.jsonl", b"[1]\n", r"c\.jsonl:1: not a passage"),
+        ("c.csv", b"", "expected .tsv or .jsonl"),
+    ],
+)
+def test_broken_files_are_named_with_the_line(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CorpusError, match=message):
+        list(read_passages(tmp_path / name))
+
+
+def test_ids_that_only_look_alike_are_different(tmp_path):
+    (tmp_path / "c.tsv").write_text("0\ta\n00\tb\n1\tc\n٣\td\n")
+    assert [id for id, _ in read_passages(tmp_path / "c.tsv")] == ["0", "00", "1", "٣"]
+
+
+def test_store_returns_what_was_written(tmp_path):
+    passages = [Passage("a", "T   é"), Passage("b", ""), Passage("c", "a\ttab")]
+    store = PassageStore.write(tmp_path, passages)
+    assert len(store) == 3
+    assert list(store) == passages == list(PassageStore(tmp_path))
+    with pytest.raises(IndexError):
+        store[-1]
+
+
+def test_store_refuses_what_it_could_not_return(tmp_path):
+    with pytest.raises(CorpusError, match="no passages"):
+        PassageStore.write(tmp_path, [])
+    with pytest.raises(CorpusError, match="'b' does not fit on a line"):
+        PassageStore.write(tmp_path, [Passage("a", ""), Passage("b", "two\nlines")])
+
+
+def test_store_refuses_a_cut_file(tmp_path):
+    PassageStore.write(tmp_path, [Passage("a", "one"), Passage("b", "two")])
+    path = tmp_path / "passages.tsv"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(CorpusError, match="does not fit"):
+        PassageStore(tmp_path)
+
+
+def test_wiki_summaries(tmp_path):
+    path = tmp_path / "summaries.json"
+    path.write_text(json.dumps({"k": {"title": "A  b", "extract": "x\ny", "topic": "Arts"}}))
+    assert list(wiki_summaries(path)) == [("0", "A b   x y")]
+    for broken in ("{}", "[]", '{"k": {}}', "{"):
+        path.write_text(broken)
+        with pytest.raises(CorpusError, match=r"summaries\.json"):
+            list(wiki_summaries(path))
+
+
+@pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA does not name the data folder")
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("passages_kilt_100w.tsv.gz", 7000), ("passages_hotpotqa_abstract.tsv.gz", 7372)],
+)
+def test_published_corpora_are_read_whole(name, count):
+    passages = list(read_passages(Path(os.environ["R1S_DATA"]) / name))
+    assert len(passages) == count
+    assert all(passage.title and passage.text for passage in passages)

