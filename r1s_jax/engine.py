@@ -15,7 +15,7 @@ from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data import Question
 from r1s_jax.model import ModelConfig, Params
 from r1s_jax.rewards import Solution
-from r1s_jax.rollout import Finish, Prompts, Rollout, Trajectory
+from r1s_jax.rollout import Prompts, Rollout, Trajectory
 from r1s_jax.sampler import trajectory_keys
 from r1s_jax.search import Broker, Retriever, Search
 from r1s_jax.sharding import batch_sharding, batch_shards, replicated
@@ -195,14 +195,3 @@ class Engine:
             if 0 <= search.trajectory < rows:
                 by_row[search.trajectory].append(search)
         return tuple(map(tuple, by_row))
-
-
-def finish_shares(trajectory: Trajectory) -> dict[str, float]:
-    """Share of trajectories by why they ended, lower-case names of Finish."""
-    return {
-        reason.name.lower(): float(np.mean(trajectory.finish == reason))
-        for reason in Finish
-        if reason != Finish.NONE
-    }
-
-

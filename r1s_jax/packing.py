@@ -1,7 +1,7 @@
 """Packing: several trajectories in one row, kept apart by segment ids.
 
 Rows of equal length waste nothing on padding when trajectories are ragged. A token's entries
-(`weights`, `advantages`, ...) belong to the token itself: the model predicts it from the one before.
+(`weights`, ...) belong to the token itself: the model predicts it from the one before.
 """
 
 from collections.abc import Sequence

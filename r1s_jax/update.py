@@ -31,10 +31,11 @@ TokenLoss = Callable[[Array, Array, PackedBatch], tuple[Array, Metrics]]
 
 
 class LearnerState(NamedTuple):
-    """What an update changes."""
+    """What a checkpoint keeps. `reference` is the frozen policy of the KL penalty, if any."""
 
     params: Params
     optimizer: Any
+    reference: Params | None = None
 
 
 def make_optimizer(
@@ -106,9 +107,7 @@ def clipped_loss(
     return -(batch.weights * objective).sum(), metrics
 
 
-def likelihood_loss(
-    logprobs: Array, entropies: Array, batch: PackedBatch
-) -> tuple[Array, Metrics]:
+def likelihood_loss(logprobs: Array, entropies: Array, batch: PackedBatch) -> tuple[Array, Metrics]:
     """Negative log-likelihood, each token by its weight (the supervised cold start)."""
     mask = (batch.weights > 0).astype(jnp.float32)
     metrics = {
@@ -130,24 +129,20 @@ class Learner:
     optimizer: optax.GradientTransformation
     loss: TokenLoss
 
-    def init(self, params: Params) -> LearnerState:
+    def init(self, params: Params, *, keep_reference: bool = False) -> LearnerState:
         """Fresh optimizer state, each moment sharded like its parameter."""
-        state = self._shardings(params)
-        return jax.jit(lambda p: LearnerState(p, self.optimizer.init(p)), out_shardings=state)(
-            params
-        )
-
-    def _shardings(self, params: Params) -> LearnerState:
         shardings = param_shardings(self.model, self.mesh)
-        abstract = jax.eval_shape(self.optimizer.init, params)
         moments = optax.tree_map_params(
             self.optimizer,
             lambda _, s: s,
-            abstract,
+            jax.eval_shape(self.optimizer.init, params),
             shardings,
             transform_non_params=lambda _: replicated(self.mesh),
         )
-        return LearnerState(shardings, moments)
+        optimizer = jax.jit(self.optimizer.init, out_shardings=moments)(params)
+        # Updates donate their input, so the parameters given and the reference must be copies.
+        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)
+        return LearnerState(copy(params), optimizer, copy(params) if keep_reference else None)
 
     def update(
         self, state: LearnerState, batch: PackedBatch, micro: int
@@ -194,7 +189,8 @@ class Learner:
         }
         metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
-        return LearnerState(optax.apply_updates(state.params, updates), optimizer), metrics
+        params = optax.apply_updates(state.params, updates)
+        return LearnerState(params, optimizer, state.reference), metrics
 
     @partial(jax.jit, static_argnums=0)
     def _logprobs(self, params: Params, batch: PackedBatch, micro: Array) -> Array:

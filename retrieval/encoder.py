@@ -22,8 +22,9 @@ import numpy as np
 import scipy.sparse
 from flax import nnx
 from jaxtyping import Bool, Float, Int
-from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
 from tokenizers import Tokenizer
+
+from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
 
 Kind = Literal["query", "passage"]
 Pooling = Literal["mean", "cls"]

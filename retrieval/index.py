@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
+
 from r1s_jax.retrieval.corpus import (
     PASSAGES_FILE,
     CorpusError,

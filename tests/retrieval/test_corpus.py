@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from r1s_jax.retrieval.corpus import (
     CorpusError,
     Passage,

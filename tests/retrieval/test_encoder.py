@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from jax.experimental import io_callback
 from jax.sharding import PartitionSpec as P
-from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from r1s_jax.assets import AssetError, resolve
+from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 DIMS, LAYERS = 16, 2
@@ -171,12 +171,14 @@ def test_queries_are_encoded_while_a_program_holds_every_device(folder):
             wait_for_vectors, mesh=mesh, in_specs=P("x"), out_specs=P("x"), check_vma=False
         )
     )
-    thread = threading.Thread(target=worker)
+    zeros = jnp.zeros(jax.device_count(), jnp.int32)
+    zeros = jax.device_put(zeros, jax.NamedSharding(mesh, P("x")))
+    thread = threading.Thread(target=worker, daemon=True)
     thread.start()
     for _ in range(wanted):
         inbox.put("a b c")
     inbox.put(None)
-    ready = np.asarray(program(jnp.zeros(jax.device_count(), jnp.int32)))
+    ready = np.asarray(program(zeros))
     thread.join()
     assert (ready == wanted).all()
 

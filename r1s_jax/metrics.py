@@ -1,0 +1,99 @@
+"""The numbers of one step, and the trajectories worth keeping."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from r1s_jax.engine import Rolled
+from r1s_jax.rewards import Reward
+from r1s_jax.rollout import Finish
+
+# How the parts of a reward are called in `metrics.jsonl`.
+_PART_NAMES = {"format": "format_valid"}
+
+
+def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, float]:
+    """Rewards and their parts, searches and lengths of one rollout batch (means over it)."""
+    values = np.array([r.value for r in rewards])
+    t = rolled.trajectory
+    outcomes = rolled.outcomes
+    failed = sum(outcomes.get(name, 0) for name in ("timeout", "error"))
+    waits = [s.seconds for searches in rolled.searches for s in searches]
+    parts = {
+        _PART_NAMES.get(name, name): float(np.mean([r.parts[name] for r in rewards]))
+        for name in rewards[0].parts
+    }
+    return {
+        "reward": float(values.mean()),
+        "reward_std": float(values.std()),
+        **parts,
+        "searches": int(t.searches.sum()),
+        "searches_per_question": float(t.searches.mean()),
+        "searches_empty": outcomes.get("empty", 0),
+        "searches_failed": failed,
+        "searches_bad_query": outcomes.get("bad_query", 0),
+        "search_seconds_mean": float(np.mean(waits)) if waits else 0.0,
+        "response_length": float(t.loss_mask.sum(-1).mean()),
+        "trajectory_length": float(t.lengths.mean()),
+        "sampled_tokens": rolled.sampled_tokens,
+        "sampled_tokens_per_s": rolled.sampled_tokens / rolled.seconds,
+        **{f"finish_{name}": share for name, share in _finish_shares(t.finish).items()},
+    }
+
+
+def update_metrics(updates: Sequence[dict[str, float]], seconds: float) -> dict[str, float]:
+    """Means over the updates of a step.
+
+    The gap between training and sampling log-probabilities is taken from the first update: later
+    ones have moved the policy on purpose.
+    """
+    mean = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
+    tokens = sum(u["tokens"] for u in updates)
+    return {
+        "loss": mean["loss"],
+        "entropy": mean["entropy"],
+        "clip_fraction": mean["clip_fraction"],
+        "grad_norm": mean["grad_norm"],
+        "logprob_gap_mean": updates[0]["logprob_gap_mean"],
+        "logprob_gap_max": updates[0]["logprob_gap_max"],
+        "trained_tokens": tokens,
+        "trained_tokens_per_s": tokens / seconds,
+    }
+
+
+def trace_rows(
+    rolled: Rolled, rewards: Sequence[Reward], advantages: np.ndarray, count: int
+) -> Iterator[dict[str, Any]]:
+    """The trajectories of a step that go into `traces.jsonl`: spread over the batch."""
+    rows = len(rewards)
+    for i in np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(int)):
+        question, t = rolled.questions[i], rolled.trajectory
+        mask = t.loss_mask[i]
+        yield {
+            "question_id": question.id,
+            "question": question.question,
+            "answers": list(question.answers),
+            "reward": rewards[i].value,
+            "parts": rewards[i].parts,
+            "advantage": float(advantages[i][mask].mean()) if mask.any() else 0.0,
+            "finish": Finish(int(t.finish[i])).name.lower(),
+            "spans": [[text, by_policy] for text, by_policy in rolled.solutions[i].spans],
+            "searches": [
+                {
+                    "query": s.query,
+                    "outcome": s.outcome,
+                    "documents": list(s.documents),
+                    "seconds": s.seconds,
+                }
+                for s in rolled.searches[i]
+            ],
+            "prompt_tokens": int(t.prompt_lengths[i]),
+            "sampled_tokens": int(mask.sum()),
+            "tokens": int(t.lengths[i]),
+        }
+
+
+def _finish_shares(finish: np.ndarray) -> dict[str, float]:
+    reasons = [reason for reason in Finish if reason != Finish.NONE]
+    return {reason.name.lower(): float(np.mean(finish == reason)) for reason in reasons}

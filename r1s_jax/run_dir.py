@@ -1,0 +1,94 @@
+"""The directory of a run: what it is a run of, and how it is told to stop."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+
+from r1s_jax.config import Config, ConfigError
+
+_PACKAGES = ("r1s-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
+
+
+def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
+    """Makes the directory and writes `config.json` and `versions.json`, or checks them on resume.
+
+    Raises ConfigError for a directory that is in use when not resuming, or one that holds a run
+    of another config (naming the fields that differ).
+    """
+    described = json.loads(json.dumps(dataclasses.asdict(config)))
+    known = path / "config.json"
+    if known.exists():
+        if not resume:
+            raise ConfigError(f"{path} already holds a run: add --resume, or choose another")
+        differ = _differences(json.loads(known.read_text("utf-8")), described)
+        if differ:
+            raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")
+        return path
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / "versions.json", _versions())
+    write_json(known, described)
+    return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is there whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(partial, path)
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a request to stop at the end of the step.
+
+    A second SIGINT stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = ""
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+
+
+def _versions() -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "devices": [str(d) for d in jax.devices()],
+        **{name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        join = f"{path}." if path else ""
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{join}{k}")]
+    return [] if old == new else [f"{path} was {old!r}, now {new!r}"]

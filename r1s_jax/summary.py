@@ -1,0 +1,115 @@
+"""The end of a run: its summary, its learning curve, and one trajectory to look at."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from r1s_jax import protocol
+from r1s_jax.data import Question
+from r1s_jax.eval.runner import Evaluation
+from r1s_jax.rewards import Solution
+from r1s_jax.run_dir import write_json
+from r1s_jax.telemetry import console, read_rows
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+STYLES = {
+    "policy": "cyan",
+    "query": "bold yellow",
+    "documents": "dim green",
+    "answer": "bold magenta",
+}
+
+
+def summarize(run_dir: Path, progress: dict[str, Any], after: Evaluation | None) -> dict[str, Any]:
+    """Writes `summary.json` and `learning_curve.png`, shows both to people, returns the summary."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    tokens = sum(row["sampled_tokens"] for row in rows)
+    summary: dict[str, Any] = {
+        "steps": len(rows),
+        "searches": sum(row["searches"] for row in rows),
+        "mean_reward": float(np.mean([row["reward"] for row in rows])) if rows else None,
+        "sampled_tokens_per_s": tokens / max(sum(row["seconds_rollout"] for row in rows), 1e-9),
+        "seconds": progress["seconds"],
+        "run_dir": str(run_dir),
+    }
+    if after:
+        summary |= {
+            "f1_before": progress["before"]["f1"],
+            "f1_after": after.f1,
+            "f1_one_hop_after": after.f1_one_hop,
+            "f1_two_hop_after": after.f1_two_hop,
+            "searches_before": progress["before"]["searches"],
+            "searches_after": after.searches,
+        }
+        _show_evaluation(summary, after)
+    if rows:
+        plot_learning_curve(rows, run_dir / "learning_curve.png")
+        console.print(f"Learning curve: {run_dir / 'learning_curve.png'}")
+    write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def plot_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
+    """Reward, answer F1 and searches by step, with a mark where stage 2 begins."""
+    steps = [row["step"] for row in rows]
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    series = {"reward": "reward", "answer F1": "answer_f1", "searches": "searches_per_question"}
+    for panel, (title, key) in zip(panels, series.items(), strict=True):
+        panel.plot(steps, [row[key] for row in rows], marker=".")
+        panel.set(title=f"{title} (mean of a rollout)", xlabel="step")
+        panel.grid(alpha=0.3)
+        if second := [row["step"] for row in rows if row["stage"] == "stage2"]:
+            panel.axvline(second[0] - 0.5, linestyle="--", color="gray", label="stage 2 begins")
+            panel.legend(loc="best")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def show_trajectory(question: Question, solution: Solution) -> None:
+    """One trajectory in colour: what the policy wrote, searched, was given and answered."""
+    console.rule("One trajectory")
+    legend = Text.assemble(*((f" {name} ", style) for name, style in STYLES.items()))
+    console.print(legend)
+    console.print(f"[bold]Question:[/] {question.question}   [dim]gold: {question.answers[0]}[/]")
+    text = Text()
+    for piece, by_policy in solution.spans:
+        text.append_text(colour_policy(piece) if by_policy else Text(piece, STYLES["documents"]))
+    console.print(text)
+    console.rule()
+
+
+def colour_policy(text: str) -> Text:
+    """Text of the policy, its queries and its answer set off."""
+    coloured = Text(text, STYLES["policy"])
+    for begin, end, style in (
+        (protocol.BEGIN_QUERY, protocol.END_QUERY, "query"),
+        (protocol.BEGIN_ANSWER, protocol.END_ANSWER, "answer"),
+    ):
+        at = text.find(begin)
+        while at >= 0:
+            close = text.find(end, at)
+            stop = close + len(end) if close >= 0 else len(text)
+            coloured.stylize(STYLES[style], at, stop)
+            at = text.find(begin, stop)
+    return coloured
+
+
+def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
+    table = Table(title=f"{len(after.rolled.questions)} held-out questions, greedy")
+    for heading in ("", "before RL", "after RL"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    before, searches = summary["f1_before"], summary["searches_before"]
+    table.add_row("answer F1", f"{before:.3f}", f"{summary['f1_after']:.3f}")
+    table.add_row("searches a question", f"{searches:.2f}", f"{summary['searches_after']:.2f}")
+    for hops, name in ((1, "one_hop"), (2, "two_hop")):
+        if any(q.hops == hops for q in after.rolled.questions):
+            table.add_row(f"F1, {name.replace('_', '-')}", "", f"{summary[f'f1_{name}_after']:.3f}")
+    console.print(table)
+    longest = int(np.argmax(after.rolled.trajectory.searches))
+    show_trajectory(after.rolled.questions[longest], after.rolled.solutions[longest])

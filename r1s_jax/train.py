@@ -1,0 +1,285 @@
+"""The run, read top to bottom: cold start, stage 1, stage 2, each step checkpointed."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from r1s_jax import metrics as m
+from r1s_jax.advantages import token_advantages
+from r1s_jax.checkpoint import Checkpoints
+from r1s_jax.config import Config, RolloutConfig, StageConfig
+from r1s_jax.engine import Engine, Rolled
+from r1s_jax.environment import make_environment
+from r1s_jax.eval.runner import Evaluation, evaluate
+from r1s_jax.packing import pack, unpack
+from r1s_jax.pretrained import chat_renderer, make_policy
+from r1s_jax.rewards import REWARDS
+from r1s_jax.rollout import Finish
+from r1s_jax.run_dir import StopRequest, open_run_dir
+from r1s_jax.sft import demonstration_batch, schedule
+from r1s_jax.sharding import batch_shards, make_mesh, shard_params
+from r1s_jax.summary import summarize
+from r1s_jax.telemetry import Telemetry, make_progress
+from r1s_jax.update import Learner, LearnerState, clipped_loss, likelihood_loss, make_optimizer
+
+# Where a run stands; every checkpoint keeps a copy.
+_BEGINNING = {"phase": "cold_start", "step": 0, "before": None, "environment": {}, "seconds": 0.0}
+
+
+def train(config: Config, run_dir: Path, resume: bool = False) -> dict[str, Any]:
+    """Runs the whole config in `run_dir` and returns its summary.
+
+    SIGINT and SIGTERM end it early, at a step's end and with a checkpoint (the summary then has
+    `stopped`); `resume` goes on as if it had never stopped. Raises ConfigError, DataError,
+    SearchFailure or CheckpointError.
+    """
+    run = Run(config, run_dir, resume)
+    with StopRequest() as stop:
+        state = run.cold_start(stop)
+        if not stop.requested:
+            state = run.learn(state, stop)
+    run.checkpoints.close()
+    run.telemetry.close()
+    if stop.requested:
+        return {"stopped": stop.requested, "phase": run.progress["phase"], "run_dir": str(run_dir)}
+    return summarize(run.dir, run.progress, run.evaluate(state))
+
+
+class Run:
+    """A run and everything that it needs, built once from its config."""
+
+    def __init__(self, config: Config, run_dir: Path, resume: bool):
+        self.config, self.started = config, time.perf_counter()
+        self.dir = open_run_dir(run_dir, config, resume)
+        self.mesh = make_mesh(config.mesh)
+        policy = make_policy(config.policy, config.seed)
+        self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
+        self.params = shard_params(policy.params, self.model, self.mesh)
+        self.environment = make_environment(config, chat_renderer(self.tokenizer))
+        self.engine = self._engine(config.rollout)
+        self.examiner = self._engine(
+            dataclasses.replace(config.rollout, temperature=0.0, stop_at_answer=True)
+        )
+        self.telemetry = Telemetry(self.dir, config.run.wandb_project, dataclasses.asdict(config))
+        self.checkpoints = Checkpoints(self.dir / "checkpoints", config.run.keep_checkpoints)
+        self.progress = (self.checkpoints.progress() if resume else None) or dict(_BEGINNING)
+        self.started -= self.progress["seconds"]
+        learning = self.progress["phase"] == "learning"
+        self.telemetry.rewind(
+            cold_start=config.cold_start.steps if learning else self.progress["step"],
+            learning=self.progress["step"] if learning else 0,
+        )
+
+    def cold_start(self, stop: StopRequest) -> LearnerState:
+        """Imitates demonstrations; returns the state that reinforcement learning starts from."""
+        c, progress = self.config.cold_start, self.progress
+        optimizer = make_optimizer(self.config.optimizer, schedule(c) if c.steps else 0.0)
+        learner = self._learner(optimizer, likelihood_loss)
+        if progress["phase"] == "learning":
+            return self.checkpoints.restore(self._learning_state(self.params))
+        state = learner.init(self.params)
+        if progress["step"]:
+            state = self.checkpoints.restore(state)
+        with make_progress() as bar:
+            task = bar.add_task("Cold start", total=c.steps, completed=progress["step"], info="")
+            for step in range(progress["step"], c.steps):
+                state, row = learner.update(state, *self._demonstrations(step))
+                self.telemetry.cold_start({"step": step + 1, **row})
+                bar.update(task, advance=1, info=f"loss {row['loss']:.3f}")
+                if stop.requested or (step + 1) % c.checkpoint_every == 0:
+                    self._save("cold_start", step + 1, state)
+                if stop.requested:
+                    return state
+        state = self._learning_state(state.params)
+        if before := self.evaluate(state):
+            progress["before"] = {"f1": before.f1, "searches": before.searches}
+        self._save("learning", 0, state)
+        return state
+
+    def learn(self, state: LearnerState, stop: StopRequest) -> LearnerState:
+        """Stage 1, then stage 2."""
+        c = self.config
+        self.environment.restore(self.progress["environment"])
+        learner = self._learner(
+            make_optimizer(c.optimizer), partial(clipped_loss, c.algorithm.clip)
+        )
+        total, done = c.stage1.steps + c.stage2.steps, self.progress["step"]
+        with make_progress() as bar:
+            task = bar.add_task("", total=total, completed=done, info="")
+            for step, name, stage in _schedule(c, done):
+                bar.update(task, description=name.replace("stage", "Stage "))
+                state, row = self.step(learner, state, step, stage)
+                last = stop.requested or step + 1 == total
+                begin = time.perf_counter()
+                if last or (step + 1) % c.run.checkpoint_every == 0:
+                    self._save("learning", step + 1, state)
+                row["seconds_checkpoint"] = time.perf_counter() - begin
+                self.telemetry.step({"step": step + 1, "stage": name, **row})
+                bar.update(task, advance=1, info=_headline(row))
+                if stop.requested:
+                    break
+        self.checkpoints.wait()
+        return state
+
+    def step(
+        self, learner: Learner, state: LearnerState, step: int, stage: StageConfig
+    ) -> tuple[LearnerState, dict[str, float]]:
+        """One step: roll out, reward, estimate advantages over the whole batch, update."""
+        c, clock = self.config, [time.perf_counter()]
+        batch = self.environment.batch(step, stage.questions_per_step)
+        rolled = self.engine.run(
+            state.params,
+            batch.questions,
+            samples=c.algorithm.samples_per_question,
+            seed=c.seed,
+            step=step,
+            retriever=batch.retriever,
+        )
+        clock.append(time.perf_counter())
+        rule = REWARDS[stage.reward]
+        pairs = zip(rolled.solutions, rolled.questions, strict=True)
+        rewards = [rule(solution, question.answers) for solution, question in pairs]
+        clock.append(time.perf_counter())
+
+        t = rolled.trajectory
+        # A search that failed is not the policy's doing: nothing is learned from what followed.
+        mask = t.loss_mask & ~np.isin(t.finish, (Finish.SEARCH_ERROR, Finish.ABORTED))[:, None]
+        kl = self._kl(learner, state, rolled, mask)
+        advantages = np.asarray(
+            _advantages(
+                c.algorithm.estimator,
+                np.array([r.value for r in rewards], np.float32),
+                t.groups,
+                mask,
+                kl=kl,
+                kl_coefficient=c.algorithm.kl_coefficient,
+                reward_clip=c.algorithm.reward_clip,
+            )
+        )
+        state, updates = self._update(learner, state, rolled, mask, advantages, step)
+        clock.append(time.perf_counter())
+
+        for row in m.trace_rows(rolled, rewards, advantages, c.run.traces_per_step):
+            self.telemetry.trace({"step": step + 1, **row})
+        seconds = dict(zip(("rollout", "reward", "update"), np.diff(clock).tolist(), strict=True))
+        return state, {
+            **m.rollout_metrics(rolled, rewards),
+            **m.update_metrics(updates, seconds["update"]),
+            "kl": float(kl[mask].mean()) if kl is not None and mask.any() else 0.0,
+            **{f"seconds_{phase}": value for phase, value in seconds.items()},
+        }
+
+    def evaluate(self, state: LearnerState) -> Evaluation | None:
+        """Greedy on held-out questions; None when the config asks for none."""
+        count = self.config.eval.questions
+        if not count:
+            return None
+        return evaluate(self.examiner, state.params, self.environment.evaluation(count))
+
+    def _update(
+        self,
+        learner: Learner,
+        state: LearnerState,
+        rolled: Rolled,
+        mask: np.ndarray,
+        advantages: np.ndarray,
+        step: int,
+    ) -> tuple[LearnerState, list[dict[str, float]]]:
+        """Several optimizer steps, each on its random share of the trajectories."""
+        rows = []
+        order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
+        for part in np.array_split(order, self.config.algorithm.updates_per_rollout):
+            counts = mask[part].sum(-1, keepdims=True)
+            sequences = max(1, int((counts > 0).sum()))
+            weights = mask[part] / (np.maximum(counts, 1) * sequences)
+            batch, _, micro = self._pack(rolled, part, weights, advantages[part])
+            state, row = learner.update(state, batch, micro)
+            rows.append(row)
+        return state, rows
+
+    def _kl(
+        self, learner: Learner, state: LearnerState, rolled: Rolled, mask: np.ndarray
+    ) -> np.ndarray | None:
+        """k1 estimate of the divergence from the reference, float32[N, W]; None without one."""
+        if state.reference is None:
+            return None
+        t, everything = rolled.trajectory, np.arange(len(mask))
+        batch, layout, micro = self._pack(rolled, everything, mask, np.zeros_like(mask, np.float32))
+        packed = learner.logprobs(state.reference, batch, micro)
+        reference = unpack(packed, layout, t.lengths, mask.shape[1])
+        return np.where(mask, t.policy_logprobs - reference, 0.0)
+
+    def _pack(self, rolled: Rolled, rows: np.ndarray, weights: np.ndarray, advantages: np.ndarray):
+        t, c = rolled.trajectory, self.config
+        return pack(
+            t.tokens[rows],
+            t.lengths[rows],
+            weights,
+            advantages,
+            t.policy_logprobs[rows],
+            capacity=c.optimizer.pack_length or c.rollout.max_length,
+            micro_rows=c.optimizer.micro_rows * batch_shards(self.mesh),
+        )
+
+    def _demonstrations(self, step: int):
+        c = self.config
+        return demonstration_batch(
+            self.environment.demonstrations(step, c.cold_start.batch_size),
+            self.engine.encode,
+            self.environment.render,
+            capacity=c.optimizer.pack_length or c.rollout.max_length,
+            micro_rows=c.optimizer.micro_rows * batch_shards(self.mesh),
+        )
+
+    def _engine(self, rollout: RolloutConfig) -> Engine:
+        return Engine(
+            self.model,
+            self.tokenizer,
+            self.eos_ids,
+            rollout,
+            self.config.search,
+            self.mesh,
+            np.dtype(self.config.policy.compute_dtype),
+            self.environment.render,
+        )
+
+    def _learner(self, optimizer: Any, loss: Any) -> Learner:
+        p = self.config.policy
+        dtype = np.dtype(p.compute_dtype)
+        return Learner(self.model, self.mesh, dtype, p.remat, optimizer, loss)
+
+    def _learning_state(self, params: Any) -> LearnerState:
+        learner = self._learner(make_optimizer(self.config.optimizer), clipped_loss)
+        return learner.init(params, keep_reference=self.config.algorithm.kl_coefficient > 0)
+
+    def _save(self, phase: str, step: int, state: LearnerState) -> None:
+        self.progress |= {
+            "phase": phase,
+            "step": step,
+            "environment": self.environment.state(),
+            "seconds": time.perf_counter() - self.started,
+        }
+        index = step + (self.config.cold_start.steps + 1 if phase == "learning" else 0)
+        self.checkpoints.save(index, state, self.progress)
+
+
+_advantages = jax.jit(token_advantages, static_argnums=0)
+
+
+def _schedule(config: Config, done: int) -> Iterator[tuple[int, str, StageConfig]]:
+    stages = [("stage1", config.stage1)] * config.stage1.steps
+    stages += [("stage2", config.stage2)] * config.stage2.steps
+    yield from ((step, *stages[step]) for step in range(done, len(stages)))
+
+
+def _headline(row: dict[str, float]) -> str:
+    return (
+        f"reward {row['reward']:+.2f}  f1 {row['answer_f1']:.2f}  "
+        f"searches {row['searches_per_question']:.2f}  {row['sampled_tokens_per_s']:.0f} tok/s"
+    )
