@@ -42,7 +42,8 @@ class Demonstration(NamedTuple):
 
     question: str
     spans: Spans  # (text, trained?)
-    first_weight: float  # of the first trained token, the decision to search
+    first_weight: float  # in the loss, of the first trained token: the decision to search
+    rest_weight: float  # of the other trained tokens
 
 
 class Environment(Protocol):
@@ -98,8 +99,8 @@ class TinyWorldEnvironment:
             (self.seed, _COLD_START, step // _STEPS_PER_COLD_START_WORLD), c.cold_start_people
         )
         rng = np.random.default_rng((self.seed, _COLD_START, step))
-        one_hop = [q for q in world.questions(3 * c.cold_start_people, 0.0)]
-        two_hop = [q for q in world.questions(3 * c.cold_start_people, 1.0)]
+        one_hop = world.questions(3 * c.cold_start_people, 0.0)
+        two_hop = world.questions(3 * c.cold_start_people, 1.0)
         guesses = round(size * c.guess_fraction)
         twice = (size - guesses) // 3
         picks = [(one_hop, size - guesses - twice, "search"), (two_hop, twice, "search")]
@@ -111,9 +112,9 @@ class TinyWorldEnvironment:
                 if style == "search" and question.hops == 2:
                     guess = rng.random() < c.two_hop_guess_fraction
                     chosen = "search_then_guess" if guess else "search"
-                weight = 1.0 if chosen == "guess" else c.decision_weight
+                weights = (1.0, c.guess_weight) if chosen == "guess" else (c.search_weight, 1.0)
                 spans = world.demonstration(question, chosen)
-                out.append(Demonstration(question.question, spans, weight))
+                out.append(Demonstration(question.question, spans, *weights))
         return out
 
     def state(self) -> dict[str, Any]:

@@ -51,11 +51,10 @@ def _tokens(
     """Token ids and loss weights of prompt and solution."""
     ids = encode(render(demonstration.question))
     weights = [0.0] * len(ids)
-    first = demonstration.first_weight
     for text, trained in demonstration.spans:
         span = encode(text)
-        span_weights = [float(trained)] * len(span)
-        if trained and first is not None:
-            span_weights[0], first = first, None
-        ids, weights = ids + span, weights + span_weights
+        ids += span
+        weights += [demonstration.rest_weight if trained else 0.0] * len(span)
+    first = next(i for i, weight in enumerate(weights) if weight)
+    weights[first] = demonstration.first_weight
     return ids, weights

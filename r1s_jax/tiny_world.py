@@ -35,7 +35,7 @@ _WORDS = (
 )
 # fmt: on
 SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "aio")))
-NAME_SYLLABLES = 4
+NAME_SYLLABLES = 3
 PEOPLE_PER_PLACE = 3
 
 _TAGS = (
@@ -208,7 +208,7 @@ class TinyWorld:
 
 
 def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
-    """`n` different names, e.g. Bakorimu."""
+    """`n` different names, e.g. Bakori."""
     drawn: dict[str, None] = {}  # a set that keeps its order
     while len(drawn) < n:
         drawn["".join(rng.choice(SYLLABLES, NAME_SYLLABLES)).capitalize()] = None
