@@ -46,7 +46,8 @@ class Rolled:
 class Engine:
     """Rolls questions out with one model, tokenizer and set of limits.
 
-    `render` makes the prompt of a question; see protocol.py.
+    `render` makes the prompt of a question; see protocol.py. `query_end` and `extract_query` say
+    how a query ends in the text of a turn and what it asks.
     """
 
     def __init__(
@@ -59,13 +60,16 @@ class Engine:
         mesh: Mesh,
         compute_dtype: Any,
         render: Callable[[str], str],
+        *,
+        query_end: str = protocol.END_QUERY,
+        extract_query: Callable[[str], str | None] = protocol.extract_query,
     ):
         self.config, self.mesh = rollout, mesh
         self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
         self.render = render
         tags = build_tag_table(
             token_strings(tokenizer),
-            [protocol.END_QUERY, protocol.END_ANSWER],
+            [query_end, protocol.END_ANSWER],
             model.vocab_size,
         )
         self.tag_table = jax.device_put(tags.table, replicated(mesh))
@@ -73,6 +77,7 @@ class Engine:
             search,
             decode=self.decode,
             encode=self.encode,
+            extract_query=extract_query,
             documents_per_query=rollout.documents_per_query,
             max_documents_length=rollout.max_documents_length,
         )

@@ -16,9 +16,9 @@ from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
 from r1s_jax.data import DataError, Question, QuestionStream, question_stream, read_questions
 from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
-from r1s_jax.retrieval.index import Index, build_index, open_index, save_index
+from r1s_jax.retrieval.index import Index, build_index, open_index, read_info, save_index
 from r1s_jax.search import Retriever
-from r1s_jax.telemetry import progress_bar
+from r1s_jax.telemetry import console, progress_bar
 from r1s_jax.tiny_world import PROMPT, Spans, TinyWorld
 
 T = TypeVar("T")
@@ -183,7 +183,7 @@ def make_environment(config: Config, chat: Callable[[str], str]) -> Environment:
 
 def load_encoder(reference: str) -> Encoder:
     """`hash` needs no weights; anything else is a reference to a BERT-family encoder."""
-    if reference == "hash":
+    if reference.split("-")[0] == "hash":
         return HashEncoder()
     folder = resolve(reference)
     if not (folder / "config.json").exists() and (folder / "model").is_dir():
@@ -193,20 +193,31 @@ def load_encoder(reference: str) -> Encoder:
 
 def open_or_build_index(config: CorpusConfig) -> Index:
     """The index named by the config, or one built once from its passages and kept in the cache."""
-    encoder = load_encoder(config.encoder)
     if config.index:
-        return open_index(resolve(config.index), encoder)
-    passages = _read_all(config.passages, _passages_of)
-    passages = [Passage(str(i), p.line) for i, p in enumerate(passages)]
+        return open_index(resolve(config.index), load_encoder(config.encoder))
+    encoder = load_encoder(config.encoder)
     digest = hashlib.sha256(encoder.fingerprint.encode())
-    for passage in passages:
-        digest.update(passage.line.encode())
+    for reference in config.passages:
+        with resolve(reference).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     folder = cache_dir() / "indexes" / digest.hexdigest()[:16]
     if not folder.exists():
-        with progress_bar(f"Encoding {len(passages):,} passages") as advance:
-            index = build_index(passages, encoder, progress=advance)
-        save_index(index, folder)
+        save_index(build_corpus_index(config.passages, config.encoder), folder)
+    console.print(f"Index: {folder}")
     return open_index(folder, encoder)
+
+
+def build_corpus_index(references: Sequence[str], encoder: str) -> Index:
+    """Indexes the passages of several files, numbered anew from 0, with a progress bar."""
+    passages = _read_all(references, _passages_of)
+    passages = [Passage(str(i), p.line) for i, p in enumerate(passages)]
+    with progress_bar(f"Encoding {len(passages):,} passages") as advance:
+        return build_index(passages, load_encoder(encoder), progress=advance)
+
+
+def open_saved_index(folder: Path) -> Index:
+    """Opens an index with the encoder that its own description names."""
+    return open_index(folder, load_encoder(read_info(folder)["encoder"]["reference"]))
 
 
 def _read_all(references: Sequence[str], read: Callable[[Path], Iterable[T]]) -> list[T]:

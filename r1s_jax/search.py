@@ -72,9 +72,10 @@ class Broker:
         encode: Callable[[str], list[int]],
         documents_per_query: int,
         max_documents_length: int,
+        extract_query: Callable[[str], str | None] = protocol.extract_query,
     ):
         self.config = config
-        self._decode, self._encode = decode, encode
+        self._decode, self._encode, self._extract = decode, encode, extract_query
         self._k, self._width = documents_per_query, max_documents_length
         self._changed = threading.Condition()
         self.begin(None)
@@ -176,7 +177,7 @@ class Broker:
     def _submit(self, shard: int, rows: np.ndarray, slots: np.ndarray, query: np.ndarray) -> None:
         searches = []
         for slot in slots:
-            text = protocol.extract_query(self._decode(query[slot][query[slot] >= 0].tolist()))
+            text = self._extract(self._decode(query[slot][query[slot] >= 0].tolist()))
             search = Search(int(rows[slot]), text or "", slot=int(slot), shard=shard)
             with self._changed:
                 self._pending[shard, search.slot] = search

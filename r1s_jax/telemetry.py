@@ -23,6 +23,7 @@ from r1s_jax.config import ConfigError
 
 # Everything for people goes to stderr; stdout carries the one JSON line a program may read.
 console = Console(stderr=True)
+out_console = Console(soft_wrap=True, highlight=False)
 
 
 def make_progress() -> Progress:

@@ -32,7 +32,9 @@ from r1s_jax.update import Learner, LearnerState, clipped_loss, likelihood_loss,
 _BEGINNING = {"phase": "cold_start", "step": 0, "before": None, "environment": {}, "seconds": 0.0}
 
 
-def train(config: Config, run_dir: Path, resume: bool = False) -> dict[str, Any]:
+def train(
+    config: Config, run_dir: Path, resume: bool = False, *, cold_start_only: bool = False
+) -> dict[str, Any]:
     """Runs the whole config in `run_dir` and returns its summary.
 
     SIGINT and SIGTERM end it early, at a step's end and with a checkpoint (the summary then has
@@ -42,6 +44,8 @@ def train(config: Config, run_dir: Path, resume: bool = False) -> dict[str, Any]
     run = Run(config, run_dir, resume)
     with StopRequest() as stop:
         state = run.cold_start(stop)
+        if cold_start_only:
+            stop.requested = stop.requested or "end of the cold start"
         if not stop.requested:
             state = run.learn(state, stop)
     run.checkpoints.close()

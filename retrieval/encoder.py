@@ -30,8 +30,9 @@ Kind = Literal["query", "passage"]
 Pooling = Literal["mean", "cls"]
 Progress = Callable[[int, int], None]  # (done, total)
 
-# The padded lengths of passage batches. Each has two row counts, so jit compiles ten variants.
-_LENGTHS = (32, 64, 128, 256, 512)
+# The padded lengths of passage batches. Each has two row counts, so jit compiles at most twenty
+# variants, each in a second or so; fewer lengths would waste more than that on padding.
+_LENGTHS = (32, 64, 96, 128, 160, 192, 224, 256, 384, 512)
 _BATCH_TOKENS = 8192
 _FEW_ROWS = 8
 

@@ -45,7 +45,7 @@ def decode_attention(
     *,
     scale: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Attention of the last T tokens of each row against one layer of its cache, softmax in float32.
+    """Attention of each row's last T tokens to one layer of its cache, softmax in float32.
 
     The cache already holds the keys and values of the T tokens: row `b` has `lengths[b]` valid
     entries and query `t` stands at position `lengths[b] - T + t`. Rows of length 0 give zeros.

