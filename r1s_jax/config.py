@@ -130,9 +130,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ColdStartConfig:
-    """A short supervised start for policies too weak to ever emit the format; 0 steps: none."""
+    """A short supervised start for policies too weak to ever emit the format; 0 steps: none.
+
+    It ends once `accuracy` of what is demonstrated is predicted, after `steps` at the latest:
+    reinforcement learning teaches when to search, not how to read.
+    """
 
     steps: int = 0
+    accuracy: float = 1.0
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 50

@@ -19,7 +19,7 @@ from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.index import Index, build_index, open_index, read_info, save_index
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console, progress_bar
-from r1s_jax.tiny_world import PROMPT, Spans, TinyWorld
+from r1s_jax.tiny_world import GUESS, PROMPT, Style, TinyWorld
 
 T = TypeVar("T")
 
@@ -41,9 +41,8 @@ class Demonstration(NamedTuple):
     """A worked solution for the cold start."""
 
     question: str
-    spans: Spans  # (text, trained?)
-    first_weight: float  # in the loss, of the first trained token: the decision to search
-    rest_weight: float  # of the other trained tokens
+    spans: tuple[tuple[str, float], ...]  # (text, weight of its tokens in the loss)
+    first_weight: float  # of the first token with any weight: the decision to search
 
 
 class Environment(Protocol):
@@ -112,10 +111,17 @@ class TinyWorldEnvironment:
                 if style == "search" and question.hops == 2:
                     guess = rng.random() < c.two_hop_guess_fraction
                     chosen = "search_then_guess" if guess else "search"
-                weights = (1.0, c.guess_weight) if chosen == "guess" else (c.search_weight, 1.0)
-                spans = world.demonstration(question, chosen)
-                out.append(Demonstration(question.question, spans, *weights))
+                out.append(self._demonstration(world, question, chosen))
         return out
+
+    def _demonstration(self, world: TinyWorld, question: Question, style: Style) -> Demonstration:
+        """Decisions to search and random answers count less; see TinyWorldConfig."""
+        c = self.config
+        spans = tuple(
+            (text, c.guess_weight if text.startswith(GUESS) else float(trained))
+            for text, trained in world.demonstration(question, style)
+        )
+        return Demonstration(question.question, spans, 1.0 if style == "guess" else c.search_weight)
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -87,6 +87,7 @@ class Broker:
             self._pending: dict[tuple[int, int], Search] = {}
             self._ready: dict[int, deque[Search]] = {}
             self._counts: Counter[str] = Counter()
+            self._stopped = False  # the program was told to end the rollout
             self.log: list[Search] = []
 
     @property
@@ -100,9 +101,9 @@ class Broker:
         return sum(self._counts[outcome] for outcome in ("timeout", "error", "empty"))
 
     def check(self) -> None:
-        """Raises SearchFailure when the share of failed searches passed the limit."""
+        """Raises SearchFailure when too many searches failed, now or when the rollout was stopped."""
         total = sum(self._counts.values()) - self._counts["bad_query"]
-        if total and self.failures > self.config.max_failure_rate * total:
+        if self._stopped or self.failures > self.config.max_failure_rate * total:
             details = Counter(f"{s.outcome}: {s.detail}" for s in self.log if s.detail)
             common = "; ".join(f"{text} ({n}x)" for text, n in details.most_common(3))
             raise SearchFailure(
@@ -136,10 +137,12 @@ class Broker:
                 status, tokens = self._tokens(search)
                 out[i, :3] = search.slot, status, len(tokens)
                 out[i, 3 : 3 + len(tokens)] = tokens
-            out[0, :2] = len(done), self._past_limit()
+            self._stopped |= self._past_limit()
+            out[0, :2] = len(done), self._stopped
         except Exception as error:  # a bug here must end the rollout, not hang its devices
             self._counts["error"] += 1
             self.log.append(Search(-1, "", "error", detail=f"broker: {error!r}"))
+            self._stopped = True
             out[0, :2] = 0, 1
         return out
 
@@ -159,17 +162,15 @@ class Broker:
 
     def document_tokens(self, documents: Sequence[str]) -> list[int]:
         """The tokenised document block, documents cut alike until it fits."""
-        tokens = self._encode(protocol.document_block(documents))
-        share = 1.0
-        while len(tokens) > self._width:
-            share *= 0.95 * self._width / len(tokens)
-            cut = [line[: max(1, int(len(line) * share))] for line in documents]
-            tokens = self._encode(protocol.document_block(cut))
-            if share < 1e-3:
+        cut, share = documents, 1.0
+        while len(tokens := self._encode(protocol.document_block(cut))) > self._width:
+            if all(len(line) <= 1 for line in cut):
                 raise ValueError(
                     f"rollout.max_documents_length={self._width} is too short for "
                     f"{len(documents)} documents: their tags alone take more"
                 )
+            share *= 0.95 * self._width / len(tokens)
+            cut = [line[: max(1, int(len(line) * share))] for line in documents]
         return tokens
 
     # Behind the scenes.

@@ -11,11 +11,8 @@ from r1s_jax.packing import PackedBatch, pack
 
 
 def schedule(config: ColdStartConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to a tenth of the learning rate."""
-    warmup = min(config.warmup_steps, config.steps)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, config.steps, end_value=0.1 * config.learning_rate
-    )
+    """Linear warm-up, then constant: how long it takes is not known beforehand."""
+    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
 
 
 def demonstration_batch(
@@ -51,10 +48,10 @@ def _tokens(
     """Token ids and loss weights of prompt and solution."""
     ids = encode(render(demonstration.question))
     weights = [0.0] * len(ids)
-    for text, trained in demonstration.spans:
+    for text, weight in demonstration.spans:
         span = encode(text)
         ids += span
-        weights += [demonstration.rest_weight if trained else 0.0] * len(span)
+        weights += [weight] * len(span)
     first = next(i for i, weight in enumerate(weights) if weight)
     weights[first] = demonstration.first_weight
     return ids, weights

@@ -22,13 +22,9 @@ PROMPT = f"Question: {{question}} {protocol.BEGIN_THINK}"
 
 BIRTHPLACE, TRADE, TEACHER = RELATIONS = ("birthplace", "trade", "teacher")
 # The trades are for ever, unlike names: a guess at one is right once in a while.
+TRADES = ("baker", "dancer", "doctor", "farmer", "judge", "mason")
+TRADES += ("painter", "potter", "sailor", "singer", "smith", "weaver")
 # fmt: off
-TRADES = (
-    "baker", "barber", "brewer", "cooper", "dancer", "doctor", "draper", "farmer", "fisher",
-    "gardener", "glazier", "hunter", "judge", "mason", "miller", "painter", "piper", "potter",
-    "printer", "sailor", "scribe", "singer", "smith", "soldier", "tailor", "tanner", "tinker",
-    "weaver",
-)
 _WORDS = (
     "Question", "What", "is", "the", "of", "has", "Let", "me", "search", "Found", "I", "guess",
     "None",
@@ -44,6 +40,8 @@ _TAGS = (
 )
 _DOCUMENT_NUMBERS = tuple(f"({i})" for i in range(1, 6))
 _WORD_START = "▁"  # the customary mark of a piece that begins a word
+
+GUESS = " I guess."
 
 Style = Literal["guess", "search", "search_then_guess"]
 Spans = tuple[tuple[str, bool], ...]
@@ -163,7 +161,7 @@ class TinyWorld:
         """A worked solution, as (text, trained?) spans that follow the prompt.
 
         `search` looks every hop up, `guess` none, `search_then_guess` the first alone. A guess is
-        a random value of the right kind, seldom the right one. Documents are not trained on: the
+        a random value of the right kind, seldom the right one; its span begins with `GUESS`. Documents are not trained on: the
         one passage of the person asked for, as the search engine would insert it. The first word
         of a thought, `Let` or `I`, is the decision to search or to guess.
         """
@@ -174,17 +172,17 @@ class TinyWorld:
             raise ValueError("after the only search there is nothing left to guess")
         looked_up = {"guess": 0, "search_then_guess": 1, "search": len(relations)}[style]
         spans: list[tuple[str, bool]] = []
-        thought, value = "", name
+        value = name
         for relation in relations[:looked_up]:
             query = f"{protocol.BEGIN_QUERY} {value} {relation} {protocol.END_QUERY}"
             person = self._by_name[value]
             value = person.facts[relation]
-            spans.append((f"{thought} Let me search. {query}", True))
+            spans.append((f" Let me search. {query}", True))
             spans.append((protocol.document_block([person.passage]), False))
-            thought = f" Found {relation} {value}."
+            spans.append((f" Found {relation} {value}.", True))
+        thought = ""
         if style != "search":
-            value = self._guess(question.id, relations[-1])
-            thought += " I guess."
+            value, thought = self._guess(question.id, relations[-1]), GUESS
         answer = f"{protocol.BEGIN_ANSWER} {value} {protocol.END_ANSWER}"
         spans.append((f"{thought} {protocol.END_THINK} {answer}{EOS}", True))
         return tuple(spans)

@@ -29,7 +29,14 @@ from r1s_jax.telemetry import Telemetry, make_progress
 from r1s_jax.update import Learner, LearnerState, clipped_loss, likelihood_loss, make_optimizer
 
 # Where a run stands; every checkpoint keeps a copy.
-_BEGINNING = {"phase": "cold_start", "step": 0, "before": None, "environment": {}, "seconds": 0.0}
+_BEGINNING = {
+    "phase": "cold_start",
+    "step": 0,
+    "accuracy": 0.0,  # of the cold start's predictions, a running mean
+    "before": None,  # evaluation before reinforcement learning
+    "environment": {},
+    "seconds": 0.0,
+}
 
 
 def train(
@@ -94,12 +101,17 @@ class Run:
             task = bar.add_task("Cold start", total=c.steps, completed=progress["step"], info="")
             for step in range(progress["step"], c.steps):
                 state, row = learner.update(state, *self._demonstrations(step))
+                row["accuracy"] = row.pop("likely") / max(row.pop("full"), 1e-9)
+                mean = progress["accuracy"] = 0.9 * progress["accuracy"] + 0.1 * row["accuracy"]
                 self.telemetry.cold_start({"step": step + 1, **row})
-                bar.update(task, advance=1, info=f"loss {row['loss']:.3f}")
+                info = f"loss {row['loss']:.3f}  accuracy {mean:.3f} of {c.accuracy:.3f}"
+                bar.update(task, advance=1, info=info)
                 if stop.requested or (step + 1) % c.checkpoint_every == 0:
                     self._save("cold_start", step + 1, state)
                 if stop.requested:
                     return state
+                if mean >= c.accuracy:
+                    break
         state = self._learning_state(state.params)
         if before := self.evaluate(state):
             progress["before"] = {"f1": before.f1, "searches": before.searches}

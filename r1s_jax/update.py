@@ -108,12 +108,17 @@ def clipped_loss(
 
 
 def likelihood_loss(logprobs: Array, entropies: Array, batch: PackedBatch) -> tuple[Array, Metrics]:
-    """Negative log-likelihood, each token by its weight (the supervised cold start)."""
+    """Negative log-likelihood, each token by its weight (the supervised cold start).
+
+    `accuracy` is the share of tokens of full weight that the policy finds likelier than not.
+    """
     mask = (batch.weights > 0).astype(jnp.float32)
+    full = (batch.weights > 0.99 * batch.weights.max()).astype(jnp.float32)
     metrics = {
         "tokens": mask.sum(),
         "entropy": (mask * entropies).sum(),
-        "logprob": (mask * logprobs).sum(),
+        "likely": (full * (logprobs > jnp.log(0.5))).sum(),
+        "full": full.sum(),
     }
     return -(batch.weights * logprobs).sum(), metrics
 

@@ -1,0 +1,81 @@
+"""Retrievers for tests: one that always finds something, and one for each way to fail."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FakeHit:
+    line: Any
+
+
+class EchoRetriever:
+    """Finds passages that repeat the query; `delay` is called before each search."""
+
+    def __init__(self, delay: Callable[[], None] | None = None):
+        self.delay = delay
+        self.queries: list[str] = []
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[FakeHit]]:
+        self.queries += queries
+        if self.delay:
+            self.delay()
+        return [[FakeHit(line) for line in echo_lines(query, k)] for query in queries]
+
+
+def echo_lines(query: str, k: int) -> list[str]:
+    """What EchoRetriever finds."""
+    return [f"{query} {i}" for i in range(1, k + 1)]
+
+
+class FlakyRetriever(EchoRetriever):
+    """Raises `failures` times, then works."""
+
+    def __init__(self, failures: int):
+        super().__init__()
+        self.failures = failures
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[FakeHit]]:
+        if self.failures > 0:
+            self.failures -= 1
+            raise ConnectionError("no route to the index")
+        return super().search(queries, k)
+
+
+class RaisingRetriever(FlakyRetriever):
+    """Never works."""
+
+    def __init__(self):
+        super().__init__(failures=10**9)
+
+
+class GarbageRetriever:
+    """Returns one and the same object whatever it is asked."""
+
+    def __init__(self, result: Any):
+        self.result = result
+
+    def search(self, queries: Sequence[str], k: int) -> Any:
+        return self.result
+
+
+class EmptyRetriever:
+    """Finds nothing."""
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[FakeHit]]:
+        return [[] for _ in queries]
+
+
+class GatedRetriever(EchoRetriever):
+    """Answers only once its `gate` is opened: until then it hangs."""
+
+    def __init__(self):
+        self.gate, self.answered = threading.Event(), threading.Event()
+        super().__init__(delay=self.gate.wait)
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[FakeHit]]:
+        hits = super().search(queries, k)
+        self.answered.set()
+        return hits

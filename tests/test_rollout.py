@@ -1,0 +1,267 @@
+"""The loop inside the program: its laws, and its equality with the loop driven from the host."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from r1s_jax import protocol
+from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
+from r1s_jax.data import Question
+from r1s_jax.engine import Engine
+from r1s_jax.host_loop import HostLoop
+from r1s_jax.model import ModelConfig, init_params
+from r1s_jax.rollout import Finish
+from r1s_jax.search import Broker, SearchFailure
+from r1s_jax.sharding import make_mesh, shard_params
+from r1s_jax.tiny_world import PROMPT, build_tokenizer
+from tests.fakes import EchoRetriever
+
+CONFIG = RolloutConfig(
+    slots=5,
+    top_p=0.9,
+    max_length=96,
+    max_prompt_length=24,
+    max_turn_length=16,
+    max_searches=3,
+    documents_per_query=2,
+    max_query_length=12,
+    max_documents_length=32,
+    prefill_rows=2,
+    prefill_chunk=8,
+)
+MODEL = ModelConfig(120, 32, 64, 2, 4, 2, 8, rope_theta=1000.0, tie_embeddings=True)
+QUESTIONS = [
+    Question(7, "What is the trade of Bakori?", ("smith",)),
+    Question(3, "What is the birthplace of the teacher of Tamizo?", ("Bakori",)),
+    Question(9, "What is the teacher of Ropado?", ("Tamizo",)),
+    Question(4, "What is the trade of the teacher of Nilasa?", ("baker",)),
+]
+
+
+def searching_params(seed: int = 0):
+    """Random parameters, the embeddings of the query tags raised so that all ends occur."""
+    params = init_params(MODEL, seed)
+    tokenizer = build_tokenizer()
+    ids = [tokenizer.encode(tag)[0] for tag in (protocol.BEGIN_QUERY, protocol.END_QUERY)]
+    bias = params["embed"].mean(0) * 0 + 0.0
+    embed = params["embed"].at[ids[0]].add(bias + 0.35).at[ids[1]].add(bias + 0.45)
+    embed = embed.at[tokenizer.encode(protocol.END_ANSWER)[0]].add(0.2)
+    return params | {"embed": embed}
+
+
+def make_engine(config: RolloutConfig = CONFIG, search: SearchConfig | None = None) -> Engine:
+    tokenizer = build_tokenizer()
+    return Engine(
+        MODEL,
+        tokenizer,
+        (tokenizer.eos_token_id,),
+        config,
+        search or SearchConfig(timeout_s=5.0),
+        make_mesh(MeshConfig()),
+        np.dtype("float32"),
+        lambda question: protocol.render_prompt(PROMPT, question),
+    )
+
+
+def roll(engine: Engine, retriever=None, questions=QUESTIONS, samples: int = 6, params=None):
+    params = shard_params(params or searching_params(), MODEL, engine.mesh)
+    return engine.run(
+        params, questions, samples=samples, seed=1, step=2, retriever=retriever or EchoRetriever()
+    )
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return make_engine()
+
+
+@pytest.fixture(scope="module")
+def rolled(engine):
+    return roll(engine)
+
+
+def assert_same(a, b, rows=slice(None)):
+    """Equal tokens, masks and endings; log-probabilities up to the order of reductions."""
+    for name in ("tokens", "loss_mask", "lengths", "prompt_lengths", "searches", "finish"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name)[rows], err_msg=name)
+    for name in ("sample_logprobs", "policy_logprobs"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name)[rows], atol=2e-5)
+
+
+def test_the_batch_exercises_every_ending(rolled):
+    endings = set(rolled.trajectory.finish.tolist())
+    assert {Finish.FINISHED, Finish.LENGTH, Finish.BAD_QUERY} <= endings
+    assert rolled.trajectory.searches.max() >= 2
+    assert rolled.outcomes["found"] >= 5
+
+
+def test_mask_selects_exactly_the_sampled_tokens(engine, rolled):
+    """Everything else is prompt, or a document block the retriever's passages tokenise to."""
+    t = rolled.trajectory
+    for row in range(len(t.lengths)):
+        prompt = engine.encode(engine.render(rolled.questions[row].question))
+        expected = list(prompt)
+        blocks = [
+            engine.broker.document_tokens(s.documents)
+            for s in rolled.searches[row]
+            if s.outcome == "found"
+        ]
+        tokens, mask = t.tokens[row, : t.lengths[row]], t.loss_mask[row, : t.lengths[row]]
+        assert not t.loss_mask[row, t.lengths[row] :].any()
+        assert tokens[: len(prompt)].tolist() == prompt
+        forced = tokens[~mask].tolist()
+        for block in blocks[: t.searches[row]]:
+            expected += block
+        assert forced == expected
+        assert t.searches[row] <= CONFIG.max_searches
+
+
+def test_log_probabilities_are_those_of_the_policy(rolled):
+    """Against one uncached forward pass over the finished trajectories."""
+    from r1s_jax.model import Policy
+
+    t = rolled.trajectory
+    logits = jax.jit(lambda p, x: Policy(MODEL, p)(x))(searching_params(), t.tokens)
+    logprobs = jax.nn.log_softmax(np.asarray(logits, np.float64), axis=-1)[:, :-1]
+    expected = np.take_along_axis(np.asarray(logprobs), t.tokens[:, 1:, None], -1)[..., 0]
+    mask = t.loss_mask[:, 1:]
+    np.testing.assert_allclose(t.policy_logprobs[:, 1:][mask], expected[mask], atol=2e-5)
+    # Cutting to the nucleus can only raise the probability of a token that stayed.
+    assert (t.sample_logprobs[t.loss_mask] >= t.policy_logprobs[t.loss_mask] - 1e-6).all()
+    assert (t.sample_logprobs[t.loss_mask] <= 1e-6).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_the_host_driven_loop_agrees(temperature):
+    engine = make_engine(dataclasses.replace(CONFIG, temperature=temperature))
+    params = searching_params()
+    rolled = roll(engine, params=params)
+    base = jax.random.fold_in(jax.random.key(1), 2)
+    for row in range(len(rolled.questions)):
+        question, sample = rolled.questions[row], row % 6
+        key = jax.random.fold_in(jax.random.fold_in(base, question.id), sample)
+        loop = host_loop(engine, params)
+        list(loop.run(engine.encode(engine.render(question.question)), key))
+        t, length = rolled.trajectory, len(loop.tokens)
+        assert loop.tokens == t.tokens[row, : t.lengths[row]].tolist()
+        assert loop.mask == t.loss_mask[row, :length].tolist()
+        assert (loop.finish, loop.searches) == (t.finish[row], t.searches[row])
+        np.testing.assert_allclose(loop.policy_logprobs, t.policy_logprobs[row, :length], atol=2e-5)
+
+
+def host_loop(engine: Engine, params) -> HostLoop:
+    broker = Broker(
+        SearchConfig(),
+        decode=engine.decode,
+        encode=engine.encode,
+        documents_per_query=CONFIG.documents_per_query,
+        max_documents_length=CONFIG.max_documents_length,
+    )
+    broker.begin(EchoRetriever())
+    dtype = np.dtype("float32")
+    return HostLoop(MODEL, params, engine.config, dtype, engine.eos_ids, broker, engine.decode)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"slots": 1, "prefill_rows": 1}, {"slots": 24}, {"prefill_chunk": 32}]
+)
+def test_slots_and_chunks_change_nothing(rolled, changes):
+    other = roll(make_engine(dataclasses.replace(CONFIG, **changes)))
+    assert_same(other.trajectory, rolled.trajectory)
+
+
+def test_a_trajectory_alone_is_the_same(engine, rolled):
+    alone = roll(engine, questions=QUESTIONS[2:3])
+    assert_same(alone.trajectory._replace(groups=None), rolled.trajectory, slice(12, 18))
+
+
+def test_the_order_of_questions_changes_nothing(engine, rolled):
+    turned = roll(engine, questions=QUESTIONS[::-1])
+    order = np.arange(24).reshape(4, 6)[::-1].ravel()
+    assert_same(turned.trajectory, rolled.trajectory, order)
+
+
+def test_search_latency_changes_nothing(engine, rolled):
+    rng = np.random.default_rng(0)
+    slow = roll(engine, EchoRetriever(delay=lambda: time.sleep(rng.uniform(0, 0.05))))
+    assert_same(slow.trajectory, rolled.trajectory)
+    assert sorted(s.query for r in slow.searches for s in r) == sorted(
+        s.query for r in rolled.searches for s in r
+    )
+
+
+def test_waiting_rows_do_not_stop_sampling_rows(engine):
+    """Searches of one rollout overlap: together they take much less than their sum."""
+    latency = 0.1
+    begin = time.perf_counter()
+    rolled = roll(engine, EchoRetriever(delay=lambda: time.sleep(latency)))
+    took = time.perf_counter() - begin
+    assert took < 0.6 * latency * rolled.outcomes["found"]
+
+
+def test_the_limits_hold(rolled):
+    t = rolled.trajectory
+    assert (t.lengths <= CONFIG.max_length).all()
+    for mask in t.loss_mask:
+        runs = np.diff(np.flatnonzero(np.diff(np.pad(mask.astype(int), 1))))[::2]
+        assert (runs <= CONFIG.max_turn_length).all()
+
+
+def test_first_search_is_forced_and_carries_no_loss():
+    config = dataclasses.replace(CONFIG, first_search=True, max_prompt_length=64)
+    rolled = roll(make_engine(config))
+    for solution, question in zip(rolled.solutions, rolled.questions, strict=True):
+        text, by_policy = solution.spans[0]
+        assert not by_policy
+        assert question.question.rstrip("?") in text.replace(" ?", "?")
+        assert protocol.BEGIN_DOCUMENTS in text
+    t = rolled.trajectory
+    assert not any(t.loss_mask[i, : t.prompt_lengths[i]].any() for i in range(len(t.lengths)))
+
+
+@pytest.mark.parametrize("kind", ["raises", "hangs", "garbage", "empty"])
+def test_a_broken_retriever_ends_the_rollout_cleanly(kind):
+    engine = make_engine(search=SearchConfig(timeout_s=0.3, retries=0))
+    begin = time.perf_counter()
+    with pytest.raises(SearchFailure, match="searches brought no documents"):
+        roll(engine, BrokenRetriever(kind))
+    assert time.perf_counter() - begin < 60
+    assert engine.broker.failures > 0
+
+
+class BrokenRetriever:
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def search(self, queries, k):
+        if self.kind == "raises":
+            raise ConnectionError("no route to the index")
+        if self.kind == "hangs":
+            time.sleep(3600)
+        return "what?" if self.kind == "garbage" else [[] for _ in queries]
+
+
+def test_a_prompt_that_is_too_long_is_named(engine):
+    with pytest.raises(ValueError, match=r"question 5 .*more than rollout.max_prompt_length=24"):
+        roll(engine, questions=[Question(5, "What is the trade of " * 9, ("x",))])
+
+
+def test_eight_devices_give_the_same_trajectories(rolled, tmp_path):
+    """Data, fsdp and tensor shards: the tokens of one device."""
+    out = tmp_path / "tokens.npy"
+    code = (
+        "import numpy as np, tests.test_rollout as t\n"
+        "from r1s_jax.config import MeshConfig\n"
+        "t.make_mesh = lambda _, make=t.make_mesh: make(MeshConfig(data=2, fsdp=2, tensor=2))\n"
+        f"np.save({str(out)!r}, t.roll(t.make_engine()).trajectory.tokens)\n"
+    )
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    import os
+
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=300)
+    np.testing.assert_array_equal(np.load(out), rolled.trajectory.tokens)

@@ -1,0 +1,147 @@
+"""Whole runs of the tiny world, cut short: files, resuming, stopping, bad input."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from r1s_jax.config import ConfigError, override
+from r1s_jax.configs import tiny_world
+from r1s_jax.telemetry import read_rows
+from r1s_jax.train import train
+
+SHORT = [
+    "cold_start.steps=30",
+    "cold_start.checkpoint_every=10",
+    "stage1.steps=2",
+    "stage2.steps=4",
+    "stage1.questions_per_step=4",
+    "stage2.questions_per_step=4",
+    "algorithm.samples_per_question=4",
+    "algorithm.updates_per_rollout=2",
+    "rollout.slots=16",
+    "eval.questions=8",
+    "environment.eval_people=40",
+]
+# What the clock decides; everything else of a row must not depend on when a run was stopped.
+TIMES = ("seconds", "_per_s")
+
+
+def command(run_dir: Path, *options: str) -> list[str]:
+    code = "import sys; from r1s_jax.cli import main; sys.argv[0] = 'r1s'; main()"
+    args = ["train", "tiny_world", *SHORT, "--run-dir", str(run_dir), *options]
+    return [sys.executable, "-c", code, *args]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    done = subprocess.run(command(path), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert {"f1_before", "f1_after", "f1_one_hop_after", "f1_two_hop_after"} <= last.keys()
+    assert {"searches_before", "searches_after", "seconds", "steps"} <= last.keys()
+    assert last == json.loads((path / "summary.json").read_text())
+    return path
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    rows = [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in rows]
+    for row in rows:
+        for search in row.get("searches", []) if isinstance(row.get("searches"), list) else []:
+            search.pop("seconds")
+    return rows
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    for name in ("cold_start.jsonl", "metrics.jsonl", "traces.jsonl"):
+        assert without_times(read_rows(a / name)) == without_times(read_rows(b / name)), name
+    results = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
+    assert results[0]["f1_after"] == results[1]["f1_after"]
+
+
+def test_a_run_leaves_its_files(whole):
+    rows = read_rows(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["stage"] for row in rows] == ["stage1"] * 2 + ["stage2"] * 4
+    named = {"reward", "format_valid", "searches_per_question", "searches_empty", "answer_f1"}
+    named |= {"searches_failed", "entropy", "kl", "clip_fraction", "logprob_gap_mean", "loss"}
+    named |= {"logprob_gap_max", "grad_norm", "response_length", "sampled_tokens_per_s"}
+    named |= {"trained_tokens_per_s", "seconds_rollout", "seconds_reward", "seconds_update"}
+    for row in rows:
+        assert named <= row.keys()
+        assert row["logprob_gap_max"] < 1e-4, "training sees what sampling saw"
+    for trace in read_rows(whole / "traces.jsonl"):
+        assert trace["spans"] and {"question", "answers", "reward", "parts"} <= trace.keys()
+    assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((whole / "tensorboard").iterdir())
+    assert json.loads((whole / "config.json").read_text())["name"] == "tiny_world"
+    assert "jax" in json.loads((whole / "versions.json").read_text())
+
+
+@pytest.mark.parametrize("attempt", range(2))
+def test_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
+    """SIGKILL at a random moment after the first checkpoint, again and again."""
+    path, rng = tmp_path / "killed", random.Random(attempt)
+    run = subprocess.Popen(command(path), env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((path / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(rng.uniform(0, 12))
+    run.kill()
+    run.wait()
+    done = subprocess.run(
+        command(path, "--resume"), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(whole, path)
+
+
+def test_sigterm_stops_with_a_checkpoint_and_resumes(whole, tmp_path):
+    path = tmp_path / "stopped"
+    run = subprocess.Popen(
+        command(path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (path / "cold_start.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=120)
+    assert run.returncode == 0
+    assert json.loads(out.splitlines()[-1])["stopped"] == "SIGTERM"
+    done = subprocess.run(
+        command(path, "--resume"), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(whole, path)
+
+
+def test_another_config_is_refused_and_nothing_lost(whole):
+    before = (whole / "metrics.jsonl").read_bytes()
+    other = override(tiny_world.config(), [*SHORT, "seed=5", "optimizer.learning_rate=0.1"])
+    with pytest.raises(ConfigError, match=r"another config: optimizer.learning_rate was .*seed"):
+        train(other, whole, resume=True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(override(tiny_world.config(), SHORT), whole)
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_kl_to_the_reference(tmp_path):
+    """With a coefficient there is a reference, and at first no distance to it."""
+    short = [*SHORT, "cold_start.steps=0", "stage1.steps=0", "stage2.steps=2", "eval.questions=0"]
+    config = override(tiny_world.config(), [*short, "algorithm.kl_coefficient=0.1"])
+    train(config, tmp_path / "kl")
+    first, second = read_rows(tmp_path / "kl" / "metrics.jsonl")
+    assert abs(first["kl"]) < 1e-6
+    assert abs(second["kl"]) > 1e-6
