@@ -31,7 +31,7 @@ def config() -> Config:
             )
         ),
         environment=TinyWorldConfig(),
-        cold_start=ColdStartConfig(steps=1500, accuracy=0.985, batch_size=46, learning_rate=2e-3),
+        cold_start=ColdStartConfig(steps=450, accuracy=0.985, batch_size=46, learning_rate=2e-3),
         stage1=StageConfig(steps=4, reward="stage1", questions_per_step=16),
         stage2=StageConfig(steps=24, reward="stage2", questions_per_step=16),
         rollout=RolloutConfig(

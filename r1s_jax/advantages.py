@@ -59,10 +59,14 @@ def _shape_outcome(estimator: str, rewards: Array, groups: Array, valid: Array) 
     def group_sum(values: Array) -> Array:
         return jax.ops.segment_sum(jnp.where(valid, values, 0.0), groups, rewards.shape[0])[groups]
 
-    count = jnp.maximum(group_sum(jnp.ones_like(rewards)), 1.0)
-    mean = group_sum(rewards) / count
     if estimator == "reinforce++":
         return rewards
+    count = jnp.maximum(group_sum(jnp.ones_like(rewards)), 1.0)
+    # Counted from the group's best, equal rewards differ from their mean by exactly 0: rounding
+    # would grow to full size in units of the standard deviation.
+    best = jax.ops.segment_max(jnp.where(valid, rewards, -jnp.inf), groups, rewards.shape[0])
+    rewards = jnp.where(valid, rewards - best[groups], 0.0)
+    mean = group_sum(rewards) / count
     if estimator == "reinforce_baseline":
         return rewards - mean
     if estimator == "rloo":

@@ -132,12 +132,12 @@ class OptimizerConfig:
 class ColdStartConfig:
     """A short supervised start for policies too weak to ever emit the format; 0 steps: none.
 
-    It ends once `accuracy` of what is demonstrated is predicted, after `steps` at the latest:
-    reinforcement learning teaches when to search, not how to read.
+    Reinforcement learning teaches when to search, not how to read: after `steps` the cold start
+    goes on until `accuracy` of what is demonstrated is predicted, for three times `steps` at most.
     """
 
     steps: int = 0
-    accuracy: float = 1.0
+    accuracy: float = 0.0
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 50

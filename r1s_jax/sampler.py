@@ -80,7 +80,7 @@ def invert_cdf(probs: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[A
     target = uniform * mass.sum(-1)
     block, before = _first_above(mass, target)
     inside = jnp.take_along_axis(probs, block[:, None, None], axis=1)[:, 0]
-    # Rounding may put the target before the block, too: below 0 it would fall on a token without mass.
+    # Rounding may put the target before the block: below 0 it would hit a token without mass.
     token, _ = _first_above(inside, jnp.maximum(target - before, 0))
     return (block * _BLOCK + token).astype(jnp.int32)
 

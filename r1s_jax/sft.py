@@ -11,8 +11,16 @@ from r1s_jax.packing import PackedBatch, pack
 
 
 def schedule(config: ColdStartConfig) -> optax.Schedule:
-    """Linear warm-up, then constant: how long it takes is not known beforehand."""
-    return optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    """Linear warm-up, a cosine down to a tenth of the learning rate, which then stays."""
+    warmup = min(config.warmup_steps, config.steps - 1)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, config.steps, end_value=0.1 * config.learning_rate
+    )
+
+
+def finished(config: ColdStartConfig, step: int, accuracy: float) -> bool:
+    """Whether the cold start is over after `step` steps with this mean accuracy."""
+    return step >= config.steps and (accuracy >= config.accuracy or step >= 3 * config.steps)
 
 
 def demonstration_batch(

@@ -22,7 +22,7 @@ from r1s_jax.pretrained import chat_renderer, make_policy
 from r1s_jax.rewards import REWARDS
 from r1s_jax.rollout import Finish
 from r1s_jax.run_dir import StopRequest, open_run_dir
-from r1s_jax.sft import demonstration_batch, schedule
+from r1s_jax.sft import demonstration_batch, finished, schedule
 from r1s_jax.sharding import batch_shards, make_mesh, shard_params
 from r1s_jax.summary import summarize
 from r1s_jax.telemetry import Telemetry, make_progress
@@ -83,7 +83,7 @@ class Run:
         self.started -= self.progress["seconds"]
         learning = self.progress["phase"] == "learning"
         self.telemetry.rewind(
-            cold_start=config.cold_start.steps if learning else self.progress["step"],
+            cold_start=3 * config.cold_start.steps if learning else self.progress["step"],
             learning=self.progress["step"] if learning else 0,
         )
 
@@ -99,19 +99,18 @@ class Run:
             state = self.checkpoints.restore(state)
         with make_progress() as bar:
             task = bar.add_task("Cold start", total=c.steps, completed=progress["step"], info="")
-            for step in range(progress["step"], c.steps):
+            while not finished(c, step := progress["step"], progress["accuracy"]):
                 state, row = learner.update(state, *self._demonstrations(step))
                 row["accuracy"] = row.pop("likely") / max(row.pop("full"), 1e-9)
-                mean = progress["accuracy"] = 0.9 * progress["accuracy"] + 0.1 * row["accuracy"]
+                progress["accuracy"] = 0.9 * progress["accuracy"] + 0.1 * row["accuracy"]
+                progress["step"] = step + 1
                 self.telemetry.cold_start({"step": step + 1, **row})
-                info = f"loss {row['loss']:.3f}  accuracy {mean:.3f} of {c.accuracy:.3f}"
-                bar.update(task, advance=1, info=info)
+                info = f"loss {row['loss']:.3f}  accuracy {progress['accuracy']:.3f}"
+                bar.update(task, advance=1, total=max(c.steps, step + 1), info=info)
                 if stop.requested or (step + 1) % c.checkpoint_every == 0:
                     self._save("cold_start", step + 1, state)
                 if stop.requested:
                     return state
-                if mean >= c.accuracy:
-                    break
         state = self._learning_state(state.params)
         if before := self.evaluate(state):
             progress["before"] = {"f1": before.f1, "searches": before.searches}
@@ -281,7 +280,7 @@ class Run:
             "environment": self.environment.state(),
             "seconds": time.perf_counter() - self.started,
         }
-        index = step + (self.config.cold_start.steps + 1 if phase == "learning" else 0)
+        index = step + (3 * self.config.cold_start.steps + 1 if phase == "learning" else 0)
         self.checkpoints.save(index, state, self.progress)
 
 

@@ -1,6 +1,7 @@
 """The loop inside the program: its laws, and its equality with the loop driven from the host."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ CONFIG = RolloutConfig(
     prefill_rows=2,
     prefill_chunk=8,
 )
-MODEL = ModelConfig(120, 32, 64, 2, 4, 2, 8, rope_theta=1000.0, tie_embeddings=True)
+MODEL = ModelConfig(120, 32, 64, 2, 4, 2, 8, rope_theta=1000.0)
 QUESTIONS = [
     Question(7, "What is the trade of Bakori?", ("smith",)),
     Question(3, "What is the birthplace of the teacher of Tamizo?", ("Bakori",)),
@@ -44,14 +45,16 @@ QUESTIONS = [
 
 
 def searching_params(seed: int = 0):
-    """Random parameters, the embeddings of the query tags raised so that all ends occur."""
+    """Random parameters that favour the tags, so that every kind of ending occurs."""
     params = init_params(MODEL, seed)
+    # A constant feature in every hidden state, read out as a preference for the tags.
+    embed = params["embed"].at[:, 0].set(3.0)
     tokenizer = build_tokenizer()
-    ids = [tokenizer.encode(tag)[0] for tag in (protocol.BEGIN_QUERY, protocol.END_QUERY)]
-    bias = params["embed"].mean(0) * 0 + 0.0
-    embed = params["embed"].at[ids[0]].add(bias + 0.35).at[ids[1]].add(bias + 0.45)
-    embed = embed.at[tokenizer.encode(protocol.END_ANSWER)[0]].add(0.2)
-    return params | {"embed": embed}
+    head = params["lm_head"].at[0].set(0.0)
+    tags = {protocol.BEGIN_QUERY: 0.9, protocol.END_QUERY: 0.55, protocol.END_ANSWER: 0.1}
+    for tag, preference in tags.items():
+        head = head.at[0, tokenizer.encode(tag)[0]].set(preference)
+    return params | {"embed": embed, "lm_head": head}
 
 
 def make_engine(config: RolloutConfig = CONFIG, search: SearchConfig | None = None) -> Engine:
@@ -261,7 +264,5 @@ def test_eight_devices_give_the_same_trajectories(rolled, tmp_path):
         f"np.save({str(out)!r}, t.roll(t.make_engine()).trajectory.tokens)\n"
     )
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    import os
-
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=300)
     np.testing.assert_array_equal(np.load(out), rolled.trajectory.tokens)

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,7 +47,7 @@ def cut(draw, pieces):
     """A text of random pieces, cut into tokens at random places."""
     text = "".join(draw(st.lists(pieces, max_size=12)))
     edges = sorted(draw(st.sets(st.integers(0, len(text)))) | {0, len(text)})
-    return [text[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 parts = st.sampled_from(TAGS).flatmap(

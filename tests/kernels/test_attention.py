@@ -1,0 +1,198 @@
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1s_jax.kernels.attention import api, reference, xla
+
+DECODE = {
+    "reference": jax.jit(reference.decode_attention),
+    "xla": jax.jit(xla.decode_attention),
+}
+
+
+def softmax_mix(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
+    """One query's attention to a few keys, in float64; zeros without any."""
+    if not len(keys):
+        return np.zeros_like(q)
+    scores = keys @ q * scale
+    weights = np.exp(scores - scores.max())
+    return weights @ values / weights.sum()
+
+
+def attention_oracle(q, k, v, segments, scale) -> np.ndarray:
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out, per_group = np.zeros_like(q), q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = np.flatnonzero(segments[b, : t + 1] == segments[b, t])
+        n = h // per_group
+        out[b, t, h] = softmax_mix(q[b, t, h], k[b, seen, n], v[b, seen, n], scale)
+    return out
+
+
+def decode_oracle(q, k, v, layer, lengths, scale) -> np.ndarray:
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out, per_group = np.zeros_like(q), q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = max(0, lengths[b] - q.shape[1] + t + 1)
+        n = h // per_group
+        out[b, t, h] = softmax_mix(q[b, t, h], k[layer, b, n, :seen], v[layer, b, n, :seen], scale)
+    return out
+
+
+def normal(rng, *shape) -> np.ndarray:
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def random_qkv(rows, length, heads, kv_heads, head_dim, seed=0):
+    rng = np.random.default_rng(seed)
+    k, v = (normal(rng, rows, length, kv_heads, head_dim) for _ in "kv")
+    return normal(rng, rows, length, heads, head_dim), k, v
+
+
+def random_cache(layers, rows, kv_heads, capacity, head_dim, new, heads, seed=0):
+    rng = np.random.default_rng(seed)
+    k, v = (normal(rng, layers, rows, kv_heads, capacity, head_dim) for _ in "kv")
+    return normal(rng, rows, new, heads, head_dim), k, v
+
+
+@pytest.mark.parametrize("module", [reference, api])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (4, 1)])
+def test_attention_is_causal_and_grouped(module, heads, kv_heads):
+    q, k, v = random_qkv(2, 11, heads, kv_heads, 8)
+    one = np.ones((2, 11), int)
+    expected = attention_oracle(q, k, v, one, 8**-0.5)
+    np.testing.assert_allclose(module.attention(q, k, v), expected, atol=2e-6)
+
+
+def test_attention_stays_within_its_segment():
+    q, k, v = random_qkv(3, 13, 4, 2, 8)
+    segments = np.array(
+        [
+            [1, 1, 1, 2, 2, 2, 2, 2, 3, 4, 4, 0, 0],
+            [5] * 13,
+            [2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 0],
+        ],
+        np.int32,
+    )
+    got = np.asarray(reference.attention(q, k, v, segment_ids=segments))
+    expected = attention_oracle(q, k, v, segments, 8**-0.5)
+    text = segments > 0
+    np.testing.assert_allclose(got[text], expected[text], atol=2e-6)
+    assert np.isfinite(got).all()
+
+
+def test_the_future_and_other_segments_have_no_gradient():
+    q, k, v = random_qkv(1, 8, 2, 1, 4)
+    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
+
+    def at(k, v, token):
+        return reference.attention(q, k, v, segment_ids=segments)[0, token].sum()
+
+    for token, seen in [(2, [0, 1, 2]), (5, [4, 5])]:
+        for gradient in jax.grad(partial(at, token=token), (0, 1))(k, v):
+            touched = np.flatnonzero(np.abs(gradient[0]).sum((1, 2)))
+            assert set(touched) <= set(seen)
+        assert set(np.flatnonzero(np.abs(gradient[0]).sum((1, 2)))) == set(seen)
+
+
+def test_attention_of_its_own_scale():
+    q, k, v = random_qkv(1, 6, 2, 2, 4)
+    got = reference.attention(q, k, v, scale=1.7)
+    expected = attention_oracle(q, k, v, np.ones((1, 6)), 1.7)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", DECODE)
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize("capacity", [7, 128, 200, 256, 300])
+def test_decode_over_ragged_lengths(backend, new, capacity):
+    """Empty and full rows, lengths around the edges of blocks, capacities that are no multiple."""
+    lengths = np.array([0, new, capacity // 2, capacity - 1, capacity, 128, 129], np.int32)
+    lengths = np.minimum(lengths, capacity)
+    q, k, v = random_cache(3, len(lengths), 2, capacity, 8, new, 6)
+    for layer in (0, 2):
+        got = DECODE[backend](q, k, v, layer, lengths)
+        expected = decode_oracle(q, k, v, layer, lengths, 8**-0.5)
+        np.testing.assert_allclose(got, expected, atol=3e-6)
+        assert not np.asarray(got)[0].any()
+
+
+@pytest.mark.parametrize("backend", DECODE)
+def test_decode_of_short_rows_in_a_long_cache(backend):
+    """What stands past a row's text is garbage, and large garbage must not leak."""
+    lengths = np.array([5, 1, 130], np.int32)
+    q, k, v = random_cache(2, 3, 2, 500, 8, 1, 4)
+    expected = decode_oracle(q, k, v, 1, lengths, 8**-0.5)
+    for b, length in enumerate(lengths):
+        k[:, b, :, length:] = v[:, b, :, length:] = 1e4
+    np.testing.assert_allclose(DECODE[backend](q, k, v, 1, lengths), expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", DECODE)
+def test_decode_of_nothing_is_zero(backend):
+    q, k, v = random_cache(1, 2, 1, 9, 4, 1, 2)
+    assert not np.asarray(DECODE[backend](q, k, v, 0, np.zeros(2, np.int32))).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_decode_of_its_own_scale(backend):
+    module = {"reference": reference, "xla": xla}[backend]
+    q, k, v = random_cache(1, 2, 2, 140, 4, 2, 4)
+    lengths = np.array([140, 17], np.int32)
+    got = module.decode_attention(q, k, v, 0, lengths, scale=1.7)
+    np.testing.assert_allclose(got, decode_oracle(q, k, v, 0, lengths, 1.7), atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", DECODE)
+def test_large_scores_do_not_overflow(backend):
+    q, k, v = random_cache(1, 2, 1, 200, 8, 1, 2)
+    lengths = np.array([200, 150], np.int32)
+    expected = decode_oracle(40 * q, 40 * k, v, 0, lengths, 8**-0.5)
+    np.testing.assert_allclose(DECODE[backend](40 * q, 40 * k, v, 0, lengths), expected, atol=1e-3)
+
+
+@given(
+    layers=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 8, 16]),
+    new=st.integers(1, 5),
+    capacity=st.integers(5, 400),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=20)
+def test_xla_agrees_with_the_reference(layers, kv_heads, groups, head_dim, new, capacity, data):
+    lengths = data.draw(st.lists(st.integers(0, capacity), min_size=1, max_size=4))
+    layer = data.draw(st.integers(0, layers - 1))
+    q, k, v = random_cache(
+        layers, len(lengths), kv_heads, capacity, head_dim, new, groups * kv_heads
+    )
+    lengths = np.array(lengths, np.int32)
+    got, expected = (DECODE[name](q, k, v, layer, lengths) for name in ("xla", "reference"))
+    np.testing.assert_allclose(got, expected, atol=3e-6)
+
+
+def test_bfloat16_in_bfloat16_out_near_float32():
+    q, k, v = random_cache(1, 2, 2, 150, 16, 2, 4)
+    lengths = np.array([150, 40], np.int32)
+    expected = decode_oracle(q, k, v, 0, lengths, 16**-0.5)
+    half = [jax.numpy.asarray(x, "bfloat16") for x in (q, k, v)]
+    for decode in DECODE.values():
+        got = decode(*half, 0, lengths)
+        assert got.dtype == "bfloat16"
+        np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=0.03)
+
+
+@pytest.mark.parametrize("backend", DECODE)
+def test_decoding_chunk_by_chunk_is_attention_over_the_whole_text(backend):
+    q, k, v = random_qkv(2, 12, 4, 2, 8)
+    whole = attention_oracle(q, k, v, np.ones((2, 12)), 8**-0.5)
+    k_cache, v_cache = (np.moveaxis(x, 1, 2)[None] for x in (k, v))
+    for start, end in [(0, 4), (4, 8), (8, 12)]:
+        lengths = np.full(2, end, np.int32)
+        got = DECODE[backend](q[:, start:end], k_cache, v_cache, 0, lengths)
+        np.testing.assert_allclose(got, whole[:, start:end], atol=3e-6)

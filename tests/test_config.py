@@ -1,0 +1,191 @@
+import dataclasses
+import importlib
+import pkgutil
+
+import pytest
+
+import r1s_jax.configs
+from r1s_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ConfigError,
+    CorpusConfig,
+    PolicyConfig,
+    RolloutConfig,
+    StageConfig,
+    TinyWorldConfig,
+    override,
+)
+from r1s_jax.model import ModelConfig
+
+MODEL = ModelConfig(32, 8, 16, 1, 2, 1, 4)
+
+
+def make_config(**changes) -> Config:
+    stage = StageConfig(steps=1, reward="stage1")
+    fields = dict(
+        name="test",
+        policy=PolicyConfig(architecture=MODEL),
+        environment=TinyWorldConfig(),
+        stage1=stage,
+        stage2=stage,
+    )
+    return Config(**(fields | changes))
+
+
+CORPUS = make_config(environment=CorpusConfig(questions=("q.jsonl",), passages=("p.tsv",)))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "read", "value"),
+    [
+        ("seed=7", lambda c: c.seed, 7),
+        ("rollout.slots=128", lambda c: c.rollout.slots, 128),
+        ("mesh.fsdp=-1", lambda c: c.mesh.fsdp, -1),
+        ("optimizer.learning_rate=1e-5", lambda c: c.optimizer.learning_rate, 1e-5),
+        ("rollout.top_p=1", lambda c: c.rollout.top_p, 1.0),
+        ("policy.remat=true", lambda c: c.policy.remat, True),
+        ("rollout.stop_at_answer=False", lambda c: c.rollout.stop_at_answer, False),
+        ("policy.compute_dtype=bfloat16", lambda c: c.policy.compute_dtype, "bfloat16"),
+        ("algorithm.estimator=reinforce++", lambda c: c.algorithm.estimator, "reinforce++"),
+        ("run.wandb_project=a=b", lambda c: c.run.wandb_project, "a=b"),
+        (" run.wandb_project = x ", lambda c: c.run.wandb_project, "x"),
+        ("run.wandb_project=", lambda c: c.run.wandb_project, ""),
+        ("environment.people=9", lambda c: c.environment.people, 9),
+        ("policy.architecture.num_layers=3", lambda c: c.policy.architecture.num_layers, 3),
+        ("stage2.steps=0", lambda c: c.stage2.steps, 0),
+    ],
+)
+def test_an_override_sets_its_field_and_no_other(assignment, read, value):
+    before = make_config()
+    after = override(before, [assignment])
+    assert read(after) == value and type(read(after)) is type(value)
+    assert before == make_config()
+    path = assignment.partition("=")[0].strip()
+    assert override(after, [f"{path}={read(before)}"]) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a.jsonl", ("a.jsonl",)),
+        ("a, b,c", ("a", "b", "c")),
+        ("wheel:x==1:f.json,", ("wheel:x==1:f.json",)),
+    ],
+)
+def test_a_tuple_is_written_with_commas(text, value):
+    assert override(CORPUS, [f"environment.questions={text}"]).environment.questions == value
+
+
+def test_overrides_apply_from_left_to_right():
+    config = override(make_config(), ["seed=1", "rollout.slots=8", "seed=2"])
+    assert (config.seed, config.rollout.slots) == (2, 8)
+    assert override(config, []) is config
+
+
+@pytest.mark.parametrize(
+    ("assignment", "complaint"),
+    [
+        ("sede=1", r"'sede'.*did you mean 'seed'"),
+        ("rollout.slot=1", r"'rollout\.slot'.*did you mean 'slots'"),
+        ("rolout.slots=1", r"'rolout\.slots'.*did you mean 'rollout'"),
+        ("mesh.zzz=1", r"known: data, fsdp, tensor"),
+        ("environment.questions=x", r"'environment\.questions'"),  # not a field of the tiny world
+        ("rollout.slots.x=1", r"'slots' has no fields"),
+        ("rollout=1", r"'rollout' is a section.*rollout\.field=value"),
+        ("rollout.slots", r"write section\.field=value"),
+        ("", r"write section\.field=value"),
+        ("=1", r"unknown config field"),
+        ("rollout.=1", r"unknown config field"),
+        ("rollout.__class__=1", r"unknown config field"),
+        ("rollout.slots=many", r"rollout\.slots='many': must be of type int"),
+        ("rollout.slots=2.5", r"must be of type int"),
+        ("rollout.slots=", r"must be of type int"),
+        ("rollout.top_p=high", r"must be of type float"),
+        ("policy.remat=yes", r"must be true or false"),
+        ("policy.remat=1", r"must be true or false"),
+        ("algorithm.estimator=ppo", r"must be one of reinforce\+\+, reinforce_baseline"),
+        ("policy.architecture.rope_scaling=1", r"cannot be set from the command line \(type Rope"),
+    ],
+)
+def test_a_bad_override_is_named(assignment, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        override(make_config(), [assignment])
+
+
+def test_an_absent_architecture_cannot_be_set_from_the_command_line():
+    config = make_config(policy=PolicyConfig(model="some/path"))
+    with pytest.raises(ConfigError, match="cannot be set from the command line"):
+        override(config, ["policy.architecture=x"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "complaint"),
+    [
+        ("rollout.slots=0", "slots must be at least 1"),
+        ("rollout.temperature=-0.1", "temperature must be >= 0"),
+        ("rollout.temperature=nan", "temperature must be >= 0"),
+        ("rollout.top_p=0", "top_p must be in"),
+        ("rollout.top_p=1.01", "top_p must be in"),
+        ("rollout.max_length=512", "leaves no room below"),
+        ("rollout.prefill_rows=65", "must be between 1 and rollout.slots=64"),
+        ("rollout.prefill_rows=0", "must be between 1 and rollout.slots=64"),
+        ("rollout.max_turn_length=0", "max_turn_length must be at least 1"),
+        ("rollout.documents_per_query=0", "documents_per_query must be at least 1"),
+        ("rollout.max_query_length=0", "max_query_length must be at least 1"),
+        ("rollout.prefill_chunk=0", "prefill_chunk must be at least 1"),
+        ("policy.model=x", "either policy.model or an architecture"),
+        ("algorithm.updates_per_rollout=2000", "1024 trajectories a step cannot be split"),
+    ],
+)
+def test_an_override_is_checked_like_any_value(assignment, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        override(make_config(), [assignment])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PolicyConfig(),
+        lambda: PolicyConfig(model="x", architecture=MODEL),
+        lambda: CorpusConfig(questions=()),
+        lambda: CorpusConfig(questions=("q",)),
+        lambda: CorpusConfig(questions=("q",), passages=("p",), index="i"),
+        lambda: RolloutConfig(max_prompt_length=4096),
+        lambda: make_config(
+            stage2=StageConfig(1, "stage2", questions_per_step=1),
+            algorithm=AlgorithmConfig(samples_per_question=2, updates_per_rollout=3),
+        ),
+    ],
+)
+def test_impossible_values_are_refused_when_made(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_heads_must_divide():
+    with pytest.raises(ValueError, match="num_heads=3"):
+        override(
+            make_config(), ["policy.architecture.num_heads=3", "policy.architecture.num_kv_heads=2"]
+        )
+
+
+def test_a_config_cannot_be_changed_in_place():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_config().rollout.slots = 3
+
+
+RECIPES = [m.name for m in pkgutil.iter_modules(r1s_jax.configs.__path__) if not m.ispkg]
+
+
+def test_there_are_recipes():
+    assert {"tiny_world", "wiki_smollm2"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds(name):
+    config = importlib.import_module(f"r1s_jax.configs.{name}").config()
+    assert isinstance(config, Config) and config.name == name
+    assert override(config, ["seed=3"]).seed == 3
+    pack_length = config.optimizer.pack_length or config.rollout.max_length
+    assert pack_length >= config.rollout.max_length
