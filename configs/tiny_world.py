@@ -19,7 +19,7 @@ def config() -> Config:
         name="tiny_world",
         policy=PolicyConfig(
             architecture=ModelConfig(
-                vocab_size=120,
+                vocab_size=156,
                 d_model=128,
                 d_ff=256,
                 num_layers=3,
@@ -31,7 +31,7 @@ def config() -> Config:
             )
         ),
         environment=TinyWorldConfig(),
-        cold_start=ColdStartConfig(steps=450, accuracy=0.985, batch_size=46, learning_rate=2e-3),
+        cold_start=ColdStartConfig(steps=900, accuracy=0.97, batch_size=46, learning_rate=2e-3),
         stage1=StageConfig(steps=4, reward="stage1", questions_per_step=16),
         stage2=StageConfig(steps=24, reward="stage2", questions_per_step=16),
         rollout=RolloutConfig(

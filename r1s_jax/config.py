@@ -132,12 +132,14 @@ class OptimizerConfig:
 class ColdStartConfig:
     """A short supervised start for policies too weak to ever emit the format; 0 steps: none.
 
-    Reinforcement learning teaches when to search, not how to read: after `steps` the cold start
-    goes on until `accuracy` of what is demonstrated is predicted, for three times `steps` at most.
+    Reinforcement learning teaches when to search, not how to read: the learning rate stays up
+    until `accuracy` of what is demonstrated is predicted, then falls to a tenth over
+    `cooldown_steps`, which are the end.
     """
 
-    steps: int = 0
-    accuracy: float = 0.0
+    steps: int = 0  # at most, the cooldown included
+    accuracy: float = 1.0
+    cooldown_steps: int = 100
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 50

@@ -101,7 +101,7 @@ class Broker:
         return sum(self._counts[outcome] for outcome in ("timeout", "error", "empty"))
 
     def check(self) -> None:
-        """Raises SearchFailure when too many searches failed, or once did and stopped the rollout."""
+        """Raises SearchFailure when too many searches failed, now or midway in the rollout."""
         total = sum(self._counts.values()) - self._counts["bad_query"]
         if self._stopped or self.failures > self.config.max_failure_rate * total:
             details = Counter(f"{s.outcome}: {s.detail}" for s in self.log if s.detail)

@@ -3,24 +3,26 @@
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import optax
 
 from r1s_jax.config import ColdStartConfig
 from r1s_jax.environment import Demonstration
 from r1s_jax.packing import PackedBatch, pack
 
 
-def schedule(config: ColdStartConfig) -> optax.Schedule:
-    """Linear warm-up, a cosine down to a tenth of the learning rate, which then stays."""
-    warmup = min(config.warmup_steps, config.steps - 1)
-    return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, config.steps, end_value=0.1 * config.learning_rate
-    )
+def learning_rate_scale(config: ColdStartConfig, step: int, cooldown_from: int | None) -> float:
+    """Share of the learning rate at a step: warm-up, constant, then down to a tenth.
+
+    `cooldown_from` is the step at which the policy could read well enough, None before.
+    """
+    warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+    if cooldown_from is None:
+        return warm
+    return warm * (1.0 - 0.9 * min(1.0, (step - cooldown_from) / max(config.cooldown_steps, 1)))
 
 
-def finished(config: ColdStartConfig, step: int, accuracy: float) -> bool:
-    """Whether the cold start is over after `step` steps with this mean accuracy."""
-    return step >= config.steps and (accuracy >= config.accuracy or step >= 3 * config.steps)
+def cooldown_begins(config: ColdStartConfig, step: int, accuracy: float) -> bool:
+    """Whether the learning rate should fall from `step` on, given the mean accuracy so far."""
+    return accuracy >= config.accuracy or step >= config.steps - config.cooldown_steps
 
 
 def demonstration_batch(

@@ -30,8 +30,10 @@ _WORDS = (
     "None",
 )
 # fmt: on
+# The last syllable of a name is of its own kind: with few syllables in common, names that stand
+# side by side are seldom mistaken for each other.
 SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "aio")))
-NAME_SYLLABLES = 3
+LAST_SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "euy")))
 PEOPLE_PER_PLACE = 3
 
 _TAGS = (
@@ -57,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     starts = (*_TAGS, *_DOCUMENT_NUMBERS, *_WORDS, *RELATIONS, *TRADES)
     names = [syllable.capitalize() for syllable in SYLLABLES]
     pieces = [_WORD_START + text for text in (*starts, *names)]
-    vocabulary = [PAD, EOS, UNKNOWN, *pieces, *SYLLABLES, *".,:?"]
+    vocabulary = [PAD, EOS, UNKNOWN, *pieces, *SYLLABLES, *LAST_SYLLABLES, *".,:?"]
     ids = {piece: i for i, piece in enumerate(vocabulary)}
     # WordPiece takes the longest known piece again and again; no mark on the pieces that continue.
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNKNOWN, continuing_subword_prefix=""))
@@ -102,17 +104,16 @@ class TinyWorld:
         num_places = max(2, num_people // PEOPLE_PER_PLACE)
         names = _draw_names(rng, num_people + num_places)
         people, self.places = names[:num_people], names[num_people:]
-        self.people = [
-            Person(
-                name,
-                {
-                    BIRTHPLACE: str(rng.choice(self.places)),
-                    TRADE: str(rng.choice(TRADES)),
-                    TEACHER: people[(i + 1) % num_people],
-                },
-            )
-            for i, name in enumerate(people)
-        ]
+        self.people = []
+        for i, name in enumerate(people):
+            facts = {
+                BIRTHPLACE: str(rng.choice(self.places)),
+                TRADE: str(rng.choice(TRADES)),
+                TEACHER: people[(i + 1) % num_people],
+            }
+            # In any order, so that a fact is found by its name and not by its place on the page.
+            order = rng.permutation(list(facts))
+            self.people.append(Person(name, {str(relation): facts[relation] for relation in order}))
         self._by_name = {person.name: person for person in self.people}
 
     def _rng(
@@ -161,9 +162,10 @@ class TinyWorld:
         """A worked solution, as (text, trained?) spans that follow the prompt.
 
         `search` looks every hop up, `guess` none, `search_then_guess` the first alone. A guess is
-        a random value of the right kind, seldom the right one; its span begins with `GUESS`. Documents are not trained on: the
-        one passage of the person asked for, as the search engine would insert it. The first word
-        of a thought, `Let` or `I`, is the decision to search or to guess.
+        a random value of the right kind, seldom the right one; its span begins with `GUESS`.
+        Documents are not trained on: the one passage of the person asked for, as the search engine
+        would insert it. The first word of a thought, `Let` or `I`, is the decision to search or to
+        guess.
         """
         if self._question(question.id) != question:
             raise ValueError(f"question {question.id} is not one of this world")
@@ -201,13 +203,14 @@ class TinyWorld:
         if len({*names, *TRADES}) != len(names) + len(TRADES):
             raise ValueError("a name stands for two things in this world")
         for person in self.people:
-            if tuple(person.facts) != RELATIONS or person.facts[TEACHER] not in self._by_name:
+            if set(person.facts) != set(RELATIONS) or person.facts[TEACHER] not in self._by_name:
                 raise ValueError(f"the facts of {person.name} are not one value a relation")
 
 
 def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
-    """`n` different names, e.g. Bakori."""
+    """`n` different names, e.g. Bakory."""
     drawn: dict[str, None] = {}  # a set that keeps its order
     while len(drawn) < n:
-        drawn["".join(rng.choice(SYLLABLES, NAME_SYLLABLES)).capitalize()] = None
+        first, second = rng.choice(SYLLABLES, 2)
+        drawn[f"{first}{second}{rng.choice(LAST_SYLLABLES)}".capitalize()] = None
     return list(drawn)

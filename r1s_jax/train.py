@@ -22,7 +22,7 @@ from r1s_jax.pretrained import chat_renderer, make_policy
 from r1s_jax.rewards import REWARDS
 from r1s_jax.rollout import Finish
 from r1s_jax.run_dir import StopRequest, open_run_dir
-from r1s_jax.sft import demonstration_batch, finished, schedule
+from r1s_jax.sft import cooldown_begins, demonstration_batch, learning_rate_scale
 from r1s_jax.sharding import batch_shards, make_mesh, shard_params
 from r1s_jax.summary import summarize
 from r1s_jax.telemetry import Telemetry, make_progress
@@ -83,30 +83,28 @@ class Run:
         self.started -= self.progress["seconds"]
         learning = self.progress["phase"] == "learning"
         self.telemetry.rewind(
-            cold_start=3 * config.cold_start.steps if learning else self.progress["step"],
+            cold_start=config.cold_start.steps if learning else self.progress["step"],
             learning=self.progress["step"] if learning else 0,
         )
 
     def cold_start(self, stop: StopRequest) -> LearnerState:
         """Imitates demonstrations; returns the state that reinforcement learning starts from."""
         c, progress = self.config.cold_start, self.progress
-        optimizer = make_optimizer(self.config.optimizer, schedule(c) if c.steps else 0.0)
-        learner = self._learner(optimizer, likelihood_loss)
         if progress["phase"] == "learning":
             return self.checkpoints.restore(self._learning_state(self.params))
+        optimizer = make_optimizer(self.config.optimizer, c.learning_rate)
+        learner = self._learner(optimizer, likelihood_loss)
         state = learner.init(self.params)
         if progress["step"]:
             state = self.checkpoints.restore(state)
         with make_progress() as bar:
             task = bar.add_task("Cold start", total=c.steps, completed=progress["step"], info="")
-            while not finished(c, step := progress["step"], progress["accuracy"]):
-                state, row = learner.update(state, *self._demonstrations(step))
-                row["accuracy"] = row.pop("likely") / max(row.pop("full"), 1e-9)
-                progress["accuracy"] = 0.9 * progress["accuracy"] + 0.1 * row["accuracy"]
-                progress["step"] = step + 1
+            while (step := progress["step"]) < progress.get("cold_start_ends", c.steps):
+                state, row = self._imitate(learner, state, step)
                 self.telemetry.cold_start({"step": step + 1, **row})
+                end = progress.get("cold_start_ends", c.steps)
                 info = f"loss {row['loss']:.3f}  accuracy {progress['accuracy']:.3f}"
-                bar.update(task, advance=1, total=max(c.steps, step + 1), info=info)
+                bar.update(task, advance=1, total=end, info=info)
                 if stop.requested or (step + 1) % c.checkpoint_every == 0:
                     self._save("cold_start", step + 1, state)
                 if stop.requested:
@@ -116,6 +114,21 @@ class Run:
             progress["before"] = {"f1": before.f1, "searches": before.searches}
         self._save("learning", 0, state)
         return state
+
+    def _imitate(
+        self, learner: Learner, state: LearnerState, step: int
+    ) -> tuple[LearnerState, dict[str, float]]:
+        """One step of the cold start; notes when its end comes into sight."""
+        c, progress = self.config.cold_start, self.progress
+        if "cold_start_ends" not in progress and cooldown_begins(c, step, progress["accuracy"]):
+            progress["cold_start_ends"] = step + c.cooldown_steps
+        end = progress.get("cold_start_ends")
+        scale = learning_rate_scale(c, step, end and end - c.cooldown_steps)
+        state, row = learner.update(state, *self._demonstrations(step), scale)
+        row["accuracy"] = row.pop("likely") / max(row.pop("full"), 1e-9)
+        progress["accuracy"] = 0.9 * progress["accuracy"] + 0.1 * row["accuracy"]
+        progress["step"] = step + 1
+        return state, row
 
     def learn(self, state: LearnerState, stop: StopRequest) -> LearnerState:
         """Stage 1, then stage 2."""
@@ -280,7 +293,7 @@ class Run:
             "environment": self.environment.state(),
             "seconds": time.perf_counter() - self.started,
         }
-        index = step + (3 * self.config.cold_start.steps + 1 if phase == "learning" else 0)
+        index = step + (self.config.cold_start.steps + 1 if phase == "learning" else 0)
         self.checkpoints.save(index, state, self.progress)
 
 

@@ -39,7 +39,7 @@ class LearnerState(NamedTuple):
 
 
 def make_optimizer(
-    config: OptimizerConfig, learning_rate: float | optax.Schedule | None = None
+    config: OptimizerConfig, learning_rate: float | None = None
 ) -> optax.GradientTransformation:
     """Adam after clipping the global norm; AdamW where weight decay is asked for."""
     rate = config.learning_rate if learning_rate is None else learning_rate
@@ -150,13 +150,16 @@ class Learner:
         return LearnerState(copy(params), optimizer, copy(params) if keep_reference else None)
 
     def update(
-        self, state: LearnerState, batch: PackedBatch, micro: int
+        self, state: LearnerState, batch: PackedBatch, micro: int, scale: float = 1.0
     ) -> tuple[LearnerState, dict[str, float]]:
         """One optimizer step over the first `micro` micro-batches; donates `state`.
 
-        Returns the new state and metrics (token means; `loss`, `grad_norm`).
+        `scale` multiplies the learning rate. Returns the new state and metrics (token means;
+        `loss`, `grad_norm`).
         """
-        state, metrics = self._update(state, self._place(batch), jnp.int32(micro))
+        state, metrics = self._update(
+            state, self._place(batch), jnp.int32(micro), jnp.float32(scale)
+        )
         return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def logprobs(self, params: Params, batch: PackedBatch, micro: int) -> np.ndarray:
@@ -172,7 +175,7 @@ class Learner:
         return token_logprobs(policy, batch.tokens, hidden)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _update(self, state: LearnerState, batch: PackedBatch, micro: Array):
+    def _update(self, state: LearnerState, batch: PackedBatch, micro: Array, scale: Array):
         def loss(params: Params, rows: PackedBatch) -> tuple[Array, Metrics]:
             return self.loss(*self._forward(params, rows), rows)
 
@@ -192,8 +195,9 @@ class Learner:
         metrics = {
             k: v if k == "tokens" or k.endswith("max") else v / tokens for k, v in metrics.items()
         }
-        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
+        metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        updates = jax.tree.map(lambda u: scale * u, updates)
         params = optax.apply_updates(state.params, updates)
         return LearnerState(params, optimizer, state.reference), metrics
 

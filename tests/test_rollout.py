@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -51,7 +52,7 @@ def searching_params(seed: int = 0):
     embed = params["embed"].at[:, 0].set(3.0)
     tokenizer = build_tokenizer()
     head = params["lm_head"].at[0].set(0.0)
-    tags = {protocol.BEGIN_QUERY: 0.9, protocol.END_QUERY: 0.55, protocol.END_ANSWER: 0.1}
+    tags = {protocol.BEGIN_QUERY: 1.2, protocol.END_QUERY: 0.55, protocol.END_ANSWER: 0.1}
     for tag, preference in tags.items():
         head = head.at[0, tokenizer.encode(tag)[0]].set(preference)
     return params | {"embed": embed, "lm_head": head}
@@ -199,12 +200,18 @@ def test_search_latency_changes_nothing(engine, rolled):
 
 
 def test_waiting_rows_do_not_stop_sampling_rows(engine):
-    """Searches of one rollout overlap: together they take much less than their sum."""
-    latency = 0.1
-    begin = time.perf_counter()
-    rolled = roll(engine, EchoRetriever(delay=lambda: time.sleep(latency)))
-    took = time.perf_counter() - begin
-    assert took < 0.6 * latency * rolled.outcomes["found"]
+    """The first search gets its documents only once another row has gone on to search."""
+    second, calls, met = threading.Event(), [], []
+
+    def wait_for_another() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            met.append(second.wait(timeout=4))
+        else:
+            second.set()
+
+    roll(engine, EchoRetriever(delay=wait_for_another))
+    assert met == [True]
 
 
 def test_the_limits_hold(rolled):

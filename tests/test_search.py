@@ -114,23 +114,23 @@ def test_a_busy_program_does_not_wait_for_a_slow_search():
     retriever = GatedRetriever()
     broker = make_broker(retriever)
     begin = time.monotonic()
-    for i in range(20):
+    for i in range(100):
         got = exchange(broker, {0: turn("a")} if i == 0 else {}, idle=False)
         assert got.results == {}
-    assert time.monotonic() - begin < 0.2
+    assert time.monotonic() - begin < 1  # waiting each time would take 2 s
     retriever.gate.set()
     assert ask(broker, {1: turn("b")})[0].keys() <= {0, 1}
 
 
 def test_slow_searches_overlap():
-    broker = make_broker(EchoRetriever(delay=lambda: time.sleep(0.2)))
+    broker = make_broker(EchoRetriever(delay=lambda: time.sleep(0.3)))
     begin = time.monotonic()
     pending = [exchange(broker, {slot: turn("q")}, idle=False) for slot in range(4)]
     assert not any(p.results for p in pending)
     results = {}
     while len(results) < 4:
         results |= exchange(broker, {}).results
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < 0.9  # one after the other they take 1.2 s
     assert set(results.values()) == {found("q")}
 
 
@@ -280,7 +280,11 @@ def test_a_bug_in_the_exchange_stops_the_rollout_and_fails_the_check():
 def test_documents_that_cannot_be_encoded_stop_the_rollout_without_an_exception():
     broker = make_broker(EchoRetriever())
     broker._encode = lambda text: 1 / 0
-    assert exchange(broker, {0: turn("a")}).stop or exchange(broker, {}).stop
+    stop = exchange(broker, {0: turn("a")}).stop
+    deadline = time.monotonic() + 5
+    while not stop and time.monotonic() < deadline:
+        stop = exchange(broker, {}).stop
+    assert stop
     with pytest.raises(SearchFailure, match="ZeroDivisionError"):
         broker.check()
 

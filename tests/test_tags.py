@@ -106,9 +106,13 @@ def smollm2():
 
 
 @pytest.fixture(scope="module")
-def smollm2_table(smollm2):
-    strings = token_strings(smollm2)
-    return build_tag_table(strings, TAGS, len(strings) + 7)
+def smollm2_strings(smollm2):
+    return token_strings(smollm2)
+
+
+@pytest.fixture(scope="module")
+def smollm2_table(smollm2_strings):
+    return build_tag_table(smollm2_strings, TAGS, len(smollm2_strings) + 7)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +136,10 @@ def test_a_real_tokenizer_however_it_splits_the_tags(smollm2, smollm2_table, tex
     assert sum(e is not None for e in ended) == sum(text.count(tag) for tag in TAGS)
 
 
-def test_a_real_tokenizer_in_random_streams(smollm2, smollm2_table):
+def test_a_real_tokenizer_in_random_streams(smollm2, smollm2_strings, smollm2_table):
     """Fragments encoded apart give splits that no encoding of a whole text would."""
     rng = np.random.default_rng(0)
-    strings, hits = token_strings(smollm2), 0
+    hits = 0
     for _ in range(40):
         ids = []
         for _ in range(8):
@@ -144,6 +148,6 @@ def test_a_real_tokenizer_in_random_streams(smollm2, smollm2_table):
             for part in (tag[:middle], tag[middle:], " x"[: rng.integers(3)]):
                 ids += smollm2.encode(part)
         ended = scan(smollm2_table, ids)
-        assert ended == search_text(TAGS, [strings[i] for i in ids])
+        assert ended == search_text(TAGS, [smollm2_strings[i] for i in ids])
         hits += sum(e is not None for e in ended)
     assert hits > 200

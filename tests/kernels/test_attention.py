@@ -107,9 +107,8 @@ def test_attention_of_its_own_scale():
 
 
 @pytest.mark.parametrize("backend", DECODE)
-@pytest.mark.parametrize("new", [1, 3])
-@pytest.mark.parametrize("capacity", [7, 128, 200, 256, 300])
-def test_decode_over_ragged_lengths(backend, new, capacity):
+@pytest.mark.parametrize(("capacity", "new"), [(7, 3), (128, 1), (200, 3), (256, 1), (300, 2)])
+def test_decode_over_ragged_lengths(backend, capacity, new):
     """Empty and full rows, lengths around the edges of blocks, capacities that are no multiple."""
     lengths = np.array([0, new, capacity // 2, capacity - 1, capacity, 128, 129], np.int32)
     lengths = np.minimum(lengths, capacity)
@@ -164,7 +163,7 @@ def test_large_scores_do_not_overflow(backend):
     capacity=st.integers(5, 400),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 def test_xla_agrees_with_the_reference(layers, kv_heads, groups, head_dim, new, capacity, data):
     lengths = data.draw(st.lists(st.integers(0, capacity), min_size=1, max_size=4))
     layer = data.draw(st.integers(0, layers - 1))

@@ -1,0 +1,131 @@
+"""The commands as a user types them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from r1s_jax import cli
+from r1s_jax.model import ModelConfig, init_params
+from r1s_jax.tiny_world import TinyWorld, build_tokenizer
+from r1s_jax.weights import save_params
+
+SMALL = ModelConfig(120, 32, 64, 2, 4, 2, 8, tie_embeddings=True)
+
+
+def run(*args: str, stdin: str | None = None):
+    return CliRunner().invoke(cli.app, list(args), input=stdin)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model that speaks the tiny world, as a Hugging Face directory."""
+    params = jax.tree.map(np.asarray, init_params(SMALL, 0))
+    tokenizer = build_tokenizer()
+    folder = tmp_path_factory.mktemp("models") / "small"
+    eos = (tokenizer.eos_token_id,)
+    return save_params(params, SMALL, folder, tokenizer, "float32", eos_token_ids=eos)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("indexes")
+    world = TinyWorld((0, 0, 0), 30)
+    lines = "".join(f"{p.id}\t{p.line}\n" for p in world.passages)
+    (folder / "passages.tsv").write_text(lines)
+    done = run("index", "build", str(folder / "passages.tsv"), "--out", str(folder / "index"))
+    assert done.exit_code == 0, done.output
+    return folder / "index"
+
+
+def test_help_teaches():
+    text = run("--help").output
+    for word in ("train", "ask", "bench", "index", "tiny_world", "wheel:name==version"):
+        assert word in text
+    assert "--resume" in run("train", "--help").output
+
+
+def test_configs_lists_every_recipe():
+    output = run("configs").output
+    assert "tiny_world" in output and "wiki_smollm2" in output
+
+
+def test_index_search_reads_arguments_and_lines(index):
+    world = TinyWorld((0, 0, 0), 30)
+    names = [p.name for p in world.people[:3]]
+    by_argument = run("index", "search", str(index), *names, "--k", "2")
+    by_line = run("index", "search", str(index), "--k", "2", stdin="\n".join(names))
+    assert by_argument.output == by_line.output
+    rows = [json.loads(line) for line in by_argument.output.splitlines()]
+    assert [row["query"] for row in rows] == names
+    for row, name in zip(rows, names, strict=True):
+        assert len(row["results"]) == 2
+        best = row["results"][0]
+        assert best.keys() == {"id", "score", "title", "text", "line"}
+        assert best["title"] == name
+
+
+def test_bench_decode_and_update_print_json(model):
+    short = ("--batch", "2", "--prompt-len", "16", "--new-tokens", "8", "--json")
+    result = json.loads(
+        run("bench", "decode", "--model", str(model), *short).stdout.splitlines()[-1]
+    )
+    assert result["tokens_per_s"] > 0 and result["prefill_tokens_per_s"] > 0
+    assert result["peak_memory_gb"] > 0
+    short = ("--batch", "2", "--length", "32", "--json")
+    result = json.loads(
+        run("bench", "update", "--model", str(model), *short).stdout.splitlines()[-1]
+    )
+    assert result["tokens_per_s"] > 0
+
+
+def test_ask_streams_to_the_end(model, index):
+    done = run("ask", "What is the trade of Bakori?", "--model", str(model), "--index", str(index))
+    assert done.exit_code == 0, done.output
+    assert "No answer" in done.output or "</answer>" in done.output or "<eos>" in done.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train", "tiny_word"), "no recipe 'tiny_word'"),
+        (("train", "tiny_world", "stage2.step=3"), "did you mean 'steps'"),
+        (("train", "tiny_world", "seed=three"), "must be of type int"),
+        (("train", "tiny_world", "--resume"), "--resume needs --run-dir"),
+        (("train", "tiny_world", "policy.model=x"), "not both"),
+        (("ask", "q", "--model", "/nowhere", "--index", "/nowhere"), "/nowhere"),
+        (("index", "search", "/nowhere", "q"), "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_clear_message(args, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["r1s", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_broken_question_file_is_named(tmp_path, monkeypatch, capsys):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "a?", "answer": "b"}\n{"question": "c?"\n')
+    passages = tmp_path / "passages.tsv"
+    passages.write_text("0\tTitle   text\n")
+    changes = [f"environment.questions={questions}", f"environment.passages={passages}"]
+    monkeypatch.setenv("R1S_CACHE", str(tmp_path / "cache"))
+    model = "policy.model=tests/fixtures/parity/llama"
+    monkeypatch.setattr("r1s_jax.train.make_policy", lambda *_: _tiny_policy())
+    args = ["r1s", "train", "wiki_smollm2", model, "environment.encoder=hash", *changes]
+    monkeypatch.setattr("sys.argv", [*args, "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "questions.jsonl, line 2" in capsys.readouterr().err
+
+
+def _tiny_policy():
+    from r1s_jax.pretrained import Pretrained
+
+    tokenizer = build_tokenizer()
+    return Pretrained(SMALL, init_params(SMALL, 0), tokenizer, (tokenizer.eos_token_id,))

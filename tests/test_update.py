@@ -1,0 +1,335 @@
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from r1s_jax import update
+from r1s_jax.config import MeshConfig, OptimizerConfig
+from r1s_jax.model import ModelConfig, Policy, init_params
+from r1s_jax.packing import PackedBatch, pack, unpack
+from r1s_jax.sharding import make_mesh
+from r1s_jax.update import Learner, clipped_loss, likelihood_loss, make_optimizer, token_logprobs
+
+MODEL = ModelConfig(31, 16, 32, 2, 4, 2, 4, rope_theta=1000.0)
+LENGTHS = np.array([9, 4, 12, 7, 3, 10])
+WIDTH = 12
+
+
+def make_learner(optimizer=None, **changes) -> Learner:
+    options = dict(
+        model=MODEL,
+        mesh=make_mesh(MeshConfig()),
+        compute_dtype=jnp.float32,
+        remat=False,
+        optimizer=optimizer or optax.sgd(1.0),
+        loss=partial(clipped_loss, 0.2),
+    )
+    return Learner(**(options | changes))
+
+
+def make_sequences(seed: int = 0) -> dict[str, np.ndarray]:
+    """Ragged sequences whose first two tokens, and some in the middle, are not trained on."""
+    rng = np.random.default_rng(seed)
+    shape = (len(LENGTHS), WIDTH)
+    mask = (np.arange(WIDTH) >= 2) & (np.arange(WIDTH) < LENGTHS[:, None])
+    mask &= rng.random(shape) < 0.7
+    return dict(
+        tokens=rng.integers(0, MODEL.vocab_size, shape).astype(np.int32),
+        weights=(mask * rng.uniform(0.02, 0.1, shape)).astype(np.float32),
+        advantages=rng.normal(size=shape).astype(np.float32),
+        old_logprobs=rng.normal(-3.4, 0.4, shape).astype(np.float32),
+    )
+
+
+def packed(sequences, capacity: int = 16, micro_rows: int = 1) -> tuple[PackedBatch, int]:
+    batch, _, micro = pack(**sequences, lengths=LENGTHS, capacity=capacity, micro_rows=micro_rows)
+    return batch, micro
+
+
+def one_a_row(sequences) -> tuple[PackedBatch, int]:
+    """Without the packer: each sequence in a row of its own, padding behind it."""
+    inside = np.arange(WIDTH) < LENGTHS[:, None]
+    arrays = {name: np.where(inside, a, 0)[None] for name, a in sequences.items()}
+    positions = np.where(inside, np.arange(WIDTH), 0).astype(np.int32)[None]
+    return PackedBatch(segment_ids=inside.astype(np.int32)[None], positions=positions, **arrays), 1
+
+
+def log_softmax(logits) -> np.ndarray:
+    x = np.asarray(logits, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@cache
+def make_params():
+    return jax.jit(lambda: init_params(MODEL, 0))()
+
+
+def step(learner: Learner, batch: PackedBatch, micro: int):
+    """Parameters and metrics after one update."""
+    params = make_params()
+    state, metrics = learner.update(learner.init(params, keep_reference=True), batch, micro)
+    return jax.device_get(state.params), metrics
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params()
+
+
+@pytest.fixture(scope="module")
+def learner():
+    return make_learner()
+
+
+@pytest.fixture(scope="module")
+def alone(learner):
+    return step(learner, *one_a_row(make_sequences()))
+
+
+@pytest.mark.parametrize(("length", "chunk"), [(1, 4), (4, 4), (5, 4), (11, 4), (11, 128)])
+def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
+    params, monkeypatch, length, chunk
+):
+    monkeypatch.setattr(update, "_LOGIT_CHUNK", chunk)
+    rng, policy = np.random.default_rng(length), Policy(MODEL, params)
+    tokens = rng.integers(0, MODEL.vocab_size, (3, length))
+    hidden = jnp.asarray(rng.normal(size=(3, length, MODEL.d_model)), jnp.float32)
+    logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden)
+    assert logprobs.shape == entropies.shape == (3, length)
+    full = log_softmax(policy.logits(hidden))[:, :-1]
+    expected = np.take_along_axis(full, tokens[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(logprobs[:, 1:], expected, atol=1e-5)
+    np.testing.assert_allclose(entropies[:, 1:], -(np.exp(full) * full).sum(-1), atol=1e-5)
+    assert not np.asarray(logprobs)[:, 0].any() and not np.asarray(entropies)[:, 0].any()
+
+
+def random_rows(spread: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, PackedBatch]:
+    rng = np.random.default_rng(seed)
+    shape = (2, 40)
+    weights = rng.uniform(0.1, 1, shape) * (rng.random(shape) < 0.6)
+    old = rng.normal(-2, 1, shape)
+    arrays = dict(weights=weights, advantages=rng.normal(size=shape), old_logprobs=old)
+    zeros = np.zeros(shape, np.int32)
+    batch = PackedBatch(
+        tokens=zeros,
+        segment_ids=zeros + 1,
+        positions=zeros,
+        **{name: a.astype(np.float32) for name, a in arrays.items()},
+    )
+    logprobs = (old + rng.normal(0, spread, shape)).astype(np.float32)
+    return logprobs, rng.uniform(0, 2, shape).astype(np.float32), batch
+
+
+@pytest.mark.parametrize("clip", [0.1, 0.2, 0.5])
+def test_clipped_loss_agrees_with_float64(clip):
+    logprobs, entropies, batch = random_rows(spread=2 * clip)
+    loss, metrics = clipped_loss(clip, logprobs, entropies, batch)
+    expected, outside, gaps, entropy = 0.0, 0, [], 0.0
+    for at in zip(*np.nonzero(batch.weights), strict=True):
+        gap = float(logprobs[at]) - float(batch.old_logprobs[at])
+        ratio, advantage = np.exp(gap), float(batch.advantages[at])
+        bounded = min(max(ratio, 1 - clip), 1 + clip)
+        expected -= float(batch.weights[at]) * min(ratio * advantage, bounded * advantage)
+        # Outside of the range on the side where the objective no longer grows.
+        outside += (ratio > 1 + clip and advantage > 0) or (ratio < 1 - clip and advantage < 0)
+        gaps.append(abs(gap))
+        entropy += float(entropies[at])
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert 0 < outside == metrics["clip_fraction"]
+    assert metrics["tokens"] == len(gaps)
+    np.testing.assert_allclose(metrics["logprob_gap_mean"], sum(gaps), rtol=1e-5)
+    np.testing.assert_allclose(metrics["logprob_gap_max"], max(gaps), rtol=1e-5)
+    np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-5)
+
+
+def test_the_first_gradient_is_that_of_reinforce():
+    """With ratio 1 nothing is clipped: the gradient is weight times advantage."""
+    logprobs, entropies, batch = random_rows()
+    batch = batch._replace(old_logprobs=logprobs)
+    gradient = jax.grad(lambda x: clipped_loss(0.2, x, entropies, batch)[0])(logprobs)
+    np.testing.assert_allclose(gradient, -batch.weights * batch.advantages, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", [partial(clipped_loss, 0.2), likelihood_loss])
+def test_tokens_of_weight_0_have_no_gradient_and_no_say(loss):
+    logprobs, entropies, batch = random_rows()
+    masked = batch.weights == 0
+    value, _ = loss(logprobs, entropies, batch)
+    gradient = np.asarray(jax.grad(lambda x: loss(x, entropies, batch)[0])(logprobs))
+    assert not gradient[masked].any() and gradient[~masked].any()
+    other = batch._replace(
+        advantages=np.where(masked, 1e6, batch.advantages),
+        old_logprobs=np.where(masked, -np.inf, batch.old_logprobs),
+    )
+    moved = np.where(masked, logprobs - 50, logprobs)
+    assert loss(moved, entropies, other)[0] == value
+    again = jax.grad(lambda x: loss(x, entropies, other)[0])(moved)
+    np.testing.assert_array_equal(again, gradient)
+
+
+def test_likelihood_loss_is_the_weighted_negative_log_likelihood():
+    logprobs, entropies, batch = random_rows()
+    expected = -(batch.weights.astype(np.float64) * logprobs).sum()
+    np.testing.assert_allclose(likelihood_loss(logprobs, entropies, batch)[0], expected, rtol=1e-5)
+
+
+@jax.jit
+@jax.value_and_grad
+def plain_loss(params, s):
+    """The clipped loss without packing, chunks or accumulation."""
+    logprobs = jax.nn.log_softmax(Policy(MODEL, params)(s["tokens"]))[:, :-1]
+    logprobs = jnp.take_along_axis(logprobs, s["tokens"][:, 1:, None], -1)[..., 0]
+    ratio, advantages = jnp.exp(logprobs - s["old_logprobs"][:, 1:]), s["advantages"][:, 1:]
+    gain = jnp.minimum(ratio * advantages, ratio.clip(0.8, 1.2) * advantages)
+    return -(s["weights"][:, 1:] * gain).sum()
+
+
+def test_the_update_is_the_gradient_of_the_loss_over_full_logits(params, alone):
+    sequences = make_sequences()
+    value, gradient = plain_loss(params, sequences)
+    after, metrics = alone
+    assert_close(after, jax.tree.map(jnp.subtract, params, gradient), atol=1e-5)
+    norm = np.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(gradient)))
+    np.testing.assert_allclose(metrics["loss"], value, atol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    assert metrics["tokens"] == (sequences["weights"] > 0).sum()
+    assert metrics["grad_norm"] > 0.1  # or the comparison above would say little
+
+
+@pytest.mark.parametrize(("capacity", "micro_rows", "micro"), [(16, 1, 3), (24, 2, 1)])
+def test_packing_and_micro_batches_change_nothing(learner, alone, capacity, micro_rows, micro):
+    batch, used = packed(make_sequences(), capacity, micro_rows)
+    assert used == micro
+    after, metrics = step(learner, batch, micro)
+    assert_close(after, alone[0], atol=1e-5)
+    for name, value in alone[1].items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_recomputing_layers_changes_nothing(alone):
+    after, _ = step(make_learner(remat=True), *one_a_row(make_sequences()))
+    assert_close(after, alone[0], atol=1e-5)
+
+
+def test_micro_batches_past_the_used_ones_are_not_looked_at(learner):
+    batch, micro = packed(make_sequences())
+    before, _ = step(learner, batch, micro)
+    for array in batch:
+        array[micro:] = 1
+    after, _ = step(learner, batch, micro)
+    assert_close(after, before, rtol=0)
+
+
+def test_a_segment_does_not_see_its_neighbours(learner, params):
+    sequences = make_sequences()
+    batch, layout, micro = pack(**sequences, lengths=LENGTHS, capacity=45, micro_rows=1)
+    first = unpack(learner.logprobs(params, batch, micro), layout, LENGTHS, WIDTH)
+    for i in range(len(LENGTHS)):
+        changed = sequences["tokens"].copy()
+        changed[i] = (changed[i] + 1) % MODEL.vocab_size
+        batch, _, _ = pack(
+            **sequences | {"tokens": changed}, lengths=LENGTHS, capacity=45, micro_rows=1
+        )
+        second = unpack(learner.logprobs(params, batch, micro), layout, LENGTHS, WIDTH)
+        others = np.arange(len(LENGTHS)) != i
+        # A sequence's first token has nothing before it: its entry speaks of the neighbour.
+        np.testing.assert_allclose(second[others, 1:], first[others, 1:], atol=1e-6)
+        assert np.abs(second[i] - first[i]).max() > 1e-2
+
+
+def test_logprobs_are_those_of_each_sequence_alone(learner, params):
+    sequences = make_sequences()
+    batch, layout, micro = pack(**sequences, lengths=LENGTHS, capacity=45, micro_rows=1)
+    got = unpack(learner.logprobs(params, batch, micro), layout, LENGTHS, WIDTH)
+    logits = jax.jit(lambda p, x: Policy(MODEL, p)(x))(params, sequences["tokens"])
+    full = log_softmax(logits)[:, :-1]
+    expected = np.take_along_axis(full, sequences["tokens"][:, 1:, None], -1)[..., 0]
+    inside = np.arange(1, WIDTH) < LENGTHS[:, None]
+    np.testing.assert_allclose(got[:, 1:][inside], expected[inside], atol=1e-5)
+
+
+def test_documents_carry_no_loss_but_are_read(learner, alone):
+    """What masked tokens were worth changes nothing; what they say changes what follows."""
+    sequences = make_sequences()
+    masked = sequences["weights"] == 0
+    worth = sequences | {
+        "advantages": np.where(masked, 1e6, sequences["advantages"]).astype(np.float32),
+        "old_logprobs": np.where(masked, -1e6, sequences["old_logprobs"]).astype(np.float32),
+    }
+    after, metrics = step(learner, *one_a_row(worth))
+    assert_close(after, alone[0], rtol=0)
+    assert metrics == alone[1]
+    said = sequences["tokens"].copy()
+    said[:, 0] = (said[:, 0] + 1) % MODEL.vocab_size
+    assert step(learner, *one_a_row(sequences | {"tokens": said}))[1]["loss"] != metrics["loss"]
+
+
+def test_nothing_to_learn_moves_nothing(learner, params):
+    sequences = make_sequences()
+    sequences["weights"][:] = 0
+    after, metrics = step(learner, *packed(sequences))
+    assert_close(after, jax.device_get(params), rtol=0)
+    assert metrics["grad_norm"] == metrics["loss"] == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("grad_clip", [0.5, 1e9])
+def test_the_optimizer_is_adam_after_clipping_the_global_norm(weight_decay, grad_clip):
+    config = OptimizerConfig(
+        learning_rate=0.01, b1=0.8, b2=0.95, weight_decay=weight_decay, grad_clip=grad_clip
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (5,)}
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    optimizer = make_optimizer(config)
+    ours = jax.tree.map(jnp.asarray, params)
+    state, move = optimizer.init(ours), jax.jit(optimizer.update)
+    m = {name: np.zeros(shape) for name, shape in shapes.items()}
+    v = {name: np.zeros(shape) for name, shape in shapes.items()}
+    for t in range(1, 5):
+        grads = {name: rng.normal(size=shape) * t for name, shape in shapes.items()}
+        updates, state = move(jax.tree.map(jnp.asarray, grads), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        for name in shapes:
+            g = grads[name] * min(1.0, grad_clip / norm)
+            m[name] = 0.8 * m[name] + 0.2 * g
+            v[name] = 0.95 * v[name] + 0.05 * g * g
+            change = m[name] / (1 - 0.8**t) / (np.sqrt(v[name] / (1 - 0.95**t)) + 1e-8)
+            params[name] = params[name] - 0.01 * (change + weight_decay * params[name])
+        assert_close(ours, params, atol=1e-6)
+
+
+def test_updates_in_a_row_are_optax_applied_by_hand(params):
+    config = OptimizerConfig(learning_rate=1e-3, grad_clip=0.5)
+    learner = make_learner(make_optimizer(config))
+    state = learner.init(params)
+    by_hand, optimizer = params, make_optimizer(config)
+    moments, move = optimizer.init(by_hand), jax.jit(optimizer.update)
+    for seed in range(2):
+        sequences = make_sequences(seed)
+        _, gradient = plain_loss(by_hand, sequences)
+        updates, moments = move(gradient, moments, by_hand)
+        by_hand = optax.apply_updates(by_hand, updates)
+        state, _ = learner.update(state, *one_a_row(sequences))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), by_hand, params)
+    assert min(jax.tree.leaves(moved)) > 5e-4
+    assert_close(state.params, by_hand, atol=2e-5)
+
+
+def test_updates_leave_the_given_parameters_and_the_reference_alone(learner, params):
+    before = jax.device_get(params)
+    state = learner.init(params, keep_reference=True)
+    state, _ = learner.update(state, *packed(make_sequences()))
+    assert_close(params, before, rtol=0)
+    assert_close(state.reference, before, rtol=0)
+    assert learner.init(params).reference is None
