@@ -26,12 +26,12 @@ def config() -> Config:
                 num_heads=4,
                 num_kv_heads=2,
                 head_dim=32,
-                rope_theta=1000.0,
+                rope_theta=10000.0,
                 tie_embeddings=True,
             )
         ),
         environment=TinyWorldConfig(),
-        cold_start=ColdStartConfig(steps=900, accuracy=0.97, batch_size=46, learning_rate=2e-3),
+        cold_start=ColdStartConfig(steps=900, accuracy=0.985, batch_size=46, learning_rate=2e-3),
         stage1=StageConfig(steps=4, reward="stage1", questions_per_step=16),
         stage2=StageConfig(steps=24, reward="stage2", questions_per_step=16),
         rollout=RolloutConfig(

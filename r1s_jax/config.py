@@ -169,7 +169,7 @@ class TinyWorldConfig:
     # In the loss: of the decision to search, so that a minority of samples does; of what follows
     # a decision to guess, since random answers are noise that hides how to read.
     search_weight: float = 0.15
-    guess_weight: float = 0.2
+    guess_weight: float = 0.05
 
 
 @dataclass(frozen=True)

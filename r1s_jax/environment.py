@@ -27,7 +27,6 @@ _PARENTHESIS = re.compile(r"\s*\([^)]*\)")  # "English theologian (1328-1384)"
 
 # Worlds of different purposes never coincide.
 _COLD_START, _LEARNING, _EVALUATION = 0, 1, 2
-_STEPS_PER_COLD_START_WORLD = 4
 
 
 class Batch(NamedTuple):
@@ -94,9 +93,7 @@ class TinyWorldEnvironment:
         decision to search has little weight, so that only a minority of samples searches.
         """
         c = self.config
-        world = TinyWorld(
-            (self.seed, _COLD_START, step // _STEPS_PER_COLD_START_WORLD), c.cold_start_people
-        )
+        world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people)
         rng = np.random.default_rng((self.seed, _COLD_START, step))
         one_hop = world.questions(3 * c.cold_start_people, 0.0)
         two_hop = world.questions(3 * c.cold_start_people, 1.0)

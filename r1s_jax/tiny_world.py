@@ -34,7 +34,6 @@ _WORDS = (
 # side by side are seldom mistaken for each other.
 SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "aio")))
 LAST_SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "euy")))
-PEOPLE_PER_PLACE = 3
 
 _TAGS = (
     *(protocol.BEGIN_QUERY, protocol.END_QUERY, protocol.BEGIN_DOCUMENTS, protocol.END_DOCUMENTS),
@@ -101,19 +100,20 @@ class TinyWorld:
             raise ValueError(f"a world needs at least 3 people, not {num_people}")
         self.seed_key = seed_key
         rng = self._rng("facts")
-        num_places = max(2, num_people // PEOPLE_PER_PLACE)
-        names = _draw_names(rng, num_people + num_places)
+        # As many places as people: a few that recur would be remembered rather than read.
+        names = _draw_names(rng, 2 * num_people)
         people, self.places = names[:num_people], names[num_people:]
-        self.people = []
-        for i, name in enumerate(people):
-            facts = {
-                BIRTHPLACE: str(rng.choice(self.places)),
-                TRADE: str(rng.choice(TRADES)),
-                TEACHER: people[(i + 1) % num_people],
-            }
-            # In any order, so that a fact is found by its name and not by its place on the page.
-            order = rng.permutation(list(facts))
-            self.people.append(Person(name, {str(relation): facts[relation] for relation in order}))
+        self.people = [
+            Person(
+                name,
+                {
+                    BIRTHPLACE: str(rng.choice(self.places)),
+                    TRADE: str(rng.choice(TRADES)),
+                    TEACHER: people[(i + 1) % num_people],
+                },
+            )
+            for i, name in enumerate(people)
+        ]
         self._by_name = {person.name: person for person in self.people}
 
     def _rng(
@@ -203,7 +203,7 @@ class TinyWorld:
         if len({*names, *TRADES}) != len(names) + len(TRADES):
             raise ValueError("a name stands for two things in this world")
         for person in self.people:
-            if set(person.facts) != set(RELATIONS) or person.facts[TEACHER] not in self._by_name:
+            if tuple(person.facts) != RELATIONS or person.facts[TEACHER] not in self._by_name:
                 raise ValueError(f"the facts of {person.name} are not one value a relation")
 
 
