@@ -121,11 +121,13 @@ class Engine:
         """
         started = time.perf_counter()
         self.broker.begin(retriever)
-        prompts, forced = self._prompts(questions)
+        first = self._first_searches(questions)
+        prompts, forced = self._prompts(questions, first)
         repeated = [q for q in questions for _ in range(samples)]
         arrays = self._arrays(prompts, questions, samples, seed, step)
         trajectory, counters = jax.device_get(self._rollout(params, arrays, self.tag_table))
         trajectory = Trajectory(*(a[: len(repeated)] for a in trajectory))
+        trajectory = trajectory._replace(searches=trajectory.searches + bool(first))
         self.broker.check()
         starts = np.repeat([len(p) - len(f) for p, f in zip(prompts, forced, strict=True)], samples)
         return Rolled(
@@ -134,7 +136,7 @@ class Engine:
             solutions=tuple(
                 self.solution(trajectory, i, int(starts[i])) for i in range(len(repeated))
             ),
-            searches=self._searches(len(repeated)),
+            searches=self._searches(len(repeated), [s for s in first for _ in range(samples)]),
             outcomes=self.broker.counts,
             seconds=time.perf_counter() - started,
             counters={name: int(values.sum()) for name, values in counters.items()},
@@ -150,14 +152,21 @@ class Engine:
         pieces = zip(np.split(tokens, edges), np.split(mask, edges), strict=True)
         return Solution(tuple((self.decode(t.tolist()), bool(m[0])) for t, m in pieces if len(t)))
 
-    def _prompts(self, questions: Sequence[Question]) -> tuple[list[list[int]], list[list[int]]]:
+    def _first_searches(self, questions: Sequence[Question]) -> list[Search]:
+        """The system's own search of every question, where the config asks for one."""
+        if not self.config.first_search:
+            return []
+        return self.broker.search_now([q.question for q in questions])
+
+    def _prompts(
+        self, questions: Sequence[Question], first: Sequence[Search]
+    ) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of every prompt, and the part of it that is the system's own first search."""
         prompts = [self.encode(self.render(q.question)) for q in questions]
         forced: list[list[int]] = [[] for _ in questions]
-        if self.config.first_search:
-            for i, search in enumerate(self.broker.search_now([q.question for q in questions])):
-                query = f" {protocol.BEGIN_QUERY} {search.query} {protocol.END_QUERY}"
-                forced[i] = self.encode(query) + self.broker.document_tokens(search.documents)
+        for i, search in enumerate(first):
+            query = f" {protocol.BEGIN_QUERY} {search.query} {protocol.END_QUERY}"
+            forced[i] = self.encode(query) + self.broker.document_tokens(search.documents)
         prompts = [p + f for p, f in zip(prompts, forced, strict=True)]
         for question, prompt in zip(questions, prompts, strict=True):
             if len(prompt) > self.config.max_prompt_length:
@@ -194,8 +203,8 @@ class Engine:
         )
         return jax.device_put(arrays, batch_sharding(self.mesh))
 
-    def _searches(self, rows: int) -> tuple[tuple[Search, ...], ...]:
-        by_row: list[list[Search]] = [[] for _ in range(rows)]
+    def _searches(self, rows: int, first: Sequence[Search]) -> tuple[tuple[Search, ...], ...]:
+        by_row = [[search] for search in first] or [[] for _ in range(rows)]
         for search in self.broker.log:
             if 0 <= search.trajectory < rows:
                 by_row[search.trajectory].append(search)

@@ -82,7 +82,7 @@ class Trajectory(NamedTuple):
     lengths: Int[Array, " N"]  # tokens in all
     prompt_lengths: Int[Array, " N"]
     groups: Int[Array, " N"]  # the prompt's index: samples of one question share it
-    searches: Int[Array, " N"]  # document blocks received
+    searches: Int[Array, " N"]  # document blocks received, a first search of the system's included
     finish: Int[Array, " N"]  # see Finish
 
 

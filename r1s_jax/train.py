@@ -25,7 +25,7 @@ from r1s_jax.run_dir import StopRequest, open_run_dir
 from r1s_jax.sft import cooldown_begins, demonstration_batch, learning_rate_scale
 from r1s_jax.sharding import batch_shards, make_mesh, shard_params
 from r1s_jax.summary import summarize
-from r1s_jax.telemetry import Telemetry, make_progress
+from r1s_jax.telemetry import Telemetry, console, make_progress
 from r1s_jax.update import Learner, LearnerState, clipped_loss, likelihood_loss, make_optimizer
 
 # Where a run stands; every checkpoint keeps a copy.
@@ -150,6 +150,8 @@ class Run:
                 row["seconds_checkpoint"] = time.perf_counter() - begin
                 self.telemetry.step({"step": step + 1, "stage": name, **row})
                 bar.update(task, advance=1, info=_headline(row))
+                if not console.is_terminal:  # no live bar in a log: a line a step instead
+                    console.print(f"{name} step {step + 1}/{total}  {_headline(row)}")
                 if stop.requested:
                     break
         self.checkpoints.wait()

@@ -12,7 +12,7 @@ from r1s_jax.model import ModelConfig, init_params
 from r1s_jax.tiny_world import TinyWorld, build_tokenizer
 from r1s_jax.weights import save_params
 
-SMALL = ModelConfig(120, 32, 64, 2, 4, 2, 8, tie_embeddings=True)
+SMALL = ModelConfig(156, 32, 64, 2, 4, 2, 8, tie_embeddings=True)
 
 
 def run(*args: str, stdin: str | None = None):

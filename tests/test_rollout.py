@@ -36,7 +36,7 @@ CONFIG = RolloutConfig(
     prefill_rows=2,
     prefill_chunk=8,
 )
-MODEL = ModelConfig(120, 32, 64, 2, 4, 2, 8, rope_theta=1000.0)
+MODEL = ModelConfig(156, 32, 64, 2, 4, 2, 8, rope_theta=1000.0)
 QUESTIONS = [
     Question(7, "What is the trade of Bakori?", ("smith",)),
     Question(3, "What is the birthplace of the teacher of Tamizo?", ("Bakori",)),
@@ -231,6 +231,7 @@ def test_first_search_is_forced_and_carries_no_loss():
         assert question.question.rstrip("?") in text.replace(" ?", "?")
         assert protocol.BEGIN_DOCUMENTS in text
     t = rolled.trajectory
+    assert (t.searches >= 1).all() and all(searches for searches in rolled.searches)
     assert not any(t.loss_mask[i, : t.prompt_lengths[i]].any() for i in range(len(t.lengths)))
 
 

@@ -1,0 +1,30 @@
+"""The recipe over real text, made small: real model, real encoder, real index."""
+
+import json
+
+import pytest
+
+from r1s_jax.assets import resolve
+from r1s_jax.config import override
+from r1s_jax.configs import wiki_smollm2
+from r1s_jax.telemetry import read_rows
+from r1s_jax.train import train
+
+
+@pytest.mark.slow
+def test_wiki_recipe_learns_a_step(tmp_path, monkeypatch):
+    monkeypatch.delenv("R1S_DATA", raising=False)
+    summaries = json.loads(resolve(wiki_smollm2.SUMMARIES).read_bytes())
+    few = dict(list(summaries.items())[:64])
+    path = tmp_path / "summaries_few.json"
+    path.write_text(json.dumps(few))
+    changes = [f"environment.{name}={path}" for name in ("questions", "passages")]
+    changes += ["stage2.steps=1", "stage2.questions_per_step=2"]
+    changes += ["algorithm.samples_per_question=2", "rollout.max_turn_length=16"]
+    result = train(override(wiki_smollm2.config(), changes), tmp_path / "run")
+    assert result["steps"] == 1 and result["searches"] >= 4
+    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert row["loss"] == row["loss"] and row["grad_norm"] >= 0
+    assert row["logprob_gap_max"] < 1e-2
+    trace = read_rows(tmp_path / "run" / "traces.jsonl")[0]
+    assert "<|begin_of_documents|>" in trace["spans"][0][0] and not trace["spans"][0][1]
