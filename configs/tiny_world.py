@@ -31,9 +31,11 @@ def config() -> Config:
             )
         ),
         environment=TinyWorldConfig(),
-        cold_start=ColdStartConfig(steps=900, accuracy=0.985, batch_size=46, learning_rate=2e-3),
+        cold_start=ColdStartConfig(
+            steps=900, accuracy=0.985, batch_size=46, learning_rate=2e-3, cooldown_steps=150
+        ),
         stage1=StageConfig(steps=4, reward="stage1", questions_per_step=16),
-        stage2=StageConfig(steps=24, reward="stage2", questions_per_step=16),
+        stage2=StageConfig(steps=30, reward="stage2", questions_per_step=16),
         rollout=RolloutConfig(
             slots=64,
             top_p=1.0,
