@@ -40,12 +40,12 @@ def config() -> Config:
         # own it reads documents all the same.
         rollout=RolloutConfig(
             slots=16,
-            max_length=640,
-            max_prompt_length=512,
+            max_length=512,
+            max_prompt_length=384,
             max_turn_length=64,
             max_searches=3,
-            documents_per_query=2,
-            max_documents_length=320,
+            documents_per_query=1,
+            max_documents_length=224,
             first_search=True,
             prefill_rows=1,
             prefill_chunk=128,

@@ -98,7 +98,13 @@ class Run:
         if progress["step"]:
             state = self.checkpoints.restore(state)
         with make_progress() as bar:
-            task = bar.add_task("Cold start", total=c.steps, completed=progress["step"], info="")
+            task = bar.add_task(
+                "Cold start",
+                total=c.steps,
+                completed=progress["step"],
+                info="",
+                visible=c.steps > 0,
+            )
             while (step := progress["step"]) < progress.get("cold_start_ends", c.steps):
                 state, row = self._imitate(learner, state, step)
                 self.telemetry.cold_start({"step": step + 1, **row})
