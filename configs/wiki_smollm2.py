@@ -42,7 +42,7 @@ def config() -> Config:
             slots=16,
             max_length=512,
             max_prompt_length=384,
-            max_turn_length=64,
+            max_turn_length=48,
             max_searches=3,
             documents_per_query=1,
             max_documents_length=224,

@@ -87,9 +87,9 @@ class TinyWorldEnvironment:
         return self._batch(TinyWorld((self.seed, _EVALUATION, 0), self.config.eval_people), size)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
-        """A third guesses at once; of the others two thirds look one fact up, a third two.
+        """A third guesses at once; the others look up one fact or set out for two, half each.
 
-        Most two-hop ones search once and then guess, which leaves something to learn. The
+        Half of those set out for two guess after the first, which leaves something to learn. The
         decision to search has little weight, so that only a minority of samples searches.
         """
         c = self.config
@@ -98,7 +98,7 @@ class TinyWorldEnvironment:
         one_hop = world.questions(3 * c.cold_start_people, 0.0)
         two_hop = world.questions(3 * c.cold_start_people, 1.0)
         guesses = round(size * c.guess_fraction)
-        twice = (size - guesses) // 3
+        twice = (size - guesses) // 2
         picks = [(one_hop, size - guesses - twice, "search"), (two_hop, twice, "search")]
         picks += [(one_hop, guesses - guesses // 2, "guess"), (two_hop, guesses // 2, "guess")]
         out = []
