@@ -38,7 +38,7 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
         "trajectory_length": float(t.lengths.mean()),
         "sampled_tokens": rolled.sampled_tokens,
         "sampled_tokens_per_s": rolled.sampled_tokens / rolled.seconds,
-        **rolled.counters,
+        **{f"{name}_per_s": n / rolled.seconds for name, n in rolled.counters.items()},
         **{f"finish_{name}": share for name, share in _finish_shares(t.finish).items()},
     }
 
