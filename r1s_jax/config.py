@@ -120,6 +120,7 @@ class OptimizerConfig:
     """Adam (AdamW where weight_decay > 0) with global-norm clipping."""
 
     learning_rate: float = 2e-6
+    decay_to: float = 1.0  # share of it left at the last RL step, falling linearly
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.0

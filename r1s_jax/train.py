@@ -148,7 +148,8 @@ class Run:
             task = bar.add_task("", total=total, completed=done, info="")
             for step, name, stage in _schedule(c, done):
                 bar.update(task, description=name.replace("stage", "Stage "))
-                state, row = self.step(learner, state, step, stage)
+                scale = 1.0 - (1.0 - c.optimizer.decay_to) * step / max(total - 1, 1)
+                state, row = self.step(learner, state, step, stage, scale)
                 last = stop.requested or step + 1 == total
                 begin = time.perf_counter()
                 if last or (step + 1) % c.run.checkpoint_every == 0:
@@ -164,7 +165,12 @@ class Run:
         return state
 
     def step(
-        self, learner: Learner, state: LearnerState, step: int, stage: StageConfig
+        self,
+        learner: Learner,
+        state: LearnerState,
+        step: int,
+        stage: StageConfig,
+        learning_rate_scale: float,
     ) -> tuple[LearnerState, dict[str, float]]:
         """One step: roll out, reward, estimate advantages over the whole batch, update."""
         c, clock = self.config, [time.perf_counter()]
@@ -198,7 +204,9 @@ class Run:
                 reward_clip=c.algorithm.reward_clip,
             )
         )
-        state, updates = self._update(learner, state, rolled, mask, advantages, step)
+        state, updates = self._update(
+            learner, state, rolled, mask, advantages, step, learning_rate_scale
+        )
         clock.append(time.perf_counter())
 
         for row in m.trace_rows(rolled, rewards, advantages, c.run.traces_per_step):
@@ -226,6 +234,7 @@ class Run:
         mask: np.ndarray,
         advantages: np.ndarray,
         step: int,
+        scale: float,
     ) -> tuple[LearnerState, list[dict[str, float]]]:
         """Several optimizer steps, each on its random share of the trajectories."""
         rows = []
@@ -235,7 +244,7 @@ class Run:
             sequences = max(1, int((counts > 0).sum()))
             weights = mask[part] / (np.maximum(counts, 1) * sequences)
             batch, _, micro = self._pack(rolled, part, weights, advantages[part])
-            state, row = learner.update(state, batch, micro)
+            state, row = learner.update(state, batch, micro, scale)
             rows.append(row)
         return state, rows
 
