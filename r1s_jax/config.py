@@ -46,6 +46,8 @@ class PolicyConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False  # recompute each layer in the backward pass: less memory, more time
+    # The attention kernel (see kernels/attention/api.py); "auto": that of the mesh's devices.
+    attention: Literal["auto", "xla", "tpu", "gpu", "interpret"] = "auto"
 
     def __post_init__(self) -> None:
         _check(

@@ -61,6 +61,7 @@ class Engine:
         compute_dtype: Any,
         render: Callable[[str], str],
         *,
+        attention: str = "auto",
         query_end: str = protocol.END_QUERY,
         extract_query: Callable[[str], str | None] = protocol.extract_query,
     ):
@@ -90,6 +91,7 @@ class Engine:
                 eos_ids=self.eos_ids,
                 num_tag_states=tags.num_states,
                 exchange=self.broker.exchange,
+                attention=attention,
             )
         )
 

@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from r1s_jax.kernels.attention.api import attention, decode_attention
+from r1s_jax.kernels.attention.api import Impl, attention, cache_dims, decode_attention
 
 Params = dict[str, Any]
 
@@ -129,11 +129,27 @@ class KVCache(NamedTuple):
     v: Float[Array, "L S N C K"]
 
     @staticmethod
-    def empty(config: ModelConfig, slots: int, capacity: int, kv_heads: int, dtype: Any):
-        shape = (config.num_layers, slots, kv_heads, capacity, config.head_dim)
+    def empty(
+        config: ModelConfig,
+        slots: int,
+        capacity: int,
+        kv_heads: int,
+        dtype: Any,
+        impl: Impl | None = None,
+    ) -> "KVCache":
+        """Zeros; C and K grow to what the attention backend `impl` wants of a cache."""
+        dims = cache_dims(capacity, config.head_dim, impl)
+        shape = (config.num_layers, slots, kv_heads, *dims)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    def fit(self, x: Float[Array, "*B k"]) -> Float[Array, "*B K"]:
+        """New keys or values as the cache stores them."""
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, self.k.shape[-1] - x.shape[-1])]
+        return jnp.pad(x.astype(self.k.dtype), pad)
 
+
+# Called as `attention` is, with q, k, v and `segment_ids=` of whole rows.
+RowAttention = Callable[..., Array]
 # Given layer index, q, k, v of the new tokens and the carried cache: attends, returns the cache.
 Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
@@ -144,7 +160,8 @@ class Policy(nnx.Module):
     `compute_dtype` is what activations and matmuls use; parameters keep their own dtype and are
     cast where they are used. Inside `shard_map`, `tensor_axis` names the mesh axis over which
     heads, feed-forward and vocabulary are split; under plain jit it stays None and XLA places the
-    collectives itself.
+    collectives itself. `impl` names the attention backend; `attend_rows`, where given, does the
+    attention of whole rows instead (see sharding.py).
     """
 
     def __init__(
@@ -155,11 +172,15 @@ class Policy(nnx.Module):
         compute_dtype: Any = jnp.float32,
         tensor_axis: str | None = None,
         remat: bool = False,
+        impl: Impl | None = None,
+        attend_rows: RowAttention | None = None,
     ):
         self.config = config
         self.compute_dtype = compute_dtype
         self.tensor_axis = tensor_axis
         self.remat = remat
+        self.impl = impl
+        self.attend_rows = attend_rows or partial(attention, impl=impl)
         self.embed = nnx.Param(params["embed"])
         self.layers = nnx.Dict({name: nnx.Param(w) for name, w in params["layers"].items()})
         self.final_norm = nnx.Param(params["final_norm"])
@@ -185,7 +206,7 @@ class Policy(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
-            return attention(q, k, v, segment_ids=segment_ids), cache
+            return self.attend_rows(q, k, v, segment_ids=segment_ids), cache
 
         return self._stack(tokens, positions, attend, None)[0]
 
@@ -197,10 +218,11 @@ class Policy(nnx.Module):
 
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
             cache = KVCache(
-                cache.k.at[layer, slots, :, starts].set(k[:, 0].astype(cache.k.dtype)),
-                cache.v.at[layer, slots, :, starts].set(v[:, 0].astype(cache.v.dtype)),
+                cache.k.at[layer, slots, :, starts].set(cache.fit(k[:, 0])),
+                cache.v.at[layer, slots, :, starts].set(cache.fit(v[:, 0])),
             )
-            return decode_attention(q, cache.k, cache.v, layer, starts + 1), cache
+            out = decode_attention(q, cache.k, cache.v, layer, starts + 1, impl=self.impl)
+            return out, cache
 
         x, cache = self._stack(tokens[:, None], starts[:, None], attend, cache)
         return x[:, 0], cache
@@ -223,7 +245,7 @@ class Policy(nnx.Module):
 
         def write(buffer: Array, new: Array, layer: Array) -> Array:
             # One slice a row keeps the update in place; a gather over rows copies the cache.
-            new = new.swapaxes(1, 2).astype(buffer.dtype)
+            new = cache.fit(new.swapaxes(1, 2))
             for r in range(tokens.shape[0]):
                 at = (layer, rows[r], 0, starts[r], 0)
                 old = lax.dynamic_slice(buffer, at, (1, 1, *new.shape[1:]))
@@ -240,7 +262,8 @@ class Policy(nnx.Module):
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
             cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
             k_rows, v_rows = read(cache.k, layer), read(cache.v, layer)
-            return decode_attention(q, k_rows, v_rows, 0, starts + length), cache
+            out = decode_attention(q, k_rows, v_rows, 0, starts + length, impl=self.impl)
+            return out, cache
 
         return self._stack(tokens, positions, attend, cache)
 

@@ -23,9 +23,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import RolloutConfig
+from r1s_jax.kernels.attention.api import Impl
 from r1s_jax.model import KVCache, ModelConfig, Params, Policy
 from r1s_jax.sampler import sample
-from r1s_jax.sharding import BATCH_AXES, TENSOR_AXIS, param_partition
+from r1s_jax.sharding import BATCH_AXES, TENSOR_AXIS, attention_impl, param_partition
 
 # The tags whose end the loop acts on, in the order of the tag table.
 QUERY_END, ANSWER_END = 0, 1
@@ -124,6 +125,7 @@ class Rollout:
     eos_ids: tuple[int, ...]
     num_tag_states: int
     exchange: Exchange
+    attention: str = "auto"
 
     def __call__(
         self, params: Params, prompts: Prompts, tag_table: Int[Array, "Q V"]
@@ -149,6 +151,7 @@ class Rollout:
             params,
             compute_dtype=self.compute_dtype,
             tensor_axis=TENSOR_AXIS if tensor_parts > 1 else None,
+            impl=self._impl,
         )
         state = lax.while_loop(
             lambda s: jnp.any(s.slots.phase != Phase.EMPTY),
@@ -162,6 +165,10 @@ class Rollout:
         for name in ("loss_mask", "sample_logprobs", "policy_logprobs"):
             out = out._replace(**{name: getattr(out, name)[:, :width]})
         return out, jax.tree.map(lambda c: c[None], counters)
+
+    @property
+    def _impl(self) -> Impl:
+        return attention_impl(self.attention, self.mesh)
 
     def _turn(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
         phase = state.slots.phase
@@ -206,7 +213,12 @@ class Rollout:
             slots=Slots(jnp.full(slots, count), *[nothing] * 6),
             out=out,
             cache=KVCache.empty(
-                self.model, slots, c.max_length + c.prefill_chunk, kv_heads, self.compute_dtype
+                self.model,
+                slots,
+                c.max_length + c.prefill_chunk,
+                kv_heads,
+                self.compute_dtype,
+                self._impl,
             ),
             next_row=jnp.int32(0),
             decode_steps=jnp.int32(0),

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from r1s_jax.config import MeshConfig
-from r1s_jax.model import ModelConfig, Params, ParamSpec, param_specs
+from r1s_jax.kernels.attention.api import Impl, attention, default_impl
+from r1s_jax.model import ModelConfig, Params, ParamSpec, RowAttention, param_specs
 
 BATCH_AXES = ("data", "fsdp")
 TENSOR_AXIS = "tensor"
@@ -86,6 +88,30 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     """Places parameters on the mesh, sharded for learning."""
     check_divisible(config, mesh)
     return jax.device_put(params, param_shardings(config, mesh))
+
+
+def attention_impl(name: str, mesh: Mesh) -> Impl:
+    """The attention backend that `policy.attention` means on this mesh."""
+    return default_impl(mesh.devices.flat[0].platform) if name == "auto" else name
+
+
+def row_attention(impl: Impl, mesh: Mesh) -> RowAttention:
+    """Attention of whole rows while learning: each device its own rows and heads.
+
+    XLA cannot divide a kernel by itself, so it stands under `shard_map`.
+    """
+    rows, heads = P(BATCH_AXES), P(BATCH_AXES, None, TENSOR_AXIS)
+
+    def attend(q: Array, k: Array, v: Array, *, segment_ids: Array) -> Array:
+        return jax.shard_map(
+            lambda q, k, v, ids: attention(q, k, v, segment_ids=ids, impl=impl),
+            mesh=mesh,
+            in_specs=(heads, heads, heads, rows),
+            out_specs=heads,
+            check_vma=False,
+        )(q, k, v, segment_ids)
+
+    return attend
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -292,12 +292,13 @@ class Run:
             self.mesh,
             np.dtype(self.config.policy.compute_dtype),
             self.environment.render,
+            attention=self.config.policy.attention,
         )
 
     def _learner(self, optimizer: Any, loss: Any) -> Learner:
         p = self.config.policy
         dtype = np.dtype(p.compute_dtype)
-        return Learner(self.model, self.mesh, dtype, p.remat, optimizer, loss)
+        return Learner(self.model, self.mesh, dtype, p.remat, optimizer, loss, p.attention)
 
     def _learning_state(self, params: Any) -> LearnerState:
         learner = self._learner(make_optimizer(self.config.optimizer), clipped_loss)

@@ -20,7 +20,13 @@ from jaxtyping import Array, Float, Int
 from r1s_jax.config import OptimizerConfig
 from r1s_jax.model import ModelConfig, Params, Policy
 from r1s_jax.packing import PackedBatch
-from r1s_jax.sharding import BATCH_AXES, param_shardings, replicated
+from r1s_jax.sharding import (
+    BATCH_AXES,
+    attention_impl,
+    param_shardings,
+    replicated,
+    row_attention,
+)
 
 # Logits of this many tokens of a row exist at a time; the rest are recomputed when needed.
 _LOGIT_CHUNK = 128
@@ -133,6 +139,7 @@ class Learner:
     remat: bool
     optimizer: optax.GradientTransformation
     loss: TokenLoss
+    attention: str = "auto"
 
     def init(self, params: Params, *, keep_reference: bool = False) -> LearnerState:
         """Fresh optimizer state, each moment sharded like its parameter."""
@@ -170,7 +177,13 @@ class Learner:
         return jax.device_put(batch, NamedSharding(self.mesh, P(None, BATCH_AXES)))
 
     def _forward(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
-        policy = Policy(self.model, params, compute_dtype=self.compute_dtype, remat=self.remat)
+        policy = Policy(
+            self.model,
+            params,
+            compute_dtype=self.compute_dtype,
+            remat=self.remat,
+            attend_rows=row_attention(attention_impl(self.attention, self.mesh), self.mesh),
+        )
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
         return token_logprobs(policy, batch.tokens, hidden)
 

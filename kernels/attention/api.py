@@ -1,6 +1,150 @@
-"""The one door to attention: callers import from here, whatever runs behind it."""
+"""The one door to attention: callers import from here, whatever runs behind it.
 
-from r1s_jax.kernels.attention.reference import attention
-from r1s_jax.kernels.attention.xla import decode_attention
+`impl` names the backend: "xla" (any device, the meaning itself), "tpu" (Mosaic), "gpu" (Triton),
+or "interpret" (the TPU kernels, interpreted: slow, for tests). None takes the backend of JAX's
+default device. A backend that cannot serve a shape says so; nothing falls back in silence.
+"""
 
-__all__ = ["attention", "decode_attention"]
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from r1s_jax.kernels.attention import flash, gpu, reference, tpu, xla
+
+Impl = Literal["xla", "tpu", "gpu", "interpret"]
+
+# Keys of a cache come in multiples of this, head widths too, where a kernel reads them.
+_CACHE_MULTIPLE = {"xla": (1, 1), "tpu": (128, 128), "gpu": (64, 16), "interpret": (128, 128)}
+_ROW_MULTIPLE = 128
+_DTYPES = ("float32", "bfloat16")
+
+
+def default_impl(platform: str | None = None) -> Impl:
+    """The backend for a platform as JAX names it (None: that of the default device)."""
+    platform = platform or jax.default_backend()
+    return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform, "xla")
+
+
+def cache_dims(capacity: int, head_dim: int, impl: Impl | None = None) -> tuple[int, int]:
+    """Tokens and head width that a cache needs to hold `capacity` tokens of `head_dim`.
+
+    TPU tiles are 128 lanes wide: a narrower head is stored with zeros beside it, or every call
+    would copy the cache into that form.
+    """
+    multiples = _CACHE_MULTIPLE[_resolve(impl)]
+    return tuple(-(-n // m) * m for n, m in zip((capacity, head_dim), multiples, strict=True))
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N K"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    impl: Impl | None = None,
+) -> Float[Array, "B T H K"]:
+    """Grouped-query attention over packed rows, forward and backward; see `reference.attention`.
+
+    Raises ValueError, when traced, for heads, dtypes or head widths that `impl` does not serve.
+    """
+    impl = _resolve(impl)
+    _check_heads(q, k, v, k.shape[2], impl)
+    if q.shape[:2] != k.shape[:2]:
+        raise ValueError(f"q has rows x tokens {q.shape[:2]}, k and v have {k.shape[:2]}")
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise ValueError(f"segment_ids has shape {segment_ids.shape}, expected {q.shape[:2]}")
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if impl == "xla":
+        return reference.attention(q, k, v, segment_ids=segment_ids, causal=causal, scale=scale)
+    backend = {"tpu": tpu.backend, "gpu": gpu.backend}.get(impl, lambda: tpu.backend(True))()
+    return flash_rows(backend, q, k, v, segment_ids, causal, scale)
+
+
+def flash_rows(
+    backend: flash.Backend,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N K"],
+    segment_ids: Int[Array, "B T"] | None,
+    causal: bool,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """The flash kernels of one backend over rows of any length: pads to whole blocks."""
+    batch, length = q.shape[:2]
+    pad = -length % _ROW_MULTIPLE
+    ranges = flash.key_ranges(length, segment_ids, causal, batch)
+    nothing = jnp.array([[length + pad], [-1]], jnp.int32)
+    ranges = jnp.concatenate([ranges, jnp.broadcast_to(nothing, (batch, 2, pad))], axis=2)
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
+    return flash.flash_attention(backend, scale, q, k, v, ranges)[:, :, :length].swapaxes(1, 2)
+
+
+def decode_attention(
+    q: Float[Array, "B T H K"],
+    k_cache: Float[Array, "L B N S W"],
+    v_cache: Float[Array, "L B N S W"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float | None = None,
+    impl: Impl | None = None,
+) -> Float[Array, "B T H K"]:
+    """Attention of each row's last T tokens to its cache; see `reference.decode_attention`.
+
+    The cache may be wider than the heads (W >= K, zeros beside them): see `cache_dims`. Raises
+    ValueError, when traced, for what `impl` does not serve.
+    """
+    impl = _resolve(impl)
+    batch, new, _, head_dim = q.shape
+    kv_heads, capacity, width = k_cache.shape[2:]
+    _check_heads(q, k_cache, v_cache, kv_heads, impl)
+    if k_cache.shape[1] != batch or lengths.shape != (batch,):
+        raise ValueError(
+            f"q has {batch} rows, the cache {k_cache.shape[1]}, lengths the shape {lengths.shape}"
+        )
+    if new > capacity:
+        raise ValueError(f"{new} new tokens do not fit a cache of {capacity}")
+    if not isinstance(lengths, jax.core.Tracer) and batch and int(lengths.max()) > capacity:
+        raise ValueError(f"lengths reach {int(lengths.max())}, the cache holds {capacity}")
+    if cache_dims(capacity, width, impl) != (capacity, width):
+        raise ValueError(
+            f"a cache of {capacity} tokens x {width} does not suit impl={impl!r}: it needs "
+            f"multiples of {_CACHE_MULTIPLE[impl]} (see cache_dims)"
+        )
+    scale = head_dim**-0.5 if scale is None else scale
+    if width > head_dim:
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
+    decode = {"xla": xla, "tpu": tpu, "gpu": gpu, "interpret": tpu}[impl].decode_attention
+    options: dict[str, Any] = {"interpret": True} if impl == "interpret" else {}
+    return decode(q, k_cache, v_cache, layer, lengths, scale=scale, **options)[..., :head_dim]
+
+
+def _resolve(impl: Impl | None) -> Impl:
+    if impl is None:
+        return default_impl()
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl={impl!r} is no backend of attention: take one of {get_args(Impl)}")
+    return impl
+
+
+def _check_heads(q: Array, k: Array, v: Array, kv_heads: int, impl: Impl) -> None:
+    """What holds for whole rows and for a cache alike."""
+    heads, head_dim = q.shape[2:]
+    if k.shape != v.shape:
+        raise ValueError(f"k has shape {k.shape}, v has {v.shape}: they must be equal")
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
+    if k.shape[-1] < head_dim:
+        raise ValueError(f"head width: q has {head_dim}, k and v have {k.shape[-1]}")
+    if impl == "xla":
+        return
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype.name not in _DTYPES:
+            raise ValueError(f"{name} is {x.dtype.name}, impl={impl!r} serves {_DTYPES}")
+    if head_dim % 16 or head_dim > 256 or (impl == "gpu" and head_dim & (head_dim - 1)):
+        widths = "powers of two from 16" if impl == "gpu" else "multiples of 16"
+        raise ValueError(f"head width {head_dim}: impl={impl!r} serves {widths} to 256")

@@ -14,25 +14,28 @@ def attention(
     v: Float[Array, "B T N K"],
     *,
     segment_ids: Int[Array, "B T"] | None = None,
+    causal: bool = True,
     scale: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Causal grouped-query attention over packed rows, softmax in float32.
+    """Grouped-query attention over packed rows, softmax in float32.
 
-    Query head `h` reads key/value head `h // (H // N)`. A token attends to earlier tokens of its
-    own row and segment, itself included; segment 0 is padding, whose output is unspecified.
-    `scale` defaults to `K ** -0.5`.
+    Query head `h` reads key/value head `h // (H // N)`. A token attends to the tokens of its own
+    row and segment, to none after itself where `causal`. A segment is a run of equal ids; segment
+    0 is padding, which attends to nothing and gives zeros. `scale` defaults to `K ** -0.5`.
     """
     length, head_dim = q.shape[1], q.shape[3]
     scale = head_dim**-0.5 if scale is None else scale
     q = group_heads(q, k.shape[2])
     scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32) * scale
     index = jnp.arange(length)
-    allowed = (index[:, None] >= index[None, :])[None]
+    allowed = (index[:, None] >= (index if causal else jnp.zeros_like(index)))[None]
     if segment_ids is not None:
         allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
     scores = jnp.where(allowed[:, None, None], scores, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bngts,bsnk->btngk", probs, v)
+    if segment_ids is not None:
+        out = jnp.where(segment_ids[:, :, None, None, None] > 0, out, 0)
     return out.reshape(*out.shape[:2], -1, head_dim)
 
 

@@ -1,0 +1,171 @@
+"""GPU (Triton): the shared flash kernels, and decoding with the cache split over programs."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array, Float, Int
+
+from r1s_jax.kernels.attention.flash import LOG2_E, LOWEST, MASKED, Backend, Blocks, _dot
+
+# (queries, keys, warps, stages) that compile for an H100 without spilling registers.
+_BLOCKS = {
+    "forward": (128, 64, 8, 2),
+    "dq": (128, 64, 8, 2),
+    "dkv": (64, 64, 4, 1),
+}
+# float32 operands take twice the registers and shared memory.
+_BLOCKS_FLOAT32 = {
+    "forward": (32, 16, 4, 1),
+    "dq": (64, 32, 8, 2),
+    "dkv": (32, 16, 4, 1),
+}
+_DECODE_KEYS, _DECODE_ROWS, _DECODE_ROWS_FLOAT32 = 64, 64, 16
+# Programs wanted at a time: two for each multiprocessor of an H100.
+_PROGRAMS = 264
+
+
+def _blocks(kernel: str, length: int, head_dim: int, dtype: Any) -> Blocks:
+    table = _BLOCKS_FLOAT32 if dtype == jnp.float32 else _BLOCKS
+    queries, keys, warps, stages = table[kernel]
+    return Blocks(queries, keys, plgpu.CompilerParams(num_warps=warps, num_stages=stages))
+
+
+def backend(interpret: Any = False) -> Backend:
+    """The GPU's way to run the kernels of `flash`."""
+    return Backend(
+        name="gpu",
+        blocks=_blocks,
+        as_column=lambda row: row.reshape(-1, 1),
+        as_row=lambda column: column.reshape(1, -1),
+        scalars=None,
+        interpret=interpret,
+    )
+
+
+def decode_attention(
+    q: Float[Array, "B T H K"],
+    k_cache: Float[Array, "L B N S K"],
+    v_cache: Float[Array, "L B N S K"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    interpret: Any = False,
+) -> Float[Array, "B T H K"]:
+    """`reference.decode_attention` as a Triton kernel; S must be a multiple of 64.
+
+    A row's cache is divided over as many programs as the device needs to be busy
+    (flash-decoding); their partial softmaxes are merged afterwards.
+    """
+    batch, new, heads, head_dim = q.shape
+    kv_heads, capacity = k_cache.shape[2:4]
+    per_group = heads // kv_heads
+    rows = new * per_group
+    most = _DECODE_ROWS_FLOAT32 if k_cache.dtype == jnp.float32 else _DECODE_ROWS
+    block = min(most, max(16, pl.next_power_of_2(rows)))
+    padded = math.ceil(rows / block) * block
+    q = q.reshape(batch, new, kv_heads, per_group, head_dim).swapaxes(1, 2)
+    q = q.reshape(batch, kv_heads, rows, head_dim).astype(k_cache.dtype)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+    key_blocks = capacity // _DECODE_KEYS
+    programs = batch * kv_heads * (padded // block)
+    splits = max(1, min(key_blocks, _PROGRAMS // programs))
+    per_split = math.ceil(key_blocks / splits)
+
+    whole = pl.no_block_spec
+    partial_shape = (batch, kv_heads, splits, padded)
+    peak, total, acc = pl.pallas_call(
+        partial(_decode_kernel, scale * LOG2_E, new, per_group, per_split),
+        grid=(batch * kv_heads, splits, padded // block),
+        in_specs=[
+            *(whole, whole),
+            pl.BlockSpec(
+                (None, None, block, head_dim),
+                lambda bn, s, m: (bn // kv_heads, bn % kv_heads, m, 0),
+            ),
+            *(whole, whole),
+        ],
+        out_specs=[
+            _partial_spec(kv_heads, (block,)),
+            _partial_spec(kv_heads, (block,)),
+            _partial_spec(kv_heads, (block, head_dim)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(partial_shape, jnp.float32),
+            jax.ShapeDtypeStruct(partial_shape, jnp.float32),
+            jax.ShapeDtypeStruct((*partial_shape, head_dim), jnp.float32),
+        ],
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="decode_attention_gpu",
+    )(jnp.asarray(layer, jnp.int32).reshape(1), lengths.astype(jnp.int32), q, k_cache, v_cache)
+    out = _merge(peak, total, acc)[:, :, :rows].astype(q.dtype)
+    out = out.reshape(batch, kv_heads, new, per_group, head_dim).swapaxes(1, 2)
+    return out.reshape(batch, new, heads, head_dim)
+
+
+def _partial_spec(kv_heads: int, block: tuple[int, ...]) -> pl.BlockSpec:
+    rest = (0,) * (len(block) - 1)
+    return pl.BlockSpec(
+        (None, None, None, *block),
+        lambda bn, s, m: (bn // kv_heads, bn % kv_heads, s, m, *rest),
+    )
+
+
+def _decode_kernel(
+    scale,
+    new,
+    per_group,
+    per_split,
+    layer_ref,
+    lengths_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    peak_ref,
+    total_ref,
+    acc_ref,
+):
+    """A block of query rows of one head against one share of its cache."""
+    kv_heads = k_ref.shape[2]
+    b, n = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
+    layer, length = layer_ref[0], lengths_ref[b]
+    q = q_ref[...]
+    block = q.shape[0]
+    shape = (block, _DECODE_KEYS)
+    token = (lax.broadcasted_iota(jnp.int32, shape, 0) + pl.program_id(2) * block) // per_group
+    last = length - new + token
+    key = lax.broadcasted_iota(jnp.int32, shape, 1)
+
+    def attend(j: Array, carry: tuple) -> tuple:
+        peak, total, acc = carry
+        here = pl.ds(j * _DECODE_KEYS, _DECODE_KEYS)
+        scores = _dot(q, k_ref[layer, b, n, here, :], (1, 1)) * scale
+        scores = jnp.where(key + j * _DECODE_KEYS <= last, scores, MASKED)
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
+        probs = jnp.exp2(scores - new_peak[:, None])
+        shrink = jnp.exp2(peak - new_peak)
+        v = v_ref[layer, b, n, here, :]
+        acc = acc * shrink[:, None] + _dot(probs.astype(v.dtype), v, (1, 0))
+        return new_peak, total * shrink + jnp.sum(probs, axis=1), acc
+
+    begin = pl.program_id(1) * per_split
+    end = jnp.minimum(begin + per_split, (length + _DECODE_KEYS - 1) // _DECODE_KEYS)
+    start = (jnp.full((block,), LOWEST, jnp.float32), jnp.zeros((block,), jnp.float32))
+    peak, total, acc = lax.fori_loop(begin, end, attend, (*start, jnp.zeros(q.shape, jnp.float32)))
+    peak_ref[...], total_ref[...], acc_ref[...] = peak, total, acc
+
+
+def _merge(
+    peak: Float[Array, "B N P M"], total: Float[Array, "B N P M"], acc: Float[Array, "B N P M K"]
+) -> Float[Array, "B N M K"]:
+    """One softmax out of P partial ones; zeros where none saw a key."""
+    weight = jnp.exp2(peak - peak.max(2, keepdims=True))
+    total = (total * weight).sum(2)
+    return (acc * weight[..., None]).sum(2) / jnp.where(total > 0, total, 1.0)[..., None]

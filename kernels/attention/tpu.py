@@ -1,0 +1,135 @@
+"""TPU (Mosaic): the shared flash kernels, and decoding against a cache in HBM."""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from r1s_jax.kernels.attention.flash import LOG2_E, LOWEST, MASKED, Backend, Blocks, _dot
+
+LANES = 128
+_VMEM_LIMIT = 96 * 2**20
+# Bytes of one block of keys, all heads together, and of one block of scores.
+_CACHE_BLOCK, _SCORE_BLOCK = 2**20, 2**22
+
+
+def _blocks(kernel: str, length: int, head_dim: int, dtype: Any) -> Blocks:
+    size = next(b for b in (512, 256, 128) if length % b == 0)
+    semantics = ("parallel", "parallel", "arbitrary")
+    return Blocks(
+        size,
+        size,
+        pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_VMEM_LIMIT),
+    )
+
+
+def _as_column(row: Array) -> Array:
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+def _as_row(column: Array) -> Array:
+    return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1, :]
+
+
+def backend(interpret: Any = False) -> Backend:
+    """The TPU's way to run the kernels of `flash`."""
+    return Backend("tpu", _blocks, _as_column, _as_row, pltpu.SMEM, interpret)
+
+
+def decode_attention(
+    q: Float[Array, "B T H K"],
+    k_cache: Float[Array, "L B N S K"],
+    v_cache: Float[Array, "L B N S K"],
+    layer: Int[Array, ""],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    interpret: Any = False,
+) -> Float[Array, "B T H K"]:
+    """`reference.decode_attention` as a Mosaic kernel; S must be a multiple of 128.
+
+    The grid walks over a row's cache, one block of keys of all heads at a time. Past the row's
+    length the block index stands still, so nothing more is fetched from HBM.
+    """
+    batch, new, heads, head_dim = q.shape
+    kv_heads, capacity = k_cache.shape[2:4]
+    per_group = heads // kv_heads
+    rows = new * per_group
+    size = _decode_block(capacity, rows, kv_heads * head_dim * k_cache.dtype.itemsize)
+    q = q.reshape(batch, new, kv_heads, per_group, head_dim).swapaxes(1, 2)
+    q = q.reshape(batch, kv_heads, rows, head_dim).astype(k_cache.dtype)
+
+    def cache_block(b: Array, s: Array, layer: Array, lengths: Array) -> tuple:
+        return layer[0], b, 0, jnp.minimum(s, jnp.maximum(pl.cdiv(lengths[b], size), 1) - 1), 0
+
+    by_row = pl.BlockSpec((None, kv_heads, rows, head_dim), lambda b, s, *_: (b, 0, 0, 0))
+    by_block = pl.BlockSpec((None, None, kv_heads, size, head_dim), cache_block)
+    out = pl.pallas_call(
+        partial(_decode_kernel, scale * LOG2_E, new, per_group),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, capacity // size),
+            in_specs=[by_row, by_block, by_block],
+            out_specs=by_row,
+            scratch_shapes=[
+                pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
+                pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
+                pltpu.VMEM((kv_heads, rows, head_dim), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
+        ),
+        interpret=interpret,
+        name="decode_attention_tpu",
+    )(jnp.asarray(layer, jnp.int32).reshape(1), lengths.astype(jnp.int32), q, k_cache, v_cache)
+    out = out.reshape(batch, kv_heads, new, per_group, head_dim).swapaxes(1, 2)
+    return out.reshape(batch, new, heads, head_dim)
+
+
+def _decode_block(capacity: int, rows: int, bytes_a_key: int) -> int:
+    """Keys a block: as many as fit the budgets and divide the cache."""
+    fits = min(_CACHE_BLOCK // bytes_a_key, _SCORE_BLOCK // (4 * rows))
+    largest = math.gcd(capacity, 1024)
+    return max(LANES, min(largest, 2 ** int(math.log2(max(fits, LANES)))))
+
+
+def _decode_kernel(
+    scale, new, per_group, layer_ref, lengths_ref, q_ref, k_ref, v_ref, o_ref, peak, total, acc
+):
+    """One block of the cache of one row, all its heads; the scratch carries the softmax on."""
+    b, s = pl.program_id(0), pl.program_id(1)
+    kv_heads, size, _ = k_ref.shape
+    rows, length = q_ref.shape[1], lengths_ref[b]
+
+    @pl.when(s == 0)
+    def _start():
+        peak[...] = jnp.full(peak.shape, LOWEST, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+        acc[...] = jnp.zeros(acc.shape, jnp.float32)
+
+    @pl.when(s * size < length)
+    def _attend():
+        shape = (rows, size)
+        key = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + s * size
+        token = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // per_group if new > 1 else 0
+        allowed = key <= length - new + token
+        for n in range(kv_heads):
+            scores = jnp.where(allowed, _dot(q_ref[n], k_ref[n], (1, 1)) * scale, MASKED)
+            new_peak = jnp.maximum(peak[n], jnp.max(scores, axis=1, keepdims=True))
+            probs = jnp.exp2(scores - new_peak)
+            shrink = jnp.exp2(peak[n] - new_peak)
+            total[n] = total[n] * shrink + jnp.sum(probs, axis=1, keepdims=True)
+            v = v_ref[n]
+            acc[n] = acc[n] * shrink + _dot(probs.astype(v.dtype), v, (1, 0))
+            peak[n] = new_peak
+
+    @pl.when(s == pl.num_programs(1) - 1)
+    def _finish():
+        o_ref[...] = (acc[...] / jnp.where(total[...] > 0, total[...], 1.0)).astype(o_ref.dtype)
