@@ -45,11 +45,11 @@ def config() -> Config:
             max_turn_length=48,
             max_searches=3,
             documents_per_query=1,
-            max_documents_length=224,
+            max_documents_length=160,
             first_search=True,
             prefill_rows=1,
             prefill_chunk=128,
         ),
         algorithm=AlgorithmConfig(samples_per_question=4, updates_per_rollout=2),
-        optimizer=OptimizerConfig(learning_rate=2e-6, micro_rows=1),
+        optimizer=OptimizerConfig(learning_rate=2e-6, pack_length=1024),
     )

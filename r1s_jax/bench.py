@@ -70,7 +70,7 @@ def _decode_runner(p: Pretrained, batch: int, capacity: int) -> Callable[[np.nda
         cache = KVCache.empty(p.model, batch, capacity, p.model.num_kv_heads, jnp.float32)
         rows, length = jnp.arange(batch), tokens.shape[1]
         starts = jnp.zeros(batch, jnp.int32)
-        hidden, cache = policy.prefill(tokens, rows, starts, rows >= 0, cache)
+        hidden, cache = policy.prefill(tokens, rows, starts, cache)
         token, _, _ = _greedy(policy.logits(hidden[:, -1]))
 
         def step(i: jax.Array, carry: tuple) -> tuple:

@@ -128,7 +128,7 @@ class HostLoop:
 def _prefill(static, params: Params, tokens, starts, cache: KVCache) -> KVCache:
     policy = Policy(static[0], params, compute_dtype=static[1])
     one = jnp.zeros(1, jnp.int32)
-    return policy.prefill(tokens, one, starts, jnp.ones(1, bool), cache)[1]
+    return policy.prefill(tokens, one, starts, cache)[1]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)

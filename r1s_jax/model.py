@@ -232,13 +232,12 @@ class Policy(nnx.Module):
         tokens: Int[Array, "R T"],
         rows: Int[Array, " R"],
         starts: Int[Array, " R"],
-        valid: Int[Array, " R"],
         cache: KVCache,
     ) -> tuple[Float[Array, "R T D"], KVCache]:
         """Feeds a chunk of T tokens to R of the slots, from position `starts[r]` on.
 
-        The entries past a row's text are garbage that later tokens overwrite. Where `valid[r]` is
-        false the row is left as it was. Requires `starts + T <= C`.
+        What a chunk holds past a row's text is garbage that later tokens overwrite: a row that has
+        nothing to feed may take part at no harm. Requires `starts + T <= C`.
         """
         length = tokens.shape[1]
         positions = starts[:, None] + jnp.arange(length)
@@ -248,22 +247,13 @@ class Policy(nnx.Module):
             new = cache.fit(new.swapaxes(1, 2))
             for r in range(tokens.shape[0]):
                 at = (layer, rows[r], 0, starts[r], 0)
-                old = lax.dynamic_slice(buffer, at, (1, 1, *new.shape[1:]))
-                buffer = lax.dynamic_update_slice(
-                    buffer, jnp.where(valid[r], new[r][None, None], old), at
-                )
+                buffer = lax.dynamic_update_slice(buffer, new[r][None, None], at)
             return buffer
-
-        def read(buffer: Array, layer: Array) -> Array:
-            size = (1, 1, *buffer.shape[2:])
-            take = [lax.dynamic_slice(buffer, (layer, row, 0, 0, 0), size)[0] for row in rows]
-            return jnp.concatenate(take)[None]
 
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
             cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
-            k_rows, v_rows = read(cache.k, layer), read(cache.v, layer)
-            out = decode_attention(q, k_rows, v_rows, 0, starts + length, impl=self.impl)
-            return out, cache
+            ends = starts + length
+            return decode_attention(q, cache.k, cache.v, layer, ends, rows, impl=self.impl), cache
 
         return self._stack(tokens, positions, attend, cache)
 

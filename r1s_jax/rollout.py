@@ -173,7 +173,7 @@ class Rollout:
     def _turn(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
         phase = state.slots.phase
         searching = jnp.any((phase == Phase.SUBMIT) | (phase == Phase.WAIT))
-        state = lax.cond(searching, self._search, lambda s: s, state)
+        state = _when(searching, self._search, state)
         # Forced tokens go first: a decode step costs the same however few slots take part in it.
         state = lax.while_loop(
             lambda s: jnp.any(self._behind(s.slots)),
@@ -181,13 +181,11 @@ class Rollout:
             state,
         )
         ready = jnp.any(state.slots.phase == Phase.ACTIVE)
-        state = lax.cond(
-            ready, partial(self._decode, policy, prompts, tag_table), lambda s: s, state
-        )
+        state = _when(ready, partial(self._decode, policy, prompts, tag_table), state)
         refillable = jnp.any(state.slots.phase == Phase.EMPTY) & (
             state.next_row < prompts.lengths.shape[0]
         )
-        return lax.cond(refillable, partial(self._refill, prompts), lambda s: s, state)
+        return _when(refillable, partial(self._refill, prompts), state)
 
     def _start(self, prompts: Prompts, kv_heads: int) -> State:
         c, count = self.config, prompts.lengths.shape[0]
@@ -243,14 +241,14 @@ class Rollout:
         return (s.phase == Phase.ACTIVE) & (s.length - s.cached > 1)
 
     def _feed(self, policy: Policy, prompts: Prompts, state: State) -> State:
-        """Copies prompts that another slot has in its cache, or feeds one chunk."""
-        leader, can_copy, must_wait = self._prompt_leaders(prompts, state.slots)
-        return lax.cond(
-            jnp.any(can_copy),
-            lambda s: self._copy_prompt(prompts, leader, can_copy, s),
-            lambda s: self._prefill(policy, must_wait, s),
+        """Copies every prompt that another slot has in its cache, then feeds one chunk."""
+        state = lax.while_loop(
+            lambda s: jnp.any(self._prompt_leaders(prompts, s.slots)[1]),
+            partial(self._copy_prompt, prompts),
             state,
         )
+        behind = jnp.any(self._behind(state.slots))
+        return _when(behind, partial(self._prefill, policy, prompts), state)
 
     def _prompt_leaders(self, prompts: Prompts, s: Slots) -> tuple[Array, Array, Array]:
         """Samples of one prompt compute its keys and values once.
@@ -269,9 +267,10 @@ class Rollout:
         complete = s.cached[leader] >= prompt - 1
         return leader, follows & complete, follows & ~complete
 
-    def _copy_prompt(self, prompts: Prompts, leader: Array, can_copy: Array, state: State) -> State:
+    def _copy_prompt(self, prompts: Prompts, state: State) -> State:
         """Copies one leader's cache to the first slot that follows it."""
         s, cache = state.slots, state.cache
+        leader, can_copy, _ = self._prompt_leaders(prompts, s)
         slot = jnp.argmax(can_copy)
         size = (cache.k.shape[0], 1, *cache.k.shape[2:])
 
@@ -283,17 +282,18 @@ class Rollout:
         cache = KVCache(copy(cache.k), copy(cache.v))
         return state._replace(slots=s._replace(cached=cached), cache=cache)
 
-    def _prefill(self, policy: Policy, must_wait: Array, state: State) -> State:
+    def _prefill(self, policy: Policy, prompts: Prompts, state: State) -> State:
         """Feeds the next chunk of the slots that are furthest behind."""
         c, s = self.config, state.slots
+        must_wait = self._prompt_leaders(prompts, s)[2]
         count = min(c.prefill_rows, s.row.shape[0])
         want = jnp.where(self._behind(s) & ~must_wait, s.length - s.cached, 0)
         backlog, rows = lax.top_k(want, count)
-        valid, starts = backlog > 0, s.cached[rows]
+        starts = s.cached[rows]
         at = starts[:, None] + jnp.arange(c.prefill_chunk)
         tokens = state.out.tokens.at[s.row[rows][:, None], at].get(mode="fill", fill_value=0)
-        _, cache = policy.prefill(tokens, rows, starts, valid, state.cache)
-        fed = jnp.where(valid, jnp.minimum(backlog - 1, c.prefill_chunk), 0)
+        _, cache = policy.prefill(tokens, rows, starts, state.cache)
+        fed = jnp.clip(backlog - 1, 0, c.prefill_chunk)
         return state._replace(
             slots=s._replace(cached=s.cached.at[rows].add(fed)),
             cache=cache,
@@ -417,6 +417,19 @@ class Rollout:
         reasons = jnp.zeros_like(s.phase).at[slot].set(reason)
         state = state._replace(slots=slots, out=state.out._replace(tokens=tokens))
         return _finish(state, reasons)
+
+
+def _when(condition: Array, action: Callable[[State], State], state: State) -> State:
+    """`action` if `condition`, without copying the cache.
+
+    A conditional must keep its operand for the other branch, and XLA then copies the cache at
+    every turn; a loop that runs at most once updates it in place.
+    """
+    return lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.bool_(False), action(carry[1])),
+        (condition, state),
+    )[1]
 
 
 def _finish(state: State, reason: Int[Array, " S"]) -> State:

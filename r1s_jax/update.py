@@ -15,7 +15,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import OptimizerConfig
 from r1s_jax.model import ModelConfig, Params, Policy
@@ -56,22 +56,30 @@ def make_optimizer(
 
 
 def token_logprobs(
-    policy: Policy, tokens: Int[Array, "R T"], hidden: Float[Array, "R T D"]
+    policy: Policy,
+    tokens: Int[Array, "R T"],
+    hidden: Float[Array, "R T D"],
+    wanted: Bool[Array, "R T"],
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Log-probability of every token given those before it, and the entropy it was drawn with.
 
-    Column 0 has no token before it and is 0. The vocabulary-wide logits are made chunk by chunk.
+    Column 0 has no token before it and is 0. The vocabulary-wide logits are made chunk by chunk,
+    and only for chunks with a `wanted` token: most of a trajectory is prompt and documents. What
+    is not wanted may be 0.
     """
     length = tokens.shape[1]
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     pad = -length % min(_LOGIT_CHUNK, length)
-    targets = jnp.pad(targets, ((0, 0), (0, pad)))
+    targets, wanted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1 + pad))) for x in (tokens, wanted))
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     chunks = (length + pad) // min(_LOGIT_CHUNK, length)
 
     @jax.checkpoint
-    def chunk(args: tuple[Array, Array]) -> tuple[Array, Array]:
-        hidden, targets = args
+    def chunk(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        hidden, targets, wanted = args
+        zeros = jnp.zeros(targets.shape, jnp.float32)
+        return lax.cond(wanted.any(), measure, lambda *_: (zeros, zeros), hidden, targets)
+
+    def measure(hidden: Array, targets: Array) -> tuple[Array, Array]:
         logits = policy.logits(hidden)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -85,7 +93,7 @@ def token_logprobs(
         x = x.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, : length - 1]
         return jnp.pad(x, ((0, 0), (1, 0)))
 
-    logprobs, entropies = lax.map(chunk, (split(hidden), split(targets)))
+    logprobs, entropies = lax.map(chunk, (split(hidden), split(targets), split(wanted)))
     return join(logprobs), join(entropies)
 
 
@@ -185,7 +193,7 @@ class Learner:
             attend_rows=row_attention(attention_impl(self.attention, self.mesh), self.mesh),
         )
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
-        return token_logprobs(policy, batch.tokens, hidden)
+        return token_logprobs(policy, batch.tokens, hidden, batch.weights > 0)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _update(self, state: LearnerState, batch: PackedBatch, micro: Array, scale: Array):

@@ -58,10 +58,14 @@ def searching_params(seed: int = 0):
     return params | {"embed": embed, "lm_head": head}
 
 
-def make_engine(config: RolloutConfig = CONFIG, search: SearchConfig | None = None) -> Engine:
+def make_engine(
+    config: RolloutConfig = CONFIG,
+    search: SearchConfig | None = None,
+    model: ModelConfig = MODEL,
+) -> Engine:
     tokenizer = build_tokenizer()
     return Engine(
-        MODEL,
+        model,
         tokenizer,
         (tokenizer.eos_token_id,),
         config,
@@ -274,3 +278,17 @@ def test_eight_devices_give_the_same_trajectories(rolled, tmp_path):
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=300)
     np.testing.assert_array_equal(np.load(out), rolled.trajectory.tokens)
+
+
+def test_the_cache_is_never_copied():
+    """The compiled loop keeps one cache: all else it holds at a time is small beside it."""
+    model = dataclasses.replace(MODEL, num_layers=6, head_dim=32)
+    config = dataclasses.replace(CONFIG, slots=8, max_length=1024, prefill_rows=2)
+    engine = make_engine(config, model=model)
+    prompts, _ = engine._prompts(QUESTIONS, [])
+    arrays = engine._arrays(prompts, QUESTIONS, 2, 0, 0)
+    params = shard_params(init_params(model, 0), model, engine.mesh)
+    compiled = engine._rollout.lower(params, arrays, engine.tag_table).compile()
+    capacity = config.max_length + config.prefill_chunk
+    cache = 2 * 4 * model.num_layers * 8 * model.num_kv_heads * capacity * model.head_dim
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * cache

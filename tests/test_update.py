@@ -102,7 +102,7 @@ def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
     rng, policy = np.random.default_rng(length), Policy(MODEL, params)
     tokens = rng.integers(0, MODEL.vocab_size, (3, length))
     hidden = jnp.asarray(rng.normal(size=(3, length, MODEL.d_model)), jnp.float32)
-    logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden)
+    logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden, tokens >= 0)
     assert logprobs.shape == entropies.shape == (3, length)
     full = log_softmax(policy.logits(hidden))[:, :-1]
     expected = np.take_along_axis(full, tokens[:, 1:, None], -1)[..., 0]

@@ -1,6 +1,6 @@
 """The one door to attention: callers import from here, whatever runs behind it.
 
-`impl` names the backend: "xla" (any device, the meaning itself), "tpu" (Mosaic), "gpu" (Triton),
+`impl` names the backend: "xla" (any device), "tpu" (Mosaic), "gpu" (Triton),
 or "interpret" (the TPU kernels, interpreted: slow, for tests). None takes the backend of JAX's
 default device. A backend that cannot serve a shape says so; nothing falls back in silence.
 """
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from r1s_jax.kernels.attention import flash, gpu, reference, tpu, xla
+from r1s_jax.kernels.attention import flash, gpu, tpu, xla
 
 Impl = Literal["xla", "tpu", "gpu", "interpret"]
 
@@ -59,7 +59,7 @@ def attention(
         raise ValueError(f"segment_ids has shape {segment_ids.shape}, expected {q.shape[:2]}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if impl == "xla":
-        return reference.attention(q, k, v, segment_ids=segment_ids, causal=causal, scale=scale)
+        return xla.attention(q, k, v, segment_ids=segment_ids, causal=causal, scale=scale)
     backend = {"tpu": tpu.backend, "gpu": gpu.backend}.get(impl, lambda: tpu.backend(True))()
     return flash_rows(backend, q, k, v, segment_ids, causal, scale)
 
@@ -85,10 +85,11 @@ def flash_rows(
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L B N S W"],
-    v_cache: Float[Array, "L B N S W"],
+    k_cache: Float[Array, "L R N S W"],
+    v_cache: Float[Array, "L R N S W"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
+    rows: Int[Array, " B"] | None = None,
     *,
     scale: float | None = None,
     impl: Impl | None = None,
@@ -102,10 +103,11 @@ def decode_attention(
     batch, new, _, head_dim = q.shape
     kv_heads, capacity, width = k_cache.shape[2:]
     _check_heads(q, k_cache, v_cache, kv_heads, impl)
-    if k_cache.shape[1] != batch or lengths.shape != (batch,):
-        raise ValueError(
-            f"q has {batch} rows, the cache {k_cache.shape[1]}, lengths the shape {lengths.shape}"
-        )
+    if rows is None and k_cache.shape[1] != batch:
+        raise ValueError(f"q has {batch} rows, the cache {k_cache.shape[1]}: name them with `rows`")
+    for name, x in (("lengths", lengths), ("rows", rows)):
+        if x is not None and x.shape != (batch,):
+            raise ValueError(f"q has {batch} rows, {name} the shape {x.shape}")
     if new > capacity:
         raise ValueError(f"{new} new tokens do not fit a cache of {capacity}")
     if not isinstance(lengths, jax.core.Tracer) and batch and int(lengths.max()) > capacity:
@@ -120,7 +122,10 @@ def decode_attention(
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
     decode = {"xla": xla, "tpu": tpu, "gpu": gpu, "interpret": tpu}[impl].decode_attention
     options: dict[str, Any] = {"interpret": True} if impl == "interpret" else {}
-    return decode(q, k_cache, v_cache, layer, lengths, scale=scale, **options)[..., :head_dim]
+    if impl != "xla" and rows is None:
+        rows = jnp.arange(batch)
+    out = decode(q, k_cache, v_cache, layer, lengths, rows, scale=scale, **options)
+    return out[..., :head_dim]
 
 
 def _resolve(impl: Impl | None) -> Impl:

@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention.flash import LOG2_E, LOWEST, MASKED, Backend, Blocks, _dot
+from r1s_jax.kernels.attention.tpu import as_scalars
 
 # (queries, keys, warps, stages) that compile for an H100 without spilling registers.
 _BLOCKS = {
@@ -50,10 +51,11 @@ def backend(interpret: Any = False) -> Backend:
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L B N S K"],
-    v_cache: Float[Array, "L B N S K"],
+    k_cache: Float[Array, "L R N S K"],
+    v_cache: Float[Array, "L R N S K"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
+    rows: Int[Array, " B"],
     *,
     scale: float,
     interpret: Any = False,
@@ -66,13 +68,13 @@ def decode_attention(
     batch, new, heads, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[2:4]
     per_group = heads // kv_heads
-    rows = new * per_group
+    queries = new * per_group
     most = _DECODE_ROWS_FLOAT32 if k_cache.dtype == jnp.float32 else _DECODE_ROWS
-    block = min(most, max(16, pl.next_power_of_2(rows)))
-    padded = math.ceil(rows / block) * block
+    block = min(most, max(16, pl.next_power_of_2(queries)))
+    padded = math.ceil(queries / block) * block
     q = q.reshape(batch, new, kv_heads, per_group, head_dim).swapaxes(1, 2)
-    q = q.reshape(batch, kv_heads, rows, head_dim).astype(k_cache.dtype)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, 0)))
+    q = q.reshape(batch, kv_heads, queries, head_dim).astype(k_cache.dtype)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - queries), (0, 0)))
     key_blocks = capacity // _DECODE_KEYS
     programs = batch * kv_heads * (padded // block)
     splits = max(1, min(key_blocks, _PROGRAMS // programs))
@@ -84,7 +86,7 @@ def decode_attention(
         partial(_decode_kernel, scale * LOG2_E, new, per_group, per_split),
         grid=(batch * kv_heads, splits, padded // block),
         in_specs=[
-            *(whole, whole),
+            *(whole, whole, whole),
             pl.BlockSpec(
                 (None, None, block, head_dim),
                 lambda bn, s, m: (bn // kv_heads, bn % kv_heads, m, 0),
@@ -104,8 +106,8 @@ def decode_attention(
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
         name="decode_attention_gpu",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), lengths.astype(jnp.int32), q, k_cache, v_cache)
-    out = _merge(peak, total, acc)[:, :, :rows].astype(q.dtype)
+    )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache)
+    out = _merge(peak, total, acc)[:, :, :queries].astype(q.dtype)
     out = out.reshape(batch, kv_heads, new, per_group, head_dim).swapaxes(1, 2)
     return out.reshape(batch, new, heads, head_dim)
 
@@ -125,6 +127,7 @@ def _decode_kernel(
     per_split,
     layer_ref,
     lengths_ref,
+    rows_ref,
     q_ref,
     k_ref,
     v_ref,
@@ -135,7 +138,7 @@ def _decode_kernel(
     """A block of query rows of one head against one share of its cache."""
     kv_heads = k_ref.shape[2]
     b, n = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
-    layer, length = layer_ref[0], lengths_ref[b]
+    layer, length, row = layer_ref[0], lengths_ref[b], rows_ref[b]
     q = q_ref[...]
     block = q.shape[0]
     shape = (block, _DECODE_KEYS)
@@ -146,12 +149,12 @@ def _decode_kernel(
     def attend(j: Array, carry: tuple) -> tuple:
         peak, total, acc = carry
         here = pl.ds(j * _DECODE_KEYS, _DECODE_KEYS)
-        scores = _dot(q, k_ref[layer, b, n, here, :], (1, 1)) * scale
+        scores = _dot(q, k_ref[layer, row, n, here, :], (1, 1)) * scale
         scores = jnp.where(key + j * _DECODE_KEYS <= last, scores, MASKED)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         probs = jnp.exp2(scores - new_peak[:, None])
         shrink = jnp.exp2(peak - new_peak)
-        v = v_ref[layer, b, n, here, :]
+        v = v_ref[layer, row, n, here, :]
         acc = acc * shrink[:, None] + _dot(probs.astype(v.dtype), v, (1, 0))
         return new_peak, total * shrink + jnp.sum(probs, axis=1), acc
 

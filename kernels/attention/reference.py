@@ -23,28 +23,45 @@ def attention(
     row and segment, to none after itself where `causal`. A segment is a run of equal ids; segment
     0 is padding, which attends to nothing and gives zeros. `scale` defaults to `K ** -0.5`.
     """
-    length, head_dim = q.shape[1], q.shape[3]
+    ids = None if segment_ids is None else (segment_ids, segment_ids)
+    return masked_attention(q, k, v, ids, 0, causal=causal, scale=scale)
+
+
+def masked_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
+    first: int,
+    *,
+    causal: bool,
+    scale: float | None,
+) -> Float[Array, "B T H K"]:
+    """`attention` of the queries from `first` on to S keys, each side with its segment ids."""
+    head_dim = q.shape[3]
     scale = head_dim**-0.5 if scale is None else scale
     q = group_heads(q, k.shape[2])
     scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32) * scale
-    index = jnp.arange(length)
-    allowed = (index[:, None] >= (index if causal else jnp.zeros_like(index)))[None]
+    query, key = jnp.arange(first, first + q.shape[1]), jnp.arange(k.shape[1])
+    allowed = (query[:, None] >= key if causal else jnp.ones((len(query), len(key)), bool))[None]
     if segment_ids is not None:
-        allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        of_query, of_key = segment_ids
+        allowed &= of_query[:, :, None] == of_key[:, None, :]
     scores = jnp.where(allowed[:, None, None], scores, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bngts,bsnk->btngk", probs, v)
     if segment_ids is not None:
-        out = jnp.where(segment_ids[:, :, None, None, None] > 0, out, 0)
+        out = jnp.where(of_query[:, :, None, None, None] > 0, out, 0)
     return out.reshape(*out.shape[:2], -1, head_dim)
 
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L B N S K"],
-    v_cache: Float[Array, "L B N S K"],
+    k_cache: Float[Array, "L R N S K"],
+    v_cache: Float[Array, "L R N S K"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
+    rows: Int[Array, " B"] | None = None,
     *,
     scale: float | None = None,
 ) -> Float[Array, "B T H K"]:
@@ -52,9 +69,11 @@ def decode_attention(
 
     The cache already holds the keys and values of the T tokens: row `b` has `lengths[b]` valid
     entries and query `t` stands at position `lengths[b] - T + t`. Rows of length 0 give zeros.
+    Row `b` of the queries reads row `rows[b]` of the cache (None: row `b`).
     """
     head_dim, new = q.shape[3], q.shape[1]
-    k_cache, v_cache = k_cache[layer], v_cache[layer]
+    rows = jnp.arange(q.shape[0]) if rows is None else rows
+    k_cache, v_cache = k_cache[layer, rows], v_cache[layer, rows]
     scale = head_dim**-0.5 if scale is None else scale
     q = group_heads(q, k_cache.shape[1])
     scores = jnp.einsum("btngk,bnsk->bntgs", q, k_cache, preferred_element_type=jnp.float32)

@@ -43,10 +43,11 @@ def backend(interpret: Any = False) -> Backend:
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L B N S K"],
-    v_cache: Float[Array, "L B N S K"],
+    k_cache: Float[Array, "L R N S K"],
+    v_cache: Float[Array, "L R N S K"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
+    rows: Int[Array, " B"],
     *,
     scale: float,
     interpret: Any = False,
@@ -59,27 +60,28 @@ def decode_attention(
     batch, new, heads, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[2:4]
     per_group = heads // kv_heads
-    rows = new * per_group
-    size = _decode_block(capacity, rows, kv_heads * head_dim * k_cache.dtype.itemsize)
+    queries = new * per_group
+    size = _decode_block(capacity, queries, kv_heads * head_dim * k_cache.dtype.itemsize)
     q = q.reshape(batch, new, kv_heads, per_group, head_dim).swapaxes(1, 2)
-    q = q.reshape(batch, kv_heads, rows, head_dim).astype(k_cache.dtype)
+    q = q.reshape(batch, kv_heads, queries, head_dim).astype(k_cache.dtype)
 
-    def cache_block(b: Array, s: Array, layer: Array, lengths: Array) -> tuple:
-        return layer[0], b, 0, jnp.minimum(s, jnp.maximum(pl.cdiv(lengths[b], size), 1) - 1), 0
+    def cache_block(b: Array, s: Array, layer: Array, lengths: Array, rows: Array) -> tuple:
+        last = jnp.maximum(pl.cdiv(lengths[b], size), 1) - 1
+        return layer[0], rows[b], 0, jnp.minimum(s, last), 0
 
-    by_row = pl.BlockSpec((None, kv_heads, rows, head_dim), lambda b, s, *_: (b, 0, 0, 0))
+    by_row = pl.BlockSpec((None, kv_heads, queries, head_dim), lambda b, s, *_: (b, 0, 0, 0))
     by_block = pl.BlockSpec((None, None, kv_heads, size, head_dim), cache_block)
     out = pl.pallas_call(
         partial(_decode_kernel, scale * LOG2_E, new, per_group),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(batch, capacity // size),
             in_specs=[by_row, by_block, by_block],
             out_specs=by_row,
             scratch_shapes=[
-                pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, 1), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, head_dim), jnp.float32),
+                pltpu.VMEM((kv_heads, queries, 1), jnp.float32),
+                pltpu.VMEM((kv_heads, queries, 1), jnp.float32),
+                pltpu.VMEM((kv_heads, queries, head_dim), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -88,25 +90,43 @@ def decode_attention(
         ),
         interpret=interpret,
         name="decode_attention_tpu",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), lengths.astype(jnp.int32), q, k_cache, v_cache)
+    )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache)
     out = out.reshape(batch, kv_heads, new, per_group, head_dim).swapaxes(1, 2)
     return out.reshape(batch, new, heads, head_dim)
 
 
-def _decode_block(capacity: int, rows: int, bytes_a_key: int) -> int:
+def as_scalars(layer: Array, lengths: Array, rows: Array) -> tuple[Array, Array, Array]:
+    """What a decode kernel reads one number at a time, int32."""
+    layer, lengths, rows = (jnp.asarray(x, jnp.int32) for x in (layer, lengths, rows))
+    return layer.reshape(1), lengths, rows
+
+
+def _decode_block(capacity: int, queries: int, bytes_a_key: int) -> int:
     """Keys a block: as many as fit the budgets and divide the cache."""
-    fits = min(_CACHE_BLOCK // bytes_a_key, _SCORE_BLOCK // (4 * rows))
+    fits = min(_CACHE_BLOCK // bytes_a_key, _SCORE_BLOCK // (4 * queries))
     largest = math.gcd(capacity, 1024)
     return max(LANES, min(largest, 2 ** int(math.log2(max(fits, LANES)))))
 
 
 def _decode_kernel(
-    scale, new, per_group, layer_ref, lengths_ref, q_ref, k_ref, v_ref, o_ref, peak, total, acc
+    scale,
+    new,
+    per_group,
+    layer_ref,
+    lengths_ref,
+    rows_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    o_ref,
+    peak,
+    total,
+    acc,
 ):
     """One block of the cache of one row, all its heads; the scratch carries the softmax on."""
     b, s = pl.program_id(0), pl.program_id(1)
     kv_heads, size, _ = k_ref.shape
-    rows, length = q_ref.shape[1], lengths_ref[b]
+    length = lengths_ref[b]
 
     @pl.when(s == 0)
     def _start():
@@ -116,7 +136,7 @@ def _decode_kernel(
 
     @pl.when(s * size < length)
     def _attend():
-        shape = (rows, size)
+        shape = (q_ref.shape[1], size)
         key = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + s * size
         token = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // per_group if new > 1 else 0
         allowed = key <= length - new + token

@@ -1,20 +1,55 @@
-"""Decode attention in plain XLA that reads only as much of the cache as rows have filled."""
+"""Attention in plain XLA, block by block: what runs on CPU.
 
+The meaning is that of `reference`; the blocks keep scores in the processor's caches and skip what
+nobody may see.
+"""
+
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from r1s_jax.kernels.attention.reference import MASKED, group_heads
+from r1s_jax.kernels.attention.reference import MASKED, group_heads, masked_attention
 
 _BLOCK = 128
+# A long row is cut into no more than this many blocks of queries: each is a piece of program.
+_MAX_QUERY_BLOCKS = 16
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N K"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Float[Array, "B T H K"]:
+    """Same meaning as `reference.attention`; a block of queries sees no key after its end.
+
+    The backward pass computes the scores of a block again, so no [T, T] array is ever kept.
+    """
+    length = q.shape[1]
+    block = max(_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
+    attend = jax.checkpoint(partial(masked_attention, causal=causal, scale=scale), static_argnums=4)
+    out = []
+    for first in range(0, length, block):
+        queries = slice(first, min(first + block, length))
+        keys = slice(0, queries.stop if causal else length)
+        ids = None if segment_ids is None else (segment_ids[:, queries], segment_ids[:, keys])
+        out.append(attend(q[:, queries], k[:, keys], v[:, keys], ids, first))
+    return jnp.concatenate(out, axis=1)
 
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L B N S K"],
-    v_cache: Float[Array, "L B N S K"],
+    k_cache: Float[Array, "L R N S K"],
+    v_cache: Float[Array, "L R N S K"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
+    rows: Int[Array, " B"] | None = None,
     *,
     scale: float | None = None,
 ) -> Float[Array, "B T H K"]:
@@ -22,7 +57,7 @@ def decode_attention(
 
     The number of blocks follows the longest row, so a cache with room for thousands of tokens
     costs what its text costs. Blocks are sliced straight out of the stacked cache: taking one
-    layer first would copy it.
+    layer, or some rows, first would copy it.
     """
     batch, new, _, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[2:4]
@@ -33,12 +68,19 @@ def decode_attention(
     q = (q * (head_dim**-0.5 if scale is None else scale)).reshape(batch, kv_heads, -1, head_dim)
     position = jnp.repeat(lengths[:, None] - new + jnp.arange(new), groups, axis=1)
 
+    def read(cache: Array, first: Array) -> Array:
+        if rows is None:
+            size = (1, batch, kv_heads, block, head_dim)
+            return lax.dynamic_slice(cache, (layer, 0, 0, first, 0), size)[0]
+        size = (1, 1, kv_heads, block, head_dim)
+        each = [lax.dynamic_slice(cache, (layer, row, 0, first, 0), size)[0] for row in rows]
+        return jnp.concatenate(each)
+
     def attend_block(i: Array, carry: tuple) -> tuple:
         peak, total, out = carry
         # The last block of a capacity that is no multiple slides back; its overlap is masked.
         first = jnp.minimum(i * block, capacity - block)
-        at, size = (layer, 0, 0, first, 0), (1, batch, kv_heads, block, head_dim)
-        k, v = lax.dynamic_slice(k_cache, at, size)[0], lax.dynamic_slice(v_cache, at, size)[0]
+        k, v = read(k_cache, first), read(v_cache, first)
         key_index = first + jnp.arange(block)
         allowed = (key_index <= position[:, :, None]) & (key_index >= i * block)
         allowed = allowed[:, None]
@@ -52,8 +94,8 @@ def decode_attention(
         )
         return new_peak, total * shrink + weight.sum(-1), out * shrink[..., None] + mix
 
-    rows = q.shape[:-1]
-    start = (jnp.full(rows, MASKED), jnp.zeros(rows), jnp.zeros(q.shape))
+    shape = q.shape[:-1]
+    start = (jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros(q.shape))
     blocks = (jnp.max(lengths) + block - 1) // block
     _, total, out = lax.fori_loop(0, blocks, attend_block, start)
     out = out / jnp.maximum(total, 1e-30)[..., None]

@@ -1,0 +1,283 @@
+"""The Pallas kernels, interpreted: against float64, against autodiff, and against sabotage."""
+
+import importlib.util
+import inspect
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from r1s_jax.kernels.attention import api, flash, gpu, reference, tpu, xla
+from tests.kernels.oracle import (
+    attention_oracle,
+    decode_oracle,
+    normal,
+    random_cache,
+    random_qkv,
+    random_segments,
+)
+
+BACKENDS = {"tpu": tpu.backend(True), "gpu": gpu.backend(True)}
+MODULES = {"tpu": tpu, "gpu": gpu}
+# Numbers of a kernel run as on the machine: races found, memory never written reads as NaN.
+STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("scale", "interpret"))
+def decode(backend, q, k, v, layer, lengths, rows=None, *, scale, interpret=True):
+    rows = np.arange(len(lengths), dtype=np.int32) if rows is None else rows
+    run = MODULES[backend].decode_attention
+    return run(q, k, v, layer, lengths, rows, scale=scale, interpret=interpret)
+
+
+def rows(backend, q, k, v, segments, causal=True, scale=None):
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return api.flash_rows(backend, q, k, v, segments, causal, scale)
+
+
+def gradients(attend, q, k, v, dout):
+    return jax.grad(lambda *args: jnp.sum(attend(*args) * dout), (0, 1, 2))(q, k, v)
+
+
+def check_rows(backend, *, length=300, heads=4, kv_heads=2, head_dim=16, causal=True, seed=0):
+    """Output and gradients of one random packed batch."""
+    q, k, v = random_qkv(3, length, heads, kv_heads, head_dim, seed)
+    rng = np.random.default_rng(seed)
+    segments = random_segments(rng, 3, length)
+    segments[0] = 1  # one that crosses every block
+    segments[1] = 1 + 4 * np.arange(length) // length  # and some that share blocks
+    dout = normal(rng, *q.shape)
+    attend = jax.jit(lambda q, k, v: rows(backend, q, k, v, segments, causal))
+    expected = attention_oracle(q, k, v, segments, head_dim**-0.5, causal)
+    np.testing.assert_allclose(attend(q, k, v), expected, atol=5e-6)
+    plain = partial(reference.attention, segment_ids=segments, causal=causal)
+    pairs = zip(gradients(attend, q, k, v, dout), gradients(plain, q, k, v, dout), strict=True)
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, atol=3e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_rows_and_their_gradients(backend, causal):
+    check_rows(BACKENDS[backend], causal=causal)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    length=st.integers(1, 400),
+    kv_heads=st.integers(1, 2),
+    per_group=st.integers(1, 8),
+    head_dim=st.sampled_from([16, 64, 128]),
+    causal=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=4)
+def test_any_shape(backend, length, kv_heads, per_group, head_dim, causal, seed):
+    q, k, v = random_qkv(1, length, kv_heads * per_group, kv_heads, head_dim, seed)
+    segments = random_segments(np.random.default_rng(seed), 1, length)
+    got = rows(BACKENDS[backend], q, k, v, segments, causal)
+    expected = attention_oracle(q, k, v, segments, head_dim**-0.5, causal)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_segments_and_of_its_own_scale(backend):
+    q, k, v = random_qkv(2, 140, 3, 1, 16)
+    expected = attention_oracle(q, k, v, np.ones((2, 140)), 1.7)
+    np.testing.assert_allclose(
+        rows(BACKENDS[backend], q, k, v, None, scale=1.7), expected, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_change_in_one_segment_reaches_no_other(backend):
+    q, k, v = random_qkv(1, 260, 2, 1, 16)
+    segments = np.repeat([[1, 2, 3, 0]], [70, 90, 60, 40], axis=1).astype(np.int32)
+    inside = np.flatnonzero(segments[0] == 2)
+    changed = [x.copy() for x in (q, k, v)]
+    for x in changed:
+        x[:, inside] = 50 * x[:, inside] + 1
+
+    def results(q, k, v):
+        attend = partial(rows, BACKENDS[backend], segments=segments)
+        return attend(q, k, v), *gradients(attend, q, k, v, np.cos(q))
+
+    outside = segments[0] != 2
+    for before, after in zip(results(q, k, v), results(*changed), strict=True):
+        np.testing.assert_array_equal(before[:, outside], after[:, outside])
+        assert np.isfinite(after).all()
+        assert not np.array_equal(before[:, inside], after[:, inside])
+
+
+def test_blocks_that_share_no_segment_are_skipped():
+    """Eight segments of one block each: every query block visits its own keys alone."""
+    segments = np.repeat(np.arange(1, 9), 128)[None].astype(np.int32)
+    ranges = flash.key_ranges(1024, segments, True, 1)
+    meets = flash._meeting_blocks(ranges, flash.Blocks(128, 128, None))
+    np.testing.assert_array_equal(meets[0], np.eye(8, dtype=bool))
+    for axis in (1, 2):
+        lo, hi = flash._span(meets, axis)
+        np.testing.assert_array_equal(hi - lo, np.ones((1, 8)))
+
+
+def test_no_race_and_no_memory_left_unwritten(capfd):
+    q, k, v = random_qkv(1, 300, 2, 1, 16)
+    segments = random_segments(np.random.default_rng(3), 1, 300)
+    attend = partial(rows, tpu.backend(STRICT), segments=segments)
+    np.testing.assert_allclose(
+        attend(q, k, v), attention_oracle(q, k, v, segments, 0.25), atol=1e-5
+    )
+    assert all(np.isfinite(g).all() for g in gradients(attend, q, k, v, np.cos(q)))
+    lengths = np.array([0, 5, 256], np.int32)
+    q, k, v = random_cache(2, 3, 2, 256, 16, 3, 4)
+    got = decode("tpu", q, k, v, 1, lengths, scale=0.25, interpret=STRICT)
+    np.testing.assert_allclose(got, decode_oracle(q, k, v, 1, lengths, 0.25), atol=1e-5)
+    assert "RACE" not in capfd.readouterr().out.upper()
+
+
+# Each breaks the meaning in one place: what a slip of the pen would do.
+SABOTAGE = {
+    "the future is seen": ("(at <= last), scores", "(at <= last + 1), scores"),
+    "other segments are seen": ("(at >= first) & (at <= last), scores", "(at <= last), scores"),
+    "the running sum is not rescaled": ("acc = acc * shrink +", "acc = acc +"),
+    "the last block is forgotten": ("hi_ref[b, i], attend", "hi_ref[b, i] - 1, attend"),
+    "the gradient ignores delta": ("(1, 1)) - delta)", "(1, 1)))"),
+    "the gradient of keys lacks the scale": ("(dk * scale)", "(dk * 1.0)"),
+    "the gradient of values is masked nowhere": ("jnp.where(allowed, scores, MASKED)", "scores"),
+}
+
+
+@pytest.mark.parametrize("slip", SABOTAGE)
+def test_a_broken_kernel_fails(slip, tmp_path):
+    """The checks above find every one of these copies of the kernels wrong."""
+    source, (good, bad) = inspect.getsource(flash), SABOTAGE[slip]
+    assert good in source
+    path = tmp_path / "broken_flash.py"
+    path.write_text(source.replace(good, bad))
+    spec = importlib.util.spec_from_file_location("broken_flash", path)
+    broken = importlib.util.module_from_spec(spec)
+    sys.modules["broken_flash"] = broken
+    try:
+        spec.loader.exec_module(broken)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+            patch.setattr(api, "flash", broken)
+            check_rows(tpu.backend(True), length=300, heads=2, kv_heads=1)
+    finally:
+        del sys.modules["broken_flash"]
+
+
+@pytest.mark.parametrize("backend", MODULES)
+@pytest.mark.parametrize(("capacity", "new"), [(128, 1), (384, 3), (1280, 1), (256, 70)])
+def test_decode_over_ragged_lengths(backend, capacity, new):
+    lengths = np.array([0, new, capacity // 2, capacity - 1, capacity, 127, 128], np.int32)
+    lengths = np.where(lengths, np.clip(lengths, new, capacity), 0).astype(np.int32)
+    q, k, v = random_cache(2, len(lengths), 2, capacity, 16, new, 6)
+    got = decode(backend, q, k, v, 1, lengths, scale=0.25)
+    np.testing.assert_allclose(got, decode_oracle(q, k, v, 1, lengths, 0.25), atol=5e-6)
+    assert not np.asarray(got)[0].any()
+
+
+@pytest.mark.parametrize("backend", MODULES)
+@given(
+    kv_heads=st.integers(1, 3),
+    per_group=st.integers(1, 8),
+    head_dim=st.sampled_from([64, 128]),
+    new=st.integers(1, 4),
+    blocks=st.integers(1, 4),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=4)
+def test_decode_of_any_shape(backend, kv_heads, per_group, head_dim, new, blocks, data):
+    lengths = data.draw(st.lists(st.integers(0, 128 * blocks), min_size=1, max_size=4))
+    lengths = np.array(lengths, np.int32)
+    heads = kv_heads * per_group
+    q, k, v = random_cache(1, len(lengths), kv_heads, 128 * blocks, head_dim, new, heads)
+    got = decode(backend, q, k, v, 0, lengths, scale=0.1)
+    np.testing.assert_allclose(got, decode_oracle(q, k, v, 0, lengths, 0.1), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu", "xla", "reference"])
+def test_decode_of_some_rows_of_the_cache(backend):
+    q, k, v = random_cache(2, 5, 2, 256, 16, 2, 4)
+    rows, lengths = np.array([3, 0, 4], np.int32), np.array([200, 2, 129], np.int32)
+    expected = decode_oracle(q[:3], k[:, rows], v[:, rows], 1, lengths, 0.25)
+    if backend in MODULES:
+        got = decode(backend, q[:3], k, v, 1, lengths, rows, scale=0.25)
+    else:
+        run = {"xla": xla, "reference": reference}[backend].decode_attention
+        got = run(q[:3], k, v, 1, lengths, jnp.asarray(rows))
+    np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("backend", MODULES)
+def test_decoding_a_token_is_the_row_of_its_prefill(backend):
+    q, k, v = random_qkv(2, 200, 4, 2, 16)
+    whole = rows(BACKENDS[backend], q, k, v, None)
+    capacity = ((0, 0), (0, 0), (0, 56), (0, 0))
+    k_cache, v_cache = (np.pad(np.moveaxis(x, 1, 2), capacity)[None] for x in (k, v))
+    for t in (0, 130, 199):
+        lengths = np.full(2, t + 1, np.int32)
+        got = decode(backend, q[:, t : t + 1], k_cache, v_cache, 0, lengths, scale=0.25)
+        np.testing.assert_allclose(got[:, 0], whole[:, t], atol=5e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_stays_near_float64(backend):
+    q, k, v = random_qkv(1, 200, 4, 2, 64)
+    half = [jnp.asarray(x, "bfloat16") for x in (q, k, v)]
+    exact = [np.asarray(x, np.float64) for x in half]
+    got = rows(BACKENDS[backend], *half, None)
+    assert got.dtype == "bfloat16"
+    expected = attention_oracle(*exact, np.ones((1, 200)), 64**-0.5)
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=0.02)
+    grads = gradients(partial(rows, BACKENDS[backend], segments=None), *half, jnp.cos(half[0]))
+    plain = gradients(reference.attention, *map(jnp.float32, half), jnp.cos(half[0]))
+    for g, p in zip(grads, plain, strict=True):
+        assert g.dtype == "bfloat16"
+        assert np.linalg.norm(np.float32(g) - p) < 0.02 * np.linalg.norm(p)
+
+
+def test_a_cache_wider_than_the_heads():
+    """Narrow heads are stored with zeros beside them where the tiles are 128 wide."""
+    assert api.cache_dims(300, 64, "interpret") == (384, 128)
+    assert api.cache_dims(300, 64, "xla") == (300, 64)
+    q, k, v = random_cache(2, 3, 1, 384, 16, 2, 3)
+    wide_k, wide_v = (np.pad(x, [(0, 0)] * 4 + [(0, 112)]) for x in (k, v))
+    lengths = np.array([384, 20, 2], np.int32)
+    expected = decode_oracle(q, k, v, 1, lengths, 0.25)
+    for impl in ("interpret", "xla"):
+        got = api.decode_attention(q, wide_k, wide_v, 1, lengths, impl=impl)
+        np.testing.assert_allclose(got, expected, atol=5e-6)
+
+
+def test_what_no_backend_serves_is_said():
+    q, k, v = random_qkv(2, 8, 4, 2, 16)
+    ck, cv = random_cache(1, 2, 2, 256, 16, 1, 4)[1:]
+    lengths = np.array([1, 1], np.int32)
+    cases = [
+        ("impl='cuda' is no backend", lambda: api.attention(q, k, v, impl="cuda")),
+        ("3 query heads are no multiple of 2", lambda: api.attention(q[:, :, :3], k, v)),
+        ("k has shape .* v has", lambda: api.attention(q, k, v[:, :4])),
+        ("segment_ids has shape", lambda: api.attention(q, k, v, segment_ids=lengths)),
+        ("q is float16", lambda: api.attention(np.float16(q), k, v, impl="interpret")),
+        (
+            "head width 24: impl='gpu' serves powers of two",
+            lambda: api.attention(*random_qkv(1, 8, 1, 1, 24), impl="gpu"),
+        ),
+        ("does not suit impl='tpu'",
+         lambda: api.decode_attention(q, ck, cv, 0, lengths, impl="tpu")),
+        ("300 new tokens do not fit a cache of 256",
+         lambda: api.decode_attention(np.zeros((2, 300, 4, 16)), ck, cv, 0, lengths)),
+        ("lengths reach 300, the cache holds 256",
+         lambda: api.decode_attention(q[:, :1], ck, cv, 0, 300 * lengths)),
+        ("q has 1 rows, the cache 2", lambda: api.decode_attention(q[:1], ck, cv, 0, lengths)),
+    ]  # fmt: skip
+    for message, call in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
