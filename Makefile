@@ -2,8 +2,9 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart wiki test test-all lint format clean
+.PHONY: help quickstart wiki test test-aot test-all lint format clean
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,17 +15,20 @@ quickstart: .venv/ready ## A small policy learns to search a generated world (mi
 wiki: .venv/ready ## SmolLM2-135M over Wikipedia summaries: five RL steps (CPU)
 	$(BIN)/r1s train wiki_smollm2 $(ARGS)
 
-test: .venv/ready ## The tests, without the slow ones
-	$(BIN)/pytest -m "not slow and not gpu" $(ARGS)
+test: .venv/dev ## The tests, without the slow ones
+	$(BIN)/pytest -m "not slow and not gpu and not aot" $(ARGS)
 
-test-all: .venv/ready ## All tests that need no GPU
+test-aot: .venv/aot ## Compile every kernel for TPUs (and H100, with its compilers installed)
+	$(BIN)/pytest -m aot $(ARGS)
+
+test-all: .venv/dev .venv/aot ## All tests that need no GPU
 	$(BIN)/pytest -m "not gpu" $(ARGS)
 
-lint: .venv/ready ## Format and lint checks
+lint: .venv/dev ## Format and lint checks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: .venv/ready ## Format in place
+format: .venv/dev ## Format in place
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -33,5 +37,13 @@ clean: ## Remove the virtual environment
 
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(INSTALL) -e .
+	touch $@
+
+.venv/dev: .venv/ready
+	$(INSTALL) -e ".[dev]"
+	touch $@
+
+.venv/aot: .venv/dev
+	$(INSTALL) -e ".[dev,aot]"
 	touch $@

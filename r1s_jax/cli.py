@@ -179,6 +179,22 @@ def bench_rollout(
     _print_result(bench.bench_rollout(model, latency_ms=latency_ms, slots=slots), as_json)
 
 
+@bench_app.command("attention")
+def bench_attention(
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, in seconds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Our attention kernels beside XLA, `jax.nn`, cuDNN and tokamax, and a callback's cost."""
+    import jax
+
+    from r1s_jax.kernels.attention import bench
+
+    on_cpu = jax.default_backend() == "cpu"
+    sweep = bench.QUICK if quick else bench.CPU if on_cpu else bench.Sweep()
+    result = bench.bench_attention(sweep, lambda case: typer.echo(case, err=True))
+    typer.echo(json.dumps(result) if as_json else bench.as_markdown(result))
+
+
 def _train(
     name: str,
     overrides: list[str] | None,

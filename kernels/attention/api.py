@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention import flash, gpu, tpu, xla
@@ -110,8 +111,9 @@ def decode_attention(
             raise ValueError(f"q has {batch} rows, {name} the shape {x.shape}")
     if new > capacity:
         raise ValueError(f"{new} new tokens do not fit a cache of {capacity}")
-    if not isinstance(lengths, jax.core.Tracer) and batch and int(lengths.max()) > capacity:
-        raise ValueError(f"lengths reach {int(lengths.max())}, the cache holds {capacity}")
+    longest = 0 if isinstance(lengths, jax.core.Tracer) else max(np.asarray(lengths), default=0)
+    if longest > capacity:
+        raise ValueError(f"lengths reach {longest}, the cache holds {capacity}")
     if cache_dims(capacity, width, impl) != (capacity, width):
         raise ValueError(
             f"a cache of {capacity} tokens x {width} does not suit impl={impl!r}: it needs "

@@ -1,0 +1,305 @@
+"""Our attention beside what a JAX user would otherwise call, all timed in one run.
+
+Every implementation gets the same inputs in the layout that it likes best, is checked against
+float32 before it is timed, and takes its turns in alternation with the others.
+"""
+
+import importlib
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+
+from r1s_jax.kernels.attention import api, reference, xla
+
+# Work of forward + backward in units of the forward pass: five products of matrices against two.
+_BACKWARD = 3.5
+OURS = "r1s"
+_UNITS = (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s"))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to measure. Rows shrink as they grow longer, so that `tokens` stay in a batch."""
+
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    head_dims: tuple[int, ...] = (64, 128)
+    tokens: int = 16384
+    width: int = 2048  # query heads x head width
+    per_group: int = 4  # query heads for each key/value head
+    dtype: str = "bfloat16"
+    capacities: tuple[int, ...] = (1024, 4096, 16384)
+    decode_rows: int = 32
+    copy_mb: int = 1024
+    calls: int = 10  # calls in flight for one timing
+    repeats: int = 5
+
+
+QUICK = Sweep(
+    lengths=(192,),
+    head_dims=(16,),
+    tokens=192,
+    width=32,
+    per_group=2,
+    dtype="float32",
+    capacities=(128,),
+    decode_rows=2,
+    copy_mb=16,
+    calls=1,
+    repeats=2,
+)
+# A CPU shows ratios, not a machine's limits: short rows and few heads do.
+CPU = Sweep(
+    lengths=(1024, 2048),
+    tokens=2048,
+    width=256,
+    dtype="float32",
+    capacities=(1024, 4096),
+    decode_rows=8,
+    copy_mb=256,
+    calls=1,
+    repeats=3,
+)
+
+
+def bench_attention(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dict:
+    """Every case of the sweep.
+
+    Returns `device`, `jax`, `copy_gb_per_s`, `callback_us` and `cases`: a list with the shape of
+    each case, milliseconds and TFLOP/s (`rows`) or GB/s (`decode`) of each implementation, the
+    largest error against float32, and `ratio`: how many times faster ours is than each other.
+    """
+    cases = []
+    for length, head_dim, mode, backward in itertools.product(
+        sweep.lengths, sweep.head_dims, ("causal", "packed"), (False, True)
+    ):
+        progress(f"{mode} {length} x {head_dim}" + (" with backward" if backward else ""))
+        cases.append(_rows_case(sweep, length, head_dim, mode == "packed", backward))
+    copy = _copy_gb_per_s(sweep)
+    for capacity, head_dim in itertools.product(sweep.capacities, sweep.head_dims):
+        progress(f"decode {capacity} x {head_dim}")
+        cases.append(_decode_case(sweep, capacity, head_dim, copy))
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "copy_gb_per_s": copy,
+        "callback_us": callback_seconds() * 1e6,
+        "cases": cases,
+    }
+
+
+def as_markdown(result: dict) -> str:
+    """The cases as a table: our rate, then how many times faster than each other."""
+    names = dict.fromkeys(name for case in result["cases"] for name in case["ratio"])
+    header = ["case", "length", "width", "ours", *(f"vs {name}" for name in names)]
+    lines = [header, ["---"] * len(header)]
+    for case in result["cases"]:
+        ours = case["implementations"][OURS]
+        rate = next((f"{ours[u]:.3g} {t}" for u, t in _UNITS if u in ours), ours.get("error", ""))
+        what = f"{case['mode']} {case['pass']}" if case["kind"] == "rows" else "decode"
+        ratios = (f"{case['ratio'][n]:.2f}" if n in case["ratio"] else "-" for n in names)
+        lines.append([what, str(case["length"]), str(case["head_dim"]), rate, *ratios])
+    notes = (
+        f"{result['device']}, jax {result['jax']}: copies at {result['copy_gb_per_s']:.0f} GB/s, "
+        f"a host callback in a loop costs {result['callback_us']:.0f} us"
+    )
+    return "\n".join([notes, "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def packed_segments(rows: int, length: int) -> np.ndarray:
+    """Trajectories laid end to end, int32[rows, length]: six a row, uneven.
+
+    Without padding: on it the others would do, and be compared on, what nobody reads.
+    """
+    rng = np.random.default_rng(length)
+    cuts = np.sort([rng.choice(np.arange(1, length), 5, replace=False) for _ in range(rows)])
+    return 1 + (np.arange(length)[None, :, None] >= cuts[:, None]).sum(-1).astype(np.int32)
+
+
+def callback_seconds(calls: int = 1000) -> float:
+    """What one host callback costs inside a jitted `while_loop`."""
+
+    def loop(n: jax.Array) -> jax.Array:
+        shape = jax.ShapeDtypeStruct((), jnp.int32)
+
+        def body(i: jax.Array) -> jax.Array:
+            return io_callback(lambda i: np.int32(i + 1), shape, i, ordered=False)
+
+        return jax.lax.while_loop(lambda i: i < n, body, jnp.int32(0))
+
+    run = jax.jit(loop)
+    run(2).block_until_ready()
+    begin = time.perf_counter()
+    run(calls).block_until_ready()
+    return (time.perf_counter() - begin) / calls
+
+
+def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward: bool) -> dict:
+    heads = max(1, sweep.width // head_dim)
+    kv_heads, rows = max(1, heads // sweep.per_group), max(1, sweep.tokens // length)
+    q, k, v, dout = _normal(
+        sweep.dtype, *[(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    )
+    segments = packed_segments(rows, length) if packed else None
+    pairs = rows * length * (length + 1) // 2
+    if packed:
+        pairs = sum(n * (n + 1) // 2 for row in segments for n in np.bincount(row)[1:].tolist())
+
+    def whole(attend: Callable) -> Callable:
+        if not backward:
+            return attend
+        return jax.value_and_grad(
+            lambda q, k, v: jnp.sum((attend(q, k, v) * dout).astype(jnp.float32)), (0, 1, 2)
+        )
+
+    runs = {name: whole(attend) for name, attend in _row_peers(segments).items()}
+    exact = whole(partial(xla.attention, segment_ids=segments, causal=True, scale=head_dim**-0.5))
+    flops = 4 * heads * head_dim * pairs * (_BACKWARD if backward else 1)
+    measured = _measure(runs, exact, (q, k, v), sweep)
+    return {
+        "kind": "rows",
+        "length": length,
+        "head_dim": head_dim,
+        "mode": "packed" if packed else "causal",
+        "pass": "forward+backward" if backward else "forward",
+        "shape": {"rows": rows, "heads": heads, "kv_heads": kv_heads, "dtype": sweep.dtype},
+        "implementations": {
+            name: m | ({"tflops": flops / m["ms"] / 1e9} if "ms" in m else {})
+            for name, m in measured.items()
+        },
+        "ratio": _ratios(measured),
+    }
+
+
+def _row_peers(segments: np.ndarray | None) -> dict[str, Callable]:
+    """Implementations of whole-row attention as functions of q, k and v."""
+    ids = None if segments is None else jnp.asarray(segments)
+    ours = {OURS: partial(api.attention, segment_ids=ids)}
+    if api.default_impl() == "xla":
+        ours["interpret"] = partial(api.attention, segment_ids=ids, impl="interpret")
+
+    def dot_product(function: Callable, q: Any, k: Any, v: Any, **options: Any) -> Any:
+        if segments is None:
+            return function(q, k, v, is_causal=True, **options)
+        length = segments.shape[1]
+        mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
+        return function(q, k, v, mask=jnp.asarray(mask[:, None]), **options)
+
+    return {
+        **ours,
+        "reference": partial(reference.attention, segment_ids=ids),
+        **{name: partial(dot_product, peer) for name, peer in _dot_product_attentions().items()},
+    }
+
+
+def _dot_product_attentions() -> dict[str, Callable]:
+    """`dot_product_attention` of JAX and of tokamax, where they run."""
+    peers = {"jax.nn xla": partial(jax.nn.dot_product_attention, implementation="xla")}
+    if jax.default_backend() == "gpu":
+        peers["jax.nn cudnn"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    if importlib.util.find_spec("tokamax"):
+        peers["tokamax"] = importlib.import_module("tokamax").dot_product_attention
+    return peers
+
+
+def _decode_case(sweep: Sweep, capacity: int, head_dim: int, copy_gb_per_s: float) -> dict:
+    """One new token a row against caches filled from half to whole."""
+    heads = max(1, sweep.width // head_dim)
+    kv_heads, rows = max(1, heads // sweep.per_group), sweep.decode_rows
+    stored = api.cache_dims(capacity, head_dim)
+    q, k, v = _normal(
+        sweep.dtype,
+        (rows, 1, heads, head_dim),
+        *[(1, rows, kv_heads, capacity, head_dim)] * 2,
+    )
+    pad = [(0, 0)] * 3 + [(0, s - n) for s, n in zip(stored, (capacity, head_dim), strict=True)]
+    lengths = jnp.asarray(np.linspace(capacity // 2, capacity, rows, dtype=np.int32))
+    ours = partial(_with_cache, api.decode_attention, jnp.pad(k, pad), jnp.pad(v, pad), lengths)
+    exact = partial(_with_cache, reference.decode_attention, k, v, lengths)
+    runs = {OURS: ours, "reference": exact}
+    flat = [jnp.asarray(x[0].swapaxes(1, 2)) for x in (k, v)]  # [rows, tokens, heads, width]
+    for name, peer in _dot_product_attentions().items():
+        runs[name] = partial(_with_flat_cache, peer, *flat, lengths)
+    measured = _measure(runs, exact, (q,), sweep)
+    read = 2 * int(lengths.sum()) * kv_heads * head_dim * jnp.dtype(sweep.dtype).itemsize
+    for m in measured.values():
+        if "ms" in m:
+            m["gb_per_s"] = read / m["ms"] / 1e6
+            m["of_copy_bandwidth"] = m["gb_per_s"] / copy_gb_per_s
+    return {
+        "kind": "decode",
+        "length": capacity,
+        "head_dim": head_dim,
+        "shape": {"rows": rows, "heads": heads, "kv_heads": kv_heads, "dtype": sweep.dtype},
+        "implementations": measured,
+        "ratio": _ratios(measured),
+    }
+
+
+def _with_cache(decode: Callable, k: Any, v: Any, lengths: Any, q: Any) -> Any:
+    return decode(q, k, v, jnp.int32(0), lengths)
+
+
+def _with_flat_cache(attend: Callable, k: Any, v: Any, lengths: Any, q: Any) -> Any:
+    return attend(q, k, v, key_value_seq_lengths=lengths)
+
+
+def _measure(
+    runs: dict[str, Callable], exact: Callable, inputs: tuple, sweep: Sweep
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds and largest error of each; what an implementation refuses is its `error`."""
+    expected = jax.jit(exact)(*(x.astype(jnp.float32) for x in inputs))
+    measured: dict[str, dict[str, Any]] = {}
+    compiled: dict[str, Callable] = {}
+    for name, run in runs.items():
+        try:
+            compiled[name] = jax.jit(run)
+            got = jax.block_until_ready(compiled[name](*inputs))
+            measured[name] = {"max_error": _largest_error(got, expected), "ms": math.inf}
+        except Exception as error:  # another's limits must not end the sweep
+            measured[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            del compiled[name]
+    del expected
+    for _ in range(sweep.repeats):
+        for name, run in compiled.items():
+            begin = time.perf_counter()
+            jax.block_until_ready([run(*inputs) for _ in range(sweep.calls)])
+            ms = (time.perf_counter() - begin) / sweep.calls * 1e3
+            measured[name]["ms"] = min(ms, measured[name]["ms"])
+    return measured
+
+
+def _largest_error(got: Any, expected: Any) -> float:
+    """Largest deviation, relative to the largest expected value of its array."""
+    errors = [
+        jnp.max(jnp.abs(g.astype(jnp.float32) - e)) / jnp.max(jnp.abs(e))
+        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
+        if g.ndim
+    ]
+    return float(max(errors))
+
+
+def _ratios(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
+    ours = measured[OURS].get("ms")
+    others = {n: m["ms"] for n, m in measured.items() if n != OURS and "ms" in m}
+    return {name: ms / ours for name, ms in others.items()} if ours else {}
+
+
+def _copy_gb_per_s(sweep: Sweep) -> float:
+    """Memory bandwidth of reading and writing one large array."""
+    x = jnp.zeros(sweep.copy_mb * 2**20 // 4, jnp.float32)
+    measured = _measure({"copy": lambda x: x + 1}, lambda x: x + 1, (x,), sweep)
+    return 2 * x.nbytes / measured["copy"]["ms"] / 1e6
+
+
+def _normal(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
