@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from r1s_jax import rewards
+from r1s_jax import answers
 
 
 def score_answers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -14,9 +14,9 @@ def score_answers(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """
     scores = [
         (
-            rewards.exact_match(row["pred_ans"], row["answer"]),
-            rewards.cover_exact_match(row["pred_ans"], row["answer"]),
-            rewards.f1_score(row["pred_ans"], row["answer"])[0],
+            answers.exact_match(row["pred_ans"], row["answer"]),
+            answers.cover_exact_match(row["pred_ans"], row["answer"]),
+            answers.f1_score(row["pred_ans"], row["answer"])[0],
         )
         for row in rows
     ]

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from r1s_jax.answers import f1_score
 from r1s_jax.engine import Engine, Rolled
 from r1s_jax.environment import Batch
 from r1s_jax.model import Params
 from r1s_jax.protocol import extract_answer
-from r1s_jax.rewards import f1_score
 
 
 @dataclass(frozen=True)

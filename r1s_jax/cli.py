@@ -103,6 +103,24 @@ def ask(
     stream_answer(question, model, index, k=k, temperature=temperature, first_search=first_search)
 
 
+@app.command()
+def reward(
+    file: Annotated[Path, typer.Argument(help="JSON lines {question, answer, solution}; .gz too.")],
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="stage1, stage2, qwen_zero, llama_stage1, llama_stage2, exact_match, "
+            "cover_exact_match, f1, or module:function of your own."
+        ),
+    ],
+) -> None:
+    """Reward solutions: each line of FILE again, with `reward` and its `parts`."""
+    from r1s_jax.reward_file import reward_file
+
+    for row in reward_file(file, variant):
+        typer.echo(json.dumps(row, ensure_ascii=False))
+
+
 @index_app.command("build")
 def index_build(
     corpus: Annotated[list[str], typer.Argument(help="Passages: .tsv or .jsonl, gzipped or not.")],

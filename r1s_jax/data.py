@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,23 +31,39 @@ def read_questions(path: str | Path) -> list[Question]:
     lines are skipped. Raises DataError on a broken line, an empty question, a missing answer,
     two rows of one id, or a file without questions.
     """
-    path = Path(path)
     questions: dict[int, Question] = {}
+    for number, row in read_rows(path):
+        try:
+            question = _parse(row, position=len(questions))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+        if question.id in questions:
+            raise DataError(f"{path}, line {number}: id {question.id} was used before")
+        questions[question.id] = question
+    if not questions:
+        raise DataError(f"{path}: no questions in this file")
+    return list(questions.values())
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a JSONL file (`.gz` too) with their line numbers; blank lines skipped.
+
+    Raises DataError, naming the file and the line, for what is no JSON object.
+    """
+    path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in _numbered(lines, path):
             if not line.strip():
                 continue
             try:
-                question = _parse(line, position=len(questions))
+                row = json.loads(line)
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: {error}") from error
-            if question.id in questions:
-                raise DataError(f"{path}, line {number}: id {question.id} was used before")
-            questions[question.id] = question
-    if not questions:
-        raise DataError(f"{path}: no questions in this file")
-    return list(questions.values())
+            if not isinstance(row, dict):
+                found = type(row).__name__
+                raise DataError(f"{path}, line {number}: expected a JSON object, found {found}")
+            yield number, row
 
 
 def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
@@ -60,18 +76,21 @@ def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}, after line {number}: {error}") from error
 
 
-def _parse(line: str, position: int) -> Question:
-    """One JSON line as a Question; ValueError says what is wrong with it."""
-    row = json.loads(line)
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-    question, answer = row.get("question"), row.get("answer")
+def _parse(row: dict[str, Any], position: int) -> Question:
+    """One row as a Question; ValueError says what is wrong with it."""
+    question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question is empty")
+    return Question(_row_id(row, position), question.strip(), gold_answers(row))
+
+
+def gold_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The right answers of a row; ValueError where there is none."""
+    answer = row.get("answer")
     answers = answer if isinstance(answer, list) else [answer]
     if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise ValueError("`answer` must be a text, or a list of texts, none of them empty")
-    return Question(_row_id(row, position), question.strip(), tuple(answers))
+    return tuple(answers)
 
 
 def _row_id(row: dict[str, Any], position: int) -> int:

@@ -1,23 +1,27 @@
-"""Reward rules: pure functions of text (SQuAD-style answer scores, then the two training stages).
+"""Reward rules: pure functions of text.
 
-The rules follow R1-Searcher (arXiv 2503.05592), except that the format is judged only by what the
-policy wrote: a retrieved passage that happens to quote a tag must not cost the policy anything.
+`stage1` and `stage2` follow R1-Searcher's paper (arXiv 2503.05592), except that the format is
+judged only by what the policy wrote: a retrieved passage that happens to quote a tag must not cost
+the policy anything. `released_rewards.py` holds the released servers' rules, to the letter.
 """
 
+import importlib
+import math
 import re
-import string
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from r1s_jax import protocol
+from r1s_jax.answers import cover_exact_match, exact_match, f1_score
 
-_PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _CJK = re.compile("[\u4e00-\u9fff]")
-_CLOSED_ANSWERS = {"yes", "no", "noanswer"}  # half a "yes" is worth nothing
-_BOOLEANS = {"True": "yes", "False": "no"}
+# What the system answers a query with; inside, a passage may quote any tag but the closing one.
+_BLOCK = re.compile(
+    f"(?<={re.escape(protocol.END_QUERY)})"
+    rf"\s*{re.escape(protocol.BEGIN_DOCUMENTS)}.*?{re.escape(protocol.END_DOCUMENTS)}(?:\n\n|$)",
+    re.DOTALL,
+)
 
 SEARCH_BONUS = 0.5
 FORMAT_PENALTY = -2.0
@@ -28,6 +32,15 @@ class Solution:
     """What came after the prompt, in order: (text, whether the policy wrote it)."""
 
     spans: tuple[tuple[str, bool], ...]
+
+    @staticmethod
+    def of_text(text: str) -> "Solution":
+        """Reads off a bare text who wrote what: a document block after a query is the system's."""
+        spans, end = [], 0
+        for block in _BLOCK.finditer(text):
+            spans += [(text[end : block.start()], True), (block[0], False)]
+            end = block.end()
+        return Solution((*spans, (text[end:], True)))
 
     @property
     def text(self) -> str:
@@ -44,50 +57,6 @@ class Reward:
 
     value: float
     parts: dict[str, float]
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, articles and extra space; exactly True/False is yes/no."""
-    text = _BOOLEANS.get(text, text)
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION_TO_SPACE)).split())
-
-
-def f1_score(prediction: str, gold: str | Sequence[str]) -> tuple[float, float, float]:
-    """Token (F1, precision, recall) against the gold answer that fits best."""
-    return max(_f1_against(normalize_answer(prediction), g) for g in _normalized(gold))
-
-
-def exact_match(prediction: str, gold: str | Sequence[str]) -> bool:
-    """Whether the prediction equals a gold answer, both normalised."""
-    return normalize_answer(prediction) in _normalized(gold)
-
-
-def cover_exact_match(prediction: str, gold: str | Sequence[str]) -> bool:
-    """Whether every token of a gold answer occurs in the prediction, in any order.
-
-    A gold answer that normalises to nothing ("The") is covered by an empty prediction only.
-    """
-    predicted = set(normalize_answer(prediction).split(" "))
-    return any(predicted.issuperset(g.split(" ")) for g in _normalized(gold))
-
-
-def _normalized(gold: str | Sequence[str]) -> list[str]:
-    golds = [gold] if isinstance(gold, str) else gold
-    if not golds:
-        raise ValueError("an answer cannot be scored against an empty list of gold answers")
-    return [normalize_answer(g) for g in golds]
-
-
-def _f1_against(prediction: str, gold: str) -> tuple[float, float, float]:
-    """(F1, precision, recall) of two normalised answers."""
-    if prediction != gold and not _CLOSED_ANSWERS.isdisjoint((prediction, gold)):
-        return 0.0, 0.0, 0.0
-    predicted, wanted = Counter(prediction.split()), Counter(gold.split())
-    common = (predicted & wanted).total()
-    if common == 0:
-        return 0.0, 0.0, 0.0
-    precision, recall = common / predicted.total(), common / wanted.total()
-    return 2 * precision * recall / (precision + recall), precision, recall
 
 
 def searches_answered(solution: Solution) -> int:
@@ -118,8 +87,13 @@ def format_holds(solution: Solution) -> bool:
         and count(protocol.BEGIN_DOCUMENTS) == count(protocol.END_DOCUMENTS) == 0
         and protocol.BEGIN_QUERY not in answer
         and protocol.END_QUERY not in answer
-        and not _CJK.search(written)
+        and not has_cjk(written)
     )
+
+
+def has_cjk(text: str) -> bool:
+    """Whether a Chinese character (U+4E00 to U+9FFF) occurs."""
+    return bool(_CJK.search(text))
 
 
 def _parts(solution: Solution, golds: str | Sequence[str]) -> dict[str, float]:
@@ -147,5 +121,59 @@ def stage2(solution: Solution, golds: str | Sequence[str]) -> Reward:
     return Reward(parts["answer_f1"] + penalty, parts | {"penalty": penalty})
 
 
+def _answer_rule(value: str) -> "RewardRule":
+    """A rule that pays for one of the parts and nothing else."""
+
+    def rule(solution: Solution, golds: str | Sequence[str]) -> Reward:
+        parts = _parts(solution, golds)
+        return Reward(parts[value], parts)
+
+    return rule
+
+
 RewardRule = Callable[[Solution, str | Sequence[str]], Reward]
-REWARDS: dict[str, RewardRule] = {"stage1": stage1, "stage2": stage2}
+exact_match_only = _answer_rule("exact_match")
+cover_exact_match_only = _answer_rule("cover_exact_match")
+f1_only = _answer_rule("answer_f1")
+
+_RULES = {
+    "stage1": f"{__name__}:stage1",
+    "stage2": f"{__name__}:stage2",
+    "exact_match": f"{__name__}:exact_match_only",
+    "cover_exact_match": f"{__name__}:cover_exact_match_only",
+    "f1": f"{__name__}:f1_only",
+    "qwen_zero": "r1s_jax.released_rewards:qwen_zero",
+    "llama_stage1": "r1s_jax.released_rewards:llama_stage1",
+    "llama_stage2": "r1s_jax.released_rewards:llama_stage2",
+}
+
+
+def reward_rule(name: str) -> RewardRule:
+    """The rule of that name, or a function of the user's own as `module:function`.
+
+    A user's function takes (solution, golds) and returns a Reward or a number; the usual parts
+    (format, searched, answer_f1, ...) stand beside its own. Raises ValueError
+    for a name that is neither, and, when called, where the rule raises or gives no finite number.
+    """
+    module, colon, function = _RULES.get(name, name).partition(":")
+    if not colon:
+        raise ValueError(f"no reward {name!r}: take one of {', '.join(_RULES)}, or module:function")
+    try:
+        rule = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r} cannot be loaded: {error}") from error
+
+    def checked(solution: Solution, golds: str | Sequence[str]) -> Reward:
+        try:
+            reward = rule(solution, golds)
+            reward = reward if isinstance(reward, Reward) else Reward(float(reward), {})
+            reward = Reward(reward.value, _parts(solution, golds) | reward.parts)
+        except Exception as error:
+            raise ValueError(
+                f"reward {name!r} failed on {solution.text[:80]!r}: {type(error).__name__}: {error}"
+            ) from error
+        if not math.isfinite(reward.value):
+            raise ValueError(f"reward {name!r} gave {reward.value} for {solution.text[:80]!r}")
+        return reward
+
+    return checked

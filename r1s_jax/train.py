@@ -19,7 +19,7 @@ from r1s_jax.environment import make_environment
 from r1s_jax.eval.runner import Evaluation, evaluate
 from r1s_jax.packing import pack, unpack
 from r1s_jax.pretrained import chat_renderer, make_policy
-from r1s_jax.rewards import REWARDS
+from r1s_jax.rewards import reward_rule
 from r1s_jax.rollout import Finish
 from r1s_jax.run_dir import StopRequest, open_run_dir
 from r1s_jax.sft import cooldown_begins, demonstration_batch, learning_rate_scale
@@ -184,7 +184,7 @@ class Run:
             retriever=batch.retriever,
         )
         clock.append(time.perf_counter())
-        rule = REWARDS[stage.reward]
+        rule = reward_rule(stage.reward)
         pairs = zip(rolled.solutions, rolled.questions, strict=True)
         rewards = [rule(solution, question.answers) for solution, question in pairs]
         clock.append(time.perf_counter())

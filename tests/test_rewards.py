@@ -1,11 +1,4 @@
-import gzip
-import json
-import os
-from pathlib import Path
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from r1s_jax import protocol, rewards
 from r1s_jax.rewards import Solution
@@ -22,57 +15,6 @@ def policy(text: str) -> tuple[str, bool]:
 
 def system(text: str) -> tuple[str, bool]:
     return text, False
-
-
-@pytest.mark.parametrize(
-    ("text", "normal"),
-    [
-        ("The  Beatles", "beatles"),
-        ("a_b-c’s", "b c s"),
-        ("An apple, the pear & a fig!", "apple pear fig"),
-        ("theory", "theory"),
-        ("True", "yes"),
-        ("False", "no"),
-        ("true", "true"),
-        (" True ", "true"),
-        ("the", ""),
-    ],
-)
-def test_normalize_answer(text, normal):
-    assert rewards.normalize_answer(text) == normal
-
-
-def test_f1_counts_repeated_tokens_once_each():
-    f1, precision, recall = rewards.f1_score("new new york", "New York City")
-    assert (precision, recall) == (2 / 3, 2 / 3)
-    assert f1 == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize("pair", [("yes sir", "yes"), ("no", "yes"), ("noanswer", "no answer")])
-def test_half_a_yes_is_worth_nothing(pair):
-    assert rewards.f1_score(*pair) == (0.0, 0.0, 0.0)
-
-
-def test_the_best_of_several_gold_answers_counts():
-    golds = ["Big Apple", "New York"]
-    assert rewards.f1_score("new york", golds) == (1.0, 1.0, 1.0)
-    assert rewards.exact_match("New York.", golds)
-    assert rewards.cover_exact_match("york, new", golds)
-    with pytest.raises(ValueError, match="empty list"):
-        rewards.f1_score("new york", [])
-
-
-def test_cover_exact_match_of_an_answer_of_nothing_but_an_article():
-    assert not rewards.cover_exact_match("New York", "The")
-    assert rewards.cover_exact_match("", "The")
-
-
-@given(st.text(), st.text(min_size=1))
-def test_scores_stay_in_range_and_agree(prediction, gold):
-    f1, precision, recall = rewards.f1_score(prediction, gold)
-    assert min(precision, recall) <= f1 + 1e-9 and f1 <= max(precision, recall) + 1e-9
-    if rewards.exact_match(prediction, gold):
-        assert rewards.cover_exact_match(prediction, gold)
 
 
 GOOD = {
@@ -153,24 +95,51 @@ def test_a_wrong_answer_in_the_right_format_costs_nothing():
     assert rewards.stage2(solution, "Paris").value == 0.0
 
 
-@pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA names no data folder")
-def test_answer_scores_equal_the_published_reward_servers():
-    """Their reward is an answer score, with at most one format term of a known size on top."""
-    format_terms = {
-        "qwen_zero": (0.0, -2.0),
-        "llama_stage1": (0.0, 0.5, 1.0),
-        "llama_stage2": (0.0, -1.0),
-    }
-    path = Path(os.environ["R1S_DATA"]) / "reward_cases.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        cases = [json.loads(line) for line in lines]
-    assert len(cases) == 1800
-    for case in cases:
-        answer = protocol.extract_answer(case["solution"])
-        if case["variant"] == "llama_stage1":
-            hit = answer is not None and rewards.cover_exact_match(answer, case["answer"])
-            score = 1.0 if hit else -1.0
-        else:
-            score = rewards.f1_score(answer or "", case["answer"])[0]
-        allowed = [score + term for term in format_terms[case["variant"]]]
-        assert min(abs(case["reward"] - value) for value in allowed) < 1e-6, case
+PLAIN = {name: spans for name, spans in GOOD.items() if "quotes every tag" not in name}
+
+
+@pytest.mark.parametrize("spans", PLAIN.values(), ids=PLAIN.keys())
+def test_who_wrote_what_is_read_off_a_bare_text(spans):
+    """A first search forced by the system cannot be told from one of the policy's own."""
+    solution = Solution.of_text("".join(text for text, _ in spans))
+    assert solution.text == "".join(text for text, _ in spans)
+    assert rewards.stage2(solution, "New York").value == 1.0
+    blocks = [text for text, by_policy in solution.spans if not by_policy]
+    assert len(blocks) == solution.text.count(protocol.END_DOCUMENTS)
+    assert all(protocol.BEGIN_DOCUMENTS in block for block in blocks)
+
+
+def test_documents_without_a_query_before_them_are_the_policys():
+    assert Solution.of_text(DOCUMENTS + ANSWER).spans == ((DOCUMENTS + ANSWER, True),)
+
+
+@pytest.mark.parametrize(("name", "value"), [("exact_match", 0), ("cover_exact_match", 1)])
+def test_rules_that_pay_for_the_answer_alone(name, value):
+    solution = Solution((policy(f"{protocol.BEGIN_ANSWER}in New York{protocol.END_ANSWER}"),))
+    assert rewards.reward_rule(name)(solution, "New York").value == value
+    assert rewards.reward_rule("f1")(solution, "New York").value == pytest.approx(0.8)
+
+
+def test_a_function_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "my_rules.py").write_text(
+        "from r1s_jax.rewards import Reward\n"
+        "def short(solution, golds): return -len(solution.written)\n"
+        "def named(solution, golds): return Reward(1.0, {'mine': 2.0})\n"
+        "def raises(solution, golds): return 1 / 0\n"
+        "def nan(solution, golds): return float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    solution = Solution((policy("four"), system("not mine")))
+    assert rewards.reward_rule("my_rules:short")(solution, "x").value == -4.0
+    parts = rewards.reward_rule("my_rules:named")(solution, "x").parts
+    assert parts["mine"] == 2.0 and parts["format"] == 0.0
+    with pytest.raises(ValueError, match="'my_rules:raises' failed on 'fournot mine': ZeroDivis"):
+        rewards.reward_rule("my_rules:raises")(solution, "x")
+    with pytest.raises(ValueError, match="'my_rules:nan' gave nan"):
+        rewards.reward_rule("my_rules:nan")(solution, "x")
+
+
+@pytest.mark.parametrize("name", ["stage3", "no_such_module:f", "r1s_jax.rewards:nothing"])
+def test_a_rule_that_does_not_exist(name):
+    with pytest.raises(ValueError, match=name):
+        rewards.reward_rule(name)
