@@ -1,6 +1,7 @@
 """The `r1s` command. Each subcommand is a thin call into the module that does the work."""
 
 import importlib
+import itertools
 import json
 import os
 import pkgutil
@@ -36,7 +37,9 @@ References to models and files are a path, `hf:org/name` or `wheel:name==version
 )
 index_app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.")
+eval_app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
 app.add_typer(index_app, name="index")
+app.add_typer(eval_app, name="eval")
 app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[
@@ -154,6 +157,38 @@ def index_search(
             for h in hits
         ]
         typer.echo(json.dumps({"query": query, "results": results}, ensure_ascii=False))
+
+
+@eval_app.command("score")
+def eval_score(
+    files: Annotated[
+        list[Path], typer.Argument(help="JSON lines {question, answer, pred_ans, ...}; .gz too.")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a file, then one a comparison.")
+    ] = False,
+) -> None:
+    """EM, cover-EM, F1 and judged accuracy with 95 % intervals; files compared pairwise.
+
+    Percentages have one decimal, as papers print them; `exact` in the JSON has them in full.
+    """
+    from r1s_jax.eval import score
+
+    results = [score.read_results(file) for file in files]
+    summaries = [
+        {"file": str(f), **score.summarize(r)} for f, r in zip(files, results, strict=True)
+    ]
+    pairs = itertools.combinations(range(len(files)), 2)
+    gains = [
+        {"first": str(files[i]), "second": str(files[j]), **gain}
+        for i, j in pairs
+        if (gain := score.compare(results[i], results[j]))
+    ]
+    if as_json:
+        for row in (*summaries, *gains):
+            typer.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        score.print_tables(summaries, gains)
 
 
 @bench_app.command("decode")
