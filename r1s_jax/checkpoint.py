@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
+from r1s_jax.model import ModelConfig, Params, ParamSpec, param_specs
 from r1s_jax.update import LearnerState
 
 
@@ -66,3 +68,23 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self._directory}: {error}. Earlier checkpoints are "
                 "whole: make room, then go on with --resume."
             ) from error
+
+
+def read_params(checkpoint: Path, model: ModelConfig, dtype: Any) -> Params:
+    """Only the parameters of one checkpoint, as NumPy arrays of `dtype`.
+
+    The optimizer's state is not read. Raises CheckpointError for a damaged or foreign checkpoint.
+    """
+    specs = param_specs(model)
+    restore = jax.tree.map(
+        lambda spec: ocp.ArrayRestoreArgs(restore_type=np.ndarray, dtype=dtype),
+        {"params": specs},
+        is_leaf=lambda x: isinstance(x, ParamSpec),
+    )
+    item = jax.tree.map(lambda _: 0, restore)
+    arguments = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    try:
+        return reader.restore((checkpoint / "state").resolve(), arguments)["params"]
+    except Exception as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error

@@ -107,6 +107,20 @@ def ask(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        str, typer.Argument(help="A run's directory, one of its checkpoints, or any model.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Write a trained model in Hugging Face form: safetensors, tokenizer, configs, model card."""
+    from r1s_jax.export import export as export_model
+
+    typer.echo(str(export_model(source, out, dtype)))
+
+
+@app.command()
 def reward(
     file: Annotated[Path, typer.Argument(help="JSON lines {question, answer, solution}; .gz too.")],
     variant: Annotated[

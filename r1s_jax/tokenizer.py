@@ -44,7 +44,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if file := gguf_in(path):
         return _from_gguf(open_gguf(file))
     try:
-        return AutoTokenizer.from_pretrained(Path(path), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(Path(path), local_files_only=True)
+        for how_loaded in ("local_files_only", "is_local"):
+            tokenizer.init_kwargs.pop(how_loaded, None)  # else saved as if it were the tokenizer's
+        return tokenizer
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: no tokenizer could be loaded: {error}") from error
 

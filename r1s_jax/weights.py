@@ -274,12 +274,14 @@ def save_params(
     dtype: str = "bfloat16",
     max_shard_bytes: float = 5e9,
     eos_token_ids: Sequence[int] = (),
+    card: str = "",
 ) -> Path:
     """Writes a directory that `transformers` loads; returns its path.
 
     `params` may be numpy or (fully addressable) JAX arrays; `dtype` is "bfloat16" or "float32".
-    `eos_token_ids` are where generation ends, by default the tokenizer's own. The directory appears
-    complete or not at all; one that holds files already is refused with FileExistsError.
+    `eos_token_ids` are where generation ends, by default the tokenizer's own; `card` becomes its
+    README.md. The directory appears complete or not at all; one that holds files already is
+    refused with FileExistsError.
     """
     out_dir = Path(out_dir)
     if dtype not in ("bfloat16", "float32"):
@@ -304,6 +306,8 @@ def save_params(
         _write_json(tmp / "generation_config.json", special)
         if tokenizer is not None:
             tokenizer.save_pretrained(tmp)
+        if card:
+            (tmp / "README.md").write_text(card, encoding="utf-8")
         tmp.replace(out_dir)
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -371,6 +375,7 @@ def _write_safetensors(
         weight_map |= dict.fromkeys((t.hf for t in shard), file)
         content = {t.hf: _stored(params, t, dtype) for t in shard}
         save_file(content, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # as readable as its neighbours
     if len(shards) > 1:
         total = sum(math.prod(t.shape) for shard in shards for t in shard) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
