@@ -51,5 +51,5 @@ def config() -> Config:
             prefill_chunk=128,
         ),
         algorithm=AlgorithmConfig(samples_per_question=4, updates_per_rollout=2),
-        optimizer=OptimizerConfig(learning_rate=2e-6, pack_length=1024),
+        optimizer=OptimizerConfig(learning_rate=2e-6, pack_length=640),
     )

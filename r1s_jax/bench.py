@@ -16,7 +16,7 @@ from jax import lax
 from r1s_jax.config import MeshConfig, OptimizerConfig, RolloutConfig, SearchConfig
 from r1s_jax.data import Question
 from r1s_jax.engine import Engine
-from r1s_jax.model import KVCache, ModelConfig, Policy
+from r1s_jax.model import KVCache, ModelConfig, Policy, unstack_layers
 from r1s_jax.packing import PackedBatch
 from r1s_jax.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.retrieval.index import Hit
@@ -83,6 +83,8 @@ def _decode_runner(p: Pretrained, batch: int, capacity: int) -> Callable[[np.nda
         return lax.fori_loop(1, new_tokens, step, (token, cache, out))[2]
 
     params = jax.device_put(p.params)
+    if jax.default_backend() == "cpu":
+        params = unstack_layers(params)
     return lambda tokens, n: jax.block_until_ready(generate(params, tokens, jnp.int32(n)))
 
 

@@ -122,6 +122,17 @@ def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Par
     return jax.tree.unflatten(treedef, [leaf(s, k) for s, k in zip(specs, keys, strict=True)])
 
 
+def unstack_layers(params: Params) -> Params:
+    """The same parameters, each layer's in arrays of its own.
+
+    For sampling on a CPU: there a scan copies every layer's weights out of their stack at every
+    step, and reading the weights is what a decode step costs.
+    """
+    layers = params["layers"]
+    count = len(layers["attn_norm"])
+    return params | {"layers": [{name: w[i] for name, w in layers.items()} for i in range(count)]}
+
+
 class KVCache(NamedTuple):
     """Keys and values of every layer, updated in place as the layer scan's carry."""
 
@@ -182,7 +193,8 @@ class Policy(nnx.Module):
         self.impl = impl
         self.attend_rows = attend_rows or partial(attention, impl=impl)
         self.embed = nnx.Param(params["embed"])
-        self.layers = nnx.Dict({name: nnx.Param(w) for name, w in params["layers"].items()})
+        # Stacked, or a list (see unstack_layers).
+        self.layers = nnx.data(params["layers"])
         self.final_norm = nnx.Param(params["final_norm"])
         self.lm_head = None if config.tie_embeddings else nnx.Param(params["lm_head"])
 
@@ -271,7 +283,7 @@ class Policy(nnx.Module):
         return out
 
     def _stack(self, tokens: Array, positions: Array, attend: Attend, cache: Any):
-        """Embedding, all layers under one scan, final norm."""
+        """Embedding, all layers (under one scan where they are stacked), final norm."""
         x = self._embed(tokens)
         rope = rope_tables(self.config, positions)
 
@@ -281,9 +293,12 @@ class Policy(nnx.Module):
 
         if self.remat:
             layer = jax.checkpoint(layer)
-        weights = {name: w[...] for name, w in self.layers.items()}
-        inputs = (jnp.arange(self.config.num_layers), weights)
-        (x, cache), _ = lax.scan(layer, (x, cache), inputs)
+        if isinstance(self.layers, list):
+            for index, w in enumerate(self.layers):
+                (x, cache), _ = layer((x, cache), (jnp.int32(index), w))
+        else:
+            inputs = (jnp.arange(self.config.num_layers), self.layers)
+            (x, cache), _ = lax.scan(layer, (x, cache), inputs)
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
 
     def _block(self, x: Array, w: Params, rope: tuple, attend: Callable, cache: Any):

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import RolloutConfig
 from r1s_jax.kernels.attention.api import Impl
-from r1s_jax.model import KVCache, ModelConfig, Params, Policy
+from r1s_jax.model import KVCache, ModelConfig, Params, Policy, unstack_layers
 from r1s_jax.sampler import sample
 from r1s_jax.sharding import BATCH_AXES, TENSOR_AXIS, attention_impl, param_partition
 
@@ -146,6 +146,7 @@ class Rollout:
 
     def _shard(self, params: Params, prompts: Prompts, tag_table: Array):
         tensor_parts = self.mesh.shape[TENSOR_AXIS]
+        params = unstack_layers(params) if self._impl == "xla" else params
         policy = Policy(
             self.model,
             params,
