@@ -106,6 +106,35 @@ def ask(
     stream_answer(question, model, index, k=k, temperature=temperature, first_search=first_search)
 
 
+@app.command("compile")
+def compile_(
+    config: Recipe,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str, typer.Option(help="v5e:8x8, v5p:2x2x4, v6e:4x8, h100:8, ...: chips and their shape.")
+    ] = "v5e:2x4",
+    phase: Annotated[str, typer.Option(help="rollout, update or all.")] = "all",
+    as_json: AsJson = False,
+) -> None:
+    """Compile a recipe for a pod that is not here: does it fit, and what would a step cost?
+
+    Uses the real TPU compiler (`pip install libtpu`); nothing is run or downloaded. Exit status 1
+    when it does not fit.
+    """
+    from r1s_jax.compile_report import advice, as_text, compile_recipe
+
+    report = compile_recipe(
+        _load_config(config, overrides),
+        topology,
+        phase,
+        progress=lambda what: typer.echo(what, err=True),
+    )
+    typer.echo(json.dumps(report) if as_json else as_text(report))
+    if not report["fits"]:
+        typer.secho(advice(report), fg="red", err=True)
+        raise typer.Exit(1)
+
+
 @app.command()
 def export(
     source: Annotated[
@@ -269,23 +298,30 @@ def _train(
     resume: bool,
     cold_start_only: bool,
 ) -> None:
-    from r1s_jax.config import ConfigError, override
+    from r1s_jax.config import ConfigError
     from r1s_jax.train import train
 
     if resume and run_dir is None:
         raise ConfigError("--resume needs --run-dir: which run to go on with")
+    config = _load_config(name, overrides)
+    run_dir = run_dir or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    typer.echo(json.dumps(train(config, run_dir, resume, cold_start_only=cold_start_only)))
+
+
+def _load_config(name: str, overrides: list[str] | None) -> Any:
+    from r1s_jax.config import ConfigError, override
+
     recipes = _recipes()
     if name not in recipes:
         raise ConfigError(f"no recipe {name!r}; there are: {', '.join(recipes)}")
-    config = override(recipes[name].config(), overrides or [])
-    run_dir = run_dir or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    typer.echo(json.dumps(train(config, run_dir, resume, cold_start_only=cold_start_only)))
+    return override(recipes[name].config(), overrides or [])
 
 
 def _recipes() -> dict[str, Any]:
     import r1s_jax.configs as package
 
-    names = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    names = [name for name in modules if not name.startswith("_") and name != "launch"]
     return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
 
 
@@ -309,12 +345,13 @@ def main() -> None:
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
+    from r1s_jax.aot import CannotCompile
     from r1s_jax.assets import AssetError
     from r1s_jax.checkpoint import CheckpointError
     from r1s_jax.search import SearchFailure
 
     # Every error about input is a ValueError (ConfigError, DataError, WeightsError, ...).
-    return AssetError, CheckpointError, SearchFailure, ValueError, OSError
+    return AssetError, CannotCompile, CheckpointError, SearchFailure, ValueError, OSError
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from r1s_jax.kernels.attention.api import Impl, attention, cache_dims, decode_at
 
 Params = dict[str, Any]
 
+# Name in the compiled program of what runs once a layer.
+LAYERS_SCOPE = "decoder_layer"
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -298,7 +301,8 @@ class Policy(nnx.Module):
                 (x, cache), _ = layer((x, cache), (jnp.int32(index), w))
         else:
             inputs = (jnp.arange(self.config.num_layers), self.layers)
-            (x, cache), _ = lax.scan(layer, (x, cache), inputs)
+            with jax.named_scope(LAYERS_SCOPE):
+                (x, cache), _ = lax.scan(layer, (x, cache), inputs)
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
 
     def _block(self, x: Array, w: Params, rope: tuple, attend: Callable, cache: Any):

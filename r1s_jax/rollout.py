@@ -32,6 +32,8 @@ from r1s_jax.sharding import BATCH_AXES, TENSOR_AXIS, attention_impl, param_part
 QUERY_END, ANSWER_END = 0, 1
 # Documents handed over in one exchange; what is ready beyond that waits for the next.
 RESULTS_PER_EXCHANGE = 8
+# Names in the compiled program of what runs once a decode step, and once a chunk of forced tokens.
+DECODE_SCOPE, PREFILL_SCOPE = "decode_step", "prefill_chunk"
 
 
 class Phase(IntEnum):
@@ -283,18 +285,19 @@ class Rollout:
         cache = KVCache(copy(cache.k), copy(cache.v))
         return state._replace(slots=s._replace(cached=cached), cache=cache)
 
+    @jax.named_scope(PREFILL_SCOPE)
     def _prefill(self, policy: Policy, prompts: Prompts, state: State) -> State:
         """Feeds the next chunk of the slots that are furthest behind."""
         c, s = self.config, state.slots
         must_wait = self._prompt_leaders(prompts, s)[2]
         count = min(c.prefill_rows, s.row.shape[0])
         want = jnp.where(self._behind(s) & ~must_wait, s.length - s.cached, 0)
-        backlog, rows = lax.top_k(want, count)
-        starts = s.cached[rows]
+        rows = jnp.argsort(-want, stable=True)[:count]
+        starts, trajectory = _take(s.cached, rows), _take(s.row, rows)
         at = starts[:, None] + jnp.arange(c.prefill_chunk)
-        tokens = state.out.tokens.at[s.row[rows][:, None], at].get(mode="fill", fill_value=0)
+        tokens = state.out.tokens.at[trajectory[:, None], at].get(mode="fill", fill_value=0)
         _, cache = policy.prefill(tokens, rows, starts, state.cache)
-        fed = jnp.clip(backlog - 1, 0, c.prefill_chunk)
+        fed = jnp.clip(_take(want, rows) - 1, 0, c.prefill_chunk)
         return state._replace(
             slots=s._replace(cached=s.cached.at[rows].add(fed)),
             cache=cache,
@@ -303,6 +306,7 @@ class Rollout:
 
     # Sampling.
 
+    @jax.named_scope(DECODE_SCOPE)
     def _decode(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
         """Samples one token for every ready slot and acts on what it ended."""
         c, s, out = self.config, state.slots, state.out
@@ -418,6 +422,12 @@ class Rollout:
         reasons = jnp.zeros_like(s.phase).at[slot].set(reason)
         state = state._replace(slots=slots, out=state.out._replace(tokens=tokens))
         return _finish(state, reasons)
+
+
+def _take(values: Int[Array, " S"], slots: Int[Array, " R"]) -> Int[Array, " R"]:
+    """`values[slots]`, compared: the TPU compiler (libtpu 0.0.42) fails on so small a gather."""
+    chosen = slots[:, None] == jnp.arange(values.shape[0])
+    return jnp.where(chosen, values, 0).sum(1, dtype=values.dtype)
 
 
 def _when(condition: Array, action: Callable[[State], State], state: State) -> State:

@@ -4,6 +4,7 @@
 and vocabulary. A batch is divided over data x fsdp.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,12 +32,12 @@ _LEARNING_RULES = {
 _SAMPLING_RULES = {**_LEARNING_RULES, "embed": None}
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices; `fsdp=-1` takes what the others leave.
 
     Raises ValueError when the axes do not multiply to the number of devices.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     rest = config.data * config.tensor
     fsdp = config.fsdp if config.fsdp != -1 else max(1, len(devices) // rest)
     if rest * fsdp != len(devices):

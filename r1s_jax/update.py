@@ -30,6 +30,8 @@ from r1s_jax.sharding import (
 
 # Logits of this many tokens of a row exist at a time; the rest are recomputed when needed.
 _LOGIT_CHUNK = 128
+# Names in the compiled program of what runs once a chunk of logits, and once a micro-batch.
+LOGITS_SCOPE, MICRO_SCOPE = "logits_chunk", "micro_batch"
 
 Metrics = dict[str, Array]
 # (log-probabilities, entropies, micro-batch) -> (loss, metrics to add up over micro-batches)
@@ -55,6 +57,11 @@ def make_optimizer(
     )
 
 
+def logit_chunks(length: int) -> int:
+    """Into how many chunks the logits of a row of `length` tokens are cut."""
+    return -(-length // min(_LOGIT_CHUNK, length))
+
+
 def token_logprobs(
     policy: Policy,
     tokens: Int[Array, "R T"],
@@ -71,7 +78,7 @@ def token_logprobs(
     pad = -length % min(_LOGIT_CHUNK, length)
     targets, wanted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1 + pad))) for x in (tokens, wanted))
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    chunks = (length + pad) // min(_LOGIT_CHUNK, length)
+    chunks = logit_chunks(length)
 
     @jax.checkpoint
     def chunk(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
@@ -93,7 +100,8 @@ def token_logprobs(
         x = x.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, : length - 1]
         return jnp.pad(x, ((0, 0), (1, 0)))
 
-    logprobs, entropies = lax.map(chunk, (split(hidden), split(targets), split(wanted)))
+    with jax.named_scope(LOGITS_SCOPE):
+        logprobs, entropies = lax.map(chunk, (split(hidden), split(targets), split(wanted)))
     return join(logprobs), join(entropies)
 
 
@@ -152,17 +160,21 @@ class Learner:
     def init(self, params: Params, *, keep_reference: bool = False) -> LearnerState:
         """Fresh optimizer state, each moment sharded like its parameter."""
         shardings = param_shardings(self.model, self.mesh)
-        moments = optax.tree_map_params(
-            self.optimizer,
-            lambda _, s: s,
-            jax.eval_shape(self.optimizer.init, params),
-            shardings,
-            transform_non_params=lambda _: replicated(self.mesh),
-        )
+        moments = self.optimizer_shardings(params)
         optimizer = jax.jit(self.optimizer.init, out_shardings=moments)(params)
         # Updates donate their input, so the parameters given and the reference must be copies.
         copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)
         return LearnerState(copy(params), optimizer, copy(params) if keep_reference else None)
+
+    def optimizer_shardings(self, params: Params) -> Any:
+        """Sharding of every leaf of the optimizer's state."""
+        return optax.tree_map_params(
+            self.optimizer,
+            lambda _, s: s,
+            jax.eval_shape(self.optimizer.init, params),
+            param_shardings(self.model, self.mesh),
+            transform_non_params=lambda _: replicated(self.mesh),
+        )
 
     def update(
         self, state: LearnerState, batch: PackedBatch, micro: int, scale: float = 1.0
@@ -211,7 +223,8 @@ class Learner:
             lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, state.params, rows)[1]
         )
         start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), zeros)
-        grads, value, metrics = lax.fori_loop(0, micro, accumulate, start)
+        with jax.named_scope(MICRO_SCOPE):
+            grads, value, metrics = lax.fori_loop(0, micro, accumulate, start)
         tokens = jnp.maximum(metrics["tokens"], 1)
         metrics = {
             k: v if k == "tokens" or k.endswith("max") else v / tokens for k, v in metrics.items()

@@ -115,6 +115,7 @@ def _forward(backend: Backend, scale: float, q, k, v, ranges):
         backend,
         blocks,
         grid=(batch, heads, length // blocks.queries),
+        cost_estimate=_cost(q.shape, products=2),
         in_specs=[
             *_bound_specs(backend, 2),
             _ranges_spec(blocks.queries, lambda b, h, i: (b, 0, i)),
@@ -140,6 +141,7 @@ def _dq(backend: Backend, scale: float, q, k, v, ranges, dout, lse, delta):
         backend,
         blocks,
         grid=(batch, heads, length // blocks.queries),
+        cost_estimate=_cost(q.shape, products=3),
         in_specs=[
             *_bound_specs(backend, 2),
             _ranges_spec(blocks.queries, lambda b, h, i: (b, 0, i)),
@@ -169,6 +171,7 @@ def _dkv(backend: Backend, scale: float, q, k, v, ranges, dout, lse, delta):
         backend,
         blocks,
         grid=(batch, heads, length // blocks.keys),
+        cost_estimate=_cost(q.shape, products=4),
         in_specs=[
             *_bound_specs(backend, 2),
             _ranges_spec(length, lambda b, h, j: (b, 0, 0)),
@@ -330,6 +333,17 @@ def _ranges_spec(block: int, index_map: Callable) -> pl.BlockSpec:
 
 def _bound_specs(backend: Backend, count: int) -> list[pl.BlockSpec]:
     return [pl.BlockSpec(memory_space=backend.scalars)] * count
+
+
+def _cost(shape: tuple, products: int) -> pl.CostEstimate:
+    """Of `products` matrix products over half of all pairs of tokens, as for one causal segment."""
+    batch, heads, length, head_dim = shape
+    pairs = batch * heads * length * length // 2
+    return pl.CostEstimate(
+        flops=2 * products * pairs * head_dim,
+        transcendentals=pairs,
+        bytes_accessed=4 * math.prod(shape) * 2,
+    )
 
 
 def _call(kernel: Callable, backend: Backend, blocks: Blocks, **spec: Any) -> Callable:

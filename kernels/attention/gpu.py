@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention.flash import LOG2_E, LOWEST, MASKED, Backend, Blocks, _dot
-from r1s_jax.kernels.attention.tpu import as_scalars
+from r1s_jax.kernels.attention.tpu import as_scalars, decode_cost
 
 # (queries, keys, warps, stages) that compile for an H100 without spilling registers.
 _BLOCKS = {
@@ -105,6 +105,7 @@ def decode_attention(
         ],
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
+        cost_estimate=decode_cost(q.shape, k_cache),
         name="decode_attention_gpu",
     )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache)
     out = _merge(peak, total, acc)[:, :, :queries].astype(q.dtype)

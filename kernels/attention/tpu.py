@@ -89,6 +89,7 @@ def decode_attention(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
         ),
         interpret=interpret,
+        cost_estimate=decode_cost(q.shape, k_cache),
         name="decode_attention_tpu",
     )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache)
     out = out.reshape(batch, kv_heads, new, per_group, head_dim).swapaxes(1, 2)
@@ -99,6 +100,18 @@ def as_scalars(layer: Array, lengths: Array, rows: Array) -> tuple[Array, Array,
     """What a decode kernel reads one number at a time, int32."""
     layer, lengths, rows = (jnp.asarray(x, jnp.int32) for x in (layer, lengths, rows))
     return layer.reshape(1), lengths, rows
+
+
+def decode_cost(q_shape: tuple, k_cache: Array) -> pl.CostEstimate:
+    """Of queries [B, N, M, K] against caches that are full."""
+    batch, kv_heads, queries, head_dim = q_shape
+    pairs = batch * kv_heads * queries * k_cache.shape[3]
+    keys = batch * math.prod(k_cache.shape[2:])
+    return pl.CostEstimate(
+        flops=4 * pairs * head_dim,
+        transcendentals=pairs,
+        bytes_accessed=2 * keys * k_cache.dtype.itemsize,
+    )
 
 
 def _decode_block(capacity: int, queries: int, bytes_a_key: int) -> int:

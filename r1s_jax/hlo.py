@@ -1,0 +1,82 @@
+"""Reading a compiled program: what its devices say to each other, loop trips counted."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.+?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+def collective_bytes(text: str, trips: Mapping[str, float]) -> dict[str, float]:
+    """Bytes of the results of one device's collectives in a whole run, by kind.
+
+    `text` is optimised HLO, in which the compiler's loops carry no lengths: a collective inside a
+    loop runs as often as the scopes (`jax.named_scope`) in its name say, `trips[scope]` times each.
+    """
+    computations, entry = _parse(text)
+    total: Counter[str] = Counter()
+    for name, in_loop in _visits(computations, entry):
+        for kind, size, scope in computations[name][0]:
+            times = math.prod(n for s, n in trips.items() if in_loop and s in scope)
+            total[kind] += size * times
+    return dict(total)
+
+
+# Collectives as (kind, bytes, op_name); calls as (computation, whether a loop runs it).
+_Computation = tuple[list[tuple[str, int, str]], list[tuple[str, bool]]]
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = {}
+    entry, current = "", ([], [])
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            current = computations.setdefault(found[2], ([], []))
+            entry = found[2] if found[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            _add(current, *found.groups())
+    return computations, entry
+
+
+def _add(computation: _Computation, shape: str, operation: str, rest: str) -> None:
+    collectives, calls = computation
+    kind = operation.removesuffix("-start")
+    if kind in _COLLECTIVES:
+        sizes = [_size(*array) for array in _ARRAY.findall(shape)]
+        # An asynchronous one carries its operand beside its result.
+        size = max(sizes) if operation.endswith("-start") else sum(sizes)
+        name = _OP_NAME.search(rest)
+        collectives.append((kind, size, name[1] if name else ""))
+    called = _CALLED.findall(rest)
+    if branches := _BRANCHES.search(rest):
+        called += [name.strip().lstrip("%") for name in branches[1].split(",")]
+    calls += [(name, operation == "while") for name in called]
+
+
+def _size(kind: str, dims: str) -> int:
+    return _BYTES.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d)
+
+
+def _visits(
+    computations: Mapping[str, _Computation], name: str, in_loop: bool = False
+) -> Iterator[tuple[str, bool]]:
+    """Every call of every computation, and whether some loop makes it."""
+    yield name, in_loop
+    for called, by_loop in computations[name][1]:
+        if called in computations:
+            yield from _visits(computations, called, in_loop or by_loop)
