@@ -6,6 +6,7 @@ counted, and how often a rollout's loop turns from a stated `Workload`.
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from r1s_jax.aot import CannotCompile, target_devices
 from r1s_jax.architectures import architecture_of
 from r1s_jax.config import Config
 from r1s_jax.hlo import collective_bytes
+from r1s_jax.kernels.attention.api import cache_dims
 from r1s_jax.model import LAYERS_SCOPE, ModelConfig, ParamSpec, param_specs
 from r1s_jax.packing import PackedBatch
 from r1s_jax.rollout import DECODE_SCOPE, PREFILL_SCOPE, Prompts, Rollout
 from r1s_jax.sharding import (
     BATCH_AXES,
+    attention_impl,
     batch_sharding,
     batch_shards,
     check_divisible,
@@ -50,7 +53,7 @@ _TAG_STATES = 64  # of the automaton that finds the ends of tags: a few dozen fo
 
 @dataclass(frozen=True)
 class Chip:
-    """Published figures of one chip: GiB, dense bf16 TFLOP/s, GB/s of its memory and its links."""
+    """One chip: GiB that programs may use, published bf16 TFLOP/s, GB/s of memory and links."""
 
     hbm_gib: float
     tflops: float
@@ -59,9 +62,9 @@ class Chip:
 
 
 CHIPS = {
-    "TPU v5 lite": Chip(16, 197, 819, 200),
-    "TPU v5": Chip(95, 459, 2765, 600),
-    "TPU v6 lite": Chip(32, 918, 1640, 448),
+    "TPU v5 lite": Chip(15.75, 197, 819, 200),
+    "TPU v5": Chip(95.74, 459, 2765, 600),
+    "TPU v6 lite": Chip(31.25, 918, 1640, 448),
     "NVIDIA H100 80GB HBM3": Chip(80, 989, 3350, 450),
 }
 
@@ -149,7 +152,10 @@ def _report(program: _Program, chip: Chip) -> dict[str, Any]:
     traced = jax.jit(program.function, donate_argnums=program.donate).trace(*program.arguments)
     loops = {scope: n for scope, n in program.trips.items() if scope not in program.scanned}
     flops = traced_flops(traced.jaxpr.jaxpr, loops) / program.chips
-    compiled = traced.lower().compile()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _refused(error, program, chip, flops, time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     collectives = collective_bytes(compiled.as_text(), program.trips)
@@ -173,6 +179,27 @@ def _report(program: _Program, chip: Chip) -> dict[str, Any]:
         "collective_gib": {kind: size / _GIB for kind, size in collectives.items()},
         "compile_s": seconds,
         "roofline_s": bounds | {"total": sum(bounds.values())},
+    }
+
+
+def _refused(
+    error: Exception, program: _Program, chip: Chip, flops: float, seconds: float
+) -> dict[str, Any]:
+    """What is known of a program that the compiler itself found too large."""
+    wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)G\) exceeds", str(error), re.DOTALL)
+    if not wanted:
+        raise error
+    return {
+        "peak_gib": float(wanted[1]) + _bytes(program.arguments) / _GIB,
+        "argument_gib": _bytes(program.arguments) / _GIB,
+        "temp_gib": float(wanted[1]),
+        "cache_gib": program.cache_bytes / _GIB,
+        "hbm_gib": chip.hbm_gib,
+        "flops": flops,
+        "memory_gib": program.memory_bytes / _GIB,
+        "collective_gib": {},
+        "compile_s": seconds,
+        "error": str(error).splitlines()[0],
     }
 
 
@@ -277,8 +304,10 @@ def _rollout_program(
     forced = workload.documents + workload.prompt / config.algorithm.samples_per_question
     chunks = count / shards * forced / (c.prefill_rows * c.prefill_chunk)
     tensor = mesh.shape["tensor"]
-    a_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-    cache = a_token / tensor * learner.compute_dtype.itemsize * slots
+    impl = attention_impl(config.policy.attention, mesh)
+    capacity, width = cache_dims(c.max_length + c.prefill_chunk, model.head_dim, impl)
+    heads = model.num_layers * model.num_kv_heads / tensor
+    cache = 2 * heads * width * learner.compute_dtype.itemsize * slots  # bytes a token of each slot
     tokens = workload.prompt + workload.documents / 2 + workload.sampled / 2
     weights = _parameters(state) / tensor * learner.compute_dtype.itemsize
     return _Program(
@@ -292,7 +321,7 @@ def _rollout_program(
         scanned=(LAYERS_SCOPE,),
         chips=1,  # inside shard_map the shapes are those of one device
         memory_bytes=(decode_steps + chunks) * weights + decode_steps * cache * tokens,
-        cache_bytes=cache * (c.max_length + c.prefill_chunk),
+        cache_bytes=cache * capacity,
     )
 
 
@@ -393,6 +422,9 @@ def as_text(report: dict[str, Any]) -> str:
     for name, p in report["phases"].items():
         links = sum(p["collective_gib"].values())
         beside = f" + {p['resident_gib']:.1f} waiting" if p.get("resident_gib") else ""
+        if "error" in p:
+            lines.append(f"{name:8} {p['error']}")
+            continue
         lines.append(
             f"{name:8} peak {p['peak_gib']:.1f}{beside} of {p['hbm_gib']:.0f} GiB, "
             f"{p['flops'] / 1e12:.0f} TFLOP, {links:.1f} GiB over the links, "

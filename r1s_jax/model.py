@@ -229,13 +229,18 @@ class Policy(nnx.Module):
         self, tokens: Int[Array, " S"], starts: Int[Array, " S"], cache: KVCache
     ) -> tuple[Float[Array, "S D"], KVCache]:
         """Feeds one token to every slot; `starts[s]` is how many tokens slot s holds already."""
-        slots = jnp.arange(tokens.shape[0])
+
+        def write(buffer: Array, new: Array, layer: Array) -> Array:
+            # Slots and heads as one axis: with heads inside the written window, the TPU compiler
+            # turns the whole cache around for it, and back, at every layer.
+            heads = buffer.shape[2]
+            flat = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
+            rows = jnp.arange(flat.shape[1])
+            new = cache.fit(new[:, 0]).reshape(len(rows), -1)
+            return flat.at[layer, rows, jnp.repeat(starts, heads)].set(new).reshape(buffer.shape)
 
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
-            cache = KVCache(
-                cache.k.at[layer, slots, :, starts].set(cache.fit(k[:, 0])),
-                cache.v.at[layer, slots, :, starts].set(cache.fit(v[:, 0])),
-            )
+            cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
             out = decode_attention(q, cache.k, cache.v, layer, starts + 1, impl=self.impl)
             return out, cache
 
