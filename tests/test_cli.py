@@ -129,3 +129,43 @@ def _tiny_policy():
 
     tokenizer = build_tokenizer()
     return Pretrained(SMALL, init_params(SMALL, 0), tokenizer, (tokenizer.eos_token_id,))
+
+
+def test_reward_writes_every_row_back(tmp_path):
+    rows = [{"question": "q", "answer": ["x", "y"], "solution": f"</think><answer>{a}</answer>"}
+            for a in ("y", "z")]  # fmt: skip
+    path = tmp_path / "solutions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run("reward", str(path), "--variant", "stage2")
+    got = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["reward"] for row in got] == [1.0, 0.0]
+    assert got[0]["parts"]["format"] == 1.0
+    assert [{k: r[k] for k in rows[0]} for r in got] == rows
+
+
+def test_reward_names_the_line_that_it_cannot_read(tmp_path):
+    path = tmp_path / "solutions.jsonl"
+    path.write_text('{"question": "q", "answer": "x", "solution": "s"}\n{"question": "q"}\n')
+    done = run("reward", str(path), "--variant", "f1")
+    assert "line 2: `solution` must be a text" in str(done.exception)
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_export_and_what_is_in_the_way(model, tmp_path):
+    out = tmp_path / "hf"
+    assert run("export", str(model), str(out), "--dtype", "float32").stdout.strip() == str(out)
+    assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert isinstance(run("export", str(model), str(out)).exception, FileExistsError)
+
+
+def test_eval_score_compares_two_files(tmp_path):
+    files = []
+    for name, answer in (("a", "Rome"), ("b", "Paris")):
+        row = {"question": "q", "answer": "Paris", "pred_ans": answer, "searches": 1}
+        files.append(tmp_path / f"{name}.jsonl")
+        files[-1].write_text(json.dumps(row) + "\n")
+    done = run("eval", "score", *map(str, files), "--json")
+    first, second, gain = map(json.loads, done.stdout.splitlines())
+    assert (first["em"], second["em"], gain["em"]["difference"]) == (0.0, 100.0, 100.0)
+    text = run("eval", "score", *map(str, files)).stdout
+    assert "cover-EM" in text and "b.jsonl minus a.jsonl" in text
