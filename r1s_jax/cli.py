@@ -202,6 +202,59 @@ def index_search(
         typer.echo(json.dumps({"query": query, "results": results}, ensure_ascii=False))
 
 
+@eval_app.command("run")
+def eval_run(
+    questions: Annotated[Path, typer.Argument(help="JSON lines {question, answer}; .gz too.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")],
+    index: Annotated[Path | None, typer.Option(help="Directory of a built index.")] = None,
+    mode: Annotated[
+        str,
+        typer.Option(help="search; rag (one search, of the question); direct (none)."),
+    ] = "search",
+    prompt: Annotated[
+        Path | None, typer.Option(help="Template with {question}, for models trained on their own.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Documents a search.")] = 5,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    slots: Annotated[int, typer.Option(help="Questions answered at a time.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens of a trajectory.")] = 4096,
+    max_turn_length: Annotated[int, typer.Option(help="Tokens of a turn.")] = 512,
+    limit: Annotated[int, typer.Option(help="Only the first so many questions.")] = 0,
+) -> None:
+    """Answer a file of questions; `r1s eval score` does the rest.
+
+    A row a question, in order, written as they finish: a stopped run goes on where its file ends.
+    """
+    from r1s_jax.environment import open_saved_index
+    from r1s_jax.eval.answer import EvalRun, answer_file
+    from r1s_jax.retrieval.index import read_info
+    from r1s_jax.telemetry import progress_bar
+
+    run = EvalRun(
+        questions=questions,
+        model=model,
+        mode=mode,
+        prompt=prompt.read_text("utf-8") if prompt else None,
+        k=k,
+        temperature=temperature,
+        slots=slots,
+        max_length=max_length,
+        max_turn_length=max_turn_length,
+        limit=limit,
+    )
+    searches = index is not None and mode != "direct"
+    with progress_bar("Answering") as advance:
+        answer_file(
+            run,
+            open_saved_index(index) if searches else None,
+            read_info(index) if searches else {},
+            out,
+            advance,
+        )
+    typer.echo(str(out))
+
+
 @eval_app.command("score")
 def eval_score(
     files: Annotated[

@@ -69,6 +69,20 @@ def extract_query(turn: str) -> str | None:
     return " ".join(query.replace('"', "").split())
 
 
+def extract_eval_query(turn: str) -> str | None:
+    """`extract_query` as the published evaluation cleans it.
+
+    Double and single quotes and `...` are dropped, a tab becomes a space.
+    """
+    _, begin, tail = turn.rpartition(BEGIN_QUERY)
+    if not begin:
+        return None
+    query = tail.partition(END_QUERY)[0]
+    for mark in ('"', "'", "..."):
+        query = query.replace(mark, "")
+    return query.replace("\t", " ").strip()
+
+
 def extract_answer(text: str) -> str | None:
     """Text between the last `<answer>` and the next `</answer>`, stripped; None without both."""
     _, begin, tail = text.rpartition(BEGIN_ANSWER)

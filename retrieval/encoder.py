@@ -33,7 +33,8 @@ Progress = Callable[[int, int], None]  # (done, total)
 # The padded lengths of passage batches. Each has two row counts, so jit compiles at most twenty
 # variants, each in a second or so; fewer lengths would waste more than that on padding.
 _LENGTHS = (32, 64, 96, 128, 160, 192, 224, 256, 384, 512)
-_BATCH_TOKENS = 8192
+# Tokens of a batch; on a CPU, what its caches hold (a fifth faster).
+_BATCH_TOKENS, _BATCH_TOKENS_CPU = 8192, 1024
 _FEW_ROWS = 8
 
 
@@ -137,7 +138,9 @@ class BertEncoder:
     def _encode_passages(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
         graph, state = self._model
         pending = None
-        for rows, ids, mask in _batches(tokens, self._max_length):
+        on_cpu = (self._device or jax.devices()[0]).platform == "cpu"
+        batch_tokens = _BATCH_TOKENS_CPU if on_cpu else _BATCH_TOKENS
+        for rows, ids, mask in _batches(tokens, self._max_length, batch_tokens):
             values = _encode_batch(graph, state, ids, mask, self._pooling)
             if pending:  # fetch one batch late, so that the device computes while the host pads
                 yield pending[0], np.asarray(pending[1])[: len(pending[0])]
@@ -177,7 +180,7 @@ def _pool(
 
 
 def _batches(
-    tokens: list[list[int]], max_length: int
+    tokens: list[list[int]], max_length: int, batch_tokens: int
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Rows of like length, their padded ids int32[B, T] and mask bool[B, T], in few shapes."""
     lengths = [length for length in _LENGTHS if length < max_length] + [max_length]
@@ -187,7 +190,7 @@ def _batches(
         return next(length for length in lengths if len(tokens[row]) <= length)
 
     for length, group in itertools.groupby(order, key=padded_length):
-        rows, many = list(group), max(_BATCH_TOKENS // length, _FEW_ROWS)
+        rows, many = list(group), max(batch_tokens // length, _FEW_ROWS)
         while rows:
             size = many if len(rows) >= many else _FEW_ROWS
             batch, rows = rows[:size], rows[size:]
