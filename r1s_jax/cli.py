@@ -373,8 +373,8 @@ def _load_config(name: str, overrides: list[str] | None) -> Any:
 def _recipes() -> dict[str, Any]:
     import r1s_jax.configs as package
 
-    modules = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    names = [name for name in modules if not name.startswith("_") and name != "launch"]
+    modules = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+    names = [name for name in modules if not name.startswith("_")]
     return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
 
 

@@ -175,7 +175,8 @@ def test_a_config_cannot_be_changed_in_place():
         make_config().rollout.slots = 3
 
 
-RECIPES = [m.name for m in pkgutil.iter_modules(r1s_jax.configs.__path__) if not m.ispkg]
+MODULES = [m.name for m in pkgutil.iter_modules(r1s_jax.configs.__path__) if not m.ispkg]
+RECIPES = [name for name in MODULES if not name.startswith("_")]
 
 
 def test_there_are_recipes():
