@@ -8,6 +8,7 @@ the policy anything. `released_rewards.py` holds the released servers' rules, to
 import importlib
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -158,6 +159,8 @@ def reward_rule(name: str) -> RewardRule:
     module, colon, function = _RULES.get(name, name).partition(":")
     if not colon:
         raise ValueError(f"no reward {name!r}: take one of {', '.join(_RULES)}, or module:function")
+    if name not in _RULES and "" not in sys.path:
+        sys.path.insert(0, "")  # a user's module lies where the command was typed
     try:
         rule = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

@@ -143,6 +143,14 @@ def test_reward_writes_every_row_back(tmp_path):
     assert [{k: r[k] for k in rows[0]} for r in got] == rows
 
 
+def test_reward_finds_a_rule_where_the_command_is_typed(tmp_path, monkeypatch):
+    (tmp_path / "typed_here.py").write_text("def rule(solution, golds): return 7\n")
+    (tmp_path / "s.jsonl").write_text('{"answer": "x", "solution": "s"}\n')
+    monkeypatch.chdir(tmp_path)
+    done = run("reward", "s.jsonl", "--variant", "typed_here:rule")
+    assert json.loads(done.stdout)["reward"] == 7.0
+
+
 def test_reward_names_the_line_that_it_cannot_read(tmp_path):
     path = tmp_path / "solutions.jsonl"
     path.write_text('{"question": "q", "answer": "x", "solution": "s"}\n{"question": "q"}\n')
