@@ -256,7 +256,8 @@ def _measure(
     runs: dict[str, Callable], exact: Callable, inputs: tuple, sweep: Sweep
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds and largest error of each; what an implementation refuses is its `error`."""
-    expected = jax.jit(exact)(*(x.astype(jnp.float32) for x in inputs))
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(exact)(*(x.astype(jnp.float32) for x in inputs))
     measured: dict[str, dict[str, Any]] = {}
     compiled: dict[str, Callable] = {}
     for name, run in runs.items():
