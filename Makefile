@@ -16,13 +16,13 @@ wiki: .venv/ready ## SmolLM2-135M over Wikipedia summaries: five RL steps (CPU)
 	$(BIN)/r1s train wiki_smollm2 $(ARGS)
 
 test: .venv/dev ## The tests, without the slow ones
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu and not aot" $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot" $(ARGS)
 
 test-aot: .venv/aot ## Compile every kernel for TPUs (and H100, with its compilers installed)
 	$(BIN)/pytest -n 2 -m aot $(ARGS)
 
 test-all: .venv/dev .venv/aot ## All tests that need no GPU
-	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu" $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)
 
 lint: .venv/dev ## Format and lint checks
 	$(BIN)/ruff format --check .
