@@ -4,7 +4,7 @@ Every implementation gets the same inputs in the layout that it likes best, is c
 float32 before it is timed, and takes its turns in alternation with the others.
 """
 
-import importlib
+import importlib.util
 import itertools
 import math
 import time
