@@ -1,6 +1,7 @@
 """GPU (Triton): the shared flash kernels, and decoding with the cache split over programs."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from r1s_jax.kernels.attention.decode import (
+    as_scalars,
+    decode_cost,
+    group_queries,
+    ungroup_queries,
+)
 from r1s_jax.kernels.attention.flash import LOG2_E, LOWEST, MASKED, Backend, Blocks, _dot
-from r1s_jax.kernels.attention.tpu import as_scalars, decode_cost
 
 # (queries, keys, warps, stages) that compile for an H100 without spilling registers.
 _BLOCKS = {
@@ -65,34 +71,41 @@ def decode_attention(
     A row's cache is divided over as many programs as the device needs to be busy
     (flash-decoding); their partial softmaxes are merged afterwards.
     """
-    batch, new, heads, head_dim = q.shape
-    kv_heads, capacity = k_cache.shape[2:4]
-    per_group = heads // kv_heads
-    queries = new * per_group
+    new = q.shape[1]
+    q = group_queries(q, k_cache.shape[2], k_cache.dtype)
+    queries = q.shape[2]
     most = _DECODE_ROWS_FLOAT32 if k_cache.dtype == jnp.float32 else _DECODE_ROWS
     block = min(most, max(16, pl.next_power_of_2(queries)))
-    padded = math.ceil(queries / block) * block
-    q = q.reshape(batch, new, kv_heads, per_group, head_dim).swapaxes(1, 2)
-    q = q.reshape(batch, kv_heads, queries, head_dim).astype(k_cache.dtype)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - queries), (0, 0)))
-    key_blocks = capacity // _DECODE_KEYS
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -queries % block), (0, 0)))
+    scalars = as_scalars(layer, lengths, rows)
+    kernel = partial(_decode_kernel, scale * LOG2_E, new, queries // new)
+    partials = _decode_partials(kernel, block, scalars, q, k_cache, v_cache, interpret)
+    return ungroup_queries(_merge(*partials)[:, :, :queries].astype(q.dtype), new)
+
+
+def _decode_partials(
+    kernel: Callable,
+    block: int,
+    scalars: tuple[Array, Array, Array],
+    q: Float[Array, "B N M K"],
+    k_cache: Float[Array, "L R N S K"],
+    v_cache: Float[Array, "L R N S K"],
+    interpret: Any,
+) -> tuple[Float[Array, "B N P M"], Float[Array, "B N P M"], Float[Array, "B N P M K"]]:
+    """Peak, sum and weighted values of the softmax over each of P shares of a row's cache."""
+    batch, kv_heads, padded, head_dim = q.shape
+    key_blocks = k_cache.shape[3] // _DECODE_KEYS
     programs = batch * kv_heads * (padded // block)
     splits = max(1, min(key_blocks, _PROGRAMS // programs))
-    per_split = math.ceil(key_blocks / splits)
-
     whole = pl.no_block_spec
+    queries = pl.BlockSpec(
+        (None, None, block, head_dim), lambda bn, s, m: (bn // kv_heads, bn % kv_heads, m, 0)
+    )
     partial_shape = (batch, kv_heads, splits, padded)
-    peak, total, acc = pl.pallas_call(
-        partial(_decode_kernel, scale * LOG2_E, new, per_group, per_split),
+    return pl.pallas_call(
+        partial(kernel, math.ceil(key_blocks / splits)),
         grid=(batch * kv_heads, splits, padded // block),
-        in_specs=[
-            *(whole, whole, whole),
-            pl.BlockSpec(
-                (None, None, block, head_dim),
-                lambda bn, s, m: (bn // kv_heads, bn % kv_heads, m, 0),
-            ),
-            *(whole, whole),
-        ],
+        in_specs=[whole, whole, whole, queries, whole, whole],
         out_specs=[
             _partial_spec(kv_heads, (block,)),
             _partial_spec(kv_heads, (block,)),
@@ -107,10 +120,7 @@ def decode_attention(
         interpret=interpret,
         cost_estimate=decode_cost(q.shape, k_cache),
         name="decode_attention_gpu",
-    )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache)
-    out = _merge(peak, total, acc)[:, :, :queries].astype(q.dtype)
-    out = out.reshape(batch, kv_heads, new, per_group, head_dim).swapaxes(1, 2)
-    return out.reshape(batch, new, heads, head_dim)
+    )(*scalars, q, k_cache, v_cache)
 
 
 def _partial_spec(kv_heads: int, block: tuple[int, ...]) -> pl.BlockSpec:

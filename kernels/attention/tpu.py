@@ -10,6 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from r1s_jax.kernels.attention.decode import (
+    as_scalars,
+    decode_cost,
+    group_queries,
+    ungroup_queries,
+)
 from r1s_jax.kernels.attention.flash import LOG2_E, LOWEST, MASKED, Backend, Blocks, _dot
 
 LANES = 128
@@ -57,13 +63,10 @@ def decode_attention(
     The grid walks over a row's cache, one block of keys of all heads at a time. Past the row's
     length the block index stands still, so nothing more is fetched from HBM.
     """
-    batch, new, heads, head_dim = q.shape
-    kv_heads, capacity = k_cache.shape[2:4]
-    per_group = heads // kv_heads
-    queries = new * per_group
+    new, capacity = q.shape[1], k_cache.shape[3]
+    q = group_queries(q, k_cache.shape[2], k_cache.dtype)
+    batch, kv_heads, queries, head_dim = q.shape
     size = _decode_block(capacity, queries, kv_heads * head_dim * k_cache.dtype.itemsize)
-    q = q.reshape(batch, new, kv_heads, per_group, head_dim).swapaxes(1, 2)
-    q = q.reshape(batch, kv_heads, queries, head_dim).astype(k_cache.dtype)
 
     def cache_block(b: Array, s: Array, layer: Array, lengths: Array, rows: Array) -> tuple:
         last = jnp.maximum(pl.cdiv(lengths[b], size), 1) - 1
@@ -72,7 +75,7 @@ def decode_attention(
     by_row = pl.BlockSpec((None, kv_heads, queries, head_dim), lambda b, s, *_: (b, 0, 0, 0))
     by_block = pl.BlockSpec((None, None, kv_heads, size, head_dim), cache_block)
     out = pl.pallas_call(
-        partial(_decode_kernel, scale * LOG2_E, new, per_group),
+        partial(_decode_kernel, scale * LOG2_E, new, queries // new),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, capacity // size),
@@ -92,26 +95,7 @@ def decode_attention(
         cost_estimate=decode_cost(q.shape, k_cache),
         name="decode_attention_tpu",
     )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache)
-    out = out.reshape(batch, kv_heads, new, per_group, head_dim).swapaxes(1, 2)
-    return out.reshape(batch, new, heads, head_dim)
-
-
-def as_scalars(layer: Array, lengths: Array, rows: Array) -> tuple[Array, Array, Array]:
-    """What a decode kernel reads one number at a time, int32."""
-    layer, lengths, rows = (jnp.asarray(x, jnp.int32) for x in (layer, lengths, rows))
-    return layer.reshape(1), lengths, rows
-
-
-def decode_cost(q_shape: tuple, k_cache: Array) -> pl.CostEstimate:
-    """Of queries [B, N, M, K] against caches that are full."""
-    batch, kv_heads, queries, head_dim = q_shape
-    pairs = batch * kv_heads * queries * k_cache.shape[3]
-    keys = batch * math.prod(k_cache.shape[2:])
-    return pl.CostEstimate(
-        flops=4 * pairs * head_dim,
-        transcendentals=pairs,
-        bytes_accessed=2 * keys * k_cache.dtype.itemsize,
-    )
+    return ungroup_queries(out, new)
 
 
 def _decode_block(capacity: int, queries: int, bytes_a_key: int) -> int:

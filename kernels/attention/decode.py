@@ -1,0 +1,40 @@
+"""What the decode kernels of TPU and GPU have in common: their operands and their cost."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+
+def group_queries(q: Float[Array, "B T H K"], kv_heads: int, dtype: Any) -> Float[Array, "B N M K"]:
+    """The M = T * H/N queries that read the same KV head side by side, token by token."""
+    batch, new, heads, head_dim = q.shape
+    q = q.reshape(batch, new, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
+    return q.reshape(batch, kv_heads, -1, head_dim).astype(dtype)
+
+
+def ungroup_queries(out: Float[Array, "B N M K"], new: int) -> Float[Array, "B T H K"]:
+    """The inverse of `group_queries` for T = `new` tokens."""
+    batch, kv_heads, queries, head_dim = out.shape
+    out = out.reshape(batch, kv_heads, new, queries // new, head_dim).swapaxes(1, 2)
+    return out.reshape(batch, new, -1, head_dim)
+
+
+def as_scalars(layer: Array, lengths: Array, rows: Array) -> tuple[Array, Array, Array]:
+    """What a decode kernel reads one number at a time, int32."""
+    layer, lengths, rows = (jnp.asarray(x, jnp.int32) for x in (layer, lengths, rows))
+    return layer.reshape(1), lengths, rows
+
+
+def decode_cost(q_shape: tuple, k_cache: Array) -> pl.CostEstimate:
+    """Of queries [B, N, M, K] against caches that are full."""
+    batch, kv_heads, queries, head_dim = q_shape
+    pairs = batch * kv_heads * queries * k_cache.shape[3]
+    keys = batch * math.prod(k_cache.shape[2:])
+    return pl.CostEstimate(
+        flops=4 * pairs * head_dim,
+        transcendentals=pairs,
+        bytes_accessed=2 * keys * k_cache.dtype.itemsize,
+    )
