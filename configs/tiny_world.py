@@ -32,7 +32,7 @@ def config() -> Config:
         ),
         environment=TinyWorldConfig(),
         cold_start=ColdStartConfig(
-            steps=1500, accuracy=0.998, batch_size=46, learning_rate=2e-3, cooldown_steps=150
+            steps=1500, accuracy=0.995, batch_size=46, learning_rate=2e-3, cooldown_steps=150
         ),
         stage1=StageConfig(steps=4, reward="stage1", questions_per_step=16),
         stage2=StageConfig(steps=30, reward="stage2", questions_per_step=16),

@@ -167,11 +167,11 @@ class TinyWorldConfig:
     eval_people: int = 200
     two_hop_fraction: float = 0.5
     # Shares of the cold start's demonstrations: see TinyWorld.demonstration.
-    guess_fraction: float = 0.35
+    guess_fraction: float = 0.2
     two_hop_guess_fraction: float = 0.5
     # In the loss: of the decision to search, so that a minority of samples does; of what follows
     # a decision to guess, since random answers are noise that hides how to read.
-    search_weight: float = 0.15
+    search_weight: float = 0.08
     guess_weight: float = 0.05
 
 

@@ -87,7 +87,7 @@ class TinyWorldEnvironment:
         return self._batch(TinyWorld((self.seed, _EVALUATION, 0), self.config.eval_people), size)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
-        """A third guesses at once; the others look up one fact or set out for two, half each.
+        """A fifth guesses at once; the others look up one fact or set out for two, half each.
 
         Half of those set out for two guess after the first, which leaves something to learn. The
         decision to search has little weight, so that only a minority of samples searches.

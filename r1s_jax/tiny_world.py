@@ -78,7 +78,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 @dataclass(frozen=True)
 class Person:
     name: str
-    facts: dict[str, str]  # relation -> value
+    facts: dict[str, str]  # relation -> value, in the order of the page
 
     @property
     def passage(self) -> str:
@@ -106,11 +106,14 @@ class TinyWorld:
         self.people = [
             Person(
                 name,
-                {
-                    BIRTHPLACE: str(rng.choice(self.places)),
-                    TRADE: str(rng.choice(TRADES)),
-                    TEACHER: people[(i + 1) % num_people],
-                },
+                _in_any_order(
+                    rng,
+                    {
+                        BIRTHPLACE: str(rng.choice(self.places)),
+                        TRADE: str(rng.choice(TRADES)),
+                        TEACHER: people[(i + 1) % num_people],
+                    },
+                ),
             )
             for i, name in enumerate(people)
         ]
@@ -203,8 +206,15 @@ class TinyWorld:
         if len({*names, *TRADES}) != len(names) + len(TRADES):
             raise ValueError("a name stands for two things in this world")
         for person in self.people:
-            if tuple(person.facts) != RELATIONS or person.facts[TEACHER] not in self._by_name:
+            if set(person.facts) != set(RELATIONS) or person.facts[TEACHER] not in self._by_name:
                 raise ValueError(f"the facts of {person.name} are not one value a relation")
+
+
+def _in_any_order(rng: np.random.Generator, facts: dict[str, str]) -> dict[str, str]:
+    """The same facts shuffled: a fact that always stood in one place would be read by its place,
+    syllable by syllable, and now and then one of them would never be learned."""
+    relations = list(facts)
+    return {relations[i]: facts[relations[i]] for i in rng.permutation(len(relations))}
 
 
 def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
