@@ -17,6 +17,7 @@ from r1s_jax import protocol
 from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data import DataError, Question, read_questions, read_rows
 from r1s_jax.engine import Engine, Rolled
+from r1s_jax.eval.results import header_path, read_header
 from r1s_jax.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.rollout import Finish
 from r1s_jax.run_dir import write_json
@@ -83,7 +84,7 @@ def answer_file(
     policy = load_pretrained(run.model)
     engine = _engine(run, policy)
     params = shard_params(policy.params, policy.model, engine.mesh)
-    write_json(_header_path(out), described)
+    write_json(header_path(out), described)
     with out.open("a", encoding="utf-8") as file:
         for batch in _batches(questions[done:], run.slots):
             # Every batch has the same shape, so that the program compiles once.
@@ -177,19 +178,14 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     return {"run": described, "source": source}
 
 
-def _header_path(out: Path) -> Path:
-    return out.with_name(out.name + ".header.json")
-
-
 def _already(out: Path, described: dict[str, Any], questions: Sequence[Question]) -> int:
     """How many answers the file holds; a line cut off by a crash is taken away first."""
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         return 0
-    header = _header_path(out)
-    if not header.exists() or json.loads(header.read_text("utf-8")) != described:
+    if read_header(out) != described:
         raise DataError(
-            f"{out} was written by another run (see {header.name}): choose another file"
+            f"{out} was written by another run (see {header_path(out).name}): choose another file"
         )
     text = out.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]

@@ -269,8 +269,9 @@ def eval_score(
     Percentages have one decimal, as papers print them; `exact` in the JSON has them in full.
     """
     from r1s_jax.eval import score
+    from r1s_jax.eval.results import read_results
 
-    results = [score.read_results(file) for file in files]
+    results = [read_results(file) for file in files]
     summaries = [
         {"file": str(f), **score.summarize(r)} for f, r in zip(files, results, strict=True)
     ]
@@ -285,6 +286,35 @@ def eval_score(
             typer.echo(json.dumps(row, ensure_ascii=False))
     else:
         score.print_tables(summaries, gains)
+
+
+@eval_app.command("judge")
+def eval_judge(
+    file: Annotated[Path, typer.Argument(help="Answers, as `r1s eval run` writes them; .gz too.")],
+    url: Annotated[
+        str, typer.Option(help="Base of an OpenAI-compatible API (http://...:8000/v1).")
+    ],
+    model: Annotated[str, typer.Option(help="Name of the judge at that endpoint.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write. [default: FILE.judged.jsonl]")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
+    requests_per_minute: Annotated[int, typer.Option(help="0: no limit.")] = 0,
+) -> None:
+    """Ask a language model whether each answer is right; `r1s eval score` then shows judged right.
+
+    The key is taken from OPENAI_API_KEY. A stopped or failed run goes on where it was. The last
+    line printed is JSON: how often each verdict came.
+    """
+    from r1s_jax.eval.judge import Judge, judge_file
+    from r1s_jax.telemetry import progress_bar
+
+    name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+    out = out or file.with_name(f"{name}.judged.jsonl")
+    judge = Judge(url, model, concurrency=concurrency, requests_per_minute=requests_per_minute)
+    with progress_bar("Judging") as advance:
+        verdicts = judge_file(file, judge, out, advance)
+    typer.echo(json.dumps({"file": str(out), **verdicts}))
 
 
 @bench_app.command("decode")
@@ -401,10 +431,19 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from r1s_jax.aot import CannotCompile
     from r1s_jax.assets import AssetError
     from r1s_jax.checkpoint import CheckpointError
+    from r1s_jax.eval.judge import JudgeError
     from r1s_jax.search import SearchFailure
 
     # Every error about input is a ValueError (ConfigError, DataError, WeightsError, ...).
-    return AssetError, CannotCompile, CheckpointError, SearchFailure, ValueError, OSError
+    return (
+        AssetError,
+        CannotCompile,
+        CheckpointError,
+        JudgeError,
+        SearchFailure,
+        ValueError,
+        OSError,
+    )
 
 
 if __name__ == "__main__":

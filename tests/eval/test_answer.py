@@ -9,7 +9,8 @@ import pytest
 from r1s_jax import protocol
 from r1s_jax.data import DataError
 from r1s_jax.eval.answer import NO_ANSWER, EvalRun, answer_file
-from r1s_jax.eval.score import read_results, summarize
+from r1s_jax.eval.results import read_results
+from r1s_jax.eval.score import summarize
 from tests.fakes import EchoRetriever
 from tests.test_cli import index, model  # noqa: F401  (fixtures)
 from tests.test_rollout import MODEL, searching_params

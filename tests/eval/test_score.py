@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from r1s_jax.data import DataError
-from r1s_jax.eval.score import compare, read_results, summarize
+from r1s_jax.eval.results import read_results
+from r1s_jax.eval.score import compare, summarize
 
 ROWS = [
     {"question": "a", "answer": "New York", "pred_ans": " the New York ", "searches": 2},
@@ -23,7 +24,7 @@ def write(path: Path, rows) -> Path:
 
 
 def test_means_are_in_percent(tmp_path):
-    s = summarize(read_results(write(tmp_path / "r.jsonl", [{"header": {}}, *ROWS])))
+    s = summarize(read_results(write(tmp_path / "r.jsonl", ROWS)))
     assert (s["n"], s["em"], s["cem"], s["f1"]) == (3, 33.3, 66.7, 55.6)
     assert (s["precision"], s["recall"]) == (50.0, 66.7)
     assert s["exact"]["f1"] == pytest.approx(100 * (1 + 2 / 3) / 3)

@@ -1,0 +1,187 @@
+"""The judge against a real server that is slow, fails, and talks nonsense."""
+
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from r1s_jax.data import DataError
+from r1s_jax.eval.judge import Judge, JudgeError, judge_file, parse_verdict
+from r1s_jax.eval.results import read_header, read_results
+from r1s_jax.eval.score import summarize
+
+
+class JudgeServer(ThreadingHTTPServer):
+    """Says True to predictions that hold their number's gold; `faults(n)` may spoil request n."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, faults=lambda n: None, delay=0.0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults, self.delay = faults, delay
+        self.lock, self.requests, self.judged = threading.Lock(), 0, Counter()
+        self.open, self.most_open = 0, 0
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.requests += 1
+            number = server.requests
+            server.open += 1
+            server.most_open = max(server.most_open, server.open)
+        time.sleep(server.delay)
+        fault = server.faults(number)
+        prompt = body["messages"][0]["content"]
+        with server.lock:
+            server.open -= 1
+            server.judged[prompt] += fault is None
+        if isinstance(fault, int):
+            return self._send(fault, b'{"error": {"message": "overloaded"}}')
+        if fault is not None:
+            return self._send(200, fault)
+        gold = prompt.split("Correct answers: ")[1].splitlines()[0]
+        predicted = prompt.split("Answer of the model: ")[1].splitlines()[0]
+        verdict = "I cannot tell." if predicted == "?" else str(gold == predicted)
+        message = {"role": "assistant", "content": verdict}
+        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
+        reply["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
+        self._send(200, json.dumps(reply).encode())
+
+    def _send(self, status, body):
+        self.send_response(status)
+        # Asked to come back at once, the client does not slow the test down.
+        self.send_header("retry-after-ms", "1")
+        kind = "application/json" if body.startswith(b"{") else "text/html"
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def write_rows(path, n):
+    rows = [
+        {"question": f"q{i}", "answer": f"a{i}", "pred_ans": ["?", f"a{i}", "wrong"][i % 3]}
+        for i in range(n)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, rows
+
+
+def verdicts_of(out):
+    return [json.loads(line).get("judge") for line in out.read_text().splitlines()]
+
+
+WANTED = ["unparsable", "True", "False"]
+
+
+def test_every_row_is_judged_once_whatever_fails(tmp_path):
+    path, rows = write_rows(tmp_path / "a.jsonl", 400)
+    out = tmp_path / "a.judged.jsonl"
+    statuses = [500, 429, 503]
+    faults = lambda n: statuses[n // 10 % 3] if n % 10 == 0 else None  # noqa: E731
+    with JudgeServer(faults, delay=0.02) as server:
+        counts = judge_file(path, Judge(server.url, "j", concurrency=32), out)
+    assert counts == {"unparsable": 134, "True": 133, "False": 133}
+    assert verdicts_of(out) == [WANTED[i % 3] for i in range(400)]
+    assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == [
+        row["question"] for row in rows
+    ]
+    assert len(server.judged) == 400 and set(server.judged.values()) == {1}
+    assert 16 < server.most_open <= 32
+    scores = summarize(read_results(out))
+    assert (scores["judged"], scores["acc_l"]) == (266, 50.0)
+    assert read_header(out) == {"judge": {"model": "j", "url": server.url}}
+
+
+def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
+    path, _ = write_rows(tmp_path / "a.jsonl", 40)
+    out = tmp_path / "out.jsonl"
+    nonsense = [b"<html>busy</html>", b'{"choices": []}', b'{"choices": [{"message": {}}]}']
+    faults = lambda n: nonsense[n % 3] if n % 4 == 0 else None  # noqa: E731
+    with JudgeServer(faults) as server:
+        with pytest.raises(JudgeError, match="10 of 40 rows have no verdict"):
+            judge_file(path, Judge(server.url, "j", retries=0), out)
+        assert Counter(v is None for v in verdicts_of(out)) == {False: 30, True: 10}
+        journal = tmp_path / "out.jsonl.verdicts.jsonl"
+        journal.write_bytes(journal.read_bytes()[:-9])  # as a kill leaves it: one verdict lost
+        server.faults, asked = lambda n: None, server.requests
+        judge_file(path, Judge(server.url, "j"), out)
+        assert server.requests - asked == 11
+    assert verdicts_of(out) == [WANTED[i % 3] for i in range(40)]
+
+
+def test_an_endpoint_that_always_fails_is_not_asked_for_ever(tmp_path):
+    path, _ = write_rows(tmp_path / "a.jsonl", 200)
+    with JudgeServer(lambda n: 401) as server:
+        with pytest.raises(JudgeError, match=r"failed 8 requests in a row.*401"):
+            judge_file(path, Judge(server.url, "j", concurrency=4), tmp_path / "out.jsonl")
+        assert server.requests < 16
+    with pytest.raises(JudgeError, match="Connection error"):
+        judge_file(path, Judge(server.url, "j", retries=0), tmp_path / "out.jsonl")
+    assert verdicts_of(tmp_path / "out.jsonl") == [None] * 200
+
+
+def test_equal_rows_share_a_verdict_and_another_judge_asks_anew(tmp_path):
+    path, _ = write_rows(tmp_path / "a.jsonl", 3)
+    path.write_text(path.read_text() * 5)
+    with JudgeServer() as server:
+        judge_file(path, Judge(server.url, "j"), tmp_path / "out.jsonl")
+        assert server.requests == 3
+        judge_file(path, Judge(server.url, "other"), tmp_path / "out.jsonl")
+        assert server.requests == 6
+    assert verdicts_of(tmp_path / "out.jsonl") == WANTED * 5
+
+
+def test_no_more_requests_a_minute_than_allowed(tmp_path):
+    path, _ = write_rows(tmp_path / "a.jsonl", 6)
+    begin = time.monotonic()
+    with JudgeServer() as server:
+        judge_file(path, Judge(server.url, "j", requests_per_minute=600), tmp_path / "out.jsonl")
+    assert time.monotonic() - begin > 0.45  # five pauses of a tenth of a second
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("True", "True"),
+        (" false.", "False"),
+        ("<think>True? No, it is not.</think>\n**False**", "False"),
+        ("True or False", "unparsable"),
+        ("Truely", "unparsable"),
+        ("", "unparsable"),
+    ],
+)
+def test_a_verdict_is_read_or_it_is_none(reply, verdict):
+    assert parse_verdict(reply) == verdict
+
+
+def test_a_broken_row_stops_before_anything_is_asked(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"question": "q", "answer": "a"}\n')
+    with pytest.raises(DataError, match="line 1: `pred_ans`"):
+        judge_file(path, Judge("http://127.0.0.1:9", "j"), tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
