@@ -14,8 +14,8 @@ from r1s_jax.host_loop import HostLoop
 from r1s_jax.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.rollout import Finish
 from r1s_jax.search import Broker
-from r1s_jax.summary import STYLES
 from r1s_jax.telemetry import out_console as console
+from r1s_jax.traces import STYLES
 
 _WHY = {
     Finish.LENGTH: "ran out of tokens",

@@ -6,24 +6,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
-from r1s_jax import protocol
-from r1s_jax.data import Question
 from r1s_jax.eval.runner import Evaluation
-from r1s_jax.rewards import Solution
 from r1s_jax.run_dir import write_json
 from r1s_jax.telemetry import console, read_rows
+from r1s_jax.traces import Trace, legend
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-STYLES = {
-    "policy": "cyan",
-    "query": "bold yellow",
-    "documents": "dim green",
-    "answer": "bold magenta",
-}
 
 
 def summarize(run_dir: Path, progress: dict[str, Any], after: Evaluation | None) -> dict[str, Any]:
@@ -71,35 +61,6 @@ def plot_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def show_trajectory(question: Question, solution: Solution) -> None:
-    """One trajectory in colour: what the policy wrote, searched, was given and answered."""
-    console.rule("One trajectory")
-    legend = Text.assemble(*((f" {name} ", style) for name, style in STYLES.items()))
-    console.print(legend)
-    console.print(f"[bold]Question:[/] {question.question}   [dim]gold: {question.answers[0]}[/]")
-    text = Text()
-    for piece, by_policy in solution.spans:
-        text.append_text(colour_policy(piece) if by_policy else Text(piece, STYLES["documents"]))
-    console.print(text)
-    console.rule()
-
-
-def colour_policy(text: str) -> Text:
-    """Text of the policy, its queries and its answer set off."""
-    coloured = Text(text, STYLES["policy"])
-    for begin, end, style in (
-        (protocol.BEGIN_QUERY, protocol.END_QUERY, "query"),
-        (protocol.BEGIN_ANSWER, protocol.END_ANSWER, "answer"),
-    ):
-        at = text.find(begin)
-        while at >= 0:
-            close = text.find(end, at)
-            stop = close + len(end) if close >= 0 else len(text)
-            coloured.stylize(STYLES[style], at, stop)
-            at = text.find(begin, stop)
-    return coloured
-
-
 def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
     table = Table(title=f"{len(after.rolled.questions)} held-out questions, greedy")
     for heading in ("", "before RL", "after RL"):
@@ -112,4 +73,8 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
             table.add_row(f"F1, {name.replace('_', '-')}", "", f"{summary[f'f1_{name}_after']:.3f}")
     console.print(table)
     longest = int(np.argmax(after.rolled.trajectory.searches))
-    show_trajectory(after.rolled.questions[longest], after.rolled.solutions[longest])
+    question, solution = after.rolled.questions[longest], after.rolled.solutions[longest]
+    console.rule("One trajectory")
+    console.print(legend())
+    console.print(Trace(question.question, question.answers, solution.spans).text())
+    console.rule()

@@ -1,0 +1,156 @@
+"""The paper's table: benchmarks by models, cover-EM and judged accuracy, the published rows beside.
+
+ACC_R is cover-EM and ACC_L the judge's accuracy (R1-Searcher, arXiv 2503.05592, table 2).
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from r1s_jax.data import DataError
+from r1s_jax.eval.results import read_header, read_results
+from r1s_jax.eval.score import summarize
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+BENCHMARKS = {
+    "hotpotqa": "HotpotQA",
+    "2wiki": "2Wiki",
+    "bamboogle": "Bamboogle",
+    "musique": "MuSiQue",
+}
+_PUBLISHED = {
+    "R1-Searcher, Qwen2.5-7B base": ("65.4/75.0", "63.6/65.0", "52.8/54.4", "28.2/31.4"),
+    "R1-Searcher, Llama-3.1-8B-Instruct": ("64.8/74.6", "59.4/62.8", "50.4/54.4", "25.4/28.2"),
+    "GPT-4o-mini, ReARTeR": ("46.8/50.6", "55.4/53.4", "49.6/54.4", "29.6/30.2"),
+    "GPT-4o-mini, no search": ("32.4/40.4", "34.8/34.6", "24.0/28.0", "13.4/17.0"),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one benchmark; percent, None where it was not measured."""
+
+    model: str
+    benchmark: str
+    acc_r: float | None
+    acc_l: float | None
+    n: int = 0  # 0: published by others
+    corpus: str = ""
+
+    def __str__(self) -> str:
+        return "/".join("-" if v is None else f"{v:.1f}" for v in (self.acc_r, self.acc_l))
+
+
+def published() -> list[Cell]:
+    """The rows of the paper that others are measured against."""
+    return [
+        Cell(model, benchmark, *map(float, pair.split("/")))
+        for model, row in _PUBLISHED.items()
+        for benchmark, pair in zip(BENCHMARKS, row, strict=True)
+    ]
+
+
+def measured(files: Iterable[Path]) -> list[Cell]:
+    """A cell a result file; its header names model, benchmark and corpus, else its own name does.
+
+    Raises DataError for two files of one model and benchmark.
+    """
+    cells: dict[tuple[str, str], Cell] = {}
+    for file in files:
+        cell = _measure(file)
+        if (cell.model, cell.benchmark) in cells:
+            raise DataError(f"{file}: there is another file of {cell.model} on {cell.benchmark}")
+        cells[cell.model, cell.benchmark] = cell
+    return list(cells.values())
+
+
+def _measure(file: Path) -> Cell:
+    header = read_header(file) or {}
+    run, summary = header.get("run", {}), summarize(read_results(file))
+    name = run.get("questions", file.name)
+    benchmark = next((b for b in BENCHMARKS if b in name.lower()), _stem(name))
+    model = f"{run['model']} ({run['mode']})" if run else _stem(file.name)
+    source = header.get("source")
+    corpus = source["corpus"] if source else "none" if run else ""
+    return Cell(model, benchmark, summary["cem"], summary["acc_l"], summary["n"], corpus)
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def as_markdown(cells: Sequence[Cell]) -> str:
+    """The table, with notes on how many questions and which corpus lie behind the measured rows."""
+    columns, rows = _grid(cells)
+    titles = [BENCHMARKS.get(b, b) for b in columns]
+    lines = ["| ACC_R / ACC_L, % | " + " | ".join(titles) + " |"]
+    lines.append("| --- |" + " --- |" * len(columns))
+    for model, row in rows.items():
+        lines.append(f"| {model} | " + " | ".join(str(row.get(b, "-")) for b in columns) + " |")
+    return "\n".join([*lines, "", *_notes(cells)])
+
+
+def as_csv(cells: Sequence[Cell]) -> str:
+    """A line a model and benchmark: `model, benchmark, acc_r, acc_l, n, corpus`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "benchmark", "acc_r", "acc_l", "n", "corpus"])
+    for c in cells:
+        writer.writerow([c.model, c.benchmark, c.acc_r, c.acc_l, c.n, c.corpus])
+    return text.getvalue()
+
+
+def plot(cells: Sequence[Cell], path: Path) -> None:
+    """Bars of ACC_R, a group a benchmark; a dot marks ACC_L."""
+    columns, rows = _grid(cells)
+    figure, axes = plt.subplots(figsize=(2 + 2 * len(columns), 4), layout="constrained")
+    width, at = 0.8 / len(rows), np.arange(len(columns))
+    for i, (model, row) in enumerate(rows.items()):
+        where = at + (i - (len(rows) - 1) / 2) * width
+        known = [row.get(b) for b in columns]
+        bars = axes.bar(where, [_number(c and c.acc_r) for c in known], width, label=model)
+        dots = [_number(c and c.acc_l) for c in known]
+        axes.plot(where, dots, "o", color=bars.patches[0].get_facecolor(), markeredgecolor="black")
+    axes.set_xticks(at, [BENCHMARKS.get(b, b) for b in columns])
+    axes.set(ylabel="ACC_R (bar), ACC_L (dot), %", ylim=(0, 100))
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else value
+
+
+def _grid(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, Cell]]]:
+    """Benchmarks in the paper's order, then others; the cells of each model."""
+    rows: dict[str, dict[str, Cell]] = {}
+    for cell in cells:
+        rows.setdefault(cell.model, {})[cell.benchmark] = cell
+    extra = [c.benchmark for c in cells if c.benchmark not in BENCHMARKS]
+    return list(dict.fromkeys([*BENCHMARKS, *extra])), rows
+
+
+def _notes(cells: Sequence[Cell]) -> list[str]:
+    ours = [cell for cell in cells if cell.n]
+    lines = [f"- {c.model}, {c.benchmark}: {c.n} questions, corpus {_corpus(c)}" for c in ours]
+    if any(not cell.n for cell in cells):
+        lines.append("- Published rows: over KILT (HotpotQA: the 2017 abstracts).")
+    for benchmark in dict.fromkeys(c.benchmark for c in ours):
+        searched = {c.corpus for c in ours if c.benchmark == benchmark and c.corpus != "none"}
+        if len(searched) > 1:
+            lines.append(
+                f"- **{benchmark}: these rows searched different corpora; do not compare them.**"
+            )
+    return lines
+
+
+def _corpus(cell: Cell) -> str:
+    return cell.corpus[:12] or "unknown"

@@ -1,0 +1,72 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from r1s_jax.data import DataError
+from r1s_jax.eval import table
+
+ROWS = [
+    {"question": "a", "answer": "Rome", "pred_ans": "Rome", "judge": "True"},
+    {"question": "b", "answer": "Paris", "pred_ans": "Lyon", "judge": "True"},
+]
+
+
+def results(folder: Path, name: str, rows=ROWS, **header) -> Path:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if header:
+        (folder / f"{name}.header.json").write_text(json.dumps(header))
+    return path
+
+
+def run_of(questions: str, mode: str = "search") -> dict:
+    return {"model": "runs/mine", "mode": mode, "questions": questions}
+
+
+def test_a_cell_says_what_was_measured_on_what(tmp_path):
+    source = {"corpus": "c0ffee", "kind": "scann"}
+    one = results(tmp_path, "one.jsonl", run=run_of("hotpotqa_500.jsonl"), source=source)
+    two = results(tmp_path, "two.jsonl", run=run_of("musique.jsonl", "direct"), source={})
+    bare = results(tmp_path, "mine_2wiki.jsonl", [ROWS[0] | {"judge": "unparsable"}])
+    cells = table.measured([one, two, bare])
+    assert cells == [
+        table.Cell("runs/mine (search)", "hotpotqa", 50.0, 100.0, 2, "c0ffee"),
+        table.Cell("runs/mine (direct)", "musique", 50.0, 100.0, 2, "none"),
+        table.Cell("mine_2wiki", "2wiki", 100.0, None, 1, ""),
+    ]
+    text = table.as_markdown([*table.published(), *cells])
+    assert (
+        "| R1-Searcher, Qwen2.5-7B base | 65.4/75.0 | 63.6/65.0 | 52.8/54.4 | 28.2/31.4 |" in text
+    )
+    assert "| runs/mine (search) | 50.0/100.0 | - | - | - |" in text
+    assert "| mine_2wiki | - | 100.0/- | - | - |" in text
+    assert "- runs/mine (search), hotpotqa: 2 questions, corpus c0ffee" in text
+    assert "do not compare" not in text
+
+
+def test_rows_over_different_corpora_are_said_to_be_so(tmp_path):
+    files = [
+        results(tmp_path, f"{m}.jsonl", run=run_of("bamboogle.jsonl", m), source={"corpus": m})
+        for m in ("rag", "search")
+    ]
+    assert "bamboogle: these rows searched different corpora" in table.as_markdown(
+        table.measured(files)
+    )
+
+
+def test_files_and_figure(tmp_path):
+    cells = [*table.published(), *table.measured([results(tmp_path, "own_benchmark.jsonl")])]
+    rows = list(csv.DictReader(table.as_csv(cells).splitlines()))
+    assert len(rows) == 17
+    assert rows[-1]["benchmark"] == "own_benchmark" and rows[-1]["acc_r"] == "50.0"
+    table.plot(cells, tmp_path / "table.png")
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_model_has_one_file_a_benchmark(tmp_path):
+    run = run_of("musique.jsonl")
+    files = [results(tmp_path, name, run=run, source={}) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(DataError, match=r"b.jsonl: there is another file of runs/mine \(search\)"):
+        table.measured(files)

@@ -1,0 +1,111 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r1s_jax import protocol
+from r1s_jax.data import DataError
+from r1s_jax.traces import Trace, Wanted, read_traces
+
+DOCUMENTS = protocol.document_block(["Rome is a city."])
+QUERY = f"{protocol.BEGIN_QUERY} Rome {protocol.END_QUERY}"
+ANSWER = f" </think> {protocol.BEGIN_ANSWER} a city {protocol.END_ANSWER}"
+RUN_ROW = {
+    "step": 3,
+    "question": "What is Rome?",
+    "answers": ["city"],
+    "reward": 0.5,
+    "finish": "finished",
+    "spans": [[QUERY, True], [DOCUMENTS, False], [ANSWER, True]],
+    "searches": [{"query": "Rome"}],
+}
+ANSWERED = {
+    "question": "What is Rome?",
+    "answer": "city",
+    "pred_ans": "a city",
+    "stop_reason_final": "finished",
+    "gen_text_store": QUERY + DOCUMENTS + ANSWER,
+}
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_and_a_file_of_answers_read_alike(tmp_path):
+    write(tmp_path / "traces.jsonl", RUN_ROW)
+    (of_run,) = read_traces(tmp_path)
+    (of_answers,) = read_traces(write(tmp_path / "answers.jsonl", ANSWERED))
+    assert of_run.spans == [(QUERY, True), (DOCUMENTS, False), (ANSWER, True)]
+    assert of_answers.spans == of_run.spans
+    assert (of_run.reward, of_run.searches, of_run.step) == (0.5, 1, 3)
+    assert (of_answers.reward, of_answers.searches, of_answers.step) == (1.0, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [
+        (Wanted(), True),
+        (Wanted(min_reward=0.5, max_reward=0.5), True),
+        (Wanted(min_reward=0.6), False),
+        (Wanted(max_reward=0.4), False),
+        (Wanted(searches=1, finish="finished", step=3), True),
+        (Wanted(searches=2), False),
+        (Wanted(finish="length"), False),
+        (Wanted(step=4), False),
+        (Wanted(contains="is a city."), True),
+        (Wanted(contains="Paris"), False),
+    ],
+)
+def test_filters(tmp_path, wanted, fits):
+    (trace,) = read_traces(write(tmp_path / "traces.jsonl", RUN_ROW))
+    assert wanted.fits(trace) is fits
+
+
+def test_what_is_not_known_is_not_wanted():
+    trace = Trace("q", ("a",), [("text", True)])
+    assert not Wanted(min_reward=0.0).fits(trace) and not Wanted(max_reward=1.0).fits(trace)
+
+
+def test_each_part_has_its_colour(tmp_path):
+    (trace,) = read_traces(write(tmp_path / "traces.jsonl", RUN_ROW))
+    text = trace.text()
+    styles = {str(s.style): text.plain[s.start : s.end] for s in text.spans}
+    assert styles["bold yellow"] == QUERY
+    assert styles["bold magenta"] == ANSWER.split("</think> ")[1]
+    assert styles["dim green"] == DOCUMENTS
+
+
+def test_what_is_no_trajectory_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"line 2: no trajectory \('step'\)"):
+        broken = {k: v for k, v in RUN_ROW.items() if k != "step"}
+        list(read_traces(write(tmp_path / "traces.jsonl", RUN_ROW, broken)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no traces.jsonl"):
+        list(read_traces(tmp_path / "empty"))
+
+
+def test_the_command(tmp_path):
+    path = write(tmp_path / "traces.jsonl", *[RUN_ROW] * 12)
+    command = [sys.executable, "-m", "r1s_jax.cli", "traces", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("Question: What is Rome?") == 10
+    assert "10 of 12 that fit" in done.stdout
+    page = tmp_path / "deep" / "page.html"
+    subprocess.run([*command, "--html", str(page), "--limit", "0"], check=True, capture_output=True)
+    assert page.read_text().count("Question:") == 12
+
+
+@pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA names no data folder")
+def test_published_traces_are_split_at_their_documents():
+    traces = list(read_traces(Path(os.environ["R1S_DATA"], "traces", "bamboogle_qwen.jsonl.gz")))
+    assert len(traces) == 125
+    for trace in traces:
+        blocks = [text for text, by_policy in trace.spans if not by_policy]
+        assert len(blocks) == trace.searches
+        written = "".join(text for text, by_policy in trace.spans if by_policy)
+        assert protocol.BEGIN_DOCUMENTS not in written
