@@ -230,6 +230,9 @@ def eval_run(
     model: Model,
     out: Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")],
     index: Annotated[Path | None, typer.Option(help="Directory of a built index.")] = None,
+    retriever: Annotated[
+        str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
+    ] = "",
     mode: Annotated[
         str,
         typer.Option(help="search; rag (one search, of the question); direct (none)."),
@@ -248,9 +251,8 @@ def eval_run(
 
     A row a question, in order, written as they finish: a stopped run goes on where its file ends.
     """
-    from r1s_jax.environment import open_saved_index
+    from r1s_jax.environment import open_search_engine
     from r1s_jax.eval.answer import EvalRun, answer_file
-    from r1s_jax.retrieval.index import read_info
     from r1s_jax.telemetry import progress_bar
 
     run = EvalRun(
@@ -265,15 +267,9 @@ def eval_run(
         max_turn_length=max_turn_length,
         limit=limit,
     )
-    searches = index is not None and mode != "direct"
+    engine, source = open_search_engine(index, retriever) if mode != "direct" else (None, {})
     with progress_bar("Answering") as advance:
-        answer_file(
-            run,
-            open_saved_index(index) if searches else None,
-            read_info(index) if searches else {},
-            out,
-            advance,
-        )
+        answer_file(run, engine, source, out, advance)
     typer.echo(str(out))
 
 

@@ -16,6 +16,7 @@ from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
 from r1s_jax.data import DataError, Question, QuestionStream, question_stream, read_questions
 from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
+from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.retrieval.index import Index, build_index, open_index, read_info, save_index
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console, progress_bar
@@ -221,6 +222,18 @@ def build_corpus_index(references: Sequence[str], encoder: str) -> Index:
 def open_saved_index(folder: Path) -> Index:
     """Opens an index with the encoder that its own description names."""
     return open_index(folder, load_encoder(read_info(folder)["encoder"]["reference"]))
+
+
+def open_search_engine(index: Path | None, url: str) -> tuple[Retriever, dict[str, Any]]:
+    """A saved index, or the search engine at `url`, with a description to keep beside results.
+
+    Raises ConfigError unless exactly one is named.
+    """
+    if (index is not None) == bool(url):
+        raise ConfigError("searching needs an index or the URL of a retriever: name one of them")
+    if index is not None:
+        return open_saved_index(index), read_info(index)
+    return HttpRetriever(url), {"retriever": url, "corpus": url}
 
 
 def _read_all(references: Sequence[str], read: Callable[[Path], Iterable[T]]) -> list[T]:

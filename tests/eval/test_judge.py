@@ -1,10 +1,8 @@
 """The judge against a real server that is slow, fails, and talks nonsense."""
 
 import json
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -12,74 +10,38 @@ from r1s_jax.data import DataError
 from r1s_jax.eval.judge import Judge, JudgeError, judge_file, parse_verdict
 from r1s_jax.eval.results import read_header, read_results
 from r1s_jax.eval.score import summarize
+from tests.http_server import LocalServer
 
 
-class JudgeServer(ThreadingHTTPServer):
-    """Says True to predictions that hold their number's gold; `faults(n)` may spoil request n."""
-
-    daemon_threads = True
-    request_queue_size = 128
+class JudgeServer(LocalServer):
+    """Says True where the prediction is the gold answer; `faults(n)` may spoil request n."""
 
     def __init__(self, faults=lambda n: None, delay=0.0):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(self.judge)
         self.faults, self.delay = faults, delay
-        self.lock, self.requests, self.judged = threading.Lock(), 0, Counter()
-        self.open, self.most_open = 0, 0
+        self.judged, self.open, self.most_open = Counter(), 0, 0
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *exc):
-        self.shutdown()
-        self.server_close()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with server.lock:
-            server.requests += 1
-            number = server.requests
-            server.open += 1
-            server.most_open = max(server.most_open, server.open)
-        time.sleep(server.delay)
-        fault = server.faults(number)
+    def judge(self, path, body):
+        with self.lock:
+            fault = self.faults(self.requests)
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+        time.sleep(self.delay)
         prompt = body["messages"][0]["content"]
-        with server.lock:
-            server.open -= 1
-            server.judged[prompt] += fault is None
+        with self.lock:
+            self.open -= 1
+            self.judged[prompt] += fault is None
         if isinstance(fault, int):
-            return self._send(fault, b'{"error": {"message": "overloaded"}}')
+            return fault, {"error": {"message": "overloaded"}}
         if fault is not None:
-            return self._send(200, fault)
+            return 200, fault
         gold = prompt.split("Correct answers: ")[1].splitlines()[0]
         predicted = prompt.split("Answer of the model: ")[1].splitlines()[0]
         verdict = "I cannot tell." if predicted == "?" else str(gold == predicted)
         message = {"role": "assistant", "content": verdict}
+        choice = {"index": 0, "finish_reason": "stop", "message": message}
         reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
-        reply["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
-        self._send(200, json.dumps(reply).encode())
-
-    def _send(self, status, body):
-        self.send_response(status)
-        # Asked to come back at once, the client does not slow the test down.
-        self.send_header("retry-after-ms", "1")
-        kind = "application/json" if body.startswith(b"{") else "text/html"
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+        return 200, reply | {"choices": [choice]}
 
 
 def write_rows(path, n):
@@ -120,7 +82,7 @@ def test_every_row_is_judged_once_whatever_fails(tmp_path):
 def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 40)
     out = tmp_path / "out.jsonl"
-    nonsense = [b"<html>busy</html>", b'{"choices": []}', b'{"choices": [{"message": {}}]}']
+    nonsense = [b"<html>busy</html>", {"choices": []}, {"choices": [{"message": {}}]}]
     faults = lambda n: nonsense[n % 3] if n % 4 == 0 else None  # noqa: E731
     with JudgeServer(faults) as server:
         with pytest.raises(JudgeError, match="10 of 40 rows have no verdict"):

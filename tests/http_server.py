@@ -1,0 +1,63 @@
+"""A real local HTTP server for tests, answering whatever a function says."""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+# (path, JSON body or None) -> (status, body); bytes go out as they are, anything else as JSON.
+Answer = Callable[[str, Any], tuple[int, Any]]
+
+
+class LocalServer(ThreadingHTTPServer):
+    """Serves `answer` on a free port of 127.0.0.1 inside a `with` block; counts requests."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, answer: Answer):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.answer, self.lock, self.requests = answer, threading.Lock(), 0
+
+    def __enter__(self) -> "LocalServer":
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(None)
+
+    def do_POST(self) -> None:
+        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _answer(self, body: Any) -> None:
+        with self.server.lock:
+            self.server.requests += 1
+        status, reply = self.server.answer(self.path, body)
+        raw = isinstance(reply, bytes)
+        data = reply if raw else json.dumps(reply).encode()
+        try:
+            self.send_response(status)
+            # Asked to come back at once, a client does not slow the test down.
+            self.send_header("retry-after-ms", "1")
+            self.send_header("Content-Type", "text/html" if raw else "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+        except ConnectionError:
+            pass  # the client did not wait
+
+    def log_message(self, *args: object) -> None:
+        pass

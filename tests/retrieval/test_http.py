@@ -1,0 +1,103 @@
+"""The HTTP retriever against a real server, in both contracts, well and unwell."""
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from r1s_jax.retrieval.http import HttpRetriever, RemoteError
+from tests.http_server import LocalServer
+
+
+def lines(query, k):
+    return [f"{i}\tTitle {query}   text {i}" for i in range(k)]
+
+
+def scored(query, i):
+    document = {"id": str(i), "contents": f'"Title {query}"\ntext {i}'}
+    return {"document": document, "score": 1 / (i + 1)}
+
+
+def answer(path, body):
+    if path == "/queries":
+        answers = [lines(query, body["k"]) for query in body["queries"]]
+        return 200, {"queries": body["queries"], "answers": answers}
+    assert path == "/retrieve" and body["return_scores"] is True
+    rows = [[scored(query, i) for i in range(body["topk"])] for query in body["queries"]]
+    return 200, {"result": rows}
+
+
+@pytest.mark.parametrize("path", ["/queries", "/retrieve"])
+def test_both_contracts_find_the_same(path):
+    with LocalServer(answer) as server:
+        hits = HttpRetriever(server.url + path).search(["a", "b"], 2)
+    assert [[hit.line for hit in row] for row in hits] == [
+        ["Title a   text 0", "Title a   text 1"],
+        ["Title b   text 0", "Title b   text 1"],
+    ]
+    assert hits[0][1].id == "1" and (hits[0][1].title, hits[0][1].text) == ("Title a", "text 1")
+    assert math.isnan(hits[0][1].score) if path == "/queries" else hits[0][1].score == 0.5
+
+
+def test_what_was_asked_before_is_not_asked_again():
+    with LocalServer(answer) as server:
+        retriever = HttpRetriever(server.url + "/queries")
+        first = retriever.search(["a", "b", "a"], 2)
+        assert first[0] == first[2]
+        assert [row[0].line for row in retriever.search(["b", "a"], 2)] == [
+            first[1][0].line,
+            first[0][0].line,
+        ]
+        assert server.requests == 1
+        assert len(retriever.search(["a"], 3)[0]) == 3
+        assert server.requests == 2
+
+
+def test_a_busy_server_is_asked_again():
+    busy = iter([503, 429, 500])
+    with LocalServer(lambda p, b: (s, {}) if (s := next(busy, 0)) else answer(p, b)) as server:
+        hits = HttpRetriever(server.url + "/queries").search(["a"], 1)
+        assert hits[0][0].line == "Title a   text 0" and server.requests == 4
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((500, {}), "too many 500"),
+        ((404, {"detail": "no"}), "status 404"),
+        ((302, {}), "status 302"),
+        ((200, b"<html>hello</html>"), "not a reply of the contract /queries"),
+        ((200, {"answers": [[1]]}), "must be a text, not 1"),
+        ((200, {"answers": [["a"], ["b"]]}), "2 answers to 1 queries"),
+        ((200, {"answers": None}), "not a reply"),
+        ((200, [1]), "not a reply"),
+    ],
+)
+def test_an_unwell_server_is_an_error_and_never_no_documents(reply, message):
+    with LocalServer(lambda *_: reply) as server:
+        retriever = HttpRetriever(server.url + "/queries", retries=1)
+        with pytest.raises(RemoteError, match=message):
+            retriever.search(["a"], 1)
+
+
+def test_a_server_that_is_slow_or_gone_is_an_error():
+    with LocalServer(lambda *_: time.sleep(2) or (200, {})) as server:
+        retriever = HttpRetriever(server.url + "/retrieve", timeout_s=0.1, retries=0)
+        with pytest.raises(RemoteError, match="timed out"):
+            retriever.search(["a"], 1)
+    with pytest.raises(RemoteError, match=r"refused|NewConnection"):
+        HttpRetriever(server.url + "/retrieve", retries=0).search(["a"], 1)
+
+
+def test_many_threads_search_at_once():
+    with LocalServer(answer) as server:
+        retriever = HttpRetriever(server.url + "/queries", connections=4)
+        with ThreadPoolExecutor(16) as threads:
+            rows = list(threads.map(lambda i: retriever.search([f"q{i}"], 1), range(200)))
+    assert [row[0][0].title for row in rows] == [f"Title q{i}" for i in range(200)]
+
+
+def test_a_url_of_neither_contract_is_refused():
+    with pytest.raises(ValueError, match="ends in /queries"):
+        HttpRetriever("http://localhost:8000/")
