@@ -17,6 +17,7 @@ from r1s_jax import protocol
 from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data import DataError, Question, read_questions, read_rows
 from r1s_jax.engine import Engine, Rolled
+from r1s_jax.eval.benchmarks import questions_file
 from r1s_jax.eval.results import header_path, read_header
 from r1s_jax.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.rollout import Finish
@@ -42,7 +43,7 @@ NO_ANSWER = "I don't know."
 class EvalRun:
     """One evaluation. `rag` searches the question itself once; `direct` never searches."""
 
-    questions: Path
+    questions: str  # a benchmark's name, a path or another reference to a file
     model: str
     mode: Mode = "search"
     prompt: str | None = None  # a template with {question}; None: the chat template, or the base
@@ -76,7 +77,7 @@ def answer_file(
     """
     if retriever is None and run.mode != "direct":
         raise DataError(f"mode {run.mode} searches: name an index, or take --mode direct")
-    questions = read_questions(run.questions)
+    questions = read_questions(questions_file(run.questions))
     questions = questions[: run.limit or None]
     described = _header(run, source)
     done = _already(out, described, questions)
@@ -171,7 +172,9 @@ def _batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Ques
 
 
 def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
-    described = dataclasses.asdict(run) | {"questions": run.questions.name}
+    described = dataclasses.asdict(run)
+    if (file := Path(run.questions)).exists():
+        described["questions"] = file.name
     # How many are answered at a time, and how many in all, changes no answer.
     for name in ("slots", "limit"):
         del described[name]

@@ -13,18 +13,13 @@ import matplotlib
 import numpy as np
 
 from r1s_jax.data import DataError
+from r1s_jax.eval.benchmarks import TITLES, benchmark_of
 from r1s_jax.eval.results import read_header, read_results
 from r1s_jax.eval.score import summarize
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-BENCHMARKS = {
-    "hotpotqa": "HotpotQA",
-    "2wiki": "2Wiki",
-    "bamboogle": "Bamboogle",
-    "musique": "MuSiQue",
-}
 _PUBLISHED = {
     "R1-Searcher, Qwen2.5-7B base": ("65.4/75.0", "63.6/65.0", "52.8/54.4", "28.2/31.4"),
     "R1-Searcher, Llama-3.1-8B-Instruct": ("64.8/74.6", "59.4/62.8", "50.4/54.4", "25.4/28.2"),
@@ -53,7 +48,7 @@ def published() -> list[Cell]:
     return [
         Cell(model, benchmark, *map(float, pair.split("/")))
         for model, row in _PUBLISHED.items()
-        for benchmark, pair in zip(BENCHMARKS, row, strict=True)
+        for benchmark, pair in zip(TITLES, row, strict=True)
     ]
 
 
@@ -75,7 +70,7 @@ def _measure(file: Path) -> Cell:
     header = read_header(file) or {}
     run, summary = header.get("run", {}), summarize(read_results(file))
     name = run.get("questions", file.name)
-    benchmark = next((b for b in BENCHMARKS if b in name.lower()), _stem(name))
+    benchmark = benchmark_of(name) or _stem(name)
     model = f"{run['model']} ({run['mode']})" if run else _stem(file.name)
     source = header.get("source")
     corpus = source["corpus"] if source else "none" if run else ""
@@ -89,7 +84,7 @@ def _stem(name: str) -> str:
 def as_markdown(cells: Sequence[Cell]) -> str:
     """The table, with notes on how many questions and which corpus lie behind the measured rows."""
     columns, rows = _grid(cells)
-    titles = [BENCHMARKS.get(b, b) for b in columns]
+    titles = [TITLES.get(b, b) for b in columns]
     lines = ["| ACC_R / ACC_L, % | " + " | ".join(titles) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
     for model, row in rows.items():
@@ -118,7 +113,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         bars = axes.bar(where, [_number(c and c.acc_r) for c in known], width, label=model)
         dots = [_number(c and c.acc_l) for c in known]
         axes.plot(where, dots, "o", color=bars.patches[0].get_facecolor(), markeredgecolor="black")
-    axes.set_xticks(at, [BENCHMARKS.get(b, b) for b in columns])
+    axes.set_xticks(at, [TITLES.get(b, b) for b in columns])
     axes.set(ylabel="ACC_R (bar), ACC_L (dot), %", ylim=(0, 100))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
@@ -134,8 +129,8 @@ def _grid(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, Cell]]]
     rows: dict[str, dict[str, Cell]] = {}
     for cell in cells:
         rows.setdefault(cell.model, {})[cell.benchmark] = cell
-    extra = [c.benchmark for c in cells if c.benchmark not in BENCHMARKS]
-    return list(dict.fromkeys([*BENCHMARKS, *extra])), rows
+    extra = [c.benchmark for c in cells if c.benchmark not in TITLES]
+    return list(dict.fromkeys([*TITLES, *extra])), rows
 
 
 def _notes(cells: Sequence[Cell]) -> list[str]:

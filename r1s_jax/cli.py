@@ -226,7 +226,12 @@ def index_search(
 
 @eval_app.command("run")
 def eval_run(
-    questions: Annotated[Path, typer.Argument(help="JSON lines {question, answer}; .gz too.")],
+    questions: Annotated[
+        str,
+        typer.Argument(
+            help="JSON lines {question, answer}, .gz too; or hotpotqa, 2wiki, bamboogle, musique."
+        ),
+    ],
     model: Model,
     out: Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")],
     index: Annotated[Path | None, typer.Option(help="Directory of a built index.")] = None,

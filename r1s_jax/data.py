@@ -25,7 +25,7 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads JSONL (`.gz` too): `question`, `answer` (string or list), perhaps `idx` or `id`.
+    """Reads JSONL (`.gz` too): `question`, `answer` (text or list), perhaps `idx` or `id`.
 
     A row without a whole number for an id is known by its position among the rows, from 0. Blank
     lines are skipped. Raises DataError on a broken line, an empty question, a missing answer,
@@ -85,8 +85,11 @@ def _parse(row: dict[str, Any], position: int) -> Question:
 
 
 def gold_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The right answers of a row; ValueError where there is none."""
-    answer = row.get("answer")
+    """The right answers of a row, under `answer` or FlashRAG's `golden_answers`.
+
+    Raises ValueError where there is none.
+    """
+    answer = row.get("answer", row.get("golden_answers"))
     answers = answer if isinstance(answer, list) else [answer]
     if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise ValueError("`answer` must be a text, or a list of texts, none of them empty")

@@ -40,7 +40,16 @@ def test_local_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ref", ["hf:name-alone", "hf:", "wheel:name", "wheel:name==", "wheel:../x==1", "wheel:x==../1"]
+    "ref",
+    [
+        "hf:name-alone",
+        "hf:",
+        "hf:datasets/org/name",
+        "wheel:name",
+        "wheel:name==",
+        "wheel:../x==1",
+        "wheel:x==../1",
+    ],
 )
 def test_malformed(ref):
     with pytest.raises(AssetError, match="is not of the form"):
@@ -62,6 +71,16 @@ def test_hub(monkeypatch, tmp_path):
     assert asked == [("org/name", None), ("org/name.v2", "abc/1")]
     with pytest.raises(AssetError, match=r"hf:org/absent.*404.*HF_TOKEN"):
         resolve("hf:org/absent")
+
+
+def test_a_file_of_a_dataset_on_the_hub(monkeypatch, tmp_path):
+    def hf_hub_download(repo, file, *, repo_type, revision):
+        assert (repo, repo_type) == ("org/sets", "dataset")
+        return str(tmp_path / f"{revision}" / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    assert resolve("hf:datasets/org/sets:a/dev.jsonl") == tmp_path / "None" / "a" / "dev.jsonl"
+    assert resolve("hf:datasets/org/sets@v1:dev.jsonl") == tmp_path / "v1" / "dev.jsonl"
 
 
 def test_wheel_is_fetched_once(registry, cache, caplog):

@@ -48,7 +48,7 @@ def questions(tmp_path_factory):
 
 def make_run(questions, searcher, **changes) -> EvalRun:
     options = dict(temperature=1.0, slots=2, max_length=192, max_turn_length=24, k=2, prompt=PROMPT)
-    return EvalRun(questions, searcher, **(options | changes))
+    return EvalRun(str(questions), searcher, **(options | changes))
 
 
 def rows_of(path):
