@@ -99,7 +99,7 @@ def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
 def test_an_endpoint_that_always_fails_is_not_asked_for_ever(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 200)
     with JudgeServer(lambda n: 401) as server:
-        with pytest.raises(JudgeError, match=r"failed 8 requests in a row.*401"):
+        with pytest.raises(JudgeError, match=r"failed \d+ requests in a row.*401"):
             judge_file(path, Judge(server.url, "j", concurrency=4), tmp_path / "out.jsonl")
         assert server.requests < 16
     with pytest.raises(JudgeError, match="Connection error"):
