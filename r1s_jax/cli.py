@@ -238,6 +238,12 @@ def eval_run(
     retriever: Annotated[
         str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
     ] = "",
+    online: Annotated[
+        bool, typer.Option("--online", help="Or the live web, by serper.dev (SERPER_API_KEY).")
+    ] = False,
+    site: Annotated[str, typer.Option(help="With --online, only this site; empty: any.")] = (
+        "en.wikipedia.org"
+    ),
     mode: Annotated[
         str,
         typer.Option(help="search; rag (one search, of the question); direct (none)."),
@@ -272,7 +278,9 @@ def eval_run(
         max_turn_length=max_turn_length,
         limit=limit,
     )
-    engine, source = open_search_engine(index, retriever) if mode != "direct" else (None, {})
+    engine, source = None, {}
+    if mode != "direct":
+        engine, source = open_search_engine(index, retriever, site if online else None)
     with progress_bar("Answering") as advance:
         answer_file(run, engine, source, out, advance)
     typer.echo(str(out))

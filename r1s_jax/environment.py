@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.retrieval.index import Index, build_index, open_index, read_info, save_index
+from r1s_jax.retrieval.online import SERPER, OnlineRetriever
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console, progress_bar
 from r1s_jax.tiny_world import GUESS, PROMPT, Style, TinyWorld
@@ -224,16 +226,23 @@ def open_saved_index(folder: Path) -> Index:
     return open_index(folder, load_encoder(read_info(folder)["encoder"]["reference"]))
 
 
-def open_search_engine(index: Path | None, url: str) -> tuple[Retriever, dict[str, Any]]:
-    """A saved index, or the search engine at `url`, with a description to keep beside results.
+def open_search_engine(
+    index: Path | None = None, url: str = "", site: str | None = None
+) -> tuple[Retriever, dict[str, Any]]:
+    """A saved index, the search engine at `url`, or the live web (all of it where `site` is "").
 
-    Raises ConfigError unless exactly one is named.
+    The second is a description to keep beside results. Raises ConfigError unless exactly one is
+    named.
     """
-    if (index is not None) == bool(url):
-        raise ConfigError("searching needs an index or the URL of a retriever: name one of them")
+    if (index is not None) + bool(url) + (site is not None) != 1:
+        raise ConfigError("name one of an index, the URL of a retriever, and the live web")
     if index is not None:
         return open_saved_index(index), read_info(index)
-    return HttpRetriever(url), {"retriever": url, "corpus": url}
+    if url:
+        return HttpRetriever(url), {"retriever": url, "corpus": url}
+    endpoint = os.environ.get("SERPER_URL") or SERPER
+    web = OnlineRetriever(HashEncoder(), site=site or "", endpoint=endpoint)
+    return web, {"retriever": endpoint, "corpus": f"the web, site:{site or '*'}"}
 
 
 def _read_all(references: Sequence[str], read: Callable[[Path], Iterable[T]]) -> list[T]:

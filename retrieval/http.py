@@ -11,7 +11,7 @@ from cachetools import LRUCache
 from r1s_jax.retrieval.corpus import join_line
 from r1s_jax.retrieval.index import Hit
 
-_RETRY_STATUS = (429, 500, 502, 503, 504)
+RETRY_STATUS = (429, 500, 502, 503, 504)
 
 
 class RemoteError(RuntimeError):
@@ -51,7 +51,7 @@ class HttpRetriever:
             retries=urllib3.Retry(
                 retries,
                 backoff_factor=0.25,
-                status_forcelist=_RETRY_STATUS,
+                status_forcelist=RETRY_STATUS,
                 allowed_methods=None,  # a search changes nothing, so POST may be sent again
                 redirect=0,
             ),

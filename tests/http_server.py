@@ -6,8 +6,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-# (path, JSON body or None) -> (status, body); bytes go out as they are, anything else as JSON.
-Answer = Callable[[str, Any], tuple[int, Any]]
+# (path, JSON body or None) -> (status, body[, headers]); what is not bytes goes out as JSON.
+Answer = Callable[[str, Any], tuple]
 
 
 class LocalServer(ThreadingHTTPServer):
@@ -45,7 +45,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body: Any) -> None:
         with self.server.lock:
             self.server.requests += 1
-        status, reply = self.server.answer(self.path, body)
+        status, reply, *headers = self.server.answer(self.path, body)
         raw = isinstance(reply, bytes)
         data = reply if raw else json.dumps(reply).encode()
         try:
@@ -54,6 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("retry-after-ms", "1")
             self.send_header("Content-Type", "text/html" if raw else "application/json")
             self.send_header("Content-Length", str(len(data)))
+            for name, value in (headers[0] if headers else {}).items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
         except ConnectionError:

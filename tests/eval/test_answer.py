@@ -1,6 +1,7 @@
 """Answering a file: every mode, the published schema, and going on after a stop."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from r1s_jax.eval.answer import NO_ANSWER, EvalRun, answer_file
 from r1s_jax.eval.results import read_results
 from r1s_jax.eval.score import summarize
 from tests.fakes import EchoRetriever
+from tests.retrieval.test_online import Web
 from tests.test_cli import index, model  # noqa: F401  (fixtures)
 from tests.test_rollout import MODEL, searching_params
 
@@ -113,6 +115,23 @@ def test_direct_never_searches_and_rag_searches_once(questions, searcher, tmp_pa
     rows = rows_of(answer_file(rag, EchoRetriever(), {}, tmp_path / "rag.jsonl"))
     assert {row["searches"] for row in rows} == {1}
     assert all("the trade of" in row["gen_text_store"] for row in rows)
+
+
+def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
+    """Through the command: the search API and its pages are a local server."""
+    with Web(["/timbuktu"]) as web:
+        env = {"SERPER_API_KEY": "k", "SERPER_URL": f"{web.url}/search"}
+        options = ["--model", searcher, "--online", "--site", "", "--mode", "rag", "--limit", "1"]
+        options += ["--max-length", "512", "--max-turn-length", "8"]
+        options += ["--out", str(tmp_path / "out.jsonl")]
+        command = [sys.executable, "-m", "r1s_jax.cli", "eval", "run", str(questions), *options]
+        subprocess.run(command, check=True, env=os.environ | env, capture_output=True)
+        assert web.asked[0]["q"].startswith("What is the trade of")
+    (row,) = rows_of(tmp_path / "out.jsonl")
+    # Its pages lie on this machine, which no stranger's link may lead to: an error, and told so.
+    assert row["searches"] == 1 and "(1)" not in row["gen_text_store"]
+    header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
+    assert header["source"]["corpus"] == "the web, site:*"
 
 
 def test_the_command(questions, searcher, index, tmp_path):  # noqa: F811

@@ -1,0 +1,203 @@
+"""The live web as a search engine: ask a search API, read the best pages, keep what is near.
+
+Pages come from strangers: they are read with limits on time and size, and never from an address
+that is not public, whatever a link, a redirect or a name server says.
+"""
+
+import ipaddress
+import os
+import threading
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import urllib3
+from cachetools import LRUCache
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from r1s_jax.retrieval.corpus import join_line
+from r1s_jax.retrieval.encoder import Encoder
+from r1s_jax.retrieval.http import RETRY_STATUS, RemoteError
+from r1s_jax.retrieval.index import Hit
+
+SERPER = "https://google.serper.dev/search"
+_PASSAGE_WORDS = 100  # as the KILT corpus is split
+_CHUNK_BYTES = 2**16
+
+
+class OnlineRetriever:
+    """Searches with a Serper-compatible API; any number of threads may search at once.
+
+    The API takes `POST {"q", "num"}` with the key in `X-API-KEY` and answers
+    `{"organic": [{"title", "link", "snippet"}]}`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        site: str = "",
+        endpoint: str = SERPER,
+        pages: int = 3,
+        timeout_s: float = 10.0,
+        max_bytes: int = 4_000_000,
+        max_characters: int = 35_000,
+        trusted_hosts: Collection[str] = (),
+        cached_queries: int = 10_000,
+    ):
+        """Reads the API's key from SERPER_API_KEY.
+
+        Args:
+            encoder: picks the passages nearest the query.
+            site: only pages of this site (en.wikipedia.org).
+            endpoint: the search API.
+            pages: read a query, in parallel, within `timeout_s` and `max_bytes` each.
+            timeout_s: of the API and of each page, seconds.
+            max_bytes: of a page; the rest is left unread.
+            max_characters: of a page's main text that are looked at.
+            trusted_hosts: names of hosts that may have a private address (an intranet's wiki).
+            cached_queries: that are not searched again.
+
+        Raises ValueError without a key.
+        """
+        key = os.environ.get("SERPER_API_KEY")
+        if not key:
+            raise ValueError("searching the web needs a key in SERPER_API_KEY (see serper.dev)")
+        self._encoder, self._site, self._endpoint, self._pages = encoder, site, endpoint, pages
+        self._timeout_s, self._max_bytes = timeout_s, max_bytes
+        self._max_characters = max_characters
+        retries = urllib3.Retry(
+            3, backoff_factor=0.5, status_forcelist=RETRY_STATUS, allowed_methods=None, redirect=0
+        )
+        self._api = urllib3.PoolManager(
+            headers={"X-API-KEY": key}, timeout=timeout_s, retries=retries
+        )
+        self._web = _GuardedPool(frozenset(trusted_hosts), timeout=timeout_s)
+        self._cache: LRUCache[tuple[str, int], list[Hit]] = LRUCache(cached_queries)
+        self._lock = threading.Lock()
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """The k passages nearest each query, best first; their ids are the pages' addresses.
+
+        Raises RemoteError when the API fails, or none of the pages it names can be read.
+        """
+        return [self._search(query, k) for query in queries]
+
+    def _search(self, query: str, k: int) -> list[Hit]:
+        with self._lock:
+            if (query, k) in self._cache:
+                return self._cache[query, k]
+        links = self._ask(query)
+        hits = self._nearest(query, self._read_all(links), k) if links else []
+        with self._lock:
+            self._cache[query, k] = hits
+        return hits
+
+    def _ask(self, query: str) -> list[tuple[str, str]]:
+        """(title, address) of the best pages."""
+        terms = f"{query} site:{self._site}" if self._site else query
+        body = {"q": terms, "num": max(10, self._pages)}
+        try:
+            response = self._api.request("POST", self._endpoint, json=body)
+            if response.status != 200:
+                raise RemoteError(f"{self._endpoint}: status {response.status}")
+            found = response.json().get("organic", [])
+            return [(hit["title"], hit["link"]) for hit in found[: self._pages]]
+        except urllib3.exceptions.HTTPError as error:
+            raise RemoteError(f"{self._endpoint}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RemoteError(f"{self._endpoint}: not the reply of a search API") from error
+
+    def _read_all(self, links: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
+        """(title, address, main text) of the pages that could be read."""
+        read, failed = [], []
+        with ThreadPoolExecutor(len(links)) as threads:
+            texts = [(title, link, threads.submit(self._read, link)) for title, link in links]
+        for title, link, text in texts:
+            try:
+                read.append((title, link, text.result()))
+            except RemoteError as error:
+                failed.append(str(error))
+        if not read:
+            raise RemoteError(f"no page could be read: {'; '.join(failed)}")
+        return read
+
+    def _read(self, link: str) -> str:
+        """The main text of a page."""
+        from trafilatura import extract
+
+        if urlsplit(link).scheme not in ("http", "https"):
+            raise RemoteError(f"{link}: not a web page")
+        try:
+            response = self._web.request("GET", link, preload_content=False)
+            try:
+                if response.status != 200:
+                    raise RemoteError(f"{link}: status {response.status}")
+                kind = response.headers.get("Content-Type", "")
+                if not kind.startswith(("text/", "application/xhtml")):
+                    raise RemoteError(f"{link}: {kind or 'no content type'} is no text")
+                page = self._receive(link, response)
+            finally:
+                response.close()
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise RemoteError(f"{link}: {error}") from error
+        text = extract(page, include_comments=False) or ""
+        return text[: self._max_characters]
+
+    def _receive(self, link: str, response: urllib3.BaseHTTPResponse) -> bytes:
+        deadline, page = time.monotonic() + self._timeout_s, b""
+        for chunk in response.stream(_CHUNK_BYTES):
+            page += chunk
+            if len(page) >= self._max_bytes:
+                return page[: self._max_bytes]
+            if time.monotonic() > deadline:
+                raise RemoteError(f"{link}: not received within {self._timeout_s:g} s")
+        return page
+
+    def _nearest(self, query: str, pages: Sequence[tuple[str, str, str]], k: int) -> list[Hit]:
+        lines, addresses = [], []
+        for title, link, text in pages:
+            words = text.split()
+            for i in range(0, len(words), _PASSAGE_WORDS):
+                lines.append(join_line(title, " ".join(words[i : i + _PASSAGE_WORDS])))
+                addresses.append(link)
+        if not lines:
+            return []
+        # As queries all of them: that is the way of an encoder which any thread may go.
+        vectors = self._encoder.encode([query, *lines], kind="query")
+        scores = vectors[1:] @ vectors[0]
+        best = np.argsort(-scores, kind="stable")[:k]
+        return [Hit(addresses[i], float(scores[i]), lines[i]) for i in best]
+
+
+class _GuardedPool(urllib3.PoolManager):
+    """Connects to public addresses only, judged by the connection that was really made."""
+
+    def __init__(self, trusted_hosts: frozenset[str], **options: Any):
+        super().__init__(retries=urllib3.Retry(2, redirect=5, backoff_factor=0.2), **options)
+
+        class Guard:
+            host: str
+
+            def _new_conn(self) -> Any:
+                sock = super()._new_conn()  # type: ignore[misc]
+                address = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+                if not address.is_global and self.host not in trusted_hosts:
+                    sock.close()
+                    # Not an HTTPError: it would be tried again.
+                    raise PermissionError(f"{self.host} is not a public address")
+                return sock
+
+        http = type("GuardedHTTP", (Guard, HTTPConnection), {})
+        https = type("GuardedHTTPS", (Guard, HTTPSConnection), {})
+        pools = {
+            "http": (urllib3.HTTPConnectionPool, http),
+            "https": (urllib3.HTTPSConnectionPool, https),
+        }
+        self.pool_classes_by_scheme = {
+            scheme: type(pool.__name__, (pool,), {"ConnectionCls": connection})
+            for scheme, (pool, connection) in pools.items()
+        }
