@@ -185,15 +185,17 @@ class CorpusConfig:
 
     questions: tuple[str, ...]  # JSON lines of question, answer
     passages: tuple[str, ...] = ()
-    index: str = ""  # a built index instead of passages; "": built once and cached
-    encoder: str = "hash"  # or a reference to a BERT-family encoder
+    encoder: str = "hash"  # of the passages, or a reference to a BERT-family encoder
+    index: str = ""  # instead of passages: a built index, which names its own encoder
+    retriever: str = ""  # instead of both: http://.../queries or http://.../retrieve
     prompt: Literal["base", "chat"] = "base"
 
     def __post_init__(self) -> None:
         _check(bool(self.questions), "environment.questions: name at least one file")
         _check(
-            bool(self.passages) != bool(self.index),
-            "environment: give either passages or an index",
+            bool(self.passages) + bool(self.index) + bool(self.retriever) == 1,
+            "environment: give one of passages, index and retriever, and empty the others "
+            "(environment.index=)",
         )
 
 

@@ -139,7 +139,7 @@ class CorpusEnvironment:
 
     def __init__(self, config: CorpusConfig, seed: int, chat: Callable[[str], str], held_out: int):
         self.config, self._chat, self._seed = config, chat, seed
-        self.index = open_or_build_index(config)
+        self.retriever = open_retriever(config)
         questions = _read_all(config.questions, _questions_of)
         questions = [replace(q, id=i) for i, q in enumerate(questions)]
         if held_out >= len(questions):
@@ -165,10 +165,10 @@ class CorpusEnvironment:
             self._size = size
             if self._saved.get("size") == size:
                 self._stream.restore(self._saved["stream"])
-        return Batch(next(self._stream), self.index)
+        return Batch(next(self._stream), self.retriever)
 
     def evaluation(self, size: int) -> Batch:
-        return Batch(self._held_out[:size], self.index)
+        return Batch(self._held_out[:size], self.retriever)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
         raise ConfigError("cold_start.steps must be 0: this environment has no demonstrations")
@@ -197,10 +197,14 @@ def load_encoder(reference: str) -> Encoder:
     return BertEncoder(folder, reference=reference)
 
 
-def open_or_build_index(config: CorpusConfig) -> Index:
-    """The index named by the config, or one built once from its passages and kept in the cache."""
-    if config.index:
-        return open_index(resolve(config.index), load_encoder(config.encoder))
+def open_retriever(config: CorpusConfig) -> Retriever:
+    """The index or the search engine that the config names, or an index of its passages.
+
+    The last is built once and kept in the cache.
+    """
+    if not config.passages:
+        index = resolve(config.index) if config.index else None
+        return open_search_engine(index, config.retriever)[0]
     encoder = load_encoder(config.encoder)
     digest = hashlib.sha256(encoder.fingerprint.encode())
     for reference in config.passages:

@@ -151,6 +151,7 @@ def test_an_override_is_checked_like_any_value(assignment, complaint):
         lambda: CorpusConfig(questions=()),
         lambda: CorpusConfig(questions=("q",)),
         lambda: CorpusConfig(questions=("q",), passages=("p",), index="i"),
+        lambda: CorpusConfig(questions=("q",), index="i", retriever="http://x/queries"),
         lambda: RolloutConfig(max_prompt_length=4096),
         lambda: make_config(
             stage2=StageConfig(1, "stage2", questions_per_step=1),
