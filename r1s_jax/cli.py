@@ -50,6 +50,14 @@ RunDir = Annotated[
     Path | None, typer.Option(help="Where the run is kept. [default: runs/NAME-TIME]")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="One of several processes (a pod): found by itself on TPU VMs, GKE and Slurm, else by "
+        "R1S_COORDINATOR=HOST:PORT R1S_PROCESSES=N R1S_PROCESS=I.",
+    ),
+]
 Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="Recipe: one of `r1s configs`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str, typer.Option(help="Path, hf:org/name or wheel:name==version.")]
@@ -61,6 +69,7 @@ def train(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     resume: Resume = False,
+    distributed: Distributed = False,
 ) -> None:
     """Train a policy to search: cold start (if the recipe has one), stage 1, stage 2.
 
@@ -68,7 +77,7 @@ def train(
     run directory; the last line printed is the summary as JSON. Ctrl-C stops after the step with
     a checkpoint, and --resume goes on from it.
     """
-    _train(config, overrides, run_dir, resume, cold_start_only=False)
+    _train(config, overrides, run_dir, resume, distributed, cold_start_only=False)
 
 
 @app.command()
@@ -77,9 +86,10 @@ def sft(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     resume: Resume = False,
+    distributed: Distributed = False,
 ) -> None:
     """Only the supervised cold start of a recipe; `r1s train --resume` goes on from there."""
-    _train(config, overrides, run_dir, resume, cold_start_only=True)
+    _train(config, overrides, run_dir, resume, distributed, cold_start_only=True)
 
 
 @app.command()
@@ -431,16 +441,24 @@ def _train(
     overrides: list[str] | None,
     run_dir: Path | None,
     resume: bool,
+    distributed: bool,
     cold_start_only: bool,
 ) -> None:
     from r1s_jax.config import ConfigError
+    from r1s_jax.distributed import is_main, join
     from r1s_jax.train import train
 
     if resume and run_dir is None:
         raise ConfigError("--resume needs --run-dir: which run to go on with")
+    if distributed and run_dir is None:
+        raise ConfigError("--distributed needs --run-dir: a directory that every process sees")
     config = _load_config(name, overrides)
+    if distributed:
+        join()
     run_dir = run_dir or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    typer.echo(json.dumps(train(config, run_dir, resume, cold_start_only=cold_start_only)))
+    summary = train(config, run_dir, resume, cold_start_only=cold_start_only)
+    if is_main():
+        typer.echo(json.dumps(summary))
 
 
 def _load_config(name: str, overrides: list[str] | None) -> Any:
@@ -483,6 +501,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from r1s_jax.aot import CannotCompile
     from r1s_jax.assets import AssetError
     from r1s_jax.checkpoint import CheckpointError
+    from r1s_jax.distributed import ProcessError
     from r1s_jax.eval.judge import JudgeError
     from r1s_jax.search import SearchFailure
 
@@ -492,6 +511,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         CannotCompile,
         CheckpointError,
         JudgeError,
+        ProcessError,
         SearchFailure,
         ValueError,
         OSError,

@@ -248,35 +248,49 @@ class Config:
 
 
 def override(config: Config, assignments: Sequence[str]) -> Config:
-    """Applies `section.field=value` strings, left to right.
+    """Applies `section.field=value` strings all at once; of one field the last one counts.
 
-    Raises ConfigError naming the unknown field (with the nearest known one) or the value that
-    does not fit its type.
+    Raises ConfigError naming the unknown field (with the nearest known one), the value that does
+    not fit its type, or what the sections that result do not allow.
     """
+    changes = []
     for assignment in assignments:
         path, sep, text = assignment.partition("=")
         if not sep:
             raise ConfigError(f"{assignment!r} is no override: write section.field=value")
-        config = _set(config, path.strip().split("."), text.strip(), path.strip())
-    return config
+        changes.append((path.strip().split("."), text.strip(), path.strip()))
+    return _apply(config, changes)
 
 
-def _set(node: Any, path: list[str], text: str, whole: str) -> Any:
-    name, *rest = path
+def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
+    """`node` with (path from here, value as text, whole path) changed."""
+    values: dict[str, Any] = {}
+    sections: dict[str, list[tuple[list[str], str, str]]] = {}
+    kinds = typing.get_type_hints(type(node))
+    for (name, *rest), text, whole in changes:
+        if rest:
+            sections.setdefault(_known(node, name, whole), []).append((rest, text, whole))
+        elif dataclasses.is_dataclass(getattr(node, _known(node, name, whole))):
+            raise ConfigError(
+                f"{whole!r} is a section: name one of its fields, as {whole}.field=value"
+            )
+        else:
+            values[name] = _parse(kinds[name], text, whole)
+    for name, inner in sections.items():
+        if not dataclasses.is_dataclass(getattr(node, name)):
+            raise ConfigError(f"unknown config field {inner[0][2]!r}: {name!r} has no fields")
+        values[name] = _apply(getattr(node, name), inner)
+    return dataclasses.replace(node, **values) if values else node
+
+
+def _known(node: Any, name: str, whole: str) -> str:
+    """`name`, if it is a field of `node`."""
     fields = {f.name for f in dataclasses.fields(node)}
     if name not in fields:
         near = difflib.get_close_matches(name, fields, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(fields))}"
         raise ConfigError(f"unknown config field {whole!r}: no {name!r} here{hint}")
-    value = getattr(node, name)
-    if rest:
-        if not dataclasses.is_dataclass(value):
-            raise ConfigError(f"unknown config field {whole!r}: {name!r} has no fields")
-        return dataclasses.replace(node, **{name: _set(value, rest, text, whole)})
-    if dataclasses.is_dataclass(value):
-        raise ConfigError(f"{whole!r} is a section: name one of its fields, as {whole}.field=value")
-    kind = typing.get_type_hints(type(node))[name]
-    return dataclasses.replace(node, **{name: _parse(kind, text, whole)})
+    return name
 
 
 def _parse(kind: Any, text: str, whole: str) -> Any:

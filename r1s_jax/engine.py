@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from r1s_jax import protocol
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data import Question
+from r1s_jax.distributed import gather, to_host
 from r1s_jax.model import ModelConfig, Params
 from r1s_jax.rewards import Solution
 from r1s_jax.rollout import Prompts, Rollout, Trajectory
 from r1s_jax.sampler import trajectory_keys
 from r1s_jax.search import Broker, Retriever, Search
-from r1s_jax.sharding import batch_sharding, batch_shards, replicated
+from r1s_jax.sharding import batch_sharding, batch_shards, place, replicated
 from r1s_jax.tags import build_tag_table
 from r1s_jax.tokenizer import token_strings
 
@@ -73,7 +74,7 @@ class Engine:
             [query_end, protocol.END_ANSWER],
             model.vocab_size,
         )
-        self.tag_table = jax.device_put(tags.table, replicated(mesh))
+        self.tag_table = place(tags.table, replicated(mesh))
         self.broker = Broker(
             search,
             decode=self.decode,
@@ -127,7 +128,8 @@ class Engine:
         prompts, forced = self._prompts(questions, first)
         repeated = [q for q in questions for _ in range(samples)]
         arrays = self._arrays(prompts, questions, samples, seed, step)
-        trajectory, counters = jax.device_get(self._rollout(params, arrays, self.tag_table))
+        trajectory, counters = to_host(self._rollout(params, arrays, self.tag_table))
+        self.broker.share()
         trajectory = Trajectory(*(a[: len(repeated)] for a in trajectory))
         trajectory = trajectory._replace(searches=trajectory.searches + bool(first))
         self.broker.check()
@@ -158,7 +160,10 @@ class Engine:
         """The system's own search of every question, where the config asks for one."""
         if not self.config.first_search:
             return []
-        return self.broker.search_now([q.question for q in questions])
+        # Each process searches its share, and all read the same documents.
+        count, index = jax.process_count(), jax.process_index()
+        shares = gather(self.broker.search_now([q.question for q in questions[index::count]]))
+        return [shares[i % count][i // count] for i in range(len(questions))]
 
     def _prompts(
         self, questions: Sequence[Question], first: Sequence[Search]
@@ -203,7 +208,7 @@ class Engine:
             groups=rows.astype(np.int32),
             keys=trajectory_keys(seed, step, jnp.asarray(ids[rows]), jnp.asarray(sample)),
         )
-        return jax.device_put(arrays, batch_sharding(self.mesh))
+        return place(arrays, batch_sharding(self.mesh))
 
     def _searches(self, rows: int, first: Sequence[Search]) -> tuple[tuple[Search, ...], ...]:
         by_row = [[search] for search in first] or [[] for _ in range(rows)]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from r1s_jax.config import Config, ConfigError
+from r1s_jax.distributed import gather
 
 _PACKAGES = ("r1s-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
 
@@ -55,6 +56,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = ""
+
+    def agree(self) -> str:
+        """What any process was asked, so that all of them stop after the same step."""
+        self.requested = next(filter(None, gather(self.requested)), "")
+        return self.requested
 
     def __enter__(self) -> "StopRequest":
         self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}

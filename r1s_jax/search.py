@@ -17,6 +17,7 @@ import numpy as np
 
 from r1s_jax import protocol
 from r1s_jax.config import SearchConfig
+from r1s_jax.distributed import gather
 from r1s_jax.rollout import RESULTS_PER_EXCHANGE, Status
 
 # With nothing else to do the program waits this long for documents before it asks again.
@@ -99,6 +100,16 @@ class Broker:
     def failures(self) -> int:
         """Searches that brought no documents through no fault of the policy."""
         return sum(self._counts[outcome] for outcome in ("timeout", "error", "empty"))
+
+    def share(self) -> None:
+        """Adds what the brokers of the other processes saw, so that all judge it alike."""
+        with self._changed:
+            mine = (Counter(self._counts), self._stopped, list(self.log))
+        shared = gather(mine)
+        with self._changed:
+            self._counts = sum((counts for counts, _, _ in shared), Counter())
+            self._stopped = any(stopped for _, stopped, _ in shared)
+            self.log = [search for _, _, log in shared for search in log]
 
     def check(self) -> None:
         """Raises SearchFailure when too many searches failed, now or midway in the rollout."""

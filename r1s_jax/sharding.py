@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -88,7 +89,23 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
 def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
     """Places parameters on the mesh, sharded for learning."""
     check_divisible(config, mesh)
-    return jax.device_put(params, param_shardings(config, mesh))
+    return place(params, param_shardings(config, mesh))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts arrays, the same on every process, on the mesh; `shardings` may be one for all."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(x: Any, sharding: NamedSharding) -> Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: put(x, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
 
 
 def attention_impl(name: str, mesh: Mesh) -> Impl:

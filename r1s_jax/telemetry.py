@@ -20,6 +20,7 @@ from rich.progress import (
 from tensorboardX import SummaryWriter
 
 from r1s_jax.config import ConfigError
+from r1s_jax.distributed import is_main
 
 # Everything for people goes to stderr; stdout carries the one JSON line a program may read.
 console = Console(stderr=True)
@@ -53,12 +54,15 @@ class Telemetry:
     """Appends to `metrics.jsonl`, `cold_start.jsonl` and `traces.jsonl` of a run directory.
 
     One JSON object a line, flushed at once. `rewind` drops what a resumed run will write again.
+    Only the main process writes; for the others every call does nothing.
     """
 
     def __init__(self, run_dir: Path, wandb_project: str = "", config: Any = None):
-        self.run_dir = run_dir
-        self._board = SummaryWriter(str(run_dir / "tensorboard"))
-        self._wandb = _start_wandb(wandb_project, run_dir, config) if wandb_project else None
+        self.run_dir, self._writes = run_dir, is_main()
+        console.quiet = not self._writes
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), write_to_disk=self._writes)
+        use_wandb = wandb_project and self._writes
+        self._wandb = _start_wandb(wandb_project, run_dir, config) if use_wandb else None
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One row of `metrics.jsonl`, its numbers as scalars by step elsewhere."""
@@ -86,6 +90,8 @@ class Telemetry:
             self._wandb.finish()
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -99,7 +105,7 @@ class Telemetry:
 
     def _drop_after(self, name: str, step: int) -> None:
         path = self.run_dir / name
-        if path.exists():
+        if self._writes and path.exists():
             kept = [row for row in read_rows(path) if row["step"] <= step]
             partial = path.with_suffix(".partial")
             with partial.open("w", encoding="utf-8") as file:

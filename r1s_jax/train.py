@@ -14,6 +14,7 @@ from r1s_jax import metrics as m
 from r1s_jax.advantages import token_advantages
 from r1s_jax.checkpoint import Checkpoints
 from r1s_jax.config import Config, RolloutConfig, StageConfig
+from r1s_jax.distributed import on_main, together
 from r1s_jax.engine import Engine, Rolled
 from r1s_jax.environment import make_environment
 from r1s_jax.eval.runner import Evaluation, evaluate
@@ -59,7 +60,8 @@ def train(
     run.telemetry.close()
     if stop.requested:
         return {"stopped": stop.requested, "phase": run.progress["phase"], "run_dir": str(run_dir)}
-    return summarize(run.dir, run.progress, run.evaluate(state))
+    after = run.evaluate(state)
+    return on_main(lambda: summarize(run.dir, run.progress, after))
 
 
 class Run:
@@ -67,12 +69,12 @@ class Run:
 
     def __init__(self, config: Config, run_dir: Path, resume: bool):
         self.config, self.started = config, time.perf_counter()
-        self.dir = open_run_dir(run_dir, config, resume)
+        self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         self.mesh = make_mesh(config.mesh)
-        policy = make_policy(config.policy, config.seed)
+        policy = together(lambda: make_policy(config.policy, config.seed))
         self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
         self.params = shard_params(policy.params, self.model, self.mesh)
-        self.environment = make_environment(config, chat_renderer(self.tokenizer))
+        self.environment = together(lambda: make_environment(config, chat_renderer(self.tokenizer)))
         self.engine = self._engine(config.rollout)
         self.examiner = self._engine(
             dataclasses.replace(config.rollout, temperature=0.0, stop_at_answer=True)
@@ -111,7 +113,7 @@ class Run:
                 end = progress.get("cold_start_ends", c.steps)
                 info = f"loss {row['loss']:.3f}  accuracy {progress['accuracy']:.3f}"
                 bar.update(task, advance=1, total=end, info=info)
-                if stop.requested or (step + 1) % c.checkpoint_every == 0:
+                if stop.agree() or (step + 1) % c.checkpoint_every == 0:
                     self._save("cold_start", step + 1, state)
                 if stop.requested:
                     return state
@@ -150,7 +152,7 @@ class Run:
                 bar.update(task, description=name.replace("stage", "Stage "))
                 scale = 1.0 - (1.0 - c.optimizer.decay_to) * step / max(total - 1, 1)
                 state, row = self.step(learner, state, step, stage, scale)
-                last = stop.requested or step + 1 == total
+                last = stop.agree() or step + 1 == total
                 begin = time.perf_counter()
                 if last or (step + 1) % c.run.checkpoint_every == 0:
                     self._save("learning", step + 1, state)

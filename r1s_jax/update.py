@@ -18,12 +18,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import OptimizerConfig
+from r1s_jax.distributed import to_host
 from r1s_jax.model import ModelConfig, Params, Policy
 from r1s_jax.packing import PackedBatch
 from r1s_jax.sharding import (
     BATCH_AXES,
     attention_impl,
     param_shardings,
+    place,
     replicated,
     row_attention,
 )
@@ -187,14 +189,14 @@ class Learner:
         state, metrics = self._update(
             state, self._place(batch), jnp.int32(micro), jnp.float32(scale)
         )
-        return state, {name: float(value) for name, value in jax.device_get(metrics).items()}
+        return state, {name: float(value) for name, value in metrics.items()}
 
     def logprobs(self, params: Params, batch: PackedBatch, micro: int) -> np.ndarray:
         """float32[M, R, T] log-probability of every token under `params`."""
-        return jax.device_get(self._logprobs(params, self._place(batch), jnp.int32(micro)))
+        return to_host(self._logprobs(params, self._place(batch), jnp.int32(micro)))
 
     def _place(self, batch: PackedBatch) -> PackedBatch:
-        return jax.device_put(batch, NamedSharding(self.mesh, P(None, BATCH_AXES)))
+        return place(batch, NamedSharding(self.mesh, P(None, BATCH_AXES)))
 
     def _forward(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
         policy = Policy(

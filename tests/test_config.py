@@ -191,3 +191,11 @@ def test_every_recipe_builds(name):
     assert override(config, ["seed=3"]).seed == 3
     pack_length = config.optimizer.pack_length or config.rollout.max_length
     assert pack_length >= config.rollout.max_length
+
+
+def test_overrides_are_judged_together():
+    """Each of these alone would leave its section invalid."""
+    changed = override(CORPUS, ["environment.passages=", "environment.retriever=http://x/queries"])
+    assert changed.environment.retriever == "http://x/queries" and not changed.environment.passages
+    small = override(CORPUS, ["rollout.slots=2", "rollout.prefill_rows=2"])
+    assert (small.rollout.slots, small.rollout.prefill_rows) == (2, 2)

@@ -1,0 +1,109 @@
+"""Several processes as one run: how they meet, and what they tell each other.
+
+Every process runs the same program on the same values. What only one of them may do (writing
+files, talking to people) or may find (a failed search) is settled here, so that all go the same
+way: a process that went another would leave the others waiting for ever. With one process every
+function here is the plain thing.
+"""
+
+import os
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+# A process that is not heard of for so long has died, and the others end as well.
+_HEARTBEAT_TIMEOUT_S = 30
+_VARIABLES = ("R1S_COORDINATOR", "R1S_PROCESSES", "R1S_PROCESS")
+
+
+class ProcessError(RuntimeError):
+    """Another process failed; the message is the same on all of them."""
+
+
+def join() -> None:
+    """Joins the processes of this run; must come before anything asks JAX for its devices.
+
+    Who they are is found in the environment of TPU VMs, GKE, Slurm or Open MPI; anywhere else,
+    R1S_COORDINATOR (host:port of process 0), R1S_PROCESSES and R1S_PROCESS (from 0) tell.
+    Raises ProcessError when neither does, or when they do not find each other.
+    """
+    given = [os.environ.get(name) for name in _VARIABLES]
+    named: dict[str, Any] = {}
+    if any(given):
+        coordinator, count, index = given
+        if not (coordinator and count and index and count.isdigit() and index.isdigit()):
+            raise ProcessError(f"set all of {', '.join(_VARIABLES)}: host:port, how many, which")
+        named = {
+            "coordinator_address": coordinator,
+            "num_processes": int(count),
+            "process_id": int(index),
+        }
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S, **named)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"the processes of this run did not find each other: {error}. On TPU VMs, GKE, Slurm "
+            f"and Open MPI they do by themselves; elsewhere set {', '.join(_VARIABLES)}"
+        ) from error
+
+
+def is_main() -> bool:
+    """Whether this process writes the files and talks to people."""
+    return jax.process_index() == 0
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process, in their order; any that pickles."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` returns on the main process, or the error it raises, everywhere."""
+    if jax.process_count() == 1:
+        return action()
+    result, error = _attempt(action) if is_main() else (None, None)
+    result, error = gather((result, error))[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def together(action: Callable[[], T]) -> T:
+    """`action` on every process; when it fails on any, all raise the first one's error.
+
+    `action` must not itself wait for other processes.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, error = _attempt(action)
+    for process, failed in enumerate(gather(error)):
+        if failed is not None:
+            raise ProcessError(f"process {process}: {failed}") from error
+    return result
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays on the mesh as whole NumPy arrays, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
