@@ -1,0 +1,81 @@
+"""What one of several processes does in a test: `python -m tests.distributed_worker WHAT DIR`."""
+
+import sys
+from pathlib import Path
+
+from r1s_jax.config import override
+from r1s_jax.configs import tiny_world
+from r1s_jax.distributed import ProcessError, gather, is_main, join, on_main, together
+from r1s_jax.environment import Batch, TinyWorldEnvironment
+from tests.fakes import RaisingRetriever
+
+# The tiny world made tiny: every part of a run, in seconds.
+SHORT = (
+    "cold_start.steps=4",
+    "cold_start.cooldown_steps=2",
+    "cold_start.batch_size=8",
+    "stage1.steps=1",
+    "stage1.questions_per_step=4",
+    "stage2.steps=2",
+    "stage2.questions_per_step=4",
+    "eval.questions=0",
+    "rollout.slots=8",
+    "rollout.prefill_rows=4",
+    "rollout.max_length=128",
+    "rollout.first_search=true",
+    "algorithm.samples_per_question=4",
+)
+
+
+def agree(_: Path) -> None:
+    """Values and errors reach every process."""
+    import jax
+
+    me = jax.process_index()
+    assert gather({"me": me, "long": "x" * 1000 * me}) == [
+        {"me": i, "long": "x" * 1000 * i} for i in range(jax.process_count())
+    ]
+    assert on_main(lambda: f"from {me}") == "from 0"
+    try:
+        on_main(lambda: 1 / 0)
+    except ZeroDivisionError:
+        pass
+    else:
+        raise AssertionError("the main process' error did not arrive")
+
+    def fails_on_the_last() -> int:
+        if me == jax.process_count() - 1:
+            raise FileNotFoundError("no index here")
+        return me
+
+    try:
+        together(fails_on_the_last)
+    except ProcessError as error:
+        assert str(error) == f"process {jax.process_count() - 1}: no index here"
+    else:
+        raise AssertionError("the last process' error did not arrive")
+    assert together(lambda: me) == me
+    assert is_main() == (me == 0)
+    print("agreed")
+
+
+def failing_search(run_dir: Path) -> None:
+    """A whole run in which the retriever of the last process never works."""
+    import jax
+
+    from r1s_jax.train import train
+
+    serve = TinyWorldEnvironment.batch
+
+    def batch(self: TinyWorldEnvironment, step: int, size: int) -> Batch:
+        found = serve(self, step, size)
+        last = jax.process_index() == jax.process_count() - 1
+        return found._replace(retriever=RaisingRetriever()) if last else found
+
+    TinyWorldEnvironment.batch = batch
+    train(override(tiny_world.config(), SHORT), run_dir)
+
+
+if __name__ == "__main__":
+    join()
+    {"agree": agree, "failing_search": failing_search}[sys.argv[1]](Path(sys.argv[2]))

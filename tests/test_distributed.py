@@ -1,0 +1,139 @@
+"""Several real processes on this machine, and the ways in which one of them may fail."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from r1s_jax import distributed
+from r1s_jax.telemetry import read_rows
+from tests.distributed_worker import SHORT
+
+TRAIN = ["r1s_jax.cli", "train", "tiny_world", *SHORT]
+WORKER = ["tests.distributed_worker"]
+
+
+def start(count, module, *, devices=1):
+    """`count` processes of `python -m module ...` that know of each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    named = [{"R1S_COORDINATOR": address, "R1S_PROCESSES": str(count), "R1S_PROCESS": str(i)}
+             for i in range(count)]  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", *module],
+            env=env | (named[i] if count > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes, timeout=240):
+    """(exit status, stdout, stderr) of each; all are killed when one takes too long."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def learned(run_dir):
+    """What a run left behind, less what it took."""
+    timed = ("seconds", "_per_s")
+    metrics = [
+        {k: v for k, v in row.items() if not any(t in k for t in timed)}
+        for row in read_rows(run_dir / "metrics.jsonl")
+    ]
+    traces = read_rows(run_dir / "traces.jsonl")
+    for row in traces:
+        for search in row["searches"]:
+            del search["seconds"]
+    return read_rows(run_dir / "cold_start.jsonl"), metrics, traces
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process with as many devices as the others have together."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def run(devices):
+        run_dir = folder / f"{devices}"
+        if not run_dir.exists():
+            ((status, _, error),) = finish(
+                start(1, [*TRAIN, "--run-dir", str(run_dir)], devices=devices)
+            )
+            assert status == 0, error
+        return learned(run_dir)
+
+    return run
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_learn_what_one_does(alone, tmp_path, count):
+    run_dir = tmp_path / "run"
+    ended = finish(start(count, [*TRAIN, "--run-dir", str(run_dir), "--distributed"]))
+    assert [status for status, *_ in ended] == [0] * count, ended[0][2]
+    assert json.loads(ended[0][1].splitlines()[-1])["steps"] == 3
+    assert all(out == "" for _, out, _ in ended[1:])  # one of them talks
+    cold_start, metrics, traces = learned(run_dir)
+    assert (cold_start, metrics, traces) == alone(count)
+    assert all(row["searches"] >= 16 for row in metrics)
+    assert all(row["searches"][0]["outcome"] == "found" for row in traces)
+
+
+def test_they_tell_each_other_values_and_errors(tmp_path):
+    ended = finish(start(2, [*WORKER, "agree", str(tmp_path)]))
+    assert [(status, out) for status, out, _ in ended] == [(0, "agreed\n")] * 2, ended[1][2]
+
+
+def test_a_failing_retriever_on_one_ends_all_alike(tmp_path):
+    ended = finish(start(2, [*WORKER, "failing_search", str(tmp_path / "run")]))
+    messages = [error.strip().splitlines()[-1] for _, _, error in ended]
+    assert messages[0] == messages[1]
+    assert "SearchFailure: 2 of 4 searches brought no documents" in messages[0]
+    assert "ConnectionError: no route to the index (2x)" in messages[0]
+    assert all(status == 1 for status, *_ in ended)
+
+
+@pytest.mark.slow
+def test_when_one_dies_the_others_end_and_say_which(tmp_path):
+    run_dir = tmp_path / "run"
+    many = ["cold_start.steps=100000", "cold_start.checkpoint_every=100000"]
+    train = ["r1s_jax.cli", "train", "tiny_world", *SHORT, *many]
+    processes = start(2, [*train, "--run-dir", str(run_dir), "--distributed"])
+    while not (run_dir / "cold_start.jsonl").exists() and processes[0].poll() is None:
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    (status, _, error), _ = finish(processes)
+    assert time.monotonic() - died < 60
+    assert status != 0 and "task:1" in error.replace("task_id: 1", "task:1"), error[-3000:]
+
+
+def test_without_knowing_who_they_are_it_says_what_to_set(monkeypatch):
+    monkeypatch.setenv("R1S_COORDINATOR", "localhost:1")
+    with pytest.raises(distributed.ProcessError, match="set all of R1S_COORDINATOR, R1S_PROCESSES"):
+        distributed.join()
+
+
+def test_a_run_directory_must_be_named():
+    ((status, _, error),) = finish(start(1, [*TRAIN, "--distributed"]))
+    assert status == 1 and "--distributed needs --run-dir" in error
+
+
+def test_alone_it_is_the_plain_thing():
+    assert distributed.gather(1) == [1] and distributed.on_main(lambda: 2) == 2
+    with pytest.raises(ZeroDivisionError):
+        distributed.together(lambda: 1 / 0)
