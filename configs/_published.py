@@ -34,7 +34,7 @@ def published(
     """
     return Config(
         name=name,
-        policy=PolicyConfig(model=model, compute_dtype="bfloat16", remat=True),
+        policy=PolicyConfig(model=model, compute_dtype="bfloat16", remat="full"),
         environment=CorpusConfig(
             questions=(f"data/stage_{1 if stage1 else 2}.jsonl",),
             index="indexes/kilt",

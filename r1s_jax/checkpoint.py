@@ -1,19 +1,33 @@
-"""Saving and restoring a run with Orbax: parameters, optimizer state and where the run stands."""
+"""Saving and restoring a run with Orbax: parameters, optimizer state and where the run stands.
 
+Orbax notices damage to what describes a checkpoint, not to the numbers in it: so each array's
+checksum is kept beside it, and what is read back must have the same.
+"""
+
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import Array
 
+from r1s_jax.distributed import on_main
 from r1s_jax.model import ModelConfig, Params, ParamSpec, param_specs
 from r1s_jax.update import LearnerState
+
+_CHECKSUMS = "checksums"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that could not be written or read."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """The newest checkpoint is not what was saved; it was set aside, so the one before is next."""
 
 
 class Checkpoints:
@@ -26,7 +40,7 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
-        self._directory = directory
+        self._directory = directory.resolve()
 
     def save(self, index: int, state: LearnerState, progress: Mapping[str, Any]) -> None:
         """Starts saving. A failure to write shows at the latest in `wait`.
@@ -34,7 +48,8 @@ class Checkpoints:
         Raises CheckpointError (a full disk, say); the checkpoints before are kept.
         """
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(dict(progress))
+            state=ocp.args.StandardSave(state),
+            progress=ocp.args.JsonSave({**progress, _CHECKSUMS: checksums(state)}),
         )
         self._guard(lambda: self._manager.save(index, args=args, force=True))
 
@@ -46,19 +61,59 @@ class Checkpoints:
         self._guard(self._manager.close)
 
     def progress(self) -> dict[str, Any] | None:
-        """Where the newest checkpoint stands; None when there is none."""
+        """Where the newest checkpoint stands; None when there is none.
+
+        Raises DamagedCheckpoint when it cannot be read, having set it aside.
+        """
         if self._manager.latest_step() is None:
             return None
-        args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return self._manager.restore(self._manager.latest_step(), args=args)["progress"]
+        progress = self._read(ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+        progress.pop(_CHECKSUMS, None)
+        return progress
 
     def restore(self, like: LearnerState) -> LearnerState:
-        """The newest state, with the shapes, dtypes and shardings of `like`."""
+        """The newest state, with the shapes, dtypes and shardings of `like`.
+
+        Raises DamagedCheckpoint when it is not what was saved, having set it aside.
+        """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(self._manager.latest_step(), args=args)["state"]
+        read = self._read(
+            ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
+            )
+        )
+        found, saved = checksums(read.state), read.progress.get(_CHECKSUMS, {})
+        if wrong := [name for name, value in saved.items() if found.get(name) != value]:
+            self._set_aside(f"{len(wrong)} arrays changed since they were saved, first {wrong[0]}")
+        return read.state
+
+    def _read(self, args: ocp.args.Composite) -> Any:
+        try:
+            return self._manager.restore(self._manager.latest_step(), args=args)
+        except Exception as error:
+            self._set_aside(f"{type(error).__name__}: {error}")
+
+    def _set_aside(self, reason: str) -> NoReturn:
+        """Takes the newest checkpoint out of the way of the one before it, and says so.
+
+        The only one stays where it is: a run that found none would begin anew, over its own files.
+        """
+        newest, all_steps = self._manager.latest_step(), self._manager.all_steps()
+        damaged = f"checkpoint {self._directory / str(newest)} is damaged ({reason})"
+        if len(all_steps) == 1:
+            raise CheckpointError(f"{damaged} and there is no other: start again elsewhere")
+        aside = self._directory.with_name("damaged-checkpoints") / str(newest)
+        self._manager.close()
+
+        def move() -> None:
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(newest)).rename(aside)
+
+        on_main(move)
+        raise DamagedCheckpoint(f"{damaged} and was moved to {aside}")
 
     def _guard(self, action: Any) -> None:
         try:
@@ -68,6 +123,26 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self._directory}: {error}. Earlier checkpoints are "
                 "whole: make room, then go on with --resume."
             ) from error
+
+
+def checksums(state: LearnerState) -> dict[str, int]:
+    """The sum of each array's bits as unsigned integers: any changed byte changes it.
+
+    Integers add up to the same on every mesh, so a state may be read onto another one.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    sums = _bit_sums([leaf for _, leaf in leaves])
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    return {name: int(value) for name, value in zip(names, sums, strict=True)}
+
+
+@jax.jit
+def _bit_sums(arrays: list[Array]) -> list[Array]:
+    def add_up(x: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return [add_up(x) for x in arrays]
 
 
 def read_params(checkpoint: Path, model: ModelConfig, dtype: Any) -> Params:

@@ -70,6 +70,9 @@ def train(
     run_dir: RunDir = None,
     resume: Resume = False,
     distributed: Distributed = False,
+    profile: Annotated[
+        str, typer.Option(metavar="N:M", help="Trace these steps for Perfetto and TensorBoard.")
+    ] = "",
 ) -> None:
     """Train a policy to search: cold start (if the recipe has one), stage 1, stage 2.
 
@@ -77,7 +80,7 @@ def train(
     run directory; the last line printed is the summary as JSON. Ctrl-C stops after the step with
     a checkpoint, and --resume goes on from it.
     """
-    _train(config, overrides, run_dir, resume, distributed, cold_start_only=False)
+    _train(config, overrides, run_dir, resume, distributed, profile=profile)
 
 
 @app.command()
@@ -442,7 +445,7 @@ def _train(
     run_dir: Path | None,
     resume: bool,
     distributed: bool,
-    cold_start_only: bool,
+    **options: Any,
 ) -> None:
     from r1s_jax.config import ConfigError
     from r1s_jax.distributed import is_main, join
@@ -456,7 +459,7 @@ def _train(
     if distributed:
         join()
     run_dir = run_dir or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    summary = train(config, run_dir, resume, cold_start_only=cold_start_only)
+    summary = train(config, run_dir, resume, **options)
     if is_main():
         typer.echo(json.dumps(summary))
 

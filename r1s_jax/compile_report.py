@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from r1s_jax.aot import CannotCompile, target_devices
 from r1s_jax.architectures import architecture_of
+from r1s_jax.chips import CHIPS, Chip
 from r1s_jax.config import Config
 from r1s_jax.hlo import collective_bytes
 from r1s_jax.kernels.attention.api import cache_dims
@@ -49,24 +50,6 @@ from r1s_jax.update import (
 
 _GIB = 2**30
 _TAG_STATES = 64  # of the automaton that finds the ends of tags: a few dozen for any tokenizer
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One chip: GiB that programs may use, published bf16 TFLOP/s, GB/s of memory and links."""
-
-    hbm_gib: float
-    tflops: float
-    memory_gb_s: float
-    link_gb_s: float
-
-
-CHIPS = {
-    "TPU v5 lite": Chip(15.75, 197, 819, 200),
-    "TPU v5": Chip(95.74, 459, 2765, 600),
-    "TPU v6 lite": Chip(31.25, 918, 1640, 448),
-    "NVIDIA H100 80GB HBM3": Chip(80, 989, 3350, 450),
-}
 
 
 @dataclass(frozen=True)
@@ -354,7 +337,7 @@ def _update_program(
     parameters, chips = _parameters(state), mesh.devices.size
     # Weights are read in the forward, the recomputed and the backward pass; Adam reads and writes
     # parameters and moments, and reads gradients.
-    passes = 3 if config.policy.remat else 2
+    passes = 3 if config.policy.remat == "full" else 2
     reads = passes * micro * parameters / mesh.shape["tensor"] * learner.compute_dtype.itemsize
     return _Program(
         function=partial(type(learner)._update.__wrapped__, learner),
@@ -402,7 +385,7 @@ def advice(report: dict[str, Any]) -> str:
         fewer = (
             "rollout.slots or rollout.max_length"
             if name == "rollout"
-            else ("optimizer.micro_rows or optimizer.pack_length (and set policy.remat=true)")
+            else ("optimizer.micro_rows or optimizer.pack_length (and set policy.remat=full)")
         )
         lines.append(
             f"the {name} needs {needs:.1f} GiB a chip, {p['hbm_gib']:.0f} are there: "

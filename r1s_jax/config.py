@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from r1s_jax.model import ModelConfig
+from r1s_jax.model import ModelConfig, Remat
 
 
 class ConfigError(ValueError):
@@ -45,7 +45,9 @@ class PolicyConfig:
     architecture: ModelConfig | None = None
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False  # recompute each layer in the backward pass: less memory, more time
+    # What the backward pass recomputes of each layer, for less memory in more time: nothing, all
+    # but the products with weights (attention among it), or everything.
+    remat: Remat = "none"
     # The attention kernel (see kernels/attention/api.py); "auto": that of the mesh's devices.
     attention: Literal["auto", "xla", "tpu", "gpu", "interpret"] = "auto"
 
@@ -127,6 +129,8 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 0.0
     grad_clip: float = 1.0
+    # Of the first moment; the second, whose small numbers matter, has the parameters' dtype.
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
     pack_length: int = 0  # tokens of a packed row; 0: rollout.max_length
     micro_rows: int = 1  # packed rows of one forward and backward pass, on each data shard
 

@@ -11,7 +11,7 @@ function that attends differs.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +164,12 @@ class KVCache(NamedTuple):
 
 # Called as `attention` is, with q, k, v and `segment_ids=` of whole rows.
 RowAttention = Callable[..., Array]
+# What the backward pass recomputes of each layer (see PolicyConfig.remat).
+Remat = Literal["none", "attention", "full"]
+_REMAT = {
+    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 # Given layer index, q, k, v of the new tokens and the carried cache: attends, returns the cache.
 Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
@@ -185,7 +191,7 @@ class Policy(nnx.Module):
         *,
         compute_dtype: Any = jnp.float32,
         tensor_axis: str | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
         impl: Impl | None = None,
         attend_rows: RowAttention | None = None,
     ):
@@ -299,8 +305,8 @@ class Policy(nnx.Module):
             (x, cache), (index, w) = carry, inputs
             return self._block(x, w, rope, partial(attend, index), cache), None
 
-        if self.remat:
-            layer = jax.checkpoint(layer)
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT[self.remat])
         if isinstance(self.layers, list):
             for index, w in enumerate(self.layers):
                 (x, cache), _ = layer((x, cache), (jnp.int32(index), w))

@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.markup import escape
 
 from r1s_jax import metrics as m
 from r1s_jax.advantages import token_advantages
-from r1s_jax.checkpoint import Checkpoints
+from r1s_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from r1s_jax.config import Config, RolloutConfig, StageConfig
 from r1s_jax.distributed import on_main, together
 from r1s_jax.engine import Engine, Rolled
@@ -20,6 +21,13 @@ from r1s_jax.environment import make_environment
 from r1s_jax.eval.runner import Evaluation, evaluate
 from r1s_jax.packing import pack, unpack
 from r1s_jax.pretrained import chat_renderer, make_policy
+from r1s_jax.profiling import (
+    Compilations,
+    StepTrace,
+    host_memory_gib,
+    keep_compiled_programs,
+    model_flops_utilization,
+)
 from r1s_jax.rewards import reward_rule
 from r1s_jax.rollout import Finish
 from r1s_jax.run_dir import StopRequest, open_run_dir
@@ -41,15 +49,33 @@ _BEGINNING = {
 
 
 def train(
-    config: Config, run_dir: Path, resume: bool = False, *, cold_start_only: bool = False
+    config: Config,
+    run_dir: Path,
+    resume: bool = False,
+    *,
+    cold_start_only: bool = False,
+    profile: str = "",
 ) -> dict[str, Any]:
     """Runs the whole config in `run_dir` and returns its summary.
+
+    `profile` names the steps of reinforcement learning to trace, as "N:M".
 
     SIGINT and SIGTERM end it early, at a step's end and with a checkpoint (the summary then has
     `stopped`); `resume` goes on as if it had never stopped. Raises ConfigError, DataError,
     SearchFailure or CheckpointError.
     """
-    run = Run(config, run_dir, resume)
+    keep_compiled_programs()
+    while True:
+        try:
+            return _train(config, run_dir, resume, cold_start_only, profile)
+        except DamagedCheckpoint as error:
+            console.print(f"[yellow]warning:[/] {escape(str(error))}; going on from the one before")
+
+
+def _train(
+    config: Config, run_dir: Path, resume: bool, cold_start_only: bool, profile: str
+) -> dict[str, Any]:
+    run = Run(config, run_dir, resume, profile)
     with StopRequest() as stop:
         state = run.cold_start(stop)
         if cold_start_only:
@@ -67,8 +93,9 @@ def train(
 class Run:
     """A run and everything that it needs, built once from its config."""
 
-    def __init__(self, config: Config, run_dir: Path, resume: bool):
+    def __init__(self, config: Config, run_dir: Path, resume: bool, profile: str = ""):
         self.config, self.started = config, time.perf_counter()
+        self.compilations, self.trace = Compilations(), StepTrace(profile, run_dir / "profile")
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         self.mesh = make_mesh(config.mesh)
         policy = together(lambda: make_policy(config.policy, config.seed))
@@ -83,6 +110,7 @@ class Run:
         self.checkpoints = Checkpoints(self.dir / "checkpoints", config.run.keep_checkpoints)
         self.progress = (self.checkpoints.progress() if resume else None) or dict(_BEGINNING)
         self.started -= self.progress["seconds"]
+        self.seconds_checkpoint = 0.0
         learning = self.progress["phase"] == "learning"
         self.telemetry.rewind(
             cold_start=config.cold_start.steps if learning else self.progress["step"],
@@ -151,18 +179,19 @@ class Run:
             for step, name, stage in _schedule(c, done):
                 bar.update(task, description=name.replace("stage", "Stage "))
                 scale = 1.0 - (1.0 - c.optimizer.decay_to) * step / max(total - 1, 1)
-                state, row = self.step(learner, state, step, stage, scale)
+                with self.trace.step(step + 1):
+                    state, row = self.step(learner, state, step, stage, scale)
+                # Before the checkpoint: a kill between the two must not lose the row.
+                self.telemetry.step({"step": step + 1, "stage": name, **row})
                 last = stop.agree() or step + 1 == total
-                begin = time.perf_counter()
                 if last or (step + 1) % c.run.checkpoint_every == 0:
                     self._save("learning", step + 1, state)
-                row["seconds_checkpoint"] = time.perf_counter() - begin
-                self.telemetry.step({"step": step + 1, "stage": name, **row})
                 bar.update(task, advance=1, info=_headline(row))
                 if not console.is_terminal:  # no live bar in a log: a line a step instead
                     console.print(f"{name} step {step + 1}/{total}  {_headline(row)}")
                 if stop.requested:
                     break
+        self.trace.close()
         self.checkpoints.wait()
         return state
 
@@ -214,12 +243,20 @@ class Run:
         for row in m.trace_rows(rolled, rewards, advantages, c.run.traces_per_step):
             self.telemetry.trace({"step": step + 1, **row})
         seconds = dict(zip(("rollout", "reward", "update"), np.diff(clock).tolist(), strict=True))
-        return state, {
-            **m.rollout_metrics(rolled, rewards),
-            **m.update_metrics(updates, seconds["update"]),
-            "kl": float(kl[mask].mean()) if kl is not None and mask.any() else 0.0,
-            **{f"seconds_{phase}": value for phase, value in seconds.items()},
-        }
+        return (
+            state,
+            {
+                **m.rollout_metrics(rolled, rewards),
+                **m.update_metrics(updates, seconds["update"]),
+                **self._utilization(state, t.lengths.sum(), seconds["update"]),
+                "compilations": self.compilations.take(),
+                "host_memory_gib": host_memory_gib(),
+                # Of beginning to write the last one: the rest goes on beside the next step.
+                "seconds_checkpoint": self.seconds_checkpoint,
+                "kl": float(kl[mask].mean()) if kl is not None and mask.any() else 0.0,
+                **{f"seconds_{phase}": value for phase, value in seconds.items()},
+            },
+        )
 
     def evaluate(self, state: LearnerState) -> Evaluation | None:
         """Greedy on held-out questions; None when the config asks for none."""
@@ -227,6 +264,11 @@ class Run:
         if not count:
             return None
         return evaluate(self.examiner, state.params, self.environment.evaluation(count))
+
+    @staticmethod
+    def _utilization(state: LearnerState, tokens: float, seconds: float) -> dict[str, float]:
+        share = model_flops_utilization(state.params, tokens, seconds)
+        return {} if share is None else {"mfu_update": share}
 
     def _update(
         self,
@@ -314,7 +356,9 @@ class Run:
             "seconds": time.perf_counter() - self.started,
         }
         index = step + (self.config.cold_start.steps + 1 if phase == "learning" else 0)
+        begin = time.perf_counter()
         self.checkpoints.save(index, state, self.progress)
+        self.seconds_checkpoint = time.perf_counter() - begin
 
 
 _advantages = jax.jit(token_advantages, static_argnums=0)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import OptimizerConfig
 from r1s_jax.distributed import to_host
-from r1s_jax.model import ModelConfig, Params, Policy
+from r1s_jax.model import ModelConfig, Params, Policy, Remat
 from r1s_jax.packing import PackedBatch
 from r1s_jax.sharding import (
     BATCH_AXES,
@@ -55,7 +55,13 @@ def make_optimizer(
     rate = config.learning_rate if learning_rate is None else learning_rate
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip),
-        optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay),
+        optax.adamw(
+            rate,
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.moment_dtype,
+        ),
     )
 
 
@@ -154,7 +160,7 @@ class Learner:
     model: ModelConfig
     mesh: Mesh
     compute_dtype: Any
-    remat: bool
+    remat: Remat
     optimizer: optax.GradientTransformation
     loss: TokenLoss
     attention: str = "auto"

@@ -3,11 +3,12 @@
 import resource
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.checkpoint import CheckpointError, Checkpoints
+from r1s_jax.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, checksums
 from r1s_jax.update import LearnerState
 
 
@@ -47,3 +48,54 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path):
     again = Checkpoints(tmp_path / "c", keep=2)
     assert again.progress() == {"step": 1}
     np.testing.assert_array_equal(again.restore(state(0)).params["w"], state(1).params["w"])
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.write_bytes(data)
+
+
+def random_state(seed: int) -> LearnerState:
+    """Numbers that no compression makes small, in several dtypes."""
+    key = jax.random.key(seed)
+    params = {"w": jax.random.normal(key, (64, 1024))}
+    params["half"] = jax.random.normal(key, (32, 32)).astype(jnp.bfloat16)
+    return LearnerState(params, {"mu": jnp.full(3, seed), "count": jnp.int32(seed)})
+
+
+@pytest.mark.parametrize("what", ["numbers", "description"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, what):
+    checkpoints = Checkpoints(tmp_path / "c", keep=3)
+    for i in (1, 2):
+        checkpoints.save(i, random_state(i), {"step": i})
+    checkpoints.close()
+    files = [p for p in (tmp_path / "c" / "2" / "state").rglob("*") if p.is_file()]
+    numbers = max(files, key=lambda p: p.stat().st_size)
+    if what == "numbers":
+        flip(numbers, numbers.stat().st_size // 2)
+    else:
+        flip(tmp_path / "c" / "2" / "state" / "_METADATA", 40)
+    again = Checkpoints(tmp_path / "c", keep=3)
+    with pytest.raises(DamagedCheckpoint, match=rf"checkpoint {tmp_path}/c/2 is damaged.*moved to"):
+        again.progress()
+        again.restore(random_state(0))
+    assert (tmp_path / "damaged-checkpoints" / "2").is_dir()
+    sound = Checkpoints(tmp_path / "c", keep=3)
+    assert sound.progress() == {"step": 1}
+    restored = sound.restore(random_state(0))
+    flip(tmp_path / "c" / "1" / "state" / "_METADATA", 40)
+    with pytest.raises(CheckpointError, match=r"c/1 is damaged.*there is no other"):
+        Checkpoints(tmp_path / "c", keep=3).restore(random_state(0))
+    assert (tmp_path / "c" / "1").is_dir()
+    for read, saved in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(random_state(1)), strict=True
+    ):
+        np.testing.assert_array_equal(read, saved)
+
+
+def test_checksums_notice_every_array():
+    whole = checksums(random_state(0))
+    assert whole == checksums(random_state(0)) and len(whole) == 4
+    other = checksums(random_state(1))
+    assert all(other[name] != value for name, value in whole.items())

@@ -51,7 +51,7 @@ def finish(processes, timeout=240):
 
 def learned(run_dir):
     """What a run left behind, less what it took."""
-    timed = ("seconds", "_per_s")
+    timed = ("seconds", "_per_s", "compilations", "host_memory")
     metrics = [
         {k: v for k, v in row.items() if not any(t in k for t in timed)}
         for row in read_rows(run_dir / "metrics.jsonl")

@@ -23,7 +23,7 @@ SAMPLING = dataclasses.replace(test_rollout.MODEL, head_dim=16)
 def learning_step(impl: str, mesh) -> dict[str, np.ndarray]:
     """Loss, and the gradients as the step of plain descent, of one packed batch."""
     learner = test_update.make_learner(
-        optax.sgd(1.0), model=LEARNING, mesh=mesh, attention=impl, remat=True
+        optax.sgd(1.0), model=LEARNING, mesh=mesh, attention=impl, remat="full"
     )
     params = init_params(LEARNING, 0)
     batch, micro = test_update.packed(test_update.make_sequences(), micro_rows=2)

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from r1s_jax.config import ConfigError, override
@@ -30,7 +32,7 @@ SHORT = [
     "environment.eval_people=40",
 ]
 # What the clock decides; everything else of a row must not depend on when a run was stopped.
-TIMES = ("seconds", "_per_s")
+TIMES = ("seconds", "_per_s", "compilations", "host_memory")
 
 
 def command(run_dir: Path, *options: str) -> list[str]:
@@ -82,6 +84,7 @@ def test_a_run_leaves_its_files(whole):
     for row in rows:
         assert named <= row.keys()
         assert row["logprob_gap_max"] < 1e-4, "training sees what sampling saw"
+    assert [row["compilations"] for row in rows[2:]] == [0] * 4, "nothing is compiled again"
     for trace in read_rows(whole / "traces.jsonl"):
         assert trace["spans"] and {"question", "answers", "reward", "parts"} <= trace.keys()
     assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
@@ -105,6 +108,28 @@ def test_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
         command(path, "--resume"), env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_run(whole, path)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_path):
+    path = tmp_path / "damaged"
+    shutil.copytree(whole, path)
+    (path / "summary.json").unlink()
+    newest = max((path / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    numbers = max(newest.rglob("*"), key=lambda p: p.stat().st_size)
+    data = bytearray(numbers.read_bytes())
+    data[len(data) // 2] ^= 1
+    numbers.write_bytes(data)
+    done = subprocess.run(
+        command(path, "--resume", "--profile", "6"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((path / "profile").rglob("perfetto_trace.json.gz"))
+    assert f"{newest} is damaged" in done.stderr.replace("\n", "")
+    assert (path / "damaged-checkpoints" / newest.name).is_dir()
     assert_same_run(whole, path)
 
 
@@ -145,3 +170,40 @@ def test_kl_to_the_reference(tmp_path):
     first, second = read_rows(tmp_path / "kl" / "metrics.jsonl")
     assert abs(first["kl"]) < 1e-6
     assert abs(second["kl"]) > 1e-6
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    """The launch script restarts the run; each kill comes within twenty seconds of its start."""
+    path, rng = tmp_path / "killed", random.Random(0)
+    longer = [*SHORT, "stage2.steps=60"]
+    train(override(tiny_world.config(), longer), tmp_path / "whole")
+    script = Path(__file__).parents[1] / "configs" / "launch" / "single_gpu.sh"
+    bin_dir = Path(sys.executable).parent
+    env = environment() | {"RECIPE": "tiny_world", "RUN_DIR": str(path)}
+    env["PATH"] = f"{bin_dir}:{env['PATH']}"
+    with (tmp_path / "log").open("w") as log:
+        loop = subprocess.Popen(["bash", str(script), *longer], env=env, stdout=log, stderr=log)
+        for _ in range(20):
+            while not (runs := psutil.Process(loop.pid).children()) and loop.poll() is None:
+                time.sleep(0.01)
+            assert loop.poll() is None, "the run ended before it was killed twenty times"
+            time.sleep(rng.uniform(0, 20))
+            for run in runs:
+                run.kill()
+            psutil.wait_procs(runs)
+        assert loop.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert (tmp_path / "log").read_text().count("stopped with status 137") == 20
+    assert_same_run(tmp_path / "whole", path)
+
+
+@pytest.mark.slow
+def test_memory_stays_level_over_many_steps(tmp_path):
+    few = ["cold_start.steps=0", "stage1.steps=0", "stage2.steps=500", "eval.questions=0"]
+    few += ["stage2.questions_per_step=4", "algorithm.samples_per_question=4"]
+    few += ["environment.people=40", "run.checkpoint_every=25"]
+    train(override(tiny_world.config(), few), tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 500
+    assert rows[-1]["host_memory_gib"] < 1.05 * rows[49]["host_memory_gib"]
+    assert sum(row["compilations"] for row in rows[2:]) == 0

@@ -23,7 +23,7 @@ def make_learner(optimizer=None, **changes) -> Learner:
         model=MODEL,
         mesh=make_mesh(MeshConfig()),
         compute_dtype=jnp.float32,
-        remat=False,
+        remat="none",
         optimizer=optimizer or optax.sgd(1.0),
         loss=partial(clipped_loss, 0.2),
     )
@@ -214,9 +214,32 @@ def test_packing_and_micro_batches_change_nothing(learner, alone, capacity, micr
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, err_msg=name)
 
 
-def test_recomputing_layers_changes_nothing(alone):
-    after, _ = step(make_learner(remat=True), *one_a_row(make_sequences()))
+@pytest.mark.parametrize("remat", ["attention", "full"])
+def test_recomputing_layers_changes_nothing(alone, remat):
+    after, _ = step(make_learner(remat=remat), *one_a_row(make_sequences()))
     assert_close(after, alone[0], atol=1e-5)
+
+
+def test_recomputing_more_keeps_less():
+    """Bytes that one update holds at a time, on a model whose activations are most of them."""
+    model = ModelConfig(31, 64, 128, 4, 4, 2, 16)
+    params = init_params(model, 0)
+    batch, micro = packed(make_sequences(), capacity=512, micro_rows=4)
+
+    def held(remat: str) -> int:
+        learner = make_learner(model=model, remat=remat)
+        arguments = (learner.init(params), batch, jnp.int32(micro), jnp.float32(1))
+        lowered = type(learner)._update.lower(learner, *arguments)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    none, attention, full = map(held, ("none", "attention", "full"))
+    assert full < attention < none
+
+
+def test_the_first_moment_may_be_kept_in_half():
+    optimizer = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"))
+    adam = optimizer.init({"w": jnp.ones(3)})[1][0]
+    assert (adam.mu["w"].dtype, adam.nu["w"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_micro_batches_past_the_used_ones_are_not_looked_at(learner):

@@ -1,0 +1,39 @@
+"""Tokens of a rollout and the parameters after an update, on meshes of this process' devices.
+
+`python -m tests.mesh_worker OUT.npz DATAxFSDPxTENSOR ...`
+"""
+
+import sys
+
+import jax
+import numpy as np
+import optax
+
+from r1s_jax.config import MeshConfig
+from r1s_jax.model import ModelConfig
+from r1s_jax.sharding import make_mesh
+from tests import test_rollout, test_update
+
+# Divides over eight devices in every way.
+MODEL = ModelConfig(160, 32, 64, 2, 8, 8, 8, rope_theta=1000.0)
+
+
+def on_mesh(shape: str) -> dict[str, np.ndarray]:
+    """What a mesh gives: `tokens`, `lengths` and every parameter."""
+    data, fsdp, tensor = map(int, shape.split("x"))
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    test_rollout.make_mesh = lambda _: mesh
+    test_rollout.MODEL = test_update.MODEL = MODEL
+    trajectory = test_rollout.roll(test_rollout.make_engine(model=MODEL)).trajectory
+    learner = test_update.make_learner(optax.sgd(1.0), model=MODEL, mesh=mesh)
+    batch, micro = test_update.packed(test_update.make_sequences(), micro_rows=8)
+    params, metrics = test_update.step(learner, batch, micro)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return {"tokens": trajectory.tokens, "loss": np.asarray(metrics["loss"]), **named}
+
+
+if __name__ == "__main__":
+    out, *shapes = sys.argv[1:]
+    found = {shape: on_mesh(shape) for shape in shapes}
+    np.savez(out, **{f"{s} {k}": v for s, values in found.items() for k, v in values.items()})

@@ -1,0 +1,36 @@
+"""Every way to arrange eight devices gives the trajectories and the update of one."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SHAPES = ["8x1x1", "1x8x1", "1x1x8", "2x4x1", "4x2x1", "2x1x4", "4x1x2", "1x2x4", "1x4x2", "2x2x2"]
+FEW = ["1x8x1", "1x1x8", "2x2x2"]
+
+
+def computed(folder, devices, shapes):
+    out = folder / f"{devices}-{len(shapes)}.npz"
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.mesh_worker", str(out), *shapes]
+    subprocess.run(command, check=True, env=env, timeout=900)
+    arrays = np.load(out)
+    return {
+        shape: {key.partition(" ")[2]: arrays[key] for key in arrays if key.startswith(f"{shape} ")}
+        for shape in shapes
+    }
+
+
+@pytest.mark.parametrize(
+    "shapes", [FEW, pytest.param([s for s in SHAPES if s not in FEW], marks=pytest.mark.slow)]
+)
+def test_a_mesh_changes_nothing(tmp_path, shapes):
+    one = computed(tmp_path, 1, ["1x1x1"])["1x1x1"]
+    for shape, found in computed(tmp_path, 8, shapes).items():
+        assert found.keys() == one.keys()
+        np.testing.assert_array_equal(found["tokens"], one["tokens"], err_msg=shape)
+        for name in one.keys() - {"tokens"}:
+            np.testing.assert_allclose(found[name], one[name], atol=1e-4, err_msg=f"{shape} {name}")
