@@ -5,6 +5,7 @@ checksum is kept beside it, and what is read back must have the same.
 """
 
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from r1s_jax.model import ModelConfig, Params, ParamSpec, param_specs
 from r1s_jax.update import LearnerState
 
 _CHECKSUMS = "checksums"
+_PATIENCE_S = 30.0
 
 
 class CheckpointError(RuntimeError):
@@ -56,6 +58,12 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until what was saved is on disk. Raises CheckpointError if it is not."""
         self._guard(self._manager.wait_until_finished)
+
+    def wait_after_error(self) -> None:
+        """Lets what is being saved get to the disk, but not for ever: others may have gone."""
+        waiting = threading.Thread(target=self._manager.wait_until_finished, daemon=True)
+        waiting.start()
+        waiting.join(_PATIENCE_S)
 
     def close(self) -> None:
         self._guard(self._manager.close)

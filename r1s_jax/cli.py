@@ -7,6 +7,7 @@ import os
 import pkgutil
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -495,9 +496,15 @@ def main() -> None:
     """Runs the command; an error that the user can mend is one message, not a traceback."""
     try:
         app()
-    except _expected_errors() as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(1)
+    except Exception as error:
+        from r1s_jax.distributed import leave
+
+        expected = isinstance(error, _expected_errors())
+        if expected:
+            typer.secho(f"error: {error}", fg="red", err=True)
+        else:
+            traceback.print_exc()
+        leave(1, all_know=expected)
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:

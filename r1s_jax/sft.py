@@ -25,6 +25,13 @@ def cooldown_begins(config: ColdStartConfig, step: int, accuracy: float) -> bool
     return accuracy >= config.accuracy or step >= config.steps - config.cooldown_steps
 
 
+def cold_start_end(config: ColdStartConfig, cooldown_from: int | None) -> int:
+    """The step before which the cold start ends: never later than `config.steps`."""
+    if cooldown_from is None:
+        return config.steps
+    return min(cooldown_from + config.cooldown_steps, config.steps)
+
+
 def demonstration_batch(
     demonstrations: Sequence[Demonstration],
     encode: Callable[[str], list[int]],

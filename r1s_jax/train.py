@@ -31,7 +31,7 @@ from r1s_jax.profiling import (
 from r1s_jax.rewards import reward_rule
 from r1s_jax.rollout import Finish
 from r1s_jax.run_dir import StopRequest, open_run_dir
-from r1s_jax.sft import cooldown_begins, demonstration_batch, learning_rate_scale
+from r1s_jax.sft import cold_start_end, cooldown_begins, demonstration_batch, learning_rate_scale
 from r1s_jax.sharding import batch_shards, make_mesh, shard_params
 from r1s_jax.summary import summarize
 from r1s_jax.telemetry import Telemetry, console, make_progress
@@ -42,6 +42,7 @@ _BEGINNING = {
     "phase": "cold_start",
     "step": 0,
     "accuracy": 0.0,  # of the cold start's predictions, a running mean
+    "cooldown_from": None,  # the step at which that was good enough
     "before": None,  # evaluation before reinforcement learning
     "environment": {},
     "seconds": 0.0,
@@ -76,12 +77,16 @@ def _train(
     config: Config, run_dir: Path, resume: bool, cold_start_only: bool, profile: str
 ) -> dict[str, Any]:
     run = Run(config, run_dir, resume, profile)
-    with StopRequest() as stop:
-        state = run.cold_start(stop)
-        if cold_start_only:
-            stop.requested = stop.requested or "end of the cold start"
-        if not stop.requested:
-            state = run.learn(state, stop)
+    try:
+        with StopRequest() as stop:
+            state = run.cold_start(stop)
+            if cold_start_only:
+                stop.requested = stop.requested or "end of the cold start"
+            if not stop.requested:
+                state = run.learn(state, stop)
+    except Exception:
+        run.checkpoints.wait_after_error()
+        raise
     run.checkpoints.close()
     run.telemetry.close()
     if stop.requested:
@@ -135,10 +140,10 @@ class Run:
                 info="",
                 visible=c.steps > 0,
             )
-            while (step := progress["step"]) < progress.get("cold_start_ends", c.steps):
+            while (step := progress["step"]) < cold_start_end(c, progress["cooldown_from"]):
                 state, row = self._imitate(learner, state, step)
                 self.telemetry.cold_start({"step": step + 1, **row})
-                end = progress.get("cold_start_ends", c.steps)
+                end = cold_start_end(c, progress["cooldown_from"])
                 info = f"loss {row['loss']:.3f}  accuracy {progress['accuracy']:.3f}"
                 bar.update(task, advance=1, total=end, info=info)
                 if stop.agree() or (step + 1) % c.checkpoint_every == 0:
@@ -156,10 +161,9 @@ class Run:
     ) -> tuple[LearnerState, dict[str, float]]:
         """One step of the cold start; notes when its end comes into sight."""
         c, progress = self.config.cold_start, self.progress
-        if "cold_start_ends" not in progress and cooldown_begins(c, step, progress["accuracy"]):
-            progress["cold_start_ends"] = step + c.cooldown_steps
-        end = progress.get("cold_start_ends")
-        scale = learning_rate_scale(c, step, end and end - c.cooldown_steps)
+        if progress["cooldown_from"] is None and cooldown_begins(c, step, progress["accuracy"]):
+            progress["cooldown_from"] = step
+        scale = learning_rate_scale(c, step, progress["cooldown_from"])
         state, row = learner.update(state, *self._demonstrations(step), scale)
         row["accuracy"] = row.pop("likely") / max(row.pop("full"), 1e-9)
         progress["accuracy"] = 0.9 * progress["accuracy"] + 0.1 * row["accuracy"]

@@ -1,11 +1,12 @@
 """What one of several processes does in a test: `python -m tests.distributed_worker WHAT DIR`."""
 
 import sys
+import traceback
 from pathlib import Path
 
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
-from r1s_jax.distributed import ProcessError, gather, is_main, join, on_main, together
+from r1s_jax.distributed import ProcessError, gather, is_main, join, leave, on_main, together
 from r1s_jax.environment import Batch, TinyWorldEnvironment
 from tests.fakes import RaisingRetriever
 
@@ -21,7 +22,8 @@ SHORT = (
     "eval.questions=0",
     "rollout.slots=8",
     "rollout.prefill_rows=4",
-    "rollout.max_length=128",
+    "rollout.max_length=192",
+    "rollout.max_prompt_length=96",
     "rollout.first_search=true",
     "algorithm.samples_per_question=4",
 )
@@ -78,4 +80,8 @@ def failing_search(run_dir: Path) -> None:
 
 if __name__ == "__main__":
     join()
-    {"agree": agree, "failing_search": failing_search}[sys.argv[1]](Path(sys.argv[2]))
+    try:
+        {"agree": agree, "failing_search": failing_search}[sys.argv[1]](Path(sys.argv[2]))
+    except Exception:
+        traceback.print_exc()
+        leave(1)
