@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
+from orbax.checkpoint import checkpoint_managers as policies
 
 from r1s_jax.distributed import on_main
 from r1s_jax.model import ModelConfig, Params, ParamSpec, param_specs
@@ -33,27 +34,45 @@ class DamagedCheckpoint(CheckpointError):
 
 
 class Checkpoints:
-    """The newest checkpoints of a run, written in the background.
+    """The newest checkpoints of a run and the best one, written in the background.
 
     A checkpoint appears whole or not at all: Orbax writes beside it and renames. `index` grows
     through the whole run, cold start included.
     """
 
     def __init__(self, directory: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+            best_fn=_score,
+            create=True,
+        )
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
         self._directory = directory.resolve()
 
-    def save(self, index: int, state: LearnerState, progress: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        index: int,
+        state: LearnerState,
+        progress: Mapping[str, Any],
+        score: float | None = None,
+    ) -> None:
         """Starts saving. A failure to write shows at the latest in `wait`.
 
-        Raises CheckpointError (a full disk, say); the checkpoints before are kept.
+        The checkpoint with the highest `score` is kept whatever its age. Raises CheckpointError (a
+        full disk, say); the checkpoints before are kept.
         """
+        metrics = None if score is None else {"score": score}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             progress=ocp.args.JsonSave({**progress, _CHECKSUMS: checksums(state)}),
         )
-        self._guard(lambda: self._manager.save(index, args=args, force=True))
+        self._guard(lambda: self._manager.save(index, args=args, metrics=metrics, force=True))
+
+    def best(self) -> Path | None:
+        """The checkpoint with the highest score so far; None where none has one."""
+        scored = [step for step in self._manager.all_steps() if self._manager.metrics(step)]
+        return self._directory / str(self._manager.best_step()) if scored else None
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk. Raises CheckpointError if it is not."""
@@ -131,6 +150,10 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self._directory}: {error}. Earlier checkpoints are "
                 "whole: make room, then go on with --resume."
             ) from error
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
 
 
 def checksums(state: LearnerState) -> dict[str, int]:

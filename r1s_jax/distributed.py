@@ -89,18 +89,18 @@ def gather(value: T) -> list[T]:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """What `action` returns on the main process, or the error it raises, everywhere."""
+    """What `action` returns on the main process, everywhere; ProcessError when it fails there."""
     if jax.process_count() == 1:
         return action()
-    result, error = _attempt(action) if is_main() else (None, None)
-    result, error = gather((result, error))[0]
-    if error is not None:
-        raise error
+    result, error = _attempt(action) if is_main() else (None, "")
+    result, failed = gather((result, error))[0]
+    if failed:
+        raise ProcessError(f"process 0: {failed}")
     return result
 
 
 def together(action: Callable[[], T]) -> T:
-    """`action` on every process; when it fails on any, all raise the first one's error.
+    """`action` on every process; ProcessError on all of them when it fails on any.
 
     `action` must not itself wait for other processes.
     """
@@ -108,8 +108,8 @@ def together(action: Callable[[], T]) -> T:
         return action()
     result, error = _attempt(action)
     for process, failed in enumerate(gather(error)):
-        if failed is not None:
-            raise ProcessError(f"process {process}: {failed}") from error
+        if failed:
+            raise ProcessError(f"process {process}: {failed}")
     return result
 
 
@@ -120,8 +120,9 @@ def to_host(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """What it returned, and what it failed with; exceptions themselves may not pickle."""
     try:
-        return action(), None
+        return action(), ""
     except Exception as error:
-        return None, error
+        return None, str(error) or repr(error)

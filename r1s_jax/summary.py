@@ -16,7 +16,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def summarize(run_dir: Path, progress: dict[str, Any], after: Evaluation | None) -> dict[str, Any]:
+def summarize(
+    run_dir: Path, progress: dict[str, Any], after: Evaluation | None, best: Path | None
+) -> dict[str, Any]:
     """Writes `summary.json` and `learning_curve.png`, shows both to people, returns the summary."""
     rows = read_rows(run_dir / "metrics.jsonl")
     tokens = sum(row["sampled_tokens"] for row in rows)
@@ -27,6 +29,7 @@ def summarize(run_dir: Path, progress: dict[str, Any], after: Evaluation | None)
         "sampled_tokens_per_s": tokens / max(sum(row["seconds_rollout"] for row in rows), 1e-9),
         "seconds": progress["seconds"],
         "run_dir": str(run_dir),
+        "best_checkpoint": str(best) if best else None,
     }
     if after:
         summary |= {

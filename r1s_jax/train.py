@@ -46,6 +46,7 @@ _BEGINNING = {
     "before": None,  # evaluation before reinforcement learning
     "environment": {},
     "seconds": 0.0,
+    "score": None,  # a running mean of the last stage's answer F1: its best checkpoint is kept
 }
 
 
@@ -87,12 +88,13 @@ def _train(
     except Exception:
         run.checkpoints.wait_after_error()
         raise
+    best = run.checkpoints.best()
     run.checkpoints.close()
     run.telemetry.close()
     if stop.requested:
         return {"stopped": stop.requested, "phase": run.progress["phase"], "run_dir": str(run_dir)}
     after = run.evaluate(state)
-    return on_main(lambda: summarize(run.dir, run.progress, after))
+    return on_main(lambda: summarize(run.dir, run.progress, after, best))
 
 
 class Run:
@@ -185,6 +187,10 @@ class Run:
                 scale = 1.0 - (1.0 - c.optimizer.decay_to) * step / max(total - 1, 1)
                 with self.trace.step(step + 1):
                     state, row = self.step(learner, state, step, stage, scale)
+                if stage is (c.stage2 if c.stage2.steps else c.stage1):
+                    score = self.progress["score"]
+                    f1 = row["answer_f1"]
+                    self.progress["score"] = f1 if score is None else 0.9 * score + 0.1 * f1
                 # Before the checkpoint: a kill between the two must not lose the row.
                 self.telemetry.step({"step": step + 1, "stage": name, **row})
                 last = stop.agree() or step + 1 == total
@@ -361,7 +367,7 @@ class Run:
         }
         index = step + (self.config.cold_start.steps + 1 if phase == "learning" else 0)
         begin = time.perf_counter()
-        self.checkpoints.save(index, state, self.progress)
+        self.checkpoints.save(index, state, self.progress, self.progress["score"])
         self.seconds_checkpoint = time.perf_counter() - begin
 
 

@@ -30,6 +30,19 @@ def test_restores_the_newest(tmp_path):
     assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [2, 3]
 
 
+def test_the_best_is_kept_whatever_its_age(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    assert checkpoints.best() is None
+    checkpoints.save(1, state(1), {"step": 1})
+    for i, score in enumerate((0.2, 0.9, 0.3, 0.1, 0.4), start=2):
+        checkpoints.save(i, state(i), {"step": i}, score)
+    checkpoints.wait()
+    assert checkpoints.best() == tmp_path / "c" / "3"
+    assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [3, 5, 6]
+    again = Checkpoints(tmp_path / "c", keep=2)
+    assert again.progress() == {"step": 6} and again.best() == tmp_path / "c" / "3"
+
+
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path):
     """A limit on the size of files stands in for a disk without room."""
     checkpoints = Checkpoints(tmp_path / "c", keep=2)

@@ -1,0 +1,52 @@
+"""What the documentation tells people to type exists, and what it links to is there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from r1s_jax import cli
+from r1s_jax.config import override
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_BLOCK = re.compile(r"```bash\n(.*?)```", re.S)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command in the page's bash blocks."""
+    text = "\n".join(_BLOCK.findall(page.read_text()))
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line.strip(), comments=True) for line in lines if line.strip()]
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), [c for c in COMMANDS if c[1][:1] == ["r1s"]], ids=lambda x: " ".join(x)[:60]
+)
+def test_every_r1s_command_is_one(page, words):
+    command, arguments = typer.main.get_command(cli.app), words[1:]
+    while isinstance(command, click.Group):
+        assert arguments and arguments[0] in command.commands, words
+        command = command.commands[arguments.pop(0)]
+    context = command.make_context(command.name, arguments)
+    if recipe := context.params.get("config"):
+        override(cli._recipes()[recipe].config(), context.params["overrides"] or [])
+
+
+def test_every_make_target_is_there():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = [words[1] for _, words in COMMANDS if words[:1] == ["make"]]
+    assert named and set(named) <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [x for x in links if "://" not in x and not (page.parent / x).exists()]
+    assert not missing
