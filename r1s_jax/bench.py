@@ -119,7 +119,7 @@ def bench_update(
         p.model,
         mesh,
         np.dtype("float32"),
-        False,
+        "none",
         make_optimizer(OptimizerConfig()),
         partial(clipped_loss, 0.2),
     )

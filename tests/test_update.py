@@ -222,9 +222,9 @@ def test_recomputing_layers_changes_nothing(alone, remat):
 
 def test_recomputing_more_keeps_less():
     """Bytes that one update holds at a time, on a model whose activations are most of them."""
-    model = ModelConfig(31, 64, 128, 4, 4, 2, 16)
+    model = ModelConfig(31, 32, 64, 2, 2, 1, 16)
     params = init_params(model, 0)
-    batch, micro = packed(make_sequences(), capacity=512, micro_rows=4)
+    batch, micro = packed(make_sequences(), capacity=256, micro_rows=4)
 
     def held(remat: str) -> int:
         learner = make_learner(model=model, remat=remat)
