@@ -87,7 +87,7 @@ def test_transformers_gives_our_logits_for_what_is_exported(name, tmp_path):
     assert filecmp.cmpfiles(out, again, names, shallow=False)[0] == names
     policy = load_pretrained(reference)
     tokens = np.random.default_rng(0).integers(0, policy.model.vocab_size, (2, 33))
-    ours = np.asarray(jax.jit(Policy(policy.model, policy.params))(jnp.asarray(tokens)))
+    ours = np.asarray(Policy(policy.model, policy.params)(jnp.asarray(tokens)))
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
