@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from r1s_jax import protocol
@@ -82,7 +84,7 @@ def answer_file(
     described = _header(run, source)
     done = _already(out, described, questions)
     progress(done, len(questions))
-    policy = load_pretrained(run.model)
+    policy = load_pretrained(run.model, _dtype())
     engine = _engine(run, policy)
     params = shard_params(policy.params, policy.model, engine.mesh)
     write_json(header_path(out), described)
@@ -135,7 +137,7 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
         # An evaluation goes on whatever a retriever does: every failure is in its row.
         SearchConfig(max_failure_rate=1.0),
         make_mesh(MeshConfig()),
-        np.dtype("float32"),
+        _dtype(),
         _renderer(run, policy),
         extract_query=protocol.extract_eval_query,
     )
@@ -178,7 +180,13 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     # How many are answered at a time, and how many in all, changes no answer.
     for name in ("slots", "limit"):
         del described[name]
-    return {"run": described, "source": source}
+    return {"run": described, "source": source, "dtype": _dtype().name}
+
+
+def _dtype() -> np.dtype:
+    """Of weights and computation: as models are published and served, but on a CPU, which is slower
+    at it."""
+    return np.dtype("float32" if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def _already(out: Path, described: dict[str, Any], questions: Sequence[Question]) -> int:

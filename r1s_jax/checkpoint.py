@@ -119,6 +119,8 @@ class Checkpoints:
     def _read(self, args: ocp.args.Composite) -> Any:
         try:
             return self._manager.restore(self._manager.latest_step(), args=args)
+        except jax.errors.JaxRuntimeError:
+            raise  # no memory on the devices, say: no fault of the checkpoint
         except Exception as error:
             self._set_aside(f"{type(error).__name__}: {error}")
 

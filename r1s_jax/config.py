@@ -216,7 +216,7 @@ class RunConfig:
     """What a run leaves behind."""
 
     checkpoint_every: int = 1  # steps
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest; the best one is kept besides
     traces_per_step: int = 4
     wandb_project: str = ""  # also log to Weights & Biases, where it is installed
 

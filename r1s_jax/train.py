@@ -85,6 +85,8 @@ def _train(
                 stop.requested = stop.requested or "end of the cold start"
             if not stop.requested:
                 state = run.learn(state, stop)
+    except DamagedCheckpoint:
+        raise
     except Exception:
         run.checkpoints.wait_after_error()
         raise

@@ -10,7 +10,7 @@ import pytest
 from r1s_jax import protocol
 from r1s_jax.data import DataError
 from r1s_jax.eval.answer import NO_ANSWER, EvalRun, answer_file
-from r1s_jax.eval.results import read_results
+from r1s_jax.eval.results import read_header, read_results
 from r1s_jax.eval.score import summarize
 from tests.fakes import EchoRetriever
 from tests.retrieval.test_online import Web
@@ -115,6 +115,16 @@ def test_direct_never_searches_and_rag_searches_once(questions, searcher, tmp_pa
     rows = rows_of(answer_file(rag, EchoRetriever(), {}, tmp_path / "rag.jsonl"))
     assert {row["searches"] for row in rows} == {1}
     assert all("the trade of" in row["gen_text_store"] for row in rows)
+
+
+def test_on_accelerators_it_computes_in_bfloat16(questions, searcher, tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    run = make_run(questions, searcher, mode="direct", limit=2)
+    out = answer_file(run, None, {}, tmp_path / "out.jsonl")
+    assert len(rows_of(out)) == 2 and read_header(out)["dtype"] == "bfloat16"
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="written by another run"):  # its numbers are others
+        answer_file(run, None, {}, out)
 
 
 def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
