@@ -177,7 +177,7 @@ class _GuardedPool(urllib3.PoolManager):
     """Connects to public addresses only, judged by the connection that was really made."""
 
     def __init__(self, trusted_hosts: frozenset[str], **options: Any):
-        super().__init__(retries=urllib3.Retry(2, redirect=5, backoff_factor=0.2), **options)
+        super().__init__(retries=urllib3.Retry(5, connect=1, read=1, redirect=4), **options)
 
         class Guard:
             host: str
