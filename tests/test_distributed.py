@@ -73,7 +73,7 @@ def assert_alike(a, b):
         for x, y in zip(a, b, strict=True):
             assert_alike(x, y)
     else:
-        assert a == (pytest.approx(b, rel=1e-4, abs=1e-6) if isinstance(b, float) else b)
+        assert a == (pytest.approx(b, rel=1e-4, abs=1e-5) if isinstance(b, float) else b)
 
 
 @pytest.fixture(scope="module")
