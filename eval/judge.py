@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1s_jax.data import DataError, gold_answers, read_rows
-from r1s_jax.eval.results import VERDICTS, header_path, read_header, score_row
+from r1s_jax.data import gold_answers
+from r1s_jax.eval.results import VERDICTS, header_path, read_header, read_results
 from r1s_jax.run_dir import write_json
 
 Verdict = Literal["True", "False", "unparsable"]
@@ -63,9 +63,7 @@ def judge_file(
     often each verdict occurs. Raises DataError for a broken row; JudgeError, after writing `out`
     with the verdicts there are, when some rows got none.
     """
-    rows = [_checked(path, number, row) for number, row in read_rows(path)]
-    if not rows:
-        raise DataError(f"{path}: no results in this file")
+    rows = read_results(path)
     keys = [_key(judge, _prompt(row)) for row in rows]
     prompts = dict(zip(keys, map(_prompt, rows), strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +95,8 @@ def judge_file(
 
 
 def _judged(row: dict[str, Any], verdict: Verdict | None) -> dict[str, Any]:
-    """The row with its verdict, none left over from another judge."""
-    row = {name: value for name, value in row.items() if name not in VERDICTS}
+    """The row as it was read with its verdict, none left over from another judge."""
+    row = {name: value for name, value in row.items() if name not in (*VERDICTS, "scores")}
     return row if verdict is None else row | {"judge": verdict}
 
 
@@ -175,14 +173,6 @@ def _limiter(judge: Judge) -> Any:
     from aiolimiter import AsyncLimiter
 
     return AsyncLimiter(1, 60 / judge.requests_per_minute)
-
-
-def _checked(path: Path, number: int, row: dict[str, Any]) -> dict[str, Any]:
-    try:
-        score_row(row)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}: {error}") from error
-    return row
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
