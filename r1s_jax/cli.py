@@ -263,6 +263,8 @@ def _expected_errors() -> tuple[type[Exception], ...]:
     from r1s_jax.checkpoint import CheckpointError
     from r1s_jax.distributed import ProcessError
     from r1s_jax.eval.judge import JudgeError
+    from r1s_jax.health import UnhealthyRun
+    from r1s_jax.http_reward import RewardServerError
     from r1s_jax.search import SearchFailure
 
     # Every error about input is a ValueError (ConfigError, DataError, WeightsError, ...).
@@ -272,7 +274,9 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         CheckpointError,
         JudgeError,
         ProcessError,
+        RewardServerError,
         SearchFailure,
+        UnhealthyRun,
         ValueError,
         OSError,
     )

@@ -25,6 +25,7 @@ from r1s_jax.chips import CHIPS, Chip
 from r1s_jax.config import Config
 from r1s_jax.hlo import collective_bytes
 from r1s_jax.kernels.attention.api import cache_dims
+from r1s_jax.losses import policy_loss
 from r1s_jax.model import LAYERS_SCOPE, ModelConfig, ParamSpec, param_specs
 from r1s_jax.packing import PackedBatch
 from r1s_jax.rollout import DECODE_SCOPE, PREFILL_SCOPE, Prompts, Rollout
@@ -43,7 +44,6 @@ from r1s_jax.update import (
     MICRO_SCOPE,
     Learner,
     LearnerState,
-    clipped_loss,
     logit_chunks,
     make_optimizer,
 )
@@ -221,7 +221,7 @@ def _jaxprs(eqn: Any) -> Iterator[Any]:
 
 def _learner(config: Config, model: ModelConfig, mesh: Mesh) -> Learner:
     dtype = np.dtype(config.policy.compute_dtype)
-    loss = partial(clipped_loss, config.algorithm.clip)
+    loss = policy_loss(config.algorithm)
     optimizer = make_optimizer(config.optimizer)
     policy = config.policy
     return Learner(model, mesh, dtype, policy.remat, optimizer, loss, policy.attention)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from r1s_jax.advantages import Estimator, KlEstimator
 from r1s_jax.model import ModelConfig, Remat
 
 
@@ -107,16 +108,48 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """Reinforce++ and its estimators (see advantages.py)."""
+    """Reinforce++ and its relatives: see advantages.py and losses.py for what each name means."""
 
-    estimator: Literal["reinforce++", "reinforce_baseline", "group_norm", "rloo"] = (
-        "reinforce_baseline"
-    )
+    estimator: Estimator = "reinforce_baseline"
     samples_per_question: int = 16
     updates_per_rollout: int = 4
     clip: float = 0.2
+    clip_high: float = 0.0  # the bound above 1, where it differs; 0: as clip
+    dual_clip: float = 0.0  # bound on the cost of a bad token, in advantages (3 is usual); 0: none
+    # Mean over a sequence's tokens and then over sequences, or over all tokens alike.
+    loss_average: Literal["sequence", "token"] = "sequence"
+    # Weigh each token by how much likelier it is to the program that learns than it was to the one
+    # that sampled, at most by this (2 is usual; costs one more forward pass); 0: no correction.
+    importance_cap: float = 0.0
     kl_coefficient: float = 0.0  # 0: no reference model is kept in memory
+    kl_penalty: Literal["reward", "loss"] = "reward"
+    kl_estimator: KlEstimator = "k1"
+    kl_target: float = 0.0  # adapt the coefficient so that the KL of a token nears this; 0: fixed
     reward_clip: float = 10.0
+    # Roll out up to so many more batches a step, to put groups with different rewards in the place
+    # of those that are all alike and teach nothing (DAPO, arXiv 2503.14476).
+    dynamic_sampling: int = 0
+
+    def __post_init__(self) -> None:
+        _check(0 < self.clip < 1, f"algorithm.clip must be between 0 and 1, got {self.clip}")
+        _check(
+            self.dual_clip == 0 or self.dual_clip > 1,
+            f"algorithm.dual_clip must be 0 or more than 1, got {self.dual_clip}",
+        )
+        for name in ("clip_high", "importance_cap", "kl_coefficient", "kl_target"):
+            _check(getattr(self, name) >= 0, f"algorithm.{name} must not be negative")
+        for name in ("samples_per_question", "updates_per_rollout"):
+            _check(getattr(self, name) >= 1, f"algorithm.{name} must be at least 1")
+        _check(self.dynamic_sampling >= 0, "algorithm.dynamic_sampling must not be negative")
+        _check(
+            self.kl_penalty == "reward" or self.kl_estimator == "k3",
+            "algorithm.kl_penalty=loss needs algorithm.kl_estimator=k3: the gradient of k1 is zero "
+            "on average",
+        )
+        _check(
+            self.kl_target == 0 or self.kl_coefficient > 0,
+            "algorithm.kl_target adapts algorithm.kl_coefficient, which must start above 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -158,8 +191,12 @@ class StageConfig:
     """One stage of reinforcement learning; 0 steps skips it."""
 
     steps: int
+    # A name (see rewards.py), module:function of your own, or http://... of a reward server.
     reward: str
     questions_per_step: int = 64
+    # The stage also ends after a step in which this share of answers kept the format; 0: it does
+    # not.
+    until_format_valid: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -218,6 +255,7 @@ class RunConfig:
     checkpoint_every: int = 1  # steps
     keep_checkpoints: int = 2  # the newest; the best one is kept besides
     traces_per_step: int = 4
+    stop_when_unhealthy: bool = True  # at a fatal signal (see health.py), with a checkpoint
     wandb_project: str = ""  # also log to Weights & Biases, where it is installed
 
 

@@ -1,8 +1,9 @@
 """Rolling questions out: text in, trajectories and text out, around the jitted search loop."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -42,6 +43,38 @@ class Rolled:
     def sampled_tokens(self) -> int:
         """Tokens the policy wrote."""
         return int(self.trajectory.loss_mask.sum())
+
+    def take(self, rows: np.ndarray) -> "Rolled":
+        """Only these rows; what was counted over the batch stays as it was."""
+        return replace(
+            self,
+            questions=tuple(self.questions[i] for i in rows),
+            trajectory=Trajectory(*(array[rows] for array in self.trajectory)),
+            solutions=tuple(self.solutions[i] for i in rows),
+            searches=tuple(self.searches[i] for i in rows),
+        )
+
+
+def merge(batches: Sequence[Rolled]) -> Rolled:
+    """Several batches of as many samples a question as one, their groups kept apart."""
+    if len(batches) == 1:
+        return batches[0]
+    trajectories, groups = [], 0
+    for batch in batches:
+        t = batch.trajectory
+        trajectories.append(t._replace(groups=t.groups + groups))
+        groups = int(trajectories[-1].groups.max()) + 1
+    return Rolled(
+        questions=sum((b.questions for b in batches), ()),
+        trajectory=Trajectory(
+            *(np.concatenate(arrays) for arrays in zip(*trajectories, strict=True))
+        ),
+        solutions=sum((b.solutions for b in batches), ()),
+        searches=sum((b.searches for b in batches), ()),
+        outcomes=dict(sum((Counter(b.outcomes) for b in batches), Counter())),
+        seconds=sum(b.seconds for b in batches),
+        counters=dict(sum((Counter(b.counters) for b in batches), Counter())),
+    )
 
 
 class Engine:

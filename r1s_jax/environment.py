@@ -54,8 +54,8 @@ class Environment(Protocol):
         """The prompt of a question."""
         ...
 
-    def batch(self, step: int, size: int) -> Batch:
-        """Questions to learn from at a step."""
+    def batch(self, step: int, size: int, draw: int = 0) -> Batch:
+        """Questions to learn from at a step; `draw` 1, 2, ... are further ones for the same."""
         ...
 
     def evaluation(self, size: int) -> Batch:
@@ -83,8 +83,9 @@ class TinyWorldEnvironment:
     def render(self, question: str) -> str:
         return protocol.render_prompt(PROMPT, question)
 
-    def batch(self, step: int, size: int) -> Batch:
-        return self._batch(TinyWorld((self.seed, _LEARNING, step), self.config.people), size)
+    def batch(self, step: int, size: int, draw: int = 0) -> Batch:
+        seed = (self.seed, _LEARNING, step, draw) if draw else (self.seed, _LEARNING, step)
+        return self._batch(TinyWorld(seed, self.config.people), size)
 
     def evaluation(self, size: int) -> Batch:
         return self._batch(TinyWorld((self.seed, _EVALUATION, 0), self.config.eval_people), size)
@@ -159,7 +160,7 @@ class CorpusEnvironment:
             return protocol.render_prompt(protocol.BASE_PROMPT, question)
         return self._chat(question)
 
-    def batch(self, step: int, size: int) -> Batch:
+    def batch(self, step: int, size: int, draw: int = 0) -> Batch:
         if self._stream is None or self._size != size:
             self._stream = question_stream(self._learning, seed=self._seed, batch_size=size)
             self._size = size

@@ -1,11 +1,14 @@
 """The numbers of one step, and the trajectories worth keeping."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from r1s_jax.advantages import has_signal
 from r1s_jax.engine import Rolled
+from r1s_jax.learning import Learned
 from r1s_jax.rewards import Reward
 from r1s_jax.rollout import Finish
 
@@ -27,6 +30,8 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
     return {
         "reward": float(values.mean()),
         "reward_std": float(values.std()),
+        "groups_without_signal": float(1 - has_signal(values, t.groups).mean()),
+        "identical_responses": _identical(rolled),
         **parts,
         "searches": int(t.searches.sum()),
         "searches_per_question": float(t.searches.mean()),
@@ -43,21 +48,26 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
     }
 
 
-def update_metrics(updates: Sequence[dict[str, float]], seconds: float) -> dict[str, float]:
+def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
     """Means over the updates of a step.
 
     The gap between training and sampling log-probabilities is taken from the first update: later
-    ones have moved the policy on purpose.
+    ones have moved the policy on purpose, and `ratio_drift` says how far the last one found it.
     """
+    updates = learned.updates
     mean = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
     tokens = sum(u["tokens"] for u in updates)
     return {
         "loss": mean["loss"],
         "entropy": mean["entropy"],
+        "kl": learned.kl,
         "clip_fraction": mean["clip_fraction"],
         "grad_norm": mean["grad_norm"],
+        "ratio": mean["ratio"],
+        "ratio_drift": updates[-1]["logprob_gap_mean"],
         "logprob_gap_mean": updates[0]["logprob_gap_mean"],
         "logprob_gap_max": updates[0]["logprob_gap_max"],
+        "importance_weight": learned.importance_weight,
         "trained_tokens": tokens,
         "trained_tokens_per_s": tokens / seconds,
     }
@@ -98,3 +108,13 @@ def trace_rows(
 def _finish_shares(finish: np.ndarray) -> dict[str, float]:
     reasons = [reason for reason in Finish if reason != Finish.NONE]
     return {reason.name.lower(): float(np.mean(finish == reason)) for reason in reasons}
+
+
+def _identical(rolled: Rolled) -> float:
+    """Share of responses that another sample of the same question repeats to the letter."""
+    texts = [
+        (int(group), solution.written)
+        for group, solution in zip(rolled.trajectory.groups, rolled.solutions, strict=True)
+    ]
+    times = Counter(texts)
+    return float(np.mean([times[text] > 1 for text in texts]))

@@ -19,6 +19,8 @@ class PackedBatch(NamedTuple):
     weights: np.ndarray  # float32, a token's share of the loss; 0 on all the policy did not write
     advantages: np.ndarray  # float32
     old_logprobs: np.ndarray  # float32, when the token was sampled
+    reference_logprobs: np.ndarray  # float32, under the frozen reference; 0 where there is none
+    kl_weights: np.ndarray  # float32, a token's share of a KL in the loss; 0 where there is none
 
 
 class Layout(NamedTuple):
@@ -56,6 +58,8 @@ def pack(
     weights: np.ndarray,
     advantages: np.ndarray,
     old_logprobs: np.ndarray,
+    reference_logprobs: np.ndarray | None = None,
+    kl_weights: np.ndarray | None = None,
     *,
     capacity: int,
     micro_rows: int,
@@ -71,8 +75,9 @@ def pack(
     max_micro = max_micro or -(-len(lengths) // micro_rows)
     shape = (max_micro * micro_rows, capacity)
     segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    sources = {"tokens": tokens, "weights": weights}
-    sources |= {"advantages": advantages, "old_logprobs": old_logprobs}
+    sources = {"tokens": tokens, "weights": weights, "advantages": advantages}
+    sources |= {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs}
+    sources["kl_weights"] = kl_weights
     packed = {
         name: np.zeros(shape, np.int32 if name == "tokens" else np.float32) for name in sources
     }
@@ -81,7 +86,8 @@ def pack(
         segment_ids[r, cut] = i + 1
         positions[r, cut] = np.arange(n)
         for name, source in sources.items():
-            packed[name][r, cut] = source[i, :n]
+            if source is not None:
+                packed[name][r, cut] = source[i, :n]
     batch = PackedBatch(segment_ids=segment_ids, positions=positions, **packed)
     split = (max_micro, micro_rows, capacity)
     return PackedBatch(*(a.reshape(split) for a in batch)), layout, micro

@@ -97,7 +97,7 @@ def has_cjk(text: str) -> bool:
     return bool(_CJK.search(text))
 
 
-def _parts(solution: Solution, golds: str | Sequence[str]) -> dict[str, float]:
+def reward_parts(solution: Solution, golds: str | Sequence[str]) -> dict[str, float]:
     """What every stage reports, paid for or not. No answer scores as an empty one."""
     answer = protocol.extract_answer(solution.written) or ""
     return {
@@ -111,13 +111,13 @@ def _parts(solution: Solution, golds: str | Sequence[str]) -> dict[str, float]:
 
 def stage1(solution: Solution, golds: str | Sequence[str]) -> Reward:
     """Teaches to search: a bonus for a search in the right format, nothing for the answer."""
-    parts = _parts(solution, golds)
+    parts = reward_parts(solution, golds)
     return Reward(SEARCH_BONUS * parts["format"] * parts["searched"], parts | {"penalty": 0.0})
 
 
 def stage2(solution: Solution, golds: str | Sequence[str]) -> Reward:
     """Teaches to answer: the answer's F1, less a penalty when the format fails."""
-    parts = _parts(solution, golds)
+    parts = reward_parts(solution, golds)
     penalty = 0.0 if parts["format"] else FORMAT_PENALTY
     return Reward(parts["answer_f1"] + penalty, parts | {"penalty": penalty})
 
@@ -126,7 +126,7 @@ def _answer_rule(value: str) -> "RewardRule":
     """A rule that pays for one of the parts and nothing else."""
 
     def rule(solution: Solution, golds: str | Sequence[str]) -> Reward:
-        parts = _parts(solution, golds)
+        parts = reward_parts(solution, golds)
         return Reward(parts[value], parts)
 
     return rule
@@ -147,6 +147,25 @@ _RULES = {
     "llama_stage1": "r1s_jax.released_rewards:llama_stage1",
     "llama_stage2": "r1s_jax.released_rewards:llama_stage2",
 }
+
+
+# Rewards that say nothing of whether the answer is right.
+FORMAT_REWARDS = ("stage1",)
+
+# (rendered prompts, solutions, right answers of each) -> rewards
+BatchReward = Callable[[Sequence[str], Sequence[Solution], Sequence[Sequence[str]]], list[Reward]]
+
+
+def batch_reward(name: str) -> BatchReward:
+    """What rewards a whole batch: a rule of that name (see reward_rule), or a server's URL."""
+    if name.startswith(("http://", "https://")):
+        from r1s_jax.http_reward import HttpReward
+
+        return HttpReward(name)
+    rule = reward_rule(name)
+    return lambda prompts, solutions, golds: [
+        rule(solution, gold) for solution, gold in zip(solutions, golds, strict=True)
+    ]
 
 
 def reward_rule(name: str) -> RewardRule:
@@ -170,7 +189,7 @@ def reward_rule(name: str) -> RewardRule:
         try:
             reward = rule(solution, golds)
             reward = reward if isinstance(reward, Reward) else Reward(float(reward), {})
-            reward = Reward(reward.value, _parts(solution, golds) | reward.parts)
+            reward = Reward(reward.value, reward_parts(solution, golds) | reward.parts)
         except Exception as error:
             raise ValueError(
                 f"reward {name!r} failed on {solution.text[:80]!r}: {type(error).__name__}: {error}"

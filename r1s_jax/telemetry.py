@@ -69,6 +69,11 @@ class Telemetry:
         self._append("metrics.jsonl", row)
         self._scalars("rl", row)
 
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` so far."""
+        path = self.run_dir / "metrics.jsonl"
+        return read_rows(path) if path.exists() else []
+
     def cold_start(self, row: Mapping[str, Any]) -> None:
         """One row of `cold_start.jsonl`."""
         self._append("cold_start.jsonl", row)

@@ -2,24 +2,23 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.markup import escape
 
+from r1s_jax import health
 from r1s_jax import metrics as m
-from r1s_jax.advantages import token_advantages
+from r1s_jax.advantages import adapted_kl_coefficient, has_signal
 from r1s_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from r1s_jax.config import Config, RolloutConfig, StageConfig
 from r1s_jax.distributed import on_main, together
-from r1s_jax.engine import Engine, Rolled
+from r1s_jax.engine import Engine, Rolled, merge
 from r1s_jax.environment import make_environment
 from r1s_jax.eval.runner import Evaluation, evaluate
-from r1s_jax.packing import pack, unpack
+from r1s_jax.learning import PolicyGradient, rows_with_signal
+from r1s_jax.losses import likelihood_loss, policy_loss
 from r1s_jax.pretrained import chat_renderer, make_policy
 from r1s_jax.profiling import (
     Compilations,
@@ -28,14 +27,13 @@ from r1s_jax.profiling import (
     keep_compiled_programs,
     model_flops_utilization,
 )
-from r1s_jax.rewards import reward_rule
-from r1s_jax.rollout import Finish
+from r1s_jax.rewards import FORMAT_REWARDS, Reward, batch_reward
 from r1s_jax.run_dir import StopRequest, open_run_dir
 from r1s_jax.sft import cold_start_end, cooldown_begins, demonstration_batch, learning_rate_scale
 from r1s_jax.sharding import batch_shards, make_mesh, shard_params
 from r1s_jax.summary import summarize
 from r1s_jax.telemetry import Telemetry, console, make_progress
-from r1s_jax.update import Learner, LearnerState, clipped_loss, likelihood_loss, make_optimizer
+from r1s_jax.update import Learner, LearnerState, make_optimizer
 
 # Where a run stands; every checkpoint keeps a copy.
 _BEGINNING = {
@@ -46,8 +44,13 @@ _BEGINNING = {
     "before": None,  # evaluation before reinforcement learning
     "environment": {},
     "seconds": 0.0,
+    "stage1_end": None,  # the step at which stage 1 reached its goal
+    "kl_coefficient": None,  # as adapted so far
     "score": None,  # a running mean of the last stage's answer F1: its best checkpoint is kept
 }
+
+# Random keys of a step's further rollouts are those of steps that no run reaches.
+_DRAWS_APART = 1 << 20
 
 
 def train(
@@ -117,7 +120,7 @@ class Run:
         )
         self.telemetry = Telemetry(self.dir, config.run.wandb_project, dataclasses.asdict(config))
         self.checkpoints = Checkpoints(self.dir / "checkpoints", config.run.keep_checkpoints)
-        self.progress = (self.checkpoints.progress() if resume else None) or dict(_BEGINNING)
+        self.progress = _BEGINNING | ((self.checkpoints.progress() if resume else None) or {})
         self.started -= self.progress["seconds"]
         self.seconds_checkpoint = 0.0
         learning = self.progress["phase"] == "learning"
@@ -125,6 +128,7 @@ class Run:
             cold_start=config.cold_start.steps if learning else self.progress["step"],
             learning=self.progress["step"] if learning else 0,
         )
+        self.history = health.History(on_main(self.telemetry.steps))
 
     def cold_start(self, stop: StopRequest) -> LearnerState:
         """Imitates demonstrations; returns the state that reinforcement learning starts from."""
@@ -175,41 +179,76 @@ class Run:
         return state, row
 
     def learn(self, state: LearnerState, stop: StopRequest) -> LearnerState:
-        """Stage 1, then stage 2."""
-        c = self.config
-        self.environment.restore(self.progress["environment"])
-        learner = self._learner(
-            make_optimizer(c.optimizer), partial(clipped_loss, c.algorithm.clip)
-        )
-        total, done = c.stage1.steps + c.stage2.steps, self.progress["step"]
+        """Stage 1, then stage 2. Raises UnhealthyRun, with a checkpoint, where that is fatal."""
+        c, progress = self.config, self.progress
+        self.environment.restore(progress["environment"])
+        learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
+        gradient = PolicyGradient(c, learner)
         with make_progress() as bar:
-            task = bar.add_task("", total=total, completed=done, info="")
-            for step, name, stage in _schedule(c, done):
-                bar.update(task, description=name.replace("stage", "Stage "))
-                scale = 1.0 - (1.0 - c.optimizer.decay_to) * step / max(total - 1, 1)
+            task = bar.add_task("", total=self._total(), completed=progress["step"], info="")
+            while (step := progress["step"]) < self._total() and not stop.requested:
+                name, stage = self._stage(step)
+                bar.update(task, description=name.replace("stage", "Stage "), total=self._total())
+                scale = 1.0 - (1.0 - c.optimizer.decay_to) * step / max(self._total() - 1, 1)
                 with self.trace.step(step + 1):
-                    state, row = self.step(learner, state, step, stage, scale)
-                if stage is (c.stage2 if c.stage2.steps else c.stage1):
-                    score = self.progress["score"]
-                    f1 = row["answer_f1"]
-                    self.progress["score"] = f1 if score is None else 0.9 * score + 0.1 * f1
+                    state, row = self.step(gradient, state, step, stage, scale)
+                row = {"step": step + 1, "stage": name, **row}
+                self._note(row, stage)
                 # Before the checkpoint: a kill between the two must not lose the row.
-                self.telemetry.step({"step": step + 1, "stage": name, **row})
-                last = stop.agree() or step + 1 == total
-                if last or (step + 1) % c.run.checkpoint_every == 0:
+                self.telemetry.step(row)
+                last = stop.agree() or step + 1 == self._total() or health.is_fatal(row)
+                # What is not a number any more must not take the place of what still is.
+                if (last or (step + 1) % c.run.checkpoint_every == 0) and not health.is_lost(row):
                     self._save("learning", step + 1, state)
                 bar.update(task, advance=1, info=_headline(row))
                 if not console.is_terminal:  # no live bar in a log: a line a step instead
-                    console.print(f"{name} step {step + 1}/{total}  {_headline(row)}")
-                if stop.requested:
-                    break
+                    console.print(f"{name} step {step + 1}/{self._total()}  {_headline(row)}")
+                self._warn(row)
         self.trace.close()
         self.checkpoints.wait()
         return state
 
+    def _stage(self, step: int) -> tuple[str, StageConfig]:
+        first = step < self._stage1_end()
+        return ("stage1", self.config.stage1) if first else ("stage2", self.config.stage2)
+
+    def _stage1_end(self) -> int:
+        """The step before which stage 1 ends: sooner than planned if it reached its goal."""
+        ended = self.progress["stage1_end"]
+        return self.config.stage1.steps if ended is None else ended
+
+    def _total(self) -> int:
+        return self._stage1_end() + self.config.stage2.steps
+
+    def _note(self, row: dict[str, Any], stage: StageConfig) -> None:
+        """Moves on to the next step, and maybe stage; adds to the row what it says of health."""
+        c, progress = self.config, self.progress
+        progress["step"] = row["step"]
+        if stage is (c.stage2 if c.stage2.steps else c.stage1):
+            score, f1 = progress["score"], row["answer_f1"]
+            progress["score"] = f1 if score is None else 0.9 * score + 0.1 * f1
+        wanted = stage.until_format_valid
+        if row["stage"] == "stage1" and wanted and row["format_valid"] >= wanted:
+            progress["stage1_end"] = row["step"]
+        row["rewards_answers"] = stage.reward not in FORMAT_REWARDS
+        self.history.rows.append(row)
+        row["health"] = health.check(self.history)
+
+    def _warn(self, row: dict[str, Any]) -> None:
+        """Tells of signals that did not fire at the step before, and ends a run beyond repair."""
+        before = self.history.rows[-2]["health"] if len(self.history.rows) > 1 else []
+        known = {(fired["signal"], fired["level"]) for fired in before}
+        for fired in row["health"]:
+            text = f"{fired['signal']} ({fired['value']:.3g}): {fired['advice']}"
+            if (fired["signal"], fired["level"]) not in known:
+                console.print(f"[yellow]{fired['level']}:[/] step {row['step']}: {escape(text)}")
+            if fired["level"] == "fatal" and self.config.run.stop_when_unhealthy:
+                self.checkpoints.wait()
+                raise health.UnhealthyRun(f"the run was stopped after step {row['step']}: {text}")
+
     def step(
         self,
-        learner: Learner,
+        gradient: PolicyGradient,
         state: LearnerState,
         step: int,
         stage: StageConfig,
@@ -217,58 +256,75 @@ class Run:
     ) -> tuple[LearnerState, dict[str, float]]:
         """One step: roll out, reward, estimate advantages over the whole batch, update."""
         c, clock = self.config, [time.perf_counter()]
-        batch = self.environment.batch(step, stage.questions_per_step)
-        rolled = self.engine.run(
-            state.params,
-            batch.questions,
-            samples=c.algorithm.samples_per_question,
-            seed=c.seed,
-            step=step,
-            retriever=batch.retriever,
-        )
+        rolled, rewards = self._collect(state, step, stage)
+        values = np.array([r.value for r in rewards], np.float32)
+        rows = rows_with_signal(rolled.trajectory, values, stage.questions_per_step)
         clock.append(time.perf_counter())
-        rule = reward_rule(stage.reward)
-        pairs = zip(rolled.solutions, rolled.questions, strict=True)
-        rewards = [rule(solution, question.answers) for solution, question in pairs]
-        clock.append(time.perf_counter())
-
-        t = rolled.trajectory
-        # A search that failed is not the policy's doing: nothing is learned from what followed.
-        mask = t.loss_mask & ~np.isin(t.finish, (Finish.SEARCH_ERROR, Finish.ABORTED))[:, None]
-        kl = self._kl(learner, state, rolled, mask)
-        advantages = np.asarray(
-            _advantages(
-                c.algorithm.estimator,
-                np.array([r.value for r in rewards], np.float32),
-                t.groups,
-                mask,
-                kl=kl,
-                kl_coefficient=c.algorithm.kl_coefficient,
-                reward_clip=c.algorithm.reward_clip,
-            )
-        )
-        state, updates = self._update(
-            learner, state, rolled, mask, advantages, step, learning_rate_scale
-        )
-        clock.append(time.perf_counter())
-
-        for row in m.trace_rows(rolled, rewards, advantages, c.run.traces_per_step):
-            self.telemetry.trace({"step": step + 1, **row})
-        seconds = dict(zip(("rollout", "reward", "update"), np.diff(clock).tolist(), strict=True))
-        return (
+        kl_coefficient = self._kl_coefficient()
+        state, learned = gradient.learn(
             state,
-            {
-                **m.rollout_metrics(rolled, rewards),
-                **m.update_metrics(updates, seconds["update"]),
-                **self._utilization(state, t.lengths.sum(), seconds["update"]),
-                "compilations": self.compilations.take(),
-                "host_memory_gib": host_memory_gib(),
-                # Of beginning to write the last one: the rest goes on beside the next step.
-                "seconds_checkpoint": self.seconds_checkpoint,
-                "kl": float(kl[mask].mean()) if kl is not None and mask.any() else 0.0,
-                **{f"seconds_{phase}": value for phase, value in seconds.items()},
-            },
+            rolled.take(rows),
+            values[rows],
+            step=step,
+            kl_coefficient=kl_coefficient,
+            learning_rate_scale=learning_rate_scale,
         )
+        clock.append(time.perf_counter())
+        self._adapt_kl(learned.kl)
+        chosen = [rewards[i] for i in rows]
+        for row in m.trace_rows(
+            rolled.take(rows), chosen, learned.advantages, c.run.traces_per_step
+        ):
+            self.telemetry.trace({"step": step + 1, **row})
+        collected, updated = np.diff(clock).tolist()
+        return state, {
+            **m.rollout_metrics(rolled, rewards),
+            **m.update_metrics(learned, updated),
+            **self._utilization(state, rolled.take(rows).trajectory.lengths.sum(), updated),
+            "kl_coefficient": kl_coefficient,
+            "compilations": self.compilations.take(),
+            "host_memory_gib": host_memory_gib(),
+            # Of beginning to write the last one: the rest goes on beside the next step.
+            "seconds_checkpoint": self.seconds_checkpoint,
+            "seconds_rollout": rolled.seconds,
+            "seconds_reward": collected - rolled.seconds,
+            "seconds_update": updated,
+        }
+
+    def _collect(
+        self, state: LearnerState, step: int, stage: StageConfig
+    ) -> tuple[Rolled, list[Reward]]:
+        """Rolls out a batch and rewards it; more than one where groups without signal abound."""
+        c, batches, rewards = self.config, [], []
+        for draw in range(1 + c.algorithm.dynamic_sampling):
+            batch = self.environment.batch(step, stage.questions_per_step, draw)
+            rolled = self.engine.run(
+                state.params,
+                batch.questions,
+                samples=c.algorithm.samples_per_question,
+                seed=c.seed,
+                step=step + draw * _DRAWS_APART,
+                retriever=batch.retriever,
+            )
+            prompts = [self.environment.render(q.question) for q in rolled.questions]
+            golds = [q.answers for q in rolled.questions]
+            rewards += batch_reward(stage.reward)(prompts, rolled.solutions, golds)
+            batches.append(rolled)
+            whole, values = merge(batches), np.array([r.value for r in rewards])
+            groups = whole.trajectory.groups
+            if len(np.unique(groups[has_signal(values, groups)])) >= stage.questions_per_step:
+                break
+        return whole, rewards
+
+    def _kl_coefficient(self) -> float:
+        adapted = self.progress["kl_coefficient"]
+        return self.config.algorithm.kl_coefficient if adapted is None else adapted
+
+    def _adapt_kl(self, kl: float) -> None:
+        if target := self.config.algorithm.kl_target:
+            self.progress["kl_coefficient"] = adapted_kl_coefficient(
+                self._kl_coefficient(), kl, target
+            )
 
     def evaluate(self, state: LearnerState) -> Evaluation | None:
         """Greedy on held-out questions; None when the config asks for none."""
@@ -281,52 +337,6 @@ class Run:
     def _utilization(state: LearnerState, tokens: float, seconds: float) -> dict[str, float]:
         share = model_flops_utilization(state.params, tokens, seconds)
         return {} if share is None else {"mfu_update": share}
-
-    def _update(
-        self,
-        learner: Learner,
-        state: LearnerState,
-        rolled: Rolled,
-        mask: np.ndarray,
-        advantages: np.ndarray,
-        step: int,
-        scale: float,
-    ) -> tuple[LearnerState, list[dict[str, float]]]:
-        """Several optimizer steps, each on its random share of the trajectories."""
-        rows = []
-        order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
-        for part in np.array_split(order, self.config.algorithm.updates_per_rollout):
-            counts = mask[part].sum(-1, keepdims=True)
-            sequences = max(1, int((counts > 0).sum()))
-            weights = mask[part] / (np.maximum(counts, 1) * sequences)
-            batch, _, micro = self._pack(rolled, part, weights, advantages[part])
-            state, row = learner.update(state, batch, micro, scale)
-            rows.append(row)
-        return state, rows
-
-    def _kl(
-        self, learner: Learner, state: LearnerState, rolled: Rolled, mask: np.ndarray
-    ) -> np.ndarray | None:
-        """k1 estimate of the divergence from the reference, float32[N, W]; None without one."""
-        if state.reference is None:
-            return None
-        t, everything = rolled.trajectory, np.arange(len(mask))
-        batch, layout, micro = self._pack(rolled, everything, mask, np.zeros_like(mask, np.float32))
-        packed = learner.logprobs(state.reference, batch, micro)
-        reference = unpack(packed, layout, t.lengths, mask.shape[1])
-        return np.where(mask, t.policy_logprobs - reference, 0.0)
-
-    def _pack(self, rolled: Rolled, rows: np.ndarray, weights: np.ndarray, advantages: np.ndarray):
-        t, c = rolled.trajectory, self.config
-        return pack(
-            t.tokens[rows],
-            t.lengths[rows],
-            weights,
-            advantages,
-            t.policy_logprobs[rows],
-            capacity=c.optimizer.pack_length or c.rollout.max_length,
-            micro_rows=c.optimizer.micro_rows * batch_shards(self.mesh),
-        )
 
     def _demonstrations(self, step: int):
         c = self.config
@@ -357,7 +367,9 @@ class Run:
         return Learner(self.model, self.mesh, dtype, p.remat, optimizer, loss, p.attention)
 
     def _learning_state(self, params: Any) -> LearnerState:
-        learner = self._learner(make_optimizer(self.config.optimizer), clipped_loss)
+        learner = self._learner(
+            make_optimizer(self.config.optimizer), policy_loss(self.config.algorithm)
+        )
         return learner.init(params, keep_reference=self.config.algorithm.kl_coefficient > 0)
 
     def _save(self, phase: str, step: int, state: LearnerState) -> None:
@@ -371,15 +383,6 @@ class Run:
         begin = time.perf_counter()
         self.checkpoints.save(index, state, self.progress, self.progress["score"])
         self.seconds_checkpoint = time.perf_counter() - begin
-
-
-_advantages = jax.jit(token_advantages, static_argnums=0)
-
-
-def _schedule(config: Config, done: int) -> Iterator[tuple[int, str, StageConfig]]:
-    stages = [("stage1", config.stage1)] * config.stage1.steps
-    stages += [("stage2", config.stage2)] * config.stage2.steps
-    yield from ((step, *stages[step]) for step in range(done, len(stages)))
 
 
 def _headline(row: dict[str, float]) -> str:

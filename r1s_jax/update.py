@@ -1,9 +1,8 @@
-"""Learning: the loss, the optimizer and one jitted update.
+"""Learning: the optimizer and one jitted update.
 
 Shapes: M micro-batches of R packed rows of T tokens (see packing.py), V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import OptimizerConfig
 from r1s_jax.distributed import to_host
+from r1s_jax.losses import Metrics, TokenLoss
 from r1s_jax.model import ModelConfig, Params, Policy, Remat
 from r1s_jax.packing import PackedBatch
 from r1s_jax.sharding import (
@@ -34,10 +34,6 @@ from r1s_jax.sharding import (
 _LOGIT_CHUNK = 128
 # Names in the compiled program of what runs once a chunk of logits, and once a micro-batch.
 LOGITS_SCOPE, MICRO_SCOPE = "logits_chunk", "micro_batch"
-
-Metrics = dict[str, Array]
-# (log-probabilities, entropies, micro-batch) -> (loss, metrics to add up over micro-batches)
-TokenLoss = Callable[[Array, Array, PackedBatch], tuple[Array, Metrics]]
 
 
 class LearnerState(NamedTuple):
@@ -111,46 +107,6 @@ def token_logprobs(
     with jax.named_scope(LOGITS_SCOPE):
         logprobs, entropies = lax.map(chunk, (split(hidden), split(targets), split(wanted)))
     return join(logprobs), join(entropies)
-
-
-def clipped_loss(
-    clip: float, logprobs: Array, entropies: Array, batch: PackedBatch
-) -> tuple[Array, Metrics]:
-    """PPO's clipped objective (arXiv 1707.06347, eq. 7), each token by its weight.
-
-    Weights of 1 / (tokens of the sequence x sequences of the batch) make it the token mean within
-    a sequence, then the mean over the batch, whatever the packing.
-    """
-    log_ratio = jnp.where(batch.weights > 0, logprobs - batch.old_logprobs, 0.0)
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip, 1 + clip)
-    objective = jnp.minimum(ratio * batch.advantages, clipped * batch.advantages)
-    mask = (batch.weights > 0).astype(jnp.float32)
-    outside = (ratio * batch.advantages > clipped * batch.advantages).astype(jnp.float32)
-    metrics = {
-        "tokens": mask.sum(),
-        "entropy": (mask * entropies).sum(),
-        "clip_fraction": (mask * outside).sum(),
-        "logprob_gap_mean": (mask * jnp.abs(log_ratio)).sum(),
-        "logprob_gap_max": jnp.abs(log_ratio).max(),
-    }
-    return -(batch.weights * objective).sum(), metrics
-
-
-def likelihood_loss(logprobs: Array, entropies: Array, batch: PackedBatch) -> tuple[Array, Metrics]:
-    """Negative log-likelihood, each token by its weight (the supervised cold start).
-
-    `accuracy` is the share of tokens of full weight that the policy finds likelier than not.
-    """
-    mask = (batch.weights > 0).astype(jnp.float32)
-    full = (batch.weights > 0.99 * batch.weights.max()).astype(jnp.float32)
-    metrics = {
-        "tokens": mask.sum(),
-        "entropy": (mask * entropies).sum(),
-        "likely": (full * (logprobs > jnp.log(0.5))).sum(),
-        "full": full.sum(),
-    }
-    return -(batch.weights * logprobs).sum(), metrics
 
 
 @dataclass(frozen=True)

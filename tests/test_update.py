@@ -8,10 +8,11 @@ import pytest
 
 from r1s_jax import update
 from r1s_jax.config import MeshConfig, OptimizerConfig
+from r1s_jax.losses import clipped_loss
 from r1s_jax.model import ModelConfig, Policy, init_params
 from r1s_jax.packing import PackedBatch, pack, unpack
 from r1s_jax.sharding import make_mesh
-from r1s_jax.update import Learner, clipped_loss, likelihood_loss, make_optimizer, token_logprobs
+from r1s_jax.update import Learner, make_optimizer, token_logprobs
 
 MODEL = ModelConfig(31, 16, 32, 2, 4, 2, 4, rope_theta=1000.0)
 LENGTHS = np.array([9, 4, 12, 7, 3, 10])
@@ -53,6 +54,7 @@ def one_a_row(sequences) -> tuple[PackedBatch, int]:
     """Without the packer: each sequence in a row of its own, padding behind it."""
     inside = np.arange(WIDTH) < LENGTHS[:, None]
     arrays = {name: np.where(inside, a, 0)[None] for name, a in sequences.items()}
+    arrays |= {name: np.zeros((1, *inside.shape)) for name in ("reference_logprobs", "kl_weights")}
     positions = np.where(inside, np.arange(WIDTH), 0).astype(np.int32)[None]
     return PackedBatch(segment_ids=inside.astype(np.int32)[None], positions=positions, **arrays), 1
 
@@ -109,76 +111,6 @@ def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
     np.testing.assert_allclose(logprobs[:, 1:], expected, atol=1e-5)
     np.testing.assert_allclose(entropies[:, 1:], -(np.exp(full) * full).sum(-1), atol=1e-5)
     assert not np.asarray(logprobs)[:, 0].any() and not np.asarray(entropies)[:, 0].any()
-
-
-def random_rows(spread: float = 0.3, seed: int = 0) -> tuple[np.ndarray, np.ndarray, PackedBatch]:
-    rng = np.random.default_rng(seed)
-    shape = (2, 40)
-    weights = rng.uniform(0.1, 1, shape) * (rng.random(shape) < 0.6)
-    old = rng.normal(-2, 1, shape)
-    arrays = dict(weights=weights, advantages=rng.normal(size=shape), old_logprobs=old)
-    zeros = np.zeros(shape, np.int32)
-    batch = PackedBatch(
-        tokens=zeros,
-        segment_ids=zeros + 1,
-        positions=zeros,
-        **{name: a.astype(np.float32) for name, a in arrays.items()},
-    )
-    logprobs = (old + rng.normal(0, spread, shape)).astype(np.float32)
-    return logprobs, rng.uniform(0, 2, shape).astype(np.float32), batch
-
-
-@pytest.mark.parametrize("clip", [0.1, 0.2, 0.5])
-def test_clipped_loss_agrees_with_float64(clip):
-    logprobs, entropies, batch = random_rows(spread=2 * clip)
-    loss, metrics = clipped_loss(clip, logprobs, entropies, batch)
-    expected, outside, gaps, entropy = 0.0, 0, [], 0.0
-    for at in zip(*np.nonzero(batch.weights), strict=True):
-        gap = float(logprobs[at]) - float(batch.old_logprobs[at])
-        ratio, advantage = np.exp(gap), float(batch.advantages[at])
-        bounded = min(max(ratio, 1 - clip), 1 + clip)
-        expected -= float(batch.weights[at]) * min(ratio * advantage, bounded * advantage)
-        # Outside of the range on the side where the objective no longer grows.
-        outside += (ratio > 1 + clip and advantage > 0) or (ratio < 1 - clip and advantage < 0)
-        gaps.append(abs(gap))
-        entropy += float(entropies[at])
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    assert 0 < outside == metrics["clip_fraction"]
-    assert metrics["tokens"] == len(gaps)
-    np.testing.assert_allclose(metrics["logprob_gap_mean"], sum(gaps), rtol=1e-5)
-    np.testing.assert_allclose(metrics["logprob_gap_max"], max(gaps), rtol=1e-5)
-    np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-5)
-
-
-def test_the_first_gradient_is_that_of_reinforce():
-    """With ratio 1 nothing is clipped: the gradient is weight times advantage."""
-    logprobs, entropies, batch = random_rows()
-    batch = batch._replace(old_logprobs=logprobs)
-    gradient = jax.grad(lambda x: clipped_loss(0.2, x, entropies, batch)[0])(logprobs)
-    np.testing.assert_allclose(gradient, -batch.weights * batch.advantages, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize("loss", [partial(clipped_loss, 0.2), likelihood_loss])
-def test_tokens_of_weight_0_have_no_gradient_and_no_say(loss):
-    logprobs, entropies, batch = random_rows()
-    masked = batch.weights == 0
-    value, _ = loss(logprobs, entropies, batch)
-    gradient = np.asarray(jax.grad(lambda x: loss(x, entropies, batch)[0])(logprobs))
-    assert not gradient[masked].any() and gradient[~masked].any()
-    other = batch._replace(
-        advantages=np.where(masked, 1e6, batch.advantages),
-        old_logprobs=np.where(masked, -np.inf, batch.old_logprobs),
-    )
-    moved = np.where(masked, logprobs - 50, logprobs)
-    assert loss(moved, entropies, other)[0] == value
-    again = jax.grad(lambda x: loss(x, entropies, other)[0])(moved)
-    np.testing.assert_array_equal(again, gradient)
-
-
-def test_likelihood_loss_is_the_weighted_negative_log_likelihood():
-    logprobs, entropies, batch = random_rows()
-    expected = -(batch.weights.astype(np.float64) * logprobs).sum()
-    np.testing.assert_allclose(likelihood_loss(logprobs, entropies, batch)[0], expected, rtol=1e-5)
 
 
 @jax.jit

@@ -1,0 +1,229 @@
+"""Signs that a run goes wrong, watched at every step, each with what to do about it.
+
+A signal is judged on means over the last few steps; `warning` is shown and kept in
+`metrics.jsonl` (field `health`), `fatal` also stops the run with a checkpoint.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+_WINDOW = 4  # steps of a mean
+# Above this F1 a policy may be as sure of itself, and as like itself, as it wants.
+_GOOD_F1 = 0.5
+
+
+class UnhealthyRun(RuntimeError):
+    """A run that learns nothing any more; its last checkpoint is kept."""
+
+
+class History:
+    """The metrics of a run's steps so far, the newest last."""
+
+    def __init__(self, rows: Sequence[Row] = ()):
+        self.rows = list(rows)
+
+    def recent(self, name: str) -> float:
+        """Mean over the last steps; NaN where there are too few."""
+        return self._mean(name, self.rows[-_WINDOW:])
+
+    def first(self, name: str) -> float:
+        """Mean over the first steps of the run."""
+        return self._mean(name, self.rows[:_WINDOW])
+
+    def best(self, name: str) -> float:
+        """The highest mean over any window so far."""
+        starts = range(len(self.rows) - _WINDOW + 1)
+        means = [self._mean(name, self.rows[i : i + _WINDOW]) for i in starts]
+        return max(means, default=math.nan)
+
+    def stage(self) -> "History":
+        """Only the steps of the stage that the run is in."""
+        return History([row for row in self.rows if row["stage"] == self.rows[-1]["stage"]])
+
+    def _mean(self, name: str, rows: Sequence[Row]) -> float:
+        values = [row[name] for row in rows if name in row]
+        return sum(values) / len(values) if len(values) == _WINDOW else math.nan
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One sign: `value` of the history, and from where on it is a warning, and fatal."""
+
+    name: str
+    meaning: str
+    value: Callable[[History], float]  # NaN: there is nothing to judge
+    warning: float
+    advice: str
+    fatal: float = math.inf
+
+
+def _while_wrong(value: Callable[[History], float]) -> Callable[[History], float]:
+    """Judged only while most answers are wrong."""
+    return lambda h: value(h) if h.recent("answer_f1") < _GOOD_F1 else math.nan
+
+
+def _fallen(name: str, least: float) -> Callable[[History], float]:
+    """How much of its best a number has lost, 0 to 1, if it ever was at least `least`."""
+
+    def value(h: History) -> float:
+        best = h.best(name)
+        return 1 - h.recent(name) / best if best >= least else math.nan
+
+    return value
+
+
+def _grown(name: str) -> Callable[[History], float]:
+    """How many times its first value a number is now."""
+    return lambda h: h.recent(name) / max(h.first(name), 1e-9)
+
+
+def _empty_share(h: History) -> float:
+    queries = h.recent("searches")
+    return (h.recent("searches_empty") + h.recent("searches_failed")) / max(queries, 1e-9)
+
+
+def _reward_without_f1(h: History) -> float:
+    """How much the reward rose in this stage while F1 did not."""
+    stage = h.stage()
+    if len(stage.rows) < 2 * _WINDOW or not stage.rows[-1].get("rewards_answers", True):
+        return math.nan
+    gained = stage.recent("answer_f1") - stage.first("answer_f1")
+    return stage.recent("reward") - stage.first("reward") if gained < 0.01 else 0.0
+
+
+def _not_finite(h: History) -> float:
+    names = ("loss", "grad_norm", "entropy", "reward")
+    return float(not all(math.isfinite(h.rows[-1][name]) for name in names))
+
+
+SIGNALS = (
+    Signal(
+        "not_finite",
+        "loss, gradient, entropy or reward is infinite or not a number",
+        _not_finite,
+        1.0,
+        "the parameters are lost: go back to an older checkpoint, with a lower "
+        "optimizer.learning_rate or policy.compute_dtype=float32",
+        fatal=1.0,
+    ),
+    Signal(
+        "entropy_collapse",
+        "the policy hardly varies while most answers are wrong (1 / entropy in nats)",
+        _while_wrong(lambda h: 1 / max(h.recent("entropy"), 1e-9)),
+        50.0,
+        "nothing new is tried any more: lower optimizer.learning_rate, raise "
+        "algorithm.clip_high (0.28) or algorithm.kl_coefficient",
+    ),
+    Signal(
+        "entropy_explosion",
+        "entropy of the policy, in times of what it was",
+        lambda h: _grown("entropy")(h) if h.recent("entropy") > 1.0 else math.nan,
+        3.0,
+        "the policy comes apart into noise: lower optimizer.learning_rate, raise "
+        "algorithm.kl_coefficient, check the reward",
+    ),
+    Signal(
+        "ratio_drift",
+        "mean |log ratio| between the policy after a step's updates and the one that sampled",
+        lambda h: h.recent("ratio_drift"),
+        0.3,
+        "each rollout is used for more than it is good for: lower optimizer.learning_rate or "
+        "algorithm.updates_per_rollout",
+    ),
+    Signal(
+        "logprob_gap",
+        "mean gap between sampling and training log-probabilities before any update",
+        lambda h: h.recent("logprob_gap_mean"),
+        0.05,
+        "the program that learns does not see what the one that sampled saw: set "
+        "policy.compute_dtype=float32, or algorithm.importance_cap=2",
+        fatal=1.0,
+    ),
+    Signal(
+        "format_falling",
+        "share of well-formed answers lost since its best",
+        _fallen("format_valid", 0.3),
+        0.4,
+        "the policy forgets the protocol: take a reward that punishes broken format (stage2), "
+        "lower optimizer.learning_rate",
+        fatal=0.98,
+    ),
+    Signal(
+        "no_searches",
+        "searches a question lost since their best",
+        _fallen("searches_per_question", 0.2),
+        0.9,
+        "the policy stopped searching: run stage 1 first (or longer), and look at the documents in "
+        "`r1s traces`: useless ones are not worth a search",
+    ),
+    Signal(
+        "search_limit",
+        "share of trajectories that end in one search too many",
+        lambda h: h.recent("finish_search_limit"),
+        0.3,
+        "the policy searches without end: check that the reward does not pay for searching alone, "
+        "or raise rollout.max_searches",
+    ),
+    Signal(
+        "empty_documents",
+        "share of searches that bring nothing",
+        _empty_share,
+        0.1,
+        "the policy learns from missing documents: check the retriever and its index",
+    ),
+    Signal(
+        "identical_responses",
+        "share of responses that occur twice in their group while most answers are wrong",
+        _while_wrong(lambda h: h.recent("identical_responses")),
+        0.9,
+        "groups of one and the same response teach nothing: raise rollout.temperature, lower "
+        "optimizer.learning_rate",
+    ),
+    Signal(
+        "reward_without_f1",
+        "rise of the reward in this stage while answers became no better",
+        _reward_without_f1,
+        0.2,
+        "the policy may have found a way round the reward: read its best ones with "
+        "`r1s traces RUN --min-reward 1`",
+    ),
+    Signal(
+        "length_blow_up",
+        "length of what the policy writes, in times of what it was",
+        _grown("response_length"),
+        3.0,
+        "longer is not better here: check finish_length in metrics.jsonl, lower "
+        "rollout.max_turn_length, or take algorithm.loss_average=token",
+    ),
+)
+
+
+def check(history: History) -> list[dict[str, Any]]:
+    """The signals that fire after the newest step: `signal`, `level`, `value`, `advice`."""
+    fired = []
+    for signal in SIGNALS:
+        value = signal.value(history)
+        if value >= signal.warning:
+            fired.append(
+                {
+                    "signal": signal.name,
+                    "level": "fatal" if value >= signal.fatal else "warning",
+                    "value": value,
+                    "advice": signal.advice,
+                }
+            )
+    return fired
+
+
+def is_fatal(row: Row) -> bool:
+    """Whether a signal of this step should end the run."""
+    return any(fired["level"] == "fatal" for fired in row["health"])
+
+
+def is_lost(row: Row) -> bool:
+    """Whether the parameters after this step are worth nothing."""
+    return any(fired["signal"] == "not_finite" for fired in row["health"])
