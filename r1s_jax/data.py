@@ -1,13 +1,15 @@
-"""Questions: read from JSONL and streamed in a shuffled order that can be saved and restored."""
+"""Questions: read from files, streamed in a shuffled order that can be saved and restored."""
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
+
+from r1s_jax.answers import normalize_answer
 
 
 class DataError(ValueError):
@@ -48,9 +50,13 @@ def read_questions(path: str | Path) -> list[Question]:
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects of a JSONL file (`.gz` too) with their line numbers; blank lines skipped.
 
-    Raises DataError, naming the file and the line, for what is no JSON object.
+    A `.parquet` file's rows are numbered from 1. Raises DataError, naming the file and the line,
+    for what is no JSON object.
     """
     path = Path(path)
+    if path.suffix == ".parquet":
+        yield from enumerate(_parquet_rows(path), start=1)
+        return
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in _numbered(lines, path):
@@ -64,6 +70,19 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 found = type(row).__name__
                 raise DataError(f"{path}, line {number}: expected a JSON object, found {found}")
             yield number, row
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(f"{path}: to read Parquet, pip install 'r1s-jax[datasets]'") from None
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
@@ -122,14 +141,39 @@ class QuestionStream:
         self._batches.set_state(state)
 
 
-def question_stream(questions: Sequence[Question], *, seed: int, batch_size: int) -> QuestionStream:
+def question_stream(
+    sources: Sequence[Sequence[Question]],
+    *,
+    seed: int,
+    batch_size: int,
+    mix: Sequence[float] = (),
+) -> QuestionStream:
     """Shuffled questions in batches: each epoch is a fresh permutation, the same for one seed.
 
-    Batches run on across the end of an epoch, so every one has `batch_size` questions.
+    Batches run on across the end of an epoch, so every one has `batch_size` questions. With `mix`
+    each source has an epoch of its own, and its share of the stream.
     """
-    if not questions or batch_size < 1:
+    if not sources or not all(sources) or batch_size < 1:
         raise ValueError("a stream needs at least one question and a batch size of at least 1")
-    dataset = grain.MapDataset.source(questions).seed(seed).shuffle().repeat()
+    if mix:
+        parts = [_shuffled(source, seed + i) for i, source in enumerate(sources)]
+        dataset = grain.MapDataset.mix(parts, [share / sum(mix) for share in mix])
+    else:
+        dataset = _shuffled([question for source in sources for question in source], seed)
     # The questions lie in memory: threads that read ahead would only cost start-up time.
     in_memory = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return QuestionStream(iter(dataset.batch(batch_size, batch_fn=list).to_iter_dataset(in_memory)))
+
+
+def _shuffled(questions: Sequence[Question], seed: int) -> grain.MapDataset[Question]:
+    return grain.MapDataset.source(questions).seed(seed).shuffle().repeat()
+
+
+def without(questions: Sequence[Question], unwanted: Container[str]) -> list[Question]:
+    """The questions whose normalised text is not in `unwanted`."""
+    return [q for q in questions if normalize_answer(q.question) not in unwanted]
+
+
+def texts(questions: Iterable[Question]) -> set[str]:
+    """Their normalised texts: equal for what differs in case, punctuation and articles."""
+    return {normalize_answer(q.question) for q in questions}

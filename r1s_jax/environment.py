@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -14,7 +15,17 @@ import numpy as np
 from r1s_jax import protocol
 from r1s_jax.assets import cache_dir, resolve
 from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
-from r1s_jax.data import DataError, Question, QuestionStream, question_stream, read_questions
+from r1s_jax.data import (
+    DataError,
+    Question,
+    QuestionStream,
+    question_stream,
+    read_questions,
+    texts,
+    without,
+)
+from r1s_jax.demonstrations import Demonstration, demonstrations_at, read_demonstrations
+from r1s_jax.eval.benchmarks import questions_file
 from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever
@@ -37,14 +48,6 @@ class Batch(NamedTuple):
 
     questions: Sequence[Question]
     retriever: Retriever
-
-
-class Demonstration(NamedTuple):
-    """A worked solution for the cold start."""
-
-    question: str
-    spans: tuple[tuple[str, float], ...]  # (text, weight of its tokens in the loss)
-    first_weight: float  # of the first token with any weight: the decision to search
 
 
 class Environment(Protocol):
@@ -141,8 +144,13 @@ class CorpusEnvironment:
     def __init__(self, config: CorpusConfig, seed: int, chat: Callable[[str], str], held_out: int):
         self.config, self._chat, self._seed = config, chat, seed
         self.retriever = open_retriever(config)
-        questions = _read_all(config.questions, _questions_of)
-        questions = [replace(q, id=i) for i, q in enumerate(questions)]
+        files = [list(_questions_of(resolve(reference))) for reference in config.questions]
+        starts = np.cumsum([0, *map(len, files)])
+        files = [
+            [replace(q, id=int(start) + i) for i, q in enumerate(file)]
+            for start, file in zip(starts, files, strict=False)
+        ]
+        questions = [question for file in files for question in file]
         if held_out >= len(questions):
             raise DataError(
                 f"eval.questions={held_out} leaves nothing to learn from: there are only "
@@ -150,10 +158,25 @@ class CorpusEnvironment:
             )
         order = np.random.default_rng((seed, _EVALUATION)).permutation(len(questions))
         self._held_out = [questions[i] for i in order[:held_out]]
-        self._learning = [questions[i] for i in order[held_out:]]
+        excluded = (q for name in config.exclude for q in _questions_of(questions_file(name)))
+        # By their text: one question may stand in several files, spelt alike or nearly.
+        self._unwanted = texts(self._held_out) | texts(excluded)
+        self._learning = [without(file, self._unwanted) for file in files]
+        self._report(len(questions))
         self._stream: QuestionStream | None = None
         self._size = 0
         self._saved: dict[str, Any] = {}
+
+    def _report(self, questions: int) -> None:
+        """Says what there is to learn from; DataError for a file of which nothing is left."""
+        for reference, left in zip(self.config.questions, self._learning, strict=True):
+            if not left:
+                raise DataError(f"{reference}: every question of it is in the evaluation")
+        learning = sum(map(len, self._learning))
+        console.print(
+            f"Questions: {learning} to learn from, {len(self._held_out)} held out, "
+            f"{questions - learning - len(self._held_out)} left out since the evaluation has them"
+        )
 
     def render(self, question: str) -> str:
         if self.config.prompt == "base":
@@ -162,7 +185,9 @@ class CorpusEnvironment:
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
         if self._stream is None or self._size != size:
-            self._stream = question_stream(self._learning, seed=self._seed, batch_size=size)
+            self._stream = question_stream(
+                self._learning, seed=self._seed, batch_size=size, mix=self.config.mix
+            )
             self._size = size
             if self._saved.get("size") == size:
                 self._stream.restore(self._saved["stream"])
@@ -172,7 +197,14 @@ class CorpusEnvironment:
         return Batch(self._held_out[:size], self.retriever)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
-        raise ConfigError("cold_start.steps must be 0: this environment has no demonstrations")
+        if not self.config.demonstrations:
+            raise ConfigError("cold_start.steps must be 0, or name environment.demonstrations")
+        return demonstrations_at(self._demonstrations, step, size, self._seed)
+
+    @cached_property
+    def _demonstrations(self) -> list[Demonstration]:
+        files = [resolve(reference) for reference in self.config.demonstrations]
+        return read_demonstrations(files, self._unwanted)
 
     def state(self) -> dict[str, Any]:
         return {"size": self._size, "stream": self._stream.state()} if self._stream else {}

@@ -56,14 +56,13 @@ class HttpReward:
             if response.status != 200:
                 raise ValueError(f"status {response.status}: {response.data[:200]!r}")
             values = [float(value) for value in response.json()["rewards"]]
+            if len(values) != len(queries) or not all(map(math.isfinite, values)):
+                raise ValueError(
+                    f"{len(values)} rewards for {len(queries)} solutions, or one is not finite"
+                )
         except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError) as error:
             raise RewardServerError(
                 f"the reward server {self.url} gave no rewards: {type(error).__name__}: {error}. "
                 "Check it, then go on with --resume."
             ) from error
-        if len(values) != len(queries) or not all(map(math.isfinite, values)):
-            raise RewardServerError(
-                f"the reward server {self.url} gave {len(values)} rewards for {len(queries)} "
-                "solutions, or one that is not finite"
-            )
         return values

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from r1s_jax.config import ColdStartConfig
-from r1s_jax.environment import Demonstration
+from r1s_jax.demonstrations import Demonstration
 from r1s_jax.packing import PackedBatch, pack
 
 
@@ -42,10 +42,12 @@ def demonstration_batch(
 ) -> tuple[PackedBatch, int]:
     """Packs demonstrations, the loss on what the policy would have written and nothing else.
 
-    Each span is tokenised by itself, as prompts and documents are in a rollout. Returns the batch
-    and the number of micro-batches that hold anything.
+    Each span is tokenised by itself, as prompts and documents are in a rollout. What is longer
+    than `capacity` loses its end. Returns the batch and the number of micro-batches that hold
+    anything.
     """
     rows = [_tokens(d, encode, render) for d in demonstrations]
+    rows = [(ids[:capacity], weights[:capacity]) for ids, weights in rows]
     lengths = np.array([len(tokens) for tokens, _ in rows])
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
     weights = np.zeros(tokens.shape, np.float32)

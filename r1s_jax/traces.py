@@ -1,7 +1,6 @@
 """Trajectories for reading: from a run or a file of answers, filtered, in colour."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.text import Text
 from r1s_jax import protocol
 from r1s_jax.data import DataError, gold_answers, read_rows
 from r1s_jax.eval.results import score_row
+from r1s_jax.rewards import Solution
 
 STYLES = {
     "policy": "cyan",
@@ -21,9 +21,6 @@ STYLES = {
     "documents": "dim green",
     "answer": "bold magenta",
 }
-_DOCUMENTS = re.compile(
-    rf"(\n*{re.escape(protocol.BEGIN_DOCUMENTS)}.*?{re.escape(protocol.END_DOCUMENTS)}\n*)", re.S
-)
 
 
 @dataclass(frozen=True)
@@ -153,11 +150,11 @@ def _of_run(row: dict[str, Any]) -> Trace:
 
 def _of_answers(row: dict[str, Any]) -> Trace:
     scores = score_row(row)
-    pieces = _DOCUMENTS.split(row["gen_text_store"])  # every second one is a block of documents
+    solution = Solution.of_text(row["gen_text_store"])
     return Trace(
         row["question"],
         gold_answers(row),
-        [(text, i % 2 == 0) for i, text in enumerate(pieces) if text],
+        [(text, by_policy) for text, by_policy in solution.spans if text],
         scores["f1"],
         int(scores["searches"]),
         str(row.get("stop_reason_final", "")),

@@ -3,7 +3,14 @@ import json
 
 import pytest
 
-from r1s_jax.data import DataError, Question, question_stream, read_questions
+from r1s_jax.data import (
+    DataError,
+    Question,
+    question_stream,
+    read_questions,
+    texts,
+    without,
+)
 
 QUESTIONS = [Question(i, f"q{i}", ("a",)) for i in range(10)]
 
@@ -71,14 +78,14 @@ def test_a_file_without_questions_or_not_of_text_is_refused(tmp_path):
 
 
 def test_stream_is_repeatable_and_depends_on_the_seed():
-    first, again, other = (question_stream(QUESTIONS, seed=s, batch_size=4) for s in (1, 1, 2))
+    first, again, other = (question_stream([QUESTIONS], seed=s, batch_size=4) for s in (1, 1, 2))
     order = ids(first, 10)
     assert order == ids(again, 10)
     assert order != ids(other, 10)
 
 
 def test_each_epoch_is_another_permutation_and_every_batch_is_full():
-    stream = question_stream(QUESTIONS, seed=0, batch_size=4)
+    stream = question_stream([QUESTIONS], seed=0, batch_size=4)
     batches = [next(stream) for _ in range(10)]
     assert {len(batch) for batch in batches} == {4}
     order = [question.id for batch in batches for question in batch]
@@ -88,11 +95,11 @@ def test_each_epoch_is_another_permutation_and_every_batch_is_full():
 
 
 def test_a_restored_stream_goes_on_identically():
-    stream = question_stream(QUESTIONS, seed=5, batch_size=3)
+    stream = question_stream([QUESTIONS], seed=5, batch_size=3)
     ids(stream, 5)
     state = json.loads(json.dumps(stream.state()))
     rest = ids(stream, 7)
-    for restored in (stream, question_stream(QUESTIONS, seed=5, batch_size=3)):
+    for restored in (stream, question_stream([QUESTIONS], seed=5, batch_size=3)):
         restored.restore(state)
         assert ids(restored, 7) == rest
 
@@ -101,4 +108,33 @@ def test_stream_refuses_nothing_to_stream():
     with pytest.raises(ValueError, match="at least one question"):
         question_stream([], seed=0, batch_size=2)
     with pytest.raises(ValueError, match="batch size"):
-        question_stream(QUESTIONS, seed=0, batch_size=0)
+        question_stream([QUESTIONS], seed=0, batch_size=0)
+
+
+def test_files_mixed_by_ratio_keep_it_whatever_their_size():
+    small = [Question(i, f"s{i}", ("a",)) for i in range(3)]
+    stream = question_stream([QUESTIONS, small], seed=0, batch_size=8, mix=(1, 3))
+    state = stream.state()
+    drawn = [question.question[0] for _ in range(20) for question in next(stream)]
+    assert drawn.count("s") == 120
+    again = question_stream([QUESTIONS, small], seed=0, batch_size=8, mix=(1, 3))
+    again.restore(state)
+    assert [q.question[0] for _ in range(20) for q in next(again)] == drawn
+
+
+def test_questions_of_the_evaluation_are_found_by_their_text():
+    unwanted = texts([Question(0, "Who wrote the novel Dune?", ("x",))])
+    asked = [Question(1, "who wrote novel  DUNE", ("x",)), Question(2, "Who wrote It?", ("y",))]
+    assert [q.id for q in without(asked, unwanted)] == [2]
+
+
+def test_reads_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra `datasets`")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "q.parquet"
+    rows = {"question": ["who?", "what?"], "golden_answers": [["x"], ["y", "z"]], "id": ["a", "b"]}
+    parquet.write_table(pyarrow.table(rows), path)
+    assert read_questions(path) == [Question(0, "who?", ("x",)), Question(1, "what?", ("y", "z"))]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"q\.parquet"):
+        read_questions(path)

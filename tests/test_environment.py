@@ -5,6 +5,7 @@ import json
 import pytest
 
 from r1s_jax.config import ConfigError, CorpusConfig
+from r1s_jax.data import DataError
 from r1s_jax.environment import CorpusEnvironment, open_search_engine
 from r1s_jax.retrieval.corpus import read_passages
 from r1s_jax.retrieval.encoder import HashEncoder
@@ -54,3 +55,27 @@ def test_one_engine_at_a_time(tmp_path):
     for named in ({}, {"index": tmp_path, "url": "http://x/queries"}, {"url": "x", "site": ""}):
         with pytest.raises(ConfigError, match="name one of"):
             open_search_engine(**named)
+
+
+def test_what_the_evaluation_asks_is_never_learned_from(files, tmp_path, capsys):
+    passages, questions = files
+    other = tmp_path / "hotpotqa.jsonl"
+    other.write_text('{"question": "who wrote dune part 2", "answer": "Herbert"}\n')
+    config = CorpusConfig((str(questions),), passages=(str(passages),), exclude=(str(other),))
+    environment = CorpusEnvironment(config, seed=0, chat=str, held_out=1)
+    held_out = {q.question for q in environment.evaluation(1).questions}
+    asked = {q.question for step in range(4) for q in environment.batch(step, 4).questions}
+    assert asked.isdisjoint({"Who wrote Dune, part 2?"} | held_out)
+    learned = 4 - len(held_out | {"Who wrote Dune, part 2?"})
+    assert f"{learned} to learn from, 1 held out" in capsys.readouterr().err
+    everything = tmp_path / "all.jsonl"
+    everything.write_text(questions.read_text())
+    config = CorpusConfig((str(questions),), passages=(str(passages),), exclude=(str(everything),))
+    with pytest.raises(DataError, match=r"questions\.jsonl: every question"):
+        CorpusEnvironment(config, seed=0, chat=str, held_out=1)
+
+
+def test_a_mix_needs_a_share_for_each_file():
+    for mix in ((1.0,), (1.0, 0.0), (1.0, 2.0, 3.0)):
+        with pytest.raises(ConfigError, match=r"environment\.mix"):
+            CorpusConfig(("a", "b"), passages=("p",), mix=mix)
