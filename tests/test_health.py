@@ -46,7 +46,7 @@ SICK = {
     "ratio_drift": ({"ratio_drift": 0.5}, "warning"),
     "logprob_gap": ({"logprob_gap_mean": 0.1}, "warning"),
     "format_falling": ({"format_valid": 0.3}, "warning"),
-    "no_searches": ({"searches_per_question": 0.05, "searches": 3}, "warning"),
+    "no_searches": ({"searches_per_question": 0.05}, "warning"),
     "search_limit": ({"finish_search_limit": 0.5}, "warning"),
     "empty_documents": ({"searches_empty": 10, "searches_failed": 9}, "warning"),
     "identical_responses": ({"identical_responses": 0.95}, "warning"),
@@ -84,11 +84,9 @@ def test_what_is_very_bad_is_fatal():
         assert [f["level"] for f in check(rows(last))] == ["fatal"]
 
 
-def test_one_bad_step_is_no_trend():
-    for name, (last, _) in SICK.items():
-        if name not in ("not_finite", "empty_documents", "length_blow_up"):
-            mild = {k: v for k, v in last.items() if not isinstance(v, float) or v < 3}
-            assert check(History([HEALTHY] * 6 + [HEALTHY | mild])) in ([], check(rows({}))), name
+@pytest.mark.parametrize("name", [name for name in SICK if name != "not_finite"])
+def test_one_bad_step_is_no_trend(name):
+    assert check(rows(SICK[name][0], steps=1)) == []
 
 
 # Real runs of the tiny world, each sent the wrong way by its reward, its numbers or its retriever.
@@ -207,7 +205,7 @@ def test_a_fatal_signal_stops_the_run_and_keeps_the_step_before(tmp_path):
         tiny_world.config(),
         [*SHORT, "cold_start.steps=0", "optimizer.learning_rate=1e38", "optimizer.grad_clip=1e30"],
     )
-    with pytest.raises(UnhealthyRun, match="not_finite.*older checkpoint"):
+    with pytest.raises(UnhealthyRun, match=r"not_finite.*older checkpoint"):
         training.train(config, tmp_path / "run")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["health"][0]["level"] == "fatal"
