@@ -25,6 +25,7 @@ from r1s_jax.chips import CHIPS, Chip
 from r1s_jax.config import Config
 from r1s_jax.hlo import collective_bytes
 from r1s_jax.kernels.attention.api import cache_dims
+from r1s_jax.lora import is_adapter, merge_adapters, trainable
 from r1s_jax.losses import policy_loss
 from r1s_jax.model import LAYERS_SCOPE, ModelConfig, ParamSpec, param_specs
 from r1s_jax.packing import PackedBatch
@@ -77,7 +78,8 @@ def compile_recipe(
     workload = workload or Workload()
     devices = target_devices(topology)
     mesh = make_mesh(config.mesh, devices)
-    model = architecture_of(config.policy)
+    policy = config.policy
+    model = architecture_of(policy).with_lora(policy.lora_rank, policy.lora_alpha)
     check_divisible(model, mesh)
     chip = CHIPS.get(devices[0].device_kind)
     if chip is None:
@@ -236,15 +238,17 @@ def _abstract(tree: Any, shardings: Any) -> Any:
 def _abstract_state(learner: Learner, config: Config) -> LearnerState:
     """The learner's state as shapes on the mesh."""
     dtype = np.dtype(config.policy.param_dtype)
-    shapes = jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype),
+    shapes = jax.tree_util.tree_map_with_path(
+        lambda path, spec: jax.ShapeDtypeStruct(
+            spec.shape, np.float32 if is_adapter(path[-1].key) else dtype
+        ),
         param_specs(learner.model),
         is_leaf=lambda x: isinstance(x, ParamSpec),
     )
     params = _abstract(shapes, param_shardings(learner.model, learner.mesh))
-    moments = jax.eval_shape(learner.optimizer.init, params)
+    moments = jax.eval_shape(learner.optimizer.init, trainable(params))
     optimizer = _abstract(moments, learner.optimizer_shardings(params))
-    reference = params if config.algorithm.kl_coefficient > 0 else None
+    reference = trainable(params) if config.algorithm.kl_coefficient > 0 else None
     return LearnerState(params, optimizer, reference)
 
 
@@ -260,7 +264,7 @@ def _rollout_program(
     c, model, mesh = config.rollout, learner.model, learner.mesh
     count, shards = _trajectories(config), batch_shards(mesh)
     rollout = Rollout(
-        model=model,
+        model=model.without_lora(),
         config=c,
         mesh=mesh,
         compute_dtype=learner.compute_dtype,
@@ -294,7 +298,7 @@ def _rollout_program(
     tokens = workload.prompt + workload.documents / 2 + workload.sampled / 2
     weights = _parameters(state) / tensor * learner.compute_dtype.itemsize
     return _Program(
-        function=rollout,
+        function=lambda p, *rest: rollout(merge_adapters(p, model.lora_scale), *rest),
         arguments=(state.params, prompts, tags),
         trips={
             DECODE_SCOPE: decode_steps,

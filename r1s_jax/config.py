@@ -49,6 +49,10 @@ class PolicyConfig:
     # What the backward pass recomputes of each layer, for less memory in more time: nothing, all
     # but the products with weights (attention among it), or everything.
     remat: Remat = "none"
+    # Train adapters of this rank beside all weights of the layers, and nothing else (see lora.py);
+    # 0: train everything. Their product counts lora_alpha / lora_rank times.
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
     # The attention kernel (see kernels/attention/api.py); "auto": that of the mesh's devices.
     attention: Literal["auto", "xla", "tpu", "gpu", "interpret"] = "auto"
 

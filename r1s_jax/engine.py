@@ -15,6 +15,7 @@ from r1s_jax import protocol
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data import Question
 from r1s_jax.distributed import gather, to_host
+from r1s_jax.lora import merge_adapters
 from r1s_jax.model import ModelConfig, Params
 from r1s_jax.rewards import Solution
 from r1s_jax.rollout import Prompts, Rollout, Trajectory
@@ -116,17 +117,18 @@ class Engine:
             documents_per_query=rollout.documents_per_query,
             max_documents_length=rollout.max_documents_length,
         )
+        roll = Rollout(
+            model=model.without_lora(),
+            config=rollout,
+            mesh=mesh,
+            compute_dtype=compute_dtype,
+            eos_ids=self.eos_ids,
+            num_tag_states=tags.num_states,
+            exchange=self.broker.exchange,
+            attention=attention,
+        )
         self._rollout = jax.jit(
-            Rollout(
-                model=model,
-                config=rollout,
-                mesh=mesh,
-                compute_dtype=compute_dtype,
-                eos_ids=self.eos_ids,
-                num_tag_states=tags.num_states,
-                exchange=self.broker.exchange,
-                attention=attention,
-            )
+            lambda params, *rest: roll(merge_adapters(params, model.lora_scale), *rest)
         )
 
     def encode(self, text: str) -> list[int]:

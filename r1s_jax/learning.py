@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from r1s_jax.advantages import has_signal, kl_divergence, token_advantages
 from r1s_jax.config import Config
 from r1s_jax.engine import Rolled
+from r1s_jax.lora import combine
 from r1s_jax.model import Params
 from r1s_jax.packing import pack, unpack
 from r1s_jax.rollout import Finish, Trajectory
@@ -86,7 +87,7 @@ class PolicyGradient:
         reference = None
         kl = np.zeros(mask.shape)
         if state.reference is not None:
-            reference = self._logprobs(state.reference, t, mask)
+            reference = self._logprobs(combine(state.params, state.reference), t, mask)
             kl = np.where(mask, kl_divergence(a.kl_estimator, old, reference), 0.0)
         advantages = token_advantages(
             a.estimator,

@@ -9,7 +9,7 @@ function that attends differs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention.api import Impl, attention, cache_dims, decode_attention
+from r1s_jax.lora import adapter_entries, is_adapter, merge_layer
 
 Params = dict[str, Any]
 
@@ -56,12 +57,27 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     max_position: int = 2048
+    lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: none
+    lora_alpha: float = 32.0
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
             )
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of the adapters is multiplied with."""
+        return self.lora_alpha / max(self.lora_rank, 1)
+
+    def with_lora(self, rank: int, alpha: float) -> "ModelConfig":
+        """The same model with adapters; rank 0: without."""
+        return replace(self, lora_rank=rank, lora_alpha=alpha)
+
+    def without_lora(self) -> "ModelConfig":
+        """The same model with its adapters merged."""
+        return replace(self, lora_rank=0)
 
 
 class ParamSpec(NamedTuple):
@@ -93,6 +109,8 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
     if c.qk_norm:
         layer["q_norm"] = ((c.head_dim,), (None,), None)
         layer["k_norm"] = ((c.head_dim,), (None,), None)
+    if c.lora_rank:
+        layer |= adapter_entries(layer, c.lora_rank)
 
     def spec(shape: tuple, axes: tuple, gain: float | None) -> ParamSpec:
         # 1/sqrt(fan in); the two projections that add to the residual also shrink with depth.
@@ -111,18 +129,30 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
 
 
 def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Params:
-    """Random parameters of `config`; equal seeds give equal parameters."""
-    specs, treedef = jax.tree.flatten(
-        param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec)
+    """Random parameters of `config`; equal seeds give equal parameters. Adapters are float32."""
+    return _draw(param_specs(config), seed, dtype)
+
+
+def add_adapters(params: Params, config: ModelConfig, seed: int) -> Params:
+    """`params` with the adapters that `config` asks for, which change nothing yet; float32."""
+    specs = {n: s for n, s in param_specs(config)["layers"].items() if is_adapter(n)}
+    return params | {"layers": params["layers"] | _draw(specs, seed, jnp.float32)}
+
+
+def _draw(specs: dict[str, Any], seed: int, dtype: Any) -> Params:
+    named, treedef = jax.tree_util.tree_flatten_with_path(
+        specs, is_leaf=lambda x: isinstance(x, ParamSpec)
     )
-    keys = jax.random.split(jax.random.key(seed), len(specs))
+    keys = jax.random.split(jax.random.key(seed), len(named))
 
-    def leaf(spec: ParamSpec, key: Array) -> Array:
+    def leaf(path: tuple, spec: ParamSpec, key: Array) -> Array:
+        kind = jnp.float32 if is_adapter(path[-1].key) else dtype
         if spec.std is None:
-            return jnp.ones(spec.shape, dtype)
-        return (spec.std * jax.random.normal(key, spec.shape)).astype(dtype)
+            return jnp.ones(spec.shape, kind)
+        return (spec.std * jax.random.normal(key, spec.shape)).astype(kind)
 
-    return jax.tree.unflatten(treedef, [leaf(s, k) for s, k in zip(specs, keys, strict=True)])
+    leaves = [leaf(path, spec, key) for (path, spec), key in zip(named, keys, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def unstack_layers(params: Params) -> Params:
@@ -319,6 +349,7 @@ class Policy(nnx.Module):
     def _block(self, x: Array, w: Params, rope: tuple, attend: Callable, cache: Any):
         """One decoder layer: attention and gated feed-forward, each added to the residual."""
         eps, dtype = self.config.norm_eps, self.compute_dtype
+        w = merge_layer(w, self.config.lora_scale)
         w = {name: p if name.endswith("norm") else p.astype(dtype) for name, p in w.items()}
 
         y = rms_norm(x, w["attn_norm"], eps)

@@ -11,7 +11,8 @@ from r1s_jax import protocol
 from r1s_jax.assets import resolve
 from r1s_jax.checkpoint import CheckpointError, read_params
 from r1s_jax.config import PolicyConfig
-from r1s_jax.model import ModelConfig, Params, RopeScaling, init_params
+from r1s_jax.lora import merge_adapters
+from r1s_jax.model import ModelConfig, Params, RopeScaling, add_adapters, init_params
 from r1s_jax.tiny_world import build_tokenizer
 from r1s_jax.tokenizer import check_tokenizer, eos_ids, load_tokenizer
 from r1s_jax.weights import load_config, load_params
@@ -68,18 +69,25 @@ def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
         if not saved:
             raise CheckpointError(f"{run} has no checkpoint yet")
         source = max(saved, key=lambda p: int(p.name))
-    return Pretrained(model, read_params(source, model, dtype), tokenizer, ends)
+    adapted = model.with_lora(described["lora_rank"], described["lora_alpha"])
+    params = merge_adapters(read_params(source, adapted, dtype), adapted.lora_scale)
+    return Pretrained(model, params, tokenizer, ends)
 
 
 def make_policy(config: PolicyConfig, seed: int) -> Pretrained:
     """The policy a run starts from: pretrained, or random weights that speak the tiny world."""
     dtype = np.dtype(config.param_dtype)
     if config.model:
-        return load_pretrained(config.model, dtype)
-    tokenizer = build_tokenizer()
-    check_tokenizer(tokenizer, config.architecture)
-    params = init_params(config.architecture, seed, dtype)
-    return Pretrained(config.architecture, params, tokenizer, (tokenizer.eos_token_id,))
+        policy = load_pretrained(config.model, dtype)
+    else:
+        tokenizer = build_tokenizer()
+        check_tokenizer(tokenizer, config.architecture)
+        params = init_params(config.architecture, seed, dtype)
+        policy = Pretrained(config.architecture, params, tokenizer, (tokenizer.eos_token_id,))
+    if not config.lora_rank:
+        return policy
+    model = policy.model.with_lora(config.lora_rank, config.lora_alpha)
+    return policy._replace(model=model, params=add_adapters(policy.params, model, seed))
 
 
 def chat_renderer(tokenizer: Any) -> Callable[[str], str]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import OptimizerConfig
 from r1s_jax.distributed import to_host
+from r1s_jax.lora import combine, trainable
 from r1s_jax.losses import Metrics, TokenLoss
 from r1s_jax.model import ModelConfig, Params, Policy, Remat
 from r1s_jax.packing import PackedBatch
@@ -37,7 +38,11 @@ LOGITS_SCOPE, MICRO_SCOPE = "logits_chunk", "micro_batch"
 
 
 class LearnerState(NamedTuple):
-    """What a checkpoint keeps. `reference` is the frozen policy of the KL penalty, if any."""
+    """What a checkpoint keeps.
+
+    `optimizer` and `reference` (the policy of the KL penalty, if any) know only of what is trained:
+    everything, or the adapters.
+    """
 
     params: Params
     optimizer: Any
@@ -125,18 +130,22 @@ class Learner:
         """Fresh optimizer state, each moment sharded like its parameter."""
         shardings = param_shardings(self.model, self.mesh)
         moments = self.optimizer_shardings(params)
-        optimizer = jax.jit(self.optimizer.init, out_shardings=moments)(params)
+        optimizer = jax.jit(self.optimizer.init, out_shardings=moments)(trainable(params))
+
         # Updates donate their input, so the parameters given and the reference must be copies.
-        copy = jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)
-        return LearnerState(copy(params), optimizer, copy(params) if keep_reference else None)
+        def copy(tree: Params, shardings: Any) -> Params:
+            return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(tree)
+
+        reference = copy(trainable(params), trainable(shardings)) if keep_reference else None
+        return LearnerState(copy(params, shardings), optimizer, reference)
 
     def optimizer_shardings(self, params: Params) -> Any:
         """Sharding of every leaf of the optimizer's state."""
         return optax.tree_map_params(
             self.optimizer,
             lambda _, s: s,
-            jax.eval_shape(self.optimizer.init, params),
-            param_shardings(self.model, self.mesh),
+            jax.eval_shape(self.optimizer.init, trainable(params)),
+            trainable(param_shardings(self.model, self.mesh)),
             transform_non_params=lambda _: replicated(self.mesh),
         )
 
@@ -173,20 +182,22 @@ class Learner:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _update(self, state: LearnerState, batch: PackedBatch, micro: Array, scale: Array):
-        def loss(params: Params, rows: PackedBatch) -> tuple[Array, Metrics]:
-            return self.loss(*self._forward(params, rows), rows)
+        trained = trainable(state.params)
+
+        def loss(trained: Params, rows: PackedBatch) -> tuple[Array, Metrics]:
+            return self.loss(*self._forward(combine(state.params, trained), rows), rows)
 
         def accumulate(i: Array, carry: tuple) -> tuple:
             rows = PackedBatch(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in batch))
-            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained, rows)
             total = jax.tree.map(jnp.add, carry[:2], (grads, value))
             return *total, {k: _merge(k, carry[2][k], v) for k, v in metrics.items()}
 
         rows = PackedBatch(*(a[0] for a in batch))
         zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, state.params, rows)[1]
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, trained, rows)[1]
         )
-        start = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), zeros)
+        start = (jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), zeros)
         with jax.named_scope(MICRO_SCOPE):
             grads, value, metrics = lax.fori_loop(0, micro, accumulate, start)
         tokens = jnp.maximum(metrics["tokens"], 1)
@@ -194,9 +205,9 @@ class Learner:
             k: v if k == "tokens" or k.endswith("max") else v / tokens for k, v in metrics.items()
         }
         metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, trained)
         updates = jax.tree.map(lambda u: scale * u, updates)
-        params = optax.apply_updates(state.params, updates)
+        params = combine(state.params, optax.apply_updates(trained, updates))
         return LearnerState(params, optimizer, state.reference), metrics
 
     @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,65 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a weight W trained as W + scale * A B, W frozen.
+
+The sum is formed where the weight is used, layer by layer, so sampling and learning compute with
+the very same weight; A and B stand beside W in a layer's parameters as `{W}_lora_a`, `{W}_lora_b`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Params = dict[str, Any]
+
+_ADAPTED = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+_A, _B = "_lora_a", "_lora_b"
+
+
+def adapter_entries(layer: dict[str, tuple], rank: int) -> dict[str, tuple]:
+    """(shape, axes, gain) of each adapter of a layer whose weights are given so; B starts at 0."""
+    entries = {}
+    for name in _ADAPTED:
+        shape, axes, _ = layer[name]
+        inputs = 2 if axes[0] == "heads" else 1  # wo reads heads x head width
+        entries[name + _A] = ((*shape[:inputs], rank), (*axes[:inputs], None), 1.0)
+        entries[name + _B] = ((rank, *shape[inputs:]), (None, *axes[inputs:]), 0.0)
+    return entries
+
+
+def is_adapter(name: str) -> bool:
+    return name.endswith((_A, _B))
+
+
+def merge_layer(w: Params, scale: float) -> Params:
+    """A layer's weights with its adapters added in; those without adapters as they are."""
+    merged = {name: p for name, p in w.items() if not is_adapter(name)}
+    for name in merged:
+        if name + _A in w:
+            product = jnp.tensordot(w[name + _A], w[name + _B], 1, precision="highest")
+            merged[name] = w[name].astype(product.dtype) + scale * product
+    return merged
+
+
+def merge_adapters(params: Params, scale: float) -> Params:
+    """All parameters with the adapters added in, in the weights' own dtype."""
+    if not any(map(is_adapter, params["layers"])):
+        return params
+    layers = jax.vmap(lambda w: merge_layer(w, scale))(params["layers"])
+    layers = {name: p.astype(params["layers"][name].dtype) for name, p in layers.items()}
+    return params | {"layers": layers}
+
+
+def trainable(params: Params) -> Params:
+    """What learning changes: the adapters where there are any, else everything.
+
+    Takes any tree of the parameters' form (their shardings, say).
+    """
+    adapters = {name: p for name, p in params.get("layers", {}).items() if is_adapter(name)}
+    return {"layers": adapters} if adapters else params
+
+
+def combine(params: Params, trained: Params) -> Params:
+    """`params` with what `trainable` took out of them replaced by `trained`."""
+    if trained.keys() == params.keys():
+        return trained
+    return params | {"layers": params["layers"] | trained["layers"]}
