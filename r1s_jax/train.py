@@ -252,7 +252,8 @@ class Run:
         )
         clock.append(time.perf_counter())
 
-        for row in m.trace_rows(rolled, rewards, advantages, c.run.traces_per_step):
+        traced = c.run.traces_per_step
+        for row in m.trace_rows(rolled, rewards, advantages, traced, self.engine.token_texts):
             self.telemetry.trace({"step": step + 1, **row})
         seconds = dict(zip(("rollout", "reward", "update"), np.diff(clock).tolist(), strict=True))
         return (
