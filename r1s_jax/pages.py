@@ -9,8 +9,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-# Control characters, of which HTML drops some, as the pictures that Unicode has of them.
-_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"} | {0x7F: 0x2421}
+# Control characters, of which HTML drops some, as the pictures that Unicode has of them; and by
+# name those that would turn the order of the text around them.
+_PICTURES: dict[int, int | str] = {
+    **{i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"},
+    0x7F: 0x2421,
+    **{i: f"[U+{i:04X}]" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+}
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -32,6 +37,12 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(page, "utf-8")
     os.replace(partial, path)
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may go on in a new line after each of its parts."""
+    parts = re.split(r"(?<=[._-])", name)
+    return Markup("<wbr>").join(_printable(part) for part in parts)
 
 
 def _printable(value: Any) -> Any:

@@ -10,13 +10,13 @@ from typing import Any
 
 from r1s_jax import charts
 from r1s_jax.data import DataError
-from r1s_jax.pages import write_page
+from r1s_jax.pages import breakable, write_page
 from r1s_jax.telemetry import read_rows
 from r1s_jax.traces import LABELS, Trace, sample_traces
 
 _TRACES = 80  # on a page, shared by its runs: enough to read, few enough to send around
 
-# The curves that matter, by what they tell; any other column of numbers comes under `Other columns`.
+# The curves that matter, by what they tell; any other column of numbers comes under _OTHER.
 _GROUPS = {
     "Outcome": {
         "reward": "Reward",
@@ -128,7 +128,8 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> None:
             "alarms": [[a.run, f"{a.signal} ({a.level})", a.stretches] for a in alarms],
         },
         number=_number,
-        tick_text=lambda tick: f"{tick:g}".replace("-", "−"),
+        tick_text=_tick,
+        breakable=breakable,
         advantage_range=_advantage_range,
     )
 
@@ -184,7 +185,9 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row.get("step"), int):
             raise DataError(f"{path}, row {number}: `step` must be a whole number")
         for alarm in row.get("health", ()):
-            if not isinstance(alarm, dict) or not {"signal", "level", "value", "advice"} <= {*alarm}:
+            if not isinstance(alarm, dict) or not {"signal", "level", "value", "advice"} <= {
+                *alarm
+            }:
                 raise DataError(
                     f"{path}, row {number}: `health` must list objects with signal, level, value "
                     f"and advice; found {alarm!r}"
@@ -205,7 +208,9 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return {k: v for part in parts for k, v in part.items()}
 
 
-def _table(columns: Sequence[dict[str, Any]], differing: bool = False) -> list[tuple[str, list[str]]]:
+def _table(
+    columns: Sequence[dict[str, Any]], differing: bool = False
+) -> list[tuple[str, list[str]]]:
     """(name, value of every run) of all fields, or of those that differ; "–" where one has none."""
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, [_text(c[name]) if name in c else "–" for c in columns]) for name in names]
@@ -220,15 +225,16 @@ def _facts(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     """The results of each run: (what, value of every run). A run without a summary has few."""
 
     def row(name: str, *keys: str) -> tuple[str, list[str]]:
-        return name, [" → ".join(_number(run.summary.get(k)) for k in keys) for run in runs]
+        values = [[_number(run.summary.get(key)) for key in keys] for run in runs]
+        return name, [" → ".join(v) if set(v) != {"–"} else "–" for v in values]
 
     def last(name: str, key: str) -> tuple[str, list[str]]:
         return name, [_number(run.rows[-1].get(key)) if run.rows else "–" for run in runs]
 
     rows = [
         row("Held-out F1, before → after", "f1_before", "f1_after"),
-        row("one-hop, after", "f1_one_hop_after"),
-        row("two-hop, after", "f1_two_hop_after"),
+        row("Held-out F1 of one-hop, after", "f1_one_hop_after"),
+        row("Held-out F1 of two-hop, after", "f1_two_hop_after"),
         row("Searches a question, before → after", "searches_before", "searches_after"),
         row("Mean reward of all steps", "mean_reward"),
         last("Reward, last step", "reward"),
@@ -237,7 +243,7 @@ def _facts(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
         row("Sampled tokens/s", "sampled_tokens_per_s"),
         ("Time", [_duration(run.summary.get("seconds")) for run in runs]),
     ]
-    known = [r for r in rows if any(set(value) - set("–→ ") for value in r[1])]
+    known = [r for r in rows if set(r[1]) != {"–"}]
     return [("State", [run.state for run in runs]), *known]
 
 
@@ -291,9 +297,7 @@ def _panel_groups(runs: Sequence[RunData]) -> dict[str, list[charts.Panel]]:
             groups[heading] = [panel for panel in made if panel]
     if any(cold):
         x = charts.x_scale(cold)
-        made = [
-            charts.panel(key, _title(key), cold, x) for key in charts.numeric_columns(cold)
-        ]
+        made = [charts.panel(key, _title(key), cold, x) for key in charts.numeric_columns(cold)]
         groups[_COLD_START] = [panel for panel in made if panel]
     return {heading: panels for heading, panels in groups.items() if panels}
 
@@ -336,6 +340,11 @@ def _advantage_range(trace: Trace) -> str:
     values = [advantage for _, advantage in trace.token_advantages]
     ends = dict.fromkeys(f"{end:+.3g}" for end in (min(values), max(values)))
     return " to ".join(ends)
+
+
+def _tick(value: float) -> str:
+    number, exponent, power = f"{value:g}".partition("e")
+    return f"{number}{exponent}{int(power)}" if exponent else number
 
 
 def _duration(seconds: Any) -> str:
