@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 WIDTH, HEIGHT = 360, 180
 LEFT, RIGHT, TOP, BOTTOM = 48, 344, 20, 156  # edges of the plot itself
 # More points than pixels only make the page heavy: a longer curve keeps its extremes.
-_MOST_POINTS = 1000
+_MOST_POINTS = 600
 _LETTER_HEIGHT = 11
 
 Row = Mapping[str, Any]

@@ -14,7 +14,7 @@ from r1s_jax.pages import breakable, write_page
 from r1s_jax.telemetry import read_rows
 from r1s_jax.traces import LABELS, Trace, sample_traces
 
-_TRACES = 80  # on a page, shared by its runs: enough to read, few enough to send around
+_TRACES = 60  # on a page, shared by its runs: enough to read, few enough to send around
 
 # The curves that matter, by what they tell; any other column of numbers comes under _OTHER.
 _GROUPS = {

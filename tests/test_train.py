@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -87,6 +88,10 @@ def test_a_run_leaves_its_files(whole):
     assert [row["compilations"] for row in rows[2:]] == [0] * 4, "nothing is compiled again"
     for trace in read_rows(whole / "traces.jsonl"):
         assert trace["spans"] and {"question", "answers", "reward", "parts"} <= trace.keys()
+        written = "".join(text for text, by_policy in trace["spans"] if by_policy)
+        assert "".join(text for text, _ in trace["token_advantages"]) == written
+        advantages = [advantage for _, advantage in trace["token_advantages"]]
+        assert np.mean(advantages) == pytest.approx(trace["advantage"], rel=1e-3, abs=1e-6)
     assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((whole / "tensorboard").iterdir())
     assert json.loads((whole / "config.json").read_text())["name"] == "tiny_world"
