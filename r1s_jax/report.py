@@ -184,15 +184,17 @@ def _read_steps(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("step"), int):
             raise DataError(f"{path}, row {number}: `step` must be a whole number")
-        for alarm in row.get("health", ()):
-            if not isinstance(alarm, dict) or not {"signal", "level", "value", "advice"} <= {
-                *alarm
-            }:
-                raise DataError(
-                    f"{path}, row {number}: `health` must list objects with signal, level, value "
-                    f"and advice; found {alarm!r}"
-                )
+        if not _are_alarms(row.get("health", [])):
+            raise DataError(
+                f"{path}, row {number}: `health` must list objects with signal, level, value and "
+                f"advice; found {row['health']!r}"
+            )
     return sorted(rows, key=lambda row: row["step"])
+
+
+def _are_alarms(value: Any) -> bool:
+    keys = {"signal", "level", "value", "advice"}
+    return isinstance(value, list) and all(isinstance(a, dict) and keys <= {*a} for a in value)
 
 
 def _letter(index: int) -> str:

@@ -111,7 +111,7 @@ def page(two_runs, tmp_path_factory) -> Path:
 
 def words(path: Path) -> str:
     """What a page says, tags taken off."""
-    body = path.read_text("utf-8").partition("<main>")[2].partition('<div id="tip"')[0]
+    body = path.read_text("utf-8").partition("<main>")[2].partition("<script")[0]
     return " ".join(html.unescape(re.sub("<[^>]*>", " ", body.replace("<wbr>", ""))).split())
 
 
@@ -336,6 +336,7 @@ def test_old_runs_have_no_advantages(tmp_path):
         ("metrics.jsonl", "[1]", "line 2: expected a JSON object, found list"),
         ("metrics.jsonl", '{"reward": 1}', "row 2: `step` must be a whole number"),
         ("metrics.jsonl", '{"step": 2, "health": ["x"]}', "row 2: `health` must list objects"),
+        ("metrics.jsonl", '{"step": 2, "health": null}', "row 2: `health` must list objects"),
         ("traces.jsonl", '{"step": 1}', "traces.jsonl, line 2: no trajectory"),
         ("traces.jsonl", json.dumps(trace_row(1) | {"token_advantages": [["x", 1]]}), "spell"),
     ],

@@ -16,6 +16,7 @@ import pytest
 
 from r1s_jax.config import ConfigError, override
 from r1s_jax.configs import tiny_world
+from r1s_jax.report import write_report
 from r1s_jax.telemetry import read_rows
 from r1s_jax.train import train
 
@@ -96,6 +97,13 @@ def test_a_run_leaves_its_files(whole):
     assert list((whole / "tensorboard").iterdir())
     assert json.loads((whole / "config.json").read_text())["name"] == "tiny_world"
     assert "jax" in json.loads((whole / "versions.json").read_text())
+
+
+def test_a_run_is_reported(whole, tmp_path):
+    write_report([whole], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "finished, step 6 of 6" in text and "No run has numbers of" not in text
+    assert text.count('<details class="card trace"') == len(read_rows(whole / "traces.jsonl"))
 
 
 @pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
