@@ -183,6 +183,21 @@ def traces(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, going on or ended.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
+) -> None:
+    """Compare runs on one page: results, configs, health, curves, trajectories.
+
+    The page is one file that needs no network: send it around.
+    """
+    from r1s_jax.report import write_report
+
+    write_report(runs, out)
+    typer.echo(str(out))
+
+
+@app.command()
 def reward(
     file: Annotated[Path, typer.Argument(help="JSON lines {question, answer, solution}; .gz too.")],
     variant: Annotated[

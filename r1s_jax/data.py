@@ -62,14 +62,19 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in _numbered(lines, path):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: {error}") from error
-            if not isinstance(row, dict):
-                found = type(row).__name__
-                raise DataError(f"{path}, line {number}: expected a JSON object, found {found}")
-            yield number, row
+            yield number, parse_row(line, path, number)
+
+
+def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
+    """The JSON object of line `number` of `path`, which a DataError names if it is none."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, line {number}: {error}") from error
+    if not isinstance(row, dict):
+        found = type(row).__name__
+        raise DataError(f"{path}, line {number}: expected a JSON object, found {found}")
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from r1s_jax.sampler import trajectory_keys
 from r1s_jax.search import Broker, Retriever, Search
 from r1s_jax.sharding import batch_sharding, batch_shards, place, replicated
 from r1s_jax.tags import build_tag_table
-from r1s_jax.tokenizer import token_strings
+from r1s_jax.tokenizer import token_strings, token_texts
 
 _MAX_ID = 0x7FFFFFFF  # random keys fold in 31 bits of a question's id
 
@@ -183,13 +183,29 @@ class Engine:
 
     def solution(self, trajectory: Trajectory, row: int, start: int) -> Solution:
         """The text of a trajectory from token `start` on, split by who wrote it."""
+        spans = self._token_spans(trajectory, row, start)
+        return Solution(tuple((self.decode(ids), by_policy) for ids, by_policy in spans))
+
+    def token_texts(self, trajectory: Trajectory, row: int) -> list[str]:
+        """What each token that the policy wrote added to the policy's spans, in order.
+
+        The end of sequence, which is in no span, added nothing.
+        """
+        spans = [ids for ids, by_policy in self._token_spans(trajectory, row) if by_policy]
+        texts = [text for ids in spans for text in token_texts(ids, self.decode)]
+        return texts + [""] * (int(trajectory.loss_mask[row].sum()) - len(texts))
+
+    def _token_spans(
+        self, trajectory: Trajectory, row: int, start: int = 0
+    ) -> list[tuple[list[int], bool]]:
+        """Token ids from `start` on, without the end of sequence, split by who wrote them."""
         end = int(trajectory.lengths[row])
         tokens, mask = trajectory.tokens[row, start:end], trajectory.loss_mask[row, start:end]
         if len(tokens) and mask[-1] and tokens[-1] in self.eos_ids:
             tokens, mask = tokens[:-1], mask[:-1]
         edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
         pieces = zip(np.split(tokens, edges), np.split(mask, edges), strict=True)
-        return Solution(tuple((self.decode(t.tolist()), bool(m[0])) for t, m in pieces if len(t)))
+        return [(t.tolist(), bool(m[0])) for t, m in pieces if len(t)]
 
     def _first_searches(self, questions: Sequence[Question]) -> list[Search]:
         """The system's own search of every question, where the config asks for one."""

@@ -1,7 +1,7 @@
 """The numbers of one step, and the trajectories worth keeping."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from r1s_jax.advantages import has_signal
 from r1s_jax.engine import Rolled
 from r1s_jax.learning import Learned
 from r1s_jax.rewards import Reward
-from r1s_jax.rollout import Finish
+from r1s_jax.rollout import Finish, Trajectory
 
 # How the parts of a reward are called in `metrics.jsonl`.
 _PART_NAMES = {"format": "format_valid"}
@@ -74,9 +74,16 @@ def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
 
 
 def trace_rows(
-    rolled: Rolled, rewards: Sequence[Reward], advantages: np.ndarray, count: int
+    rolled: Rolled,
+    rewards: Sequence[Reward],
+    advantages: np.ndarray,
+    count: int,
+    token_texts: Callable[[Trajectory, int], list[str]],
 ) -> Iterator[dict[str, Any]]:
-    """The trajectories of a step that go into `traces.jsonl`: spread over the batch."""
+    """The trajectories of a step that go into `traces.jsonl`: spread over the batch.
+
+    `token_texts` gives the text of each token that the policy wrote (see Engine).
+    """
     rows = len(rewards)
     for i in np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(int)):
         question, t = rolled.questions[i], rolled.trajectory
@@ -90,6 +97,11 @@ def trace_rows(
             "advantage": float(advantages[i][mask].mean()) if mask.any() else 0.0,
             "finish": Finish(int(t.finish[i])).name.lower(),
             "spans": [[text, by_policy] for text, by_policy in rolled.solutions[i].spans],
+            # Of the policy's tokens alone, in order: joined, the texts are the policy's spans.
+            "token_advantages": [
+                [text, float(f"{advantage:.4g}")]
+                for text, advantage in zip(token_texts(t, i), advantages[i][mask], strict=True)
+            ],
             "searches": [
                 {
                     "query": s.query,

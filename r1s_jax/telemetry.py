@@ -20,6 +20,7 @@ from rich.progress import (
 from tensorboardX import SummaryWriter
 
 from r1s_jax.config import ConfigError
+from r1s_jax.data import parse_row
 from r1s_jax.distributed import is_main
 
 # Everything for people goes to stderr; stdout carries the one JSON line a program may read.
@@ -119,11 +120,16 @@ class Telemetry:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line cut short by a crash is left out."""
+    """Rows of a JSON-lines file; a last line cut short by a crash is left out.
+
+    Raises DataError, naming the file and the line, for what is no JSON object.
+    """
     rows = []
-    for line in path.read_text("utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and line.strip():
-            rows.append(json.loads(line))
+    # Not `splitlines`: it would also cut at U+2028 and its kin, which a model may write.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n") and line.strip():
+                rows.append(parse_row(line, path, number))
     return rows
 
 

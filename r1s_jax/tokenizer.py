@@ -4,6 +4,7 @@ Nothing here names a tokenizer's class: whatever `transformers` loads will do.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
+_DECODED_AT_ONCE = 32  # tokens
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -133,6 +135,27 @@ def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     before = tokenizer.decode([anchor], **options)
     pairs = tokenizer.batch_decode([[anchor, i] for i in range(len(tokenizer))], **options)
     return [text.removeprefix(before) for text in pairs]
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """What each id adds to the text of them all: joined, the texts are exactly `decode(ids)`.
+
+    A character split over several tokens belongs to the last of them; the others add "".
+    """
+    whole, texts, end = decode(ids), [], 0
+    start, base = 0, 0  # decoding begins at this token, which begins at this character
+    for i in range(1, len(ids) + 1):
+        seen = decode(ids[start:i])
+        if not whole.startswith(seen, base):
+            seen = seen.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character not yet complete
+        reached = base + len(seen) if whole.startswith(seen, base) else end
+        reached = len(whole) if i == len(ids) else max(end, reached)
+        texts.append(whole[end:reached])
+        end = reached
+        # Begun anew where that changes nothing, or a long text would take quadratic time.
+        if i - start >= _DECODED_AT_ONCE and decode(ids[i:]) == whole[end:]:
+            start, base = i, end
+    return texts
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> tuple[int, ...]:

@@ -1,18 +1,19 @@
 """Trajectories for reading: from a run or a file of answers, filtered, in colour."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
 from r1s_jax import protocol
-from r1s_jax.data import DataError, gold_answers, read_rows
+from r1s_jax.data import DataError, gold_answers, parse_row, read_rows
 from r1s_jax.eval.results import score_row
+from r1s_jax.pages import write_page
 from r1s_jax.rewards import Solution
 
 STYLES = {
@@ -20,6 +21,17 @@ STYLES = {
     "query": "bold yellow",
     "documents": "dim green",
     "answer": "bold magenta",
+}
+# What a page calls each of them beside its colour.
+LABELS = {
+    "policy": "wrote",
+    "query": "searched",
+    "documents": "retrieved",
+    "answer": "answered",
+}
+_TAGGED = {
+    protocol.BEGIN_QUERY: ("query", protocol.END_QUERY),
+    protocol.BEGIN_ANSWER: ("answer", protocol.END_ANSWER),
 }
 
 
@@ -34,13 +46,42 @@ class Trace:
     searches: int | None = None
     finish: str = ""
     step: int | None = None
+    # (text, advantage) of each token of the policy's spans, in order; of old runs and answers none
+    token_advantages: Sequence[tuple[str, float]] = ()
+
+    def pieces(self) -> Iterator[tuple[str, str]]:
+        """The whole text as (kind, text), the kinds being those of STYLES."""
+        for text, by_policy in self.spans:
+            yield from _policy_pieces(text) if by_policy else [("documents", text)]
+
+    def token_pieces(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """`pieces` cut into tokens: (kind, [(text, advantages)]).
+
+        A character made of several tokens has the advantages of all of them, in order; a token
+        that lies in two pieces is in both. Advantages are "" where they are not known.
+        """
+        tokens = _whole_characters(self.token_advantages)
+        at, end, shown = 0, 0, ""
+        for kind, text in self.pieces():
+            if kind == "documents" or not self.token_advantages:
+                yield kind, [(text, "")]
+                continue
+            stop, parts = at + len(text), []
+            while at < stop:
+                if at == end:
+                    token, shown = next(tokens)
+                    end += len(token)
+                take = min(end, stop)
+                parts.append((text[len(text) - (stop - at) :][: take - at], shown))
+                at = take
+            yield kind, parts
 
     def text(self) -> Text:
         """Question, gold answers and the whole text in colour."""
         out = Text.assemble(("Question: ", "bold"), self.question)
         out.append(f"   gold: {' | '.join(self.answers)}\n", "dim")
-        for piece, by_policy in self.spans:
-            out.append_text(colour_policy(piece) if by_policy else Text(piece, STYLES["documents"]))
+        for kind, text in self.pieces():
+            out.append(text, STYLES[kind])
         return out
 
     def title(self) -> str:
@@ -87,17 +128,39 @@ def read_traces(source: Path) -> Iterator[Trace]:
         try:
             yield _of_run(row) if "spans" in row else _of_answers(row)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}, line {number}: no trajectory ({error})") from error
+            raise _no_trajectory(path, number, error) from error
+
+
+def sample_traces(path: Path, count: int) -> tuple[list[Trace], int]:
+    """Traces spread evenly over the `traces.jsonl` of a run, and how many it holds.
+
+    The last line may still be being written: it counts once it is whole. Raises DataError for a
+    row that is no trajectory.
+    """
+    with path.open("rb") as lines:
+        found = sum(line.endswith(b"\n") for line in lines)
+    chosen = set(np.linspace(0, found - 1, min(count, found)).round().astype(int).tolist())
+    traces = []
+    with path.open("rb") as lines:
+        for i, line in enumerate(lines):
+            if i not in chosen:
+                continue
+            row = parse_row(line, path, i + 1)
+            try:
+                traces.append(_of_run(row))
+            except (KeyError, TypeError, ValueError) as error:
+                raise _no_trajectory(path, i + 1, error) from error
+    return traces, found
+
+
+def _no_trajectory(path: Path, number: int, error: Exception) -> DataError:
+    return DataError(f"{path}, line {number}: no trajectory ({error})")
 
 
 def show(traces: Sequence[Trace], found: int, html: Path | None = None) -> None:
     """Prints traces, through a pager where there is a reader; or writes them as a page."""
     if html:
-        with open(os.devnull, "w") as nowhere:
-            console = Console(file=nowhere, record=True, width=120)
-            _print(console, traces, found)
-        html.parent.mkdir(parents=True, exist_ok=True)
-        console.save_html(str(html))
+        write_page(html, "traces.html", traces=traces, found=found, labels=LABELS)
         return
     console = Console()
     if not console.is_terminal:
@@ -112,20 +175,30 @@ def legend() -> Text:
     return Text.assemble(*((f" {name} ", style) for name, style in STYLES.items()))
 
 
-def colour_policy(text: str) -> Text:
+def _policy_pieces(text: str) -> Iterator[tuple[str, str]]:
     """Text of the policy, its queries and its answer set off."""
-    coloured = Text(text, STYLES["policy"])
-    for begin, end, style in (
-        (protocol.BEGIN_QUERY, protocol.END_QUERY, "query"),
-        (protocol.BEGIN_ANSWER, protocol.END_ANSWER, "answer"),
-    ):
-        at = text.find(begin)
-        while at >= 0:
+    while text:
+        starts = [(at, begin) for begin in _TAGGED if (at := text.find(begin)) >= 0]
+        at, begin = min(starts, default=(len(text), ""))
+        if at:
+            yield "policy", text[:at]
+        if begin:
+            kind, end = _TAGGED[begin]
             close = text.find(end, at)
             stop = close + len(end) if close >= 0 else len(text)
-            coloured.stylize(STYLES[style], at, stop)
-            at = text.find(begin, stop)
-    return coloured
+            yield kind, text[at:stop]
+            at = stop
+        text = text[at:]
+
+
+def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str, str]]:
+    """(text, advantages): tokens without a text of their own go with the one that has it."""
+    waiting: list[str] = []
+    for text, advantage in tokens:
+        waiting.append(f"{advantage:+.3g}")
+        if text:
+            yield text, " ".join(waiting)
+            waiting = []
 
 
 def _print(console: Console, traces: Sequence[Trace], found: int) -> None:
@@ -137,7 +210,7 @@ def _print(console: Console, traces: Sequence[Trace], found: int) -> None:
 
 
 def _of_run(row: dict[str, Any]) -> Trace:
-    return Trace(
+    trace = Trace(
         row["question"],
         tuple(row["answers"]),
         [(text, by_policy) for text, by_policy in row["spans"]],
@@ -145,7 +218,12 @@ def _of_run(row: dict[str, Any]) -> Trace:
         len(row["searches"]),
         row["finish"],
         row["step"],
+        [(text, float(advantage)) for text, advantage in row.get("token_advantages", ())],
     )
+    tokens = "".join(text for text, _ in trace.token_advantages)
+    if tokens and tokens != "".join(text for text, by_policy in trace.spans if by_policy):
+        raise ValueError("the tokens of `token_advantages` do not spell what the policy wrote")
+    return trace
 
 
 def _of_answers(row: dict[str, Any]) -> Trace:

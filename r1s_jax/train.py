@@ -272,9 +272,8 @@ class Run:
         clock.append(time.perf_counter())
         self._adapt_kl(learned.kl)
         chosen = [rewards[i] for i in rows]
-        for row in m.trace_rows(
-            rolled.take(rows), chosen, learned.advantages, c.run.traces_per_step
-        ):
+        traced, texts = c.run.traces_per_step, self.engine.token_texts
+        for row in m.trace_rows(rolled.take(rows), chosen, learned.advantages, traced, texts):
             self.telemetry.trace({"step": step + 1, **row})
         collected, updated = np.diff(clock).tolist()
         return state, {

@@ -13,7 +13,9 @@ from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data import Question
 from r1s_jax.engine import Engine
 from r1s_jax.host_loop import HostLoop
+from r1s_jax.metrics import trace_rows
 from r1s_jax.model import ModelConfig, init_params
+from r1s_jax.rewards import Reward
 from r1s_jax.rollout import Finish
 from r1s_jax.search import Broker, SearchFailure
 from r1s_jax.sharding import make_mesh, shard_params
@@ -159,6 +161,25 @@ def test_the_host_driven_loop_agrees(temperature):
         assert loop.mask == t.loss_mask[row, :length].tolist()
         assert (loop.finish, loop.searches) == (t.finish[row], t.searches[row])
         np.testing.assert_allclose(loop.policy_logprobs, t.policy_logprobs[row, :length], atol=2e-5)
+
+
+def test_traces_name_every_token_and_its_advantage(engine, rolled):
+    t = rolled.trajectory
+    advantages = np.arange(t.tokens.size, dtype=np.float32).reshape(t.tokens.shape)
+    rewards = [Reward(0.0, {})] * len(t.tokens)
+    rows = list(trace_rows(rolled, rewards, advantages, len(rewards), engine.token_texts))
+    ended = 0
+    for i, row in enumerate(rows):
+        ids = t.tokens[i][t.loss_mask[i]].tolist()
+        texts = [text for text, _ in row["token_advantages"]]
+        assert len(texts) == row["sampled_tokens"] == len(ids)
+        assert "".join(texts) == rolled.solutions[i].written
+        expected = ["" if j in engine.eos_ids else engine.decode([j]).strip() for j in ids]
+        assert [text.strip() for text in texts] == expected
+        ended += ids[-1] in engine.eos_ids
+        kept = [advantage for _, advantage in row["token_advantages"]]
+        np.testing.assert_allclose(kept, advantages[i][t.loss_mask[i]], rtol=1e-3)
+    assert len(rows) == len(rewards) and 0 < ended < len(rows)
 
 
 def host_loop(engine: Engine, params) -> HostLoop:

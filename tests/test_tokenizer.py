@@ -1,5 +1,7 @@
 import json
+from functools import partial
 
+import numpy as np
 import pytest
 from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -8,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from r1s_jax.assets import resolve
 from r1s_jax.gguf_file import open_gguf
 from r1s_jax.model import ModelConfig
-from r1s_jax.tokenizer import check_tokenizer, eos_ids, load_tokenizer, token_strings
+from r1s_jax.tokenizer import check_tokenizer, eos_ids, load_tokenizer, token_strings, token_texts
 from r1s_jax.weights import WeightsError
 
 # Contractions, digits, spaces, newlines, accents both composed and not, the protocol's tags.
@@ -177,6 +179,23 @@ def test_smollm2(smollm2, tmp_path):
     assert again(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
     assert again.chat_template == tokenizer.chat_template
     assert token_strings(again) == strings
+
+
+def test_tokens_spell_their_text(smollm2):
+    tokenizer = load_tokenizer(smollm2)
+    options = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    decode = partial(tokenizer.decode, **options)
+    ids = tokenizer.encode("日本 is 🙂, café")
+    texts = token_texts(ids, decode)
+    assert len(texts) == len(ids) and "".join(texts) == "日本 is 🙂, café"
+    assert [text for text in texts if text][:3] == ["日", "本", " is"]
+    assert "" in texts, "a character of several tokens is the last one's"
+    rng = np.random.default_rng(0)  # bytes in any order, most of them no text at all
+    for vocabulary, length in [(300, 3), (300, 40), (300, 200), (len(tokenizer), 200)] * 10:
+        ids = rng.integers(0, vocabulary, length).tolist()
+        texts = token_texts(ids, decode)
+        assert len(texts) == length and "".join(texts) == decode(ids)
+    assert token_texts([], decode) == []
 
 
 def test_smollm2_like_transformers(smollm2):

@@ -1,3 +1,4 @@
+import html
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ import pytest
 
 from r1s_jax import protocol
 from r1s_jax.data import DataError
-from r1s_jax.traces import Trace, Wanted, read_traces
+from r1s_jax.traces import LABELS, Trace, Wanted, read_traces, sample_traces
 
 DOCUMENTS = protocol.document_block(["Rome is a city."])
 QUERY = f"{protocol.BEGIN_QUERY} Rome {protocol.END_QUERY}"
@@ -80,6 +81,34 @@ def test_each_part_has_its_colour(tmp_path):
     assert styles["dim green"] == DOCUMENTS
 
 
+def test_tokens_are_dealt_out_to_the_pieces():
+    begin, end = protocol.BEGIN_QUERY, protocol.END_QUERY
+    spans = [(f"So {begin}é{end}", True), (DOCUMENTS, False), (" it", True)]
+    tokens = [("So ", 1.0), (begin, 2.0), ("", 3.0), ("é", 4.0), (f"{end}", -5.0)]
+    trace = Trace("q", ("a",), spans, token_advantages=[*tokens, (" i", 6.0), ("t", 7.0)])
+    assert list(trace.token_pieces()) == [
+        ("policy", [("So ", "+1")]),
+        ("query", [(begin, "+2"), ("é", "+3 +4"), (end, "-5")]),
+        ("documents", [(DOCUMENTS, "")]),
+        ("policy", [(" i", "+6"), ("t", "+7")]),
+    ]
+    across = [(f"So {begin}", 1.0), (f"é{end}", 2.0), (" it", 3.0)]
+    pieces = list(Trace("q", ("a",), spans, token_advantages=across).token_pieces())
+    assert pieces[:2] == [
+        ("policy", [("So ", "+1")]),
+        ("query", [(begin, "+1"), (f"é{end}", "+2")]),
+    ]
+
+
+def test_a_run_is_sampled_evenly(tmp_path):
+    path = write(tmp_path / "traces.jsonl", *[RUN_ROW | {"step": step} for step in range(1, 10)])
+    path.write_text(path.read_text() + '{"step": 10')  # being written
+    traces, found = sample_traces(path, 3)
+    assert [trace.step for trace in traces] == [1, 5, 9] and found == 9
+    assert len(sample_traces(path, 100)[0]) == 9
+    assert sample_traces(write(tmp_path / "none.jsonl"), 3) == ([], 0)
+
+
 def test_what_is_no_trajectory_is_named(tmp_path):
     with pytest.raises(DataError, match=r"line 2: no trajectory \('step'\)"):
         broken = {k: v for k, v in RUN_ROW.items() if k != "step"}
@@ -97,7 +126,11 @@ def test_the_command(tmp_path):
     assert "10 of 12 that fit" in done.stdout
     page = tmp_path / "deep" / "page.html"
     subprocess.run([*command, "--html", str(page), "--limit", "0"], check=True, capture_output=True)
-    assert page.read_text().count("Question:") == 12
+    text = page.read_text()
+    assert text.count("Question:") == 12
+    for kind, label in LABELS.items():
+        assert f'<div class="piece {kind}"><b class="label">{label}</b>' in text
+    assert html.escape(QUERY) in text and QUERY not in text
 
 
 @pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA names no data folder")

@@ -10,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from r1s_jax.config import ConfigError, override
 from r1s_jax.configs import tiny_world
+from r1s_jax.report import write_report
 from r1s_jax.telemetry import read_rows
 from r1s_jax.train import train
 
@@ -87,10 +89,21 @@ def test_a_run_leaves_its_files(whole):
     assert [row["compilations"] for row in rows[2:]] == [0] * 4, "nothing is compiled again"
     for trace in read_rows(whole / "traces.jsonl"):
         assert trace["spans"] and {"question", "answers", "reward", "parts"} <= trace.keys()
+        written = "".join(text for text, by_policy in trace["spans"] if by_policy)
+        assert "".join(text for text, _ in trace["token_advantages"]) == written
+        advantages = [advantage for _, advantage in trace["token_advantages"]]
+        assert np.mean(advantages) == pytest.approx(trace["advantage"], rel=1e-3, abs=1e-6)
     assert (whole / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert list((whole / "tensorboard").iterdir())
     assert json.loads((whole / "config.json").read_text())["name"] == "tiny_world"
     assert "jax" in json.loads((whole / "versions.json").read_text())
+
+
+def test_a_run_is_reported(whole, tmp_path):
+    write_report([whole], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "finished, step 6 of 6" in text and "No run has numbers of" not in text
+    assert text.count('<details class="card trace"') == len(read_rows(whole / "traces.jsonl"))
 
 
 @pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
