@@ -17,7 +17,7 @@ import numpy as np
 
 from r1s_jax import protocol
 from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
-from r1s_jax.data import DataError, Question, read_questions, read_rows
+from r1s_jax.data import DataError, Question, journal_rows, read_questions
 from r1s_jax.engine import Engine, Rolled
 from r1s_jax.eval.benchmarks import questions_file
 from r1s_jax.eval.results import header_path, read_header
@@ -84,7 +84,7 @@ def answer_file(
     described = _header(run, source)
     done = _already(out, described, questions)
     progress(done, len(questions))
-    policy = load_pretrained(run.model, _dtype())
+    policy = load_pretrained(run.model, compute_dtype())
     engine = _engine(run, policy)
     params = shard_params(policy.params, policy.model, engine.mesh)
     write_json(header_path(out), described)
@@ -137,16 +137,17 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
         # An evaluation goes on whatever a retriever does: every failure is in its row.
         SearchConfig(max_failure_rate=1.0),
         make_mesh(MeshConfig()),
-        _dtype(),
-        _renderer(run, policy),
+        compute_dtype(),
+        renderer(run.prompt, policy),
         extract_query=protocol.extract_eval_query,
     )
 
 
-def _renderer(run: EvalRun, policy: Pretrained) -> Callable[[str], str]:
-    if run.prompt is None and policy.tokenizer.chat_template:
+def renderer(prompt: str | None, policy: Pretrained) -> Callable[[str], str]:
+    """Makes the prompt of a question: by a template, the chat template, or the base prompt."""
+    if prompt is None and policy.tokenizer.chat_template:
         return chat_renderer(policy.tokenizer)
-    template = run.prompt or protocol.BASE_PROMPT
+    template = prompt or protocol.BASE_PROMPT
     return lambda question: protocol.render_prompt(template, question)
 
 
@@ -180,10 +181,10 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     # How many are answered at a time, and how many in all, changes no answer.
     for name in ("slots", "limit"):
         del described[name]
-    return {"run": described, "source": source, "dtype": _dtype().name}
+    return {"run": described, "source": source, "dtype": compute_dtype().name}
 
 
-def _dtype() -> np.dtype:
+def compute_dtype() -> np.dtype:
     """Of weights and computation: as models are published and served, but on a CPU, which is slower
     at it."""
     return np.dtype("float32" if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -198,11 +199,7 @@ def _already(out: Path, described: dict[str, Any], questions: Sequence[Question]
         raise DataError(
             f"{out} was written by another run (see {header_path(out).name}): choose another file"
         )
-    text = out.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        out.write_bytes(whole)
-    rows = [row for _, row in read_rows(out)]
+    rows = journal_rows(out)
     for row, question in zip(rows, questions, strict=False):
         if row["id"] != question.id:
             raise DataError(f"{out} holds answers to other questions: {row['id']}, {question.id}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1s_jax.data import gold_answers
+from r1s_jax.data import gold_answers, journal_rows
 from r1s_jax.eval.results import VERDICTS, header_path, read_header, read_results
 from r1s_jax.run_dir import write_json
 
@@ -186,13 +186,7 @@ def _key(judge: Judge, prompt: str) -> str:
 
 def _read_journal(path: Path) -> dict[str, Verdict]:
     """Verdicts by key; a last line that a crash cut off is forgotten."""
-    if not path.exists():
-        return {}
-    *lines, rest = path.read_bytes().split(b"\n")
-    if rest:
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
-    rows = [json.loads(line) for line in lines]
-    return {row["key"]: row["verdict"] for row in rows}
+    return {row["key"]: row["verdict"] for row in journal_rows(path)}
 
 
 def _write(path: Path, judge: Judge, out: Path, rows: list[dict[str, Any]]) -> None:

@@ -77,6 +77,21 @@ def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
     return row
 
 
+def journal_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file that is being written; an unfinished last line is cut off it.
+
+    A file that is not there has none. Raises DataError as read_rows does.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return [row for _, row in read_rows(path)]
+
+
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     try:
         import pyarrow

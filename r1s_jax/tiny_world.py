@@ -5,8 +5,10 @@ the policy either looks a fact up or guesses. The tokenizer is closed over every
 said in any world, and a name is the same few tokens wherever it stands, so that it can be copied.
 """
 
+import json
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -71,7 +73,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_WORD_START, " "), decoders.Fuse()])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        # Its prompt, for whoever treats it as a chat model: the question and nothing else.
+        chat_template="Question: {{ messages[-1]['content'] }} ",
     )
 
 
@@ -224,3 +231,23 @@ def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
         first, second = rng.choice(SYLLABLES, 2)
         drawn[f"{first}{second}{rng.choice(LAST_SYLLABLES)}".capitalize()] = None
     return list(drawn)
+
+
+def write_world(folder: Path, people: int, questions: int, seed: int) -> Path:
+    """Writes a world as `passages.tsv` and `questions.jsonl`, half the questions with two hops.
+
+    Raises FileExistsError where one of them is there, ValueError for more questions than there are.
+    """
+    world = TinyWorld((seed,), people)
+    lines = {
+        "passages.tsv": [f"{passage.id}\t{passage.line}" for passage in world.passages],
+        "questions.jsonl": [
+            json.dumps({"idx": q.id, "question": q.question, "answer": q.answers[0]})
+            for q in world.questions(questions, 0.5)
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in lines.items():
+        with (folder / name).open("x", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in text)
+    return folder

@@ -1,0 +1,78 @@
+"""`r1s data`: choose questions."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r1s_jax.commands.options import Model
+
+app = typer.Typer(no_args_is_help=True, help="Choose questions to learn from.")
+
+
+@app.command("select")
+def select(
+    questions: Annotated[str, typer.Argument(help="JSON lines {question, answer}, .gz too.")],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="File to write; what was measured lies beside it.")],
+    index: Annotated[Path | None, typer.Option(help="Directory of a built index.")] = None,
+    retriever: Annotated[
+        str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
+    ] = "",
+    rollouts: Annotated[int, typer.Option(help="Of each question; at least 20.")] = 20,
+    ratio: Annotated[str, typer.Option(help="Of easy:medium:hard questions written.")] = "0:1:1",
+    prompt: Annotated[Path | None, typer.Option(help="Template with {question}.")] = None,
+    at_a_time: Annotated[int, typer.Option(help="Questions rolled out together.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens of a trajectory.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the rollouts and the choice.")] = 0,
+) -> None:
+    """Keep questions of the right difficulty for a model: rolled out, classed, mixed.
+
+    Easy is solved within 9 rollouts, medium within 20, hard in none of them (the published classes;
+    solved is cover-EM). A stopped run goes on where it was. The last line printed is JSON: how many
+    there are of each class.
+    """
+    from r1s_jax.difficulty import Selection
+    from r1s_jax.difficulty import select as select_questions
+    from r1s_jax.environment import open_search_engine
+    from r1s_jax.telemetry import progress_bar
+
+    selection = Selection(
+        questions=questions,
+        model=model,
+        rollouts=rollouts,
+        ratio=_ratio(ratio),
+        prompt=prompt.read_text("utf-8") if prompt else None,
+        questions_at_a_time=at_a_time,
+        max_length=max_length,
+        seed=seed,
+    )
+    engine, source = open_search_engine(index, retriever)
+    with progress_bar("Rolling out") as advance:
+        result = select_questions(selection, engine, source, out, advance)
+    typer.echo(json.dumps(result))
+
+
+@app.command("tiny-world")
+def tiny_world(
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    people: Annotated[int, typer.Option(help="A passage each.")] = 60,
+    questions: Annotated[int, typer.Option(help="Half of them with two hops.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the world.")] = 0,
+) -> None:
+    """Write a generated world as files: passages.tsv and questions.jsonl.
+
+    What the commands for real corpora do can be tried on it in seconds, with the policy of a
+    `tiny_world` run as the model.
+    """
+    from r1s_jax.tiny_world import write_world
+
+    typer.echo(str(write_world(out, people, questions, seed)))
+
+
+def _ratio(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(":"))
+    except ValueError:
+        raise ValueError(f"ratio {text!r}: give easy:medium:hard, as 0:1:1") from None
