@@ -114,7 +114,7 @@ class _Address:
 
     def __init__(self, url: str):
         self.name, self.total = url, 0
-        self._gzipped = urllib3.util.parse_url(url).path.endswith(".gz")
+        self._gzipped = (urllib3.util.parse_url(url).path or "").endswith(".gz")
         self.consumed: Callable[[], int] = int
 
     def files(self, first: str, offset: int) -> Iterator[tuple[str, BinaryIO]]:
