@@ -4,9 +4,6 @@ import gzip
 import json
 import os
 import re
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from r1s_jax.retrieval.corpus import (
     split_line,
     wiki_summaries,
 )
+from tests.full_disk import r1s_on_a_full_disk
 
 
 @pytest.mark.parametrize(
@@ -141,16 +139,10 @@ def test_store_refuses_a_cut_file(tmp_path):
 
 
 def test_a_disk_that_fills_leaves_no_index(tmp_path):
-    """The limit on the size of a file stands for the disk: writes fail in the same way."""
     lines = "".join(f"{i}\tTitle {i}   {'word ' * 40}\n" for i in range(1000))
     (tmp_path / "c.tsv").write_text(lines)
-    command = [sys.executable, "-m", "r1s_jax.cli", "index", "build", str(tmp_path / "c.tsv")]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "index")],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
+    args = ("index", "build", str(tmp_path / "c.tsv"), "--out", str(tmp_path / "index"))
+    done = r1s_on_a_full_disk(100_000, *args)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"passages\.tsv:\d+: cannot be written \(File too large\)", done.stderr)
     assert [path.name for path in tmp_path.iterdir()] == ["c.tsv"]

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tarfile
@@ -20,6 +19,7 @@ import pytest
 from r1s_jax.retrieval.corpus import CorpusError, read_passages
 from r1s_jax.retrieval.kilt import ABSTRACTS, KILT, convert, kilt_lines
 from r1s_jax.retrieval.lines import open_archive, open_source
+from tests.full_disk import r1s_on_a_full_disk
 
 needs_data = pytest.mark.skipif(
     "R1S_DATA" not in os.environ, reason="R1S_DATA does not name the data folder"
@@ -237,22 +237,15 @@ def test_a_lost_connection_is_an_error_that_loses_nothing(tmp_path, whole):
 
 
 def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
-    """The limit on the size of a file stands for the disk: writes fail in the same way."""
     (tmp_path / "s.jsonl").write_bytes(pages(24_000))
     out = tmp_path / "out.tsv"
-    command = r1s("corpus", "kilt", str(tmp_path / "s.jsonl"), str(out))
-    limit = 20 * 2**20
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    args = ("corpus", "kilt", str(tmp_path / "s.jsonl"), str(out))
+    done = r1s_on_a_full_disk(20 * 2**20, *args)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"out\.tsv\.partial: cannot be written", done.stderr), done.stderr
     assert not out.exists()
     assert json.loads(Path(f"{out}.journal").read_bytes())["written"] > 2**24
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert subprocess.run(r1s(*args), capture_output=True).returncode == 0
     convert(open_source(str(tmp_path / "s.jsonl")), tmp_path / "again.tsv", KILT)
     assert out.read_bytes() == (tmp_path / "again.tsv").read_bytes()
 
