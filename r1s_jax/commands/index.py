@@ -43,3 +43,26 @@ def search(
             for h in hits
         ]
         typer.echo(json.dumps({"query": query, "results": results}, ensure_ascii=False))
+
+
+@app.command("serve")
+def serve(
+    index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")] = "127.0.0.1",
+) -> None:
+    """Serve an index over HTTP: R1-Searcher's `/queries`, Search-R1's `/retrieve`.
+
+    Prints the address once it listens. SIGTERM and Ctrl-C finish what is in flight.
+    """
+    from r1s_jax.config import ConfigError
+    from r1s_jax.environment import open_saved_index
+
+    try:
+        from r1s_jax.retrieval import server
+    except ImportError as error:
+        raise ConfigError(
+            "serving needs the extra `serve`: pip install 'r1s-jax[serve]'"
+        ) from error
+    with server.bind(host, port) as bound:
+        server.serve(open_saved_index(index), bound, announce=typer.echo)

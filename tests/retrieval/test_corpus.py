@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from r1s_jax.retrieval.corpus import (
     split_line,
     wiki_summaries,
 )
+from tests.full_disk import r1s_on_a_full_disk
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,15 @@ def test_both_json_forms(tmp_path):
         ("c.tsv", b"", "no passages"),
         ("c.jsonl", b'{"id": 0}\n', r"c\.jsonl:1: not a passage"),
         ("c.jsonl", b"[1]\n", r"c\.jsonl:1: not a passage"),
+        (
+            "c.jsonl",
+            b'{"id": 0, "title": null, "text": "x"}\n',
+            r"c\.jsonl:1: .* 'title' is missing",
+        ),
+        ("c.jsonl", b'{"id": 0, "contents": 1}\n', r"c\.jsonl:1: .* 'contents' is missing"),
+        ("c.jsonl", b'{"id": null, "contents": "x"}\n', r"c\.jsonl:1: .* 'id' is missing"),
+        ("c.jsonl", b'{"id": 0, "contents": "x"}\n{"id": 1, "cont', r"c\.jsonl:2: not a passage"),
+        ("c.jsonl", b"[" * 100_000, r"c\.jsonl:1: not a passage"),
         ("c.csv", b"", "expected .tsv or .jsonl"),
     ],
 )
@@ -84,6 +95,18 @@ def test_broken_files_are_named_with_the_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(CorpusError, match=message):
         list(read_passages(tmp_path / name))
+
+
+def test_a_cut_gzip_is_named_with_the_line(tmp_path):
+    lines = "".join(f"{i}\tTitle {i}   {os.urandom(20).hex()}\n" for i in range(1000))
+    data = gzip.compress(lines.encode())
+    for broken in (data[: len(data) // 2], data[:-4] + b"\0\0\0\0"):
+        (tmp_path / "c.tsv.gz").write_bytes(broken)
+        with pytest.raises(CorpusError, match=r"c\.tsv\.gz:\d+: cut or damaged after this line"):
+            list(read_passages(tmp_path / "c.tsv.gz"))
+    (tmp_path / "c.tsv.gz").write_bytes(b"no gzip at all")
+    with pytest.raises(CorpusError, match=r"c\.tsv\.gz:0: cut or damaged"):
+        list(read_passages(tmp_path / "c.tsv.gz"))
 
 
 def test_ids_that_only_look_alike_are_different(tmp_path):
@@ -113,6 +136,16 @@ def test_store_refuses_a_cut_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CorpusError, match="does not fit"):
         PassageStore(tmp_path)
+
+
+def test_a_disk_that_fills_leaves_no_index(tmp_path):
+    lines = "".join(f"{i}\tTitle {i}   {'word ' * 40}\n" for i in range(1000))
+    (tmp_path / "c.tsv").write_text(lines)
+    args = ("index", "build", str(tmp_path / "c.tsv"), "--out", str(tmp_path / "index"))
+    done = r1s_on_a_full_disk(100_000, *args)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"passages\.tsv:\d+: cannot be written \(File too large\)", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.tsv"]
 
 
 def test_wiki_summaries(tmp_path):

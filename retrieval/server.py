@@ -1,0 +1,356 @@
+"""An index behind HTTP, in both contracts that `retrieval.http` asks in (the extra `serve`).
+
+    POST /queries   {"queries": [...], "k": 3}
+                    -> {"queries": [...], "answers": [["{id}\\t{line}", ...], ...]}
+    POST /retrieve  {"queries": [...], "topk": 3, "return_scores": true}
+                    -> {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}
+    GET  /healthz, /metrics (Prometheus)
+
+What cannot be answered is `{"error": ...}`: 400 for a wrong request, 413 for too large a one, 503
+with `Retry-After` while too much is waiting, 500 where the search fails.
+"""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import uvicorn
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from r1s_jax.retrieval.index import Hit
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_K = 3
+_DRAIN_S = 30  # for what is in flight when the server is told to stop
+_KEEP_ALIVE_S = 75
+_SIZES = [2**i for i in range(13)]
+
+
+class Retriever(Protocol):
+    """What is served: an `Index`."""
+
+    def __len__(self) -> int: ...
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]: ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on; the rest is refused."""
+
+    body_bytes: int = 2**22  # of a request
+    queries: int = 4096  # of a request
+    k: int = 100
+    waiting: int = 20_000  # queries that wait for the search thread
+    batch: int = 64  # queries searched together; a larger request is searched alone
+
+
+class Refused(Exception):
+    """A request that is not searched, with its status."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class _Job(NamedTuple):
+    queries: list[str]
+    k: int
+    found: Future[list[list[Hit]]]
+
+
+class Batcher:
+    """One thread that searches whatever is waiting for the same k, together."""
+
+    def __init__(self, retriever: Retriever, limits: Limits, observe: Callable[[int], None]):
+        """`observe` is told the number of queries of each batch."""
+        self._retriever, self._limits, self._observe = retriever, limits, observe
+        self._jobs: deque[_Job] = deque()
+        self._changed, self._closed = threading.Condition(), False
+        self._thread = threading.Thread(target=self._work, name="search", daemon=True)
+        self._thread.start()
+
+    def submit(self, queries: list[str], k: int) -> Future[list[list[Hit]]]:
+        """The passages of each query, once found; raises Refused where too many wait."""
+        job = _Job(queries, k, Future())
+        with self._changed:
+            if self._closed:
+                raise Refused(503, "the server is stopping")
+            if self._jobs and self._count() + len(queries) > self._limits.waiting:
+                raise Refused(503, f"more than {self._limits.waiting} queries are waiting")
+            self._jobs.append(job)
+            self._changed.notify()
+        return job.found
+
+    def waiting(self) -> int:
+        """Queries that are not searched yet."""
+        with self._changed:
+            return self._count()
+
+    def close(self) -> None:
+        """Searches what is waiting, then ends the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _count(self) -> int:
+        return sum(len(job.queries) for job in self._jobs)
+
+    def _work(self) -> None:
+        while jobs := self._take():
+            self._observe(sum(len(job.queries) for job in jobs))
+            self._search(jobs)
+
+    def _take(self) -> list[_Job]:
+        """The longest waiting request, and those that fit beside it; none once closed and done."""
+        taken, size, left = [], 0, deque()
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._closed)
+            for job in self._jobs:
+                fits = not taken or size + len(job.queries) <= self._limits.batch
+                if fits and (not taken or job.k == taken[0].k):
+                    taken.append(job)
+                    size += len(job.queries)
+                else:
+                    left.append(job)
+            self._jobs = left
+        return taken
+
+    def _search(self, jobs: list[_Job]) -> None:
+        try:
+            rows = iter(self._retriever.search([q for job in jobs for q in job.queries], jobs[0].k))
+            found = [[next(rows) for _ in job.queries] for job in jobs]
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].found.set_exception(error)
+            else:  # one request's failure is not its neighbours'
+                for job in jobs:
+                    self._search([job])
+            return
+        for job, hits in zip(jobs, found, strict=True):
+            job.found.set_result(hits)
+
+
+class _Service:
+    """The handlers, and what they count."""
+
+    def __init__(self, retriever: Retriever, limits: Limits):
+        self._retriever, self._limits = retriever, limits
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "r1s_requests", "Requests answered.", ["path", "status"], registry=registry
+        )
+        self._queries = Counter("r1s_queries", "Queries searched.", registry=registry)
+        self._errors = Counter("r1s_errors", "Requests whose search failed.", registry=registry)
+        self._seconds = Histogram(
+            "r1s_request_seconds", "From request to reply.", ["path"], registry=registry
+        )
+        batches = Histogram(
+            "r1s_batch_queries", "Queries searched together.", buckets=_SIZES, registry=registry
+        )
+        self.batcher = Batcher(retriever, limits, batches.observe)
+        waiting = Gauge("r1s_waiting_queries", "Queries not searched yet.", registry=registry)
+        waiting.set_function(self.batcher.waiting)
+
+    async def queries(self, request: Request) -> Response:
+        return await self._answer(request, "k", _lines_reply)
+
+    async def retrieve(self, request: Request) -> Response:
+        return await self._answer(request, "topk", _documents_reply)
+
+    async def healthz(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok", "passages": len(self._retriever)})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+
+    async def _answer(
+        self, request: Request, k_name: str, reply: Callable[[dict, list[list[Hit]]], dict]
+    ) -> Response:
+        started, headers = time.perf_counter(), {}
+        try:
+            body = _parse(await self._read(request), k_name, self._limits)
+            found = self.batcher.submit(body["queries"], body[k_name])
+            hits = await asyncio.wrap_future(found)
+            self._queries.inc(len(hits))
+            status, content = 200, reply(body, hits)
+        except Refused as error:
+            status, content = error.status, {"error": str(error)}
+            headers = {"Retry-After": "1"} if status == 503 else {}
+        except ClientDisconnect:
+            status, content = 400, {"error": "the client went away"}
+        except Exception as error:
+            logger.exception("a search failed")
+            self._errors.inc()
+            status, content = 500, {"error": f"the search failed: {error!r}"}
+        self._requests.labels(request.url.path, status).inc()
+        self._seconds.labels(request.url.path).observe(time.perf_counter() - started)
+        return JSONResponse(content, status, headers)
+
+    async def _read(self, request: Request) -> bytes:
+        """The body. One that is too large is read on for a while, or its sender sees no answer."""
+        limit, size, parts = self._limits.body_bytes, 0, []
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size <= limit:
+                parts.append(chunk)
+            elif size > 16 * limit:
+                break
+        if size > limit:
+            raise Refused(413, f"the request has more than {limit:,} bytes")
+        return b"".join(parts)
+
+
+def _parse(raw: bytes, k_name: str, limits: Limits) -> dict[str, Any]:
+    """The body of a request, checked; raises Refused."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"the body is not JSON: {error}") from error
+    queries = body.get("queries") if isinstance(body, dict) else None
+    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+        raise Refused(400, 'expected {"queries": [text, ...]}')
+    if len(queries) > limits.queries:
+        raise Refused(413, f"{len(queries)} queries; the most is {limits.queries} a request")
+    if not all(map(_encodes, queries)):
+        raise Refused(400, "a query is not valid Unicode")
+    k = _DEFAULT_K if body.get(k_name) is None else body[k_name]
+    if type(k) is not int or not 1 <= k <= limits.k:
+        raise Refused(400, f"{k_name!r} must be a whole number from 1 to {limits.k}")
+    if not isinstance(body.get("return_scores") or False, bool):
+        raise Refused(400, "'return_scores' must be true or false")
+    return body | {k_name: k}
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lines_reply(body: dict[str, Any], hits: list[list[Hit]]) -> dict[str, Any]:
+    """Lines as R1-Searcher's corpora hold them; clients cut a number at their start."""
+    return {"queries": body["queries"], "answers": [[_line(hit) for hit in row] for row in hits]}
+
+
+def _line(hit: Hit) -> str:
+    return f"{hit.id}\t{hit.line}" if hit.id.isascii() and hit.id.isdigit() else hit.line
+
+
+def _documents_reply(body: dict[str, Any], hits: list[list[Hit]]) -> dict[str, Any]:
+    """With scores as pairs, without them bare documents, as Search-R1's server has it."""
+    if not body.get("return_scores"):
+        return {"result": [[_document(hit) for hit in row] for row in hits]}
+    pairs = [[{"document": _document(hit), "score": hit.score} for hit in row] for row in hits]
+    return {"result": pairs}
+
+
+def _document(hit: Hit) -> dict[str, str]:
+    contents = f'"{hit.title}"\n{hit.text}' if hit.title else hit.text
+    return {"id": hit.id, "contents": contents}
+
+
+def make_app(retriever: Retriever, limits: Limits) -> Starlette:
+    """The ASGI application; its search thread ends with it."""
+    service = _Service(retriever, limits)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.batcher.close)
+
+    def error(request: Request, refused: HTTPException) -> Response:
+        return JSONResponse({"error": refused.detail}, refused.status_code, refused.headers)
+
+    routes = [
+        Route("/queries", service.queries, methods=["POST"]),
+        Route("/retrieve", service.retrieve, methods=["POST"]),
+        Route("/healthz", service.healthz),
+        Route("/metrics", service.metrics),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: error})
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of a port (0: any that is free), not yet listening.
+
+    Raises OSError that says what to do where the port is taken or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port or --host"
+        ) from error
+    return bound
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]):
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening()
+
+
+def serve(
+    retriever: Retriever,
+    bound: socket.socket,
+    *,
+    limits: Limits | None = None,
+    announce: Callable[[str], None] = print,
+) -> None:
+    """Serves on a bound socket until SIGTERM or SIGINT; requests in flight are answered first.
+
+    `announce` is told the address once connections are taken. Call it on the main thread.
+    """
+    host, port = bound.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    config = uvicorn.Config(
+        make_app(retriever, limits or Limits()),
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_DRAIN_S,
+    )
+    server = _Server(config, lambda: announce(address))
+
+    # uvicorn drains on these signals, then raises them again: here that is no reason to die.
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    server.run(sockets=[bound])

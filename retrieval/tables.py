@@ -1,0 +1,65 @@
+"""Passages from tables that Hugging Face `datasets` reads (the extra `datasets`)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from r1s_jax.retrieval.corpus import CorpusError, Passage, SeenIds, row_passage
+
+
+def dataset_passages(name: str) -> Iterator[Passage]:
+    """The passages of a table, streamed in its order.
+
+    Args:
+        name: a Parquet file, a folder that `save_to_disk` wrote, or `ORG/NAME` on the hub; the last
+            two may end in `:SPLIT`, and must where there is more than one. Columns: `id` and either
+            `title` and `text` or `contents`.
+
+    Raises:
+        CorpusError: it cannot be opened or read, a row is no passage (rows count from 1), an id
+            came before, or there are no rows; `datasets` is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise CorpusError(name, "needs `datasets`: pip install 'r1s-jax[datasets]'") from error
+    try:
+        rows = iter(_open(datasets, name))
+    except (OSError, ValueError, IndexError) as error:  # the last: a saved table without rows
+        raise CorpusError(name, f"cannot be opened: {error}") from error
+    seen, number = SeenIds(), 0
+    while (row := _next(rows, name, number)) is not None:
+        number += 1
+        try:
+            passage = row_passage(row)
+        except ValueError as error:
+            raise CorpusError(name, f"not a passage: {error}", number) from error
+        if not seen.add(passage.id):
+            raise CorpusError(name, f"id {passage.id!r} came before", number)
+        yield passage
+    if number == 0:
+        raise CorpusError(name, "no passages")
+
+
+def _open(datasets: Any, name: str) -> Any:
+    if Path(name).is_file():
+        return datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
+    place, _, split = (name, "", "") if Path(name).exists() else name.partition(":")
+    if Path(place).exists():
+        table = datasets.load_from_disk(place)
+    else:
+        table = datasets.load_dataset(place, streaming=True)
+    if not isinstance(table, dict):
+        return table
+    if not split and len(table) == 1:
+        return next(iter(table.values()))
+    if split not in table:
+        raise ValueError(f"name one of its splits, {name}:SPLIT; there are: {', '.join(table)}")
+    return table[split]
+
+
+def _next(rows: Iterator[dict[str, Any]], name: str, number: int) -> dict[str, Any] | None:
+    try:
+        return next(rows, None)
+    except (OSError, ValueError) as error:
+        raise CorpusError(name, f"damaged after this row: {error}", number) from error
