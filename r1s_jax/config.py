@@ -106,6 +106,8 @@ class SearchConfig:
 
     timeout_s: float = 10.0  # for one query, its retries included
     retries: int = 2  # after a query that raised
+    # With several processes: each opens the index for its own searches, or process 0 for all.
+    served_by: Literal["each", "main"] = "each"
     # Share of queries that may fail (time out, raise, find nothing) before the run stops.
     max_failure_rate: float = 0.2
 

@@ -25,6 +25,7 @@ from r1s_jax.data import (
     without,
 )
 from r1s_jax.demonstrations import Demonstration, demonstrations_at, read_demonstrations
+from r1s_jax.distributed import on_main, own_address, together
 from r1s_jax.eval.benchmarks import questions_file
 from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
@@ -214,6 +215,28 @@ class CorpusEnvironment:
 
     def restore(self, state: dict[str, Any]) -> None:
         self._saved, self._stream = state, None
+
+
+def open_environment(config: Config, chat: Callable[[str], str]) -> Environment:
+    """make_environment on every process of a run; ProcessError on all where it fails on any."""
+    if config.search.served_by == "main" and isinstance(config.environment, CorpusConfig):
+        url = on_main(lambda: _serve(open_retriever(config.environment)))
+        served = replace(config.environment, passages=(), index="", retriever=url)
+        config = replace(config, environment=served)
+    return together(lambda: make_environment(config, chat))
+
+
+def _serve(retriever: Retriever) -> str:
+    """Serves what this process opened to the others; returns where they ask."""
+    if not isinstance(retriever, Index):
+        raise ConfigError(
+            "search.served_by=main serves an index: a server needs no other before it"
+        )
+    try:
+        from r1s_jax.retrieval.server import serve_in_background
+    except ImportError as error:
+        raise ConfigError(f"search.served_by=main: {error}; pip install 'r1s-jax[serve]'") from None
+    return f"{serve_in_background(retriever, own_address())}/queries"
 
 
 def make_environment(config: Config, chat: Callable[[str], str]) -> Environment:

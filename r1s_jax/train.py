@@ -15,7 +15,7 @@ from r1s_jax.checkpoint import Checkpoints, DamagedCheckpoint
 from r1s_jax.config import Config, RolloutConfig, StageConfig
 from r1s_jax.distributed import on_main, together
 from r1s_jax.engine import Engine, Rolled, merge
-from r1s_jax.environment import make_environment
+from r1s_jax.environment import open_environment
 from r1s_jax.eval.runner import Evaluation, evaluate
 from r1s_jax.learning import PolicyGradient, rows_with_signal
 from r1s_jax.losses import likelihood_loss, policy_loss
@@ -113,7 +113,7 @@ class Run:
         policy = together(lambda: make_policy(config.policy, config.seed))
         self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
         self.params = shard_params(policy.params, self.model, self.mesh)
-        self.environment = together(lambda: make_environment(config, chat_renderer(self.tokenizer)))
+        self.environment = open_environment(config, chat_renderer(self.tokenizer))
         self.engine = self._engine(config.rollout)
         self.examiner = self._engine(
             dataclasses.replace(config.rollout, temperature=0.0, stop_at_answer=True)

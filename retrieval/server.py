@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 _DEFAULT_K = 3
 _DRAIN_S = 30  # for what is in flight when the server is told to stop
 _KEEP_ALIVE_S = 75
+_STARTUP_S = 60
 _SIZES = [2**i for i in range(13)]
 
 
@@ -354,3 +355,19 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     server.run(sockets=[bound])
+
+
+def serve_in_background(retriever: Retriever, host: str) -> str:
+    """Serves on a free port of `host` while this process lives; returns the address."""
+    bound, up = bind(host, 0), threading.Event()
+    config = uvicorn.Config(
+        make_app(retriever, Limits()),
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
+    server = _Server(config, up.set)
+    threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()
+    if not up.wait(_STARTUP_S):
+        raise OSError(f"the search server did not start on {host} within {_STARTUP_S} s")
+    return f"http://{host}:{bound.getsockname()[1]}"

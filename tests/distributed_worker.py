@@ -4,7 +4,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from r1s_jax.config import override
+from r1s_jax.config import CorpusConfig, EvalConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.distributed import ProcessError, gather, is_main, join, leave, on_main, together
 from r1s_jax.environment import Batch, TinyWorldEnvironment
@@ -69,8 +69,8 @@ def failing_search(run_dir: Path) -> None:
 
     serve = TinyWorldEnvironment.batch
 
-    def batch(self: TinyWorldEnvironment, step: int, size: int) -> Batch:
-        found = serve(self, step, size)
+    def batch(self: TinyWorldEnvironment, step: int, size: int, draw: int = 0) -> Batch:
+        found = serve(self, step, size, draw)
         last = jax.process_index() == jax.process_count() - 1
         return found._replace(retriever=RaisingRetriever()) if last else found
 
@@ -78,10 +78,33 @@ def failing_search(run_dir: Path) -> None:
     train(override(tiny_world.config(), SHORT), run_dir)
 
 
+def served(folder: Path) -> None:
+    """The index is opened by process 0 alone, and all of them find in it."""
+    from dataclasses import replace
+
+    from r1s_jax import environment
+
+    corpus = CorpusConfig((str(folder / "q.jsonl"),), passages=(str(folder / "p.tsv"),))
+    config = replace(tiny_world.config(), environment=corpus, eval=EvalConfig(questions=1))
+    opened, open_retriever = [], environment.open_retriever
+
+    def noted(config: CorpusConfig):
+        opened.append(config.passages)
+        return open_retriever(config)
+
+    environment.open_retriever = noted
+    config = override(config, ["search.served_by=main"])
+    world = environment.open_environment(config, str)
+    hits = world.batch(0, 2).retriever.search(["novel Dune by Herbert", "city Rome"], 1)
+    local = sum(bool(passages) for passages in opened)
+    print(gather(1) and f"{local} opened, found {' | '.join(h[0].line for h in hits)}")
+
+
 if __name__ == "__main__":
     join()
     try:
-        {"agree": agree, "failing_search": failing_search}[sys.argv[1]](Path(sys.argv[2]))
+        what = {"agree": agree, "failing_search": failing_search, "served": served}
+        what[sys.argv[1]](Path(sys.argv[2]))
     except Exception:
         traceback.print_exc()
         leave(1)

@@ -112,6 +112,19 @@ def test_they_tell_each_other_values_and_errors(tmp_path):
     assert told == [(0, "agreed")] * 2, ended[1][2]
 
 
+def test_search_may_be_served_by_one_process_for_all(tmp_path, monkeypatch):
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    monkeypatch.setenv("R1S_CACHE", str(tmp_path / "cache"))
+    lines = ["Rome   Rome is a city in Italy.", "Dune   Dune is a novel by Herbert."]
+    (tmp_path / "p.tsv").write_text("".join(f"{i}\t{line}\n" for i, line in enumerate(lines)))
+    rows = [{"question": f"Who wrote Dune {i}?", "answer": "Herbert"} for i in range(4)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = finish(start(2, [*WORKER, "served", str(tmp_path)]))
+    found = f"found {lines[1]} | {lines[0]}"
+    told = [out.splitlines()[-1] for _, out, _ in ended]
+    assert told == [f"1 opened, {found}", f"0 opened, {found}"], ended[1][2][-2000:]
+
+
 @pytest.mark.slow
 def test_a_failing_retriever_on_one_ends_all_alike(tmp_path):
     ended = finish(start(2, [*WORKER, "failing_search", str(tmp_path / "run")]))
