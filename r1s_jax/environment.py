@@ -4,22 +4,25 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import jax
 import numpy as np
 
 from r1s_jax import protocol
 from r1s_jax.assets import cache_dir, resolve
 from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
 from r1s_jax.data import DataError, Question, QuestionStream, question_stream, read_questions
+from r1s_jax.retrieval.build import Options, write_index
 from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever
-from r1s_jax.retrieval.index import Index, build_index, open_index, read_info, save_index
+from r1s_jax.retrieval.index import Index, build_index, open_index, read_info
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
+from r1s_jax.retrieval.searchers import IndexKind
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console, progress_bar
 from r1s_jax.tiny_world import GUESS, PROMPT, Style, TinyWorld
@@ -187,14 +190,18 @@ def make_environment(config: Config, chat: Callable[[str], str]) -> Environment:
     return CorpusEnvironment(config.environment, config.seed, chat, config.eval.questions)
 
 
-def load_encoder(reference: str) -> Encoder:
-    """`hash` needs no weights; anything else is a reference to a BERT-family encoder."""
+def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> Encoder:
+    """`hash` needs no weights; anything else is a reference to a BERT-family encoder.
+
+    `instructions` for "query" and "passage" replace those that the model's own files name.
+    """
     if reference.split("-")[0] == "hash":
         return HashEncoder()
     folder = resolve(reference)
     if not (folder / "config.json").exists() and (folder / "model").is_dir():
         folder = folder / "model"  # some packages keep the model beside their code
-    return BertEncoder(folder, reference=reference)
+    given = {f"{kind}_instruction": text for kind, text in (instructions or {}).items()}
+    return BertEncoder(folder, reference=reference, **given)
 
 
 def open_retriever(config: CorpusConfig) -> Retriever:
@@ -212,22 +219,49 @@ def open_retriever(config: CorpusConfig) -> Retriever:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     folder = cache_dir() / "indexes" / digest.hexdigest()[:16]
     if not folder.exists():
-        save_index(build_corpus_index(config.passages, config.encoder), folder)
+        write_corpus_index(config.passages, encoder, folder)
     console.print(f"Index: {folder}")
     return open_index(folder, encoder)
 
 
-def build_corpus_index(references: Sequence[str], encoder: str) -> Index:
-    """Indexes the passages of several files, numbered anew from 0, with a progress bar."""
-    passages = _read_all(references, _passages_of)
-    passages = [Passage(str(i), p.line) for i, p in enumerate(passages)]
-    with progress_bar(f"Encoding {len(passages):,} passages") as advance:
-        return build_index(passages, load_encoder(encoder), progress=advance)
+def write_corpus_index(
+    references: Sequence[str],
+    encoder: Encoder,
+    out: Path,
+    *,
+    kind: IndexKind = "scann",
+    options: Options | None = None,
+    vectors: Path | None = None,
+) -> None:
+    """Indexes the passages of several files, with progress bars."""
+    passages = corpus_passages(references)
+    write_index(
+        out,
+        passages,
+        encoder,
+        progress_bar,
+        kind=kind,
+        options=options or Options(),
+        vectors=vectors,
+    )
 
 
-def open_saved_index(folder: Path) -> Index:
+def corpus_passages(references: Sequence[str]) -> Iterator[Passage]:
+    """The passages of several files, numbered anew from 0, read as they are asked for."""
+    paths = (resolve(reference) for reference in references)
+    lines = (passage.line for path in paths for passage in _passages_of(path))
+    return (Passage(str(i), line) for i, line in enumerate(lines))
+
+
+def open_saved_index(folder: Path, devices: Sequence[jax.Device] | None = None) -> Index:
     """Opens an index with the encoder that its own description names."""
-    return open_index(folder, load_encoder(read_info(folder)["encoder"]["reference"]))
+    return open_index(folder, index_encoder(folder), devices=devices)
+
+
+def index_encoder(folder: Path) -> Encoder | None:
+    """The encoder that an index's description names, or None where it has none."""
+    built_by = read_info(folder)["encoder"]
+    return built_by and load_encoder(built_by["reference"], built_by.get("instructions"))
 
 
 def open_search_engine(
