@@ -16,13 +16,15 @@ from r1s_jax import protocol
 from r1s_jax.assets import cache_dir, resolve
 from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
 from r1s_jax.data import DataError, Question, QuestionStream, question_stream, read_questions
-from r1s_jax.retrieval.build import Options, write_index
-from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
+from r1s_jax.retrieval.bench import bench_index
+from r1s_jax.retrieval.build import Options, sample_queries, write_index
+from r1s_jax.retrieval.corpus import Passage, PassageStore, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.retrieval.index import Index, build_index, open_index, read_info
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
 from r1s_jax.retrieval.searchers import IndexKind
+from r1s_jax.retrieval.vectors import Corpus, encode_shard
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console, progress_bar
 from r1s_jax.tiny_world import GUESS, PROMPT, Style, TinyWorld
@@ -30,6 +32,9 @@ from r1s_jax.tiny_world import GUESS, PROMPT, Style, TinyWorld
 T = TypeVar("T")
 
 _PARENTHESIS = re.compile(r"\s*\([^)]*\)")  # "English theologian (1328-1384)"
+
+_BENCH_QUERIES = 1000
+_PART = re.compile(r"(\d+)/(\d+)")
 
 # Worlds of different purposes never coincide.
 _COLD_START, _LEARNING, _EVALUATION = 0, 1, 2
@@ -196,6 +201,8 @@ def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> 
     `instructions` for "query" and "passage" replace those that the model's own files name.
     """
     if reference.split("-")[0] == "hash":
+        if instructions:
+            raise ConfigError("the encoder `hash` takes no instructions")
         return HashEncoder()
     folder = resolve(reference)
     if not (folder / "config.json").exists() and (folder / "model").is_dir():
@@ -243,7 +250,23 @@ def write_corpus_index(
         kind=kind,
         options=options or Options(),
         vectors=vectors,
+        tell=console.print,
     )
+
+
+def encode_corpus(references: Sequence[str], encoder: Encoder, out: Path, shard: str) -> Path:
+    """Encodes part "I/N" of the passages of several files; returns the vectors' file.
+
+    Raises ConfigError for a part that is none.
+    """
+    match = _PART.fullmatch(shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--shard {shard}: expected I/N, such as 2/8, with I from 1 to N")
+    with progress_bar("Reading passages") as advance:
+        corpus = Corpus(lambda: corpus_passages(references), advance)
+    part, parts = int(match[1]) - 1, int(match[2])
+    with progress_bar(f"Encoding part {shard} of {corpus.length:,} passages") as advance:
+        return encode_shard(corpus, encoder, out, shard=part, shards=parts, progress=advance)
 
 
 def corpus_passages(references: Sequence[str]) -> Iterator[Passage]:
@@ -262,6 +285,15 @@ def index_encoder(folder: Path) -> Encoder | None:
     """The encoder that an index's description names, or None where it has none."""
     built_by = read_info(folder)["encoder"]
     return built_by and load_encoder(built_by["reference"], built_by.get("instructions"))
+
+
+def bench_saved_index(folder: Path) -> dict[str, Any]:
+    """Speed, recall and memory of an index, with queries made of its own passages."""
+    passages, encoder = PassageStore(folder), index_encoder(folder)
+    if encoder is None:
+        raise ConfigError(f"{folder} has no vectors to measure")
+    queries = encoder.encode(sample_queries(passages, _BENCH_QUERIES), kind="query")
+    return bench_index(folder, queries, console.print)
 
 
 def open_search_engine(

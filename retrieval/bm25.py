@@ -1,5 +1,6 @@
 """BM25 over the words of passages, by bm25s: no encoder, no vectors."""
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -60,4 +61,5 @@ def bm25s() -> ModuleType:
         import bm25s as library
     except ImportError as error:
         raise NotInstalled("bm25s is not installed: pip install 'r1s-jax[bm25]'") from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would tell what it does
     return library

@@ -5,7 +5,7 @@ A build that is stopped goes on with the vectors that it had encoded, kept besid
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from r1s_jax.retrieval.bm25 import Bm25Searcher, bm25s
 from r1s_jax.retrieval.corpus import Passage, PassageStore, split_line
-from r1s_jax.retrieval.encoder import Encoder
-from r1s_jax.retrieval.hybrid import HybridSearcher
-from r1s_jax.retrieval.index import Index, check_free, describe, new_folder
-from r1s_jax.retrieval.milvus import MilvusSearcher, milvus_client
+from r1s_jax.retrieval.encoder import Encoder, Progress
+from r1s_jax.retrieval.hybrid import HybridSearcher, hybrid_parameters
+from r1s_jax.retrieval.index import check_free, describe, new_folder, open_searcher
+from r1s_jax.retrieval.milvus import MilvusSearcher, close_searcher, milvus_client
+from r1s_jax.retrieval.plan import cost, expected_recall
 from r1s_jax.retrieval.scann import ScannSearcher, scann, scann_parameters
 from r1s_jax.retrieval.searchers import (
-    ExactSearcher,
     IndexKind,
     Searcher,
     Stage,
@@ -53,12 +53,14 @@ def write_index(
     kind: IndexKind = "scann",
     options: Options = Options(),  # noqa: B008  (immutable)
     vectors: str | Path | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
     """Builds an index in a new folder, which appears whole or not at all.
 
     Args:
         stage: opens a progress bar for each part of the work.
         vectors: a folder of `encode_shard`; without it the passages are encoded first.
+        tell: is given the derived parameters, the predicted memory and recall before the work.
 
     Raises:
         CorpusError: there are no passages.
@@ -74,22 +76,34 @@ def write_index(
     with new_folder(directory) as partial:
         store = PassageStore.write(partial, passages)
         parameters = scann_parameters(len(store), **_scann_options(options))
+        if tell:
+            tell(_prediction(kind, len(store), encoder.dims, parameters))
         source: VectorShards | None = None
         if kind != "bm25":
             source = _vectors(store, encoder, Path(vectors) if vectors else None, own, stage)
         with stage(f"Building the {kind} index") as advance:
             build = _Build(partial, store, source, parameters, options.milvus_url, advance)
-            searcher = build.searcher(kind, encoder)
-        measured = {}
+            built: dict[str, Any] = {"kind": kind, "parameters": build.write(kind)}
         if source is not None:
             with stage("Measuring recall") as advance:
-                measured = {"recall": _measure(searcher, source, store, encoder)}
+                searcher = open_searcher(partial, built, encoder, store)
+                built["recall"] = _measure(searcher, source, store, encoder)
+                close_searcher(searcher)
                 advance(1, 1)
-        seconds = round(time.monotonic() - began, 1)
-        used = encoder if kind != "bm25" else None
-        describe(partial, searcher, used, len(store), **measured, seconds=seconds)
-        del searcher, source
+        built["seconds"] = round(time.monotonic() - began, 1)
+        describe(partial, encoder if kind != "bm25" else None, len(store), **built)
     shutil.rmtree(own, ignore_errors=True)
+
+
+def _prediction(kind: IndexKind, passages: int, dims: int, parameters: dict[str, Any]) -> str:
+    predicted = cost(kind, passages, dims, parameters)
+    told = (
+        f"{kind} index of {passages:,} passages: about {predicted.memory / 1e6:,.0f} MB of memory"
+    )
+    if kind not in ("scann", "hybrid"):
+        return told
+    settings = ", ".join(f"{name} {value}" for name, value in parameters.items())
+    return f"{told}\nScaNN: {settings}\nIts recall@5: {expected_recall(parameters)}"
 
 
 def _check_installed(kind: IndexKind) -> None:
@@ -127,44 +141,41 @@ def _vectors(
 
 
 class _Build(NamedTuple):
-    """What the searchers of one index are made of."""
+    """What the files of one index are made of."""
 
     directory: Path
     store: PassageStore
     vectors: Vectors | None
     scann: dict[str, Any]
     milvus_url: str
-    advance: Any
+    advance: Progress
 
-    def searcher(self, kind: IndexKind, encoder: Encoder) -> Searcher:
-        """Writes the files of one kind and opens them."""
+    def write(self, kind: IndexKind) -> dict[str, Any]:
+        """Writes the files of one kind; returns its parameters."""
         match kind:
             case "scann":
                 ScannSearcher.write(self.directory, self.vectors, self.scann, self.advance)
-                return ScannSearcher.open(self.directory, self.scann)
+                return self.scann
             case "exact":
-                write_vectors(self.directory, self.vectors)
-                return ExactSearcher.open(self.directory, {})
+                write_vectors(self.directory, self.vectors, self.advance)
+                return {}
             case "bm25":
                 lines = (passage.line for passage in self.store)
-                Bm25Searcher.build(lines).save(self.directory)
-                return Bm25Searcher.open(self.directory, {})
+                searcher = Bm25Searcher.build(lines)
+                searcher.save(self.directory)
+                return searcher.parameters
             case "milvus":
-                parameters = MilvusSearcher.write(
+                return MilvusSearcher.write(
                     self.directory, self.vectors, self.milvus_url, self.advance
                 )
-                return MilvusSearcher.open(self.directory, parameters)
-            case "hybrid":
-                return HybridSearcher(
-                    [self._part(0, "scann", encoder), self._part(1, "bm25", None)]
-                )
+            case "hybrid":  # one after the other, neither in memory beside the other
+                return hybrid_parameters([self._part(0, "scann"), self._part(1, "bm25")])
         raise ValueError(f"no kind of index {kind!r}")
 
-    def _part(self, i: int, kind: IndexKind, encoder: Encoder | None) -> Index:
+    def _part(self, i: int, kind: IndexKind) -> dict[str, Any]:
         folder = self.directory / "parts" / str(i)
         folder.mkdir(parents=True)
-        searcher = self._replace(directory=folder).searcher(kind, encoder)
-        return Index(encoder, searcher, self.store)
+        return {"kind": kind} | self._replace(directory=folder).write(kind)
 
 
 def sample_queries(store: PassageStore, count: int = _RECALL_QUERIES) -> list[str]:

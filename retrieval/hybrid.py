@@ -25,8 +25,9 @@ class HybridSearcher:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        described = [{"kind": p.searcher.kind} | p.searcher.parameters for p in self.parts]
-        return {"parts": described, "rrf": _K, "depth": _DEPTH}
+        return hybrid_parameters(
+            [{"kind": p.searcher.kind} | p.searcher.parameters for p in self.parts]
+        )
 
     def __len__(self) -> int:
         return len(self.parts[0].searcher)
@@ -44,6 +45,11 @@ class HybridSearcher:
             folder = directory / "parts" / str(i)
             folder.mkdir(parents=True)
             part.searcher.save(folder)
+
+
+def hybrid_parameters(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The parameters of a hybrid whose parts have these, each with its kind."""
+    return {"parts": parts, "rrf": _K, "depth": _DEPTH}
 
 
 def _fuse(rankings: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -189,7 +189,8 @@ def save_index(index: Index, directory: str | Path) -> None:
     with new_folder(directory) as partial:
         PassageStore.write(partial, index.passages)
         index.searcher.save(partial)
-        describe(partial, index.searcher, encoder, len(index))
+        searcher = index.searcher
+        describe(partial, encoder, len(index), kind=searcher.kind, parameters=searcher.parameters)
 
 
 def encoder_of(index: Index) -> Encoder | None:
@@ -226,23 +227,19 @@ def check_free(directory: Path) -> None:
         raise FileExistsError(f"{directory} exists and is not empty")
 
 
-def describe(
-    directory: Path, searcher: Searcher, encoder: Encoder | None, passages: int, **more: Any
-) -> None:
-    """Writes `index.json`, once all else is written."""
+def describe(directory: Path, encoder: Encoder | None, passages: int, **built: Any) -> None:
+    """Writes `index.json`, once all else is written; `built` has `kind`, `parameters` and more."""
     path = directory / PASSAGES_FILE
     with path.open("rb") as file:
         corpus = hashlib.file_digest(file, "sha256").hexdigest()
     info = {
         "format": _FORMAT,
-        "kind": searcher.kind,
         "passages": passages,
         "dims": encoder and encoder.dims,
-        "parameters": searcher.parameters,
         "encoder": encoder and encoder_info(encoder),
         "corpus": corpus,
         "corpus_sample": _sample_digest(path),
-        **more,
+        **built,
         "files": _file_sizes(directory),
     }
     (directory / _INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", "utf-8")

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from r1s_jax.retrieval.encoder import Progress
-from r1s_jax.retrieval.searchers import Found, IndexKind, NotInstalled, Vectors
+from r1s_jax.retrieval.searchers import Found, IndexKind, NotInstalled, Searcher, Vectors
 
 _FILE = "milvus.db"
 _INSERT = 1000  # rows a call: a cluster refuses messages of more than 64 MB
@@ -17,6 +17,8 @@ _INSERT = 1000  # rows a call: a cluster refuses messages of more than 64 MB
 class MilvusSearcher:
     """Searches a collection by inner product; the passages themselves stay with the index.
 
+    A Lite file is open in one process at a time.
+
     A cluster's collection is written once and named in `index.json`: removing the index's folder
     does not drop it. Credentials come from the URL (`https://user:password@host`) and are kept
     there, so give it a user who may only read where others see the folder.
@@ -24,8 +26,8 @@ class MilvusSearcher:
 
     kind: IndexKind = "milvus"
 
-    def __init__(self, client: Any, parameters: dict[str, Any]):
-        self._client, self.parameters = client, parameters
+    def __init__(self, client: Any, parameters: dict[str, Any], directory: Path):
+        self._client, self.parameters, self._directory = client, parameters, directory
 
     @classmethod
     def write(
@@ -41,8 +43,9 @@ class MilvusSearcher:
             client.insert(name, data)
             if progress:
                 progress(start + len(rows), len(vectors))
-        client.flush(name)
-        client.close()
+        if url:
+            client.flush(name)  # the Lite file has no such call, and needs none
+        cls(client, parameters, directory).close()
         return parameters
 
     def __len__(self) -> int:
@@ -72,7 +75,21 @@ class MilvusSearcher:
             where = parameters["url"] or directory / _FILE
             raise ValueError(f"{where} has no collection {parameters['collection']}")
         client.load_collection(parameters["collection"])
-        return cls(client, parameters)
+        return cls(client, parameters, directory)
+
+    def close(self) -> None:
+        """Ends the connection, and for a Lite file its server inside this process."""
+        self._client.close()
+        if not self.parameters["url"]:
+            from milvus_lite.server_manager import server_manager_instance
+
+            server_manager_instance.release_server(str(self._directory / _FILE))
+
+
+def close_searcher(searcher: Searcher) -> None:
+    """Lets go of what only Milvus holds, before the folder is renamed."""
+    if isinstance(searcher, MilvusSearcher):
+        searcher.close()
 
 
 def milvus_client() -> Any:

@@ -110,12 +110,14 @@ class ExactSearcher:
         return cls(np.load(directory / "vectors.npy", mmap_mode="r"))
 
 
-def write_vectors(directory: Path, vectors: Vectors) -> None:
+def write_vectors(directory: Path, vectors: Vectors, progress: Progress | None = None) -> None:
     """Writes the files of an exact index, a block at a time."""
     path, shape = directory / "vectors.npy", (len(vectors), vectors.shape[1])
     out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     for start, rows in blocks(vectors):
         out[start : start + len(rows)] = rows
+        if progress:
+            progress(start + len(rows), len(vectors))
     out.flush()
 
 

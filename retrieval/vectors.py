@@ -43,7 +43,9 @@ class Corpus:
             digest.update(f"{passage.id}\t{passage.line}\n".encode())
             self.length += 1
             if progress and self.length % _CHUNK == 0:
-                progress(self.length, 0)
+                progress(self.length, self.length)
+        if progress:
+            progress(self.length, self.length)
         if not self.length:
             raise CorpusError("the corpus", "no passages")
         self.fingerprint = digest.hexdigest()  # as `sha256sum passages.tsv` beside an index
