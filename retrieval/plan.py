@@ -69,7 +69,7 @@ def _scann(passages: int, dims: int, parameters: dict[str, Any]) -> Cost:
         # Two dims are one code of four bits; on disk it takes a byte. A leaf is named by 4 bytes.
         memory = rows * (kept + dims / 4 + 4 * bool(leaves)) + 8 * leaves * dims
         disk = rows * (kept + dims / 2 + 4 * bool(leaves)) + 8 * leaves * dims
-        peak = 2.25 * 4 * dims * rows
+        peak = 3.25 * 4 * dims * rows  # the rows themselves, and ScaNN's copies and residuals
     return Cost(memory * shards + _SCANN_FIXED * shards, disk * shards, peak + _SCANN_FIXED)
 
 
