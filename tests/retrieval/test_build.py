@@ -11,9 +11,15 @@ import pytest
 from r1s_jax.retrieval import vectors as vectors_module
 from r1s_jax.retrieval.bench import bench_synthetic, synthetic_vectors
 from r1s_jax.retrieval.build import Options, write_index
-from r1s_jax.retrieval.corpus import Passage
+from r1s_jax.retrieval.corpus import Passage, PassageStore
 from r1s_jax.retrieval.encoder import HashEncoder
-from r1s_jax.retrieval.index import IndexFormatError, build_index, open_index, read_info
+from r1s_jax.retrieval.index import (
+    IndexFormatError,
+    build_index,
+    describe,
+    open_index,
+    read_info,
+)
 from r1s_jax.retrieval.info import index_info
 from r1s_jax.retrieval.plan import cost, plan
 from r1s_jax.retrieval.scann import ScannSearcher, scann_parameters
@@ -127,20 +133,14 @@ def predicted_and_measured(tmp_path, count, dims) -> tuple[float, float]:
     parameters = scann_parameters(count)
     ScannSearcher.write(tmp_path, vectors, parameters)
     del vectors
-    from r1s_jax.retrieval.corpus import PassageStore
-    from r1s_jax.retrieval.index import describe
-
     PassageStore.write(tmp_path, (Passage(str(i), "x") for i in range(count)))
 
-    class Dims:
-        fingerprint = reference = "none"
-
-    Dims.dims = dims
-    describe(tmp_path, Dims, count, kind="scann", parameters=parameters)
+    describe(tmp_path, HashEncoder(dims), count, kind="scann", parameters=parameters)
     info = index_info(tmp_path)
     return info["planned_memory_bytes"], info["memory_bytes"]
 
 
+@pytest.mark.slow
 def test_planned_memory_of_hashing_is_what_it_takes(tmp_path):
     planned, measured = predicted_and_measured(tmp_path, 60_000, 512)
     assert measured == pytest.approx(planned, rel=0.15)
@@ -157,6 +157,7 @@ def test_cost_grows_with_what_is_kept():
     assert costs[0] > 4 * 384 > 0.35 * 4 * 384 > costs[1]
 
 
+@pytest.mark.slow
 def test_the_bench_measures_every_engine():
     pytest.importorskip("scann")
     told = bench_synthetic(300, 8, lambda _: None, queries=20)

@@ -98,7 +98,7 @@ def test_missing_damaged_and_nan_shards_are_named(tmp_path):
     path = tmp_path / "vectors-00002-of-00004.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(VectorError, match="vectors-00002-of-00004.npy is damaged"):
+    with pytest.raises(VectorError, match=r"00002-of-00004\.npy is damaged"):
         VectorShards(tmp_path)
     np.save(path, np.zeros((26, 31), np.float16))
     with pytest.raises(VectorError, match="not rows of 32 dims"):
@@ -106,10 +106,10 @@ def test_missing_damaged_and_nan_shards_are_named(tmp_path):
     rows = np.zeros((26, 32), np.float16)
     rows[17, 3] = np.nan
     np.save(path, rows)
-    with pytest.raises(VectorError, match=r"vectors-00002-of-00004.npy: row 17 is not finite"):
+    with pytest.raises(VectorError, match=r"00002-of-00004\.npy: row 17 is not finite"):
         VectorShards(tmp_path)[:]
     path.unlink()
-    with pytest.raises(VectorError, match="vectors-00002-of-00004.npy missing"):
+    with pytest.raises(VectorError, match=r"00002-of-00004\.npy missing"):
         VectorShards(tmp_path)
 
 
