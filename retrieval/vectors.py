@@ -4,8 +4,8 @@
     vectors-00002-of-00008.npy     float16[rows, dims], there once it is whole
     vectors-00002-of-00008.part    the same while it grows: a whole header, then whole rows
 
-float16: components of unit vectors are at most 1, so a dot product moves by some 1e-4, a tenth of
-what int8 costs, and the disk holds half as much (74 instead of 147 GB for KILT at 1024 dims).
+float16: components of unit vectors are at most 1, so a dot product moves by some 1e-4, and the
+disk holds half as much (74 instead of 147 GB for KILT at 1024 dims).
 """
 
 import hashlib
