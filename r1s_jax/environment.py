@@ -21,7 +21,7 @@ from r1s_jax.retrieval.build import Options, sample_queries, write_index
 from r1s_jax.retrieval.corpus import Passage, PassageStore, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever
-from r1s_jax.retrieval.index import Index, build_index, open_index, read_info
+from r1s_jax.retrieval.index import FORMAT, Index, build_index, open_index, read_info
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
 from r1s_jax.retrieval.searchers import IndexKind
 from r1s_jax.retrieval.vectors import Corpus, encode_shard
@@ -220,7 +220,7 @@ def open_retriever(config: CorpusConfig) -> Retriever:
         index = resolve(config.index) if config.index else None
         return open_search_engine(index, config.retriever)[0]
     encoder = load_encoder(config.encoder)
-    digest = hashlib.sha256(encoder.fingerprint.encode())
+    digest = hashlib.sha256(f"{FORMAT} {encoder.fingerprint}".encode())
     for reference in config.passages:
         with resolve(reference).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

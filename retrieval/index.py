@@ -51,7 +51,7 @@ from r1s_jax.retrieval.searchers import (
     Searcher,
 )
 
-_FORMAT = 2
+FORMAT = 2
 _INFO_FILE = "index.json"
 _ENCODE_CHUNK = 4096
 _SAMPLE_BYTES = 1 << 26
@@ -233,7 +233,7 @@ def describe(directory: Path, encoder: Encoder | None, passages: int, **built: A
     with path.open("rb") as file:
         corpus = hashlib.file_digest(file, "sha256").hexdigest()
     info = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "passages": passages,
         "dims": encoder and encoder.dims,
         "encoder": encoder and encoder_info(encoder),
@@ -352,8 +352,8 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         version = info["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IndexFormatError(f"{directory} is not an index: {error!r}") from error
-    if version != _FORMAT:
+    if version != FORMAT:
         raise IndexFormatError(
-            f"{directory} has format {version!r}; this code reads {_FORMAT}: build it again"
+            f"{directory} has format {version!r}; this code reads {FORMAT}: build it again"
         )
     return info
