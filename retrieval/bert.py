@@ -173,13 +173,12 @@ def _norm(xp: ModuleType, x: Array, w: Weights, name: str, epsilon: float) -> Ar
 
 
 class Bert(nnx.Module):
-    """`bert` on JAX, with its parameters on a device."""
+    """`bert` on JAX, with its parameters placed as `sharding` says."""
 
-    def __init__(self, config: BertConfig, weights: BertWeights, device: jax.Device | None = None):
-        device = device or jax.devices()[0]
+    def __init__(self, config: BertConfig, weights: BertWeights, sharding: jax.sharding.Sharding):
         self.config = config
         self.embeddings, self.layers = (
-            nnx.Dict({name: nnx.Param(jax.device_put(v, device)) for name, v in group.items()})
+            nnx.Dict({name: nnx.Param(jax.device_put(v, sharding)) for name, v in group.items()})
             for group in weights
         )
 

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 
@@ -60,26 +62,31 @@ class BertEncoder:
     """A sentence encoder of the BERT family (MiniLM, E5, BGE) from a sentence-transformers folder.
 
     Reads `config.json`, `model.safetensors`, `tokenizer.json`, `1_Pooling/config.json` and, where
-    it is there, `sentence_bert_config.json` (the maximum length).
+    they are there, `sentence_bert_config.json` (the maximum length) and
+    `config_sentence_transformers.json` (what to put before queries and passages).
+
+    Passages are encoded in float32 on every device: bfloat16 would move them, and not the queries.
     """
 
     def __init__(
         self,
         directory: str | Path,
         *,
-        query_instruction: str = "",
-        passage_instruction: str = "",
+        query_instruction: str | None = None,
+        passage_instruction: str | None = None,
         reference: str | None = None,
-        device: jax.Device | None = None,
+        devices: Sequence[jax.Device] | None = None,
     ):
         """Loads the model.
 
         Args:
             directory: the folder.
-            query_instruction: put before each query; what the model's card asks for.
-            passage_instruction: put before each passage (E5: "passage: ").
+            query_instruction: put before each query; by default what the model's files name as the
+                prompt `query`, often nothing where the model's card does ask for something.
+            passage_instruction: put before each passage; by default the prompt `passage` or
+                `document` (E5: "passage: ").
             reference: where the folder came from; the folder itself by default.
-            device: where passages are encoded; JAX's first device by default.
+            devices: share the rows of each batch of passages; by default all of this host's.
 
         Raises:
             ValueError: a model or a pooling that is not supported.
@@ -87,8 +94,10 @@ class BertEncoder:
         """
         directory = Path(directory)
         self.reference = reference or str(directory)
-        self._instructions = {"query": query_instruction, "passage": passage_instruction}
-        self._device = device
+        self.instructions = _read_instructions(directory)
+        given = {"query": query_instruction, "passage": passage_instruction}
+        self.instructions |= {kind: text for kind, text in given.items() if text is not None}
+        self._devices = devices
         self._config = BertConfig.load(directory)
         self._pooling = _read_pooling(directory)
         self._max_length = _read_max_length(directory, self._config)
@@ -100,7 +109,7 @@ class BertEncoder:
         self.fingerprint = self._fingerprint(directory)
 
     def _fingerprint(self, directory: Path) -> str:
-        settings = [self._pooling, self._max_length, self._instructions]
+        settings = [self._pooling, self._max_length, self.instructions]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             with (directory / name).open("rb") as file:
@@ -115,7 +124,7 @@ class BertEncoder:
         Queries go one by one through NumPy: a query's vector does not depend on its neighbours.
         Passages go through JAX in batches of like length.
         """
-        instruction = self._instructions[kind]
+        instruction = self.instructions[kind]
         encodings = self._tokenizer.encode_batch_fast([instruction + text for text in texts])
         tokens = [encoding.ids for encoding in encodings]
         vectors = np.zeros((len(tokens), self.dims), np.float32)
@@ -138,9 +147,12 @@ class BertEncoder:
     def _encode_passages(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
         graph, state = self._model
         pending = None
-        on_cpu = (self._device or jax.devices()[0]).platform == "cpu"
-        batch_tokens = _BATCH_TOKENS_CPU if on_cpu else _BATCH_TOKENS
-        for rows, ids, mask in _batches(tokens, self._max_length, batch_tokens):
+        devices = self._mesh.devices
+        on_cpu = devices.flat[0].platform == "cpu"
+        batch_tokens = devices.size * (_BATCH_TOKENS_CPU if on_cpu else _BATCH_TOKENS)
+        rows_of = NamedSharding(self._mesh, P("x"))
+        for rows, ids, mask in _batches(tokens, self._max_length, batch_tokens, devices.size):
+            ids, mask = jax.device_put((ids, mask), rows_of)
             values = _encode_batch(graph, state, ids, mask, self._pooling)
             if pending:  # fetch one batch late, so that the device computes while the host pads
                 yield pending[0], np.asarray(pending[1])[: len(pending[0])]
@@ -151,7 +163,14 @@ class BertEncoder:
     @cached_property
     def _model(self) -> tuple[nnx.GraphDef, nnx.State]:
         # Made when first needed: a run that only searches keeps no second copy of the weights.
-        return nnx.split(Bert(self._config, self._weights, self._device))
+        return nnx.split(Bert(self._config, self._weights, NamedSharding(self._mesh, P())))
+
+    @cached_property
+    def _mesh(self) -> jax.sharding.Mesh:
+        # Of several host devices, which share one machine's cores, the first is as fast alone.
+        local = jax.local_devices()
+        devices = self._devices or (local[:1] if local[0].platform == "cpu" else local)
+        return jax.make_mesh((len(devices),), ("x",), (AxisType.Auto,), devices=devices)
 
 
 @jax.jit(static_argnames=("graph", "pooling"))
@@ -180,9 +199,13 @@ def _pool(
 
 
 def _batches(
-    tokens: list[list[int]], max_length: int, batch_tokens: int
+    tokens: list[list[int]], max_length: int, batch_tokens: int, devices: int
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Rows of like length, their padded ids int32[B, T] and mask bool[B, T], in few shapes."""
+    """Rows of like length, their padded ids int32[B, T] and mask bool[B, T], in few shapes.
+
+    B divides over the devices.
+    """
+    few = -(-_FEW_ROWS // devices) * devices
     lengths = [length for length in _LENGTHS if length < max_length] + [max_length]
     order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
 
@@ -190,9 +213,9 @@ def _batches(
         return next(length for length in lengths if len(tokens[row]) <= length)
 
     for length, group in itertools.groupby(order, key=padded_length):
-        rows, many = list(group), max(batch_tokens // length, _FEW_ROWS)
+        rows, many = list(group), max(batch_tokens // length // few * few, few)
         while rows:
-            size = many if len(rows) >= many else _FEW_ROWS
+            size = many if len(rows) >= many else few
             batch, rows = rows[:size], rows[size:]
             ids, mask = np.zeros((size, length), np.int32), np.zeros((size, length), bool)
             for i, row in enumerate(batch):
@@ -210,6 +233,14 @@ def _read_pooling(directory: Path) -> Pooling:
         case ["pooling_mode_cls_token"]:
             return "cls"
     raise ValueError(f"{directory}: pooling is {chosen}; only mean or cls is supported")
+
+
+def _read_instructions(directory: Path) -> dict[Kind, str]:
+    path = directory / "config_sentence_transformers.json"
+    raw = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    prompts = raw.get("prompts") or {}
+    passage = prompts.get("passage") or prompts.get("document") or ""
+    return {"query": prompts.get("query") or "", "passage": passage}
 
 
 def _read_max_length(directory: Path, config: BertConfig) -> int:

@@ -6,27 +6,31 @@
 
 A saved index is a folder that may be moved:
 
-    index.json       what it was built from (`_describe`)
+    index.json       what it was built from (`describe`)
     passages.tsv     with offsets.npy: see `corpus.PassageStore`
-    scann/           ScaNN's own files, or
-    vectors.npy      float32[N, dims] of an exact index
+    scann/0/, ...    ScaNN's own files, a folder for each shard, or
+    vectors.npy      float32[N, dims] of an exact index, or
+    bm25/            bm25s' own files, or
+    milvus.db        Milvus Lite's own file (a cluster's vectors stay with it), or
+    parts/0/, ...    the like of a hybrid's parts
+
+`build.write_index` builds one on disk, for corpora that should not be held in memory.
 """
 
 import hashlib
 import json
-import math
 import os
 import shutil
-import sys
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from r1s_jax.retrieval.bm25 import Bm25Searcher
 from r1s_jax.retrieval.corpus import (
     PASSAGES_FILE,
     CorpusError,
@@ -35,16 +39,30 @@ from r1s_jax.retrieval.corpus import (
     split_line,
 )
 from r1s_jax.retrieval.encoder import Encoder, Progress
+from r1s_jax.retrieval.hybrid import HybridSearcher
+from r1s_jax.retrieval.milvus import MilvusSearcher
+from r1s_jax.retrieval.scann import ScannSearcher, scann
+from r1s_jax.retrieval.searchers import (
+    ExactSearcher,
+    Found,
+    IndexKind,
+    MeshSearcher,
+    NotInstalled,
+    Searcher,
+)
 
-IndexKind = Literal["scann", "exact"]
-
-_FORMAT = 1
+FORMAT = 2
 _INFO_FILE = "index.json"
 _ENCODE_CHUNK = 4096
-# Below the first size ScaNN compares with every vector, exactly; above the second it needs a tree.
-_BRUTE_FORCE_BELOW = 5_000
-_TREE_ABOVE = 100_000
-_REORDER = 100
+_SAMPLE_BYTES = 1 << 26
+_COMPARED = 1000
+
+_OPENERS: dict[str, Callable[[Path, dict[str, Any]], Searcher]] = {
+    "scann": ScannSearcher.open,
+    "exact": ExactSearcher.open,
+    "bm25": Bm25Searcher.open,
+    "milvus": MilvusSearcher.open,
+}
 
 
 class IndexFormatError(ValueError):
@@ -52,7 +70,7 @@ class IndexFormatError(ValueError):
 
 
 class Hit(NamedTuple):
-    """A passage found, with its score: the cosine of its vector and the query's."""
+    """A passage found, with its score: of vectors, the cosine of the passage's and the query's."""
 
     id: str
     score: float
@@ -67,153 +85,31 @@ class Hit(NamedTuple):
         return split_line(self.line)[1]
 
 
-class Searcher(Protocol):
-    """Finds the vectors with the largest dot products; safe to share by threads."""
-
-    kind: IndexKind
-    parameters: dict[str, Any]
-
-    def __len__(self) -> int: ...
-
-    def search(
-        self, queries: Float[np.ndarray, "queries dims"], k: int
-    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-        """Positions and scores, best first, for k up to the length; a NaN score is no hit."""
-        ...
-
-    def save(self, directory: Path) -> None: ...
-
-
-class ExactSearcher:
-    """Every dot product, by BLAS; hits of equal score stand in the corpus' order."""
-
-    kind: IndexKind = "exact"
-
-    def __init__(self, vectors: Float[np.ndarray, "passages dims"]):
-        self._vectors = vectors
-        self.parameters: dict[str, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self._vectors)
-
-    def search(
-        self, queries: Float[np.ndarray, "queries dims"], k: int
-    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-        scores = queries @ self._vectors.T
-        ids = np.arange(len(self))[None].repeat(len(queries), 0)
-        if k < len(self):
-            ids = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        scores = np.take_along_axis(scores, ids, 1)
-        order = np.lexsort((ids, -scores), axis=1)
-        return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
-
-    def save(self, directory: Path) -> None:
-        np.save(directory / "vectors.npy", self._vectors)
-
-    @classmethod
-    def open(cls, directory: Path, parameters: dict[str, Any]) -> "ExactSearcher":
-        return cls(np.load(directory / "vectors.npy", mmap_mode="r"))
-
-
-class ScannSearcher:
-    """ScaNN (Guo et al., 2020). Building is not deterministic beyond the brute-force sizes."""
-
-    kind: IndexKind = "scann"
-
-    def __init__(self, searcher: Any, parameters: dict[str, Any]):
-        self._searcher = searcher
-        self.parameters = parameters
-
-    @classmethod
-    def build(cls, vectors: Float[np.ndarray, "passages dims"]) -> "ScannSearcher":
-        parameters = scann_parameters(len(vectors))
-        builder = _scann().builder(vectors, 10, "dot_product")
-        if parameters["scoring"] == "brute_force":
-            return cls(builder.score_brute_force().build(), parameters)
-        if "leaves" in parameters:
-            builder = builder.tree(
-                parameters["leaves"],
-                parameters["leaves_searched"],
-                training_sample_size=min(len(vectors), 250_000),
-            )
-        builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2)
-        return cls(builder.reorder(parameters["reorder"]).build(), parameters)
-
-    def __len__(self) -> int:
-        return self._searcher.size()
-
-    def search(
-        self, queries: Float[np.ndarray, "queries dims"], k: int
-    ) -> tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]:
-        # A reorder that is narrower than k would leave the rest of the row unranked.
-        reorder = max(k, self.parameters["reorder"]) if "reorder" in self.parameters else None
-        return self._searcher.search_batched(
-            queries, final_num_neighbors=k, pre_reorder_num_neighbors=reorder
-        )
-
-    def save(self, directory: Path) -> None:
-        folder = (directory / "scann").resolve()
-        folder.mkdir()
-        self._searcher.serialize(str(folder), relative_path=True)
-
-    @classmethod
-    def open(cls, directory: Path, parameters: dict[str, Any]) -> "ScannSearcher":
-        searcher = _scann().load_searcher(
-            str((directory / "scann").resolve()),
-            assets_backcompat_shim=False,  # it would write into the index
-        )
-        return cls(searcher, parameters)
-
-
-def scann_parameters(passages: int) -> dict[str, Any]:
-    """How ScaNN is set up for a number of passages."""
-    if passages < _BRUTE_FORCE_BELOW:
-        return {"scoring": "brute_force"}
-    hashing = {"scoring": "anisotropic_hashing", "reorder": _REORDER}
-    if passages <= _TREE_ABOVE:
-        return hashing
-    leaves = math.isqrt(passages)
-    return hashing | {"leaves": leaves, "leaves_searched": leaves // 10}
-
-
-_import_lock = threading.Lock()
-
-
-def _scann() -> ModuleType:
-    """ScaNN's NumPy interface. It would also load TensorFlow, at a cost, if it could find it."""
-    with _import_lock:
-        hidden = sys.modules.get("tensorflow")
-        sys.modules["tensorflow"] = None
-        try:
-            from scann import scann_ops_pybind
-        except ImportError as error:
-            raise ImportError(
-                'ScaNN is not installed (it exists for Linux only): build with kind="exact"'
-            ) from error
-        finally:
-            del sys.modules["tensorflow"]
-            if hidden is not None:
-                sys.modules["tensorflow"] = hidden
-        return scann_ops_pybind
-
-
 class Index:
-    """Searches passages by meaning; any number of threads may search at once."""
+    """Searches passages by meaning, words or both; any number of threads may search at once."""
 
     def __init__(
-        self, encoder: Encoder, searcher: Searcher, passages: Sequence[Passage] | PassageStore
+        self,
+        encoder: Encoder | None,
+        searcher: Searcher,
+        passages: Sequence[Passage] | PassageStore,
     ):
+        """`encoder` is None for a searcher that reads texts."""
         self.encoder, self.searcher, self.passages = encoder, searcher, passages
 
     def __len__(self) -> int:
         return len(self.passages)
 
+    def rank(self, queries: Sequence[str], k: int) -> Found:
+        """Positions and scores, best first, for k up to the length; a NaN score is no hit."""
+        read = self.encoder.encode(queries, kind="query") if self.encoder else queries
+        return self.searcher.search(read, k)
+
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The k best passages of each query, best first; fewer where there are no more."""
         if not queries or k < 1:
             return [[] for _ in queries]
-        vectors = self.encoder.encode(queries, kind="query")
-        ids, scores = self.searcher.search(vectors, min(k, len(self)))
+        ids, scores = self.rank(queries, min(k, len(self)))
         return [
             [self._hit(i, score) for i, score in zip(*row, strict=True) if not np.isnan(score)]
             for row in zip(ids, scores, strict=True)
@@ -224,6 +120,20 @@ class Index:
         return Hit(id, float(score), line)
 
 
+def fuse(first: Index, second: Index) -> Index:
+    """A hybrid of two indexes over the same passages.
+
+    Raises IndexFormatError where the passages differ (as many as a thousand are compared).
+    """
+    same = len(first) == len(second) and all(
+        tuple(first.passages[i]) == tuple(second.passages[i])
+        for i in range(0, len(first), -(-len(first) // _COMPARED))
+    )
+    if not same:
+        raise IndexFormatError("a hybrid needs two indexes over the same passages")
+    return Index(None, HybridSearcher((first, second)), first.passages)
+
+
 def build_index(
     passages: Iterable[Passage],
     encoder: Encoder,
@@ -231,20 +141,27 @@ def build_index(
     kind: IndexKind = "scann",
     progress: Progress | None = None,
 ) -> Index:
-    """Encodes passages and indexes their vectors, in memory.
+    """Encodes passages and indexes them, in memory; `encoder` is not used by `kind="bm25"`.
 
     Raises:
         CorpusError: there are no passages.
-        ImportError: `kind="scann"` where ScaNN is not installed.
+        NotInstalled: the library of that kind is not installed.
     """
     if kind == "scann":
-        _scann()  # fail before the encoding rather than after it
+        scann()  # fail before the encoding rather than after it
     passages = list(passages)
     if not passages:
         raise CorpusError("the corpus", "no passages")
+    if kind == "hybrid":
+        words = build_index(passages, encoder, kind="bm25")
+        return fuse(build_index(passages, encoder, progress=progress), words)
+    if kind == "bm25":
+        return Index(None, Bm25Searcher.build(passage.line for passage in passages), passages)
     vectors = _encode(passages, encoder, progress)
-    searcher = ScannSearcher.build(vectors) if kind == "scann" else ExactSearcher(vectors)
-    return Index(encoder, searcher, passages)
+    searchers = {"scann": ScannSearcher.build, "exact": ExactSearcher}
+    if kind not in searchers:
+        raise ValueError(f"kind {kind!r} is not built in memory; use build.write_index")
+    return Index(encoder, searchers[kind](vectors), passages)
 
 
 def _encode(
@@ -265,41 +182,86 @@ def _encode(
 def save_index(index: Index, directory: str | Path) -> None:
     """Writes an index to a new folder, which appears whole or not at all.
 
-    Raises FileExistsError where the folder is there and not empty.
+    Raises FileExistsError where the folder is there and not empty, ValueError for a hybrid of
+    several encoders (keep its parts, and `fuse` them once opened).
+    """
+    encoder = encoder_of(index)
+    with new_folder(directory) as partial:
+        PassageStore.write(partial, index.passages)
+        index.searcher.save(partial)
+        searcher = index.searcher
+        describe(partial, encoder, len(index), kind=searcher.kind, parameters=searcher.parameters)
+
+
+def encoder_of(index: Index) -> Encoder | None:
+    """The one encoder of an index or of its parts."""
+    if not isinstance(index.searcher, HybridSearcher):
+        return index.encoder
+    found = {e.fingerprint: e for p in index.searcher.parts if (e := encoder_of(p))}
+    if len(found) > 1:
+        raise ValueError(f"a saved hybrid has one encoder at most, not {', '.join(found)}")
+    return next(iter(found.values()), None)
+
+
+@contextmanager
+def new_folder(directory: str | Path) -> Iterator[Path]:
+    """A folder to fill, which takes its name when the block ends well and else disappears.
+
+    Raises FileExistsError where the name is taken by something that is not an empty folder.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty")
+    check_free(directory)
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True)
     try:
-        PassageStore.write(partial, index.passages)
-        index.searcher.save(partial)
-        info = json.dumps(_describe(index, partial), indent=2)
-        (partial / _INFO_FILE).write_text(info + "\n", "utf-8")
+        yield partial
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _describe(index: Index, directory: Path) -> dict[str, Any]:
-    """The contents of `index.json`, once all else is written."""
-    with (directory / PASSAGES_FILE).open("rb") as file:
+def check_free(directory: Path) -> None:
+    """Raises FileExistsError unless an index can be written there."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty")
+
+
+def describe(directory: Path, encoder: Encoder | None, passages: int, **built: Any) -> None:
+    """Writes `index.json`, once all else is written; `built` has `kind`, `parameters` and more."""
+    path = directory / PASSAGES_FILE
+    with path.open("rb") as file:
         corpus = hashlib.file_digest(file, "sha256").hexdigest()
-    return {
-        "format": _FORMAT,
-        "kind": index.searcher.kind,
-        "passages": len(index),
-        "dims": index.encoder.dims,
-        "parameters": index.searcher.parameters,
-        "encoder": {
-            "fingerprint": index.encoder.fingerprint,
-            "reference": index.encoder.reference,
-        },
+    info = {
+        "format": FORMAT,
+        "passages": passages,
+        "dims": encoder and encoder.dims,
+        "encoder": encoder and encoder_info(encoder),
         "corpus": corpus,
+        "corpus_sample": _sample_digest(path),
+        **built,
         "files": _file_sizes(directory),
     }
+    (directory / _INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", "utf-8")
+
+
+def encoder_info(encoder: Encoder) -> dict[str, Any]:
+    """What `index.json` tells of an encoder; the instructions, where it has any, remake it."""
+    instructions = getattr(encoder, "instructions", None)
+    told = {"instructions": instructions} if instructions else {}
+    return {"fingerprint": encoder.fingerprint, "reference": encoder.reference} | told
+
+
+def _sample_digest(path: Path) -> str:
+    """A digest of as much as 64 MiB, evenly spread: soon taken, of another corpus another."""
+    size, block = path.stat().st_size, 1 << 16
+    digest = hashlib.sha256(str(size).encode())
+    step = max(block, size // (_SAMPLE_BYTES // block))
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            digest.update(file.read(block))
+    return digest.hexdigest()
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:
@@ -307,30 +269,79 @@ def _file_sizes(directory: Path) -> dict[str, int]:
     return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
-def open_index(directory: str | Path, encoder: Encoder) -> Index:
-    """Opens a saved index with the encoder that it was built with.
+def open_index(
+    directory: str | Path,
+    encoder: Encoder | None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Index:
+    """Opens a saved index with the encoder that it was built with (any, where it has none).
+
+    `devices` share the vectors of an exact index; without them it is searched by the CPU.
 
     Raises:
         IndexFormatError: no index, an incomplete or damaged one, or one of another encoder.
-        ImportError: an index of ScaNN's where ScaNN is not installed.
+        NotInstalled: the library of that kind is not installed.
     """
     directory = Path(directory)
     info = read_info(directory)
+    check_encoder(directory, info, encoder)
+    check_files(directory, info)
+    try:
+        passages = PassageStore(directory)
+        searcher = open_searcher(directory, info, encoder, passages, devices)
+        reads_vectors = info["kind"] not in ("bm25", "hybrid")
+        return Index(encoder if reads_vectors else None, searcher, passages)
+    except NotInstalled:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise IndexFormatError(f"{directory} is damaged: {error}") from error
+
+
+def check_encoder(directory: Path, info: dict[str, Any], encoder: Encoder | None) -> None:
+    """Raises IndexFormatError unless the index was built with this encoder, or with none."""
     built_by = info["encoder"]
-    if built_by["fingerprint"] != encoder.fingerprint:
+    if built_by and (encoder is None or built_by["fingerprint"] != encoder.fingerprint):
+        given = f"{encoder.fingerprint} ({encoder.reference})" if encoder else "none"
         raise IndexFormatError(
             f"{directory} was built by encoder {built_by['fingerprint']} "
-            f"({built_by['reference']}), not by {encoder.fingerprint} ({encoder.reference})"
+            f"({built_by['reference']}), not by {given}"
         )
+
+
+def check_files(directory: Path, info: dict[str, Any]) -> None:
+    """Raises IndexFormatError where a file is missing or cut, or the passages are others."""
     sizes = _file_sizes(directory)
     if broken := [name for name, size in info["files"].items() if sizes.get(name) != size]:
         raise IndexFormatError(f"{directory} is incomplete: {', '.join(broken)} missing or cut")
-    searcher_class = ScannSearcher if info["kind"] == "scann" else ExactSearcher
-    try:
-        searcher = searcher_class.open(directory, info["parameters"])
-        return Index(encoder, searcher, PassageStore(directory))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise IndexFormatError(f"{directory} is damaged: {error}") from error
+    if _sample_digest(directory / PASSAGES_FILE) != info["corpus_sample"]:
+        raise IndexFormatError(
+            f"{directory}: {PASSAGES_FILE} is not the corpus that the index was built from"
+        )
+
+
+def open_searcher(
+    directory: Path,
+    info: dict[str, Any],
+    encoder: Encoder | None,
+    passages: PassageStore,
+    devices: Sequence[jax.Device] | None = None,
+) -> Searcher:
+    """The searcher of a folder whose files are known to be whole."""
+    kind, parameters = info["kind"], info["parameters"]
+    if kind == "hybrid":
+        parts = [
+            Index(
+                None if part["kind"] == "bm25" else encoder,
+                _OPENERS[part["kind"]](directory / "parts" / str(i), part),
+                passages,
+            )
+            for i, part in enumerate(parameters["parts"])
+        ]
+        return HybridSearcher(parts)
+    if kind == "exact" and devices:
+        return MeshSearcher(np.load(directory / "vectors.npy", mmap_mode="r"), devices)
+    return _OPENERS[kind](directory, parameters)
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
@@ -341,6 +352,8 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         version = info["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IndexFormatError(f"{directory} is not an index: {error!r}") from error
-    if version != _FORMAT:
-        raise IndexFormatError(f"{directory} has format {version!r}; this code reads {_FORMAT}")
+    if version != FORMAT:
+        raise IndexFormatError(
+            f"{directory} has format {version!r}; this code reads {FORMAT}: build it again"
+        )
     return info

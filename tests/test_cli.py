@@ -67,6 +67,30 @@ def test_index_search_reads_arguments_and_lines(index):
         assert best["title"] == name
 
 
+def test_index_search_prints_the_same_with_json(index):
+    plain = run("index", "search", str(index), "Bakori", "--k", "1")
+    assert run("index", "search", str(index), "Bakori", "--k", "1", "--json").output == plain.output
+
+
+def test_index_encode_build_info_and_plan(tmp_path):
+    passages, out = tmp_path / "p.tsv", tmp_path / "i"
+    passages.write_text("".join(f"{i}\tTown {i}   lies by river {i}\n" for i in range(40)))
+    for shard in ("1/2", "2/2"):
+        part = ("--out", str(tmp_path / "v"), "--shard", shard)
+        assert run("index", "encode", str(passages), *part).stdout.strip().endswith(".npy")
+    built = ("--vectors", str(tmp_path / "v"), "--out", str(out), "--kind", "exact")
+    assert run("index", "build", str(passages), *built).exit_code == 0
+    told = json.loads(run("index", "info", str(out), "--json").stdout)
+    assert (told["kind"], told["passages"], told["dims"]) == ("exact", 40, 512)
+    assert told["recall"] == {"k": 5, "queries": 40, "recall": 1.0}
+    assert told["disk_bytes"] > 40 * 2048
+    assert "recall" in run("index", "info", str(out)).stdout
+    size = ("--passages", "36e6", "--dims", "1024")
+    told = json.loads(run("index", "plan", *size, "--json").stdout)
+    assert told["kinds"]["scann"]["memory"] < 128e9 < told["kinds"]["exact"]["memory"]
+    assert "36,000,000 passages" in run("index", "plan", *size).stdout
+
+
 def test_bench_decode_and_update_print_json(model):
     short = ("--batch", "2", "--prompt-len", "16", "--new-tokens", "8", "--json")
     result = json.loads(
@@ -97,6 +121,10 @@ def test_ask_streams_to_the_end(model, index):
         (("train", "tiny_world", "policy.model=x"), "not both"),
         (("ask", "q", "--model", "/nowhere", "--index", "/nowhere"), "/nowhere"),
         (("index", "search", "/nowhere", "q"), "/nowhere"),
+        (("index", "info", "/nowhere"), "/nowhere is not an index"),
+        (("index", "encode", "/nowhere.tsv", "--out", "/x", "--shard", "0/2"), "expected I/N"),
+        (("index", "plan", "--passages", "0", "--dims", "8"), "at least 1"),
+        (("bench", "search"), "name a built index or --synthetic"),
     ],
 )
 def test_bad_input_is_one_clear_message(args, message, capsys, monkeypatch):

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from r1s_jax.config import ConfigError, CorpusConfig
+from r1s_jax.corpora import open_search_engine
 from r1s_jax.data import DataError
-from r1s_jax.environment import CorpusEnvironment, open_search_engine
+from r1s_jax.environment import CorpusEnvironment
 from r1s_jax.retrieval.corpus import read_passages
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import build_index, save_index

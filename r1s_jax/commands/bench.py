@@ -1,6 +1,7 @@
 """`r1s bench`: measure the parts on this machine."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -65,6 +66,35 @@ def attention(
     sweep = bench.QUICK if quick else bench.CPU if on_cpu else bench.Sweep()
     result = bench.bench_attention(sweep, lambda case: typer.echo(case, err=True))
     typer.echo(json.dumps(result) if as_json else bench.as_markdown(result))
+
+
+@app.command("search")
+def search(
+    index: Annotated[Path | None, typer.Argument(help="Directory of a built index.")] = None,
+    synthetic: Annotated[
+        float | None, typer.Option(help="In place of an index: so many clustered vectors.")
+    ] = None,
+    dims: Annotated[int, typer.Option(help="Of the synthetic vectors.")] = 384,
+    as_json: AsJson = False,
+) -> None:
+    """Recall, speed and memory of an index, beside FAISS where it is installed."""
+    from r1s_jax.corpora import bench_saved_index
+    from r1s_jax.retrieval.bench import bench_synthetic
+    from r1s_jax.telemetry import console
+
+    if (index is None) == (synthetic is None):
+        raise ValueError("name a built index or --synthetic N, one of them")
+    if index:
+        told = bench_saved_index(index)
+    else:
+        told = bench_synthetic(int(synthetic), dims, console.print)
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    for engine, result in told.pop("engines").items():
+        typer.echo(engine)
+        _print_result({f"  {name}": value for name, value in result.items()}, as_json=False)
+    _print_result(told, as_json=False)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:

@@ -33,9 +33,9 @@ def select(
     solved is cover-EM). A stopped run goes on where it was. The last line printed is JSON: how many
     there are of each class.
     """
+    from r1s_jax.corpora import open_search_engine
     from r1s_jax.difficulty import Selection
     from r1s_jax.difficulty import select as select_questions
-    from r1s_jax.environment import open_search_engine
     from r1s_jax.telemetry import progress_bar
 
     selection = Selection(

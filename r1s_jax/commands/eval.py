@@ -50,7 +50,7 @@ def run(
 
     A row a question, in order, written as they finish: a stopped run goes on where its file ends.
     """
-    from r1s_jax.environment import open_search_engine
+    from r1s_jax.corpora import open_search_engine
     from r1s_jax.eval.answer import EvalRun, answer_file
     from r1s_jax.telemetry import progress_bar
 

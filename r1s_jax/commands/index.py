@@ -1,27 +1,84 @@
-"""`r1s index`: build and search passage indexes."""
+"""`r1s index`: encode passages, build, search and describe indexes."""
 
 import json
 import sys
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from r1s_jax.commands.options import AsJson
 
 app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes.")
 
 
+class Kind(str, Enum):  # noqa: UP042  (typer reads its values)
+    """The kinds that can be built."""
+
+    scann = "scann"
+    exact = "exact"
+    bm25 = "bm25"
+    hybrid = "hybrid"
+    milvus = "milvus"
+
+
+Corpus = Annotated[list[str], typer.Argument(help=".tsv, .jsonl (.gz too), .parquet, datasets:ORG/NAME.")]
+Encoder = Annotated[str, typer.Option(help="`hash`, or a BERT-family encoder.")]
+QueryInstruction = Annotated[
+    str | None, typer.Option(help="Put before each query; else what the model's files say.")
+]
+PassageInstruction = Annotated[
+    str | None, typer.Option(help="Put before each passage; else what the model's files say.")
+]
+
+
 @app.command("build")
 def build(
-    corpus: Annotated[list[str], typer.Argument(help="Passages: .tsv or .jsonl, gzipped or not.")],
+    corpus: Corpus,
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    encoder: Annotated[str, typer.Option(help="`hash`, or a BERT-family encoder.")] = "hash",
+    encoder: Encoder = "hash",
+    kind: Annotated[Kind, typer.Option(help="hybrid is scann and bm25.")] = Kind.scann,
+    vectors: Annotated[
+        Path | None, typer.Option(help="Directory of `r1s index encode`; else they are encoded.")
+    ] = None,
+    leaves: Annotated[int | None, typer.Option(help="ScaNN: leaves of a shard's tree.")] = None,
+    leaves_searched: Annotated[int | None, typer.Option(help="ScaNN: leaves read.")] = None,
+    reorder: Annotated[int | None, typer.Option(help="ScaNN: candidates scored again.")] = None,
+    shards: Annotated[int | None, typer.Option(help="ScaNN: parts, built one by one.")] = None,
+    milvus_url: Annotated[str, typer.Option(help="Of a cluster; else a file in OUT.")] = "",
+    query_instruction: QueryInstruction = None,
+    passage_instruction: PassageInstruction = None,
 ) -> None:
-    """Encode passages and save a searchable index."""
-    from r1s_jax.environment import build_corpus_index
-    from r1s_jax.retrieval.index import save_index
+    """Encode passages and save a searchable index; a stopped build goes on."""
+    from r1s_jax.corpora import load_encoder, write_corpus_index
+    from r1s_jax.retrieval.build import Options
 
-    save_index(build_corpus_index(corpus, encoder), out)
+    write_corpus_index(
+        corpus,
+        load_encoder(encoder, _instructions(query_instruction, passage_instruction)),
+        out,
+        kind=kind.value,
+        options=Options(leaves, leaves_searched, reorder, shards, milvus_url),
+        vectors=vectors,
+    )
     typer.echo(str(out))
+
+
+@app.command("encode")
+def encode(
+    corpus: Corpus,
+    out: Annotated[Path, typer.Option(help="Directory that all shards are written to.")],
+    encoder: Encoder = "hash",
+    shard: Annotated[str, typer.Option(help="I/N: the I-th of N parts, from 1.")] = "1/1",
+    query_instruction: QueryInstruction = None,
+    passage_instruction: PassageInstruction = None,
+) -> None:
+    """Encode passages only: each host its part of them, a stopped one goes on."""
+    from r1s_jax.corpora import encode_corpus, load_encoder
+
+    opened = load_encoder(encoder, _instructions(query_instruction, passage_instruction))
+    typer.echo(str(encode_corpus(corpus, opened, out, shard)))
 
 
 @app.command("search")
@@ -31,11 +88,17 @@ def search(
         list[str] | None, typer.Argument(help="Queries; none: one a line from standard input.")
     ] = None,
     k: Annotated[int, typer.Option(help="Passages a query.")] = 5,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The only form there is: one JSON object a query.")
+    ] = True,
 ) -> None:
     """Search an index: one JSON object a query, `{"query", "results": [...]}`."""
-    from r1s_jax.environment import open_saved_index
+    import jax
 
-    opened = open_saved_index(index)
+    from r1s_jax.corpora import open_saved_index
+
+    devices = None if jax.default_backend() == "cpu" else jax.local_devices()
+    opened = open_saved_index(index, devices)
     for query in queries or (line.strip() for line in sys.stdin if line.strip()):
         hits = opened.search([query], k)[0]
         results = [
@@ -43,6 +106,56 @@ def search(
             for h in hits
         ]
         typer.echo(json.dumps({"query": query, "results": results}, ensure_ascii=False))
+
+
+@app.command("info")
+def info(
+    index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
+    as_json: AsJson = False,
+) -> None:
+    """What an index is, what it takes, and the recall measured when it was built."""
+    from r1s_jax.retrieval.info import index_info
+
+    told = index_info(index)
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    for name, value in told.items():
+        typer.echo(f"{name:20} {_readable(name, value)}")
+
+
+@app.command("plan")
+def plan(
+    passages: Annotated[float, typer.Option(help="How many, such as 36e6.")],
+    dims: Annotated[int, typer.Option(help="Of the encoder's vectors.")],
+    passage_bytes: Annotated[
+        float | None, typer.Option(help="Of an average passage; else of 100 words.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict memory, disk and the peak while building, for each kind of index."""
+    from r1s_jax.retrieval.plan import PASSAGE_BYTES
+    from r1s_jax.retrieval.plan import plan as predict
+
+    if passages < 1 or dims < 1:
+        raise ValueError("--passages and --dims must be at least 1")
+    told = predict(int(passages), dims, passage_bytes or PASSAGE_BYTES)
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    typer.echo(f"{told['passages']:,} passages of {dims} dims")
+    typer.echo(f"ScaNN: {_readable('parameters', told['scann']['parameters'])}")
+    typer.echo(f"ScaNN's recall@5: {told['scann']['recall']}\n")
+    typer.echo(f"{'GB':8}{'memory':>10}{'disk':>10}{'build peak':>12}")
+    for kind, cost in told["kinds"].items():
+        memory, disk, peak = (cost[name] / 1e9 for name in ("memory", "disk", "build_peak"))
+        typer.echo(f"{kind:8}{memory:>10,.2f}{disk:>10,.2f}{peak:>12,.2f}")
+    text, encoded = told["passage_text"] / 1e9, told["encoded_vectors"] / 1e9
+    typer.echo(
+        f"\nDisk holds the passages' text too ({text:,.2f} GB, read from a memory map); encoding "
+        f"leaves {encoded:,.2f} GB of vectors, which may go once the index is built. A Milvus "
+        "cluster's own memory and disk are not counted."
+    )
 
 
 @app.command("serve")
@@ -56,7 +169,7 @@ def serve(
     Prints the address once it listens. SIGTERM and Ctrl-C finish what is in flight.
     """
     from r1s_jax.config import ConfigError
-    from r1s_jax.environment import open_saved_index
+    from r1s_jax.corpora import open_saved_index
 
     try:
         from r1s_jax.retrieval import server
@@ -66,3 +179,16 @@ def serve(
         ) from error
     with server.bind(host, port) as bound:
         server.serve(open_saved_index(index), bound, announce=typer.echo)
+
+
+def _instructions(query: str | None, passage: str | None) -> dict[str, str]:
+    given = {"query": query, "passage": passage}
+    return {kind: text for kind, text in given.items() if text is not None}
+
+
+def _readable(name: str, value: Any) -> str:
+    if name.endswith("bytes") and value is not None:
+        return f"{value / 1e6:,.1f} MB"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(key, part)}" for key, part in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,7 +1,10 @@
 """Encoders: parity with PyTorch, batching, and encoding while a program holds the devices."""
 
 import json
+import os
 import queue
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -131,6 +134,41 @@ def test_instructions_and_the_maximum_length_apply(folder):
     for kind, letter in (("query", "q"), ("passage", "p")):
         cut = plain.encode([f"{letter} a b c"], kind=kind)
         np.testing.assert_allclose(encoder.encode(["a b c d e f"], kind=kind), cut, atol=1e-6)
+
+
+def test_instructions_come_from_the_models_own_files(folder):
+    prompts = {"prompts": {"query": "q ", "document": "p "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    encoder = BertEncoder(folder)
+    assert encoder.instructions == {"query": "q ", "passage": "p "}
+    given = BertEncoder(folder, query_instruction="")  # an empty one counts: none
+    assert given.instructions == {"query": "", "passage": "p "}
+    prompts["prompts"]["passage"] = "r "
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    assert BertEncoder(folder).instructions["passage"] == "r "
+    (folder / "config_sentence_transformers.json").unlink()
+    plain = BertEncoder(folder)
+    wanted = plain.encode(["q a b", "q c"], kind="query")
+    np.testing.assert_array_equal(encoder.encode(["a b", "c"], kind="query"), wanted)
+    assert encoder.fingerprint != plain.fingerprint
+
+
+_SHARDED = """
+import sys, jax, numpy as np
+from r1s_jax.retrieval.encoder import BertEncoder
+assert jax.device_count() == 3
+rng = np.random.default_rng(0)
+texts = [" ".join(rng.choice(list("abcdefgh"), n)) for n in rng.integers(0, 100, 200)]
+one, all = (BertEncoder(sys.argv[1], devices=jax.devices()[:n]) for n in (1, 3))
+wanted = one.encode(texts, kind="passage")
+np.testing.assert_allclose(all.encode(texts, kind="passage"), wanted, atol=1e-6)
+"""
+
+
+def test_devices_share_the_rows_and_change_nothing(folder):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _SHARDED, str(folder)]
+    subprocess.run(command, check=True, env={**os.environ, **flags})
 
 
 def test_other_models_are_refused(folder):

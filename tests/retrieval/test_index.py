@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1s_jax.retrieval import index as index_module
+from r1s_jax.retrieval import scann as scann_module
 from r1s_jax.retrieval.corpus import CorpusError, Passage, read_passages
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import (
@@ -17,8 +17,8 @@ from r1s_jax.retrieval.index import (
     build_index,
     open_index,
     save_index,
-    scann_parameters,
 )
+from r1s_jax.retrieval.scann import scann_parameters
 
 KINDS = [
     "exact",
@@ -134,12 +134,12 @@ def test_without_scann_the_message_names_the_other_kind(monkeypatch):
 def test_importing_scann_leaves_tensorflow_as_it_was(monkeypatch):
     pytest.importorskip("scann")
     monkeypatch.setitem(sys.modules, "tensorflow", json)  # any module will do
-    index_module._scann()
+    scann_module.scann()
     assert sys.modules["tensorflow"] is json
 
 
 def test_scann_parameters_follow_the_size():
-    assert scann_parameters(4_999) == {"scoring": "brute_force"}
+    assert scann_parameters(4_999) == {"scoring": "brute_force", "vectors": "float32"}
     assert "leaves" not in scann_parameters(100_000)
     assert scann_parameters(1_000_000)["leaves"] == 1000
 
@@ -150,7 +150,7 @@ def test_approximate_search_recalls_what_exact_search_finds(
     monkeypatch, tmp_path, tree_above, least
 ):
     pytest.importorskip("scann")
-    monkeypatch.setattr(index_module, "_TREE_ABOVE", tree_above)
+    monkeypatch.setattr(scann_module, "_TREE_ABOVE", tree_above)
     passages = _passages(5_500)
     approximate = build_index(passages, ENCODER)
     assert ("leaves" in approximate.searcher.parameters) == (tree_above == 1000)

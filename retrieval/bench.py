@@ -1,0 +1,234 @@
+"""Vector search measured on this machine, beside FAISS where it is installed.
+
+Every contender is built in one process and searched in another, so that the growth of that one is
+its memory. They take turns twice, and the better figure of each counts: a busy machine only slows.
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from jaxtyping import Float
+
+from r1s_jax.retrieval.index import read_info
+from r1s_jax.retrieval.scann import ScannSearcher, scann, scann_parameters, stored_vectors
+from r1s_jax.retrieval.searchers import ExactSearcher, Found, oracle, recall
+
+Say = Callable[[str], None]
+
+_K, _BATCH, _ROUNDS = 5, 64, 2
+_SECONDS = 3.0  # how long each speed is measured
+_PER_CLUSTER = 100
+_SPREAD = 0.7  # the length of the noise around a centre, of length 1
+_FAISS = ("faiss_flat", "faiss_ivfpq", "faiss_hnsw")
+
+
+def bench_synthetic(count: int, dims: int, say: Say, queries: int = 1000) -> dict[str, Any]:
+    """Measures ScaNN on vectors drawn from a mixture of Gaussians with a fixed seed."""
+    if count < 1 or dims < 1:
+        raise ValueError("--synthetic and --dims must be at least 1")
+    vectors, asked = synthetic_vectors(count, dims, queries)
+    with tempfile.TemporaryDirectory() as work:
+        return _bench(Path(work), vectors, asked, None, say) | {"data": "synthetic"}
+
+
+def bench_index(directory: Path, queries: Float[np.ndarray, "n dims"], say: Say) -> dict[str, Any]:
+    """Measures a saved index of vectors on its own vectors (those rounded to int8, if so kept).
+
+    Raises ValueError for an index whose vectors are not in its folder.
+    """
+    info = read_info(directory)
+    if info["kind"] == "scann":
+        vectors = stored_vectors(directory, info["parameters"])
+    elif info["kind"] == "exact":
+        vectors = np.load(directory / "vectors.npy")
+    else:
+        raise ValueError(
+            f"{directory} is of kind {info['kind']}: only scann and exact are measured"
+        )
+    with tempfile.TemporaryDirectory() as work:
+        told = _bench(Path(work), vectors, queries, directory, say)
+    told["engines"][info["kind"]]["build_seconds"] = info.get("seconds")
+    return told | {"data": str(directory), "recall_when_built": info.get("recall")}
+
+
+def synthetic_vectors(
+    count: int, dims: int, queries: int
+) -> tuple[Float[np.ndarray, "count dims"], Float[np.ndarray, "queries dims"]]:
+    """Unit vectors of a mixture of Gaussians, a hundred a centre, and queries near some of them."""
+    rng = np.random.default_rng(0)
+    centres = _unit(rng.standard_normal((max(1, count // _PER_CLUSTER), dims), dtype=np.float32))
+
+    def near(points: np.ndarray) -> np.ndarray:
+        noise = rng.standard_normal(points.shape, dtype=np.float32)
+        return _unit(points + noise * np.float32(_SPREAD / math.sqrt(dims)))
+
+    vectors = np.empty((count, dims), np.float32)
+    for start in range(0, count, 1 << 16):
+        rows = vectors[start : start + (1 << 16)]
+        rows[:] = near(centres[rng.integers(len(centres), size=len(rows))])
+    return vectors, near(vectors[rng.integers(count, size=queries)])
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def _bench(
+    work: Path, vectors: np.ndarray, queries: np.ndarray, ours: Path | None, say: Say
+) -> dict[str, Any]:
+    """Builds and searches every engine; `ours` is a built index, or ScaNN is built here."""
+    count, dims = vectors.shape
+    np.save(work / "vectors.npy", vectors)
+    np.save(work / "queries.npy", queries.astype(np.float32))
+    wanted = oracle(vectors).search(queries, min(_K, count))[0]
+    del vectors
+    name = read_info(ours)["kind"] if ours else "scann"
+    faiss = _FAISS if importlib.util.find_spec("faiss") else ()
+    engines: dict[str, dict[str, Any]] = {engine: {} for engine in (name, *faiss)}
+    for engine, told in engines.items():
+        if engine != name or not ours:
+            say(f"{engine}: building")
+            told |= _apart("build", work, engine, ours)
+            say(f"{engine}: {told['build_seconds']:.1f} s")
+    for turn in range(_ROUNDS):
+        for engine, told in engines.items():
+            measured = _apart("search", work, engine, ours)
+            say(f"{engine}, turn {turn + 1} of {_ROUNDS}: {json.dumps(measured)}")
+            better = {n: (min if n.endswith("ms") else max) for n in measured if n != "bytes"}
+            told |= {n: pick(measured[n], told.get(n, measured[n])) for n, pick in better.items()}
+            told["bytes_per_vector"] = measured["bytes"] / count
+            told["recall"] = recall(np.load(work / f"{engine}.found.npy"), wanted)
+    size = {"vectors": count, "dims": dims, "queries": len(queries), "k": _K, "batch": _BATCH}
+    told = size | {"cores": os.cpu_count(), "engines": engines}
+    return told | ({"over_faiss_flat": _ratios(engines, name)} if faiss else {})
+
+
+def _ratios(engines: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
+    ours, flat = engines[name], engines["faiss_flat"]
+    return {n: ours[n] / flat[n] for n in ("single_per_s", "batch_per_s", "bytes_per_vector")}
+
+
+def _apart(job: str, work: Path, engine: str, ours: Path | None) -> dict[str, float]:
+    """Runs `_build` or `_search` in a fresh process; its last line is its answer."""
+    command = [sys.executable, "-m", "r1s_jax.retrieval.bench", job, str(work), engine]
+    command += [str(ours)] if ours else []
+    # FAISS' threads would otherwise spin while they wait, which on busy cores slows it a lot.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{engine} cannot {job}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _build(work: Path, engine: str) -> dict[str, float]:
+    vectors, began = np.load(work / "vectors.npy", mmap_mode="r"), time.perf_counter()
+    if engine == "scann":
+        parameters = scann_parameters(len(vectors))
+        ScannSearcher.write(work, vectors, parameters)
+        (work / "scann.json").write_text(json.dumps(parameters))
+    else:
+        import faiss
+
+        index = faiss.index_factory(
+            vectors.shape[1], _faiss_recipe(engine, vectors), faiss.METRIC_INNER_PRODUCT
+        )
+        data = np.asarray(vectors)
+        index.train(data[:: max(1, len(data) // 250_000)])
+        index.add(data)
+        faiss.write_index(index, str(work / engine))
+    return {"build_seconds": time.perf_counter() - began}
+
+
+def _faiss_recipe(engine: str, vectors: np.ndarray) -> str:
+    count, dims = vectors.shape
+    codes = f"PQ{dims // 2}x4fs" if dims % 2 == 0 else f"PQ{dims}x4fs"
+    return {
+        "faiss_flat": "Flat",
+        "faiss_hnsw": "HNSW32",
+        # The like of ScaNN's tree, 4-bit codes and int8 vectors to score the best of them again.
+        "faiss_ivfpq": f"IVF{max(1, math.isqrt(count))},{codes},Refine(SQ8)",
+    }[engine]
+
+
+def _search(work: Path, engine: str, ours: Path | None) -> dict[str, float]:
+    queries = np.load(work / "queries.npy")
+    opened = _open_faiss(work, engine) if engine in _FAISS else _open_ours(work, engine, ours)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    search = opened()
+    found = [search(queries[i : i + _BATCH])[0] for i in range(0, len(queries), _BATCH)]
+    np.save(work / f"{engine}.found.npy", np.concatenate(found))
+    grown = process.memory_info().rss - before
+    seconds = np.asarray(_timed(search, queries, 1))
+    batches = _timed(search, queries, _BATCH)
+    return {
+        "bytes": grown,
+        "single_per_s": len(seconds) / seconds.sum(),
+        "batch_per_s": _BATCH * len(batches) / sum(batches),
+        "p50_ms": 1e3 * float(np.percentile(seconds, 50)),
+        "p99_ms": 1e3 * float(np.percentile(seconds, 99)),
+    }
+
+
+def _timed(search: Callable[[np.ndarray], Found], queries: np.ndarray, rows: int) -> list[float]:
+    """Seconds of each call with so many queries, for about `_SECONDS`."""
+    seconds: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    for turn in itertools.count():
+        at = np.arange(turn * rows, (turn + 1) * rows) % len(queries)
+        batch, began = queries[at], time.perf_counter()
+        search(batch)
+        seconds.append(time.perf_counter() - began)
+        if time.perf_counter() > end:
+            return seconds
+
+
+def _open_ours(work: Path, engine: str, ours: Path | None) -> Callable[[], Callable]:
+    """What opens the index; libraries are loaded before, so that they are not counted."""
+    folder = ours or work
+    parameters = (
+        read_info(ours)["parameters"] if ours else json.loads((work / "scann.json").read_text())
+    )
+    if engine == "scann":
+        scann()
+
+    def opened() -> Callable[[np.ndarray], Found]:
+        searcher = {"scann": ScannSearcher, "exact": ExactSearcher}[engine].open(folder, parameters)
+        return lambda queries: searcher.search(queries, min(_K, len(searcher)))
+
+    return opened
+
+
+def _open_faiss(work: Path, engine: str) -> Callable[[], Callable]:
+    import faiss
+
+    def opened() -> Callable[[np.ndarray], Found]:
+        index = faiss.read_index(str(work / engine))
+        if engine == "faiss_ivfpq":
+            lists = faiss.extract_index_ivf(index)
+            lists.nprobe, index.k_factor = max(1, lists.nlist // 10), 20
+        if engine == "faiss_hnsw":
+            index.hnsw.efSearch = 64
+        return lambda queries: index.search(queries, min(_K, index.ntotal))[::-1]
+
+    return opened
+
+
+if __name__ == "__main__":
+    job, work, engine, *ours = sys.argv[1:]
+    if job == "build":
+        print(json.dumps(_build(Path(work), engine)))
+    else:
+        print(json.dumps(_search(Path(work), engine, Path(ours[0]) if ours else None)))

