@@ -35,10 +35,8 @@ class History:
         return self._mean(name, self.rows[:_WINDOW])
 
     def best(self, name: str) -> float:
-        """The highest mean over any window so far."""
-        starts = range(len(self.rows) - _WINDOW + 1)
-        means = [self._mean(name, self.rows[i : i + _WINDOW]) for i in starts]
-        return max(means, default=math.nan)
+        """The highest value of any step so far."""
+        return max((row[name] for row in self.rows if name in row), default=math.nan)
 
     def stage(self) -> "History":
         """Only the steps of the stage that the run is in."""
@@ -122,7 +120,7 @@ SIGNALS = (
         "entropy_explosion",
         "entropy of the policy, in times of what it was",
         lambda h: _grown("entropy")(h) if h.recent("entropy") > 1.0 else math.nan,
-        3.0,
+        2.0,
         "the policy comes apart into noise: lower optimizer.learning_rate, raise "
         "algorithm.kl_coefficient, check the reward",
     ),

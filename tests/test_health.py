@@ -1,5 +1,6 @@
 """Signals of health: each fires in a run made to fail that way, none without a reason."""
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -101,6 +102,7 @@ SHORT = [
     "optimizer.learning_rate=1e-3",
     "optimizer.decay_to=1",
     "search.max_failure_rate=1",
+    "run.stop_when_unhealthy=false",  # what comes first is often another signal
 ]
 
 
@@ -124,8 +126,8 @@ def pays_for_searching(solution, golds):
     return float(solution.written.count("<|end_of_query|>"))
 
 
-def pays_for_variety(solution, golds):
-    return len(set(solution.written.split())) - len(solution.written.split()) / 4
+def pays_for_noise(solution, golds):
+    return len(zlib.compress(solution.written.encode())) / 100
 
 
 @pytest.fixture(scope="module")
@@ -164,13 +166,13 @@ def samples_from_old_weights(self: Engine, params, *args, **options):
 
 
 RUNS = {
-    "not_finite": ["optimizer.learning_rate=1e38", "optimizer.grad_clip=1e30"],
-    "entropy_collapse": [reward(pays_for_silence), "optimizer.learning_rate=3e-3"],
-    "entropy_explosion": [reward(pays_for_variety), "optimizer.learning_rate=3e-3"],
+    "not_finite": ["optimizer.learning_rate=1e38", "run.stop_when_unhealthy=true"],
+    "entropy_collapse": [reward(pays_for_silence), "stage2.steps=30"],
+    "entropy_explosion": [reward(pays_for_noise), "stage2.steps=60"],
     "ratio_drift": ["optimizer.learning_rate=1e-2", "algorithm.clip=0.9"],
     "logprob_gap": [],
     "format_falling": [reward(pays_for_broken_format)],
-    "no_searches": [reward(pays_for_not_searching)],
+    "no_searches": [reward(pays_for_not_searching), "optimizer.learning_rate=2e-4"],
     "search_limit": [reward(pays_for_searching), "rollout.max_searches=1"],
     "empty_documents": [],
     "identical_responses": ["rollout.temperature=0"],
@@ -203,7 +205,7 @@ def test_a_fatal_signal_stops_the_run_and_keeps_the_step_before(tmp_path):
     """Parameters that are no numbers are not saved over those that are."""
     config = override(
         tiny_world.config(),
-        [*SHORT, "cold_start.steps=0", "optimizer.learning_rate=1e38", "optimizer.grad_clip=1e30"],
+        [*SHORT, "cold_start.steps=0", *RUNS["not_finite"]],
     )
     with pytest.raises(UnhealthyRun, match=r"not_finite.*older checkpoint"):
         training.train(config, tmp_path / "run")

@@ -23,7 +23,9 @@ class Kind(str, Enum):  # noqa: UP042  (typer reads its values)
     milvus = "milvus"
 
 
-Corpus = Annotated[list[str], typer.Argument(help=".tsv, .jsonl (.gz too), .parquet, datasets:ORG/NAME.")]
+Corpus = Annotated[
+    list[str], typer.Argument(help=".tsv, .jsonl (.gz too), .parquet, datasets:ORG/NAME.")
+]
 Encoder = Annotated[str, typer.Option(help="`hash`, or a BERT-family encoder.")]
 QueryInstruction = Annotated[
     str | None, typer.Option(help="Put before each query; else what the model's files say.")
