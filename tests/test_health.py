@@ -43,7 +43,7 @@ HEALTHY = {
 SICK = {
     "not_finite": ({"loss": float("nan")}, "fatal"),
     "entropy_collapse": ({"entropy": 0.01}, "warning"),
-    "entropy_explosion": ({"entropy": 3.0}, "warning"),
+    "entropy_explosion": ({"entropy": 2.0}, "warning"),
     "ratio_drift": ({"ratio_drift": 0.5}, "warning"),
     "logprob_gap": ({"logprob_gap_mean": 0.1}, "warning"),
     "format_falling": ({"format_valid": 0.3}, "warning"),
