@@ -4,16 +4,15 @@ Orbax notices damage to what describes a checkpoint, not to the numbers in it: s
 checksum is kept beside it, and what is read back must have the same.
 """
 
-import shutil
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -40,15 +39,15 @@ class Checkpoints:
     through the whole run, cold start included.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: epath.PathLike, keep: int):
         best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
             best_fn=_score,
             create=True,
         )
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
-        self._directory = directory.resolve()
+        self._directory = _absolute(directory)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(
         self,
@@ -69,7 +68,7 @@ class Checkpoints:
         )
         self._guard(lambda: self._manager.save(index, args=args, metrics=metrics, force=True))
 
-    def best(self) -> Path | None:
+    def best(self) -> epath.Path | None:
         """The checkpoint with the highest score so far; None where none has one."""
         scored = [step for step in self._manager.all_steps() if self._manager.metrics(step)]
         return self._directory / str(self._manager.best_step()) if scored else None
@@ -133,13 +132,13 @@ class Checkpoints:
         damaged = f"checkpoint {self._directory / str(newest)} is damaged ({reason})"
         if len(all_steps) == 1:
             raise CheckpointError(f"{damaged} and there is no other: start again elsewhere")
-        aside = self._directory.with_name("damaged-checkpoints") / str(newest)
+        aside = self._directory.parent / "damaged-checkpoints" / str(newest)
         self._manager.close()
 
         def move() -> None:
-            aside.parent.mkdir(exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            (self._directory / str(newest)).rename(aside)
+            if aside.exists():
+                aside.rmtree()
+            _move(self._directory / str(newest), aside)
 
         on_main(move)
         raise DamagedCheckpoint(f"{damaged} and was moved to {aside}")
@@ -178,7 +177,41 @@ def _bit_sums(arrays: list[Array]) -> list[Array]:
     return [add_up(x) for x in arrays]
 
 
-def read_params(checkpoint: Path, model: ModelConfig, dtype: Any) -> Params:
+def checkpoint_directory(run_dir: epath.PathLike, elsewhere: str) -> epath.Path:
+    """Where a run keeps its checkpoints: in its directory, or `elsewhere` (`gs://bucket/path`)."""
+    return _absolute(elsewhere or epath.Path(run_dir) / "checkpoints")
+
+
+def newest_checkpoint(directory: epath.Path) -> epath.Path:
+    """The newest of a run's checkpoints. Raises CheckpointError where there is none yet."""
+    saved = [p for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
+    if not saved:
+        raise CheckpointError(f"{directory} holds no checkpoint yet")
+    return max(saved, key=lambda p: int(p.name))
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """Orbax wants no relative paths; those of a bucket are none."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.resolve()
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+    """Moves a folder, in a bucket file by file: there are no folders there."""
+    if "://" not in str(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.rename(target)
+        return
+    for item in source.iterdir():
+        if item.is_dir():
+            _move(item, target / item.name)
+        else:
+            item.copy(target / item.name, overwrite=True)
+    if source.exists():
+        source.rmtree()
+
+
+def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> Params:
     """Only the parameters of one checkpoint, as NumPy arrays of `dtype`.
 
     The optimizer's state is not read. Raises CheckpointError for a damaged or foreign checkpoint.
@@ -193,6 +226,6 @@ def read_params(checkpoint: Path, model: ModelConfig, dtype: Any) -> Params:
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:
-        return reader.restore((checkpoint / "state").resolve(), arguments)["params"]
+        return reader.restore(_absolute(checkpoint) / "state", arguments)["params"]
     except Exception as error:
         raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error

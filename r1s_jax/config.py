@@ -271,6 +271,8 @@ class RunConfig:
 
     checkpoint_every: int = 1  # steps
     keep_checkpoints: int = 2  # the newest; the best one is kept besides
+    # Another place for checkpoints, gs://bucket/path say; none: in the run's directory.
+    checkpoint_dir: str = ""
     traces_per_step: int = 4
     stop_when_unhealthy: bool = True  # at a fatal signal (see health.py), with a checkpoint
     wandb_project: str = ""  # also log to Weights & Biases, where it is installed

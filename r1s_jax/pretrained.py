@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from r1s_jax import protocol
 from r1s_jax.assets import resolve
-from r1s_jax.checkpoint import CheckpointError, read_params
+from r1s_jax.checkpoint import checkpoint_directory, newest_checkpoint, read_params
 from r1s_jax.config import PolicyConfig
 from r1s_jax.lora import merge_adapters
 from r1s_jax.model import ModelConfig, Params, RopeScaling, add_adapters, init_params
@@ -47,13 +48,16 @@ def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
 def run_of(path: Path) -> Path | None:
     """The directory of the run that a path or a checkpoint belongs to; None for other paths."""
     for run in (path, path.parent.parent):
-        if (run / "config.json").exists() and (run / "checkpoints").is_dir():
+        # A model's directory has a config.json too; checkpoints may lie elsewhere.
+        known = (run / "checkpoints").is_dir() or (run / "versions.json").exists()
+        if known and (run / "config.json").exists():
             return run
     return None
 
 
 def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
-    described = json.loads((run / "config.json").read_text("utf-8"))["policy"]
+    config = json.loads((run / "config.json").read_text("utf-8"))
+    described = config["policy"]
     if described["model"]:
         path = resolve(described["model"])
         model, tokenizer = load_config(path), load_tokenizer(path)
@@ -64,13 +68,11 @@ def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
         model = ModelConfig(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
         tokenizer = build_tokenizer()
         ends = (tokenizer.eos_token_id,)
+    checkpoint: epath.PathLike = source
     if source == run:
-        saved = [p for p in (run / "checkpoints").iterdir() if p.name.isdigit()]
-        if not saved:
-            raise CheckpointError(f"{run} has no checkpoint yet")
-        source = max(saved, key=lambda p: int(p.name))
+        checkpoint = newest_checkpoint(checkpoint_directory(run, config["run"]["checkpoint_dir"]))
     adapted = model.with_lora(described["lora_rank"], described["lora_alpha"])
-    params = merge_adapters(read_params(source, adapted, dtype), adapted.lora_scale)
+    params = merge_adapters(read_params(checkpoint, adapted, dtype), adapted.lora_scale)
     return Pretrained(model, params, tokenizer, ends)
 
 

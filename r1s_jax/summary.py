@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from etils import epath
 from rich.table import Table
 
 from r1s_jax.eval.runner import Evaluation
@@ -17,7 +18,7 @@ from matplotlib import pyplot as plt
 
 
 def summarize(
-    run_dir: Path, progress: dict[str, Any], after: Evaluation | None, best: Path | None
+    run_dir: Path, progress: dict[str, Any], after: Evaluation | None, best: epath.Path | None
 ) -> dict[str, Any]:
     """Writes `summary.json` and `learning_curve.png`, shows both to people, returns the summary."""
     rows = read_rows(run_dir / "metrics.jsonl")

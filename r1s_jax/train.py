@@ -11,7 +11,7 @@ from rich.markup import escape
 from r1s_jax import health
 from r1s_jax import metrics as m
 from r1s_jax.advantages import adapted_kl_coefficient, has_signal
-from r1s_jax.checkpoint import Checkpoints, DamagedCheckpoint
+from r1s_jax.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
 from r1s_jax.config import Config, RolloutConfig, StageConfig
 from r1s_jax.distributed import on_main, together
 from r1s_jax.engine import Engine, Rolled, merge
@@ -119,7 +119,8 @@ class Run:
             dataclasses.replace(config.rollout, temperature=0.0, stop_at_answer=True)
         )
         self.telemetry = Telemetry(self.dir, config.run.wandb_project, dataclasses.asdict(config))
-        self.checkpoints = Checkpoints(self.dir / "checkpoints", config.run.keep_checkpoints)
+        where = checkpoint_directory(self.dir, config.run.checkpoint_dir)
+        self.checkpoints = Checkpoints(where, config.run.keep_checkpoints)
         self.progress = _BEGINNING | ((self.checkpoints.progress() if resume else None) or {})
         self.started -= self.progress["seconds"]
         self.seconds_checkpoint = 0.0

@@ -1,7 +1,11 @@
 """Checkpoints: what is saved comes back, and a failed save costs only itself."""
 
+import os
 import resource
 import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -112,3 +116,53 @@ def test_checksums_notice_every_array():
     assert whole == checksums(random_state(0)) and len(whole) == 4
     other = checksums(random_state(1))
     assert all(other[name] != value for name, value in whole.items())
+
+
+IN_A_BUCKET = """
+import jax, jax.numpy as jnp, pytest
+from r1s_jax.checkpoint import Checkpoints, DamagedCheckpoint, newest_checkpoint
+from r1s_jax.update import LearnerState
+
+def state(seed):
+    return LearnerState({"w": jnp.arange(9.0) * seed}, {"mu": jnp.full(3, float(seed))})
+
+checkpoints = Checkpoints("gs://bucket/runs/one/checkpoints", keep=2)
+for step in (1, 2, 3):
+    checkpoints.save(step, state(step), {"step": step}, score=1.0 / step)
+    checkpoints.wait()
+best = checkpoints.best()
+checkpoints.close()
+again = Checkpoints("gs://bucket/runs/one/checkpoints", keep=2)
+assert again.progress() == {"step": 3}
+assert jax.tree.all(jax.tree.map(jnp.array_equal, again.restore(state(0)), state(3)))
+newest = newest_checkpoint(best.parent)
+(newest / "progress" / "metadata").write_text("{")
+with pytest.raises(DamagedCheckpoint, match="gs://bucket/runs/one/damaged-checkpoints/3"):
+    again.progress()
+again = Checkpoints("gs://bucket/runs/one/checkpoints", keep=2)
+assert jax.tree.all(jax.tree.map(jnp.array_equal, again.restore(state(0)), state(2)))
+print(best, newest, newest_checkpoint(best.parent))
+"""
+
+
+def test_checkpoints_in_a_bucket():
+    """A real client and a real server of the storage protocol."""
+    storage = pytest.importorskip("gcp_storage_emulator.server", reason="no storage emulator")
+    pytest.importorskip("gcsfs", reason="the extra `gcs` is not installed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+    env = os.environ | dict.fromkeys(names, f"http://127.0.0.1:{port}")
+    env["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "anyone"
+    server = storage.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", IN_A_BUCKET], env=env, capture_output=True, text=True
+        )
+    finally:
+        server.stop()
+    assert done.returncode == 0, done.stderr[-3000:]
+    where = "gs://bucket/runs/one/checkpoints"
+    assert done.stdout.split() == [f"{where}/1", f"{where}/3", f"{where}/2"]

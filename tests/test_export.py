@@ -111,6 +111,6 @@ def test_a_run_without_checkpoints_or_with_a_damaged_one(run, tmp_path):
     with pytest.raises(CheckpointError, match="checkpoints/3 cannot be read"):
         export(str(empty), tmp_path / "hf")
     (empty / "checkpoints" / "3").rmdir()
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
         export(str(empty), tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
