@@ -1,6 +1,7 @@
 """Passages, encoders, indexes and search engines, each by its reference."""
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ import jax
 
 from r1s_jax.assets import cache_dir, resolve
 from r1s_jax.config import ConfigError, CorpusConfig
-from r1s_jax.retrieval.bench import bench_index
+from r1s_jax.retrieval.bench import bench_encoder, bench_index
 from r1s_jax.retrieval.build import Options, sample_queries, write_index
 from r1s_jax.retrieval.corpus import Passage, PassageStore, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
@@ -44,6 +45,14 @@ def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> 
         folder = folder / "model"  # some packages keep the model beside their code
     given = {f"{kind}_instruction": text for kind, text in (instructions or {}).items()}
     return BertEncoder(folder, reference=reference, **given)
+
+
+def encoder_folder(reference: str) -> Path:
+    """Where the files of a BERT-family encoder lie."""
+    folder = resolve(reference)
+    if not (folder / "config.json").exists() and (folder / "model").is_dir():
+        return folder / "model"  # some packages keep the model beside their code
+    return folder
 
 
 def open_retriever(config: CorpusConfig) -> Retriever:
@@ -159,6 +168,12 @@ def bench_saved_index(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} has no vectors to measure")
     queries = encoder.encode(sample_queries(passages, _BENCH_QUERIES), kind="query")
     return bench_index(folder, queries, console.print)
+
+
+def bench_corpus_encoder(corpus: Sequence[str], encoder: str, count: int) -> dict[str, Any]:
+    """Speed of an encoder over the first `count` passages of a corpus."""
+    texts = [passage.line for passage in itertools.islice(corpus_passages(corpus), count)]
+    return bench_encoder(encoder_folder(encoder), load_encoder(encoder), texts)
 
 
 def open_search_engine(

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 from jaxtyping import Float
 
+from r1s_jax.retrieval.encoder import Encoder
 from r1s_jax.retrieval.index import read_info
 from r1s_jax.retrieval.scann import ScannSearcher, scann, scann_parameters, stored_vectors
 from r1s_jax.retrieval.searchers import ExactSearcher, Found, oracle, recall
@@ -232,3 +233,43 @@ if __name__ == "__main__":
         print(json.dumps(_build(Path(work), engine)))
     else:
         print(json.dumps(_search(Path(work), engine, Path(ours[0]) if ours else None)))
+
+
+def bench_encoder(
+    folder: Path, encoder: Encoder, texts: Sequence[str], turns: int = 3
+) -> dict[str, Any]:
+    """Passages a second, beside sentence-transformers on the same folder where it is installed.
+
+    They take turns over the same texts, on the same threads, in float32; the better turn counts.
+    `difference` is the largest between their vectors' components.
+    """
+    peer = _sentence_transformer(folder)
+    ours, theirs, vectors, others = [], [], None, None
+    encoder.encode(texts, kind="passage")  # compiles
+    for _ in range(turns):
+        begin = time.perf_counter()
+        vectors = encoder.encode(texts, kind="passage")
+        ours.append(time.perf_counter() - begin)
+        if peer:
+            begin = time.perf_counter()
+            others = peer(texts)
+            theirs.append(time.perf_counter() - begin)
+    told = {"texts": len(texts), "passages_per_s": len(texts) / min(ours)}
+    if peer:
+        told["sentence_transformers_per_s"] = len(texts) / min(theirs)
+        told["ratio"] = min(theirs) / min(ours)
+        told["difference"] = float(np.abs(vectors - others).max())
+    return told
+
+
+def _sentence_transformer(folder: Path) -> Callable[[Sequence[str]], np.ndarray] | None:
+    try:
+        import torch
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        return None
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = SentenceTransformer(str(folder), device="cpu")
+    return lambda texts: model.encode(
+        list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False
+    )

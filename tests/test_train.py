@@ -175,6 +175,20 @@ def test_another_config_is_refused_and_nothing_lost(whole):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+def test_stage_1_ends_at_its_goal_and_groups_without_signal_are_replaced(tmp_path):
+    short = [*SHORT, "stage1.steps=5", "stage2.steps=2", "stage1.until_format_valid=0.01"]
+    short += ["algorithm.dynamic_sampling=1", "eval.questions=0", "algorithm.loss_average=token"]
+    summary = train(override(tiny_world.config(), short), tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    ended = next(row["step"] for row in rows if row["format_valid"] >= 0.01)
+    assert [row["stage"] for row in rows] == ["stage1"] * ended + ["stage2"] * 2
+    assert ended < 5 and summary["steps"] == ended + 2
+    # Trajectories rolled out over those learned from: a second batch wherever signal was missing.
+    for row in rows:
+        assert row["trained_tokens"] <= row["sampled_tokens"]
+        assert row["groups_without_signal"] == 0 or row["trained_tokens"] < row["sampled_tokens"]
+
+
 def test_kl_to_the_reference(tmp_path):
     """With a coefficient there is a reference, and at first no distance to it."""
     short = [*SHORT, "cold_start.steps=0", "stage1.steps=0", "stage2.steps=2", "eval.questions=0"]

@@ -97,6 +97,19 @@ def search(
     _print_result(told, as_json=False)
 
 
+@app.command("encode")
+def encode(
+    corpus: Annotated[list[str], typer.Argument(help="Passages, as `r1s index build` takes them.")],
+    encoder: Annotated[str, typer.Option(help="A BERT-family encoder.")],
+    passages: Annotated[int, typer.Option(help="The first so many.")] = 500,
+    as_json: AsJson = False,
+) -> None:
+    """Passages encoded a second, beside sentence-transformers where it is installed."""
+    from r1s_jax.corpora import bench_corpus_encoder
+
+    _print_result(bench_corpus_encoder(corpus, encoder, passages), as_json)
+
+
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result))
