@@ -24,9 +24,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
-from tokenizers import Tokenizer
 
 from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
+from r1s_jax.retrieval.tokenizers import Tokenize, rust_tokenize, tensorflow_tokenize
 
 Kind = Literal["query", "passage"]
 Pooling = Literal["mean", "cls"]
@@ -102,9 +102,8 @@ class BertEncoder:
         self._pooling = _read_pooling(directory)
         self._max_length = _read_max_length(directory, self._config)
         self._weights = load_weights(directory, self._config)
-        self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(self._max_length)
+        self._directory = directory
+        self._tokenize = rust_tokenize(directory, self._max_length)
         self.dims = self._config.dims
         self.fingerprint = self._fingerprint(directory)
 
@@ -125,8 +124,8 @@ class BertEncoder:
         Passages go through JAX in batches of like length.
         """
         instruction = self.instructions[kind]
-        encodings = self._tokenizer.encode_batch_fast([instruction + text for text in texts])
-        tokens = [encoding.ids for encoding in encodings]
+        tokenize = self._tokenize if kind == "query" else self._tokenize_in_bulk
+        tokens = tokenize([instruction + text for text in texts])
         vectors = np.zeros((len(tokens), self.dims), np.float32)
         done = 0
         batches = self._encode_queries(tokens) if kind == "query" else self._encode_passages(tokens)
@@ -159,6 +158,12 @@ class BertEncoder:
             pending = rows, values
         if pending:
             yield pending[0], np.asarray(pending[1])[: len(pending[0])]
+
+    @cached_property
+    def _tokenize_in_bulk(self) -> Tokenize:
+        if self._mesh.devices.flat[0].platform == "cpu":
+            return self._tokenize
+        return tensorflow_tokenize(self._directory, self._max_length) or self._tokenize
 
     @cached_property
     def _model(self) -> tuple[nnx.GraphDef, nnx.State]:
