@@ -4,6 +4,7 @@ Orbax notices damage to what describes a checkpoint, not to the numbers in it: s
 checksum is kept beside it, and what is read back must have the same.
 """
 
+import importlib.util
 import threading
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -178,7 +179,12 @@ def _bit_sums(arrays: list[Array]) -> list[Array]:
 
 
 def checkpoint_directory(run_dir: epath.PathLike, elsewhere: str) -> epath.Path:
-    """Where a run keeps its checkpoints: in its directory, or `elsewhere` (`gs://bucket/path`)."""
+    """Where a run keeps its checkpoints: in its directory, or `elsewhere` (`gs://bucket/path`).
+
+    Raises CheckpointError for a bucket that nothing here can reach.
+    """
+    if elsewhere.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
+        raise CheckpointError(f"to keep checkpoints in {elsewhere}, pip install 'r1s-jax[gcs]'")
     return _absolute(elsewhere or epath.Path(run_dir) / "checkpoints")
 
 

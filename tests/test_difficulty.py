@@ -82,6 +82,7 @@ def select(world: Path, out: Path) -> subprocess.Popen:
     return run("data", "select", str(world / "files/questions.jsonl"), *arguments)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_selects_the_same(world, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     begun = select(world, cut)
@@ -107,6 +108,7 @@ def test_killed_and_resumed_it_selects_the_same(world, tmp_path):
         assert row["difficulty"] == difficulty(row["first_solved"])
 
 
+@pytest.mark.slow
 def test_another_selection_is_refused(world, tmp_path):
     (tmp_path / "a.jsonl.measured.header.json").write_text('{"model": "another"}')
     failed = select(world, tmp_path / "a.jsonl")
