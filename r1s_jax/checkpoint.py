@@ -5,6 +5,7 @@ checksum is kept beside it, and what is read back must have the same.
 """
 
 import importlib.util
+import logging
 import threading
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -22,6 +23,8 @@ from r1s_jax.model import ModelConfig, Params, ParamSpec, param_specs
 from r1s_jax.update import LearnerState
 
 _CHECKSUMS = "checksums"
+# Orbax warns at every save without a score, which the first stage's are.
+logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
 _PATIENCE_S = 30.0
 
 

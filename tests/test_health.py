@@ -201,6 +201,7 @@ def test_a_run_made_to_fail_says_so(beginner, tmp_path, monkeypatch, name):
     assert name in fired
 
 
+@pytest.mark.slow
 def test_a_fatal_signal_stops_the_run_and_keeps_the_step_before(tmp_path):
     """Parameters that are no numbers are not saved over those that are."""
     config = override(

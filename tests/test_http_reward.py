@@ -55,6 +55,7 @@ def test_what_is_no_answer_is_named(reply, message):
         assert server.url in str(error.value) and "--resume" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_rewarded_by_a_server(tmp_path):
     few = [*SHORT, "cold_start.steps=0", "stage1.steps=0", "stage2.steps=2", "eval.questions=0"]
 

@@ -110,6 +110,7 @@ def test_the_optimizer_knows_only_the_adapters_and_the_weights_may_be_half():
     assert moments == 2 * adapters + 1
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_resumes_and_its_export_is_merged(tmp_path):
     short = [*SHORT, "policy.lora_rank=4", "cold_start.steps=20", "algorithm.kl_coefficient=0.01"]
     config = override(tiny_world.config(), [*short, "eval.questions=0"])

@@ -175,6 +175,7 @@ def test_another_config_is_refused_and_nothing_lost(whole):
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_stage_1_ends_at_its_goal_and_groups_without_signal_are_replaced(tmp_path):
     short = [*SHORT, "stage1.steps=5", "stage2.steps=2", "stage1.until_format_valid=0.01"]
     short += ["algorithm.dynamic_sampling=1", "eval.questions=0", "algorithm.loss_average=token"]
