@@ -67,7 +67,7 @@ def train(
 
     SIGINT and SIGTERM end it early, at a step's end and with a checkpoint (the summary then has
     `stopped`); `resume` goes on as if it had never stopped. Raises ConfigError, DataError,
-    SearchFailure or CheckpointError.
+    SearchFailure, RewardServerError, UnhealthyRun or CheckpointError.
     """
     keep_compiled_programs()
     while True:
@@ -237,8 +237,8 @@ class Run:
 
     def _warn(self, row: dict[str, Any]) -> None:
         """Tells of signals that did not fire at the step before, and ends a run beyond repair."""
-        before = self.history.rows[-2]["health"] if len(self.history.rows) > 1 else []
-        known = {(fired["signal"], fired["level"]) for fired in before}
+        before = self.history.rows[-2:-1]
+        known = {(f["signal"], f["level"]) for row in before for f in row.get("health", [])}
         for fired in row["health"]:
             text = f"{fired['signal']} ({fired['value']:.3g}): {fired['advice']}"
             if (fired["signal"], fired["level"]) not in known:
@@ -260,11 +260,12 @@ class Run:
         rolled, rewards = self._collect(state, step, stage)
         values = np.array([r.value for r in rewards], np.float32)
         rows = rows_with_signal(rolled.trajectory, values, stage.questions_per_step)
+        kept, kept_rewards = rolled.take(rows), [rewards[i] for i in rows]
         clock.append(time.perf_counter())
         kl_coefficient = self._kl_coefficient()
         state, learned = gradient.learn(
             state,
-            rolled.take(rows),
+            kept,
             values[rows],
             step=step,
             kl_coefficient=kl_coefficient,
@@ -272,15 +273,14 @@ class Run:
         )
         clock.append(time.perf_counter())
         self._adapt_kl(learned.kl)
-        chosen = [rewards[i] for i in rows]
         traced, texts = c.run.traces_per_step, self.engine.token_texts
-        for row in m.trace_rows(rolled.take(rows), chosen, learned.advantages, traced, texts):
+        for row in m.trace_rows(kept, kept_rewards, learned.advantages, traced, texts):
             self.telemetry.trace({"step": step + 1, **row})
         collected, updated = np.diff(clock).tolist()
         return state, {
             **m.rollout_metrics(rolled, rewards),
             **m.update_metrics(learned, updated),
-            **self._utilization(state, rolled.take(rows).trajectory.lengths.sum(), updated),
+            **self._utilization(state, kept.trajectory.lengths.sum(), updated),
             "kl_coefficient": kl_coefficient,
             "compilations": self.compilations.take(),
             "host_memory_gib": host_memory_gib(),

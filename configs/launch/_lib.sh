@@ -25,8 +25,9 @@ run() {
   [[ -n "${DRY_RUN:-}" ]] || "$@"
 }
 
-# until_finished FUNCTION [ARGUMENT...]: again after a preemption or a kill, until FINISHED says that the run is
-# complete. An error (status 1 or 2) is for people to mend; RESTARTS limits the rest (default 100).
+# until_finished FUNCTION [ARGUMENT...]: again after a preemption or a kill, until FINISHED says that
+# the run is complete. An error (status 1 or 2) is for people to mend; RESTARTS limits the rest
+# (default 100).
 until_finished() {
   local status attempt
   for ((attempt = 0; attempt <= ${RESTARTS:-100}; attempt++)); do
