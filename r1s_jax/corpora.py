@@ -20,12 +20,10 @@ from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.retrieval.index import FORMAT, Index, open_index, read_info
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
 from r1s_jax.retrieval.searchers import IndexKind
-from r1s_jax.retrieval.tables import dataset_passages
+from r1s_jax.retrieval.tables import HUB, dataset_passages
 from r1s_jax.retrieval.vectors import Corpus, encode_shard
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console, progress_bar
-
-HUB = "datasets:"
 
 _BENCH_QUERIES = 1000
 _PART = re.compile(r"(\d+)/(\d+)")
@@ -143,7 +141,7 @@ def read_corpus(reference: str) -> Iterable[Passage]:
     Parquet file may be named by their path alone.
     """
     if reference.startswith(HUB):
-        return dataset_passages(reference.removeprefix(HUB))
+        return dataset_passages(reference)
     path = resolve(reference)
     if path.is_dir() or path.suffix == ".parquet":
         return dataset_passages(str(path))

@@ -10,6 +10,8 @@ from typing import Any
 import grain
 
 from r1s_jax.answers import normalize_answer
+from r1s_jax.retrieval.corpus import CorpusError
+from r1s_jax.retrieval.tables import HUB, table_rows
 
 
 class DataError(ValueError):
@@ -27,9 +29,9 @@ class Question:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads JSONL (`.gz` too): `question`, `answer` (text or list), perhaps `idx` or `id`.
+    """Reads JSONL or a table (see read_rows).
 
-    A row without a whole number for an id is known by its position among the rows, from 0. Blank
+    Its rows hold `question`, `answer` (text or list), perhaps `idx` or `id`. A row without a whole number for an id is known by its position among the rows, from 0. Blank
     lines are skipped. Raises DataError on a broken line, an empty question, a missing answer,
     two rows of one id, or a file without questions.
     """
@@ -50,13 +52,17 @@ def read_questions(path: str | Path) -> list[Question]:
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects of a JSONL file (`.gz` too) with their line numbers; blank lines skipped.
 
-    A `.parquet` file's rows are numbered from 1. Raises DataError, naming the file and the line,
-    for what is no JSON object.
+    So are the rows of a Parquet file, of a folder that `datasets` saved, and of
+    `datasets:ORG/NAME[:SPLIT]`. Raises DataError, naming the file and the line, for what is no JSON
+    object, and for a table that cannot be read.
     """
-    path = Path(path)
-    if path.suffix == ".parquet":
-        yield from enumerate(_parquet_rows(path), start=1)
+    if is_table(path):
+        try:
+            yield from table_rows(str(path))
+        except CorpusError as error:
+            raise DataError(str(error)) from error
         return
+    path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
         for number, line in _numbered(lines, path):
@@ -77,6 +83,12 @@ def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
     return row
 
 
+def is_table(source: str | Path) -> bool:
+    """Whether a source is a table of the library `datasets` rather than a JSONL file."""
+    path = Path(source)
+    return str(source).startswith(HUB) or path.suffix == ".parquet" or path.is_dir()
+
+
 def journal_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file that is being written; an unfinished last line is cut off it.
 
@@ -90,19 +102,6 @@ def journal_rows(path: Path) -> list[dict[str, Any]]:
         with path.open("r+b") as file:
             file.truncate(whole)
     return [row for _, row in read_rows(path)]
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(f"{path}: to read Parquet, pip install 'r1s-jax[datasets]'") from None
-    try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: {error}") from error
 
 
 def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:

@@ -28,6 +28,7 @@ from r1s_jax.distributed import on_main, own_address, together
 from r1s_jax.eval.benchmarks import questions_file
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import Index, build_index
+from r1s_jax.retrieval.tables import HUB
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console
 from r1s_jax.tiny_world import GUESS, PROMPT, Style, TinyWorld
@@ -141,7 +142,7 @@ class CorpusEnvironment:
     def __init__(self, config: CorpusConfig, seed: int, chat: Callable[[str], str], held_out: int):
         self.config, self._chat, self._seed = config, chat, seed
         self.retriever = open_retriever(config)
-        files = [list(_questions_of(resolve(reference))) for reference in config.questions]
+        files = [list(_questions_of(reference)) for reference in config.questions]
         starts = np.cumsum([0, *map(len, files)])
         files = [
             [replace(q, id=int(start) + i) for i, q in enumerate(file)]
@@ -155,7 +156,7 @@ class CorpusEnvironment:
             )
         order = np.random.default_rng((seed, _EVALUATION)).permutation(len(questions))
         self._held_out = [questions[i] for i in order[:held_out]]
-        excluded = (q for name in config.exclude for q in _questions_of(questions_file(name)))
+        excluded = (q for name in config.exclude for q in _questions_of(name))
         # By their text: one question may stand in several files, spelt alike or nearly.
         self._unwanted = texts(self._held_out) | texts(excluded)
         self._learning = [without(file, self._unwanted) for file in files]
@@ -239,7 +240,11 @@ def make_environment(config: Config, chat: Callable[[str], str]) -> Environment:
     return CorpusEnvironment(config.environment, config.seed, chat, config.eval.questions)
 
 
-def _questions_of(path: Path) -> Iterable[Question]:
+def _questions_of(reference: str) -> Iterable[Question]:
+    """The questions that a reference or the name of a benchmark stands for."""
+    if reference.startswith(HUB):
+        return read_questions(reference)
+    path = questions_file(reference)
     return _title_questions(path) if is_summaries(path) else read_questions(path)
 
 

@@ -1,4 +1,4 @@
-"""Passages from tables that Hugging Face `datasets` reads (the extra `datasets`)."""
+"""Rows and passages of tables that Hugging Face `datasets` reads (the extra `datasets`)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,19 +6,22 @@ from typing import Any
 
 from r1s_jax.retrieval.corpus import CorpusError, Passage, SeenIds, row_passage
 
+# How a table on the hub, or a saved one with its split, is named among other references.
+HUB = "datasets:"
 
-def dataset_passages(name: str) -> Iterator[Passage]:
-    """The passages of a table, streamed in its order.
+
+def table_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a table, streamed in its order and counted from 1.
 
     Args:
         name: a Parquet file, a folder that `save_to_disk` wrote, or `ORG/NAME` on the hub; the last
-            two may end in `:SPLIT`, and must where there is more than one. Columns: `id` and either
-            `title` and `text` or `contents`.
+            two may end in `:SPLIT`, and must where there is more than one. `datasets:` may stand
+            before it.
 
     Raises:
-        CorpusError: it cannot be opened or read, a row is no passage (rows count from 1), an id
-            came before, or there are no rows; `datasets` is not installed.
+        CorpusError: it cannot be opened or read; `datasets` is not installed.
     """
+    name = name.removeprefix(HUB)
     try:
         import datasets
     except ImportError as error:
@@ -27,9 +30,21 @@ def dataset_passages(name: str) -> Iterator[Passage]:
         rows = iter(_open(datasets, name))
     except (OSError, ValueError, IndexError) as error:  # the last: a saved table without rows
         raise CorpusError(name, f"cannot be opened: {error}") from error
-    seen, number = SeenIds(), 0
+    number = 0
     while (row := _next(rows, name, number)) is not None:
         number += 1
+        yield number, row
+
+
+def dataset_passages(name: str) -> Iterator[Passage]:
+    """The passages of a table (see table_rows): columns `id`, and `title` and `text` or `contents`.
+
+    Raises:
+        CorpusError: as table_rows does; a row is no passage, an id came before, or there are no
+            rows.
+    """
+    seen, number = SeenIds(), 0
+    for number, row in table_rows(name):
         try:
             passage = row_passage(row)
         except ValueError as error:

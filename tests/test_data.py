@@ -128,13 +128,18 @@ def test_questions_of_the_evaluation_are_found_by_their_text():
     assert [q.id for q in without(asked, unwanted)] == [2]
 
 
-def test_reads_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra `datasets`")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "q.parquet"
+def test_reads_tables(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
     rows = {"question": ["who?", "what?"], "golden_answers": [["x"], ["y", "z"]], "id": ["a", "b"]}
-    parquet.write_table(pyarrow.table(rows), path)
-    assert read_questions(path) == [Question(0, "who?", ("x",)), Question(1, "what?", ("y", "z"))]
+    table = datasets.Dataset.from_dict(rows)
+    path, saved = tmp_path / "q.parquet", tmp_path / "saved"
+    table.to_parquet(path)
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(saved)
+    expected = [Question(0, "who?", ("x",)), Question(1, "what?", ("y", "z"))]
+    assert read_questions(path) == expected
+    assert read_questions(f"datasets:{saved}:train") == expected
+    with pytest.raises(DataError, match="name one of its splits"):
+        read_questions(saved)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"q\.parquet"):
         read_questions(path)
