@@ -32,8 +32,9 @@ def read_questions(path: str | Path) -> list[Question]:
     """Reads JSONL or a table (see read_rows).
 
     Its rows hold `question`, `answer` (text or list), perhaps `idx` or `id`. A row without a whole
-    number for an id is known by its position among the rows, from 0. Blank lines are skipped. Raises DataError on a broken line, an empty question, a missing answer,
-    two rows of one id, or a file without questions.
+    number for an id is known by its position among the rows, from 0. Blank lines are skipped.
+    Raises DataError on a broken line, an empty question, a missing answer, two rows of one id, or a
+    file without questions.
     """
     questions: dict[int, Question] = {}
     for number, row in read_rows(path):
