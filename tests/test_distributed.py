@@ -93,7 +93,8 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_learn_what_one_does(alone, tmp_path, count):
     run_dir = tmp_path / "run"
     ended = finish(start(count, [*TRAIN, "--run-dir", str(run_dir), "--distributed"]))

@@ -124,6 +124,7 @@ def test_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
     assert_same_run(whole, path)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_path):
     path = tmp_path / "damaged"
     shutil.copytree(whole, path)
@@ -190,6 +191,7 @@ def test_stage_1_ends_at_its_goal_and_groups_without_signal_are_replaced(tmp_pat
         assert row["groups_without_signal"] == 0 or row["trained_tokens"] < row["sampled_tokens"]
 
 
+@pytest.mark.slow
 def test_kl_to_the_reference(tmp_path):
     """With a coefficient there is a reference, and at first no distance to it."""
     short = [*SHORT, "cold_start.steps=0", "stage1.steps=0", "stage2.steps=2", "eval.questions=0"]
