@@ -20,7 +20,7 @@ from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.retrieval.index import FORMAT, Index, open_index, read_info
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
 from r1s_jax.retrieval.searchers import IndexKind
-from r1s_jax.retrieval.tables import HUB, dataset_passages
+from r1s_jax.retrieval.tables import HUB, dataset_passages, is_table
 from r1s_jax.retrieval.vectors import Corpus, encode_shard
 from r1s_jax.search import Retriever
 from r1s_jax.telemetry import console, progress_bar
@@ -38,11 +38,8 @@ def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> 
         if instructions:
             raise ConfigError("the encoder `hash` takes no instructions")
         return HashEncoder()
-    folder = resolve(reference)
-    if not (folder / "config.json").exists() and (folder / "model").is_dir():
-        folder = folder / "model"  # some packages keep the model beside their code
     given = {f"{kind}_instruction": text for kind, text in (instructions or {}).items()}
-    return BertEncoder(folder, reference=reference, **given)
+    return BertEncoder(encoder_folder(reference), reference=reference, **given)
 
 
 def encoder_folder(reference: str) -> Path:
@@ -143,7 +140,7 @@ def read_corpus(reference: str) -> Iterable[Passage]:
     if reference.startswith(HUB):
         return dataset_passages(reference)
     path = resolve(reference)
-    if path.is_dir() or path.suffix == ".parquet":
+    if is_table(path):
         return dataset_passages(str(path))
     return wiki_summaries(path) if is_summaries(path) else read_passages(path)
 

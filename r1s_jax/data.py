@@ -11,7 +11,7 @@ import grain
 
 from r1s_jax.answers import normalize_answer
 from r1s_jax.retrieval.corpus import CorpusError
-from r1s_jax.retrieval.tables import HUB, table_rows
+from r1s_jax.retrieval.tables import is_table, table_rows
 
 
 class DataError(ValueError):
@@ -82,12 +82,6 @@ def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
         found = type(row).__name__
         raise DataError(f"{path}, line {number}: expected a JSON object, found {found}")
     return row
-
-
-def is_table(source: str | Path) -> bool:
-    """Whether a source is a table of the library `datasets` rather than a JSONL file."""
-    path = Path(source)
-    return str(source).startswith(HUB) or path.suffix == ".parquet" or path.is_dir()
 
 
 def journal_rows(path: Path) -> list[dict[str, Any]]:

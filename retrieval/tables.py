@@ -10,6 +10,12 @@ from r1s_jax.retrieval.corpus import CorpusError, Passage, SeenIds, row_passage
 HUB = "datasets:"
 
 
+def is_table(source: str | Path) -> bool:
+    """Whether a source is a table of the library `datasets` rather than a JSONL file."""
+    path = Path(source)
+    return str(source).startswith(HUB) or path.suffix == ".parquet" or path.is_dir()
+
+
 def table_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a table, streamed in its order and counted from 1.
 
