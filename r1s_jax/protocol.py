@@ -16,6 +16,7 @@ BEGIN_ANSWER = "<answer>"
 END_ANSWER = "</answer>"
 
 _LINE_ID = re.compile(r"^\d+\s+")
+_NUMBERED = re.compile(r"^\((\d+)\)", re.MULTILINE)
 
 # The prompt of a base model; ends inside the reasoning, so the policy starts by thinking.
 BASE_PROMPT = f"""\
@@ -54,6 +55,15 @@ def document_block(documents: Sequence[str]) -> str:
     lines = [f"({i}){_LINE_ID.sub('', doc)}\n" for i, doc in enumerate(documents, start=1)]
     body = "".join(lines) if lines else "None\n"
     return f"\n\n{BEGIN_DOCUMENTS}\n{body}{END_DOCUMENTS}\n\n"
+
+
+def documents_of(block: str) -> list[str]:
+    """The passage lines of a `document_block`, their place in it as their id; [] for `None`."""
+    body = block.partition(f"{BEGIN_DOCUMENTS}\n")[2].partition(END_DOCUMENTS)[0]
+    _, *parts = _NUMBERED.split(body)
+    return [
+        f"{i} {doc.removesuffix(chr(10))}" for i, doc in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 
 def extract_query(turn: str) -> str | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from r1s_jax import protocol
 from r1s_jax.config import ColdStartConfig
 from r1s_jax.demonstrations import Demonstration
 from r1s_jax.packing import PackedBatch, pack
@@ -36,17 +37,19 @@ def demonstration_batch(
     demonstrations: Sequence[Demonstration],
     encode: Callable[[str], list[int]],
     render: Callable[[str], str],
+    document_tokens: Callable[[Sequence[str]], list[int]],
     *,
     capacity: int,
     micro_rows: int,
 ) -> tuple[PackedBatch, int]:
     """Packs demonstrations, the loss on what the policy would have written and nothing else.
 
-    Each span is tokenised by itself, as prompts and documents are in a rollout. What is longer
-    than `capacity` loses its end. Returns the batch and the number of micro-batches that hold
+    Each span is tokenised by itself, as prompts and documents are in a rollout; a document block
+    goes through `document_tokens`, which leaves of its passage lines what a rollout would show.
+    What is longer than `capacity` loses its end. Returns the batch and the number of micro-batches that hold
     anything.
     """
-    rows = [_tokens(d, encode, render) for d in demonstrations]
+    rows = [_tokens(d, encode, render, document_tokens) for d in demonstrations]
     rows = [(ids[:capacity], weights[:capacity]) for ids, weights in rows]
     lengths = np.array([len(tokens) for tokens, _ in rows])
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
@@ -62,13 +65,17 @@ def demonstration_batch(
 
 
 def _tokens(
-    demonstration: Demonstration, encode: Callable[[str], list[int]], render: Callable[[str], str]
+    demonstration: Demonstration,
+    encode: Callable[[str], list[int]],
+    render: Callable[[str], str],
+    document_tokens: Callable[[Sequence[str]], list[int]],
 ) -> tuple[list[int], list[float]]:
     """Token ids and loss weights of prompt and solution."""
     ids = encode(render(demonstration.question))
     weights = [0.0] * len(ids)
     for text, weight in demonstration.spans:
-        span = encode(text)
+        retrieved = not weight and protocol.BEGIN_DOCUMENTS in text
+        span = document_tokens(protocol.documents_of(text)) if retrieved else encode(text)
         ids += span
         weights += [weight] * len(span)
     first = next(i for i, weight in enumerate(weights) if weight)

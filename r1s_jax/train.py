@@ -28,7 +28,7 @@ from r1s_jax.profiling import (
     model_flops_utilization,
 )
 from r1s_jax.rewards import FORMAT_REWARDS, Reward, batch_reward
-from r1s_jax.run_dir import StopRequest, open_run_dir
+from r1s_jax.run_dir import StopRequest, open_run_dir, write_rows
 from r1s_jax.sft import cold_start_end, cooldown_begins, demonstration_batch, learning_rate_scale
 from r1s_jax.sharding import batch_shards, make_mesh, shard_params
 from r1s_jax.summary import summarize
@@ -114,6 +114,7 @@ class Run:
         self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
         self.params = shard_params(policy.params, self.model, self.mesh)
         self.environment = open_environment(config, chat_renderer(self.tokenizer))
+        on_main(self._write_held_out)
         self.engine = self._engine(config.rollout)
         self.examiner = self._engine(
             dataclasses.replace(config.rollout, temperature=0.0, stop_at_answer=True)
@@ -130,6 +131,15 @@ class Run:
             learning=self.progress["step"] if learning else 0,
         )
         self.history = health.History(on_main(self.telemetry.steps))
+
+    def _write_held_out(self) -> None:
+        """The questions of the evaluation, so that `r1s eval run` can ask them of any model."""
+        if count := self.config.eval.questions:
+            questions = self.environment.evaluation(count).questions
+            write_rows(
+                self.dir / "held_out.jsonl",
+                ({"id": q.id, "question": q.question, "answer": q.answers} for q in questions),
+            )
 
     def cold_start(self, stop: StopRequest) -> LearnerState:
         """Imitates demonstrations; returns the state that reinforcement learning starts from."""
@@ -344,6 +354,7 @@ class Run:
             self.environment.demonstrations(step, c.cold_start.batch_size),
             self.engine.encode,
             self.environment.render,
+            self.engine.document_tokens,
             capacity=c.optimizer.pack_length or c.rollout.max_length,
             micro_rows=c.optimizer.micro_rows * batch_shards(self.mesh),
         )

@@ -10,11 +10,12 @@ import pytest
 from r1s_jax.answers import normalize_answer
 from r1s_jax.data import DataError
 from r1s_jax.demonstrations import demonstrations_at, read_demonstrations
+from r1s_jax.protocol import document_block
 from r1s_jax.sft import demonstration_batch
 
 GOOD = (
     "I must look. <|begin_of_query|> Dune <|end_of_query|>\n\n<|begin_of_documents|>\n(1)Dune   A "
-    "novel by Herbert.<|end_of_documents|>\n\nFound.</think>\n<answer> Herbert </answer>"
+    "novel by Herbert.\n<|end_of_documents|>\n\nFound.</think>\n<answer> Herbert </answer>"
 )
 
 
@@ -45,11 +46,21 @@ def test_only_what_is_right_and_well_formed_is_imitated(tmp_path, capsys):
         read_demonstrations([answers(tmp_path / "b.jsonl", wrong)])
 
 
+def document_tokens(lines):
+    """A letter a token, nothing cut."""
+    return list(document_block(lines).encode())
+
+
 def test_the_loss_is_on_what_the_policy_wrote(tmp_path):
     """A letter a token; documents and prompt have none of the loss, the rest equal shares."""
     kept = read_demonstrations([answers(tmp_path / "a.jsonl", GOOD)])
     batch, micro = demonstration_batch(
-        kept, lambda t: list(t.encode()), lambda q: f"Q: {q} <think>", capacity=400, micro_rows=1
+        kept,
+        lambda t: list(t.encode()),
+        lambda q: f"Q: {q} <think>",
+        document_tokens,
+        capacity=400,
+        micro_rows=1,
     )
     assert micro == 1
     trained = bytes(batch.tokens[batch.weights > 0].tolist()).decode()
@@ -61,10 +72,36 @@ def test_the_loss_is_on_what_the_policy_wrote(tmp_path):
     np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-5)
 
 
+def test_documents_are_shown_as_a_rollout_would_show_them(tmp_path):
+    """Only so many, and cut alike: `document_tokens` sees the lines with their places."""
+    lines = ["1984 is a novel.", "A film   from 1984.", "(3) is no number here"]
+    block = document_block([f"7\t{line}" for line in lines])
+    seen = []
+
+    def two(found):
+        seen.extend(found)
+        return list(document_block(found[:2]).encode())
+
+    text = GOOD[: GOOD.index("\n\n<")] + block + GOOD[GOOD.index("Found") :]
+    (kept,) = read_demonstrations([answers(tmp_path / "a.jsonl", text)])
+    batch, _ = demonstration_batch(
+        [kept], lambda t: list(t.encode()), str, two, capacity=400, micro_rows=1
+    )
+    assert seen == [f"{i} {line}" for i, line in enumerate(lines, start=1)]
+    assert document_block(seen) == block
+    shown = bytes(batch.tokens[batch.segment_ids > 0].tolist()).decode()
+    assert "(1)1984 is a novel.\n(2)A film   from 1984.\n<|end" in shown
+
+
 def test_what_is_too_long_loses_its_end(tmp_path):
     kept = read_demonstrations([answers(tmp_path / "a.jsonl", GOOD)])
     batch, _ = demonstration_batch(
-        kept, lambda t: list(t.encode()), lambda q: "", capacity=40, micro_rows=1
+        kept,
+        lambda t: list(t.encode()),
+        lambda q: "",
+        document_tokens,
+        capacity=40,
+        micro_rows=1,
     )
     assert bytes(batch.tokens[batch.segment_ids > 0].tolist()).decode() == GOOD[:40]
 
