@@ -46,8 +46,8 @@ def demonstration_batch(
 
     Each span is tokenised by itself, as prompts and documents are in a rollout; a document block
     goes through `document_tokens`, which leaves of its passage lines what a rollout would show.
-    What is longer than `capacity` loses its end. Returns the batch and the number of micro-batches that hold
-    anything.
+    What is longer than `capacity` loses its end. Returns the batch and the number of micro-batches
+    that hold anything.
     """
     rows = [_tokens(d, encode, render, document_tokens) for d in demonstrations]
     rows = [(ids[:capacity], weights[:capacity]) for ids, weights in rows]
