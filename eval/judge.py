@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from r1s_jax.data import gold_answers, journal_rows
 from r1s_jax.eval.results import VERDICTS, header_path, read_header, read_results
-from r1s_jax.run_dir import write_json
+from r1s_jax.run_dir import write_json, write_rows
 
 Verdict = Literal["True", "False", "unparsable"]
 
@@ -190,8 +190,6 @@ def _read_journal(path: Path) -> dict[str, Verdict]:
 
 
 def _write(path: Path, judge: Judge, out: Path, rows: list[dict[str, Any]]) -> None:
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    os.replace(partial, out)
+    write_rows(out, rows)
     known = read_header(path) or {}
     write_json(header_path(out), known | {"judge": {"model": judge.model, "url": judge.url}})

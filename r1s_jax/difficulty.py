@@ -20,9 +20,10 @@ from r1s_jax.data import DataError, Question, journal_rows, read_questions
 from r1s_jax.engine import Engine, Rolled
 from r1s_jax.eval.answer import compute_dtype, renderer
 from r1s_jax.eval.benchmarks import questions_file
+from r1s_jax.eval.results import header_path, read_header
 from r1s_jax.pretrained import Pretrained, load_pretrained
 from r1s_jax.protocol import extract_answer
-from r1s_jax.run_dir import write_json
+from r1s_jax.run_dir import write_json, write_rows
 from r1s_jax.search import Retriever
 from r1s_jax.sharding import make_mesh, shard_params
 
@@ -73,9 +74,9 @@ def select(
     """Measures every question, then writes those chosen to `out` (JSON lines, in file order).
 
     Beside it: `OUT.measured.jsonl` (every question with `first_solved`, 1-based or null, `solved`
-    of its rollouts, and `difficulty`), `OUT.measured.header.json` (of what; `source` describes the
-    index) and `OUT.png` (a histogram). Returns how many there are of each class, and chosen.
-    Raises DataError where another selection was begun there, or a class that is asked for is empty.
+    of its rollouts, and `difficulty`), its `.header.json` (of what; `source` describes the index)
+    and `OUT.png` (a histogram). Returns how many there are of each class, and chosen. Raises
+    DataError where another selection was begun there, or a class that is asked for is empty.
     """
     questions = read_questions(questions_file(selection.questions))
     measured = out.with_name(out.name + ".measured.jsonl")
@@ -84,9 +85,7 @@ def select(
         rows += _measure(selection, retriever, questions[len(rows) :], measured, progress, rows)
     progress(len(rows), len(questions))
     chosen = mixed(rows, selection.ratio, selection.seed)
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in chosen), "utf-8")
-    partial.replace(out)
+    write_rows(out, chosen)
     _plot(rows, selection.rollouts, out.with_name(out.name + ".png"))
     counts = Counter(row["difficulty"] for row in rows)
     return {"file": str(out), "chosen": len(chosen), **{name: counts[name] for name in CLASSES}}
@@ -121,17 +120,18 @@ def _resume(
     measured: Path, selection: Selection, source: dict[str, Any], questions: Sequence[Question]
 ) -> list[dict[str, Any]]:
     """The rows measured before, if they are of the same questions, model and index."""
-    header = measured.with_name(measured.name.removesuffix(".jsonl") + ".header.json")
     described = asdict(selection) | {"source": source}
     for name in ("ratio", "questions_at_a_time"):  # what does not change a measurement
         del described[name]
     described = json.loads(json.dumps(described))
-    if not header.exists():
+    known = read_header(measured)
+    if known is None:
         measured.parent.mkdir(parents=True, exist_ok=True)
-        write_json(header, described)
+        write_json(header_path(measured), described)
         return []
-    if json.loads(header.read_text("utf-8")) != described:
-        raise DataError(f"{measured} is of another selection (see {header.name}): choose another")
+    if known != described:
+        header = header_path(measured).name
+        raise DataError(f"{measured} is of another selection (see {header}): choose another")
     rows = journal_rows(measured)
     for row, question in zip(rows, questions, strict=False):
         if row["question"] != question.question:

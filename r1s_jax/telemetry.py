@@ -1,7 +1,6 @@
 """What a run tells: progress on the terminal, metrics and traces in files, TensorBoard, W&B."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from tensorboardX import SummaryWriter
 from r1s_jax.config import ConfigError
 from r1s_jax.data import parse_row
 from r1s_jax.distributed import is_main
+from r1s_jax.run_dir import write_rows
 
 # Everything for people goes to stderr; stdout carries the one JSON line a program may read.
 console = Console(stderr=True)
@@ -113,10 +113,7 @@ class Telemetry:
         path = self.run_dir / name
         if self._writes and path.exists():
             kept = [row for row in read_rows(path) if row["step"] <= step]
-            partial = path.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
-            os.replace(partial, path)
+            write_rows(path, kept)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

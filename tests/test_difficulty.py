@@ -110,7 +110,7 @@ def test_killed_and_resumed_it_selects_the_same(world, tmp_path):
 
 @pytest.mark.slow
 def test_another_selection_is_refused(world, tmp_path):
-    (tmp_path / "a.jsonl.measured.header.json").write_text('{"model": "another"}')
+    (tmp_path / "a.jsonl.measured.jsonl.header.json").write_text('{"model": "another"}')
     failed = select(world, tmp_path / "a.jsonl")
     failed.communicate()
     assert failed.returncode == 1

@@ -76,6 +76,25 @@ def test_what_the_evaluation_asks_is_never_learned_from(files, tmp_path, capsys)
         CorpusEnvironment(config, seed=0, chat=str, held_out=1)
 
 
+def test_the_same_are_held_out_whatever_the_seed_and_the_order_of_files(files, tmp_path):
+    passages, questions = files
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("\n".join(reversed(questions.read_text().splitlines())))
+    held_out = {
+        tuple(
+            q.question
+            for q in CorpusEnvironment(
+                CorpusConfig((str(file),), passages=(str(passages),)), seed, chat=str, held_out=2
+            )
+            .evaluation(2)
+            .questions
+        )
+        for file in (questions, turned)
+        for seed in (0, 1, 2)
+    }
+    assert len(held_out) == 1
+
+
 def test_a_mix_needs_a_share_for_each_file():
     for mix in ((1.0,), (1.0, 0.0), (1.0, 2.0, 3.0)):
         with pytest.raises(ConfigError, match=r"environment\.mix"):
