@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from r1s_jax.answers import f1_score
+from r1s_jax.answers import cover_exact_match, f1_score
 from r1s_jax.engine import Engine, Rolled
 from r1s_jax.environment import Batch
 from r1s_jax.model import Params
@@ -16,6 +16,7 @@ class Evaluation:
     """Mean scores of one greedy pass over questions, shares in [0, 1]."""
 
     f1: float
+    cover_em: float
     f1_one_hop: float
     f1_two_hop: float
     searches: float  # a question
@@ -27,15 +28,15 @@ def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
     rolled = engine.run(
         params, batch.questions, samples=1, seed=0, step=0, retriever=batch.retriever
     )
-    f1 = np.array(
-        [
-            f1_score(extract_answer(solution.written) or "", question.answers)[0]
-            for solution, question in zip(rolled.solutions, rolled.questions, strict=True)
-        ]
-    )
+    answers = [
+        (extract_answer(solution.written) or "", question.answers)
+        for solution, question in zip(rolled.solutions, rolled.questions, strict=True)
+    ]
+    f1 = np.array([f1_score(*answer)[0] for answer in answers])
     hops = np.array([question.hops for question in rolled.questions])
     return Evaluation(
         f1=float(f1.mean()),
+        cover_em=float(np.mean([cover_exact_match(*answer) for answer in answers])),
         f1_one_hop=_mean(f1[hops == 1]),
         f1_two_hop=_mean(f1[hops == 2]),
         searches=float(rolled.trajectory.searches.mean()),

@@ -235,6 +235,7 @@ def _facts(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
 
     rows = [
         row("Held-out F1, before → after", "f1_before", "f1_after"),
+        row("Held-out cover-EM, before → after", "cover_em_before", "cover_em_after"),
         row("Held-out F1 of one-hop, after", "f1_one_hop_after"),
         row("Held-out F1 of two-hop, after", "f1_two_hop_after"),
         row("Searches a question, before → after", "searches_before", "searches_after"),

@@ -36,6 +36,8 @@ def summarize(
         summary |= {
             "f1_before": progress["before"]["f1"],
             "f1_after": after.f1,
+            "cover_em_before": progress["before"]["cover_em"],
+            "cover_em_after": after.cover_em,
             "f1_one_hop_after": after.f1_one_hop,
             "f1_two_hop_after": after.f1_two_hop,
             "searches_before": progress["before"]["searches"],
@@ -69,9 +71,12 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
     table = Table(title=f"{len(after.rolled.questions)} held-out questions, greedy")
     for heading in ("", "before RL", "after RL"):
         table.add_column(heading, justify="left" if not heading else "right")
-    before, searches = summary["f1_before"], summary["searches_before"]
-    table.add_row("answer F1", f"{before:.3f}", f"{summary['f1_after']:.3f}")
-    table.add_row("searches a question", f"{searches:.2f}", f"{summary['searches_after']:.2f}")
+    for name, key in (
+        ("answer F1", "f1"),
+        ("cover-EM", "cover_em"),
+        ("searches a question", "searches"),
+    ):
+        table.add_row(name, *(f"{summary[f'{key}_{when}']:.3f}" for when in ("before", "after")))
     for hops, name in ((1, "one_hop"), (2, "two_hop")):
         if any(q.hops == hops for q in after.rolled.questions):
             table.add_row(f"F1, {name.replace('_', '-')}", "", f"{summary[f'f1_{name}_after']:.3f}")

@@ -171,7 +171,11 @@ class Run:
                     return state
         state = self._learning_state(state.params)
         if before := self.evaluate(state):
-            progress["before"] = {"f1": before.f1, "searches": before.searches}
+            progress["before"] = {
+                "f1": before.f1,
+                "cover_em": before.cover_em,
+                "searches": before.searches,
+            }
         self._save("learning", 0, state)
         return state
 

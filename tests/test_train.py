@@ -54,8 +54,10 @@ def whole(tmp_path_factory) -> Path:
     done = subprocess.run(command(path), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     last = json.loads(done.stdout.splitlines()[-1])
-    assert {"f1_before", "f1_after", "f1_one_hop_after", "f1_two_hop_after"} <= last.keys()
-    assert {"searches_before", "searches_after", "seconds", "steps"} <= last.keys()
+    measured = {
+        f"{what}_{when}" for what in ("f1", "cover_em", "searches") for when in ("before", "after")
+    }
+    assert measured | {"f1_one_hop_after", "f1_two_hop_after", "seconds", "steps"} <= last.keys()
     assert last == json.loads((path / "summary.json").read_text())
     return path
 
