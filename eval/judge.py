@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1s_jax.data import gold_answers, journal_rows
+from r1s_jax.data import DataError, gold_answers, journal_rows
 from r1s_jax.eval.results import VERDICTS, header_path, read_header, read_results
 from r1s_jax.run_dir import write_json, write_rows
 
@@ -63,7 +63,10 @@ def judge_file(
     often each verdict occurs. Raises DataError for a broken row; JudgeError, after writing `out`
     with the verdicts there are, when some rows got none.
     """
+    if out.resolve() == path.resolve():
+        raise DataError(f"{out} is the file to judge: name another for its verdicts")
     rows = read_results(path)
+    client = _client(judge)
     keys = [_key(judge, _prompt(row)) for row in rows]
     prompts = dict(zip(keys, map(_prompt, rows), strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +84,12 @@ def judge_file(
                 missing.pop(key)
                 progress(len(prompts) - len(missing), len(prompts))
 
-            asyncio.run(_ask_all(judge, dict(missing), record))
+            asyncio.run(_ask_all(client, judge, dict(missing), record))
     finally:
-        pairs = zip(rows, keys, strict=True)
-        _write(path, judge, out, [_judged(row, verdicts.get(key)) for row, key in pairs])
+        # With no verdict at all there is nothing to write, and maybe another judge's file to lose.
+        if any(key in verdicts for key in keys):
+            pairs = zip(rows, keys, strict=True)
+            _write(path, judge, out, [_judged(row, verdicts.get(key)) for row, key in pairs])
     if missing:
         left = sum(key in missing for key in keys)
         raise JudgeError(
@@ -107,12 +112,13 @@ def parse_verdict(reply: str) -> Verdict:
 
 
 async def _ask_all(
+    client: Any,
     judge: Judge,
     prompts: Mapping[str, str],
     record: Callable[[str, str], None],
 ) -> None:
     """Asks every prompt, `record`s each reply under its key; gives up when a whole round fails."""
-    client, limiter = _client(judge), _limiter(judge)
+    limiter = _limiter(judge)
     turns = asyncio.Semaphore(judge.concurrency)
     most = max(judge.concurrency, 8)
     failures: list[str] = []  # since the last success

@@ -1,12 +1,11 @@
 """Files of evaluated questions: their rows, what each row scores, and the header beside them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from r1s_jax import answers, protocol
-from r1s_jax.data import DataError, gold_answers, read_rows
+from r1s_jax.data import DataError, gold_answers, parse_row, read_rows
 
 # Of a verdict's names, ours comes first; the other is that of R1-Searcher's published traces.
 VERDICTS = ("judge", "gpt4o_output")
@@ -18,9 +17,12 @@ def header_path(results: Path) -> Path:
 
 
 def read_header(results: Path) -> dict[str, Any] | None:
-    """The header of a result file, None where it has none (files of others)."""
+    """The header of a result file, None where it has none (files of others).
+
+    Raises DataError for one that is damaged.
+    """
     path = header_path(results)
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    return parse_row(path.read_text("utf-8"), path, 1) if path.exists() else None
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
@@ -46,6 +48,10 @@ def score_row(row: Mapping[str, Any]) -> dict[str, float]:
     golds, predicted = gold_answers(row), row.get("pred_ans")
     if not isinstance(predicted, str):
         raise ValueError("`pred_ans` must be a text")
+    if not isinstance(row.get("question"), str):
+        raise ValueError("`question` must be a text")
+    if not isinstance(row.get("searches", 0), int | float):
+        raise ValueError("`searches` must be a number")
     f1, precision, recall = answers.f1_score(predicted, golds)
     scores = {
         "em": float(answers.exact_match(predicted, golds)),

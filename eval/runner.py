@@ -17,8 +17,8 @@ class Evaluation:
 
     f1: float
     cover_em: float
-    f1_one_hop: float
-    f1_two_hop: float
+    f1_one_hop: float | None  # None: no question is known to be of that kind
+    f1_two_hop: float | None
     searches: float  # a question
     rolled: Rolled
 
@@ -44,5 +44,5 @@ def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
     )
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else 0.0
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None

@@ -14,7 +14,7 @@ import numpy as np
 
 from r1s_jax.data import DataError
 from r1s_jax.eval.benchmarks import TITLES, benchmark_of
-from r1s_jax.eval.results import read_header, read_results
+from r1s_jax.eval.results import header_path, read_header, read_results
 from r1s_jax.eval.score import summarize
 
 matplotlib.use("Agg")
@@ -67,13 +67,15 @@ def measured(files: Iterable[Path]) -> list[Cell]:
 
 
 def _measure(file: Path) -> Cell:
-    header = read_header(file) or {}
-    run, summary = header.get("run", {}), summarize(read_results(file))
-    name = run.get("questions", file.name)
-    benchmark = benchmark_of(name) or _stem(name)
-    model = f"{run['model']} ({run['mode']})" if run else _stem(file.name)
-    source = header.get("source")
-    corpus = source["corpus"] if source else "none" if run else ""
+    header, summary = read_header(file) or {}, summarize(read_results(file))
+    try:
+        run, source = header.get("run", {}), header.get("source")
+        name = run.get("questions", file.name)
+        benchmark = benchmark_of(name) or _stem(name)
+        model = f"{run['model']} ({run['mode']})" if run else _stem(file.name)
+        corpus = source["corpus"] if source else "none" if run else ""
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{header_path(file)} is no header of `r1s eval run`: {error!r}") from error
     return Cell(model, benchmark, summary["cem"], summary["acc_l"], summary["n"], corpus)
 
 

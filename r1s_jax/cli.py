@@ -107,8 +107,8 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to answer.")],
     model: Model,
     index: Annotated[Path, typer.Option(help="Directory of a built index.")],
-    k: Annotated[int, typer.Option(help="Documents a search.")] = 3,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     first_search: Annotated[
         bool, typer.Option(help="Search the question itself before the model starts.")
     ] = False,
@@ -171,7 +171,7 @@ def traces(
     finish: Annotated[str, typer.Option(help="finished, search_limit, length, ...")] = "",
     step: Annotated[int | None, typer.Option(help="Of this training step.")] = None,
     contains: Annotated[str, typer.Option(help="A text that occurs in it.")] = "",
-    limit: Annotated[int, typer.Option(help="At most so many; 0: all.")] = 10,
+    limit: Annotated[int, typer.Option(min=0, help="At most so many; 0: all.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
 ) -> None:
     """Read trajectories in colour: what was written, searched, retrieved and answered."""

@@ -6,6 +6,7 @@ A recipe (`configs/<name>.py`) builds a `Config`; the command line changes singl
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -25,6 +26,20 @@ def _check(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _check_numbers(section: str, node: Any, **lowest: float) -> None:
+    """Each named field is finite and at least so much."""
+    for name, least in lowest.items():
+        value = getattr(node, name)
+        _check(least <= value < math.inf, f"{section}.{name} must be at least {least}, got {value}")
+
+
+def _check_shares(section: str, node: Any, *names: str) -> None:
+    """Each named field is between 0 and 1."""
+    for name in names:
+        value = getattr(node, name)
+        _check(0 <= value <= 1, f"{section}.{name} must be between 0 and 1, got {value}")
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """How devices are arranged; the product must be the number of devices (-1: the rest)."""
@@ -32,6 +47,13 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+
+    def __post_init__(self) -> None:
+        _check_numbers("mesh", self, data=1, tensor=1)
+        _check(
+            self.fsdp == -1 or self.fsdp >= 1,
+            f"mesh.fsdp must be -1 or at least 1, got {self.fsdp}",
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,7 @@ class PolicyConfig:
             bool(self.model) != (self.architecture is not None),
             "policy: give either policy.model or an architecture, not both and not neither",
         )
+        _check_numbers("policy", self, lora_rank=0, lora_alpha=0)
 
 
 @dataclass(frozen=True)
@@ -83,8 +106,9 @@ class RolloutConfig:
     prefill_chunk: int = 64
 
     def __post_init__(self) -> None:
-        _check(self.slots >= 1, f"rollout.slots must be at least 1, got {self.slots}")
-        _check(self.temperature >= 0, f"rollout.temperature must be >= 0, got {self.temperature}")
+        _check_numbers("rollout", self, slots=1, temperature=0, max_searches=0, max_prompt_length=1)
+        _check_numbers("rollout", self, max_turn_length=1, max_query_length=1, prefill_chunk=1)
+        _check_numbers("rollout", self, documents_per_query=1, max_documents_length=1)
         _check(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
         _check(
             self.max_prompt_length < self.max_length,
@@ -96,8 +120,6 @@ class RolloutConfig:
             f"rollout.prefill_rows={self.prefill_rows} must be between 1 and "
             f"rollout.slots={self.slots}",
         )
-        for name in ("max_turn_length", "documents_per_query", "max_query_length", "prefill_chunk"):
-            _check(getattr(self, name) >= 1, f"rollout.{name} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,10 @@ class SearchConfig:
     served_by: Literal["each", "main"] = "each"
     # Share of queries that may fail (time out, raise, find nothing) before the run stops.
     max_failure_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_numbers("search", self, timeout_s=0, retries=0)
+        _check_shares("search", self, "max_failure_rate")
 
 
 @dataclass(frozen=True)
@@ -142,11 +168,9 @@ class AlgorithmConfig:
             self.dual_clip == 0 or self.dual_clip > 1,
             f"algorithm.dual_clip must be 0 or more than 1, got {self.dual_clip}",
         )
-        for name in ("clip_high", "importance_cap", "kl_coefficient", "kl_target"):
-            _check(getattr(self, name) >= 0, f"algorithm.{name} must not be negative")
-        for name in ("samples_per_question", "updates_per_rollout"):
-            _check(getattr(self, name) >= 1, f"algorithm.{name} must be at least 1")
-        _check(self.dynamic_sampling >= 0, "algorithm.dynamic_sampling must not be negative")
+        _check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
+        _check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
+        _check_numbers("algorithm", self, kl_coefficient=0, kl_target=0, reward_clip=0)
         _check(
             self.kl_penalty == "reward" or self.kl_estimator == "k3",
             "algorithm.kl_penalty=loss needs algorithm.kl_estimator=k3: the gradient of k1 is zero "
@@ -173,6 +197,11 @@ class OptimizerConfig:
     pack_length: int = 0  # tokens of a packed row; 0: rollout.max_length
     micro_rows: int = 1  # packed rows of one forward and backward pass, on each data shard
 
+    def __post_init__(self) -> None:
+        _check_numbers("optimizer", self, learning_rate=0, decay_to=0, weight_decay=0, grad_clip=0)
+        _check_numbers("optimizer", self, pack_length=0, micro_rows=1)
+        _check_shares("optimizer", self, "b1", "b2")
+
 
 @dataclass(frozen=True)
 class ColdStartConfig:
@@ -190,6 +219,10 @@ class ColdStartConfig:
     learning_rate: float = 3e-3
     warmup_steps: int = 50
     checkpoint_every: int = 100  # steps
+
+    def __post_init__(self) -> None:
+        _check_numbers("cold_start", self, steps=0, cooldown_steps=0, warmup_steps=0)
+        _check_numbers("cold_start", self, batch_size=1, learning_rate=0, checkpoint_every=1)
 
 
 @dataclass(frozen=True)
@@ -220,6 +253,10 @@ class TinyWorldConfig:
     # a decision to guess, since random answers are noise that hides how to read.
     search_weight: float = 0.08
     guess_weight: float = 0.05
+
+    def __post_init__(self) -> None:
+        fractions = ("two_hop_fraction", "guess_fraction", "two_hop_guess_fraction")
+        _check_shares("environment", self, *fractions)
 
 
 @dataclass(frozen=True)
@@ -262,7 +299,9 @@ class EvalConfig:
     """Greedy evaluation on held-out questions before and after learning; 0 questions: none."""
 
     questions: int = 0
-    slots: int = 64
+
+    def __post_init__(self) -> None:
+        _check_numbers("eval", self, questions=0)
 
 
 @dataclass(frozen=True)
@@ -276,6 +315,9 @@ class RunConfig:
     traces_per_step: int = 4
     stop_when_unhealthy: bool = True  # at a fatal signal (see health.py), with a checkpoint
     wandb_project: str = ""  # also log to Weights & Biases, where it is installed
+
+    def __post_init__(self) -> None:
+        _check_numbers("run", self, checkpoint_every=1, keep_checkpoints=1, traces_per_step=0)
 
 
 @dataclass(frozen=True)
@@ -298,8 +340,17 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        _check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        _check(
+            self.optimizer.pack_length == 0
+            or self.optimizer.pack_length >= self.rollout.max_length,
+            f"optimizer.pack_length={self.optimizer.pack_length} must be 0 or at least "
+            f"rollout.max_length={self.rollout.max_length}: a trajectory may fill a row",
+        )
         for name in ("stage1", "stage2"):
             stage: StageConfig = getattr(self, name)
+            _check_numbers(name, stage, steps=0, questions_per_step=1)
+            _check_shares(name, stage, "until_format_valid")
             samples = stage.questions_per_step * self.algorithm.samples_per_question
             _check(
                 samples >= self.algorithm.updates_per_rollout,

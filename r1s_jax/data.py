@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return
     path = Path(path)
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in _numbered(lines, path):
             if not line.strip():
                 continue
@@ -76,12 +77,25 @@ def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
     """The JSON object of line `number` of `path`, which a DataError names if it is none."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: {error}") from error
     if not isinstance(row, dict):
         found = type(row).__name__
         raise DataError(f"{path}, line {number}: expected a JSON object, found {found}")
     return row
+
+
+def whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a JSONL file that may be being written, with their line numbers.
+
+    A last line without its end is left out. Raises DataError, naming the file and the line, for
+    what is no JSON object.
+    """
+    # Bytes, not `splitlines`: it would also cut at U+2028 and its kin, which a model may write.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.endswith(b"\n") and line.strip():
+                yield number, parse_row(line, path, number)
 
 
 def journal_rows(path: Path) -> list[dict[str, Any]]:
@@ -105,7 +119,7 @@ def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
     try:
         for number, line in enumerate(lines, start=1):
             yield number, line
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}, after line {number}: {error}") from error
 
 

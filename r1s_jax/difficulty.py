@@ -5,6 +5,7 @@ it is. A run keeps what it measured beside its output and goes on from there.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -53,7 +54,8 @@ class Selection:
                 f"rollouts={self.rollouts}: hard is what {_HARD_ABOVE} rollouts do not solve, so "
                 "there must be at least as many"
             )
-        if len(self.ratio) != 3 or min(self.ratio) < 0 or not any(self.ratio):
+        shares = all(0 <= share < math.inf for share in self.ratio)
+        if len(self.ratio) != 3 or not shares or not any(self.ratio):
             raise ConfigError(f"ratio {self.ratio}: give easy:medium:hard, as 0:1:1")
 
 
@@ -78,7 +80,10 @@ def select(
     and `OUT.png` (a histogram). Returns how many there are of each class, and chosen. Raises
     DataError where another selection was begun there, or a class that is asked for is empty.
     """
-    questions = read_questions(questions_file(selection.questions))
+    file = questions_file(selection.questions)
+    if out.resolve() == Path(file).resolve():
+        raise DataError(f"{out} holds the questions to choose from: name another file")
+    questions = read_questions(file)
     measured = out.with_name(out.name + ".measured.jsonl")
     rows = _resume(measured, selection, source, questions)
     if len(rows) < len(questions):

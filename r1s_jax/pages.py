@@ -22,8 +22,11 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Writes `templates/TEMPLATE` filled with `values`; the file is there whole or not at all.
 
-    Everything is escaped; what no HTML can hold is shown by a stand-in.
+    Everything is escaped; what no HTML can hold is shown by a stand-in. Raises ValueError for a
+    path that is not named as a page, which is mostly a file given by mistake.
     """
+    if path.suffix not in (".html", ".htm") or path.is_dir():
+        raise ValueError(f"{path}: a page must be a file named .html")
     environment = Environment(
         loader=PackageLoader("r1s_jax"),
         autoescape=True,

@@ -11,6 +11,7 @@ from typing import Any
 from r1s_jax import charts
 from r1s_jax.data import DataError
 from r1s_jax.pages import breakable, write_page
+from r1s_jax.pretrained import run_of
 from r1s_jax.telemetry import read_rows
 from r1s_jax.traces import LABELS, Trace, sample_traces
 
@@ -140,8 +141,8 @@ def _read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
         if path.resolve() in seen:
             raise DataError(f"{path} was given twice: name each run once")
         seen.add(path.resolve())
-        if not (path / "config.json").is_file():
-            raise DataError(f"{path} is no run: it holds no config.json, which every run writes")
+        if run_of(path) != path:
+            raise DataError(f"{path} is no run: it holds no config.json and versions.json")
     names = [path.resolve().name for path in run_dirs]
     if len(set(names)) < len(names):
         names = [str(path) for path in run_dirs]

@@ -14,7 +14,7 @@ def reward_file(path: str | Path, variant: str) -> Iterator[dict[str, Any]]:
     Rows hold `solution`, the text after the prompt, and `answer`, one right answer or a list.
     Raises ValueError for an unknown variant, DataError naming the line of a row that lacks one.
     """
-    rule = reward_rule(variant)
+    rule, number = reward_rule(variant), 0
     for number, row in read_rows(path):
         try:
             solution = row.get("solution")
@@ -24,3 +24,5 @@ def reward_file(path: str | Path, variant: str) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         yield row | {"reward": reward.value, "parts": reward.parts}
+    if not number:
+        raise DataError(f"{path}: no rows in this file")

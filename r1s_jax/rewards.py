@@ -175,6 +175,8 @@ def reward_rule(name: str) -> RewardRule:
     (format, searched, answer_f1, ...) stand beside its own. Raises ValueError
     for a name that is neither, and, when called, where the rule raises or gives no finite number.
     """
+    if name.startswith(("http://", "https://")):
+        raise ValueError(f"{name}: a reward server is for recipes (stage2.reward={name})")
     module, colon, function = _RULES.get(name, name).partition(":")
     if not colon:
         raise ValueError(f"no reward {name!r}: take one of {', '.join(_RULES)}, or module:function")
@@ -182,14 +184,17 @@ def reward_rule(name: str) -> RewardRule:
         sys.path.insert(0, "")  # a user's module lies where the command was typed
     try:
         rule = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # whatever the user's module does while it is imported
+        raise ValueError(
+            f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error
 
     def checked(solution: Solution, golds: str | Sequence[str]) -> Reward:
         try:
             reward = rule(solution, golds)
             reward = reward if isinstance(reward, Reward) else Reward(float(reward), {})
-            reward = Reward(reward.value, reward_parts(solution, golds) | reward.parts)
+            parts = {part: float(value) for part, value in reward.parts.items()}
+            reward = Reward(float(reward.value), reward_parts(solution, golds) | parts)
         except Exception as error:
             raise ValueError(
                 f"reward {name!r} failed on {solution.text[:80]!r}: {type(error).__name__}: {error}"

@@ -16,30 +16,40 @@ import jax
 from r1s_jax.config import Config, ConfigError
 from r1s_jax.distributed import gather
 
+# What a run's first steps leave; before them nothing would be lost.
+_BEGUN = ("cold_start.jsonl", "metrics.jsonl", "checkpoints/*")
 _PACKAGES = ("r1s-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
 
 
 def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     """Makes the directory and writes `config.json` and `versions.json`, or checks them on resume.
 
-    Raises ConfigError for a directory that is in use when not resuming, or one that holds a run
-    of another config (naming the fields that differ).
+    Where a run ended before its first step, nothing would be lost: another may begin. Raises
+    ConfigError for a directory that is in use when not resuming, or one that holds a run of another
+    config (naming the fields that differ).
     """
     described = json.loads(json.dumps(dataclasses.asdict(config)))
     known = path / "config.json"
-    if known.exists():
+    if known.exists() and any(any(path.glob(name)) for name in _BEGUN):
         if not resume:
             raise ConfigError(f"{path} already holds a run: add --resume, or choose another")
-        differ = _differences(json.loads(known.read_text("utf-8")), described)
+        differ = _differences(_read_config(known), described)
         if differ:
             raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")
         return path
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not known.exists() and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / "versions.json", _versions())
     write_json(known, described)
     return path
+
+
+def _read_config(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

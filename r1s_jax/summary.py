@@ -38,11 +38,11 @@ def summarize(
             "f1_after": after.f1,
             "cover_em_before": progress["before"]["cover_em"],
             "cover_em_after": after.cover_em,
-            "f1_one_hop_after": after.f1_one_hop,
-            "f1_two_hop_after": after.f1_two_hop,
             "searches_before": progress["before"]["searches"],
             "searches_after": after.searches,
         }
+        by_hops = {"f1_one_hop_after": after.f1_one_hop, "f1_two_hop_after": after.f1_two_hop}
+        summary |= {name: f1 for name, f1 in by_hops.items() if f1 is not None}
         _show_evaluation(summary, after)
     if rows:
         plot_learning_curve(rows, run_dir / "learning_curve.png")
@@ -77,9 +77,9 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
         ("searches a question", "searches"),
     ):
         table.add_row(name, *(f"{summary[f'{key}_{when}']:.3f}" for when in ("before", "after")))
-    for hops, name in ((1, "one_hop"), (2, "two_hop")):
-        if any(q.hops == hops for q in after.rolled.questions):
-            table.add_row(f"F1, {name.replace('_', '-')}", "", f"{summary[f'f1_{name}_after']:.3f}")
+    for name in ("one_hop", "two_hop"):
+        if (f1 := summary.get(f"f1_{name}_after")) is not None:
+            table.add_row(f"F1, {name.replace('_', '-')}", "", f"{f1:.3f}")
     console.print(table)
     longest = int(np.argmax(after.rolled.trajectory.searches))
     question, solution = after.rolled.questions[longest], after.rolled.solutions[longest]

@@ -19,7 +19,7 @@ from rich.progress import (
 from tensorboardX import SummaryWriter
 
 from r1s_jax.config import ConfigError
-from r1s_jax.data import parse_row
+from r1s_jax.data import whole_rows
 from r1s_jax.distributed import is_main
 from r1s_jax.run_dir import write_rows
 
@@ -117,17 +117,8 @@ class Telemetry:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a last line cut short by a crash is left out.
-
-    Raises DataError, naming the file and the line, for what is no JSON object.
-    """
-    rows = []
-    # Not `splitlines`: it would also cut at U+2028 and its kin, which a model may write.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.endswith(b"\n") and line.strip():
-                rows.append(parse_row(line, path, number))
-    return rows
+    """Rows of a file that a run writes; see data.whole_rows."""
+    return [row for _, row in whole_rows(path)]
 
 
 def _start_wandb(project: str, run_dir: Path, config: Any) -> Any:

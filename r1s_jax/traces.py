@@ -11,7 +11,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from r1s_jax import protocol
-from r1s_jax.data import DataError, gold_answers, parse_row, read_rows
+from r1s_jax.data import DataError, gold_answers, parse_row, read_rows, whole_rows
 from r1s_jax.eval.results import score_row
 from r1s_jax.pages import write_page
 from r1s_jax.rewards import Solution
@@ -124,7 +124,8 @@ def read_traces(source: Path) -> Iterator[Trace]:
     path = source / "traces.jsonl" if source.is_dir() else source
     if source.is_dir() and not path.exists():
         raise DataError(f"{source} holds no traces.jsonl: is it the directory of a run?")
-    for number, row in read_rows(path):
+    rows = whole_rows(path) if path.name == "traces.jsonl" else read_rows(path)
+    for number, row in rows:
         try:
             yield _of_run(row) if "spans" in row else _of_answers(row)
         except (KeyError, TypeError, ValueError) as error:

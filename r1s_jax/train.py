@@ -107,6 +107,9 @@ class Run:
 
     def __init__(self, config: Config, run_dir: Path, resume: bool, profile: str = ""):
         self.config, self.started = config, time.perf_counter()
+        for stage in (config.stage1, config.stage2):
+            if stage.steps:
+                batch_reward(stage.reward)  # a name that is none must not be found out hours later
         self.compilations, self.trace = Compilations(), StepTrace(profile, run_dir / "profile")
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         self.mesh = make_mesh(config.mesh)
@@ -122,7 +125,10 @@ class Run:
         self.telemetry = Telemetry(self.dir, config.run.wandb_project, dataclasses.asdict(config))
         where = checkpoint_directory(self.dir, config.run.checkpoint_dir)
         self.checkpoints = Checkpoints(where, config.run.keep_checkpoints)
-        self.progress = _BEGINNING | ((self.checkpoints.progress() if resume else None) or {})
+        known = self.checkpoints.progress() if resume else None
+        if resume and known is None:
+            console.print(f"{run_dir} holds no checkpoint to resume from: the run begins anew")
+        self.progress = _BEGINNING | (known or {})
         self.started -= self.progress["seconds"]
         self.seconds_checkpoint = 0.0
         learning = self.progress["phase"] == "learning"

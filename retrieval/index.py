@@ -356,4 +356,6 @@ def read_info(directory: str | Path) -> dict[str, Any]:
         raise IndexFormatError(
             f"{directory} has format {version!r}; this code reads {FORMAT}: build it again"
         )
+    if not {"kind", "passages", "dims", "parameters", "files"} <= info.keys():
+        raise IndexFormatError(f"{directory} is not an index: {_INFO_FILE} lacks what one has")
     return info

@@ -115,7 +115,8 @@ OPTIONS = {
 def test_learning_equals_its_oracle(name):
     rate, mesh = 0.5, make_mesh(MeshConfig())
     algorithm = AlgorithmConfig(updates_per_rollout=UPDATES, **OPTIONS[name])
-    config = override(tiny_world.config(), ["optimizer.pack_length=17", "optimizer.micro_rows=1"])
+    short = ["rollout.max_length=17", "rollout.max_prompt_length=8", "optimizer.micro_rows=1"]
+    config = override(tiny_world.config(), short)
     learner = TableLearner(
         config.policy.architecture,
         mesh,

@@ -17,6 +17,7 @@ import pytest
 from r1s_jax.config import ConfigError, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.report import write_report
+from r1s_jax.run_dir import open_run_dir
 from r1s_jax.telemetry import read_rows
 from r1s_jax.train import train
 
@@ -176,6 +177,24 @@ def test_another_config_is_refused_and_nothing_lost(whole):
     with pytest.raises(ConfigError, match="already holds a run"):
         train(override(tiny_world.config(), SHORT), whole)
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_fails_before_the_first_step_keeps_no_directory_from_another_try(tmp_path):
+    """A reward that does not exist is found at once, a mesh that does not fit can be mended."""
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="no reward 'nonsense'"):
+        train(override(tiny_world.config(), [*SHORT, "stage2.reward=nonsense"]), run)
+    assert not run.exists()
+    wrong, right = (override(tiny_world.config(), [*SHORT, f"mesh.tensor={n}"]) for n in (3, 1))
+    with pytest.raises(ValueError, match="devices"):
+        train(wrong, run)
+    assert json.loads((run / "config.json").read_text())["mesh"]["tensor"] == 3
+    open_run_dir(run, right, resume=False)
+    assert json.loads((run / "config.json").read_text())["mesh"]["tensor"] == 1
+    (run / "config.json").write_text("{")
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        open_run_dir(run, right, resume=True)
 
 
 @pytest.mark.slow

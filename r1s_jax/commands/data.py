@@ -20,12 +20,12 @@ def select(
     retriever: Annotated[
         str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
     ] = "",
-    rollouts: Annotated[int, typer.Option(help="Of each question; at least 20.")] = 20,
+    rollouts: Annotated[int, typer.Option(min=20, help="Of each question.")] = 20,
     ratio: Annotated[str, typer.Option(help="Of easy:medium:hard questions written.")] = "0:1:1",
     prompt: Annotated[Path | None, typer.Option(help="Template with {question}.")] = None,
-    at_a_time: Annotated[int, typer.Option(help="Questions rolled out together.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Tokens of a trajectory.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Of the rollouts and the choice.")] = 0,
+    at_a_time: Annotated[int, typer.Option(min=1, help="Questions rolled out together.")] = 8,
+    max_length: Annotated[int, typer.Option(min=16, help="Tokens of a trajectory.")] = 4096,
+    seed: Annotated[int, typer.Option(min=0, help="Of the rollouts and the choice.")] = 0,
 ) -> None:
     """Keep questions of the right difficulty for a model: rolled out, classed, mixed.
 
@@ -57,9 +57,9 @@ def select(
 @app.command("tiny-world")
 def tiny_world(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
-    people: Annotated[int, typer.Option(help="A passage each.")] = 60,
-    questions: Annotated[int, typer.Option(help="Half of them with two hops.")] = 50,
-    seed: Annotated[int, typer.Option(help="Of the world.")] = 0,
+    people: Annotated[int, typer.Option(min=2, help="A passage each.")] = 60,
+    questions: Annotated[int, typer.Option(min=1, help="Half of them with two hops.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Of the world.")] = 0,
 ) -> None:
     """Write a generated world as files: passages.tsv and questions.jsonl.
 

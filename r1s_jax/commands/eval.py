@@ -39,12 +39,14 @@ def run(
     prompt: Annotated[
         Path | None, typer.Option(help="Template with {question}, for models trained on their own.")
     ] = None,
-    k: Annotated[int, typer.Option(help="Documents a search.")] = 5,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    slots: Annotated[int, typer.Option(help="Questions answered at a time.")] = 16,
-    max_length: Annotated[int, typer.Option(help="Tokens of a trajectory.")] = 4096,
-    max_turn_length: Annotated[int, typer.Option(help="Tokens of a turn.")] = 512,
-    limit: Annotated[int, typer.Option(help="Only the first so many questions.")] = 0,
+    k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 5,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    slots: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
+    max_length: Annotated[int, typer.Option(min=16, help="Tokens of a trajectory.")] = 4096,
+    max_turn_length: Annotated[int, typer.Option(min=1, help="Tokens of a turn.")] = 512,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Only the first so many questions; 0: all.")
+    ] = 0,
 ) -> None:
     """Answer a file of questions; `r1s eval score` does the rest.
 
@@ -117,8 +119,8 @@ def judge(
     out: Annotated[
         Path | None, typer.Option(help="File to write. [default: FILE.judged.jsonl]")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests in flight.")] = 16,
-    requests_per_minute: Annotated[int, typer.Option(help="0: no limit.")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    requests_per_minute: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
 ) -> None:
     """Ask a language model whether each answer is right; `r1s eval score` then shows judged right.
 

@@ -44,10 +44,16 @@ def build(
     vectors: Annotated[
         Path | None, typer.Option(help="Directory of `r1s index encode`; else they are encoded.")
     ] = None,
-    leaves: Annotated[int | None, typer.Option(help="ScaNN: leaves of a shard's tree.")] = None,
-    leaves_searched: Annotated[int | None, typer.Option(help="ScaNN: leaves read.")] = None,
-    reorder: Annotated[int | None, typer.Option(help="ScaNN: candidates scored again.")] = None,
-    shards: Annotated[int | None, typer.Option(help="ScaNN: parts, built one by one.")] = None,
+    leaves: Annotated[
+        int | None, typer.Option(min=1, help="ScaNN: leaves of a shard's tree.")
+    ] = None,
+    leaves_searched: Annotated[int | None, typer.Option(min=1, help="ScaNN: leaves read.")] = None,
+    reorder: Annotated[
+        int | None, typer.Option(min=1, help="ScaNN: candidates scored again.")
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="ScaNN: parts, built one by one.")
+    ] = None,
     milvus_url: Annotated[str, typer.Option(help="Of a cluster; else a file in OUT.")] = "",
     query_instruction: QueryInstruction = None,
     passage_instruction: PassageInstruction = None,
@@ -89,7 +95,7 @@ def search(
     queries: Annotated[
         list[str] | None, typer.Argument(help="Queries; none: one a line from standard input.")
     ] = None,
-    k: Annotated[int, typer.Option(help="Passages a query.")] = 5,
+    k: Annotated[int, typer.Option(min=1, help="Passages a query.")] = 5,
     as_json: Annotated[
         bool, typer.Option("--json", help="The only form there is: one JSON object a query.")
     ] = True,
@@ -128,10 +134,10 @@ def info(
 
 @app.command("plan")
 def plan(
-    passages: Annotated[float, typer.Option(help="How many, such as 36e6.")],
-    dims: Annotated[int, typer.Option(help="Of the encoder's vectors.")],
+    passages: Annotated[float, typer.Option(min=1, max=1e12, help="How many, such as 36e6.")],
+    dims: Annotated[int, typer.Option(min=1, help="Of the encoder's vectors.")],
     passage_bytes: Annotated[
-        float | None, typer.Option(help="Of an average passage; else of 100 words.")
+        float | None, typer.Option(min=1, help="Of an average passage; else of 100 words.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -104,7 +104,21 @@ def test_an_endpoint_that_always_fails_is_not_asked_for_ever(tmp_path):
         assert server.requests < 16
     with pytest.raises(JudgeError, match="Connection error"):
         judge_file(path, Judge(server.url, "j", retries=0), tmp_path / "out.jsonl")
-    assert verdicts_of(tmp_path / "out.jsonl") == [None] * 200
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_dead_endpoint_takes_no_verdict_away(tmp_path):
+    """Neither from a file judged before, nor from the file that is to be judged."""
+    path, _ = write_rows(tmp_path / "a.jsonl", 3)
+    with JudgeServer() as server:
+        judge_file(path, Judge(server.url, "j"), tmp_path / "out.jsonl")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(JudgeError):
+        judge_file(path, Judge(server.url, "other", retries=0), tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    with pytest.raises(DataError, match="is the file to judge"):
+        judge_file(tmp_path / "out.jsonl", Judge(server.url, "j"), tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_equal_rows_share_a_verdict_and_another_judge_asks_anew(tmp_path):
