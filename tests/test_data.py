@@ -44,9 +44,17 @@ def test_reads_gzip(tmp_path):
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.write('{"question": "who?", "answer": "x"}\n')
     assert read_questions(path) == [Question(0, "who?", ("x",))]
-    path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(DataError, match=r"q\.jsonl\.gz"):
-        read_questions(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-12], gzip.compress(b"{}")[:10] + b"\xff" * 20, b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"q\.jsonl\.gz"):
+            read_questions(path)
+
+
+def test_reads_a_byte_order_mark(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "who?", "answer": "x"}\n', encoding="utf-8-sig")
+    assert read_questions(path) == [Question(0, "who?", ("x",))]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,7 @@ def test_reads_gzip(tmp_path):
     [
         ('{"question": "who?"', "delimiter"),
         ('["who?", "x"]', "JSON object"),
+        ('{"question":' * 100_000, "recursion"),
         ('{"answer": "x"}', "question is empty"),
         ('{"question": "  ", "answer": "x"}', "question is empty"),
         ('{"question": "who?"}', "answer"),

@@ -354,6 +354,8 @@ def test_what_is_no_run_is_named(tmp_path, two_runs):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty is no run: it holds no config.json"):
         write_report([*two_runs, tmp_path / "empty"], tmp_path / "report.html")
+    with pytest.raises(ValueError, match=r"must be a file named \.html"):
+        write_report(two_runs, two_runs[0] / "config.json")
     with pytest.raises(DataError, match="given twice"):
         write_report([two_runs[0], two_runs[0]], tmp_path / "report.html")
     (two_runs[0].parent / "broken").mkdir()

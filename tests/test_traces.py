@@ -109,6 +109,12 @@ def test_a_run_is_sampled_evenly(tmp_path):
     assert sample_traces(write(tmp_path / "none.jsonl"), 3) == ([], 0)
 
 
+def test_the_last_line_of_a_run_that_goes_on_may_be_unfinished(tmp_path):
+    line = json.dumps(RUN_ROW)
+    (tmp_path / "traces.jsonl").write_text(line + "\n" + line[:20])
+    assert len(list(read_traces(tmp_path))) == 1
+
+
 def test_what_is_no_trajectory_is_named(tmp_path):
     with pytest.raises(DataError, match=r"line 2: no trajectory \('step'\)"):
         broken = {k: v for k, v in RUN_ROW.items() if k != "step"}

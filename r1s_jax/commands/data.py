@@ -29,8 +29,8 @@ def select(
 ) -> None:
     """Keep questions of the right difficulty for a model: rolled out, classed, mixed.
 
-    Easy is solved within 9 rollouts, medium within 20, hard in none of them (the published classes;
-    solved is cover-EM). A stopped run goes on where it was. The last line printed is JSON: how many
+    Easy is solved within 9 rollouts, medium within 20, hard is not (the published classes; solved
+    is cover-EM). A stopped run goes on where it was. The last line printed is JSON: how many
     there are of each class.
     """
     from r1s_jax.corpora import open_search_engine
