@@ -81,11 +81,14 @@ def answer_file(
         raise DataError(f"mode {run.mode} searches: name an index, or take --mode direct")
     questions = read_questions(questions_file(run.questions))
     questions = questions[: run.limit or None]
+    if Path(run.questions).resolve() == out.resolve():
+        raise DataError(f"{out} holds the questions: name another file for the answers")
     described = _header(run, source)
     done = _already(out, described, questions)
     progress(done, len(questions))
     policy = load_pretrained(run.model, compute_dtype())
     engine = _engine(run, policy)
+    engine.check_prompts(questions)
     params = shard_params(policy.params, policy.model, engine.mesh)
     write_json(header_path(out), described)
     with out.open("a", encoding="utf-8") as file:

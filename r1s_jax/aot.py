@@ -66,7 +66,8 @@ def target_devices(topology: str) -> list[Any]:
     except Exception as error:
         package = "r1s-jax[cuda]" if kind == "h100" else "libtpu"
         raise CannotCompile(
-            f"no compiler for {topology!r} (pip install '{package}'?): {error}"
+            f"no such topology as {topology!r}, or no compiler for it (pip install '{package}'): "
+            f"{error}"
         ) from error
 
 

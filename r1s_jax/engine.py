@@ -231,13 +231,21 @@ class Engine:
             forced[i] = self.encode(query) + self.broker.document_tokens(search.documents)
         prompts = [p + f for p, f in zip(prompts, forced, strict=True)]
         for question, prompt in zip(questions, prompts, strict=True):
-            if len(prompt) > self.config.max_prompt_length:
-                raise ValueError(
-                    f"the prompt of question {question.id} ({question.question[:60]!r}) has "
-                    f"{len(prompt)} tokens: more than rollout.max_prompt_length="
-                    f"{self.config.max_prompt_length}"
-                )
+            self._check_prompt(question, prompt)
         return prompts, forced
+
+    def check_prompts(self, questions: Sequence[Question]) -> None:
+        """Raises ValueError for a question whose prompt no rollout will take."""
+        for question in questions:
+            self._check_prompt(question, self.encode(self.render(question.question)))
+
+    def _check_prompt(self, question: Question, prompt: Sequence[int]) -> None:
+        limit = self.config.max_prompt_length
+        if len(prompt) > limit:
+            raise ValueError(
+                f"the prompt of question {question.id} ({question.question[:60]!r}) has "
+                f"{len(prompt)} tokens: more than rollout.max_prompt_length={limit}"
+            )
 
     def _arrays(
         self,

@@ -1,6 +1,7 @@
 """Where questions and documents come from: one small contract, two implementations."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -57,6 +58,10 @@ class Environment(Protocol):
         """The prompt of a question."""
         ...
 
+    def questions(self) -> Sequence[Question]:
+        """All that are known beforehand, so that what is wrong with one is found at once."""
+        ...
+
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
         """Questions to learn from at a step; `draw` 1, 2, ... are further ones for the same."""
         ...
@@ -85,6 +90,9 @@ class TinyWorldEnvironment:
 
     def render(self, question: str) -> str:
         return protocol.render_prompt(PROMPT, question)
+
+    def questions(self) -> Sequence[Question]:
+        return ()
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
         seed = (self.seed, _LEARNING, step, draw) if draw else (self.seed, _LEARNING, step)
@@ -182,6 +190,9 @@ class CorpusEnvironment:
         if self.config.prompt == "base":
             return protocol.render_prompt(protocol.BASE_PROMPT, question)
         return self._chat(question)
+
+    def questions(self) -> Sequence[Question]:
+        return [*self._held_out, *itertools.chain(*self._learning)]
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
         if self._stream is None or self._size != size:

@@ -119,6 +119,7 @@ class Run:
         self.environment = open_environment(config, chat_renderer(self.tokenizer))
         on_main(self._write_held_out)
         self.engine = self._engine(config.rollout)
+        self.engine.check_prompts(self.environment.questions())
         self.examiner = self._engine(
             dataclasses.replace(config.rollout, temperature=0.0, stop_at_answer=True)
         )

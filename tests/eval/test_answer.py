@@ -107,6 +107,17 @@ def test_a_file_of_another_run_is_left_alone(questions, searcher, tmp_path):
     assert out.read_bytes() == before
 
 
+def test_what_cannot_be_answered_is_told_before_anything_is(questions, searcher, tmp_path):
+    long = {"question": "What is the trade of " + "Bakori " * 200 + "?", "answer": "baker"}
+    (tmp_path / "q.jsonl").write_text(questions.read_text() + json.dumps(long) + "\n")
+    run = make_run(tmp_path / "q.jsonl", searcher, mode="direct")
+    with pytest.raises(ValueError, match=r"question 5 .* more than rollout\.max_prompt_length=96"):
+        answer_file(run, None, {}, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(DataError, match="holds the questions"):
+        answer_file(run, None, {}, tmp_path / "q.jsonl")
+
+
 def test_direct_never_searches_and_rag_searches_once(questions, searcher, tmp_path):
     direct = make_run(questions, searcher, mode="direct")
     rows = rows_of(answer_file(direct, None, {}, tmp_path / "direct.jsonl"))
