@@ -40,7 +40,7 @@ def config() -> Config:
             prompt="chat",
         ),
         cold_start=ColdStartConfig(
-            steps=300, batch_size=16, learning_rate=1e-4, warmup_steps=20, cooldown_steps=150
+            steps=100, batch_size=16, learning_rate=1e-4, warmup_steps=10, cooldown_steps=60
         ),
         stage1=StageConfig(steps=10, reward="stage1", questions_per_step=32),
         stage2=StageConfig(steps=60, reward="stage2", questions_per_step=32),
