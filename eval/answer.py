@@ -118,17 +118,19 @@ class _Nothing:
 
 def _engine(run: EvalRun, policy: Pretrained) -> Engine:
     longest = min(run.max_length, policy.model.max_position)
+    rag, documents = run.mode == "rag", min(1280, longest // 3)
     config = RolloutConfig(
         slots=run.slots,
         temperature=run.temperature,
         top_p=0.95,
         max_length=longest,
-        max_prompt_length=longest // 2,
+        # With a first search the documents belong to the prompt.
+        max_prompt_length=longest // 2 + rag * documents,
         max_turn_length=run.max_turn_length,
         max_searches=9 if run.mode == "search" else 0,
         documents_per_query=run.k,
-        max_documents_length=min(1280, longest // 3),
-        first_search=run.mode == "rag",
+        max_documents_length=documents,
+        first_search=rag,
         prefill_rows=1,
         prefill_chunk=128,
     )

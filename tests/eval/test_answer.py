@@ -128,6 +128,16 @@ def test_direct_never_searches_and_rag_searches_once(questions, searcher, tmp_pa
     assert all("the trade of" in row["gen_text_store"] for row in rows)
 
 
+def test_documents_of_the_first_search_need_no_room_of_the_prompts(questions, searcher, tmp_path):
+    """A prompt of nearly half the length, and documents that fill their third of it."""
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"question": "the trade of Bakori, " * 4, "answer": "baker"}) + "\n"
+    )
+    run = make_run(tmp_path / "q.jsonl", searcher, mode="rag", slots=1, k=9)
+    (row,) = rows_of(answer_file(run, EchoRetriever(), {}, tmp_path / "rag.jsonl"))
+    assert row["searches"] == 1 and row["prompt_tokens"] > 192 // 2
+
+
 def test_on_accelerators_it_computes_in_bfloat16(questions, searcher, tmp_path, monkeypatch):
     monkeypatch.setattr("jax.default_backend", lambda: "tpu")
     run = make_run(questions, searcher, mode="direct", limit=2)
