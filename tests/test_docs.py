@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 import typer
 
@@ -31,7 +30,7 @@ COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 )
 def test_every_r1s_command_is_one(page, words):
     command, arguments = typer.main.get_command(cli.app), words[1:]
-    while isinstance(command, click.Group):
+    while hasattr(command, "commands"):  # a group
         assert arguments and arguments[0] in command.commands, words
         command = command.commands[arguments.pop(0)]
     context = command.make_context(command.name, arguments)
