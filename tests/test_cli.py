@@ -123,7 +123,6 @@ def test_ask_streams_to_the_end(model, index):
         (("index", "search", "/nowhere", "q"), "/nowhere"),
         (("index", "info", "/nowhere"), "/nowhere is not an index"),
         (("index", "encode", "/nowhere.tsv", "--out", "/x", "--shard", "0/2"), "expected I/N"),
-        (("index", "plan", "--passages", "0", "--dims", "8"), "at least 1"),
         (("bench", "search"), "name a built index or --synthetic"),
     ],
 )
@@ -134,6 +133,24 @@ def test_bad_input_is_one_clear_message(args, message, capsys, monkeypatch):
     assert stop.value.code == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("index", "plan", "--dims", "8", "--passages", "inf"),
+        ("index", "search", "x", "q", "--k", "0"),
+        ("eval", "judge", "x", "--url", "http://x", "--model", "m", "--concurrency", "0"),
+        ("traces", "x", "--limit", "-3"),
+        ("data", "tiny-world", "x", "--seed", "-1"),
+    ],
+)
+def test_a_number_out_of_range_is_named(args, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["r1s", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert args[-2] in capsys.readouterr().err
 
 
 def test_broken_question_file_is_named(tmp_path, monkeypatch, capsys):
