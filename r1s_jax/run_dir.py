@@ -29,18 +29,20 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     config (naming the fields that differ).
     """
     described = json.loads(json.dumps(dataclasses.asdict(config)))
-    known = path / "config.json"
-    if known.exists() and any(any(path.glob(name)) for name in _BEGUN):
+    # A model's directory has a config.json too.
+    known, versions = path / "config.json", path / "versions.json"
+    ours = known.exists() and versions.exists()
+    if ours and any(any(path.glob(name)) for name in _BEGUN):
         if not resume:
             raise ConfigError(f"{path} already holds a run: add --resume, or choose another")
         differ = _differences(_read_config(known), described)
         if differ:
             raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")
         return path
-    if not known.exists() and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not ours and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "versions.json", _versions())
+    write_json(versions, _versions())
     write_json(known, described)
     return path
 

@@ -192,6 +192,11 @@ def test_what_fails_before_the_first_step_keeps_no_directory_from_another_try(tm
     open_run_dir(run, right, resume=False)
     assert json.loads((run / "config.json").read_text())["mesh"]["tensor"] == 1
     (run / "config.json").write_text("{")
+    (run / "versions.json").rename(tmp_path / "versions.json")
+    with pytest.raises(ConfigError, match="holds no run"):  # of a model, for all we know
+        open_run_dir(run, right, resume=False)
+    assert (run / "config.json").read_text() == "{"
+    (tmp_path / "versions.json").rename(run / "versions.json")
     (run / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
         open_run_dir(run, right, resume=True)
