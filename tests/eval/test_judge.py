@@ -1,6 +1,7 @@
 """The judge against a real server that is slow, fails, and talks nonsense."""
 
 import json
+import threading
 import time
 from collections import Counter
 
@@ -14,19 +15,25 @@ from tests.http_server import LocalServer
 
 
 class JudgeServer(LocalServer):
-    """Says True where the prediction is the gold answer; `faults(n)` may spoil request n."""
+    """Says True where the prediction is the gold answer; `faults(n)` may spoil request n.
 
-    def __init__(self, faults=lambda n: None, delay=0.0):
+    The first `together` requests are answered once that many are open, and fail otherwise.
+    """
+
+    def __init__(self, faults=lambda n: None, together=1):
         super().__init__(self.judge)
-        self.faults, self.delay = faults, delay
+        self.faults, self.company = faults, threading.Barrier(together)
+        self.together, self.arrived = together, 0
         self.judged, self.open, self.most_open = Counter(), 0, 0
 
     def judge(self, path, body):
         with self.lock:
-            fault = self.faults(self.requests)
+            self.arrived += 1
+            arrived, fault = self.arrived, self.faults(self.arrived)
             self.open += 1
             self.most_open = max(self.most_open, self.open)
-        time.sleep(self.delay)
+        if arrived <= self.together:
+            self.company.wait(timeout=60)
         prompt = body["messages"][0]["content"]
         with self.lock:
             self.open -= 1
@@ -65,7 +72,7 @@ def test_every_row_is_judged_once_whatever_fails(tmp_path):
     out = tmp_path / "a.judged.jsonl"
     statuses = [500, 429, 503]
     faults = lambda n: statuses[n // 10 % 3] if n % 10 == 0 else None  # noqa: E731
-    with JudgeServer(faults, delay=0.02) as server:
+    with JudgeServer(faults, together=32) as server:
         counts = judge_file(path, Judge(server.url, "j", concurrency=32), out)
     assert counts == {"unparsable": 134, "True": 133, "False": 133}
     assert verdicts_of(out) == [WANTED[i % 3] for i in range(400)]
@@ -73,7 +80,7 @@ def test_every_row_is_judged_once_whatever_fails(tmp_path):
         row["question"] for row in rows
     ]
     assert len(server.judged) == 400 and set(server.judged.values()) == {1}
-    assert 16 < server.most_open <= 32
+    assert server.most_open == 32
     scores = summarize(read_results(out))
     assert (scores["judged"], scores["acc_l"]) == (266, 50.0)
     assert read_header(out) == {"judge": {"model": "j", "url": server.url}}
