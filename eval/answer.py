@@ -21,9 +21,9 @@ from r1s_jax.data import DataError, Question, journal_rows, read_questions
 from r1s_jax.engine import Engine, Rolled
 from r1s_jax.eval.benchmarks import questions_file
 from r1s_jax.eval.results import header_path, read_header
+from r1s_jax.files import write_json
 from r1s_jax.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.rollout import Finish
-from r1s_jax.run_dir import write_json
 from r1s_jax.search import Retriever
 from r1s_jax.sharding import make_mesh, shard_params
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from r1s_jax.data import DataError, gold_answers, journal_rows
 from r1s_jax.eval.results import VERDICTS, header_path, read_header, read_results
-from r1s_jax.run_dir import write_json, write_rows
+from r1s_jax.files import write_json, write_rows
 
 Verdict = Literal["True", "False", "unparsable"]
 

@@ -22,9 +22,9 @@ from r1s_jax.engine import Engine, Rolled
 from r1s_jax.eval.answer import compute_dtype, renderer
 from r1s_jax.eval.benchmarks import questions_file
 from r1s_jax.eval.results import header_path, read_header
+from r1s_jax.files import write_json, write_rows
 from r1s_jax.pretrained import Pretrained, load_pretrained
 from r1s_jax.protocol import extract_answer
-from r1s_jax.run_dir import write_json, write_rows
 from r1s_jax.search import Retriever
 from r1s_jax.sharding import make_mesh, shard_params
 

@@ -27,6 +27,7 @@ def adapter_entries(layer: dict[str, tuple], rank: int) -> dict[str, tuple]:
 
 
 def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name belongs to an adapter."""
     return name.endswith((_A, _B))
 
 

@@ -1,6 +1,5 @@
 """Self-contained HTML pages: one file with its style, script and data inside."""
 
-import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from r1s_jax.files import write_text
 
 # Control characters, of which HTML drops some, as the pictures that Unicode has of them; and by
 # name those that would turn the order of the text around them.
@@ -37,9 +38,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     )
     page = environment.get_template(template).render(source=_source, **values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, "utf-8")
-    os.replace(partial, path)
+    write_text(path, [page])
 
 
 def breakable(name: str) -> Markup:

@@ -3,10 +3,8 @@
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 import signal
-from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +13,7 @@ import jax
 
 from r1s_jax.config import Config, ConfigError
 from r1s_jax.distributed import gather
+from r1s_jax.files import write_json
 
 # What a run's first steps leave; before them nothing would be lost.
 _BEGUN = ("cold_start.jsonl", "metrics.jsonl", "checkpoints/*")
@@ -52,21 +51,6 @@ def _read_config(path: Path) -> Any:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file that is there whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    os.replace(partial, path)
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a file of JSON lines that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(partial, path)
 
 
 class StopRequest:

@@ -9,7 +9,7 @@ from etils import epath
 from rich.table import Table
 
 from r1s_jax.eval.runner import Evaluation
-from r1s_jax.run_dir import write_json
+from r1s_jax.files import write_json
 from r1s_jax.telemetry import console, read_rows
 from r1s_jax.traces import Trace, legend
 

@@ -21,7 +21,7 @@ from tensorboardX import SummaryWriter
 from r1s_jax.config import ConfigError
 from r1s_jax.data import whole_rows
 from r1s_jax.distributed import is_main
-from r1s_jax.run_dir import write_rows
+from r1s_jax.files import write_rows
 
 # Everything for people goes to stderr; stdout carries the one JSON line a program may read.
 console = Console(stderr=True)

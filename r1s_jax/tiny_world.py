@@ -84,6 +84,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Person:
+    """Somebody of the world, who has a page."""
+
     name: str
     facts: dict[str, str]  # relation -> value, in the order of the page
 

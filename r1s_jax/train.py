@@ -17,6 +17,7 @@ from r1s_jax.distributed import on_main, together
 from r1s_jax.engine import Engine, Rolled, merge
 from r1s_jax.environment import open_environment
 from r1s_jax.eval.runner import Evaluation, evaluate
+from r1s_jax.files import write_rows
 from r1s_jax.learning import PolicyGradient, rows_with_signal
 from r1s_jax.losses import likelihood_loss, policy_loss
 from r1s_jax.pretrained import chat_renderer, make_policy
@@ -28,7 +29,7 @@ from r1s_jax.profiling import (
     model_flops_utilization,
 )
 from r1s_jax.rewards import FORMAT_REWARDS, Reward, batch_reward
-from r1s_jax.run_dir import StopRequest, open_run_dir, write_rows
+from r1s_jax.run_dir import StopRequest, open_run_dir
 from r1s_jax.sft import cold_start_end, cooldown_begins, demonstration_batch, learning_rate_scale
 from r1s_jax.sharding import batch_shards, make_mesh, shard_params
 from r1s_jax.summary import summarize

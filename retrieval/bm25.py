@@ -57,6 +57,7 @@ def _words(text: str) -> list[str]:
 
 
 def bm25s() -> ModuleType:
+    """The library, silenced; raises NotInstalled without it."""
     try:
         import bm25s as library
     except ImportError as error:

@@ -13,9 +13,10 @@ from r1s_jax.checkpoint import CheckpointError, Checkpoints
 from r1s_jax.config import PolicyConfig
 from r1s_jax.configs.tiny_world import config as tiny_world
 from r1s_jax.export import export
+from r1s_jax.files import write_json
 from r1s_jax.model import ModelConfig, Policy, init_params
 from r1s_jax.pretrained import load_pretrained
-from r1s_jax.run_dir import open_run_dir, write_json
+from r1s_jax.run_dir import open_run_dir
 from r1s_jax.tiny_world import build_tokenizer
 from r1s_jax.update import LearnerState
 from r1s_jax.weights import save_params

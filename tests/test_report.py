@@ -16,8 +16,8 @@ from r1s_jax import charts, cli, protocol
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data import DataError
+from r1s_jax.files import write_json
 from r1s_jax.report import write_report
-from r1s_jax.run_dir import write_json
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(not BROWSER, reason="no chromium is installed")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from r1s_jax.commands.options import Model
+from r1s_jax.commands.options import MaxLength, Model, Prompt, SearchedIndex, SearchUrl
 
 app = typer.Typer(no_args_is_help=True, help="Choose questions to learn from.")
 
@@ -16,15 +16,13 @@ def select(
     questions: Annotated[str, typer.Argument(help="JSON lines {question, answer}, .gz too.")],
     model: Model,
     out: Annotated[Path, typer.Option(help="File to write; what was measured lies beside it.")],
-    index: Annotated[Path | None, typer.Option(help="Directory of a built index.")] = None,
-    retriever: Annotated[
-        str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
-    ] = "",
+    index: SearchedIndex = None,
+    retriever: SearchUrl = "",
     rollouts: Annotated[int, typer.Option(min=20, help="Of each question.")] = 20,
     ratio: Annotated[str, typer.Option(help="Of easy:medium:hard questions written.")] = "0:1:1",
-    prompt: Annotated[Path | None, typer.Option(help="Template with {question}.")] = None,
+    prompt: Prompt = None,
     at_a_time: Annotated[int, typer.Option(min=1, help="Questions rolled out together.")] = 8,
-    max_length: Annotated[int, typer.Option(min=16, help="Tokens of a trajectory.")] = 4096,
+    max_length: MaxLength = 4096,
     seed: Annotated[int, typer.Option(min=0, help="Of the rollouts and the choice.")] = 0,
 ) -> None:
     """Keep questions of the right difficulty for a model: rolled out, classed, mixed.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from r1s_jax.commands.options import Model
+from r1s_jax.commands.options import MaxLength, Model, Prompt, SearchedIndex, SearchUrl
 
 app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
 
@@ -22,10 +22,8 @@ def run(
     ],
     model: Model,
     out: Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")],
-    index: Annotated[Path | None, typer.Option(help="Directory of a built index.")] = None,
-    retriever: Annotated[
-        str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
-    ] = "",
+    index: SearchedIndex = None,
+    retriever: SearchUrl = "",
     online: Annotated[
         bool, typer.Option("--online", help="Or the live web, by serper.dev (SERPER_API_KEY).")
     ] = False,
@@ -36,13 +34,11 @@ def run(
         str,
         typer.Option(help="search; rag (one search, of the question); direct (none)."),
     ] = "search",
-    prompt: Annotated[
-        Path | None, typer.Option(help="Template with {question}, for models trained on their own.")
-    ] = None,
+    prompt: Prompt = None,
     k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 5,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     slots: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
-    max_length: Annotated[int, typer.Option(min=16, help="Tokens of a trajectory.")] = 4096,
+    max_length: MaxLength = 4096,
     max_turn_length: Annotated[int, typer.Option(min=1, help="Tokens of a turn.")] = 512,
     limit: Annotated[
         int, typer.Option(min=0, help="Only the first so many questions; 0: all.")
