@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +111,20 @@ def test_a_run_is_reported(whole, tmp_path):
 
 
 @pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
-    """SIGKILL at a random moment after the first checkpoint, again and again."""
-    path, rng = tmp_path / "killed", random.Random(attempt)
-    run = subprocess.Popen(command(path), env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((path / "checkpoints").glob("[0-9]*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+def test_stopped_then_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
+    """SIGTERM in the cold start, then SIGKILL at a random moment after the next checkpoint."""
+    path, rng = tmp_path / "stopped", random.Random(attempt)
+    checkpoints = path / "checkpoints"
+    run = begin(command(path))
+    wait_until((path / "cold_start.jsonl").exists, run)
+    run.send_signal(signal.SIGTERM)
+    out, _ = run.communicate(timeout=600)
+    assert run.returncode == 0
+    assert json.loads(out.splitlines()[-1])["stopped"] == "SIGTERM"
+    saved = set(checkpoints.glob("[0-9]*"))
+    assert saved
+    run = begin(command(path, "--resume"))
+    wait_until(lambda: set(checkpoints.glob("[0-9]*")) - saved, run)
     time.sleep(rng.uniform(0, 12))
     run.kill()
     run.wait()
@@ -125,6 +133,18 @@ def test_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(whole, path)
+
+
+def begin(words: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+
+
+def wait_until(happened: Callable[[], object], run: subprocess.Popen) -> None:
+    while not happened():
+        assert run.poll() is None, "the run ended before"
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -147,25 +167,6 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_pa
     assert list((path / "profile").rglob("perfetto_trace.json.gz"))
     assert f"{newest} is damaged" in done.stderr.replace("\n", "")
     assert (path / "damaged-checkpoints" / newest.name).is_dir()
-    assert_same_run(whole, path)
-
-
-def test_sigterm_stops_with_a_checkpoint_and_resumes(whole, tmp_path):
-    path = tmp_path / "stopped"
-    run = subprocess.Popen(
-        command(path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not (path / "cold_start.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    run.send_signal(signal.SIGTERM)
-    out, _ = run.communicate(timeout=120)
-    assert run.returncode == 0
-    assert json.loads(out.splitlines()[-1])["stopped"] == "SIGTERM"
-    done = subprocess.run(
-        command(path, "--resume"), env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
     assert_same_run(whole, path)
 
 
