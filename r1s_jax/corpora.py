@@ -34,7 +34,7 @@ def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> 
 
     `instructions` for "query" and "passage" replace those that the model's own files name.
     """
-    if reference.split("-")[0] == "hash":
+    if reference in ("hash", HashEncoder().reference):
         if instructions:
             raise ConfigError("the encoder `hash` takes no instructions")
         return HashEncoder()

@@ -129,15 +129,14 @@ def _resume(
     for name in ("ratio", "questions_at_a_time"):  # what does not change a measurement
         del described[name]
     described = json.loads(json.dumps(described))
-    known = read_header(measured)
-    if known is None:
+    rows = journal_rows(measured)
+    if not rows:  # nor would anything be lost
         measured.parent.mkdir(parents=True, exist_ok=True)
         write_json(header_path(measured), described)
         return []
-    if known != described:
+    if read_header(measured) != described:
         header = header_path(measured).name
         raise DataError(f"{measured} is of another selection (see {header}): choose another")
-    rows = journal_rows(measured)
     for row, question in zip(rows, questions, strict=False):
         if row["question"] != question.question:
             raise DataError(f"{measured} holds other questions: {row['question'][:60]!r}")

@@ -221,6 +221,8 @@ def _of_run(row: dict[str, Any]) -> Trace:
         row["step"],
         [(text, float(advantage)) for text, advantage in row.get("token_advantages", ())],
     )
+    if not isinstance(trace.question, str):
+        raise ValueError("`question` must be a text")
     tokens = "".join(text for text, _ in trace.token_advantages)
     if tokens and tokens != "".join(text for text, by_policy in trace.spans if by_policy):
         raise ValueError("the tokens of `token_advantages` do not spell what the policy wrote")

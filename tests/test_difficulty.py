@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from r1s_jax.assets import AssetError
 from r1s_jax.config import ConfigError, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data import DataError
 from r1s_jax.difficulty import Selection, difficulty, mixed
+from r1s_jax.difficulty import select as select_questions
 from r1s_jax.train import train
 
 
@@ -108,9 +110,18 @@ def test_killed_and_resumed_it_selects_the_same(world, tmp_path):
         assert row["difficulty"] == difficulty(row["first_solved"])
 
 
-@pytest.mark.slow
-def test_another_selection_is_refused(world, tmp_path):
-    (tmp_path / "a.jsonl.measured.jsonl.header.json").write_text('{"model": "another"}')
-    failed = select(world, tmp_path / "a.jsonl")
-    failed.communicate()
-    assert failed.returncode == 1
+def test_another_selection_is_refused_once_something_was_measured(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "A"}\n')
+    out, selection = tmp_path / "a.jsonl", Selection(str(tmp_path / "q.jsonl"), "no such model")
+    header, measured = (tmp_path / f"a.jsonl.measured.jsonl{end}" for end in (".header.json", ""))
+    header.write_text('{"model": "another"}')
+    # Nothing was: it goes on to the model.
+    with pytest.raises(AssetError, match="no such model"):
+        select_questions(selection, None, {}, out)
+    header.write_text('{"model": "another"}')
+    measured.write_text('{"question": "Who?"}\n')
+    with pytest.raises(
+        DataError, match=r"another selection \(see a.jsonl.measured.jsonl.header.json\)"
+    ):
+        select_questions(selection, None, {}, out)
+    assert header.read_text() == '{"model": "another"}' and not out.exists()

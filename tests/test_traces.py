@@ -119,6 +119,8 @@ def test_what_is_no_trajectory_is_named(tmp_path):
     with pytest.raises(DataError, match=r"line 2: no trajectory \('step'\)"):
         broken = {k: v for k, v in RUN_ROW.items() if k != "step"}
         list(read_traces(write(tmp_path / "traces.jsonl", RUN_ROW, broken)))
+    with pytest.raises(DataError, match=r"line 1: no trajectory \(`question` must be a text\)"):
+        list(read_traces(write(tmp_path / "traces.jsonl", RUN_ROW | {"question": 3})))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no traces.jsonl"):
         list(read_traces(tmp_path / "empty"))

