@@ -17,6 +17,8 @@ from r1s_jax.files import write_json
 
 # What a run's first steps leave; before them nothing would be lost.
 _BEGUN = ("cold_start.jsonl", "metrics.jsonl", "checkpoints/*")
+# What is in the directory of a run that was killed while it wrote the two files of its start.
+_STARTING = {"versions.json", "versions.json.partial", "config.json.partial"}
 _PACKAGES = ("r1s-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
 
 
@@ -38,12 +40,16 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
         if differ:
             raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")
         return path
-    if not ours and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not ours and path.exists() and not (path.is_dir() and _names(path) <= _STARTING):
         raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
     path.mkdir(parents=True, exist_ok=True)
     write_json(versions, _versions())
     write_json(known, described)
     return path
+
+
+def _names(path: Path) -> set[str]:
+    return {entry.name for entry in path.iterdir()}
 
 
 def _read_config(path: Path) -> Any:

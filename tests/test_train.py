@@ -192,6 +192,8 @@ def test_what_fails_before_the_first_step_keeps_no_directory_from_another_try(tm
     assert json.loads((run / "config.json").read_text())["mesh"]["tensor"] == 3
     open_run_dir(run, right, resume=False)
     assert json.loads((run / "config.json").read_text())["mesh"]["tensor"] == 1
+    (run / "config.json").rename(run / "config.json.partial")  # as a kill leaves it
+    open_run_dir(run, right, resume=True)
     (run / "config.json").write_text("{")
     (run / "versions.json").rename(tmp_path / "versions.json")
     with pytest.raises(ConfigError, match="holds no run"):  # of a model, for all we know
