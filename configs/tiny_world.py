@@ -11,7 +11,7 @@ from r1s_jax.config import (
     StageConfig,
     TinyWorldConfig,
 )
-from r1s_jax.model import ModelConfig
+from r1s_jax.models.decoder import ModelConfig
 
 
 def config() -> Config:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1s_jax.data import DataError, gold_answers, journal_rows
-from r1s_jax.eval.results import VERDICTS, header_path, read_header, read_results
-from r1s_jax.files import write_json, write_rows
+from r1s_jax.data.questions import DataError, gold_answers, journal_rows
+from r1s_jax.data.results import VERDICTS, header_path, read_header, read_results
+from r1s_jax.system.files import write_json, write_rows
 
 Verdict = Literal["True", "False", "unparsable"]
 

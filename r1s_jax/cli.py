@@ -114,7 +114,7 @@ def ask(
     ] = False,
 ) -> None:
     """Answer one question, streaming what the model writes, searches and is given, in colour."""
-    from r1s_jax.ask import ask as stream_answer
+    from r1s_jax.serving.ask import ask as stream_answer
 
     stream_answer(question, model, index, k=k, temperature=temperature, first_search=first_search)
 
@@ -134,7 +134,7 @@ def compile_(
     Uses the real TPU compiler (`pip install libtpu`); nothing is run or downloaded. Exit status 1
     when it does not fit.
     """
-    from r1s_jax.compile_report import advice, as_text, compile_recipe
+    from r1s_jax.perf.compile_report import advice, as_text, compile_recipe
 
     report = compile_recipe(
         _load_config(config, overrides),
@@ -157,7 +157,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
 ) -> None:
     """Write a trained model in Hugging Face form: safetensors, tokenizer, configs, model card."""
-    from r1s_jax.export import export as export_model
+    from r1s_jax.models.export import export as export_model
 
     typer.echo(str(export_model(source, out, dtype)))
 
@@ -175,7 +175,7 @@ def traces(
     html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
 ) -> None:
     """Read trajectories in colour: what was written, searched, retrieved and answered."""
-    from r1s_jax import traces as browser
+    from r1s_jax.data import traces as browser
 
     wanted = browser.Wanted(min_reward, max_reward, searches, finish, step, contains)
     found = [trace for trace in browser.read_traces(source) if wanted.fits(trace)]
@@ -193,7 +193,7 @@ def report(
 
     The page is one file that needs no network: send it around.
     """
-    from r1s_jax.report import write_report
+    from r1s_jax.tracking.report import write_report
 
     write_report(runs, out)
     typer.echo(str(out))
@@ -211,7 +211,7 @@ def reward(
     ],
 ) -> None:
     """Reward solutions: each line of FILE again, with `reward` and its `parts`."""
-    from r1s_jax.reward_file import reward_file
+    from r1s_jax.eval.rewards import reward_file
 
     for row in reward_file(file, variant):
         typer.echo(json.dumps(row, ensure_ascii=False))
@@ -226,7 +226,7 @@ def _train(
     **options: Any,
 ) -> None:
     from r1s_jax.config import ConfigError
-    from r1s_jax.distributed import is_main, join
+    from r1s_jax.system.distributed import is_main, join
     from r1s_jax.train import train
 
     if resume and run_dir is None:
@@ -264,7 +264,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from r1s_jax.distributed import leave
+        from r1s_jax.system.distributed import leave
 
         expected = isinstance(error, _expected_errors())
         if expected:
@@ -275,14 +275,14 @@ def main() -> None:
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
-    from r1s_jax.aot import CannotCompile
-    from r1s_jax.assets import AssetError
-    from r1s_jax.checkpoint import CheckpointError
-    from r1s_jax.distributed import ProcessError
     from r1s_jax.eval.judge import JudgeError
-    from r1s_jax.health import UnhealthyRun
-    from r1s_jax.http_reward import RewardServerError
-    from r1s_jax.search import SearchFailure
+    from r1s_jax.models.checkpoint import CheckpointError
+    from r1s_jax.perf.targets import CannotCompile
+    from r1s_jax.rewards.http import RewardServerError
+    from r1s_jax.rollout.broker import SearchFailure
+    from r1s_jax.system.assets import AssetError
+    from r1s_jax.system.distributed import ProcessError
+    from r1s_jax.tracking.health import UnhealthyRun
 
     # Every error about input is a ValueError (ConfigError, DataError, WeightsError, ...).
     return (

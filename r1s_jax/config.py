@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from r1s_jax.advantages import Estimator, KlEstimator
-from r1s_jax.model import ModelConfig, Remat
+from r1s_jax.learning.advantages import Estimator, KlEstimator
+from r1s_jax.models.decoder import ModelConfig, Remat
 
 
 class ConfigError(ValueError):

@@ -8,33 +8,38 @@ from typing import Any
 import numpy as np
 from rich.markup import escape
 
-from r1s_jax import health
-from r1s_jax import metrics as m
-from r1s_jax.advantages import adapted_kl_coefficient, has_signal
-from r1s_jax.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
 from r1s_jax.config import Config, RolloutConfig, StageConfig
-from r1s_jax.distributed import on_main, together
-from r1s_jax.engine import Engine, Rolled, merge
-from r1s_jax.environment import open_environment
-from r1s_jax.eval.runner import Evaluation, evaluate
-from r1s_jax.files import write_rows
-from r1s_jax.learning import PolicyGradient, rows_with_signal
-from r1s_jax.losses import likelihood_loss, policy_loss
-from r1s_jax.pretrained import chat_renderer, make_policy
-from r1s_jax.profiling import (
+from r1s_jax.data.environment import open_environment
+from r1s_jax.eval.held_out import Evaluation, evaluate
+from r1s_jax.learning.advantages import adapted_kl_coefficient, has_signal
+from r1s_jax.learning.cold_start import (
+    cold_start_end,
+    cooldown_begins,
+    demonstration_batch,
+    learning_rate_scale,
+)
+from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
+from r1s_jax.learning.losses import likelihood_loss, policy_loss
+from r1s_jax.learning.policy_gradient import PolicyGradient, rows_with_signal
+from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
+from r1s_jax.models.pretrained import chat_renderer, make_policy
+from r1s_jax.models.sharding import batch_shards, make_mesh, shard_params
+from r1s_jax.rewards.rules import FORMAT_REWARDS, Reward, batch_reward
+from r1s_jax.rollout.engine import Engine, Rolled, merge
+from r1s_jax.system.distributed import on_main, together
+from r1s_jax.system.files import write_rows
+from r1s_jax.system.profiling import (
     Compilations,
     StepTrace,
     host_memory_gib,
     keep_compiled_programs,
     model_flops_utilization,
 )
-from r1s_jax.rewards import FORMAT_REWARDS, Reward, batch_reward
-from r1s_jax.run_dir import StopRequest, open_run_dir
-from r1s_jax.sft import cold_start_end, cooldown_begins, demonstration_batch, learning_rate_scale
-from r1s_jax.sharding import batch_shards, make_mesh, shard_params
-from r1s_jax.summary import summarize
-from r1s_jax.telemetry import Telemetry, console, make_progress
-from r1s_jax.update import Learner, LearnerState, make_optimizer
+from r1s_jax.tracking import health
+from r1s_jax.tracking import metrics as m
+from r1s_jax.tracking.run_dir import StopRequest, open_run_dir
+from r1s_jax.tracking.summary import summarize
+from r1s_jax.tracking.telemetry import Telemetry, console, make_progress
 
 # Where a run stands; every checkpoint keeps a copy.
 _BEGINNING = {

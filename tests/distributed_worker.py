@@ -6,8 +6,8 @@ from pathlib import Path
 
 from r1s_jax.config import CorpusConfig, EvalConfig, override
 from r1s_jax.configs import tiny_world
-from r1s_jax.distributed import ProcessError, gather, is_main, join, leave, on_main, together
-from r1s_jax.environment import Batch, TinyWorldEnvironment
+from r1s_jax.data.environment import Batch, TinyWorldEnvironment
+from r1s_jax.system.distributed import ProcessError, gather, is_main, join, leave, on_main, together
 from tests.fakes import RaisingRetriever
 
 # The tiny world made tiny: every part of a run, in seconds.
@@ -82,7 +82,7 @@ def served(folder: Path) -> None:
     """The index is opened by process 0 alone, and all of them find in it."""
     from dataclasses import replace
 
-    from r1s_jax import environment
+    from r1s_jax.data import environment
 
     corpus = CorpusConfig((str(folder / "q.jsonl"),), passages=(str(folder / "p.tsv"),))
     config = replace(tiny_world.config(), environment=corpus, eval=EvalConfig(questions=1))

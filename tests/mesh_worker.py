@@ -10,9 +10,9 @@ import numpy as np
 import optax
 
 from r1s_jax.config import MeshConfig
-from r1s_jax.model import ModelConfig
-from r1s_jax.sharding import make_mesh
-from tests import test_rollout, test_update
+from r1s_jax.models.decoder import ModelConfig
+from r1s_jax.models.sharding import make_mesh
+from tests import makers
 
 # Divides over eight devices in every way.
 MODEL = ModelConfig(160, 32, 64, 2, 8, 8, 8, rope_theta=1000.0)
@@ -22,12 +22,11 @@ def on_mesh(shape: str) -> dict[str, np.ndarray]:
     """What a mesh gives: `tokens`, `lengths` and every parameter."""
     data, fsdp, tensor = map(int, shape.split("x"))
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    test_rollout.make_mesh = lambda _: mesh
-    test_rollout.MODEL = test_update.MODEL = MODEL
-    trajectory = test_rollout.roll(test_rollout.make_engine(model=MODEL)).trajectory
-    learner = test_update.make_learner(optax.sgd(1.0), model=MODEL, mesh=mesh)
-    batch, micro = test_update.packed(test_update.make_sequences(), micro_rows=8)
-    params, metrics = test_update.step(learner, batch, micro)
+    engine = makers.make_engine(model=MODEL, mesh=mesh)
+    trajectory = makers.roll(engine, model=MODEL).trajectory
+    learner = makers.make_learner(optax.sgd(1.0), model=MODEL, mesh=mesh)
+    batch, micro = makers.packed(makers.make_sequences(), micro_rows=8)
+    params, metrics = makers.step(learner, batch, micro)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     return {"tokens": trajectory.tokens, "loss": np.asarray(metrics["loss"]), **named}

@@ -2,42 +2,13 @@
 
 import json
 
-import jax
-import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from r1s_jax import cli
-from r1s_jax.model import ModelConfig, init_params
-from r1s_jax.tiny_world import TinyWorld, build_tokenizer
-from r1s_jax.weights import save_params
-
-SMALL = ModelConfig(156, 32, 64, 2, 4, 2, 8, tie_embeddings=True)
-
-
-def run(*args: str, stdin: str | None = None):
-    return CliRunner().invoke(cli.app, list(args), input=stdin)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A random model that speaks the tiny world, as a Hugging Face directory."""
-    params = jax.tree.map(np.asarray, init_params(SMALL, 0))
-    tokenizer = build_tokenizer()
-    folder = tmp_path_factory.mktemp("models") / "small"
-    eos = (tokenizer.eos_token_id,)
-    return save_params(params, SMALL, folder, tokenizer, "float32", eos_token_ids=eos)
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("indexes")
-    world = TinyWorld((0, 0, 0), 30)
-    lines = "".join(f"{p.id}\t{p.line}\n" for p in world.passages)
-    (folder / "passages.tsv").write_text(lines)
-    done = run("index", "build", str(folder / "passages.tsv"), "--out", str(folder / "index"))
-    assert done.exit_code == 0, done.output
-    return folder / "index"
+from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer
+from r1s_jax.models.decoder import init_params
+from tests.makers import SMALL
+from tests.makers import run_cli as run
 
 
 def test_help_teaches():
@@ -170,7 +141,7 @@ def test_broken_question_file_is_named(tmp_path, monkeypatch, capsys):
 
 
 def _tiny_policy():
-    from r1s_jax.pretrained import Pretrained
+    from r1s_jax.models.pretrained import Pretrained
 
     tokenizer = build_tokenizer()
     return Pretrained(SMALL, init_params(SMALL, 0), tokenizer, (tokenizer.eos_token_id,))

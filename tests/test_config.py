@@ -16,7 +16,7 @@ from r1s_jax.config import (
     TinyWorldConfig,
     override,
 )
-from r1s_jax.model import ModelConfig
+from r1s_jax.models.decoder import ModelConfig
 
 MODEL = ModelConfig(32, 8, 16, 1, 2, 1, 4)
 

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from r1s_jax import distributed
-from r1s_jax.telemetry import read_rows
+from r1s_jax.system import distributed
+from r1s_jax.tracking.telemetry import read_rows
 from tests.distributed_worker import SHORT
 
 TRAIN = ["r1s_jax.cli", "train", "tiny_world", *SHORT]

@@ -17,24 +17,12 @@ import pytest
 
 from r1s_jax.config import ConfigError, override
 from r1s_jax.configs import tiny_world
-from r1s_jax.report import write_report
-from r1s_jax.run_dir import open_run_dir
-from r1s_jax.telemetry import read_rows
+from r1s_jax.tracking.report import write_report
+from r1s_jax.tracking.run_dir import open_run_dir
+from r1s_jax.tracking.telemetry import read_rows
 from r1s_jax.train import train
+from tests.makers import SHORT
 
-SHORT = [
-    "cold_start.steps=30",
-    "cold_start.checkpoint_every=10",
-    "stage1.steps=2",
-    "stage2.steps=4",
-    "stage1.questions_per_step=4",
-    "stage2.questions_per_step=4",
-    "algorithm.samples_per_question=4",
-    "algorithm.updates_per_rollout=2",
-    "rollout.slots=16",
-    "eval.questions=8",
-    "environment.eval_people=40",
-]
 # What the clock decides; everything else of a row must not depend on when a run was stopped.
 TIMES = ("seconds", "_per_s", "compilations", "host_memory")
 

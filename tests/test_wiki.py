@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from r1s_jax.assets import resolve
 from r1s_jax.config import override
 from r1s_jax.configs import wiki_smollm2
-from r1s_jax.telemetry import read_rows
+from r1s_jax.system.assets import resolve
+from r1s_jax.tracking.telemetry import read_rows
 from r1s_jax.train import train
 
 

@@ -20,7 +20,7 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Greedy decoding, beside `transformers` where PyTorch is installed."""
-    from r1s_jax.bench import bench_decode
+    from r1s_jax.perf.bench import bench_decode
 
     result = bench_decode(model, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens)
     _print_result(result, as_json)
@@ -34,7 +34,7 @@ def update(
     as_json: AsJson = False,
 ) -> None:
     """One policy update, beside PyTorch where it is installed."""
-    from r1s_jax.bench import bench_update
+    from r1s_jax.perf.bench import bench_update
 
     _print_result(bench_update(model, batch=batch, length=length), as_json)
 
@@ -47,7 +47,7 @@ def rollout(
     as_json: AsJson = False,
 ) -> None:
     """Rollouts against a retriever of a given latency."""
-    from r1s_jax.bench import bench_rollout
+    from r1s_jax.perf.bench import bench_rollout
 
     _print_result(bench_rollout(model, latency_ms=latency_ms, slots=slots), as_json)
 
@@ -79,9 +79,9 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Recall, speed and memory of an index, beside FAISS where it is installed."""
-    from r1s_jax.corpora import bench_saved_index
+    from r1s_jax.data.corpora import bench_saved_index
     from r1s_jax.retrieval.bench import bench_synthetic
-    from r1s_jax.telemetry import console
+    from r1s_jax.tracking.telemetry import console
 
     if (index is None) == (synthetic is None):
         raise ValueError("name a built index or --synthetic N, one of them")
@@ -106,7 +106,7 @@ def encode(
     as_json: AsJson = False,
 ) -> None:
     """Passages encoded a second, beside sentence-transformers where it is installed."""
-    from r1s_jax.corpora import bench_corpus_encoder
+    from r1s_jax.data.corpora import bench_corpus_encoder
 
     _print_result(bench_corpus_encoder(corpus, encoder, passages), as_json)
 

@@ -31,10 +31,10 @@ def select(
     is cover-EM). A stopped run goes on where it was. The last line printed is JSON: how many
     there are of each class.
     """
-    from r1s_jax.corpora import open_search_engine
-    from r1s_jax.difficulty import Selection
-    from r1s_jax.difficulty import select as select_questions
-    from r1s_jax.telemetry import progress_bar
+    from r1s_jax.data.corpora import open_search_engine
+    from r1s_jax.eval.difficulty import Selection
+    from r1s_jax.eval.difficulty import select as select_questions
+    from r1s_jax.tracking.telemetry import progress_bar
 
     selection = Selection(
         questions=questions,
@@ -64,7 +64,7 @@ def tiny_world(
     What the commands for real corpora do can be tried on it in seconds, with the policy of a
     `tiny_world` run as the model.
     """
-    from r1s_jax.tiny_world import write_world
+    from r1s_jax.data.tiny_world import write_world
 
     typer.echo(str(write_world(out, people, questions, seed)))
 

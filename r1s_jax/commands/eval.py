@@ -48,9 +48,9 @@ def run(
 
     A row a question, in order, written as they finish: a stopped run goes on where its file ends.
     """
-    from r1s_jax.corpora import open_search_engine
-    from r1s_jax.eval.answer import EvalRun, answer_file
-    from r1s_jax.telemetry import progress_bar
+    from r1s_jax.data.corpora import open_search_engine
+    from r1s_jax.eval.run import EvalRun, answer_file
+    from r1s_jax.tracking.telemetry import progress_bar
 
     run = EvalRun(
         questions=questions,
@@ -85,8 +85,8 @@ def score(
 
     Percentages have one decimal, as papers print them; `exact` in the JSON has them in full.
     """
+    from r1s_jax.data.results import read_results
     from r1s_jax.eval import score as scoring
-    from r1s_jax.eval.results import read_results
 
     results = [read_results(file) for file in files]
     summaries = [
@@ -124,7 +124,7 @@ def judge(
     line printed is JSON: how often each verdict came.
     """
     from r1s_jax.eval.judge import Judge, judge_file
-    from r1s_jax.telemetry import progress_bar
+    from r1s_jax.tracking.telemetry import progress_bar
 
     name = file.name.removesuffix(".gz").removesuffix(".jsonl")
     out = out or file.with_name(f"{name}.judged.jsonl")

@@ -59,7 +59,7 @@ def build(
     passage_instruction: PassageInstruction = None,
 ) -> None:
     """Encode passages and save a searchable index; a stopped build goes on."""
-    from r1s_jax.corpora import load_encoder, write_corpus_index
+    from r1s_jax.data.corpora import load_encoder, write_corpus_index
     from r1s_jax.retrieval.build import Options
 
     write_corpus_index(
@@ -83,7 +83,7 @@ def encode(
     passage_instruction: PassageInstruction = None,
 ) -> None:
     """Encode passages only: each host its part of them, a stopped one goes on."""
-    from r1s_jax.corpora import encode_corpus, load_encoder
+    from r1s_jax.data.corpora import encode_corpus, load_encoder
 
     opened = load_encoder(encoder, _instructions(query_instruction, passage_instruction))
     typer.echo(str(encode_corpus(corpus, opened, out, shard)))
@@ -103,7 +103,7 @@ def search(
     """Search an index: one JSON object a query, `{"query", "results": [...]}`."""
     import jax
 
-    from r1s_jax.corpora import open_saved_index
+    from r1s_jax.data.corpora import open_saved_index
 
     devices = None if jax.default_backend() == "cpu" else jax.local_devices()
     opened = open_saved_index(index, devices)
@@ -177,7 +177,7 @@ def serve(
     Prints the address once it listens. SIGTERM and Ctrl-C finish what is in flight.
     """
     from r1s_jax.config import ConfigError
-    from r1s_jax.corpora import open_saved_index
+    from r1s_jax.data.corpora import open_saved_index
 
     try:
         from r1s_jax.retrieval import server

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1s_jax.assets import AssetError
-from r1s_jax.corpora import corpus_passages, load_encoder
+from r1s_jax.data.corpora import corpus_passages, load_encoder
 from r1s_jax.retrieval import vectors as vectors_module
 from r1s_jax.retrieval.bench import bench_synthetic, synthetic_vectors
 from r1s_jax.retrieval.build import Options, write_index
@@ -26,6 +25,7 @@ from r1s_jax.retrieval.plan import cost, plan
 from r1s_jax.retrieval.scann import ScannSearcher, scann_parameters
 from r1s_jax.retrieval.searchers import ExactSearcher, recall
 from r1s_jax.retrieval.vectors import Corpus, VectorError, encode_shard
+from r1s_jax.system.assets import AssetError
 from tests.retrieval.test_vectors import Interrupted
 
 ENCODER = HashEncoder(32)

@@ -17,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from r1s_jax.assets import AssetError, resolve
 from r1s_jax.retrieval import bench
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
+from r1s_jax.system.assets import AssetError, resolve
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 DIMS, LAYERS = 16, 2

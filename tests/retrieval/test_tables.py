@@ -5,7 +5,7 @@ import json
 import pytest
 
 from r1s_jax.config import ConfigError, CorpusConfig
-from r1s_jax.corpora import open_retriever, read_corpus
+from r1s_jax.data.corpora import open_retriever, read_corpus
 from r1s_jax.retrieval.corpus import CorpusError
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")

@@ -1,0 +1,233 @@
+"""Choosing questions by how hard they are for a model (R1-Searcher, section 3.1).
+
+Each question is rolled out many times; the number of the first rollout that solves it says how hard
+it is. A run keeps what it measured beside its output and goes on from there.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from r1s_jax.config import ConfigError, MeshConfig, RolloutConfig, SearchConfig
+from r1s_jax.data.benchmarks import questions_file
+from r1s_jax.data.questions import DataError, Question, journal_rows, read_questions
+from r1s_jax.data.results import header_path, read_header
+from r1s_jax.eval.run import compute_dtype, renderer
+from r1s_jax.models.pretrained import Pretrained, load_pretrained
+from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.protocol.r1_searcher import extract_answer
+from r1s_jax.rewards.answer_scores import cover_exact_match
+from r1s_jax.rollout.broker import Retriever
+from r1s_jax.rollout.engine import Engine, Rolled
+from r1s_jax.system.files import write_json, write_rows
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+CLASSES = ("easy", "medium", "hard")
+_EASY_BELOW, _HARD_ABOVE = 10, 20  # rollouts, as published
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to measure, and the `ratio` of easy, medium and hard questions to keep."""
+
+    questions: str
+    model: str
+    rollouts: int = 20
+    ratio: tuple[float, float, float] = (0.0, 1.0, 1.0)
+    prompt: str | None = None  # a template with {question}
+    questions_at_a_time: int = 8
+    max_length: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rollouts < _HARD_ABOVE:
+            raise ConfigError(
+                f"rollouts={self.rollouts}: hard is what {_HARD_ABOVE} rollouts do not solve, so "
+                "there must be at least as many"
+            )
+        shares = all(0 <= share < math.inf for share in self.ratio)
+        if len(self.ratio) != 3 or not shares or not any(self.ratio):
+            raise ConfigError(f"ratio {self.ratio}: give easy:medium:hard, as 0:1:1")
+
+
+def difficulty(first_solved: int | None) -> str:
+    """The class of a question first solved at that rollout, counted from 1; None: never."""
+    if first_solved is None or first_solved > _HARD_ABOVE:
+        return "hard"
+    return "easy" if first_solved < _EASY_BELOW else "medium"
+
+
+def select(
+    selection: Selection,
+    retriever: Retriever,
+    source: dict[str, Any],
+    out: Path,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Measures every question, then writes those chosen to `out` (JSON lines, in file order).
+
+    Beside it: `OUT.measured.jsonl` (every question with `first_solved`, 1-based or null, `solved`
+    of its rollouts, and `difficulty`), its `.header.json` (of what; `source` describes the index)
+    and `OUT.png` (a histogram). Returns how many there are of each class, and chosen. Raises
+    DataError where another selection was begun there, or a class that is asked for is empty.
+    """
+    file = questions_file(selection.questions)
+    if out.resolve() == Path(file).resolve():
+        raise DataError(f"{out} holds the questions to choose from: name another file")
+    questions = read_questions(file)
+    measured = out.with_name(out.name + ".measured.jsonl")
+    rows = _resume(measured, selection, source, questions)
+    if len(rows) < len(questions):
+        rows += _measure(selection, retriever, questions[len(rows) :], measured, progress, rows)
+    progress(len(rows), len(questions))
+    chosen = mixed(rows, selection.ratio, selection.seed)
+    write_rows(out, chosen)
+    _plot(rows, selection.rollouts, out.with_name(out.name + ".png"))
+    counts = Counter(row["difficulty"] for row in rows)
+    return {"file": str(out), "chosen": len(chosen), **{name: counts[name] for name in CLASSES}}
+
+
+def mixed(rows: Sequence[dict[str, Any]], ratio: Sequence[float], seed: int) -> list[dict]:
+    """As many rows as there are in that ratio of classes, drawn at random, in their order.
+
+    Raises DataError where a class that is asked for is empty.
+    """
+    places = {
+        name: [i for i, row in enumerate(rows) if row["difficulty"] == name] for name in CLASSES
+    }
+    wanted = {name: share for name, share in zip(CLASSES, ratio, strict=True) if share}
+    if empty := [name for name in wanted if not places[name]]:
+        counts = ", ".join(f"{len(places[name])} {name}" for name in CLASSES)
+        raise DataError(
+            f"no {' and no '.join(empty)} question among {len(rows)} ({counts}): choose another "
+            "ratio; what was measured is kept"
+        )
+    unit = min(len(places[name]) / share for name, share in wanted.items())
+    rng = np.random.default_rng(seed)
+    chosen = [
+        i
+        for name, share in wanted.items()
+        for i in rng.permutation(places[name])[: max(1, int(unit * share + 1e-9))]
+    ]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def _resume(
+    measured: Path, selection: Selection, source: dict[str, Any], questions: Sequence[Question]
+) -> list[dict[str, Any]]:
+    """The rows measured before, if they are of the same questions, model and index."""
+    described = asdict(selection) | {"source": source}
+    for name in ("ratio", "questions_at_a_time"):  # what does not change a measurement
+        del described[name]
+    described = json.loads(json.dumps(described))
+    rows = journal_rows(measured)
+    if not rows:  # nor would anything be lost
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        write_json(header_path(measured), described)
+        return []
+    if read_header(measured) != described:
+        header = header_path(measured).name
+        raise DataError(f"{measured} is of another selection (see {header}): choose another")
+    for row, question in zip(rows, questions, strict=False):
+        if row["question"] != question.question:
+            raise DataError(f"{measured} holds other questions: {row['question'][:60]!r}")
+    return rows
+
+
+def _measure(
+    selection: Selection,
+    retriever: Retriever,
+    questions: Sequence[Question],
+    measured: Path,
+    progress: Callable[[int, int], None],
+    before: Sequence[dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Rolls out, a few questions at a time; each row is on disk before the next are begun."""
+    policy = load_pretrained(selection.model, compute_dtype())
+    engine = _engine(selection, policy)
+    params = shard_params(policy.params, policy.model, engine.mesh)
+    size, done = selection.questions_at_a_time, len(before)
+    total = done + len(questions)
+    with measured.open("a", encoding="utf-8") as file:
+        for first in range(0, len(questions), size):
+            progress(done, total)
+            batch = list(questions[first : first + size])
+            # Every batch has the same shape, so that the program compiles once.
+            padded = [*batch, *[batch[-1]] * (size - len(batch))]
+            rolled = engine.run(
+                params,
+                padded,
+                samples=selection.rollouts,
+                seed=selection.seed,
+                step=0,
+                retriever=retriever,
+            )
+            rows = [_row(rolled, i, question, selection) for i, question in enumerate(batch)]
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            done += len(batch)
+            yield from rows
+
+
+def _row(rolled: Rolled, i: int, question: Question, selection: Selection) -> dict[str, Any]:
+    own = range(i * selection.rollouts, (i + 1) * selection.rollouts)
+    answers = [extract_answer(rolled.solutions[j].written) for j in own]
+    solved = [a is not None and cover_exact_match(a, question.answers) for a in answers]
+    first = solved.index(True) + 1 if any(solved) else None
+    return {
+        "idx": question.id,
+        "question": question.question,
+        "answer": list(question.answers) if len(question.answers) > 1 else question.answers[0],
+        "first_solved": first,
+        "solved": sum(solved),
+        "difficulty": difficulty(first),
+    }
+
+
+def _engine(selection: Selection, policy: Pretrained) -> Engine:
+    """Sampling as in training: the published settings."""
+    longest = min(selection.max_length, policy.model.max_position)
+    config = RolloutConfig(
+        slots=min(64, selection.questions_at_a_time * selection.rollouts),
+        max_length=longest,
+        max_prompt_length=min(512, longest // 2),
+        max_documents_length=min(768, longest // 3),
+        prefill_chunk=min(64, longest // 4),
+    )
+    return Engine(
+        policy.model,
+        policy.tokenizer,
+        policy.eos_ids,
+        config,
+        SearchConfig(),
+        make_mesh(MeshConfig()),
+        compute_dtype(),
+        renderer(selection.prompt, policy),
+    )
+
+
+def _plot(rows: Sequence[dict[str, Any]], rollouts: int, path: Path) -> None:
+    """At which rollout questions were first solved, the classes by colour."""
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    firsts = [row["first_solved"] for row in rows]
+    for name, colour in zip(CLASSES, ("#2a9d8f", "#e9c46a", "#e76f51"), strict=True):
+        at = [f or rollouts + 1 for f in firsts if difficulty(f) == name]
+        bins = np.arange(0.5, rollouts + 2)
+        axes.hist(at, bins=bins, color=colour, label=f"{name} ({len(at)})")
+    axes.set(
+        title=f"{len(rows)} questions: the rollout that first solved each",
+        xlabel=f"rollout ({rollouts + 1}: none of {rollouts})",
+        ylabel="questions",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

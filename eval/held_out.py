@@ -1,0 +1,48 @@
+"""Evaluating a policy on held-out questions, with the rollout engine that training uses."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from r1s_jax.data.environment import Batch
+from r1s_jax.models.decoder import Params
+from r1s_jax.protocol.r1_searcher import extract_answer
+from r1s_jax.rewards.answer_scores import cover_exact_match, f1_score
+from r1s_jax.rollout.engine import Engine, Rolled
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean scores of one greedy pass over questions, shares in [0, 1]."""
+
+    f1: float
+    cover_em: float
+    f1_one_hop: float | None  # None: no question is known to be of that kind
+    f1_two_hop: float | None
+    searches: float  # a question
+    rolled: Rolled
+
+
+def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
+    """Answers every question once; `engine` should sample at temperature 0."""
+    rolled = engine.run(
+        params, batch.questions, samples=1, seed=0, step=0, retriever=batch.retriever
+    )
+    answers = [
+        (extract_answer(solution.written) or "", question.answers)
+        for solution, question in zip(rolled.solutions, rolled.questions, strict=True)
+    ]
+    f1 = np.array([f1_score(*answer)[0] for answer in answers])
+    hops = np.array([question.hops for question in rolled.questions])
+    return Evaluation(
+        f1=float(f1.mean()),
+        cover_em=float(np.mean([cover_exact_match(*answer) for answer in answers])),
+        f1_one_hop=_mean(f1[hops == 1]),
+        f1_two_hop=_mean(f1[hops == 2]),
+        searches=float(rolled.trajectory.searches.mean()),
+        rolled=rolled,
+    )
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None

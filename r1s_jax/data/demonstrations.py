@@ -1,0 +1,61 @@
+"""Worked solutions for the cold start, from trajectories that others (or an earlier run) left."""
+
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from r1s_jax.data.questions import DataError
+from r1s_jax.data.traces import read_traces
+from r1s_jax.rewards.answer_scores import normalize_answer
+from r1s_jax.rewards.rules import Solution, stage2
+from r1s_jax.tracking.telemetry import console
+
+
+class Demonstration(NamedTuple):
+    """A worked solution for the cold start."""
+
+    question: str
+    spans: tuple[tuple[str, float], ...]  # (text, weight of its tokens in the loss)
+    first_weight: float = 1.0  # of the first token with any weight: the decision to search
+
+
+def read_demonstrations(
+    files: Sequence[Path], unwanted: Container[str] = frozenset()
+) -> list[Demonstration]:
+    """The trajectories of files (see traces.read_traces) that are worth imitating.
+
+    Left out, and counted on the terminal: answers to questions in `unwanted` (normalised), and
+    what stage 2 would not reward: a broken format, no tags, a wrong answer. The loss is on what
+    the policy wrote, never on what the system did. Raises DataError where nothing remains.
+    """
+    kept, held_out, bad = [], 0, 0
+    for trace in (trace for file in files for trace in read_traces(file)):
+        if normalize_answer(trace.question) in unwanted:
+            held_out += 1
+        elif stage2(Solution(tuple(trace.spans)), trace.answers).value <= 0:
+            bad += 1
+        else:
+            spans = tuple((text, float(by_policy)) for text, by_policy in trace.spans)
+            kept.append(Demonstration(trace.question, spans))
+    console.print(
+        f"Demonstrations: {len(kept)} kept, {bad} left out for their format or answer, {held_out} "
+        "for a question of the evaluation"
+    )
+    if not kept:
+        raise DataError(f"no trajectory in {', '.join(map(str, files))} is worth imitating")
+    return kept
+
+
+def demonstrations_at(
+    all_of_them: Sequence[Demonstration], step: int, size: int, seed: int
+) -> list[Demonstration]:
+    """Those of a step: each once before any comes again, in an order of its own each time."""
+    chosen = []
+    for i in range(step * size, (step + 1) * size):
+        epoch, place = divmod(i, len(all_of_them))
+        if not chosen or place == 0:
+            order = np.random.default_rng((seed, epoch)).permutation(len(all_of_them))
+        chosen.append(all_of_them[order[place]])
+    return chosen

@@ -1,0 +1,273 @@
+"""Where questions and documents come from: one small contract, two implementations."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
+from r1s_jax.data.benchmarks import questions_file
+from r1s_jax.data.corpora import is_summaries, open_retriever
+from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
+from r1s_jax.data.questions import (
+    DataError,
+    Question,
+    QuestionStream,
+    question_stream,
+    read_questions,
+    texts,
+    without,
+)
+from r1s_jax.data.tiny_world import GUESS, PROMPT, Style, TinyWorld
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.retrieval.encoder import HashEncoder
+from r1s_jax.retrieval.index import Index, build_index
+from r1s_jax.retrieval.tables import HUB
+from r1s_jax.rewards.answer_scores import normalize_answer
+from r1s_jax.rollout.broker import Retriever
+from r1s_jax.system.assets import resolve
+from r1s_jax.system.distributed import on_main, own_address, together
+from r1s_jax.tracking.telemetry import console
+
+T = TypeVar("T")
+
+_PARENTHESIS = re.compile(r"\s*\([^)]*\)")  # "English theologian (1328-1384)"
+
+# Worlds of different purposes never coincide.
+_COLD_START, _LEARNING, _EVALUATION = 0, 1, 2
+
+
+class Batch(NamedTuple):
+    """Questions and the search engine that can answer them."""
+
+    questions: Sequence[Question]
+    retriever: Retriever
+
+
+class Environment(Protocol):
+    """Serves batches in an order that a saved state restores."""
+
+    def render(self, question: str) -> str:
+        """The prompt of a question."""
+        ...
+
+    def questions(self) -> Sequence[Question]:
+        """All that are known beforehand, so that what is wrong with one is found at once."""
+        ...
+
+    def batch(self, step: int, size: int, draw: int = 0) -> Batch:
+        """Questions to learn from at a step; `draw` 1, 2, ... are further ones for the same."""
+        ...
+
+    def evaluation(self, size: int) -> Batch:
+        """Held-out questions, always the same."""
+        ...
+
+    def demonstrations(self, step: int, size: int) -> list[Demonstration]:
+        """Worked solutions to imitate at a step of the cold start."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able cursor."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+class TinyWorldEnvironment:
+    """A fresh world of facts every step, a function of (seed, step): there is no cursor."""
+
+    def __init__(self, config: TinyWorldConfig, seed: int):
+        self.config, self.seed = config, seed
+        self._encoder = HashEncoder()
+
+    def render(self, question: str) -> str:
+        return protocol.render_prompt(PROMPT, question)
+
+    def questions(self) -> Sequence[Question]:
+        return ()
+
+    def batch(self, step: int, size: int, draw: int = 0) -> Batch:
+        seed = (self.seed, _LEARNING, step, draw) if draw else (self.seed, _LEARNING, step)
+        return self._batch(TinyWorld(seed, self.config.people), size)
+
+    def evaluation(self, size: int) -> Batch:
+        return self._batch(TinyWorld((self.seed, _EVALUATION, 0), self.config.eval_people), size)
+
+    def demonstrations(self, step: int, size: int) -> list[Demonstration]:
+        """A fifth guesses at once; the others look up one fact or set out for two, half each.
+
+        Half of those set out for two guess after the first, which leaves something to learn. The
+        decision to search has little weight, so that only a minority of samples searches.
+        """
+        c = self.config
+        world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people)
+        rng = np.random.default_rng((self.seed, _COLD_START, step))
+        one_hop = world.questions(3 * c.cold_start_people, 0.0)
+        two_hop = world.questions(3 * c.cold_start_people, 1.0)
+        guesses = round(size * c.guess_fraction)
+        twice = (size - guesses) // 2
+        picks = [(one_hop, size - guesses - twice, "search"), (two_hop, twice, "search")]
+        picks += [(one_hop, guesses - guesses // 2, "guess"), (two_hop, guesses // 2, "guess")]
+        out = []
+        for questions, count, style in picks:
+            for i in rng.choice(len(questions), count, replace=False):
+                question, chosen = questions[i], style
+                if style == "search" and question.hops == 2:
+                    guess = rng.random() < c.two_hop_guess_fraction
+                    chosen = "search_then_guess" if guess else "search"
+                out.append(self._demonstration(world, question, chosen))
+        return out
+
+    def _demonstration(self, world: TinyWorld, question: Question, style: Style) -> Demonstration:
+        """Decisions to search and random answers count less; see TinyWorldConfig."""
+        c = self.config
+        spans = tuple(
+            (text, c.guess_weight if text.startswith(GUESS) else float(trained))
+            for text, trained in world.demonstration(question, style)
+        )
+        return Demonstration(question.question, spans, 1.0 if style == "guess" else c.search_weight)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        pass
+
+    def _batch(self, world: TinyWorld, size: int) -> Batch:
+        questions = world.questions(size, self.config.two_hop_fraction)
+        return Batch(questions, build_index(world.passages, self._encoder))
+
+
+class CorpusEnvironment:
+    """Questions from a file, or made from the articles, over one index of passages."""
+
+    def __init__(self, config: CorpusConfig, seed: int, chat: Callable[[str], str], held_out: int):
+        self.config, self._chat, self._seed = config, chat, seed
+        self.retriever = open_retriever(config)
+        files = [list(_questions_of(reference)) for reference in config.questions]
+        starts = np.cumsum([0, *map(len, files)])
+        files = [
+            [replace(q, id=int(start) + i) for i, q in enumerate(file)]
+            for start, file in zip(starts, files, strict=False)
+        ]
+        questions = [question for file in files for question in file]
+        if held_out >= len(questions):
+            raise DataError(
+                f"eval.questions={held_out} leaves nothing to learn from: there are only "
+                f"{len(questions)} questions"
+            )
+        # By hash: the same ones whatever the seed, and wherever in the files they stand.
+        self._held_out = sorted(questions, key=_hash)[:held_out]
+        excluded = (q for name in config.exclude for q in _questions_of(name))
+        # By their text: one question may stand in several files, spelt alike or nearly.
+        self._unwanted = texts(self._held_out) | texts(excluded)
+        self._learning = [without(file, self._unwanted) for file in files]
+        self._report(len(questions))
+        self._stream: QuestionStream | None = None
+        self._size = 0
+        self._saved: dict[str, Any] = {}
+
+    def _report(self, questions: int) -> None:
+        """Says what there is to learn from; DataError for a file of which nothing is left."""
+        for reference, left in zip(self.config.questions, self._learning, strict=True):
+            if not left:
+                raise DataError(f"{reference}: every question of it is in the evaluation")
+        learning = sum(map(len, self._learning))
+        console.print(
+            f"Questions: {learning} to learn from, {len(self._held_out)} held out, "
+            f"{questions - learning - len(self._held_out)} left out since the evaluation has them"
+        )
+
+    def render(self, question: str) -> str:
+        if self.config.prompt == "base":
+            return protocol.render_prompt(protocol.BASE_PROMPT, question)
+        return self._chat(question)
+
+    def questions(self) -> Sequence[Question]:
+        return [*self._held_out, *itertools.chain(*self._learning)]
+
+    def batch(self, step: int, size: int, draw: int = 0) -> Batch:
+        if self._stream is None or self._size != size:
+            self._stream = question_stream(
+                self._learning, seed=self._seed, batch_size=size, mix=self.config.mix
+            )
+            self._size = size
+            if self._saved.get("size") == size:
+                self._stream.restore(self._saved["stream"])
+        return Batch(next(self._stream), self.retriever)
+
+    def evaluation(self, size: int) -> Batch:
+        return Batch(self._held_out[:size], self.retriever)
+
+    def demonstrations(self, step: int, size: int) -> list[Demonstration]:
+        if not self.config.demonstrations:
+            raise ConfigError("cold_start.steps must be 0, or name environment.demonstrations")
+        return demonstrations_at(self._demonstrations, step, size, self._seed)
+
+    @cached_property
+    def _demonstrations(self) -> list[Demonstration]:
+        files = [resolve(reference) for reference in self.config.demonstrations]
+        return read_demonstrations(files, self._unwanted)
+
+    def state(self) -> dict[str, Any]:
+        return {"size": self._size, "stream": self._stream.state()} if self._stream else {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._saved, self._stream = state, None
+
+
+def _hash(question: Question) -> str:
+    return hashlib.sha256(normalize_answer(question.question).encode()).hexdigest()
+
+
+def open_environment(config: Config, chat: Callable[[str], str]) -> Environment:
+    """make_environment on every process of a run; ProcessError on all where it fails on any."""
+    if config.search.served_by == "main" and isinstance(config.environment, CorpusConfig):
+        url = on_main(lambda: _serve(open_retriever(config.environment)))
+        served = replace(config.environment, passages=(), index="", retriever=url)
+        config = replace(config, environment=served)
+    return together(lambda: make_environment(config, chat))
+
+
+def _serve(retriever: Retriever) -> str:
+    """Serves what this process opened to the others; returns where they ask."""
+    if not isinstance(retriever, Index):
+        raise ConfigError(
+            "search.served_by=main serves an index: a server needs no other before it"
+        )
+    try:
+        from r1s_jax.retrieval.server import serve_in_background
+    except ImportError as error:
+        raise ConfigError(f"search.served_by=main: {error}; pip install 'r1s-jax[serve]'") from None
+    return f"{serve_in_background(retriever, own_address())}/queries"
+
+
+def make_environment(config: Config, chat: Callable[[str], str]) -> Environment:
+    """The environment of a config; `chat` renders a question with the model's chat template."""
+    if isinstance(config.environment, TinyWorldConfig):
+        return TinyWorldEnvironment(config.environment, config.seed)
+    return CorpusEnvironment(config.environment, config.seed, chat, config.eval.questions)
+
+
+def _questions_of(reference: str) -> Iterable[Question]:
+    """The questions that a reference or the name of a benchmark stands for."""
+    if reference.startswith(HUB):
+        return read_questions(reference)
+    path = questions_file(reference)
+    return _title_questions(path) if is_summaries(path) else read_questions(path)
+
+
+def _title_questions(path: Path) -> Iterable[Question]:
+    """One question for each article that Wikipedia describes in a few words."""
+    rows = json.loads(path.read_bytes()).values()
+    for i, row in enumerate(rows):
+        if description := _PARENTHESIS.sub("", row.get("description") or "").strip():
+            yield Question(i, f"What is {row['title']}?", (description,), hops=1)

@@ -1,0 +1,71 @@
+"""Files of evaluated questions: their rows, what each row scores, and the header beside them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from r1s_jax.data.questions import DataError, gold_answers, parse_row, read_rows
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.rewards import answer_scores as answers
+
+# Of a verdict's names, ours comes first; the other is that of R1-Searcher's published traces.
+VERDICTS = ("judge", "gpt4o_output")
+
+
+def header_path(results: Path) -> Path:
+    """Where a result file's header is: what was run, on which corpus, and who judged."""
+    return results.with_name(results.name + ".header.json")
+
+
+def read_header(results: Path) -> dict[str, Any] | None:
+    """The header of a result file, None where it has none (files of others).
+
+    Raises DataError for one that is damaged.
+    """
+    path = header_path(results)
+    return parse_row(path.read_text("utf-8"), path, 1) if path.exists() else None
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """Result rows in the published schema, each with its scores between 0 and 1 added.
+
+    A row holds `question`, `answer` (a text or a list), `pred_ans`, and perhaps
+    `stop_reason_final`, `gen_text_store`, `searches` and a judge's verdict. Raises DataError
+    naming the line of a row without what it needs, or a file without rows.
+    """
+    results = []
+    for number, row in read_rows(path):
+        try:
+            results.append(row | {"scores": score_row(row)})
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {error}") from error
+    if not results:
+        raise DataError(f"{path}: no results in this file")
+    return results
+
+
+def score_row(row: Mapping[str, Any]) -> dict[str, float]:
+    """`em`, `cem`, `f1`, `precision`, `recall`, and `acc_l` and `searches` where they are known."""
+    golds, predicted = gold_answers(row), row.get("pred_ans")
+    if not isinstance(predicted, str):
+        raise ValueError("`pred_ans` must be a text")
+    if not isinstance(row.get("question"), str):
+        raise ValueError("`question` must be a text")
+    if not isinstance(row.get("searches", 0), int | float):
+        raise ValueError("`searches` must be a number")
+    f1, precision, recall = answers.f1_score(predicted, golds)
+    scores = {
+        "em": float(answers.exact_match(predicted, golds)),
+        "cem": float(answers.cover_exact_match(predicted, golds)),
+        "f1": f1,
+        "precision": precision,
+        "recall": recall,
+    }
+    verdict = next((str(row[name]) for name in VERDICTS if name in row), "")
+    if verdict in ("True", "False"):
+        scores["acc_l"] = float(verdict == "True")
+    if "searches" in row:
+        scores["searches"] = float(row["searches"])
+    elif isinstance(row.get("gen_text_store"), str):
+        scores["searches"] = float(row["gen_text_store"].count(protocol.BEGIN_DOCUMENTS))
+    return scores

@@ -1,0 +1,242 @@
+"""Trajectories for reading: from a run or a file of answers, filtered, in colour."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from r1s_jax.data.questions import DataError, gold_answers, parse_row, read_rows, whole_rows
+from r1s_jax.data.results import score_row
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.rewards.rules import Solution
+from r1s_jax.tracking.pages import write_page
+
+STYLES = {
+    "policy": "cyan",
+    "query": "bold yellow",
+    "documents": "dim green",
+    "answer": "bold magenta",
+}
+# What a page calls each of them beside its colour.
+LABELS = {
+    "policy": "wrote",
+    "query": "searched",
+    "documents": "retrieved",
+    "answer": "answered",
+}
+_TAGGED = {
+    protocol.BEGIN_QUERY: ("query", protocol.END_QUERY),
+    protocol.BEGIN_ANSWER: ("answer", protocol.END_ANSWER),
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One trajectory; of an answer to a file's question, `reward` is its F1."""
+
+    question: str
+    answers: tuple[str, ...]
+    spans: Sequence[tuple[str, bool]]  # (text, written by the policy?)
+    reward: float | None = None
+    searches: int | None = None
+    finish: str = ""
+    step: int | None = None
+    # (text, advantage) of each token of the policy's spans, in order; of old runs and answers none
+    token_advantages: Sequence[tuple[str, float]] = ()
+
+    def pieces(self) -> Iterator[tuple[str, str]]:
+        """The whole text as (kind, text), the kinds being those of STYLES."""
+        for text, by_policy in self.spans:
+            yield from _policy_pieces(text) if by_policy else [("documents", text)]
+
+    def token_pieces(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """`pieces` cut into tokens: (kind, [(text, advantages)]).
+
+        A character made of several tokens has the advantages of all of them, in order; a token
+        that lies in two pieces is in both. Advantages are "" where they are not known.
+        """
+        tokens = _whole_characters(self.token_advantages)
+        at, end, shown = 0, 0, ""
+        for kind, text in self.pieces():
+            if kind == "documents" or not self.token_advantages:
+                yield kind, [(text, "")]
+                continue
+            stop, parts = at + len(text), []
+            while at < stop:
+                if at == end:
+                    token, shown = next(tokens)
+                    end += len(token)
+                take = min(end, stop)
+                parts.append((text[len(text) - (stop - at) :][: take - at], shown))
+                at = take
+            yield kind, parts
+
+    def text(self) -> Text:
+        """Question, gold answers and the whole text in colour."""
+        out = Text.assemble(("Question: ", "bold"), self.question)
+        out.append(f"   gold: {' | '.join(self.answers)}\n", "dim")
+        for kind, text in self.pieces():
+            out.append(text, STYLES[kind])
+        return out
+
+    def title(self) -> str:
+        """What is known of it besides its text."""
+        known = {"step": self.step, "reward": self.reward, "searches": self.searches}
+        parts = [f"{k} {v:.3g}" for k, v in known.items() if v is not None]
+        return "  ".join([*parts, self.finish] if self.finish else parts)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which traces to show; None and the empty text ask for nothing."""
+
+    min_reward: float | None = None
+    max_reward: float | None = None
+    searches: int | None = None
+    finish: str = ""
+    step: int | None = None
+    contains: str = ""
+
+    def fits(self, trace: Trace) -> bool:
+        """Whether a trace is all that was asked for; what it does not know, it is not."""
+        reward = trace.reward
+        low, high = self.min_reward, self.max_reward
+        return (
+            (low is None or (reward is not None and reward >= low))
+            and (high is None or (reward is not None and reward <= high))
+            and (self.searches is None or trace.searches == self.searches)
+            and (not self.finish or trace.finish == self.finish)
+            and (self.step is None or trace.step == self.step)
+            and any(self.contains in text for text in (trace.question, *dict(trace.spans)))
+        )
+
+
+def read_traces(source: Path) -> Iterator[Trace]:
+    """Traces of a run's directory, of a `traces.jsonl`, or of a file of evaluated answers.
+
+    Raises DataError for a row that is neither, or a directory without traces.
+    """
+    path = source / "traces.jsonl" if source.is_dir() else source
+    if source.is_dir() and not path.exists():
+        raise DataError(f"{source} holds no traces.jsonl: is it the directory of a run?")
+    rows = whole_rows(path) if path.name == "traces.jsonl" else read_rows(path)
+    for number, row in rows:
+        try:
+            yield _of_run(row) if "spans" in row else _of_answers(row)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _no_trajectory(path, number, error) from error
+
+
+def sample_traces(path: Path, count: int) -> tuple[list[Trace], int]:
+    """Traces spread evenly over the `traces.jsonl` of a run, and how many it holds.
+
+    The last line may still be being written: it counts once it is whole. Raises DataError for a
+    row that is no trajectory.
+    """
+    with path.open("rb") as lines:
+        found = sum(line.endswith(b"\n") for line in lines)
+    chosen = set(np.linspace(0, found - 1, min(count, found)).round().astype(int).tolist())
+    traces = []
+    with path.open("rb") as lines:
+        for i, line in enumerate(lines):
+            if i not in chosen:
+                continue
+            row = parse_row(line, path, i + 1)
+            try:
+                traces.append(_of_run(row))
+            except (KeyError, TypeError, ValueError) as error:
+                raise _no_trajectory(path, i + 1, error) from error
+    return traces, found
+
+
+def _no_trajectory(path: Path, number: int, error: Exception) -> DataError:
+    return DataError(f"{path}, line {number}: no trajectory ({error})")
+
+
+def show(traces: Sequence[Trace], found: int, html: Path | None = None) -> None:
+    """Prints traces, through a pager where there is a reader; or writes them as a page."""
+    if html:
+        write_page(html, "traces.html", traces=traces, found=found, labels=LABELS)
+        return
+    console = Console()
+    if not console.is_terminal:
+        _print(console, traces, found)
+        return
+    with console.pager(styles=True):
+        _print(console, traces, found)
+
+
+def legend() -> Text:
+    """The colours by name."""
+    return Text.assemble(*((f" {name} ", style) for name, style in STYLES.items()))
+
+
+def _policy_pieces(text: str) -> Iterator[tuple[str, str]]:
+    """Text of the policy, its queries and its answer set off."""
+    while text:
+        starts = [(at, begin) for begin in _TAGGED if (at := text.find(begin)) >= 0]
+        at, begin = min(starts, default=(len(text), ""))
+        if at:
+            yield "policy", text[:at]
+        if begin:
+            kind, end = _TAGGED[begin]
+            close = text.find(end, at)
+            stop = close + len(end) if close >= 0 else len(text)
+            yield kind, text[at:stop]
+            at = stop
+        text = text[at:]
+
+
+def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str, str]]:
+    """(text, advantages): tokens without a text of their own go with the one that has it."""
+    waiting: list[str] = []
+    for text, advantage in tokens:
+        waiting.append(f"{advantage:+.3g}")
+        if text:
+            yield text, " ".join(waiting)
+            waiting = []
+
+
+def _print(console: Console, traces: Sequence[Trace], found: int) -> None:
+    console.print(legend())
+    for trace in traces:
+        console.print(Rule(Text(trace.title())))
+        console.print(trace.text())
+    console.print(Rule(Text(f"{len(traces)} of {found} that fit")))
+
+
+def _of_run(row: dict[str, Any]) -> Trace:
+    trace = Trace(
+        row["question"],
+        tuple(row["answers"]),
+        [(text, by_policy) for text, by_policy in row["spans"]],
+        row["reward"],
+        len(row["searches"]),
+        row["finish"],
+        row["step"],
+        [(text, float(advantage)) for text, advantage in row.get("token_advantages", ())],
+    )
+    if not isinstance(trace.question, str):
+        raise ValueError("`question` must be a text")
+    tokens = "".join(text for text, _ in trace.token_advantages)
+    if tokens and tokens != "".join(text for text, by_policy in trace.spans if by_policy):
+        raise ValueError("the tokens of `token_advantages` do not spell what the policy wrote")
+    return trace
+
+
+def _of_answers(row: dict[str, Any]) -> Trace:
+    scores = score_row(row)
+    solution = Solution.of_text(row["gen_text_store"])
+    return Trace(
+        row["question"],
+        gold_answers(row),
+        [(text, by_policy) for text, by_policy in solution.spans if text],
+        scores["f1"],
+        int(scores["searches"]),
+        str(row.get("stop_reason_final", "")),
+    )

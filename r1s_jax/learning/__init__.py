@@ -1,0 +1,1 @@
+"""From a rewarded batch to better parameters."""

@@ -1,0 +1,223 @@
+"""Learning: the optimizer and one jitted update.
+
+Shapes: M micro-batches of R packed rows of T tokens (see packing.py), V vocabulary.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from r1s_jax.config import OptimizerConfig
+from r1s_jax.learning.losses import Metrics, TokenLoss
+from r1s_jax.learning.packing import PackedBatch
+from r1s_jax.models.decoder import ModelConfig, Params, Policy, Remat
+from r1s_jax.models.lora import combine, trainable
+from r1s_jax.models.sharding import (
+    BATCH_AXES,
+    attention_impl,
+    param_shardings,
+    place,
+    replicated,
+    row_attention,
+)
+from r1s_jax.system.distributed import to_host
+
+# Logits of this many tokens of a row exist at a time; the rest are recomputed when needed.
+_LOGIT_CHUNK = 128
+# Names in the compiled program of what runs once a chunk of logits, and once a micro-batch.
+LOGITS_SCOPE, MICRO_SCOPE = "logits_chunk", "micro_batch"
+
+
+class LearnerState(NamedTuple):
+    """What a checkpoint keeps.
+
+    `optimizer` and `reference` (the policy of the KL penalty, if any) know only of what is trained:
+    everything, or the adapters.
+    """
+
+    params: Params
+    optimizer: Any
+    reference: Params | None = None
+
+
+def make_optimizer(
+    config: OptimizerConfig, learning_rate: float | None = None
+) -> optax.GradientTransformation:
+    """Adam after clipping the global norm; AdamW where weight decay is asked for."""
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(
+            rate,
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.moment_dtype,
+        ),
+    )
+
+
+def logit_chunks(length: int) -> int:
+    """Into how many chunks the logits of a row of `length` tokens are cut."""
+    return -(-length // min(_LOGIT_CHUNK, length))
+
+
+def token_logprobs(
+    policy: Policy,
+    tokens: Int[Array, "R T"],
+    hidden: Float[Array, "R T D"],
+    wanted: Bool[Array, "R T"],
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
+    """Log-probability of every token given those before it, and the entropy it was drawn with.
+
+    Column 0 has no token before it and is 0. The vocabulary-wide logits are made chunk by chunk,
+    and only for chunks with a `wanted` token: most of a trajectory is prompt and documents. What
+    is not wanted may be 0.
+    """
+    length = tokens.shape[1]
+    pad = -length % min(_LOGIT_CHUNK, length)
+    targets, wanted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1 + pad))) for x in (tokens, wanted))
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
+    chunks = logit_chunks(length)
+
+    @jax.checkpoint
+    def chunk(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        hidden, targets, wanted = args
+        zeros = jnp.zeros(targets.shape, jnp.float32)
+        return lax.cond(wanted.any(), measure, lambda *_: (zeros, zeros), hidden, targets)
+
+    def measure(hidden: Array, targets: Array) -> tuple[Array, Array]:
+        logits = policy.logits(hidden)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        probs = jnp.exp(logits - normalizer[..., None])
+        return chosen - normalizer, normalizer - (probs * logits).sum(-1)
+
+    def split(x: Array) -> Array:
+        return x.reshape(x.shape[0], chunks, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(x: Array) -> Array:
+        x = x.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, : length - 1]
+        return jnp.pad(x, ((0, 0), (1, 0)))
+
+    with jax.named_scope(LOGITS_SCOPE):
+        logprobs, entropies = lax.map(chunk, (split(hidden), split(targets), split(wanted)))
+    return join(logprobs), join(entropies)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One jitted update over packed rows, and log-probabilities without one."""
+
+    model: ModelConfig
+    mesh: Mesh
+    compute_dtype: Any
+    remat: Remat
+    optimizer: optax.GradientTransformation
+    loss: TokenLoss
+    attention: str = "auto"
+
+    def init(self, params: Params, *, keep_reference: bool = False) -> LearnerState:
+        """Fresh optimizer state, each moment sharded like its parameter."""
+        shardings = param_shardings(self.model, self.mesh)
+        moments = self.optimizer_shardings(params)
+        optimizer = jax.jit(self.optimizer.init, out_shardings=moments)(trainable(params))
+
+        # Updates donate their input, so the parameters given and the reference must be copies.
+        def copy(tree: Params, shardings: Any) -> Params:
+            return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(tree)
+
+        reference = copy(trainable(params), trainable(shardings)) if keep_reference else None
+        return LearnerState(copy(params, shardings), optimizer, reference)
+
+    def optimizer_shardings(self, params: Params) -> Any:
+        """Sharding of every leaf of the optimizer's state."""
+        return optax.tree_map_params(
+            self.optimizer,
+            lambda _, s: s,
+            jax.eval_shape(self.optimizer.init, trainable(params)),
+            trainable(param_shardings(self.model, self.mesh)),
+            transform_non_params=lambda _: replicated(self.mesh),
+        )
+
+    def update(
+        self, state: LearnerState, batch: PackedBatch, micro: int, scale: float = 1.0
+    ) -> tuple[LearnerState, dict[str, float]]:
+        """One optimizer step over the first `micro` micro-batches; donates `state`.
+
+        `scale` multiplies the learning rate. Returns the new state and metrics (token means;
+        `loss`, `grad_norm`).
+        """
+        state, metrics = self._update(
+            state, self._place(batch), jnp.int32(micro), jnp.float32(scale)
+        )
+        return state, {name: float(value) for name, value in metrics.items()}
+
+    def logprobs(self, params: Params, batch: PackedBatch, micro: int) -> np.ndarray:
+        """float32[M, R, T] log-probability of every token under `params`."""
+        return to_host(self._logprobs(params, self._place(batch), jnp.int32(micro)))
+
+    def _place(self, batch: PackedBatch) -> PackedBatch:
+        return place(batch, NamedSharding(self.mesh, P(None, BATCH_AXES)))
+
+    def _forward(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
+        policy = Policy(
+            self.model,
+            params,
+            compute_dtype=self.compute_dtype,
+            remat=self.remat,
+            attend_rows=row_attention(attention_impl(self.attention, self.mesh), self.mesh),
+        )
+        hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
+        return token_logprobs(policy, batch.tokens, hidden, batch.weights > 0)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _update(self, state: LearnerState, batch: PackedBatch, micro: Array, scale: Array):
+        trained = trainable(state.params)
+
+        def loss(trained: Params, rows: PackedBatch) -> tuple[Array, Metrics]:
+            return self.loss(*self._forward(combine(state.params, trained), rows), rows)
+
+        def accumulate(i: Array, carry: tuple) -> tuple:
+            rows = PackedBatch(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in batch))
+            (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained, rows)
+            total = jax.tree.map(jnp.add, carry[:2], (grads, value))
+            return *total, {k: _merge(k, carry[2][k], v) for k, v in metrics.items()}
+
+        rows = PackedBatch(*(a[0] for a in batch))
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(loss, trained, rows)[1]
+        )
+        start = (jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), zeros)
+        with jax.named_scope(MICRO_SCOPE):
+            grads, value, metrics = lax.fori_loop(0, micro, accumulate, start)
+        tokens = jnp.maximum(metrics["tokens"], 1)
+        metrics = {
+            k: v if k == "tokens" or k.endswith("max") else v / tokens for k, v in metrics.items()
+        }
+        metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, trained)
+        updates = jax.tree.map(lambda u: scale * u, updates)
+        params = combine(state.params, optax.apply_updates(trained, updates))
+        return LearnerState(params, optimizer, state.reference), metrics
+
+    @partial(jax.jit, static_argnums=0)
+    def _logprobs(self, params: Params, batch: PackedBatch, micro: Array) -> Array:
+        def fill(i: Array, out: Array) -> Array:
+            rows = PackedBatch(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in batch))
+            return out.at[i].set(self._forward(params, rows)[0])
+
+        return lax.fori_loop(0, micro, fill, jnp.zeros(batch.tokens.shape))
+
+
+def _merge(name: str, total: Array, value: Array) -> Array:
+    return jnp.maximum(total, value) if name.endswith("max") else total + value

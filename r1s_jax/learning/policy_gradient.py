@@ -1,0 +1,155 @@
+"""From a rewarded rollout to optimizer steps: advantages over the whole batch, then updates."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from r1s_jax.config import Config
+from r1s_jax.learning.advantages import has_signal, kl_divergence, token_advantages
+from r1s_jax.learning.learner import Learner, LearnerState
+from r1s_jax.learning.packing import pack, unpack
+from r1s_jax.models.decoder import Params
+from r1s_jax.models.lora import combine
+from r1s_jax.models.sharding import batch_shards
+from r1s_jax.rollout.engine import Rolled
+from r1s_jax.rollout.loop import Finish, Trajectory
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What was learned from: `advantages` float32[N, W], and each update's metrics, in order."""
+
+    advantages: Float[np.ndarray, "N W"]
+    updates: list[dict[str, float]]
+    kl: float  # to the reference, mean over sampled tokens; 0 without one
+    importance_weight: float  # mean over sampled tokens; 1 without the correction
+
+
+def learnable(t: Trajectory) -> Bool[np.ndarray, "N W"]:
+    """The tokens to learn from: sampled, and not in a trajectory that a failed search ended.
+
+    That a search failed is not the policy's doing.
+    """
+    return t.loss_mask & ~np.isin(t.finish, (Finish.SEARCH_ERROR, Finish.ABORTED))[:, None]
+
+
+def token_weights(mask: Bool[np.ndarray, "N W"], average: str) -> Float[np.ndarray, "N W"]:
+    """Each token's share of the loss, adding up to 1: see `AlgorithmConfig.loss_average`."""
+    if average == "token":
+        return mask / max(1, mask.sum())
+    counts = mask.sum(-1, keepdims=True)
+    return mask / (np.maximum(counts, 1) * max(1, int((counts > 0).sum())))
+
+
+def rows_with_signal(
+    t: Trajectory, rewards: Float[np.ndarray, " N"], groups_wanted: int
+) -> np.ndarray:
+    """Rows of the first `groups_wanted` groups whose rewards differ, in order.
+
+    Where there are too few, groups that are all alike make up the number: they teach nothing, and
+    the batch keeps its shape. Rows in which nothing can be learned have no say.
+    """
+    valid = learnable(t).any(-1)
+    with_signal = set(t.groups[valid][has_signal(rewards[valid], t.groups[valid])].tolist())
+    groups = sorted(np.unique(t.groups).tolist(), key=lambda g: (g not in with_signal, g))
+    return np.flatnonzero(np.isin(t.groups, groups[:groups_wanted]))
+
+
+class PolicyGradient:
+    """Reinforce++ and its relatives over one rollout batch at a time."""
+
+    def __init__(self, config: Config, learner: Learner):
+        self.config, self.learner = config, learner
+
+    def learn(
+        self,
+        state: LearnerState,
+        rolled: Rolled,
+        rewards: Float[np.ndarray, " N"],
+        *,
+        step: int,
+        kl_coefficient: float,
+        learning_rate_scale: float,
+    ) -> tuple[LearnerState, Learned]:
+        """`updates_per_rollout` optimizer steps; donates `state`.
+
+        Every statistic is over the whole batch and taken once, before the first of them.
+        """
+        a, t = self.config.algorithm, rolled.trajectory
+        mask, old = learnable(t), t.policy_logprobs
+        correction = np.ones(mask.shape)
+        if a.importance_cap:
+            old = self._logprobs(state.params, t, mask)
+            correction = np.where(
+                mask, importance_weights(old, t.policy_logprobs, a.importance_cap), 1
+            )
+        reference = None
+        kl = np.zeros(mask.shape)
+        if state.reference is not None:
+            reference = self._logprobs(combine(state.params, state.reference), t, mask)
+            kl = np.where(mask, kl_divergence(a.kl_estimator, old, reference), 0.0)
+        advantages = token_advantages(
+            a.estimator,
+            rewards,
+            t.groups,
+            mask,
+            kl=kl if a.kl_penalty == "reward" else None,
+            kl_coefficient=kl_coefficient,
+            reward_clip=a.reward_clip,
+        )
+        rows = []
+        order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
+        for part in np.array_split(order, a.updates_per_rollout):
+            weights = token_weights(mask[part], a.loss_average)
+            batch, _, micro = self._pack(
+                t,
+                part,
+                weights=weights * correction[part],
+                advantages=advantages[part],
+                old_logprobs=old[part],
+                reference_logprobs=None if reference is None else reference[part],
+                kl_weights=kl_coefficient * weights if a.kl_penalty == "loss" else None,
+            )
+            state, row = self.learner.update(state, batch, micro, learning_rate_scale)
+            rows.append(row)
+        some = mask.any()
+        return state, Learned(
+            advantages,
+            rows,
+            kl=float(kl[mask].mean()) if some else 0.0,
+            importance_weight=float(correction[mask].mean()) if some else 1.0,
+        )
+
+    def _logprobs(
+        self, params: Params, t: Trajectory, mask: Bool[np.ndarray, "N W"]
+    ) -> Float[np.ndarray, "N W"]:
+        """Of every sampled token under `params`, as the learner computes them; 0 elsewhere."""
+        nothing = np.zeros(mask.shape, np.float32)
+        batch, layout, micro = self._pack(
+            t, np.arange(len(mask)), weights=mask, advantages=nothing, old_logprobs=nothing
+        )
+        packed = self.learner.logprobs(params, batch, micro)
+        return np.where(mask, unpack(packed, layout, t.lengths, mask.shape[1]), 0.0)
+
+    def _pack(self, t: Trajectory, rows: np.ndarray, **values: np.ndarray | None):
+        c = self.config
+        return pack(
+            t.tokens[rows],
+            t.lengths[rows],
+            **values,
+            capacity=c.optimizer.pack_length or c.rollout.max_length,
+            micro_rows=c.optimizer.micro_rows * batch_shards(self.learner.mesh),
+        )
+
+
+def importance_weights(
+    learning: Float[np.ndarray, "..."], sampling: Float[np.ndarray, "..."], cap: float
+) -> Float[np.ndarray, "..."]:
+    """Truncated importance weights p_learning / p_sampling, at most `cap`.
+
+    The program that samples and the one that learns round differently; where that grows to a gap,
+    tokens drawn from the one are weighed for the other (Yao et al. 2025, "Your efficient RL
+    framework secretly brings you off-policy RL training").
+    """
+    return np.minimum(np.exp(learning - sampling), cap)

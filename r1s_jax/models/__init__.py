@@ -1,0 +1,1 @@
+"""The policy network, and how it gets in and out."""

@@ -1,0 +1,421 @@
+"""The policy: one Flax decoder for Llama 3.x, SmolLM2, Qwen2.5 and Qwen3.
+
+Shapes: B rows, T tokens, D model width, F feed-forward width, H query heads, N key/value heads,
+K head width, L layers, V vocabulary, S slots of a KV cache, C its capacity in tokens.
+
+Parameters are a plain nested dict (the pytree that crosses every jit border); `Policy` wraps it as
+a Flax module for the length of one traced call. One block serves sampling and learning: only the
+function that attends differs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from r1s_jax.kernels.attention.api import Impl, attention, cache_dims, decode_attention
+from r1s_jax.models.lora import adapter_entries, is_adapter, merge_layer
+
+Params = dict[str, Any]
+
+# Name in the compiled program of what runs once a layer.
+LAYERS_SCOPE = "decoder_layer"
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the slow rotary frequencies (arXiv 2407.21783)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a decoder; the flags tell Llama, Qwen2 and Qwen3 apart."""
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    max_position: int = 2048
+    lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: none
+    lora_alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of the adapters is multiplied with."""
+        return self.lora_alpha / max(self.lora_rank, 1)
+
+    def with_lora(self, rank: int, alpha: float) -> "ModelConfig":
+        """The same model with adapters; rank 0: without."""
+        return replace(self, lora_rank=rank, lora_alpha=alpha)
+
+    def without_lora(self) -> "ModelConfig":
+        """The same model with its adapters merged."""
+        return replace(self, lora_rank=0)
+
+
+class ParamSpec(NamedTuple):
+    """Shape, logical axes (see sharding.py) and initial scale of one parameter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    std: float | None  # None: all ones (a norm's gain)
+
+
+def param_specs(config: ModelConfig) -> dict[str, Any]:
+    """The parameter tree of `config`, a `ParamSpec` at each leaf."""
+    c = config
+    layer = {
+        "attn_norm": ((c.d_model,), (None,), None),
+        "wq": ((c.d_model, c.num_heads, c.head_dim), ("embed", "heads", None), 1.0),
+        "wk": ((c.d_model, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), 1.0),
+        "wv": ((c.d_model, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), 1.0),
+        "wo": ((c.num_heads, c.head_dim, c.d_model), ("heads", None, "embed"), c.num_layers),
+        "mlp_norm": ((c.d_model,), (None,), None),
+        "w_gate": ((c.d_model, c.d_ff), ("embed", "mlp"), 1.0),
+        "w_up": ((c.d_model, c.d_ff), ("embed", "mlp"), 1.0),
+        "w_down": ((c.d_ff, c.d_model), ("mlp", "embed"), c.num_layers),
+    }
+    if c.qkv_bias:
+        layer["bq"] = ((c.num_heads, c.head_dim), ("heads", None), 0.0)
+        layer["bk"] = ((c.num_kv_heads, c.head_dim), ("kv_heads", None), 0.0)
+        layer["bv"] = ((c.num_kv_heads, c.head_dim), ("kv_heads", None), 0.0)
+    if c.qk_norm:
+        layer["q_norm"] = ((c.head_dim,), (None,), None)
+        layer["k_norm"] = ((c.head_dim,), (None,), None)
+    if c.lora_rank:
+        layer |= adapter_entries(layer, c.lora_rank)
+
+    def spec(shape: tuple, axes: tuple, gain: float | None) -> ParamSpec:
+        # 1/sqrt(fan in); the two projections that add to the residual also shrink with depth.
+        fan_in = shape[0] * shape[1] if axes[0] == "heads" else shape[0]
+        std = None if gain is None else (gain and (fan_in * (2 * gain if gain > 1 else 1)) ** -0.5)
+        return ParamSpec((c.num_layers, *shape), ("layers", *axes), std)
+
+    specs: dict[str, Any] = {
+        "embed": ParamSpec((c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5),
+        "layers": {name: spec(*entry) for name, entry in layer.items()},
+        "final_norm": ParamSpec((c.d_model,), (None,), None),
+    }
+    if not c.tie_embeddings:
+        specs["lm_head"] = ParamSpec((c.d_model, c.vocab_size), ("embed", "vocab"), c.d_model**-0.5)
+    return specs
+
+
+def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Params:
+    """Random parameters of `config`; equal seeds give equal parameters. Adapters are float32."""
+    return _draw(param_specs(config), seed, dtype)
+
+
+def add_adapters(params: Params, config: ModelConfig, seed: int) -> Params:
+    """`params` with the adapters that `config` asks for, which change nothing yet; float32."""
+    specs = {n: s for n, s in param_specs(config)["layers"].items() if is_adapter(n)}
+    return params | {"layers": params["layers"] | _draw(specs, seed, jnp.float32)}
+
+
+def _draw(specs: dict[str, Any], seed: int, dtype: Any) -> Params:
+    named, treedef = jax.tree_util.tree_flatten_with_path(
+        specs, is_leaf=lambda x: isinstance(x, ParamSpec)
+    )
+    keys = jax.random.split(jax.random.key(seed), len(named))
+
+    def leaf(path: tuple, spec: ParamSpec, key: Array) -> Array:
+        kind = jnp.float32 if is_adapter(path[-1].key) else dtype
+        if spec.std is None:
+            return jnp.ones(spec.shape, kind)
+        return (spec.std * jax.random.normal(key, spec.shape)).astype(kind)
+
+    leaves = [leaf(path, spec, key) for (path, spec), key in zip(named, keys, strict=True)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters, each layer's in arrays of its own.
+
+    For sampling on a CPU: there a scan copies every layer's weights out of their stack at every
+    step, and reading the weights is what a decode step costs.
+    """
+    layers = params["layers"]
+    count = len(layers["attn_norm"])
+    return params | {"layers": [{name: w[i] for name, w in layers.items()} for i in range(count)]}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of every layer, updated in place as the layer scan's carry."""
+
+    k: Float[Array, "L S N C K"]
+    v: Float[Array, "L S N C K"]
+
+    @staticmethod
+    def empty(
+        config: ModelConfig,
+        slots: int,
+        capacity: int,
+        kv_heads: int,
+        dtype: Any,
+        impl: Impl | None = None,
+    ) -> "KVCache":
+        """Zeros; C and K grow to what the attention backend `impl` wants of a cache."""
+        dims = cache_dims(capacity, config.head_dim, impl)
+        shape = (config.num_layers, slots, kv_heads, *dims)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def fit(self, x: Float[Array, "*B k"]) -> Float[Array, "*B K"]:
+        """New keys or values as the cache stores them."""
+        pad = [(0, 0)] * (x.ndim - 1) + [(0, self.k.shape[-1] - x.shape[-1])]
+        return jnp.pad(x.astype(self.k.dtype), pad)
+
+
+# Called as `attention` is, with q, k, v and `segment_ids=` of whole rows.
+RowAttention = Callable[..., Array]
+# What the backward pass recomputes of each layer (see PolicyConfig.remat).
+Remat = Literal["none", "attention", "full"]
+_REMAT = {
+    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+# Given layer index, q, k, v of the new tokens and the carried cache: attends, returns the cache.
+Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
+
+
+class Policy(nnx.Module):
+    """The decoder around one parameter tree.
+
+    `compute_dtype` is what activations and matmuls use; parameters keep their own dtype and are
+    cast where they are used. Inside `shard_map`, `tensor_axis` names the mesh axis over which
+    heads, feed-forward and vocabulary are split; under plain jit it stays None and XLA places the
+    collectives itself. `impl` names the attention backend; `attend_rows`, where given, does the
+    attention of whole rows instead (see sharding.py).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        *,
+        compute_dtype: Any = jnp.float32,
+        tensor_axis: str | None = None,
+        remat: Remat = "none",
+        impl: Impl | None = None,
+        attend_rows: RowAttention | None = None,
+    ):
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.tensor_axis = tensor_axis
+        self.remat = remat
+        self.impl = impl
+        self.attend_rows = attend_rows or partial(attention, impl=impl)
+        self.embed = nnx.Param(params["embed"])
+        # Stacked, or a list (see unstack_layers).
+        self.layers = nnx.data(params["layers"])
+        self.final_norm = nnx.Param(params["final_norm"])
+        self.lm_head = None if config.tie_embeddings else nnx.Param(params["lm_head"])
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """float32 logits of whole rows."""
+        return self.logits(self.hidden(tokens, positions, segment_ids))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states of whole rows (learning). Positions restart in each segment."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+
+        def attend(layer: Array, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
+            return self.attend_rows(q, k, v, segment_ids=segment_ids), cache
+
+        return self._stack(tokens, positions, attend, None)[0]
+
+    def decode(
+        self, tokens: Int[Array, " S"], starts: Int[Array, " S"], cache: KVCache
+    ) -> tuple[Float[Array, "S D"], KVCache]:
+        """Feeds one token to every slot; `starts[s]` is how many tokens slot s holds already."""
+
+        def write(buffer: Array, new: Array, layer: Array) -> Array:
+            # Slots and heads as one axis: with heads inside the written window, the TPU compiler
+            # turns the whole cache around for it, and back, at every layer.
+            heads = buffer.shape[2]
+            flat = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
+            rows = jnp.arange(flat.shape[1])
+            new = cache.fit(new[:, 0]).reshape(len(rows), -1)
+            return flat.at[layer, rows, jnp.repeat(starts, heads)].set(new).reshape(buffer.shape)
+
+        def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
+            cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
+            out = decode_attention(q, cache.k, cache.v, layer, starts + 1, impl=self.impl)
+            return out, cache
+
+        x, cache = self._stack(tokens[:, None], starts[:, None], attend, cache)
+        return x[:, 0], cache
+
+    def prefill(
+        self,
+        tokens: Int[Array, "R T"],
+        rows: Int[Array, " R"],
+        starts: Int[Array, " R"],
+        cache: KVCache,
+    ) -> tuple[Float[Array, "R T D"], KVCache]:
+        """Feeds a chunk of T tokens to R of the slots, from position `starts[r]` on.
+
+        What a chunk holds past a row's text is garbage that later tokens overwrite: a row that has
+        nothing to feed may take part at no harm. Requires `starts + T <= C`.
+        """
+        length = tokens.shape[1]
+        positions = starts[:, None] + jnp.arange(length)
+
+        def write(buffer: Array, new: Array, layer: Array) -> Array:
+            # One slice a row keeps the update in place; a gather over rows copies the cache.
+            new = cache.fit(new.swapaxes(1, 2))
+            for r in range(tokens.shape[0]):
+                at = (layer, rows[r], 0, starts[r], 0)
+                buffer = lax.dynamic_update_slice(buffer, new[r][None, None], at)
+            return buffer
+
+        def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
+            cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
+            ends = starts + length
+            return decode_attention(q, cache.k, cache.v, layer, ends, rows, impl=self.impl), cache
+
+        return self._stack(tokens, positions, attend, cache)
+
+    def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """float32 logits of hidden states, over the whole vocabulary on every device."""
+        x = x.astype(self.compute_dtype)
+        if self.lm_head is None:
+            w, equation = self.embed[...], "...d,vd->...v"
+        else:
+            w, equation = self.lm_head[...], "...d,dv->...v"
+        w = w.astype(self.compute_dtype)
+        out = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+        if self.tensor_axis:
+            out = lax.all_gather(out, self.tensor_axis, axis=out.ndim - 1, tiled=True)
+        return out
+
+    def _stack(self, tokens: Array, positions: Array, attend: Attend, cache: Any):
+        """Embedding, all layers (under one scan where they are stacked), final norm."""
+        x = self._embed(tokens)
+        rope = rope_tables(self.config, positions)
+
+        def layer(carry: tuple, inputs: tuple) -> tuple[tuple, None]:
+            (x, cache), (index, w) = carry, inputs
+            return self._block(x, w, rope, partial(attend, index), cache), None
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT[self.remat])
+        if isinstance(self.layers, list):
+            for index, w in enumerate(self.layers):
+                (x, cache), _ = layer((x, cache), (jnp.int32(index), w))
+        else:
+            inputs = (jnp.arange(self.config.num_layers), self.layers)
+            with jax.named_scope(LAYERS_SCOPE):
+                (x, cache), _ = lax.scan(layer, (x, cache), inputs)
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
+
+    def _block(self, x: Array, w: Params, rope: tuple, attend: Callable, cache: Any):
+        """One decoder layer: attention and gated feed-forward, each added to the residual."""
+        eps, dtype = self.config.norm_eps, self.compute_dtype
+        w = merge_layer(w, self.config.lora_scale)
+        w = {name: p if name.endswith("norm") else p.astype(dtype) for name, p in w.items()}
+
+        y = rms_norm(x, w["attn_norm"], eps)
+        q = jnp.einsum("btd,dhk->bthk", y, w["wq"])
+        k = jnp.einsum("btd,dnk->btnk", y, w["wk"])
+        v = jnp.einsum("btd,dnk->btnk", y, w["wv"])
+        if self.config.qkv_bias:
+            q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
+        if self.config.qk_norm:
+            q, k = rms_norm(q, w["q_norm"], eps), rms_norm(k, w["k_norm"], eps)
+        out, cache = attend(apply_rope(q, rope), apply_rope(k, rope), v, cache)
+        x = x + self._sum(jnp.einsum("bthk,hkd->btd", out.astype(dtype), w["wo"]))
+
+        y = rms_norm(x, w["mlp_norm"], eps)
+        gate = jax.nn.silu(jnp.einsum("btd,df->btf", y, w["w_gate"]))
+        up = jnp.einsum("btd,df->btf", y, w["w_up"])
+        x = x + self._sum(jnp.einsum("btf,fd->btd", gate * up, w["w_down"]))
+        return x, cache
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        table = self.embed[...]
+        if not self.tensor_axis:
+            return table[tokens].astype(self.compute_dtype)
+        # Each device holds a slice of the vocabulary: the others contribute zeros.
+        local = tokens - lax.axis_index(self.tensor_axis) * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        x = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0)
+        return lax.psum(x.astype(self.compute_dtype), self.tensor_axis)
+
+    def _sum(self, x: Array) -> Array:
+        return lax.psum(x, self.tensor_axis) if self.tensor_axis else x
+
+
+def rms_norm(x: Float[Array, "*B D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """Root-mean-square normalisation, computed in float32 (arXiv 1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * gain.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(
+    config: ModelConfig, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 K"], Float[Array, "B T 1 K"]]:
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), float32."""
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config))
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """float32[K/2] radians a position, Llama 3's scaling applied."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    freqs = (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32)
+    s = config.rope_scaling
+    if s is None:
+        return freqs
+    # Long waves are stretched by `factor`, short ones kept, those between interpolated.
+    turns = s.original_max_position * freqs / (2 * np.pi)
+    smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return ((1 - smooth) * freqs / s.factor + smooth * freqs).astype(np.float32)
+
+
+def apply_rope(x: Float[Array, "B T H K"], rope: tuple) -> Float[Array, "B T H K"]:
+    """Rotates each head's halves against each other (the Hugging Face convention)."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return (x.astype(jnp.float32) * cos + rotated * sin).astype(x.dtype)

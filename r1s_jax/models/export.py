@@ -1,0 +1,61 @@
+"""Trained models in Hugging Face form."""
+
+import json
+from pathlib import Path
+
+from r1s_jax.models.pretrained import load_pretrained, run_of
+from r1s_jax.models.weights import save_params
+
+_PROTOCOL = """\
+It reasons inside `<think>`, searches by writing `<|begin_of_query|> keywords <|end_of_query|>`,
+is handed documents between `<|begin_of_documents|>` and `<|end_of_documents|>`, and answers inside
+`<answer>`. The tags are ordinary text."""
+
+
+def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
+    """Writes a directory that `transformers` loads: weights, tokenizer, generation config, card.
+
+    `source` is any reference that `load_pretrained` takes, a run's directory among them. In memory
+    are the parameters once and one shard. Raises CheckpointError for a run without checkpoints,
+    FileExistsError for a directory in use.
+    """
+    policy, run, card = load_pretrained(source), run_of(Path(source)), Path(source, "README.md")
+    text = _card(run) if run else card.read_text("utf-8") if card.is_file() else ""
+    return save_params(
+        policy.params,
+        policy.model,
+        out,
+        policy.tokenizer,
+        dtype,
+        eos_token_ids=policy.eos_ids,
+        card=text,
+    )
+
+
+def _card(run: Path) -> str:
+    """A model card: what was trained on what, with which result, and how to use it."""
+    config = json.loads((run / "config.json").read_text("utf-8"))
+    base = config["policy"]["model"] or "random weights"
+    first, second = config["stage1"], config["stage2"]
+    summary = run / "summary.json"
+    scores = json.loads(summary.read_text("utf-8")) if summary.exists() else {}
+    shown = {k: v for k, v in scores.items() if k.startswith(("f1_", "searches_"))}
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [r1-searcher, search, reinforcement-learning]",
+        "---",
+        f"# {config['name']}",
+        "",
+        f"Trained with r1s_jax (R1-Searcher, arXiv 2503.05592) from {base}, seed {config['seed']}:",
+        f"{first['steps']} steps of stage 1 (reward `{first['reward']}`),",
+        f"then {second['steps']} of stage 2 (reward `{second['reward']}`).",
+        "",
+        _PROTOCOL,
+        "",
+    ]
+    if shown:
+        lines += ["| measure | value |", "| --- | --- |"]
+        lines += [f"| {name} | {value:.3f} |" for name, value in shown.items()] + [""]
+    recipe = json.dumps(config, indent=2, sort_keys=True)
+    return "\n".join([*lines, "## Recipe", "", "```json", recipe, "```", ""])

@@ -1,0 +1,147 @@
+"""The mesh and the logical-axis rules; nothing else in the package names a mesh axis.
+
+`data` replicates parameters, `fsdp` shards them for learning, `tensor` splits heads, feed-forward
+and vocabulary. A batch is divided over data x fsdp.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from r1s_jax.config import MeshConfig
+from r1s_jax.kernels.attention.api import Impl, attention, default_impl
+from r1s_jax.models.decoder import ModelConfig, Params, ParamSpec, RowAttention, param_specs
+
+BATCH_AXES = ("data", "fsdp")
+TENSOR_AXIS = "tensor"
+
+_LEARNING_RULES = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,
+    None: None,
+}
+# While sampling every data shard works alone, so it holds all of its tensor slice.
+_SAMPLING_RULES = {**_LEARNING_RULES, "embed": None}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; `fsdp=-1` takes what the others leave.
+
+    Raises ValueError when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    rest = config.data * config.tensor
+    fsdp = config.fsdp if config.fsdp != -1 else max(1, len(devices) // rest)
+    if rest * fsdp != len(devices):
+        raise ValueError(
+            f"mesh data={config.data} x fsdp={fsdp} x tensor={config.tensor} needs "
+            f"{rest * fsdp} devices, {len(devices)} are here: set mesh.data, mesh.fsdp, mesh.tensor"
+        )
+    axes = ("data", "fsdp", "tensor")
+    return jax.make_mesh(
+        (config.data, fsdp, config.tensor), axes, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def check_divisible(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises ValueError when a sharded dimension of the model does not divide over the mesh."""
+    tensor, fsdp = mesh.shape[TENSOR_AXIS], mesh.shape["fsdp"]
+    dims = {
+        "num_kv_heads": (config.num_kv_heads, "tensor", tensor),
+        "num_heads": (config.num_heads, "tensor", tensor),
+        "d_ff": (config.d_ff, "tensor", tensor),
+        "vocab_size": (config.vocab_size, "tensor", tensor),
+        "d_model": (config.d_model, "fsdp", fsdp),
+    }
+    for name, (size, axis, parts) in dims.items():
+        if size % parts:
+            raise ValueError(f"{name}={size} does not divide over mesh.{axis}={parts}")
+
+
+def param_partition(config: ModelConfig, *, sampling: bool = False) -> dict[str, Any]:
+    """PartitionSpec of every parameter, for learning or for sampling."""
+    rules = _SAMPLING_RULES if sampling else _LEARNING_RULES
+    return jax.tree.map(
+        lambda spec: P(*(rules[axis] for axis in spec.axes)),
+        param_specs(config),
+        is_leaf=lambda x: isinstance(x, ParamSpec),
+    )
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
+    """NamedSharding of every parameter while learning."""
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        param_partition(config),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+
+
+def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
+    """Places parameters on the mesh, sharded for learning."""
+    check_divisible(config, mesh)
+    return place(params, param_shardings(config, mesh))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Puts arrays, the same on every process, on the mesh; `shardings` may be one for all."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(x: Any, sharding: NamedSharding) -> Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda x: put(x, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
+
+
+def attention_impl(name: str, mesh: Mesh) -> Impl:
+    """The attention backend that `policy.attention` means on this mesh."""
+    return default_impl(mesh.devices.flat[0].platform) if name == "auto" else name
+
+
+def row_attention(impl: Impl, mesh: Mesh) -> RowAttention:
+    """Attention of whole rows while learning: each device its own rows and heads.
+
+    XLA cannot divide a kernel by itself, so it stands under `shard_map`.
+    """
+    rows, heads = P(BATCH_AXES), P(BATCH_AXES, None, TENSOR_AXIS)
+
+    def attend(q: Array, k: Array, v: Array, *, segment_ids: Array) -> Array:
+        return jax.shard_map(
+            lambda q, k, v, ids: attention(q, k, v, segment_ids=ids, impl=impl),
+            mesh=mesh,
+            in_specs=(heads, heads, heads, rows),
+            out_specs=heads,
+            check_vma=False,
+        )(q, k, v, segment_ids)
+
+    return attend
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh divides a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis divided over data x fsdp."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same on every device."""
+    return NamedSharding(mesh, P())

@@ -1,0 +1,187 @@
+"""Tokenizers: from a Hugging Face directory or GGUF metadata, and what the engine asks of them.
+
+Nothing here names a tokenizer's class: whatever `transformers` loads will do.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from r1s_jax.models.decoder import ModelConfig
+from r1s_jax.models.gguf import GGUFFile, WeightsError, gguf_in, open_gguf
+
+# Special tokens that end a turn or a text in one of the supported families.
+END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
+
+# How the families split text before BPE. They differ in how many digits make one word.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|DIGITS"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
+_DECODED_AT_ONCE = 32  # tokens
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory, or one built from a GGUF file's metadata.
+
+    Never touches the network. Raises WeightsError when there is none or its kind is not supported.
+    """
+    if file := gguf_in(path):
+        return _from_gguf(open_gguf(file))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(Path(path), local_files_only=True)
+        for how_loaded in ("local_files_only", "is_local"):
+            tokenizer.init_kwargs.pop(how_loaded, None)  # else saved as if it were the tokenizer's
+        return tokenizer
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: no tokenizer could be loaded: {error}") from error
+
+
+def _from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
+    kind = file.metadata("tokenizer.ggml.model", None)
+    if kind != "gpt2":
+        raise WeightsError(
+            f"{file.path}: tokenizer model {kind!r} is not supported, only byte-level BPE ('gpt2')"
+        )
+    pre = file.metadata("tokenizer.ggml.pre", "default")
+    tokens = file.metadata("tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in file.metadata("tokenizer.ggml.merges")]
+    special = {
+        f"{name}_token": tokens[i]
+        for name, key in (
+            ("bos", "bos"),
+            ("eos", "eos"),
+            ("unk", "unknown"),
+            ("pad", "padding"),
+        )
+        if (i := file.metadata(f"tokenizer.ggml.{key}_token_id", None)) is not None
+    }
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    backend.pre_tokenizer = _pre_tokenizer(pre, file)
+    backend.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    for token, token_type in zip(tokens, file.metadata("tokenizer.ggml.token_type"), strict=True):
+        if token_type in (_GGUF_CONTROL, _GGUF_USER_DEFINED):
+            control = token_type == _GGUF_CONTROL
+            backend.add_tokens([AddedToken(token, special=control, normalized=False)])
+    # A file that does not say means what its family does: only Llama 3 begins with a bos token.
+    if file.metadata("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos_token" in special:
+        bos = special["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=file.metadata("tokenizer.chat_template", None),
+        model_max_length=file.metadata(f"{file.architecture}.context_length"),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
+def _pre_tokenizer(pre: str, file: GGUFFile) -> pre_tokenizers.PreTokenizer:
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre in ("default", "gpt-2"):
+        return gpt2
+    if pre == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
+    digits = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}.get(pre)
+    if digits is None:
+        raise WeightsError(
+            f"{file.path}: pre-tokenizer {pre!r} is not supported; supported are smollm, "
+            "llama-bpe, qwen2, gpt-2 and default"
+        )
+    split = pre_tokenizers.Split(Regex(_WORDS.replace("DIGITS", digits)), behavior="isolated")
+    return pre_tokenizers.Sequence([split, whole])
+
+
+def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text that each id in 0..len-1 adds when it follows other text.
+
+    Found by decoding it behind a plain word, so it holds for any tokenizer: a word-initial piece
+    keeps its space, a special token its name. A part of a character is U+FFFD, an unused id "".
+    """
+    options: dict[str, Any] = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    special = set(tokenizer.all_special_ids)
+
+    def plain(i: int) -> bool:
+        text = tokenizer.decode([i], **options).strip()
+        return i not in special and text.isascii() and text.isalnum()
+
+    anchor = next((i for i in range(len(tokenizer)) if plain(i)), None)
+    if anchor is None:
+        raise ValueError("the tokenizer has no token that is a plain word or letter")
+    before = tokenizer.decode([anchor], **options)
+    pairs = tokenizer.batch_decode([[anchor, i] for i in range(len(tokenizer))], **options)
+    return [text.removeprefix(before) for text in pairs]
+
+
+def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """What each id adds to the text of them all: joined, the texts are exactly `decode(ids)`.
+
+    A character split over several tokens belongs to the last of them; the others add "".
+    """
+    whole, texts, end = decode(ids), [], 0
+    start, base = 0, 0  # decoding begins at this token, which begins at this character
+    for i in range(1, len(ids) + 1):
+        seen = decode(ids[start:i])
+        if not whole.startswith(seen, base):
+            seen = seen.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character not yet complete
+        reached = base + len(seen) if whole.startswith(seen, base) else end
+        reached = len(whole) if i == len(ids) else max(end, reached)
+        texts.append(whole[end:reached])
+        end = reached
+        # Begun anew where that changes nothing, or a long text would take quadratic time.
+        if i - start >= _DECODED_AT_ONCE and decode(ids[i:]) == whole[end:]:
+            start, base = i, end
+    return texts
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> tuple[int, ...]:
+    """Every id that ends a generation, the first being the one to write.
+
+    From the model's generation config (where `path` has one), the tokenizer's eos, and the end
+    markers among its special tokens: a chat model may end with its turn's or with its text's.
+    """
+    ids: list[int | None] = []
+    if path is not None and (gguf := gguf_in(path)):
+        ids += [
+            open_gguf(gguf).metadata(f"tokenizer.ggml.{k}_token_id", None) for k in ("eos", "eot")
+        ]
+    elif path is not None and (file := Path(path) / "generation_config.json").exists():
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        ids += eos if isinstance(eos, list) else [eos]
+    ids.append(tokenizer.eos_token_id)
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    ids += [added.get(marker) for marker in END_MARKERS]
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Raises ValueError when the tokenizer has ids that the model has no embedding for."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids and the model only {config.vocab_size} "
+            "embeddings: they do not belong together"
+        )

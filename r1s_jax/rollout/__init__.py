@@ -1,0 +1,1 @@
+"""Sampling with search inside the program."""

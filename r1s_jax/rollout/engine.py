@@ -1,0 +1,281 @@
+"""Rolling questions out: text in, trajectories and text out, around the jitted search loop."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from r1s_jax.config import RolloutConfig, SearchConfig
+from r1s_jax.data.questions import Question
+from r1s_jax.models.decoder import ModelConfig, Params
+from r1s_jax.models.lora import merge_adapters
+from r1s_jax.models.sharding import batch_sharding, batch_shards, place, replicated
+from r1s_jax.models.tokenizer import token_strings, token_texts
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.automaton import build_tag_table
+from r1s_jax.rewards.rules import Solution
+from r1s_jax.rollout.broker import Broker, Retriever, Search
+from r1s_jax.rollout.loop import Prompts, Rollout, Trajectory
+from r1s_jax.rollout.sampler import trajectory_keys
+from r1s_jax.system.distributed import gather, to_host
+
+_MAX_ID = 0x7FFFFFFF  # random keys fold in 31 bits of a question's id
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """A batch rolled out: row `i` of `trajectory` is sample `i % samples` of its question."""
+
+    questions: tuple[Question, ...]  # one a row
+    trajectory: Trajectory  # NumPy arrays
+    solutions: tuple[Solution, ...]
+    searches: tuple[tuple[Search, ...], ...]  # of each row, in order
+    outcomes: dict[str, int]  # searches of the batch by outcome
+    seconds: float
+    counters: dict[str, int]
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens the policy wrote."""
+        return int(self.trajectory.loss_mask.sum())
+
+    def take(self, rows: np.ndarray) -> "Rolled":
+        """Only these rows; what was counted over the batch stays as it was."""
+        return replace(
+            self,
+            questions=tuple(self.questions[i] for i in rows),
+            trajectory=Trajectory(*(array[rows] for array in self.trajectory)),
+            solutions=tuple(self.solutions[i] for i in rows),
+            searches=tuple(self.searches[i] for i in rows),
+        )
+
+
+def merge(batches: Sequence[Rolled]) -> Rolled:
+    """Several batches of as many samples a question as one, their groups kept apart."""
+    if len(batches) == 1:
+        return batches[0]
+    trajectories, groups = [], 0
+    for batch in batches:
+        t = batch.trajectory
+        trajectories.append(t._replace(groups=t.groups + groups))
+        groups = int(trajectories[-1].groups.max()) + 1
+    return Rolled(
+        questions=sum((b.questions for b in batches), ()),
+        trajectory=Trajectory(
+            *(np.concatenate(arrays) for arrays in zip(*trajectories, strict=True))
+        ),
+        solutions=sum((b.solutions for b in batches), ()),
+        searches=sum((b.searches for b in batches), ()),
+        outcomes=dict(sum((Counter(b.outcomes) for b in batches), Counter())),
+        seconds=sum(b.seconds for b in batches),
+        counters=dict(sum((Counter(b.counters) for b in batches), Counter())),
+    )
+
+
+class Engine:
+    """Rolls questions out with one model, tokenizer and set of limits.
+
+    `render` makes the prompt of a question; see protocol.py. `query_end` and `extract_query` say
+    how a query ends in the text of a turn and what it asks.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: Any,
+        eos_ids: Sequence[int],
+        rollout: RolloutConfig,
+        search: SearchConfig,
+        mesh: Mesh,
+        compute_dtype: Any,
+        render: Callable[[str], str],
+        *,
+        attention: str = "auto",
+        query_end: str = protocol.END_QUERY,
+        extract_query: Callable[[str], str | None] = protocol.extract_query,
+    ):
+        self.config, self.mesh = rollout, mesh
+        self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
+        self.render = render
+        tags = build_tag_table(
+            token_strings(tokenizer),
+            [query_end, protocol.END_ANSWER],
+            model.vocab_size,
+        )
+        self.tag_table = place(tags.table, replicated(mesh))
+        self.broker = Broker(
+            search,
+            decode=self.decode,
+            encode=self.encode,
+            extract_query=extract_query,
+            documents_per_query=rollout.documents_per_query,
+            max_documents_length=rollout.max_documents_length,
+        )
+        roll = Rollout(
+            model=model.without_lora(),
+            config=rollout,
+            mesh=mesh,
+            compute_dtype=compute_dtype,
+            eos_ids=self.eos_ids,
+            num_tag_states=tags.num_states,
+            exchange=self.broker.exchange,
+            attention=attention,
+        )
+        self._rollout = jax.jit(
+            lambda params, *rest: roll(merge_adapters(params, model.lora_scale), *rest)
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text that stands inside a sequence."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def document_tokens(self, lines: Sequence[str]) -> list[int]:
+        """Token ids of the block that a search which found these passage lines would insert."""
+        return self.broker.document_tokens(lines[: self.config.documents_per_query])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The exact text of token ids, special tokens included."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def run(
+        self,
+        params: Params,
+        questions: Sequence[Question],
+        *,
+        samples: int,
+        seed: int,
+        step: int,
+        retriever: Retriever,
+    ) -> Rolled:
+        """Rolls out `samples` trajectories of each question.
+
+        Each depends on (seed, step, question.id, sample) and the parameters, not on its
+        neighbours. Raises SearchFailure when too many searches failed, ValueError when a prompt
+        is longer than `rollout.max_prompt_length`.
+        """
+        started = time.perf_counter()
+        self.broker.begin(retriever)
+        first = self._first_searches(questions)
+        prompts, forced = self._prompts(questions, first)
+        repeated = [q for q in questions for _ in range(samples)]
+        arrays = self._arrays(prompts, questions, samples, seed, step)
+        trajectory, counters = to_host(self._rollout(params, arrays, self.tag_table))
+        self.broker.share()
+        trajectory = Trajectory(*(a[: len(repeated)] for a in trajectory))
+        trajectory = trajectory._replace(searches=trajectory.searches + bool(first))
+        self.broker.check()
+        starts = np.repeat([len(p) - len(f) for p, f in zip(prompts, forced, strict=True)], samples)
+        return Rolled(
+            questions=tuple(repeated),
+            trajectory=trajectory,
+            solutions=tuple(
+                self.solution(trajectory, i, int(starts[i])) for i in range(len(repeated))
+            ),
+            searches=self._searches(len(repeated), [s for s in first for _ in range(samples)]),
+            outcomes=self.broker.counts,
+            seconds=time.perf_counter() - started,
+            counters={name: int(values.sum()) for name, values in counters.items()},
+        )
+
+    def solution(self, trajectory: Trajectory, row: int, start: int) -> Solution:
+        """The text of a trajectory from token `start` on, split by who wrote it."""
+        spans = self._token_spans(trajectory, row, start)
+        return Solution(tuple((self.decode(ids), by_policy) for ids, by_policy in spans))
+
+    def token_texts(self, trajectory: Trajectory, row: int) -> list[str]:
+        """What each token that the policy wrote added to the policy's spans, in order.
+
+        The end of sequence, which is in no span, added nothing.
+        """
+        spans = [ids for ids, by_policy in self._token_spans(trajectory, row) if by_policy]
+        texts = [text for ids in spans for text in token_texts(ids, self.decode)]
+        return texts + [""] * (int(trajectory.loss_mask[row].sum()) - len(texts))
+
+    def _token_spans(
+        self, trajectory: Trajectory, row: int, start: int = 0
+    ) -> list[tuple[list[int], bool]]:
+        """Token ids from `start` on, without the end of sequence, split by who wrote them."""
+        end = int(trajectory.lengths[row])
+        tokens, mask = trajectory.tokens[row, start:end], trajectory.loss_mask[row, start:end]
+        if len(tokens) and mask[-1] and tokens[-1] in self.eos_ids:
+            tokens, mask = tokens[:-1], mask[:-1]
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
+        pieces = zip(np.split(tokens, edges), np.split(mask, edges), strict=True)
+        return [(t.tolist(), bool(m[0])) for t, m in pieces if len(t)]
+
+    def _first_searches(self, questions: Sequence[Question]) -> list[Search]:
+        """The system's own search of every question, where the config asks for one."""
+        if not self.config.first_search:
+            return []
+        # Each process searches its share, and all read the same documents.
+        count, index = jax.process_count(), jax.process_index()
+        shares = gather(self.broker.search_now([q.question for q in questions[index::count]]))
+        return [shares[i % count][i // count] for i in range(len(questions))]
+
+    def _prompts(
+        self, questions: Sequence[Question], first: Sequence[Search]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of every prompt, and the part of it that is the system's own first search."""
+        prompts = [self.encode(self.render(q.question)) for q in questions]
+        forced: list[list[int]] = [[] for _ in questions]
+        for i, search in enumerate(first):
+            query = f" {protocol.BEGIN_QUERY} {search.query} {protocol.END_QUERY}"
+            forced[i] = self.encode(query) + self.broker.document_tokens(search.documents)
+        prompts = [p + f for p, f in zip(prompts, forced, strict=True)]
+        for question, prompt in zip(questions, prompts, strict=True):
+            self._check_prompt(question, prompt)
+        return prompts, forced
+
+    def check_prompts(self, questions: Sequence[Question]) -> None:
+        """Raises ValueError for a question whose prompt no rollout will take."""
+        for question in questions:
+            self._check_prompt(question, self.encode(self.render(question.question)))
+
+    def _check_prompt(self, question: Question, prompt: Sequence[int]) -> None:
+        limit = self.config.max_prompt_length
+        if len(prompt) > limit:
+            raise ValueError(
+                f"the prompt of question {question.id} ({question.question[:60]!r}) has "
+                f"{len(prompt)} tokens: more than rollout.max_prompt_length={limit}"
+            )
+
+    def _arrays(
+        self,
+        prompts: list[list[int]],
+        questions: Sequence[Question],
+        samples: int,
+        seed: int,
+        step: int,
+    ) -> Prompts:
+        """The prompts as arrays on the mesh, padded with copies to a multiple of its shards."""
+        rows = np.repeat(np.arange(len(questions)), samples)
+        sample = np.tile(np.arange(samples), len(questions))
+        extra = -len(rows) % batch_shards(self.mesh)
+        rows, sample = np.pad(rows, (0, extra), "edge"), np.pad(sample, (0, extra), "edge")
+        tokens = np.zeros((len(questions), self.config.max_prompt_length), np.int32)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)] = prompt
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        ids = np.array([q.id & _MAX_ID for q in questions], np.int32)
+        arrays = Prompts(
+            tokens=tokens[rows],
+            lengths=lengths[rows],
+            groups=rows.astype(np.int32),
+            keys=trajectory_keys(seed, step, jnp.asarray(ids[rows]), jnp.asarray(sample)),
+        )
+        return place(arrays, batch_sharding(self.mesh))
+
+    def _searches(self, rows: int, first: Sequence[Search]) -> tuple[tuple[Search, ...], ...]:
+        by_row = [[search] for search in first] or [[] for _ in range(rows)]
+        for search in self.broker.log:
+            if 0 <= search.trajectory < rows:
+                by_row[search.trajectory].append(search)
+        return tuple(map(tuple, by_row))

@@ -1,0 +1,143 @@
+"""The search loop driven from the host, one question, one token at a time.
+
+What `r1s ask` streams, and the oracle of the loop inside the program (rollout.py): the same
+policy and sampler, but tags found in decoded text and control flow in Python.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1s_jax.config import RolloutConfig
+from r1s_jax.models.decoder import KVCache, ModelConfig, Params, Policy
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.rollout.broker import Broker
+from r1s_jax.rollout.loop import Finish
+from r1s_jax.rollout.sampler import sample
+
+
+@dataclass
+class Event:
+    """A piece of a trajectory as it comes to be."""
+
+    kind: Literal["policy", "documents"]
+    tokens: list[int]
+
+
+@dataclass
+class HostLoop:
+    """Rolls out one trajectory; its fields tell afterwards what happened."""
+
+    model: ModelConfig
+    params: Params
+    config: RolloutConfig
+    compute_dtype: Any
+    eos_ids: Sequence[int]
+    broker: Broker
+    decode: Any  # token ids -> text
+
+    tokens: list[int] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
+    policy_logprobs: list[float] = field(default_factory=list)
+    searches: int = 0
+    finish: Finish = Finish.NONE
+
+    def run(self, prompt: Sequence[int], key: Any) -> Iterator[Event]:
+        """Yields what the policy writes, token by token, and each document block."""
+        c = self.config
+        self._force(list(prompt))
+        self._cached = 0
+        capacity = c.max_length + c.prefill_chunk
+        self._cache = KVCache.empty(
+            self.model, 1, capacity, self.model.num_kv_heads, self.compute_dtype
+        )
+        turn: list[int] = []
+        while self.finish == Finish.NONE:
+            token = self._sample(key)
+            turn.append(token)
+            yield Event("policy", [token])
+            self.finish = self._end_of_turn(turn)
+            if self.finish == Finish.NONE and protocol.END_QUERY in self.decode(turn):
+                documents = self._search(turn)
+                if documents:
+                    yield Event("documents", documents)
+                turn = []
+
+    def _end_of_turn(self, turn: list[int]) -> Finish:
+        c, text = self.config, self.decode(turn)
+        if turn[-1] in self.eos_ids or (c.stop_at_answer and protocol.END_ANSWER in text):
+            return Finish.FINISHED
+        if protocol.END_QUERY in text:
+            return Finish.SEARCH_LIMIT if self.searches >= c.max_searches else Finish.NONE
+        full = len(turn) >= c.max_turn_length or len(self.tokens) >= c.max_length
+        return Finish.LENGTH if full else Finish.NONE
+
+    def _search(self, turn: list[int]) -> list[int]:
+        query = protocol.extract_query(self.decode(turn[-self.config.max_query_length :]))
+        if not query:
+            self.finish = Finish.BAD_QUERY
+            return []
+        (search,) = self.broker.search_now([query])
+        if search.outcome not in ("found", "empty"):
+            self.finish = Finish.SEARCH_ERROR
+            return []
+        block = self.broker.document_tokens(search.documents)
+        if len(self.tokens) + len(block) >= self.config.max_length:
+            self.finish = Finish.LENGTH
+            return []
+        self._force(block)
+        self.searches += 1
+        return block
+
+    def _force(self, tokens: list[int]) -> None:
+        self.tokens += tokens
+        self.mask += [False] * len(tokens)
+        self.policy_logprobs += [0.0] * len(tokens)
+
+    def _sample(self, key: Any) -> int:
+        """Feeds what is not in the cache yet, then draws the next token."""
+        chunk = self.config.prefill_chunk
+        while len(self.tokens) - self._cached > 1:
+            new = self.tokens[self._cached : -1][:chunk]
+            padded = np.zeros((1, chunk), np.int32)
+            padded[0, : len(new)] = new
+            start = jnp.array([self._cached])
+            self._cache = _prefill(self._static, self.params, padded, start, self._cache)
+            self._cached += len(new)
+        last, start = jnp.array(self.tokens[-1:]), jnp.array([self._cached])
+        logits, self._cache = _decode(self._static, self.params, last, start, self._cache)
+        uniform = jax.random.uniform(jax.random.fold_in(key, len(self.tokens)))[None]
+        token, _, logprob = _draw(logits, uniform, self.config.temperature, self.config.top_p)
+        self.tokens.append(int(token[0]))
+        self.mask.append(True)
+        self.policy_logprobs.append(float(logprob[0]))
+        self._cached += 1
+        return self.tokens[-1]
+
+    @property
+    def _static(self) -> tuple[ModelConfig, Any]:
+        return self.model, np.dtype(self.compute_dtype)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _prefill(static, params: Params, tokens, starts, cache: KVCache) -> KVCache:
+    policy = Policy(static[0], params, compute_dtype=static[1])
+    one = jnp.zeros(1, jnp.int32)
+    return policy.prefill(tokens, one, starts, cache)[1]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _decode(static, params: Params, tokens, starts, cache: KVCache):
+    policy = Policy(static[0], params, compute_dtype=static[1])
+    hidden, cache = policy.decode(tokens, starts, cache)
+    return policy.logits(hidden), cache
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _draw(logits, uniform, temperature: float, top_p: float):
+    return sample(logits, uniform, temperature=temperature, top_p=top_p)

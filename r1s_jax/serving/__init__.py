@@ -1,0 +1,1 @@
+"""A policy that answers while it searches."""

@@ -1,0 +1,123 @@
+"""Answering one question at the terminal, streamed."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.text import Text
+
+from r1s_jax.config import RolloutConfig, SearchConfig
+from r1s_jax.data.corpora import open_saved_index
+from r1s_jax.data.traces import STYLES
+from r1s_jax.models.pretrained import Pretrained, chat_renderer, load_pretrained
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.rollout.broker import Broker
+from r1s_jax.rollout.host_loop import HostLoop
+from r1s_jax.rollout.loop import Finish
+from r1s_jax.tracking.telemetry import out_console as console
+
+_WHY = {
+    Finish.LENGTH: "ran out of tokens",
+    Finish.SEARCH_LIMIT: "asked for too many searches",
+    Finish.BAD_QUERY: "wrote an empty query",
+    Finish.SEARCH_ERROR: "a search failed",
+}
+
+
+def ask(
+    question: str, model: str, index: Path, *, k: int, temperature: float, first_search: bool
+) -> str | None:
+    """Streams an answer to standard output; returns what stands between the answer tags."""
+    policy = load_pretrained(model)
+    config = RolloutConfig(
+        slots=1,
+        prefill_rows=1,
+        temperature=temperature,
+        max_length=min(4096, policy.model.max_position),
+        max_prompt_length=min(4096, policy.model.max_position) - 1,
+        documents_per_query=k,
+        prefill_chunk=128,
+    )
+    loop, prompt = _prepare(policy, config, question, index, first_search)
+    seed = int.from_bytes(os.urandom(4)) >> 1
+    printer = _Printer(loop.decode)
+    for event in loop.run(prompt, jax.random.key(seed)):
+        printer.feed(event.tokens, documents=event.kind == "documents")
+    console.print()
+    if loop.finish != Finish.FINISHED:
+        console.print(f"[red]No answer: the model {_WHY[loop.finish]}.[/]")
+    written = [t for t, sampled in zip(loop.tokens, loop.mask, strict=True) if sampled]
+    return protocol.extract_answer(loop.decode(written))
+
+
+def _prepare(
+    policy: Pretrained, config: RolloutConfig, question: str, index: Path, first_search: bool
+) -> tuple[HostLoop, list[int]]:
+    tokenizer = policy.tokenizer
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    broker = Broker(
+        SearchConfig(),
+        decode=decode,
+        encode=encode,
+        documents_per_query=config.documents_per_query,
+        max_documents_length=config.max_documents_length,
+    )
+    broker.begin(open_saved_index(index))
+    if tokenizer.chat_template:
+        prompt = encode(chat_renderer(tokenizer)(question))
+    else:
+        prompt = encode(protocol.render_prompt(protocol.BASE_PROMPT, question))
+    if first_search:
+        (search,) = broker.search_now([question])
+        block = protocol.document_block(search.documents)
+        console.print(
+            Text(f"{protocol.BEGIN_QUERY} {question} {protocol.END_QUERY}", STYLES["query"])
+        )
+        console.print(Text(block, STYLES["documents"]), end="")
+        query = f" {protocol.BEGIN_QUERY} {question} {protocol.END_QUERY}"
+        prompt += encode(query) + broker.document_tokens(search.documents)
+    loop = HostLoop(
+        policy.model,
+        jax.device_put(policy.params),
+        config,
+        np.dtype("float32"),
+        policy.eos_ids,
+        broker,
+        decode,
+    )
+    return loop, prompt
+
+
+class _Printer:
+    """Prints text as its tokens come, a change of colour at each tag of the protocol."""
+
+    def __init__(self, decode):
+        self._decode, self._tokens, self._shown = decode, [], ""
+
+    def feed(self, tokens: list[int], *, documents: bool) -> None:
+        if documents:
+            console.print(Text(self._decode(tokens), STYLES["documents"]), end="")
+            self._tokens, self._shown = [], ""
+            return
+        self._tokens += tokens
+        text = self._decode(self._tokens)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return  # half a character; the next token completes it
+        console.print(Text(text[len(self._shown) :], self._style(text)), end="")
+        self._shown = text
+
+    def _style(self, text: str) -> str:
+        for begin, end, style in (
+            (protocol.BEGIN_QUERY, protocol.END_QUERY, "query"),
+            (protocol.BEGIN_ANSWER, protocol.END_ANSWER, "answer"),
+        ):
+            if begin in text and end not in text[: len(self._shown)].rpartition(begin)[2]:
+                return STYLES[style]
+        return STYLES["policy"]

@@ -1,0 +1,1 @@
+"""This process and its machine: files, assets, terminal, other processes, chips."""

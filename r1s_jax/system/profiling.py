@@ -1,0 +1,98 @@
+"""Where the time of a run goes: compilations, utilisation, and traces of chosen steps."""
+
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import psutil
+
+from r1s_jax.config import ConfigError
+from r1s_jax.models.decoder import Params
+from r1s_jax.system.assets import cache_dir
+from r1s_jax.system.chips import CHIPS
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+class Compilations:
+    """Counts what XLA compiles in this process."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._note)
+
+    def take(self) -> int:
+        """Compilations since the last call."""
+        count, self._count = self._count, 0
+        return count
+
+    def _note(self, event: str, _: float, **__: Any) -> None:
+        self._count += event == _COMPILED
+
+
+def host_memory_gib() -> float:
+    """Memory of the host that this process holds."""
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def keep_compiled_programs() -> None:
+    """Keeps on disk what XLA compiles for accelerators, so that a resumed run starts sooner.
+
+    JAX_COMPILATION_CACHE_DIR says where, else it is this package's cache. Not on CPU by itself:
+    programs compile in seconds there, and only for the very CPU that compiled them.
+    """
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+
+
+def model_flops_utilization(params: Params, tokens: float, seconds: float) -> float | None:
+    """Share of the chips' peak that learning from `tokens` in `seconds` used.
+
+    Six FLOPs a parameter and token (Chowdhery et al., 2022), recomputation not counted; None on
+    hardware whose peak is not known.
+    """
+    devices = jax.devices()
+    chip = CHIPS.get(devices[0].device_kind)
+    if chip is None or seconds <= 0:
+        return None
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    return 6 * parameters * tokens / (seconds * len(devices) * chip.tflops * 1e12)
+
+
+class StepTrace:
+    """Traces the steps `first` to `last` for Perfetto and TensorBoard, in `directory`."""
+
+    def __init__(self, steps: str, directory: Path):
+        """`steps` is `N:M` (or `N`), counted from 1; "" traces none. Raises ConfigError."""
+        self._first, self._last = _parse(steps)
+        self._directory, self._running = directory, False
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Surrounds one step."""
+        if self._first <= number <= self._last and not self._running:
+            jax.profiler.start_trace(str(self._directory), create_perfetto_trace=True)
+            self._running = True
+        yield
+        if number >= self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the trace, if one is being taken."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def _parse(steps: str) -> tuple[int, int]:
+    if not steps:
+        return 0, 0
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", steps)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= first <= last:
+        raise ConfigError(f"--profile {steps}: take N or N:M, the first and the last step, from 1")
+    return first, last

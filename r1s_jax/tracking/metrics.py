@@ -1,0 +1,132 @@
+"""The numbers of one step, and the trajectories worth keeping."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from r1s_jax.learning.advantages import has_signal
+from r1s_jax.learning.policy_gradient import Learned
+from r1s_jax.rewards.rules import Reward
+from r1s_jax.rollout.engine import Rolled
+from r1s_jax.rollout.loop import Finish, Trajectory
+
+# How the parts of a reward are called in `metrics.jsonl`.
+_PART_NAMES = {"format": "format_valid"}
+
+
+def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, float]:
+    """Rewards and their parts, searches and lengths of one rollout batch (means over it)."""
+    values = np.array([r.value for r in rewards])
+    t = rolled.trajectory
+    outcomes = rolled.outcomes
+    failed = sum(outcomes.get(name, 0) for name in ("timeout", "error"))
+    waits = [s.seconds for searches in rolled.searches for s in searches]
+    parts = {
+        _PART_NAMES.get(name, name): float(np.mean([r.parts[name] for r in rewards]))
+        for name in rewards[0].parts
+    }
+    return {
+        "reward": float(values.mean()),
+        "reward_std": float(values.std()),
+        "groups_without_signal": float(1 - has_signal(values, t.groups).mean()),
+        "identical_responses": _identical(rolled),
+        **parts,
+        "searches": int(t.searches.sum()),
+        "searches_per_question": float(t.searches.mean()),
+        "searches_empty": outcomes.get("empty", 0),
+        "searches_failed": failed,
+        "searches_bad_query": outcomes.get("bad_query", 0),
+        "search_seconds_mean": float(np.mean(waits)) if waits else 0.0,
+        "response_length": float(t.loss_mask.sum(-1).mean()),
+        "trajectory_length": float(t.lengths.mean()),
+        "sampled_tokens": rolled.sampled_tokens,
+        "sampled_tokens_per_s": rolled.sampled_tokens / rolled.seconds,
+        **{f"{name}_per_s": n / rolled.seconds for name, n in rolled.counters.items()},
+        **{f"finish_{name}": share for name, share in _finish_shares(t.finish).items()},
+    }
+
+
+def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
+    """Means over the updates of a step.
+
+    The gap between training and sampling log-probabilities is taken from the first update: later
+    ones have moved the policy on purpose, and `ratio_drift` says how far the last one found it.
+    """
+    updates = learned.updates
+    mean = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
+    tokens = sum(u["tokens"] for u in updates)
+    return {
+        "loss": mean["loss"],
+        "entropy": mean["entropy"],
+        "kl": learned.kl,
+        "clip_fraction": mean["clip_fraction"],
+        "grad_norm": mean["grad_norm"],
+        "ratio": mean["ratio"],
+        "ratio_drift": updates[-1]["logprob_gap_mean"],
+        "logprob_gap_mean": updates[0]["logprob_gap_mean"],
+        "logprob_gap_max": updates[0]["logprob_gap_max"],
+        "importance_weight": learned.importance_weight,
+        "trained_tokens": tokens,
+        "trained_tokens_per_s": tokens / seconds,
+    }
+
+
+def trace_rows(
+    rolled: Rolled,
+    rewards: Sequence[Reward],
+    advantages: np.ndarray,
+    count: int,
+    token_texts: Callable[[Trajectory, int], list[str]],
+) -> Iterator[dict[str, Any]]:
+    """The trajectories of a step that go into `traces.jsonl`: spread over the batch.
+
+    `token_texts` gives the text of each token that the policy wrote (see Engine).
+    """
+    rows = len(rewards)
+    for i in np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(int)):
+        question, t = rolled.questions[i], rolled.trajectory
+        mask = t.loss_mask[i]
+        yield {
+            "question_id": question.id,
+            "question": question.question,
+            "answers": list(question.answers),
+            "reward": rewards[i].value,
+            "parts": rewards[i].parts,
+            "advantage": float(advantages[i][mask].mean()) if mask.any() else 0.0,
+            "finish": Finish(int(t.finish[i])).name.lower(),
+            "spans": [[text, by_policy] for text, by_policy in rolled.solutions[i].spans],
+            # Of the policy's tokens alone, in order: joined, the texts are the policy's spans.
+            "token_advantages": [
+                [text, float(f"{advantage:.4g}")]
+                for text, advantage in zip(token_texts(t, i), advantages[i][mask], strict=True)
+            ],
+            "searches": [
+                {
+                    "query": s.query,
+                    "outcome": s.outcome,
+                    "documents": list(s.documents),
+                    "seconds": s.seconds,
+                }
+                for s in rolled.searches[i]
+            ],
+            "prompt_tokens": int(t.prompt_lengths[i]),
+            "sampled_tokens": int(mask.sum()),
+            "tokens": int(t.lengths[i]),
+        }
+
+
+def _finish_shares(finish: np.ndarray) -> dict[str, float]:
+    reasons = [reason for reason in Finish if reason != Finish.NONE]
+    return {reason.name.lower(): float(np.mean(finish == reason)) for reason in reasons}
+
+
+def _identical(rolled: Rolled) -> float:
+    """Share of responses that another sample of the same question repeats to the letter."""
+    texts = [
+        (int(group), solution.written)
+        for group, solution in zip(rolled.trajectory.groups, rolled.solutions, strict=True)
+    ]
+    times = Counter(texts)
+    return float(np.mean([times[text] > 1 for text in texts]))

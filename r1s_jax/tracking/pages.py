@@ -1,0 +1,58 @@
+"""Self-contained HTML pages: one file with its style, script and data inside."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from r1s_jax.system.files import write_text
+
+# Control characters, of which HTML drops some, as the pictures that Unicode has of them; and by
+# name those that would turn the order of the text around them.
+_PICTURES: dict[int, int | str] = {
+    **{i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"},
+    0x7F: 0x2421,
+    **{i: f"[U+{i:04X}]" for i in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))},
+}
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def write_page(path: Path, template: str, **values: Any) -> None:
+    """Writes `templates/TEMPLATE` filled with `values`; the file is there whole or not at all.
+
+    Everything is escaped; what no HTML can hold is shown by a stand-in. Raises ValueError for a
+    path that is not named as a page, which is mostly a file given by mistake.
+    """
+    if path.suffix not in (".html", ".htm") or path.is_dir():
+        raise ValueError(f"{path}: a page must be a file named .html")
+    environment = Environment(
+        loader=PackageLoader("r1s_jax.tracking"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+    )
+    page = environment.get_template(template).render(source=_source, **values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, [page])
+
+
+def breakable(name: str) -> Markup:
+    """A long name that may go on in a new line after each of its parts."""
+    parts = re.split(r"(?<=[._-])", name)
+    return Markup("<wbr>").join(_printable(part) for part in parts)
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return _SURROGATES.sub("\N{REPLACEMENT CHARACTER}", value.translate(_PICTURES))
+
+
+def _source(name: str) -> Markup:
+    """A style sheet or script of ours, as it is."""
+    return Markup((files("r1s_jax.tracking") / "templates" / name).read_text("utf-8"))

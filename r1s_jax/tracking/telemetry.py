@@ -1,0 +1,129 @@
+"""What a run tells: progress on the terminal, metrics and traces in files, TensorBoard, W&B."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import SummaryWriter
+
+from r1s_jax.config import ConfigError
+from r1s_jax.data.questions import whole_rows
+from r1s_jax.system.distributed import is_main
+from r1s_jax.system.files import write_rows
+
+# Everything for people goes to stderr; stdout carries the one JSON line a program may read.
+console = Console(stderr=True)
+out_console = Console(soft_wrap=True, highlight=False)
+
+
+def make_progress() -> Progress:
+    """A progress display with a free text field `info` for each task."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[info]}"),
+        console=console,
+    )
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for one long job; yields the function to call with (done, total)."""
+    with make_progress() as progress:
+        task = progress.add_task(title, total=None, info="")
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class Telemetry:
+    """Appends to `metrics.jsonl`, `cold_start.jsonl` and `traces.jsonl` of a run directory.
+
+    One JSON object a line, flushed at once. `rewind` drops what a resumed run will write again.
+    Only the main process writes; for the others every call does nothing.
+    """
+
+    def __init__(self, run_dir: Path, wandb_project: str = "", config: Any = None):
+        self.run_dir, self._writes = run_dir, is_main()
+        console.quiet = not self._writes
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), write_to_disk=self._writes)
+        use_wandb = wandb_project and self._writes
+        self._wandb = _start_wandb(wandb_project, run_dir, config) if use_wandb else None
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """One row of `metrics.jsonl`, its numbers as scalars by step elsewhere."""
+        self._append("metrics.jsonl", row)
+        self._scalars("rl", row)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` so far."""
+        path = self.run_dir / "metrics.jsonl"
+        return read_rows(path) if path.exists() else []
+
+    def cold_start(self, row: Mapping[str, Any]) -> None:
+        """One row of `cold_start.jsonl`."""
+        self._append("cold_start.jsonl", row)
+        self._scalars("cold_start", row)
+
+    def trace(self, row: Mapping[str, Any]) -> None:
+        """One trajectory in `traces.jsonl`."""
+        self._append("traces.jsonl", row)
+
+    def rewind(self, *, cold_start: int, learning: int) -> None:
+        """Drops rows after these steps, which an interrupted run wrote but did not save."""
+        self._drop_after("cold_start.jsonl", cold_start)
+        self._drop_after("metrics.jsonl", learning)
+        self._drop_after("traces.jsonl", learning)
+
+    def close(self) -> None:
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
+        with (self.run_dir / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _scalars(self, prefix: str, row: Mapping[str, Any]) -> None:
+        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
+        for name, value in numbers.items():
+            self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
+        self._board.flush()
+        if self._wandb:
+            self._wandb.log({f"{prefix}/{name}": value for name, value in numbers.items()})
+
+    def _drop_after(self, name: str, step: int) -> None:
+        path = self.run_dir / name
+        if self._writes and path.exists():
+            kept = [row for row in read_rows(path) if row["step"] <= step]
+            write_rows(path, kept)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file that a run writes; see data.whole_rows."""
+    return [row for _, row in whole_rows(path)]
+
+
+def _start_wandb(project: str, run_dir: Path, config: Any) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("run.wandb_project is set, but wandb is not installed") from None
+    return wandb.init(project=project, dir=str(run_dir), config=config)

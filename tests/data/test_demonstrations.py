@@ -1,0 +1,126 @@
+"""The cold start from trajectories: what is imitated, what is not, and what carries loss."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from r1s_jax.data.demonstrations import demonstrations_at, read_demonstrations
+from r1s_jax.data.questions import DataError
+from r1s_jax.learning.cold_start import demonstration_batch
+from r1s_jax.protocol.r1_searcher import document_block
+from r1s_jax.rewards.answer_scores import normalize_answer
+
+GOOD = (
+    "I must look. <|begin_of_query|> Dune <|end_of_query|>\n\n<|begin_of_documents|>\n(1)Dune   A "
+    "novel by Herbert.\n<|end_of_documents|>\n\nFound.</think>\n<answer> Herbert </answer>"
+)
+
+
+def answers(path: Path, *texts: str) -> Path:
+    rows = [
+        {
+            "question": f"Who wrote Dune {i}?",
+            "answer": "Herbert",
+            "pred_ans": "Herbert",
+            "stop_reason_final": "finished",
+            "gen_text_store": text,
+        }
+        for i, text in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_only_what_is_right_and_well_formed_is_imitated(tmp_path, capsys):
+    wrong = GOOD.replace("<answer> Herbert", "<answer> Asimov")
+    path = answers(tmp_path / "a.jsonl", GOOD, "no tags at all", wrong, GOOD)
+    unwanted = {normalize_answer("who wrote dune 3")}
+    kept = read_demonstrations([path], unwanted)
+    assert [d.question for d in kept] == ["Who wrote Dune 0?"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 kept, 2 left out for their format or answer, 1 for a question" in said
+    with pytest.raises(DataError, match="worth imitating"):
+        read_demonstrations([answers(tmp_path / "b.jsonl", wrong)])
+
+
+def document_tokens(lines):
+    """A letter a token, nothing cut."""
+    return list(document_block(lines).encode())
+
+
+def test_the_loss_is_on_what_the_policy_wrote(tmp_path):
+    """A letter a token; documents and prompt have none of the loss, the rest equal shares."""
+    kept = read_demonstrations([answers(tmp_path / "a.jsonl", GOOD)])
+    batch, micro = demonstration_batch(
+        kept,
+        lambda t: list(t.encode()),
+        lambda q: f"Q: {q} <think>",
+        document_tokens,
+        capacity=400,
+        micro_rows=1,
+    )
+    assert micro == 1
+    trained = bytes(batch.tokens[batch.weights > 0].tolist()).decode()
+    untrained = bytes(batch.tokens[(batch.weights == 0) & (batch.segment_ids > 0)].tolist())
+    begin, end = GOOD.index("\n\n<|begin_of_doc"), GOOD.index("Found")
+    assert trained == GOOD[:begin] + GOOD[end:]
+    assert untrained.decode() == "Q: Who wrote Dune 0? <think>" + GOOD[begin:end]
+    assert len(np.unique(batch.weights[batch.weights > 0])) == 1
+    np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-5)
+
+
+def test_documents_are_shown_as_a_rollout_would_show_them(tmp_path):
+    """Only so many, and cut alike: `document_tokens` sees the lines with their places."""
+    lines = ["1984 is a novel.", "A film   from 1984.", "(3) is no number here"]
+    block = document_block([f"7\t{line}" for line in lines])
+    seen = []
+
+    def two(found):
+        seen.extend(found)
+        return list(document_block(found[:2]).encode())
+
+    text = GOOD[: GOOD.index("\n\n<")] + block + GOOD[GOOD.index("Found") :]
+    (kept,) = read_demonstrations([answers(tmp_path / "a.jsonl", text)])
+    batch, _ = demonstration_batch(
+        [kept], lambda t: list(t.encode()), str, two, capacity=400, micro_rows=1
+    )
+    assert seen == [f"{i} {line}" for i, line in enumerate(lines, start=1)]
+    assert document_block(seen) == block
+    shown = bytes(batch.tokens[batch.segment_ids > 0].tolist()).decode()
+    assert "(1)1984 is a novel.\n(2)A film   from 1984.\n<|end" in shown
+
+
+def test_what_is_too_long_loses_its_end(tmp_path):
+    kept = read_demonstrations([answers(tmp_path / "a.jsonl", GOOD)])
+    batch, _ = demonstration_batch(
+        kept,
+        lambda t: list(t.encode()),
+        lambda q: "",
+        document_tokens,
+        capacity=40,
+        micro_rows=1,
+    )
+    assert bytes(batch.tokens[batch.segment_ids > 0].tolist()).decode() == GOOD[:40]
+
+
+def test_each_is_seen_once_before_any_comes_again():
+    everything = list(range(7))
+    drawn = [d for step in range(7) for d in demonstrations_at(everything, step, 3, seed=0)]
+    assert [sorted(drawn[i : i + 7]) for i in (0, 7, 14)] == [everything] * 3
+    assert drawn[:7] != drawn[7:14]
+    again = [d for step in (2, 5) for d in demonstrations_at(everything, step, 3, seed=0)]
+    assert again == drawn[6:9] + drawn[15:18]
+
+
+def test_the_published_traces_can_be_imitated():
+    if "R1S_DATA" not in os.environ:
+        pytest.skip("R1S_DATA does not name the folder of published data")
+    path = Path(os.environ["R1S_DATA"], "traces", "hotpotqa_qwen.jsonl.gz")
+    kept = read_demonstrations([path])
+    assert 300 < len(kept) < 500
+    for demonstration in kept:
+        trained = "".join(text for text, weight in demonstration.spans if weight)
+        assert "<|begin_of_documents|>" not in trained and trained.count("<answer>") == 1

@@ -1,0 +1,101 @@
+"""Where a recipe over a corpus finds its documents: passages, a built index, another's engine."""
+
+import json
+
+import pytest
+
+from r1s_jax.config import ConfigError, CorpusConfig
+from r1s_jax.data.corpora import open_search_engine
+from r1s_jax.data.environment import CorpusEnvironment
+from r1s_jax.data.questions import DataError
+from r1s_jax.retrieval.corpus import read_passages
+from r1s_jax.retrieval.encoder import HashEncoder
+from r1s_jax.retrieval.index import build_index, save_index
+from tests.http_server import LocalServer
+
+LINES = {"0": "Rome   Rome is a city in Italy.", "1": "Dune   Dune is a novel by Herbert."}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.setenv("R1S_CACHE", str(tmp_path / "cache"))
+    passages, questions = tmp_path / "passages.tsv", tmp_path / "questions.jsonl"
+    passages.write_text("".join(f"{id}\t{line}\n" for id, line in LINES.items()))
+    rows = [{"question": f"Who wrote Dune, part {i}?", "answer": "Herbert"} for i in range(4)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return passages, questions
+
+
+def found_by(questions, **source) -> str:
+    config = CorpusConfig(questions=(str(questions),), **source)
+    environment = CorpusEnvironment(config, seed=0, chat=str, held_out=1)
+    batch, held_out = environment.batch(0, 2), environment.evaluation(8)
+    assert len(batch.questions) == 2 and len(held_out.questions) == 1
+    assert held_out.questions[0] not in batch.questions
+    return batch.retriever.search(["novel Dune by Herbert"], 1)[0][0].line
+
+
+def test_passages_are_indexed_and_an_index_brings_its_own_encoder(files, tmp_path):
+    passages, questions = files
+    assert found_by(questions, passages=(str(passages),)) == LINES["1"]
+    save_index(build_index(read_passages(passages), HashEncoder()), tmp_path / "index")
+    # The default encoder of the config has no say in it.
+    source = {"index": str(tmp_path / "index"), "encoder": "wheel:absent==1"}
+    assert found_by(questions, **source) == LINES["1"]
+
+
+def test_a_search_engine_of_others(files):
+    def answer(path, body):
+        return 200, {"answers": [[LINES["1"]] for _ in body["queries"]]}
+
+    with LocalServer(answer) as server:
+        assert found_by(files[1], retriever=f"{server.url}/queries") == LINES["1"]
+
+
+def test_one_engine_at_a_time(tmp_path):
+    for named in ({}, {"index": tmp_path, "url": "http://x/queries"}, {"url": "x", "site": ""}):
+        with pytest.raises(ConfigError, match="name one of"):
+            open_search_engine(**named)
+
+
+def test_what_the_evaluation_asks_is_never_learned_from(files, tmp_path, capsys):
+    passages, questions = files
+    other = tmp_path / "hotpotqa.jsonl"
+    other.write_text('{"question": "who wrote dune part 2", "answer": "Herbert"}\n')
+    config = CorpusConfig((str(questions),), passages=(str(passages),), exclude=(str(other),))
+    environment = CorpusEnvironment(config, seed=0, chat=str, held_out=1)
+    held_out = {q.question for q in environment.evaluation(1).questions}
+    asked = {q.question for step in range(4) for q in environment.batch(step, 4).questions}
+    assert asked.isdisjoint({"Who wrote Dune, part 2?"} | held_out)
+    learned = 4 - len(held_out | {"Who wrote Dune, part 2?"})
+    assert f"{learned} to learn from, 1 held out" in capsys.readouterr().err
+    everything = tmp_path / "all.jsonl"
+    everything.write_text(questions.read_text())
+    config = CorpusConfig((str(questions),), passages=(str(passages),), exclude=(str(everything),))
+    with pytest.raises(DataError, match=r"questions\.jsonl: every question"):
+        CorpusEnvironment(config, seed=0, chat=str, held_out=1)
+
+
+def test_the_same_are_held_out_whatever_the_seed_and_the_order_of_files(files, tmp_path):
+    passages, questions = files
+    turned = tmp_path / "turned.jsonl"
+    turned.write_text("\n".join(reversed(questions.read_text().splitlines())))
+    held_out = {
+        tuple(
+            q.question
+            for q in CorpusEnvironment(
+                CorpusConfig((str(file),), passages=(str(passages),)), seed, chat=str, held_out=2
+            )
+            .evaluation(2)
+            .questions
+        )
+        for file in (questions, turned)
+        for seed in (0, 1, 2)
+    }
+    assert len(held_out) == 1
+
+
+def test_a_mix_needs_a_share_for_each_file():
+    for mix in ((1.0,), (1.0, 0.0), (1.0, 2.0, 3.0)):
+        with pytest.raises(ConfigError, match=r"environment\.mix"):
+            CorpusConfig(("a", "b"), passages=("p",), mix=mix)

@@ -1,0 +1,154 @@
+import gzip
+import json
+
+import pytest
+
+from r1s_jax.data.questions import (
+    DataError,
+    Question,
+    question_stream,
+    read_questions,
+    texts,
+    without,
+)
+
+QUESTIONS = [Question(i, f"q{i}", ("a",)) for i in range(10)]
+
+
+def write(path, *lines: str):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def ids(stream, batches: int) -> list[int]:
+    return [question.id for _ in range(batches) for question in next(stream)]
+
+
+def test_reads_text_and_list_answers_and_either_id(tmp_path):
+    path = write(
+        tmp_path / "q.jsonl",
+        '{"idx": 7, "question": " who? ", "answer": "x"}',
+        "",
+        '{"id": 3, "question": "what?", "answer": ["y", "z"]}',
+        '{"id": "5a8b", "question": "when?", "answer": "ü"}',
+    )
+    assert read_questions(path) == [
+        Question(7, "who?", ("x",)),
+        Question(3, "what?", ("y", "z")),
+        Question(2, "when?", ("ü",)),
+    ]
+
+
+def test_reads_gzip(tmp_path):
+    path = tmp_path / "q.jsonl.gz"
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write('{"question": "who?", "answer": "x"}\n')
+    assert read_questions(path) == [Question(0, "who?", ("x",))]
+    whole = path.read_bytes()
+    for damaged in (whole[:-12], gzip.compress(b"{}")[:10] + b"\xff" * 20, b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"q\.jsonl\.gz"):
+            read_questions(path)
+
+
+def test_reads_a_byte_order_mark(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"question": "who?", "answer": "x"}\n', encoding="utf-8-sig")
+    assert read_questions(path) == [Question(0, "who?", ("x",))]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"question": "who?"', "delimiter"),
+        ('["who?", "x"]', "JSON object"),
+        ('{"question":' * 100_000, "recursion"),
+        ('{"answer": "x"}', "question is empty"),
+        ('{"question": "  ", "answer": "x"}', "question is empty"),
+        ('{"question": "who?"}', "answer"),
+        ('{"question": "who?", "answer": []}', "answer"),
+        ('{"question": "who?", "answer": ["x", ""]}', "answer"),
+        ('{"question": "who?", "answer": 3}', "answer"),
+        ('{"idx": 0, "question": "who?", "answer": "x"}', "used before"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, complaint):
+    path = write(tmp_path / "q.jsonl", '{"idx": 0, "question": "a?", "answer": "b"}', line)
+    with pytest.raises(DataError, match=rf"q\.jsonl, line 2: .*{complaint}"):
+        read_questions(path)
+
+
+def test_a_file_without_questions_or_not_of_text_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no questions"):
+        read_questions(write(tmp_path / "empty.jsonl", ""))
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"binary\.jsonl"):
+        read_questions(tmp_path / "binary.jsonl")
+
+
+def test_stream_is_repeatable_and_depends_on_the_seed():
+    first, again, other = (question_stream([QUESTIONS], seed=s, batch_size=4) for s in (1, 1, 2))
+    order = ids(first, 10)
+    assert order == ids(again, 10)
+    assert order != ids(other, 10)
+
+
+def test_each_epoch_is_another_permutation_and_every_batch_is_full():
+    stream = question_stream([QUESTIONS], seed=0, batch_size=4)
+    batches = [next(stream) for _ in range(10)]
+    assert {len(batch) for batch in batches} == {4}
+    order = [question.id for batch in batches for question in batch]
+    epochs = [tuple(order[start : start + 10]) for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(epochs)) == len(epochs)
+
+
+def test_a_restored_stream_goes_on_identically():
+    stream = question_stream([QUESTIONS], seed=5, batch_size=3)
+    ids(stream, 5)
+    state = json.loads(json.dumps(stream.state()))
+    rest = ids(stream, 7)
+    for restored in (stream, question_stream([QUESTIONS], seed=5, batch_size=3)):
+        restored.restore(state)
+        assert ids(restored, 7) == rest
+
+
+def test_stream_refuses_nothing_to_stream():
+    with pytest.raises(ValueError, match="at least one question"):
+        question_stream([], seed=0, batch_size=2)
+    with pytest.raises(ValueError, match="batch size"):
+        question_stream([QUESTIONS], seed=0, batch_size=0)
+
+
+def test_files_mixed_by_ratio_keep_it_whatever_their_size():
+    small = [Question(i, f"s{i}", ("a",)) for i in range(3)]
+    stream = question_stream([QUESTIONS, small], seed=0, batch_size=8, mix=(1, 3))
+    state = stream.state()
+    drawn = [question.question[0] for _ in range(20) for question in next(stream)]
+    assert drawn.count("s") == 120
+    again = question_stream([QUESTIONS, small], seed=0, batch_size=8, mix=(1, 3))
+    again.restore(state)
+    assert [q.question[0] for _ in range(20) for q in next(again)] == drawn
+
+
+def test_questions_of_the_evaluation_are_found_by_their_text():
+    unwanted = texts([Question(0, "Who wrote the novel Dune?", ("x",))])
+    asked = [Question(1, "who wrote novel  DUNE", ("x",)), Question(2, "Who wrote It?", ("y",))]
+    assert [q.id for q in without(asked, unwanted)] == [2]
+
+
+def test_reads_tables(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
+    rows = {"question": ["who?", "what?"], "golden_answers": [["x"], ["y", "z"]], "id": ["a", "b"]}
+    table = datasets.Dataset.from_dict(rows)
+    path, saved = tmp_path / "q.parquet", tmp_path / "saved"
+    table.to_parquet(path)
+    datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(saved)
+    expected = [Question(0, "who?", ("x",)), Question(1, "what?", ("y", "z"))]
+    assert read_questions(path) == expected
+    assert read_questions(f"datasets:{saved}:train") == expected
+    with pytest.raises(DataError, match="name one of its splits"):
+        read_questions(saved)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"q\.parquet"):
+        read_questions(path)

@@ -1,0 +1,199 @@
+import numpy as np
+import pytest
+
+from r1s_jax.data.tiny_world import (
+    EOS,
+    PROMPT,
+    RELATIONS,
+    TEACHER,
+    TRADES,
+    TinyWorld,
+    build_tokenizer,
+)
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.retrieval.encoder import HashEncoder
+from r1s_jax.retrieval.index import build_index
+from r1s_jax.rewards import rules as rewards
+
+
+@pytest.fixture(scope="module")
+def world() -> TinyWorld:
+    return TinyWorld((0, 1, 2), num_people=200)
+
+
+@pytest.fixture(scope="module")
+def questions(world):
+    return world.questions(120, two_hop_fraction=0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def texts_of(world, questions) -> list[str]:
+    """Everything that can be said in a world, document blocks apart."""
+    two_hop = [q for q in questions if q.hops == 2]
+    demonstrations = [world.demonstration(q, s) for q in questions for s in ("guess", "search")]
+    demonstrations += [world.demonstration(q, "search_then_guess") for q in two_hop]
+    return [
+        *(passage.line for passage in world.passages),
+        *(protocol.render_prompt(PROMPT, q.question) for q in questions),
+        *(text for spans in demonstrations for text, trained in spans if trained),
+    ]
+
+
+def read_answer(world, question) -> list[str]:
+    """Answers a question from its words and the passages alone; every reading that is possible."""
+    words = question.question.removesuffix("?").split(" of ")
+    relations = [part.split()[-1] for part in words[:-1]]
+    subjects = [words[-1]]
+    for relation in reversed(relations):
+        pages = [p.text.removesuffix(".") for p in world.passages if p.title in subjects]
+        facts = [fact.split() for page in pages for fact in page.partition(" has ")[2].split(", ")]
+        subjects = [value for name, value in facts if name == relation]
+    return subjects
+
+
+def test_a_world_follows_from_its_key(world, questions):
+    again = TinyWorld((0, 1, 2), num_people=200)
+    assert again.passages == world.passages
+    assert again.questions(120, two_hop_fraction=0.5) == questions
+    assert all(
+        again.demonstration(q, "guess") == world.demonstration(q, "guess") for q in questions
+    )
+    for key in [(1, 1, 2), (0, 0, 2), (0, 1, 3), (0, 1)]:
+        other = TinyWorld(key, num_people=200)
+        assert not {p.line for p in other.passages} & {p.line for p in world.passages}
+
+
+def test_each_question_has_one_answer(world, questions):
+    world.check()
+    assert len({q.id for q in questions}) == len({q.question for q in questions}) == 120
+    assert [q.hops for q in questions].count(2) == 60
+    for question in questions:
+        assert read_answer(world, question) == list(question.answers)
+
+
+@pytest.mark.parametrize("num_people", [3, 10])
+def test_all_questions_of_a_small_world(num_people):
+    world = TinyWorld((7,), num_people)
+    world.check()
+    questions = world.questions(num_people * 2 * len(RELATIONS), two_hop_fraction=0.5)
+    assert len({q.question for q in questions}) == len(questions)
+    for question in questions:
+        assert read_answer(world, question) == list(question.answers)
+        assert question.answers[0] not in question.question  # nobody leads back to themself
+    with pytest.raises(ValueError, match="of each kind"):
+        world.questions(len(questions) + 2, two_hop_fraction=0.5)
+
+
+def test_check_finds_a_clash():
+    world = TinyWorld((7,), 5)
+    world.places[0] = world.people[0].name
+    with pytest.raises(ValueError, match="two things"):
+        world.check()
+
+
+def test_a_world_needs_a_ring_of_three():
+    with pytest.raises(ValueError, match="at least 3 people"):
+        TinyWorld((0,), 2)
+
+
+def test_searching_demonstrations_are_rewarded_as_right(world, questions):
+    for question in questions:
+        solution = rewards.Solution(world.demonstration(question, "search"))
+        assert rewards.searches_answered(solution) == question.hops
+        assert rewards.stage1(solution, question.answers).value == 0.5
+        assert rewards.stage2(solution, question.answers).value == 1.0
+        assert solution.text.endswith(EOS)
+
+
+def test_documents_are_the_only_untrained_spans_and_answer_the_query_before(world, questions):
+    line_of = {passage.title: passage.line for passage in world.passages}
+    for question in questions:
+        spans = world.demonstration(question, "search")
+        # Each hop is a turn, its documents, and the fact restated; the answer comes last.
+        for (turn, trained), (documents, documents_trained), (fact, fact_trained) in zip(
+            spans[:-1:3], spans[1::3], spans[2::3], strict=True
+        ):
+            assert fact.startswith(" Found ") and fact_trained
+            name, relation = protocol.extract_query(turn).split()
+            assert trained and not documents_trained and relation in RELATIONS
+            assert documents == protocol.document_block([line_of[name]])
+
+
+def test_guesses_are_well_formed_of_the_right_kind_and_mostly_wrong(world, questions):
+    kinds = {"birthplace": world.places, "trade": TRADES, TEACHER: [p.name for p in world.people]}
+    scores = []
+    for question in questions:
+        style = "search_then_guess" if question.hops == 2 else "guess"
+        solution = rewards.Solution(world.demonstration(question, style))
+        reward = rewards.stage2(solution, question.answers)
+        assert reward.parts["format"] == 1.0
+        assert rewards.searches_answered(solution) == question.hops - 1
+        asked = question.question.split()[3]
+        assert protocol.extract_answer(solution.written) in kinds[asked]
+        scores.append(reward.parts["exact_match"])
+    assert np.mean(scores) < 0.1
+
+
+def test_a_question_of_another_world_and_a_pointless_guess_are_refused(world, questions):
+    one_hop = next(q for q in questions if q.hops == 1)
+    with pytest.raises(ValueError, match="nothing left to guess"):
+        world.demonstration(one_hop, "search_then_guess")
+    with pytest.raises(ValueError, match="not one of this world"):
+        TinyWorld((9,), 200).demonstration(one_hop, "search")
+
+
+def test_tokenizer_gives_every_text_of_the_world_back(world, questions, tokenizer):
+    for text in texts_of(world, questions):
+        ids = tokenizer.encode(text)
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids).split() == text.split()
+
+
+def test_tokenizer_keeps_document_blocks_up_to_white_space(world, tokenizer):
+    lines = [f"{passage.id}\t{passage.line}" for passage in world.passages[:5]]
+    for documents in ([], lines[:1], lines):
+        block = protocol.document_block(documents)
+        ids = tokenizer.encode(block)
+        text = tokenizer.decode(ids)
+        assert tokenizer.unk_token_id not in ids
+        assert "".join(text.split()) == "".join(block.split())
+        assert tokenizer.encode(text) == ids
+
+
+def test_decoding_in_pieces_is_decoding_at_once(world, questions, tokenizer):
+    text = "".join(text for text, _ in world.demonstration(questions[0], "search"))
+    ids = tokenizer.encode(text)
+    assert "".join(tokenizer.decode([i]) for i in ids) == tokenizer.decode(ids)
+
+
+def test_spans_tokenised_apart_are_the_text_tokenised_whole(world, questions, tokenizer):
+    for question in questions:
+        spans = world.demonstration(question, "search")
+        whole = tokenizer.encode("".join(text for text, _ in spans))
+        assert [i for text, _ in spans for i in tokenizer.encode(text)] == whole
+        assert whole[-1] == tokenizer.eos_token_id
+
+
+def test_names_and_tags_are_the_same_few_tokens_everywhere(world, tokenizer):
+    assert len(tokenizer) == 156
+    assert tokenizer.encode("astronaut") == [tokenizer.unk_token_id]
+    for tag in (protocol.BEGIN_QUERY, protocol.END_DOCUMENTS, protocol.END_ANSWER):
+        assert len(tokenizer.encode(tag)) == 1
+    for person in world.people[:20]:
+        name = tokenizer.encode(person.name)
+        assert len(name) == 3
+        for text in (f"(1){person.name}   has", f"of {person.name}?", f"teacher {person.name}."):
+            assert tokenizer.encode(text)[1:4] == name
+
+
+def test_a_query_by_name_and_relation_finds_the_page(world):
+    index = build_index(world.passages, HashEncoder(), kind="exact")
+    wanted = [person for person in world.people for _ in RELATIONS]
+    queries = [f"{person.name} {relation}" for person in world.people for relation in RELATIONS]
+    hits = index.search(queries, k=1)
+    right = [hit[0].line == person.passage for hit, person in zip(hits, wanted, strict=True)]
+    assert np.mean(right) >= 0.97

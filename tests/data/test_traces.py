@@ -1,0 +1,152 @@
+import html
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from r1s_jax.data.questions import DataError
+from r1s_jax.data.traces import LABELS, Trace, Wanted, read_traces, sample_traces
+from r1s_jax.protocol import r1_searcher as protocol
+
+DOCUMENTS = protocol.document_block(["Rome is a city."])
+QUERY = f"{protocol.BEGIN_QUERY} Rome {protocol.END_QUERY}"
+ANSWER = f" </think> {protocol.BEGIN_ANSWER} a city {protocol.END_ANSWER}"
+RUN_ROW = {
+    "step": 3,
+    "question": "What is Rome?",
+    "answers": ["city"],
+    "reward": 0.5,
+    "finish": "finished",
+    "spans": [[QUERY, True], [DOCUMENTS, False], [ANSWER, True]],
+    "searches": [{"query": "Rome"}],
+}
+ANSWERED = {
+    "question": "What is Rome?",
+    "answer": "city",
+    "pred_ans": "a city",
+    "stop_reason_final": "finished",
+    "gen_text_store": QUERY + DOCUMENTS + ANSWER,
+}
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_and_a_file_of_answers_read_alike(tmp_path):
+    write(tmp_path / "traces.jsonl", RUN_ROW)
+    (of_run,) = read_traces(tmp_path)
+    (of_answers,) = read_traces(write(tmp_path / "answers.jsonl", ANSWERED))
+    assert of_run.spans == [(QUERY, True), (DOCUMENTS, False), (ANSWER, True)]
+    assert of_answers.spans == of_run.spans
+    assert (of_run.reward, of_run.searches, of_run.step) == (0.5, 1, 3)
+    assert (of_answers.reward, of_answers.searches, of_answers.step) == (1.0, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [
+        (Wanted(), True),
+        (Wanted(min_reward=0.5, max_reward=0.5), True),
+        (Wanted(min_reward=0.6), False),
+        (Wanted(max_reward=0.4), False),
+        (Wanted(searches=1, finish="finished", step=3), True),
+        (Wanted(searches=2), False),
+        (Wanted(finish="length"), False),
+        (Wanted(step=4), False),
+        (Wanted(contains="is a city."), True),
+        (Wanted(contains="Paris"), False),
+    ],
+)
+def test_filters(tmp_path, wanted, fits):
+    (trace,) = read_traces(write(tmp_path / "traces.jsonl", RUN_ROW))
+    assert wanted.fits(trace) is fits
+
+
+def test_what_is_not_known_is_not_wanted():
+    trace = Trace("q", ("a",), [("text", True)])
+    assert not Wanted(min_reward=0.0).fits(trace) and not Wanted(max_reward=1.0).fits(trace)
+
+
+def test_each_part_has_its_colour(tmp_path):
+    (trace,) = read_traces(write(tmp_path / "traces.jsonl", RUN_ROW))
+    text = trace.text()
+    styles = {str(s.style): text.plain[s.start : s.end] for s in text.spans}
+    assert styles["bold yellow"] == QUERY
+    assert styles["bold magenta"] == ANSWER.split("</think> ")[1]
+    assert styles["dim green"] == DOCUMENTS
+
+
+def test_tokens_are_dealt_out_to_the_pieces():
+    begin, end = protocol.BEGIN_QUERY, protocol.END_QUERY
+    spans = [(f"So {begin}é{end}", True), (DOCUMENTS, False), (" it", True)]
+    tokens = [("So ", 1.0), (begin, 2.0), ("", 3.0), ("é", 4.0), (f"{end}", -5.0)]
+    trace = Trace("q", ("a",), spans, token_advantages=[*tokens, (" i", 6.0), ("t", 7.0)])
+    assert list(trace.token_pieces()) == [
+        ("policy", [("So ", "+1")]),
+        ("query", [(begin, "+2"), ("é", "+3 +4"), (end, "-5")]),
+        ("documents", [(DOCUMENTS, "")]),
+        ("policy", [(" i", "+6"), ("t", "+7")]),
+    ]
+    across = [(f"So {begin}", 1.0), (f"é{end}", 2.0), (" it", 3.0)]
+    pieces = list(Trace("q", ("a",), spans, token_advantages=across).token_pieces())
+    assert pieces[:2] == [
+        ("policy", [("So ", "+1")]),
+        ("query", [(begin, "+1"), (f"é{end}", "+2")]),
+    ]
+
+
+def test_a_run_is_sampled_evenly(tmp_path):
+    path = write(tmp_path / "traces.jsonl", *[RUN_ROW | {"step": step} for step in range(1, 10)])
+    path.write_text(path.read_text() + '{"step": 10')  # being written
+    traces, found = sample_traces(path, 3)
+    assert [trace.step for trace in traces] == [1, 5, 9] and found == 9
+    assert len(sample_traces(path, 100)[0]) == 9
+    assert sample_traces(write(tmp_path / "none.jsonl"), 3) == ([], 0)
+
+
+def test_the_last_line_of_a_run_that_goes_on_may_be_unfinished(tmp_path):
+    line = json.dumps(RUN_ROW)
+    (tmp_path / "traces.jsonl").write_text(line + "\n" + line[:20])
+    assert len(list(read_traces(tmp_path))) == 1
+
+
+def test_what_is_no_trajectory_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"line 2: no trajectory \('step'\)"):
+        broken = {k: v for k, v in RUN_ROW.items() if k != "step"}
+        list(read_traces(write(tmp_path / "traces.jsonl", RUN_ROW, broken)))
+    with pytest.raises(DataError, match=r"line 1: no trajectory \(`question` must be a text\)"):
+        list(read_traces(write(tmp_path / "traces.jsonl", RUN_ROW | {"question": 3})))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds no traces.jsonl"):
+        list(read_traces(tmp_path / "empty"))
+
+
+def test_the_command(tmp_path):
+    path = write(tmp_path / "traces.jsonl", *[RUN_ROW] * 12)
+    command = [sys.executable, "-m", "r1s_jax.cli", "traces", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("Question: What is Rome?") == 10
+    assert "10 of 12 that fit" in done.stdout
+    page = tmp_path / "deep" / "page.html"
+    subprocess.run([*command, "--html", str(page), "--limit", "0"], check=True, capture_output=True)
+    text = page.read_text()
+    assert text.count("Question:") == 12
+    for kind, label in LABELS.items():
+        assert f'<div class="piece {kind}"><b class="label">{label}</b>' in text
+    assert html.escape(QUERY) in text and QUERY not in text
+
+
+@pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA names no data folder")
+def test_published_traces_are_split_at_their_documents():
+    traces = list(read_traces(Path(os.environ["R1S_DATA"], "traces", "bamboogle_qwen.jsonl.gz")))
+    assert len(traces) == 125
+    for trace in traces:
+        blocks = [text for text, by_policy in trace.spans if not by_policy]
+        assert len(blocks) == trace.searches
+        written = "".join(text for text, by_policy in trace.spans if by_policy)
+        assert protocol.BEGIN_DOCUMENTS not in written

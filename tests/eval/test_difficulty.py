@@ -1,0 +1,127 @@
+"""Questions chosen by difficulty: classes, ratios, and a selection killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from r1s_jax.config import ConfigError, override
+from r1s_jax.configs import tiny_world
+from r1s_jax.data.questions import DataError
+from r1s_jax.eval.difficulty import Selection, difficulty, mixed
+from r1s_jax.eval.difficulty import select as select_questions
+from r1s_jax.system.assets import AssetError
+from r1s_jax.train import train
+
+
+def test_the_classes_are_the_published_ones():
+    assert [difficulty(n) for n in (1, 9, 10, 20, 21, None)] == [
+        *("easy", "easy", "medium", "medium", "hard", "hard")
+    ]
+
+
+def rows(easy: int, medium: int, hard: int) -> list[dict]:
+    names = ["easy"] * easy + ["medium"] * medium + ["hard"] * hard
+    return [{"idx": i, "difficulty": name} for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expected"),
+    [
+        ((0, 1, 1), (0, 4, 4)),
+        ((0, 1, 0), (0, 4, 0)),
+        ((1, 2, 3), (2, 4, 6)),
+        ((0, 1, 2), (0, 3, 6)),
+    ],
+)
+def test_as_many_as_there_are_in_that_ratio(ratio, expected):
+    chosen = mixed(rows(9, 4, 6), ratio, seed=0)
+    names = [row["difficulty"] for row in chosen]
+    assert tuple(map(names.count, ("easy", "medium", "hard"))) == expected
+    assert [row["idx"] for row in chosen] == sorted(row["idx"] for row in chosen)
+    assert mixed(rows(9, 4, 6), ratio, seed=0) == chosen
+
+
+def test_a_class_that_is_not_there_is_named():
+    with pytest.raises(DataError, match=r"no medium question among 9 \(3 easy, 0 medium, 6 hard\)"):
+        mixed(rows(3, 0, 6), (0, 1, 1), seed=0)
+    with pytest.raises(ConfigError, match="rollouts=19"):
+        Selection("q", "m", rollouts=19)
+    with pytest.raises(ConfigError, match="easy:medium:hard"):
+        Selection("q", "m", ratio=(0, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Fifty questions, their index, and a policy that answers some of them."""
+    folder = tmp_path_factory.mktemp("world")
+    few = ["cold_start.steps=120", "cold_start.cooldown_steps=20", "eval.questions=0"]
+    train(override(tiny_world.config(), few), folder / "model", cold_start_only=True)
+    for arguments in (
+        ["data", "tiny-world", str(folder / "files")],
+        ["index", "build", str(folder / "files/passages.tsv"), "--out", str(folder / "index")],
+    ):
+        assert run(*arguments).wait() == 0
+    return folder
+
+
+def run(*arguments: str) -> subprocess.Popen:
+    code = "import sys; from r1s_jax.cli import main; sys.argv[0] = 'r1s'; main()"
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=env, stdout=subprocess.PIPE, text=True
+    )
+
+
+def select(world: Path, out: Path) -> subprocess.Popen:
+    arguments = ["--model", str(world / "model"), "--index", str(world / "index")]
+    arguments += ["--max-length", "192", "--ratio", "1:0:1", "--out", str(out)]
+    return run("data", "select", str(world / "files/questions.jsonl"), *arguments)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_selects_the_same(world, tmp_path):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    begun = select(world, cut)
+    measured = tmp_path / "cut.jsonl.measured.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (measured.exists() and measured.stat().st_size):
+        time.sleep(0.01)
+    begun.send_signal(signal.SIGKILL)
+    begun.wait()
+    kept = measured.read_bytes()
+    assert 0 < kept.count(b"\n") < 50
+    measured.write_bytes(kept + b'{"idx": 9, "quest')  # as a crash would leave it
+    printed = [json.loads(select(world, path).communicate()[0]) for path in (cut, whole)]
+    assert whole.read_bytes() == cut.read_bytes()
+    everything = (tmp_path / "whole.jsonl.measured.jsonl").read_bytes()
+    assert measured.read_bytes() == everything and everything.count(b"\n") == 50
+    assert printed[0] | {"file": ""} == printed[1] | {"file": ""}
+    assert sum(printed[0][name] for name in ("easy", "medium", "hard")) == 50
+    assert printed[0]["easy"] and printed[0]["hard"], "a policy that solves some and not others"
+    assert (tmp_path / "whole.jsonl.png").read_bytes().startswith(b"\x89PNG")
+    for row in map(json.loads, everything.splitlines()):
+        assert (row["first_solved"] is None) == (row["solved"] == 0)
+        assert row["difficulty"] == difficulty(row["first_solved"])
+
+
+def test_another_selection_is_refused_once_something_was_measured(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "A"}\n')
+    out, selection = tmp_path / "a.jsonl", Selection(str(tmp_path / "q.jsonl"), "no such model")
+    header, measured = (tmp_path / f"a.jsonl.measured.jsonl{end}" for end in (".header.json", ""))
+    header.write_text('{"model": "another"}')
+    # Nothing was: it goes on to the model.
+    with pytest.raises(AssetError, match="no such model"):
+        select_questions(selection, None, {}, out)
+    header.write_text('{"model": "another"}')
+    measured.write_text('{"question": "Who?"}\n')
+    with pytest.raises(
+        DataError, match=r"another selection \(see a.jsonl.measured.jsonl.header.json\)"
+    ):
+        select_questions(selection, None, {}, out)
+    assert header.read_text() == '{"model": "another"}' and not out.exists()

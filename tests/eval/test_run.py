@@ -1,0 +1,177 @@
+"""Answering a file: every mode, the published schema, and going on after a stop."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from r1s_jax.data.questions import DataError
+from r1s_jax.data.results import read_header, read_results
+from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
+from r1s_jax.eval.score import summarize
+from r1s_jax.protocol import r1_searcher as protocol
+from tests.fakes import EchoRetriever
+from tests.retrieval.test_online import Web
+from tests.rollout.test_loop import MODEL, searching_params
+
+COLUMNS = {"id", "question", "answer", "pred_ans", "stop_reason_final", "gen_text_store"}
+COLUMNS |= {"searches", "prompt_tokens", "sampled_tokens", "seconds"}
+PROMPT = "{question} : "
+
+
+@pytest.fixture(scope="module")
+def searcher(tmp_path_factory):
+    """A random model that is fond of the tags."""
+    import jax
+    import numpy as np
+
+    from r1s_jax.data.tiny_world import build_tokenizer
+    from r1s_jax.models.weights import save_params
+
+    tokenizer = build_tokenizer()
+    params = jax.tree.map(np.asarray, searching_params())
+    folder = tmp_path_factory.mktemp("models") / "searcher"
+    eos = (tokenizer.eos_token_id,)
+    return str(save_params(params, MODEL, folder, tokenizer, "float32", eos_token_ids=eos))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    names = ["Bakori", "Tamizo", "Ropado", "Nilasa", "Vutemi"]
+    rows = [{"idx": 10 + i, "question": f"What is the trade of {n}?", "answer": ["baker", "smith"]}
+            for i, n in enumerate(names)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_run(questions, searcher, **changes) -> EvalRun:
+    options = dict(temperature=1.0, slots=2, max_length=192, max_turn_length=24, k=2, prompt=PROMPT)
+    return EvalRun(str(questions), searcher, **(options | changes))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def strip(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_rows_are_complete_and_can_be_scored(questions, searcher, tmp_path):
+    retriever = EchoRetriever()
+    run = make_run(questions, searcher)
+    out = answer_file(run, retriever, {"index": "echo"}, tmp_path / "deep" / "out.jsonl")
+    rows = rows_of(out)
+    assert [row["id"] for row in rows] == [10, 11, 12, 13, 14]
+    for row in rows:
+        assert row.keys() == COLUMNS
+        assert row["answer"] == ["baker", "smith"]
+        assert row["searches"] <= row["gen_text_store"].count(protocol.BEGIN_DOCUMENTS)
+        assert (row["stop_reason_final"] == "finished") or row["pred_ans"] == NO_ANSWER
+    assert sum(row["searches"] for row in rows) > 0
+    assert summarize(read_results(out))["n"] == 5
+    header = json.loads((tmp_path / "deep" / "out.jsonl.header.json").read_text())
+    assert header["source"] == {"index": "echo"} and header["run"]["k"] == 2
+
+
+def test_going_on_gives_the_same_file(questions, searcher, tmp_path):
+    run, retriever = make_run(questions, searcher), EchoRetriever()
+    whole = answer_file(run, retriever, {}, tmp_path / "whole.jsonl")
+    cut = tmp_path / "cut.jsonl"
+    lines = whole.read_text().splitlines(keepends=True)
+    cut.write_text(lines[0] + lines[1] + lines[2][:40])  # as a kill leaves it
+    (tmp_path / "cut.jsonl.header.json").write_text(
+        (tmp_path / "whole.jsonl.header.json").read_text()
+    )
+    answer_file(run, retriever, {}, cut)
+    assert strip(rows_of(cut)) == strip(rows_of(whole))
+    before = cut.read_bytes()
+    answer_file(run, retriever, {}, cut)  # nothing is left to do
+    assert cut.read_bytes() == before
+
+
+def test_a_file_of_another_run_is_left_alone(questions, searcher, tmp_path):
+    run = make_run(questions, searcher, mode="direct", limit=1)
+    out = answer_file(run, None, {}, tmp_path / "out.jsonl")
+    before = out.read_bytes()
+    with pytest.raises(DataError, match="written by another run"):
+        answer_file(make_run(questions, searcher, limit=1), EchoRetriever(), {}, out)
+    with pytest.raises(DataError, match="name an index"):
+        answer_file(make_run(questions, searcher), None, {}, tmp_path / "other.jsonl")
+    with pytest.raises(ValueError, match="mode 'wrong'"):
+        make_run(questions, searcher, mode="wrong")
+    assert out.read_bytes() == before
+
+
+def test_what_cannot_be_answered_is_told_before_anything_is(questions, searcher, tmp_path):
+    long = {"question": "What is the trade of " + "Bakori " * 200 + "?", "answer": "baker"}
+    (tmp_path / "q.jsonl").write_text(questions.read_text() + json.dumps(long) + "\n")
+    run = make_run(tmp_path / "q.jsonl", searcher, mode="direct")
+    with pytest.raises(ValueError, match=r"question 5 .* more than rollout\.max_prompt_length=96"):
+        answer_file(run, None, {}, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+    with pytest.raises(DataError, match="holds the questions"):
+        answer_file(run, None, {}, tmp_path / "q.jsonl")
+
+
+def test_direct_never_searches_and_rag_searches_once(questions, searcher, tmp_path):
+    direct = make_run(questions, searcher, mode="direct")
+    rows = rows_of(answer_file(direct, None, {}, tmp_path / "direct.jsonl"))
+    assert {row["searches"] for row in rows} == {0}
+    rag = make_run(questions, searcher, mode="rag")
+    rows = rows_of(answer_file(rag, EchoRetriever(), {}, tmp_path / "rag.jsonl"))
+    assert {row["searches"] for row in rows} == {1}
+    assert all("the trade of" in row["gen_text_store"] for row in rows)
+
+
+def test_documents_of_the_first_search_need_no_room_of_the_prompts(questions, searcher, tmp_path):
+    """A prompt of nearly half the length, and documents that fill their third of it."""
+    (tmp_path / "q.jsonl").write_text(
+        json.dumps({"question": "the trade of Bakori, " * 4, "answer": "baker"}) + "\n"
+    )
+    run = make_run(tmp_path / "q.jsonl", searcher, mode="rag", slots=1, k=9)
+    (row,) = rows_of(answer_file(run, EchoRetriever(), {}, tmp_path / "rag.jsonl"))
+    assert row["searches"] == 1 and row["prompt_tokens"] > 192 // 2
+
+
+def test_on_accelerators_it_computes_in_bfloat16(questions, searcher, tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    run = make_run(questions, searcher, mode="direct", limit=2)
+    out = answer_file(run, None, {}, tmp_path / "out.jsonl")
+    assert len(rows_of(out)) == 2 and read_header(out)["dtype"] == "bfloat16"
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="written by another run"):  # its numbers are others
+        answer_file(run, None, {}, out)
+
+
+def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
+    """Through the command: the search API and its pages are a local server."""
+    with Web(["/timbuktu"]) as web:
+        env = {"SERPER_API_KEY": "k", "SERPER_URL": f"{web.url}/search"}
+        options = ["--model", searcher, "--online", "--site", "", "--mode", "rag", "--limit", "1"]
+        options += ["--max-length", "512", "--max-turn-length", "8"]
+        options += ["--out", str(tmp_path / "out.jsonl")]
+        command = [sys.executable, "-m", "r1s_jax.cli", "eval", "run", str(questions), *options]
+        subprocess.run(command, check=True, env=os.environ | env, capture_output=True)
+        assert web.asked[0]["q"].startswith("What is the trade of")
+    (row,) = rows_of(tmp_path / "out.jsonl")
+    # Its pages lie on this machine, which no stranger's link may lead to: an error, and told so.
+    assert row["searches"] == 1 and "(1)" not in row["gen_text_store"]
+    header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
+    assert header["source"]["corpus"] == "the web, site:*"
+
+
+def test_the_command(questions, searcher, index, tmp_path):
+    out, prompt = tmp_path / "out.jsonl", tmp_path / "prompt.txt"
+    prompt.write_text(PROMPT)
+    options = ["--model", searcher, "--index", str(index), "--prompt", str(prompt), "--k", "1"]
+    options += ["--max-length", "128", "--max-turn-length", "16", "--out", str(out)]
+    command = [sys.executable, "-m", "r1s_jax.cli", "eval", "run", str(questions), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(out)
+    assert len(rows_of(out)) == 5
+    header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
+    assert header["source"]["encoder"]["fingerprint"]

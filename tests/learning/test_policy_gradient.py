@@ -1,0 +1,198 @@
+"""From rewards to parameters, with packing and several updates, against NumPy; 1 and 4 devices."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from r1s_jax.config import AlgorithmConfig, MeshConfig, override
+from r1s_jax.configs import tiny_world
+from r1s_jax.learning.learner import Learner, LearnerState
+from r1s_jax.learning.losses import policy_loss
+from r1s_jax.learning.policy_gradient import PolicyGradient, importance_weights, rows_with_signal
+from r1s_jax.models.sharding import make_mesh, place, replicated
+from r1s_jax.rollout.engine import Rolled, merge
+from r1s_jax.rollout.loop import Finish, Trajectory
+from tests.learning.test_advantages import ESTIMATORS
+from tests.learning.test_advantages import oracle as advantages_oracle
+
+N, W, VOCABULARY, UPDATES = 10, 14, 7, 2
+
+
+class TableLearner(Learner):
+    """The real update around a policy so small that NumPy can follow: a logprob for each token."""
+
+    def _forward(self, params, batch):
+        logprobs = params["table"][batch.tokens]
+        return logprobs, -logprobs
+
+    def start(self, table: np.ndarray, reference: np.ndarray) -> LearnerState:
+        tables = place(
+            ({"table": jnp.float32(table)}, {"table": jnp.float32(reference)}),
+            replicated(self.mesh),
+        )
+        return LearnerState(tables[0], self.optimizer.init(tables[0]), tables[1])
+
+
+def make_batch(seed: int) -> tuple[Trajectory, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, W + 1, N).astype(np.int32)
+    inside = np.arange(W) < lengths[:, None]
+    mask = inside & (rng.random((N, W)) < 0.6)
+    mask[rng.random(N) < 0.15] = False
+    sampled = rng.normal(-2, 0.3, (N, W)).astype(np.float32)
+    trajectory = Trajectory(
+        tokens=np.where(inside, rng.integers(0, VOCABULARY, (N, W)), 0).astype(np.int32),
+        loss_mask=mask,
+        sample_logprobs=sampled,
+        policy_logprobs=sampled,
+        lengths=lengths,
+        prompt_lengths=np.zeros(N, np.int32),
+        groups=np.sort(rng.integers(0, 4, N)).astype(np.int32),
+        searches=np.zeros(N, np.int32),
+        finish=rng.choice([Finish.FINISHED, Finish.FINISHED, Finish.SEARCH_ERROR], N),
+    )
+    return trajectory, rng.choice([-2, 0, 0.5, 1], N).astype(np.float32)
+
+
+def rolled_of(trajectory: Trajectory) -> Rolled:
+    nothing = ((),) * N
+    return Rolled(nothing, trajectory, nothing, nothing, {}, 0.0, {})
+
+
+def oracle(a, t, rewards, table, reference, seed, step, rate):
+    """Every update by hand in float64; returns the table after them."""
+    table = table.astype(np.float64)
+    mask = t.loss_mask & (t.finish == Finish.FINISHED)[:, None]
+    old = table[t.tokens] if a.importance_cap else t.policy_logprobs
+    capped = np.minimum(np.exp(old - t.policy_logprobs), a.importance_cap)
+    correction = capped if a.importance_cap else np.ones((N, W))
+    gap = reference[t.tokens] - old
+    kl = -gap if a.kl_estimator == "k1" else np.exp(gap) - gap - 1
+    in_reward = a.kl_coefficient if a.kl_penalty == "reward" else 0.0
+    advantages = advantages_oracle(a.estimator, rewards, t.groups, mask, kl, in_reward)
+    order = np.random.default_rng((seed, step)).permutation(N)
+    for part in np.array_split(order, UPDATES):
+        gradient, rows = np.zeros(VOCABULARY), max(1, sum(mask[i].any() for i in part))
+        for i, j in product(part, range(W)):
+            if not mask[i, j]:
+                continue
+            share = 1 / (mask[i].sum() * rows)
+            if a.loss_average == "token":
+                share = 1 / mask[part].sum()
+            token, advantage = t.tokens[i, j], advantages[i, j]
+            ratio = np.exp(table[token] - old[i, j])
+            free = ratio < 1 + (a.clip_high or a.clip) if advantage > 0 else ratio > 1 - a.clip
+            free &= not (a.dual_clip and advantage < 0 and ratio > a.dual_clip)
+            gradient[token] -= share * correction[i, j] * free * ratio * advantage
+            if a.kl_penalty == "loss":
+                q = np.exp(reference[token] - table[token])
+                gradient[token] += a.kl_coefficient * share * (1 - q)
+        table = table - rate * gradient
+    return table
+
+
+OPTIONS = {
+    "plain": {},
+    "asymmetric": {"clip": 0.05, "clip_high": 0.1},
+    "dual": {"clip": 0.1, "dual_clip": 1.2},
+    "by token": {"loss_average": "token"},
+    "importance": {"importance_cap": 1.1},
+    "kl k1": {"kl_coefficient": 0.1},
+    "kl k3": {"kl_coefficient": 0.1, "kl_estimator": "k3"},
+    "kl loss": {"kl_coefficient": 0.3, "kl_penalty": "loss", "kl_estimator": "k3"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_learning_equals_its_oracle(name):
+    rate, mesh = 0.5, make_mesh(MeshConfig())
+    algorithm = AlgorithmConfig(updates_per_rollout=UPDATES, **OPTIONS[name])
+    short = ["rollout.max_length=17", "rollout.max_prompt_length=8", "optimizer.micro_rows=1"]
+    config = override(tiny_world.config(), short)
+    learner = TableLearner(
+        config.policy.architecture,
+        mesh,
+        np.dtype("float32"),
+        "none",
+        optax.sgd(rate),
+        policy_loss(algorithm),
+    )
+    for estimator, seed in product(ESTIMATORS, range(3)):
+        a = replace(algorithm, estimator=estimator)
+        t, rewards = make_batch(seed)
+        rng = np.random.default_rng((seed, 1))
+        table, reference = rng.normal(-2, 0.3, (2, VOCABULARY)).astype(np.float32)
+        state, learned = PolicyGradient(replace(config, algorithm=a), learner).learn(
+            learner.start(table, reference),
+            rolled_of(t),
+            rewards,
+            step=seed,
+            kl_coefficient=a.kl_coefficient,
+            learning_rate_scale=1.0,
+        )
+        expected = oracle(a, t, rewards, table, reference, config.seed, seed, rate)
+        np.testing.assert_allclose(state.params["table"], expected, rtol=1e-6, atol=1e-6)
+        assert len(learned.updates) == UPDATES
+        assert seed == 2 or np.abs(expected - table).max() > 1e-2
+
+
+def test_learning_equals_its_oracle_on_four_devices():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    code = "import jax, pytest, sys; assert len(jax.devices()) == 4; sys.exit(pytest.main("
+    code += f"[{__file__!r}, '-k', 'test_learning_equals_its_oracle and not four', '-p', "
+    code += "'no:cacheprovider']))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "." * len(OPTIONS) in done.stdout
+
+
+def test_the_options_are_not_idle():
+    """Each option changes what is learned, or its oracle would prove nothing."""
+    t, rewards = make_batch(0)
+    rng = np.random.default_rng(0)
+    table, reference = rng.normal(-2, 0.3, (2, VOCABULARY)).astype(np.float32)
+
+    def learned(**options):
+        a = AlgorithmConfig(updates_per_rollout=UPDATES, **options)
+        return oracle(a, t, rewards, table, reference, 0, 0, 0.5)
+
+    plain = learned()
+    for name, options in OPTIONS.items():
+        assert name == "plain" or np.abs(learned(**options) - plain).max() > 1e-4, name
+
+
+def test_importance_weights_are_cut_off_above():
+    got = importance_weights(np.log([0.2, 0.5, 0.9]), np.log([0.4, 0.5, 0.1]), cap=2.0)
+    np.testing.assert_allclose(got, [0.5, 1.0, 2.0])
+
+
+def test_groups_without_signal_give_way_and_the_number_stays():
+    t, _ = make_batch(0)
+    groups = np.repeat(np.arange(5), 2)
+    t = t._replace(
+        groups=groups, loss_mask=np.ones((N, W), bool), finish=np.full(N, Finish.FINISHED)
+    )
+    rewards = np.array([0, 0, 0, 1, 1, 1, 1, 0, 2, 2.0])
+    assert groups[rows_with_signal(t, rewards, 2)].tolist() == [1, 1, 3, 3]
+    assert groups[rows_with_signal(t, rewards, 3)].tolist() == [0, 0, 1, 1, 3, 3]
+    assert rows_with_signal(t, rewards, 5).tolist() == list(range(N))
+    failed = t._replace(finish=np.where(groups == 3, Finish.SEARCH_ERROR, Finish.FINISHED))
+    assert groups[rows_with_signal(failed, rewards, 1)].tolist() == [1, 1], "nothing to learn there"
+
+
+def test_merged_batches_keep_their_groups_apart():
+    t, _ = make_batch(0)
+    one = rolled_of(t._replace(groups=np.repeat(np.arange(5), 2)))
+    whole = merge([one, one])
+    assert whole.trajectory.groups.tolist() == np.repeat(np.arange(10), 2).tolist()
+    np.testing.assert_array_equal(whole.trajectory.tokens[N:], t.tokens)
+    np.testing.assert_array_equal(whole.take(np.array([3, 12])).trajectory.tokens, t.tokens[[3, 2]])
+    assert jax.tree.structure(merge([one])) == jax.tree.structure(one)

@@ -1,0 +1,192 @@
+"""What tests of several rooms are made of: small models, engines, learners, batches."""
+
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from typer.testing import CliRunner
+
+from r1s_jax import cli
+from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
+from r1s_jax.data.questions import Question
+from r1s_jax.data.tiny_world import PROMPT, TinyWorld, build_tokenizer
+from r1s_jax.learning.learner import Learner
+from r1s_jax.learning.losses import clipped_loss
+from r1s_jax.learning.packing import PackedBatch, pack
+from r1s_jax.models.decoder import ModelConfig, init_params
+from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.models.weights import save_params
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.rollout.engine import Engine, Rolled
+from tests.fakes import EchoRetriever
+
+# Runs.
+
+# The tiny world made short: every part of a run, in seconds.
+SHORT = [
+    "cold_start.steps=30",
+    "cold_start.checkpoint_every=10",
+    "stage1.steps=2",
+    "stage2.steps=4",
+    "stage1.questions_per_step=4",
+    "stage2.questions_per_step=4",
+    "algorithm.samples_per_question=4",
+    "algorithm.updates_per_rollout=2",
+    "rollout.slots=16",
+    "eval.questions=8",
+    "environment.eval_people=40",
+]
+
+
+def run_cli(*args: str, stdin: str | None = None):
+    """One `r1s` command in this process."""
+    return CliRunner().invoke(cli.app, list(args), input=stdin)
+
+
+# Files.
+
+SMALL = ModelConfig(156, 32, 64, 2, 4, 2, 8, tie_embeddings=True)
+
+
+def save_small_model(folder: Path) -> Path:
+    """A random model that speaks the tiny world, as a Hugging Face directory."""
+    params = jax.tree.map(np.asarray, init_params(SMALL, 0))
+    tokenizer = build_tokenizer()
+    eos = (tokenizer.eos_token_id,)
+    return save_params(params, SMALL, folder, tokenizer, "float32", eos_token_ids=eos)
+
+
+def save_small_index(folder: Path) -> Path:
+    """An index of a tiny world."""
+    world = TinyWorld((0, 0, 0), 30)
+    lines = "".join(f"{p.id}\t{p.line}\n" for p in world.passages)
+    (folder / "passages.tsv").write_text(lines)
+    done = run_cli("index", "build", str(folder / "passages.tsv"), "--out", str(folder / "index"))
+    assert done.exit_code == 0, done.output
+    return folder / "index"
+
+
+# Rollouts.
+
+ROLLOUT = RolloutConfig(
+    slots=5,
+    top_p=0.9,
+    max_length=96,
+    max_prompt_length=24,
+    max_turn_length=16,
+    max_searches=3,
+    documents_per_query=2,
+    max_query_length=12,
+    max_documents_length=32,
+    prefill_rows=2,
+    prefill_chunk=8,
+)
+MODEL = ModelConfig(156, 32, 64, 2, 4, 2, 8, rope_theta=1000.0)
+QUESTIONS = [
+    Question(7, "What is the trade of Bakori?", ("smith",)),
+    Question(3, "What is the birthplace of the teacher of Tamizo?", ("Bakori",)),
+    Question(9, "What is the teacher of Ropado?", ("Tamizo",)),
+    Question(4, "What is the trade of the teacher of Nilasa?", ("baker",)),
+]
+
+
+def searching_params(seed: int = 0, model: ModelConfig = MODEL):
+    """Random parameters that favour the tags, so that every kind of ending occurs."""
+    params = init_params(model, seed)
+    # A constant feature in every hidden state, read out as a preference for the tags.
+    embed = params["embed"].at[:, 0].set(3.0)
+    tokenizer = build_tokenizer()
+    head = params["lm_head"].at[0].set(0.0)
+    tags = {protocol.BEGIN_QUERY: 1.2, protocol.END_QUERY: 0.55, protocol.END_ANSWER: 0.1}
+    for tag, preference in tags.items():
+        head = head.at[0, tokenizer.encode(tag)[0]].set(preference)
+    return params | {"embed": embed, "lm_head": head}
+
+
+def make_engine(
+    config: RolloutConfig = ROLLOUT,
+    search: SearchConfig | None = None,
+    model: ModelConfig = MODEL,
+    attention: str = "auto",
+    mesh: Mesh | None = None,
+) -> Engine:
+    tokenizer = build_tokenizer()
+    return Engine(
+        model,
+        tokenizer,
+        (tokenizer.eos_token_id,),
+        config,
+        search or SearchConfig(timeout_s=5.0),
+        mesh or make_mesh(MeshConfig()),
+        np.dtype("float32"),
+        lambda question: protocol.render_prompt(PROMPT, question),
+        attention=attention,
+    )
+
+
+def roll(
+    engine: Engine,
+    retriever=None,
+    questions=QUESTIONS,
+    samples: int = 6,
+    params=None,
+    model: ModelConfig = MODEL,
+) -> Rolled:
+    params = shard_params(params or searching_params(model=model), model, engine.mesh)
+    return engine.run(
+        params, questions, samples=samples, seed=1, step=2, retriever=retriever or EchoRetriever()
+    )
+
+
+# Updates.
+
+LEARNED = ModelConfig(31, 16, 32, 2, 4, 2, 4, rope_theta=1000.0)
+LENGTHS = np.array([9, 4, 12, 7, 3, 10])
+WIDTH = 12
+
+
+def make_learner(optimizer=None, **changes) -> Learner:
+    options = dict(
+        model=LEARNED,
+        mesh=make_mesh(MeshConfig()),
+        compute_dtype=jnp.float32,
+        remat="none",
+        optimizer=optimizer or optax.sgd(1.0),
+        loss=partial(clipped_loss, 0.2),
+    )
+    return Learner(**(options | changes))
+
+
+def make_sequences(seed: int = 0) -> dict[str, np.ndarray]:
+    """Ragged sequences whose first two tokens, and some in the middle, are not trained on."""
+    rng = np.random.default_rng(seed)
+    shape = (len(LENGTHS), WIDTH)
+    mask = (np.arange(WIDTH) >= 2) & (np.arange(WIDTH) < LENGTHS[:, None])
+    mask &= rng.random(shape) < 0.7
+    return dict(
+        tokens=rng.integers(0, LEARNED.vocab_size, shape).astype(np.int32),
+        weights=(mask * rng.uniform(0.02, 0.1, shape)).astype(np.float32),
+        advantages=rng.normal(size=shape).astype(np.float32),
+        old_logprobs=rng.normal(-3.4, 0.4, shape).astype(np.float32),
+    )
+
+
+def packed(sequences, capacity: int = 16, micro_rows: int = 1) -> tuple[PackedBatch, int]:
+    batch, _, micro = pack(**sequences, lengths=LENGTHS, capacity=capacity, micro_rows=micro_rows)
+    return batch, micro
+
+
+@cache
+def make_params(model: ModelConfig = LEARNED):
+    return jax.jit(lambda: init_params(model, 0))()
+
+
+def step(learner: Learner, batch: PackedBatch, micro: int):
+    """Parameters and metrics after one update."""
+    params = make_params(learner.model)
+    state, metrics = learner.update(learner.init(params, keep_reference=True), batch, micro)
+    return jax.device_get(state.params), metrics

@@ -1,0 +1,82 @@
+"""The cache: what is fed in chunks and one token at a time is what a whole row gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1s_jax.models.decoder import (
+    KVCache,
+    ModelConfig,
+    Policy,
+    RopeScaling,
+    init_params,
+    unstack_layers,
+)
+
+FAMILIES = {
+    "llama": ModelConfig(
+        61, 48, 64, 3, 6, 2, 16, rope_theta=500.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)
+    ),
+    "qwen2": ModelConfig(61, 48, 64, 3, 6, 3, 16, qkv_bias=True, tie_embeddings=True),
+    "qwen3": ModelConfig(61, 48, 64, 3, 4, 1, 32, qk_norm=True),
+}
+LENGTH, CHUNK, SLOTS = 30, 8, 5
+
+
+def randomised(params, seed=1):
+    """Biases and gains too, which start as zeros and ones."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@pytest.mark.parametrize(
+    ("family", "impl", "stacked"),
+    [
+        ("llama", "xla", True),
+        ("llama", "xla", False),
+        ("llama", "interpret", True),
+        ("qwen2", "xla", False),
+        ("qwen3", "interpret", True),
+    ],
+)
+def test_cached_decoding_is_the_full_forward(family, impl, stacked):
+    config = FAMILIES[family]
+    params = randomised(init_params(config, 0))
+    tokens = np.random.default_rng(0).integers(0, 61, (2, LENGTH))
+    expected = jax.jit(lambda t: Policy(config, params, impl="xla")(t))(jnp.asarray(tokens))
+
+    params = params if stacked else unstack_layers(params)
+
+    @jax.jit
+    def prefill(tokens, rows, starts, cache):
+        policy = Policy(config, params, impl=impl)
+        hidden, cache = policy.prefill(tokens, rows, starts, cache)
+        return policy.logits(hidden), cache
+
+    @jax.jit
+    def decode(tokens, starts, cache):
+        policy = Policy(config, params, impl=impl)
+        hidden, cache = policy.decode(tokens, starts, cache)
+        return policy.logits(hidden), cache
+
+    cache = KVCache.empty(config, SLOTS, 64, config.num_kv_heads, jnp.float32, impl)
+    rows, fed = np.array([3, 1]), np.array([2 * CHUNK, 3 * CHUNK])  # chunks, then single tokens
+    got = np.zeros(expected.shape, np.float32)
+    for start in range(0, fed.max(), CHUNK):
+        some = np.flatnonzero(fed > start)
+        chunk = jnp.asarray(tokens[some, start : start + CHUNK])
+        starts = jnp.full(len(some), start)
+        logits, cache = prefill(chunk, jnp.asarray(rows[some]), starts, cache)
+        got[some, start : start + CHUNK] = logits
+    at = fed.copy()
+    while (at < LENGTH).any():
+        token, starts = np.zeros(SLOTS, np.int32), np.zeros(SLOTS, np.int32)
+        token[rows], starts[rows] = tokens[[0, 1], np.minimum(at, LENGTH - 1)], at
+        logits, cache = decode(jnp.asarray(token), jnp.asarray(starts), cache)
+        for i in np.flatnonzero(at < LENGTH):
+            got[i, at[i]] = logits[rows[i]]
+        at += 1
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())

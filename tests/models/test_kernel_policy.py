@@ -1,0 +1,88 @@
+"""The policy on an accelerator's kernels (interpreted) samples and learns as it does on XLA."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from r1s_jax.config import MeshConfig
+from r1s_jax.models.decoder import init_params
+from r1s_jax.models.sharding import attention_impl, make_mesh, row_attention
+from tests import makers
+
+# The narrowest heads that a kernel serves.
+LEARNING = dataclasses.replace(makers.LEARNED, head_dim=16, vocab_size=32)
+SAMPLING = dataclasses.replace(makers.MODEL, head_dim=16)
+
+
+def learning_step(impl: str, mesh) -> dict[str, np.ndarray]:
+    """Loss, and the gradients as the step of plain descent, of one packed batch."""
+    learner = makers.make_learner(
+        optax.sgd(1.0), model=LEARNING, mesh=mesh, attention=impl, remat="full"
+    )
+    params = init_params(LEARNING, 0)
+    batch, micro = makers.packed(makers.make_sequences(), micro_rows=2)
+    state, metrics = learner.update(learner.init(params), batch, micro)
+    moved = jax.tree.map(lambda a, b: np.asarray(a - b), params, jax.device_get(state.params))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(moved)
+    steps = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return {"loss": np.asarray(metrics["loss"])} | steps
+
+
+def sampled(impl: str, mesh=None) -> np.ndarray:
+    engine = makers.make_engine(model=SAMPLING, attention=impl, mesh=mesh)
+    return makers.roll(engine, samples=2, model=SAMPLING).trajectory.tokens
+
+
+def assert_same_step(got, expected):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(got[name], value, atol=1e-5, err_msg=name)
+    assert any(np.abs(v).max() > 1e-3 for name, v in expected.items() if name != "loss")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return learning_step("xla", make_mesh(MeshConfig()))
+
+
+@pytest.fixture(scope="module")
+def plain_tokens():
+    return sampled("xla")
+
+
+def test_learning_is_the_same(plain):
+    assert_same_step(learning_step("interpret", make_mesh(MeshConfig())), plain)
+
+
+def test_sampling_is_the_same(plain_tokens):
+    np.testing.assert_array_equal(sampled("interpret"), plain_tokens)
+
+
+def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(plain, plain_tokens, tmp_path):
+    code = (
+        f"import sys, numpy as np, {__name__} as t\n"
+        "from r1s_jax.config import MeshConfig\n"
+        "mesh = t.make_mesh(MeshConfig(fsdp=2, tensor=2))\n"
+        "step = t.learning_step('interpret', mesh)\n"
+        f"np.savez({str(tmp_path / 'out.npz')!r}, tokens=t.sampled('interpret', mesh), **step)\n"
+    )
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=300)
+    step = dict(np.load(tmp_path / "out.npz"))
+    np.testing.assert_array_equal(step.pop("tokens"), plain_tokens)
+    assert_same_step(step, plain)
+
+
+def test_auto_takes_the_backend_of_the_mesh():
+    mesh = make_mesh(MeshConfig())
+    assert attention_impl("auto", mesh) == "xla"
+    assert attention_impl("interpret", mesh) == "interpret"
+    with pytest.raises(ValueError, match="impl='cuda' is no backend"):
+        q = np.zeros((1, 2, 1, 16), np.float32)
+        row_attention("cuda", mesh)(q, q, q, segment_ids=np.ones((1, 2), np.int32))

@@ -1,0 +1,56 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r1s_jax.rewards import answer_scores as answers
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The  Beatles", "beatles"),
+        ("a_b-c’s", "b c s"),
+        ("An apple, the pear & a fig!", "apple pear fig"),
+        ("theory", "theory"),
+        ("True", "yes"),
+        ("False", "no"),
+        ("true", "true"),
+        (" True ", "true"),
+        ("the", ""),
+    ],
+)
+def test_normalize_answer(text, normal):
+    assert answers.normalize_answer(text) == normal
+
+
+def test_f1_counts_repeated_tokens_once_each():
+    f1, precision, recall = answers.f1_score("new new york", "New York City")
+    assert (precision, recall) == (2 / 3, 2 / 3)
+    assert f1 == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("pair", [("yes sir", "yes"), ("no", "yes"), ("noanswer", "no answer")])
+def test_half_a_yes_is_worth_nothing(pair):
+    assert answers.f1_score(*pair) == (0.0, 0.0, 0.0)
+
+
+def test_the_best_of_several_gold_answers_counts():
+    golds = ["Big Apple", "New York"]
+    assert answers.f1_score("new york", golds) == (1.0, 1.0, 1.0)
+    assert answers.exact_match("New York.", golds)
+    assert answers.cover_exact_match("york, new", golds)
+    with pytest.raises(ValueError, match="empty list"):
+        answers.f1_score("new york", [])
+
+
+def test_cover_exact_match_of_an_answer_of_nothing_but_an_article():
+    assert not answers.cover_exact_match("New York", "The")
+    assert answers.cover_exact_match("", "The")
+
+
+@given(st.text(), st.text(min_size=1))
+def test_scores_stay_in_range_and_agree(prediction, gold):
+    f1, precision, recall = answers.f1_score(prediction, gold)
+    assert min(precision, recall) <= f1 + 1e-9 and f1 <= max(precision, recall) + 1e-9
+    if answers.exact_match(prediction, gold):
+        assert answers.cover_exact_match(prediction, gold)

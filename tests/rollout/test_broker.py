@@ -1,0 +1,415 @@
+import dataclasses
+import re
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from r1s_jax.config import SearchConfig
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.rollout.broker import Broker, SearchFailure
+from r1s_jax.rollout.loop import RESULTS_PER_EXCHANGE, Status
+from tests.fakes import (
+    EchoRetriever,
+    EmptyRetriever,
+    FakeHit,
+    FlakyRetriever,
+    GarbageRetriever,
+    GatedRetriever,
+    RaisingRetriever,
+    echo_lines,
+)
+
+WIDTH, QUERY_WIDTH = 160, 64
+CONFIG = SearchConfig(timeout_s=5.0, retries=0)
+
+
+def encode(text: str) -> list[int]:
+    """One token a character."""
+    return [ord(c) for c in text]
+
+
+def decode(ids) -> str:
+    return "".join(map(chr, ids))
+
+
+def make_broker(retriever, *, width: int = WIDTH, **changes) -> Broker:
+    broker = Broker(
+        dataclasses.replace(CONFIG, **changes),
+        decode=decode,
+        encode=encode,
+        documents_per_query=2,
+        max_documents_length=width,
+    )
+    broker.begin(retriever)
+    return broker
+
+
+def turn(query: str) -> str:
+    return f"{protocol.BEGIN_QUERY} {query} {protocol.END_QUERY}"
+
+
+def exchange(broker: Broker, turns: dict[int, str], *, slots: int = 4, shard: int = 0, idle=True):
+    """One call as the program makes it, slot `i` holding trajectory `10 + i`."""
+    query = np.full((slots, QUERY_WIDTH), -1, np.int32)
+    submit = np.zeros(slots, bool)
+    for slot, text in turns.items():
+        ids = encode(text)[-QUERY_WIDTH:]
+        query[slot, QUERY_WIDTH - len(ids) :] = ids
+        submit[slot] = True
+    rows = 10 + np.arange(slots, dtype=np.int32)
+    out = broker.exchange(np.int32(shard), np.bool_(idle), rows, submit, query)
+    assert out.shape == (1 + RESULTS_PER_EXCHANGE, 3 + broker._width) and out.dtype == np.int32
+    count = out[0, 0]
+    assert not out[0, 2:].any() and not out[1 + count :].any()
+    for row in out[1 : 1 + count]:
+        assert not row[3 + row[2] :].any()
+    return SimpleNamespace(
+        results={int(r[0]): (Status(r[1]), decode(r[3 : 3 + r[2]])) for r in out[1 : 1 + count]},
+        stop=bool(out[0, 1]),
+    )
+
+
+def ask(broker: Broker, turns: dict[int, str], **options):
+    """Exchanges until every turn has its result; also whether the program was told to stop."""
+    results, stop, begin = {}, False, time.monotonic()
+    submit = turns
+    while len(results) < len(turns):
+        assert time.monotonic() - begin < 60, "no result came"
+        got = exchange(broker, submit, **options)
+        assert not results.keys() & got.results.keys()
+        results |= got.results
+        stop |= got.stop
+        submit = {}
+    return results, stop
+
+
+def found(query: str) -> tuple[Status, str]:
+    return Status.FOUND, protocol.document_block(echo_lines(query, 2))
+
+
+def test_documents_come_back_to_their_slots():
+    broker = make_broker(EchoRetriever())
+    results, stop = ask(broker, {0: "so " + turn("a  b"), 3: turn('"c"')})
+    assert results == {0: found("a b"), 3: found("c")}
+    assert not stop
+    assert broker.counts == {"found": 2} and broker.failures == 0
+    assert {(s.trajectory, s.query, s.outcome) for s in broker.log} == {
+        (10, "a b", "found"),
+        (13, "c", "found"),
+    }
+    assert all(s.documents == tuple(echo_lines(s.query, 2)) for s in broker.log)
+    broker.check()
+
+
+def test_nothing_submitted_is_nothing_returned():
+    got = exchange(make_broker(EchoRetriever()), {})
+    assert got.results == {} and not got.stop
+
+
+def test_a_busy_program_does_not_wait_for_a_slow_search(monkeypatch):
+    waits = []
+    retriever = GatedRetriever()
+    broker = make_broker(retriever, timeout_s=60.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(broker._changed, "wait", waits.append)
+        for i in range(100):
+            got = exchange(broker, {0: turn("a")} if i == 0 else {}, idle=False)
+            assert got.results == {}
+        assert not waits
+        exchange(broker, {}, idle=True)
+        assert len(waits) == 1
+    retriever.gate.set()
+    assert ask(broker, {1: turn("b")})[0].keys() <= {0, 1}
+
+
+def test_slow_searches_overlap():
+    company = threading.Barrier(4)  # broken, and an error for each, unless all four meet
+    retriever = EchoRetriever(delay=lambda: company.wait(timeout=60))
+    broker = make_broker(retriever, timeout_s=120.0)
+    results = {}
+    for slot in range(4):
+        results |= exchange(broker, {slot: turn("q")}, idle=False).results
+    while len(results) < 4:
+        results |= exchange(broker, {}).results
+    assert set(results.values()) == {found("q")}
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        ("no begin " + protocol.END_QUERY, "no beginning"),
+        (turn("  "), "empty"),
+        (turn('""'), "empty"),
+    ],
+)
+def test_a_bad_query_is_the_policys_fault_and_is_not_searched(text, detail):
+    retriever = EchoRetriever()
+    broker = make_broker(retriever)
+    results, _ = ask(broker, {1: text})
+    assert results == {1: (Status.BAD_QUERY, "")}
+    assert retriever.queries == []
+    assert broker.counts == {"bad_query": 1} and broker.failures == 0
+    assert detail in broker.log[0].detail
+    broker.check()
+
+
+def test_an_empty_result_says_so_and_counts_as_a_failure():
+    broker = make_broker(EmptyRetriever())
+    results, _ = ask(broker, {2: turn("a")})
+    assert results == {2: (Status.EMPTY, protocol.document_block([]))}
+    assert broker.counts == {"empty": 1} and broker.failures == 1
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(None, 3, "x", "what?", [], {}, [None], [[None]], [["text"]], [[FakeHit(None)]]),
+        *([[FakeHit(b"bytes")]], [[], []], np.zeros((1, 2)), iter([[FakeHit("x")]])),
+    ],
+    ids=lambda garbage: re.sub(" object at .*", ">", repr(garbage)),
+)
+def test_garbage_is_an_error_and_never_an_exception(garbage):
+    broker = make_broker(GarbageRetriever(garbage))
+    results, stop = ask(broker, {0: turn("a")})
+    assert results == {0: (Status.ERROR, "")} and not stop
+    assert broker.counts == {"error": 1}
+    assert broker.log[0].detail.startswith("TypeError")
+    with pytest.raises(SearchFailure, match="TypeError"):
+        broker.check()
+
+
+def test_a_hanging_retriever_is_given_up_on():
+    retriever = GatedRetriever()
+    broker = make_broker(retriever, timeout_s=0.1)
+    begin = time.monotonic()
+    results, _ = ask(broker, {0: turn("a"), 1: turn("b")})
+    assert time.monotonic() - begin > 0.1
+    assert results == {0: (Status.ERROR, ""), 1: (Status.ERROR, "")}
+    assert broker.counts == {"timeout": 2}
+    # What it brings too late changes nothing.
+    retriever.gate.set()
+    assert retriever.answered.wait(60)
+    time.sleep(0.05)
+    assert exchange(broker, {}).results == {}
+    assert broker.counts == {"timeout": 2} and len(broker.log) == 2
+
+
+def test_a_flaky_retriever_is_asked_again():
+    broker = make_broker(FlakyRetriever(failures=2), retries=2)
+    assert ask(broker, {0: turn("a")})[0] == {0: found("a")}
+    assert broker.counts == {"found": 1}
+    broker.check()
+
+
+def test_retries_end():
+    broker = make_broker(FlakyRetriever(failures=3), retries=2)
+    assert ask(broker, {0: turn("a")})[0] == {0: (Status.ERROR, "")}
+    assert broker.counts == {"error": 1}
+    assert broker.log[0].detail == "ConnectionError: no route to the index"
+
+
+def test_retries_stay_within_the_time_out():
+    broker = make_broker(RaisingRetriever(), retries=1000, timeout_s=0.2)
+    assert ask(broker, {0: turn("a")})[0] == {0: (Status.ERROR, "")}
+
+
+def test_check_raises_past_the_limit_and_says_what_to_do():
+    broker = make_broker(FlakyRetriever(failures=1), max_failure_rate=0.2)
+    for query in "abcde":  # one at a time: the first fails
+        ask(broker, {0: turn(query)})
+    broker.check()  # exactly at the limit
+    broker._retriever.failures = 1
+    ask(broker, {0: turn("f")})
+    ask(broker, {0: "not a query"})
+    with pytest.raises(SearchFailure) as failure:
+        broker.check()
+    for part in (
+        "2 of 6 searches brought no documents",
+        "error: ConnectionError: no route to the index (2x)",
+        "search.max_failure_rate=0.2",
+    ):
+        assert part in str(failure.value)
+
+
+def test_a_limit_of_one_never_stops():
+    broker = make_broker(RaisingRetriever(), max_failure_rate=1.0)
+    for _ in range(3):
+        assert not ask(broker, dict.fromkeys(range(4), turn("a")))[1]
+    broker.check()
+
+
+def test_the_program_is_told_to_stop_once_enough_searches_failed():
+    broker = make_broker(RaisingRetriever())
+    assert not ask(broker, dict.fromkeys(range(7), turn("a")), slots=8)[1]
+    assert ask(broker, {0: turn("a")})[1]
+    with pytest.raises(SearchFailure, match="8 of 8"):
+        broker.check()
+
+
+def test_a_few_failures_among_many_searches_do_not_stop_the_program():
+    retriever = EchoRetriever()
+    broker = make_broker(retriever)
+    ask(broker, dict.fromkeys(range(50), turn("a")), slots=50)
+    broker._retriever = RaisingRetriever()
+    assert not ask(broker, dict.fromkeys(range(10), turn("a")), slots=10)[1]
+    broker.check()
+
+
+def test_a_rollout_told_to_stop_cannot_pass_the_check_afterwards():
+    """Searches that end well after the order to stop must not hide it."""
+    broker = make_broker(RaisingRetriever())
+    assert ask(broker, dict.fromkeys(range(8), turn("a")), slots=8)[1]
+    broker._retriever = EchoRetriever()
+    ask(broker, dict.fromkeys(range(60), turn("a")), slots=60)
+    assert exchange(broker, {}).stop
+    with pytest.raises(SearchFailure):
+        broker.check()
+
+
+def test_a_bug_in_the_exchange_stops_the_rollout_and_fails_the_check():
+    broker = make_broker(EchoRetriever())
+    ask(broker, dict.fromkeys(range(50), turn("a")), slots=50)
+    out = broker.exchange(0, True, np.zeros(4), np.ones(4, bool), None)
+    assert out[0].tolist()[:2] == [0, 1]
+    with pytest.raises(SearchFailure, match="broker: "):
+        broker.check()
+
+
+def test_documents_that_cannot_be_encoded_stop_the_rollout_without_an_exception():
+    broker = make_broker(EchoRetriever())
+    broker._encode = lambda text: 1 / 0
+    stop = exchange(broker, {0: turn("a")}).stop
+    deadline = time.monotonic() + 60
+    while not stop and time.monotonic() < deadline:
+        stop = exchange(broker, {}).stop
+    assert stop
+    with pytest.raises(SearchFailure, match="ZeroDivisionError"):
+        broker.check()
+
+
+def test_begin_forgets_the_rollout_before():
+    broker = make_broker(RaisingRetriever())
+    assert ask(broker, dict.fromkeys(range(8), turn("a")), slots=8)[1]
+    broker.begin(EchoRetriever())
+    assert broker.counts == {} and broker.log == []
+    assert ask(broker, {0: turn("b")}) == ({0: found("b")}, False)
+    broker.check()
+
+
+def test_late_documents_of_the_rollout_before_are_dropped():
+    old, new = GatedRetriever(), GatedRetriever()
+    broker = make_broker(old)
+    exchange(broker, {0: turn("old"), 1: turn("old")})
+    broker.begin(new)
+    exchange(broker, {0: turn("new")})
+    old.gate.set()
+    assert old.answered.wait(60)
+    time.sleep(0.05)
+    assert exchange(broker, {}).results == {} and broker.counts == {}
+    new.gate.set()
+    results, begin = {}, time.monotonic()
+    while not results and time.monotonic() - begin < 60:
+        results = exchange(broker, {}).results
+    assert results == {0: found("new")}
+    assert broker.counts == {"found": 1} and [s.query for s in broker.log] == ["new"]
+
+
+def test_more_results_than_one_exchange_carries():
+    slots = 2 * RESULTS_PER_EXCHANGE + 3
+    broker = make_broker(EchoRetriever())
+    exchange(broker, {slot: turn(f"q{slot}") for slot in range(slots)}, slots=slots, idle=False)
+    while len(broker.log) < slots:
+        time.sleep(0.01)
+    taken = [exchange(broker, {}, slots=slots).results for _ in range(4)]
+    # The first exchange may have come just as the first results did.
+    assert max(map(len, taken)) == RESULTS_PER_EXCHANGE
+    together = {slot: result for results in taken for slot, result in results.items()}
+    assert all(together[slot] == found(f"q{slot}") for slot in together)
+    assert sum(map(len, taken)) == len(together)
+
+
+def test_shards_get_their_own_results():
+    """Several shards call at once, with equal slot numbers."""
+    broker = make_broker(EchoRetriever(delay=lambda: time.sleep(0.01)))
+    wrong, shards = [], 4
+
+    def serve(shard: int) -> None:
+        for i in range(5):
+            turns = {slot: turn(f"s{shard} n{i} t{slot}") for slot in range(3)}
+            results, _ = ask(broker, turns, shard=shard)
+            expected = {slot: found(f"s{shard} n{i} t{slot}") for slot in range(3)}
+            if results != expected:
+                wrong.append((results, expected))
+
+    threads = [threading.Thread(target=serve, args=(s,)) for s in range(shards)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not wrong
+    assert broker.counts == {"found": shards * 5 * 3}
+
+
+def test_search_now_follows_the_same_rules():
+    broker = make_broker(EchoRetriever())
+    searches = broker.search_now(["a", "b"])
+    assert [(s.query, s.outcome, s.documents) for s in searches] == [
+        (q, "found", tuple(echo_lines(q, 2))) for q in "ab"
+    ]
+    broker.begin(RaisingRetriever())
+    assert [s.outcome for s in broker.search_now(["a", "b"])] == ["error", "error"]
+    assert broker.counts == {"error": 2}
+    with pytest.raises(SearchFailure, match="2 of 2"):
+        broker.check()
+    assert exchange(broker, {}).results == {}
+
+
+def test_search_now_gives_up_on_a_hanging_retriever():
+    retriever = GatedRetriever()
+    broker = make_broker(retriever, timeout_s=0.1)
+    (search,) = broker.search_now(["a"])
+    assert search.outcome == "timeout" and "search.timeout_s=0.1" in search.detail
+    retriever.gate.set()
+    assert retriever.answered.wait(60)
+    time.sleep(0.05)
+    assert search.outcome == "timeout" and broker.counts == {"timeout": 1}
+
+
+def test_a_block_that_fits_is_left_whole():
+    documents = ["12\tone", "two"]
+    tokens = make_broker(None).document_tokens(documents)
+    assert decode(tokens) == protocol.document_block(documents)
+
+
+@given(
+    st.lists(st.text("ab 7\n", max_size=400), max_size=4),
+    st.integers(70, 200),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_block_is_cut_to_the_width_and_keeps_its_tags(documents, width):
+    text = decode(make_broker(None, width=width).document_tokens(documents))
+    assert len(text) <= width
+    assert text.startswith(f"\n\n{protocol.BEGIN_DOCUMENTS}\n")
+    assert text.endswith(f"\n{protocol.END_DOCUMENTS}\n\n")
+    assert all(f"({i + 1})" in text for i in range(len(documents)))
+
+
+def test_cutting_uses_most_of_the_width_and_cuts_documents_alike():
+    text = decode(make_broker(None, width=400).document_tokens(["a" * 1000, "b" * 500]))
+    assert 300 < len(text) <= 400
+    assert text.count("a") == pytest.approx(2 * text.count("b"), rel=0.15)
+
+
+def test_an_enormous_document_is_cut_too():
+    tokens = make_broker(None).document_tokens(["x" * 1_000_000])
+    assert len(tokens) <= WIDTH and decode(tokens).endswith(f"{protocol.END_DOCUMENTS}\n\n")
+
+
+def test_a_width_below_the_tags_own_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"rollout.max_documents_length=40 is too short for 2"):
+        make_broker(None, width=40).document_tokens(["a" * 50, "b" * 50])

@@ -1,0 +1,239 @@
+"""The loop inside the program: its laws, and its equality with the loop driven from the host."""
+
+import dataclasses
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from r1s_jax.config import SearchConfig
+from r1s_jax.data.questions import Question
+from r1s_jax.models.decoder import init_params
+from r1s_jax.models.sharding import shard_params
+from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.rewards.rules import Reward
+from r1s_jax.rollout.broker import Broker, SearchFailure
+from r1s_jax.rollout.engine import Engine
+from r1s_jax.rollout.host_loop import HostLoop
+from r1s_jax.rollout.loop import Finish
+from r1s_jax.tracking.metrics import trace_rows
+from tests.fakes import EchoRetriever
+from tests.makers import MODEL, QUESTIONS, make_engine, roll, searching_params
+from tests.makers import ROLLOUT as CONFIG
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return make_engine()
+
+
+@pytest.fixture(scope="module")
+def rolled(engine):
+    return roll(engine)
+
+
+def assert_same(a, b, rows=slice(None)):
+    """Equal tokens, masks and endings; log-probabilities up to the order of reductions."""
+    for name in ("tokens", "loss_mask", "lengths", "prompt_lengths", "searches", "finish"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name)[rows], err_msg=name)
+    for name in ("sample_logprobs", "policy_logprobs"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name)[rows], atol=2e-5)
+
+
+def test_the_batch_exercises_every_ending(rolled):
+    endings = set(rolled.trajectory.finish.tolist())
+    assert {Finish.FINISHED, Finish.LENGTH, Finish.BAD_QUERY} <= endings
+    assert rolled.trajectory.searches.max() >= 2
+    assert rolled.outcomes["found"] >= 5
+
+
+def test_mask_selects_exactly_the_sampled_tokens(engine, rolled):
+    """Everything else is prompt, or a document block the retriever's passages tokenise to."""
+    t = rolled.trajectory
+    for row in range(len(t.lengths)):
+        prompt = engine.encode(engine.render(rolled.questions[row].question))
+        expected = list(prompt)
+        blocks = [
+            engine.broker.document_tokens(s.documents)
+            for s in rolled.searches[row]
+            if s.outcome == "found"
+        ]
+        tokens, mask = t.tokens[row, : t.lengths[row]], t.loss_mask[row, : t.lengths[row]]
+        assert not t.loss_mask[row, t.lengths[row] :].any()
+        assert tokens[: len(prompt)].tolist() == prompt
+        forced = tokens[~mask].tolist()
+        for block in blocks[: t.searches[row]]:
+            expected += block
+        assert forced == expected
+        assert t.searches[row] <= CONFIG.max_searches
+
+
+def test_log_probabilities_are_those_of_the_policy(rolled):
+    """Against one uncached forward pass over the finished trajectories."""
+    from r1s_jax.models.decoder import Policy
+
+    t = rolled.trajectory
+    logits = jax.jit(lambda p, x: Policy(MODEL, p)(x))(searching_params(), t.tokens)
+    logprobs = jax.nn.log_softmax(np.asarray(logits, np.float64), axis=-1)[:, :-1]
+    expected = np.take_along_axis(np.asarray(logprobs), t.tokens[:, 1:, None], -1)[..., 0]
+    mask = t.loss_mask[:, 1:]
+    np.testing.assert_allclose(t.policy_logprobs[:, 1:][mask], expected[mask], atol=2e-5)
+    # Cutting to the nucleus can only raise the probability of a token that stayed.
+    assert (t.sample_logprobs[t.loss_mask] >= t.policy_logprobs[t.loss_mask] - 1e-6).all()
+    assert (t.sample_logprobs[t.loss_mask] <= 1e-6).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0])
+def test_the_host_driven_loop_agrees(temperature):
+    engine = make_engine(dataclasses.replace(CONFIG, temperature=temperature))
+    params = searching_params()
+    rolled = roll(engine, params=params)
+    base = jax.random.fold_in(jax.random.key(1), 2)
+    for row in range(len(rolled.questions)):
+        question, sample = rolled.questions[row], row % 6
+        key = jax.random.fold_in(jax.random.fold_in(base, question.id), sample)
+        loop = host_loop(engine, params)
+        list(loop.run(engine.encode(engine.render(question.question)), key))
+        t, length = rolled.trajectory, len(loop.tokens)
+        assert loop.tokens == t.tokens[row, : t.lengths[row]].tolist()
+        assert loop.mask == t.loss_mask[row, :length].tolist()
+        assert (loop.finish, loop.searches) == (t.finish[row], t.searches[row])
+        np.testing.assert_allclose(loop.policy_logprobs, t.policy_logprobs[row, :length], atol=2e-5)
+
+
+def test_traces_name_every_token_and_its_advantage(engine, rolled):
+    t = rolled.trajectory
+    advantages = np.arange(t.tokens.size, dtype=np.float32).reshape(t.tokens.shape)
+    rewards = [Reward(0.0, {})] * len(t.tokens)
+    rows = list(trace_rows(rolled, rewards, advantages, len(rewards), engine.token_texts))
+    ended = 0
+    for i, row in enumerate(rows):
+        ids = t.tokens[i][t.loss_mask[i]].tolist()
+        texts = [text for text, _ in row["token_advantages"]]
+        assert len(texts) == row["sampled_tokens"] == len(ids)
+        assert "".join(texts) == rolled.solutions[i].written
+        expected = ["" if j in engine.eos_ids else engine.decode([j]).strip() for j in ids]
+        assert [text.strip() for text in texts] == expected
+        ended += ids[-1] in engine.eos_ids
+        kept = [advantage for _, advantage in row["token_advantages"]]
+        np.testing.assert_allclose(kept, advantages[i][t.loss_mask[i]], rtol=1e-3)
+    assert len(rows) == len(rewards) and 0 < ended < len(rows)
+
+
+def host_loop(engine: Engine, params) -> HostLoop:
+    broker = Broker(
+        SearchConfig(),
+        decode=engine.decode,
+        encode=engine.encode,
+        documents_per_query=CONFIG.documents_per_query,
+        max_documents_length=CONFIG.max_documents_length,
+    )
+    broker.begin(EchoRetriever())
+    dtype = np.dtype("float32")
+    return HostLoop(MODEL, params, engine.config, dtype, engine.eos_ids, broker, engine.decode)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"slots": 1, "prefill_rows": 1}, {"slots": 24}, {"prefill_chunk": 32}]
+)
+def test_slots_and_chunks_change_nothing(rolled, changes):
+    other = roll(make_engine(dataclasses.replace(CONFIG, **changes)))
+    assert_same(other.trajectory, rolled.trajectory)
+
+
+def test_a_trajectory_alone_is_the_same(engine, rolled):
+    alone = roll(engine, questions=QUESTIONS[2:3])
+    assert_same(alone.trajectory._replace(groups=None), rolled.trajectory, slice(12, 18))
+
+
+def test_the_order_of_questions_changes_nothing(engine, rolled):
+    turned = roll(engine, questions=QUESTIONS[::-1])
+    order = np.arange(24).reshape(4, 6)[::-1].ravel()
+    assert_same(turned.trajectory, rolled.trajectory, order)
+
+
+def test_search_latency_changes_nothing(engine, rolled):
+    rng = np.random.default_rng(0)
+    slow = roll(engine, EchoRetriever(delay=lambda: time.sleep(rng.uniform(0, 0.05))))
+    assert_same(slow.trajectory, rolled.trajectory)
+    assert sorted(s.query for r in slow.searches for s in r) == sorted(
+        s.query for r in rolled.searches for s in r
+    )
+
+
+def test_waiting_rows_do_not_stop_sampling_rows(engine, monkeypatch):
+    """The first search gets its documents only once another row has gone on to search."""
+    monkeypatch.setattr(engine.broker, "config", SearchConfig(timeout_s=120.0))
+    second, calls, met = threading.Event(), [], []
+
+    def wait_for_another() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            met.append(second.wait(timeout=60))
+        else:
+            second.set()
+
+    roll(engine, EchoRetriever(delay=wait_for_another))
+    assert met == [True]
+
+
+def test_the_limits_hold(rolled):
+    t = rolled.trajectory
+    assert (t.lengths <= CONFIG.max_length).all()
+    for mask in t.loss_mask:
+        runs = np.diff(np.flatnonzero(np.diff(np.pad(mask.astype(int), 1))))[::2]
+        assert (runs <= CONFIG.max_turn_length).all()
+
+
+def test_first_search_is_forced_and_carries_no_loss():
+    config = dataclasses.replace(CONFIG, first_search=True, max_prompt_length=64)
+    rolled = roll(make_engine(config))
+    for solution, question in zip(rolled.solutions, rolled.questions, strict=True):
+        text, by_policy = solution.spans[0]
+        assert not by_policy
+        assert question.question.rstrip("?") in text.replace(" ?", "?")
+        assert protocol.BEGIN_DOCUMENTS in text
+    t = rolled.trajectory
+    assert (t.searches >= 1).all() and all(searches for searches in rolled.searches)
+    assert not any(t.loss_mask[i, : t.prompt_lengths[i]].any() for i in range(len(t.lengths)))
+
+
+@pytest.mark.parametrize("kind", ["raises", "hangs", "garbage", "empty"])
+def test_a_broken_retriever_ends_the_rollout_cleanly(kind):
+    engine = make_engine(search=SearchConfig(timeout_s=0.3, retries=0))
+    with pytest.raises(SearchFailure, match="searches brought no documents"):
+        roll(engine, BrokenRetriever(kind))
+    assert engine.broker.failures > 0
+
+
+class BrokenRetriever:
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def search(self, queries, k):
+        if self.kind == "raises":
+            raise ConnectionError("no route to the index")
+        if self.kind == "hangs":
+            time.sleep(3600)
+        return "what?" if self.kind == "garbage" else [[] for _ in queries]
+
+
+def test_a_prompt_that_is_too_long_is_named(engine):
+    with pytest.raises(ValueError, match=r"question 5 .*more than rollout.max_prompt_length=24"):
+        roll(engine, questions=[Question(5, "What is the trade of " * 9, ("x",))])
+
+
+def test_the_cache_is_never_copied():
+    """The compiled loop keeps one cache: all else it holds at a time is small beside it."""
+    model = dataclasses.replace(MODEL, num_layers=6, head_dim=32)
+    config = dataclasses.replace(CONFIG, slots=8, max_length=1024, prefill_rows=2)
+    engine = make_engine(config, model=model)
+    prompts, _ = engine._prompts(QUESTIONS, [])
+    arrays = engine._arrays(prompts, QUESTIONS, 2, 0, 0)
+    params = shard_params(init_params(model, 0), model, engine.mesh)
+    compiled = engine._rollout.lower(params, arrays, engine.tag_table).compile()
+    capacity = config.max_length + config.prefill_chunk
+    cache = 2 * 4 * model.num_layers * 8 * model.num_kv_heads * capacity * model.head_dim
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * cache
