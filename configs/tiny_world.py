@@ -5,13 +5,13 @@ from r1s_jax.config import (
     ColdStartConfig,
     Config,
     EvalConfig,
+    ModelConfig,
     OptimizerConfig,
     PolicyConfig,
     RolloutConfig,
     StageConfig,
     TinyWorldConfig,
 )
-from r1s_jax.models.decoder import ModelConfig
 
 
 def config() -> Config:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from r1s_jax.data.environment import Batch
-from r1s_jax.models.decoder import Params
+from r1s_jax.models.params import Params
 from r1s_jax.protocol.r1_searcher import extract_answer
 from r1s_jax.rewards.answer_scores import cover_exact_match, f1_score
 from r1s_jax.rollout.engine import Engine, Rolled

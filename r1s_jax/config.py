@@ -4,21 +4,19 @@ A recipe (`configs/<name>.py`) builds a `Config`; the command line changes singl
 `section.field=value`. Every field is read somewhere; unknown names are refused.
 """
 
-import dataclasses
-import difflib
 import math
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from r1s_jax.learning.advantages import Estimator, KlEstimator
-from r1s_jax.models.decoder import ModelConfig, Remat
+from r1s_jax.border.errors import ConfigError as ConfigError
+from r1s_jax.border.overrides import override as override
 
-
-class ConfigError(ValueError):
-    """A field that does not exist or a value that it cannot take."""
+Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
+KlEstimator = Literal["k1", "k3"]
+# What the backward pass recomputes of each layer (see PolicyConfig.remat).
+Remat = Literal["none", "attention", "full"]
+# The backends of attention (see kernels/attention/api.py).
+Impl = Literal["xla", "tpu", "gpu", "interpret"]
 
 
 def _check(ok: bool, message: str) -> None:
@@ -38,6 +36,57 @@ def _check_shares(section: str, node: Any, *names: str) -> None:
     for name in names:
         value = getattr(node, name)
         _check(0 <= value <= 1, f"{section}.{name} must be between 0 and 1, got {value}")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the slow rotary frequencies (arXiv 2407.21783)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a decoder; the flags tell Llama, Qwen2 and Qwen3 apart."""
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    max_position: int = 2048
+    lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: none
+    lora_alpha: float = 32.0
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """What the product of the adapters is multiplied with."""
+        return self.lora_alpha / max(self.lora_rank, 1)
+
+    def with_lora(self, rank: int, alpha: float) -> "ModelConfig":
+        """The same model with adapters; rank 0: without."""
+        return replace(self, lora_rank=rank, lora_alpha=alpha)
+
+    def without_lora(self) -> "ModelConfig":
+        """The same model with its adapters merged."""
+        return replace(self, lora_rank=0)
 
 
 @dataclass(frozen=True)
@@ -76,7 +125,7 @@ class PolicyConfig:
     lora_rank: int = 0
     lora_alpha: float = 32.0
     # The attention kernel (see kernels/attention/api.py); "auto": that of the mesh's devices.
-    attention: Literal["auto", "xla", "tpu", "gpu", "interpret"] = "auto"
+    attention: Literal["auto", Impl] = "auto"
 
     def __post_init__(self) -> None:
         _check(
@@ -357,76 +406,3 @@ class Config:
                 f"{name}: {samples} trajectories a step cannot be split into "
                 f"algorithm.updates_per_rollout={self.algorithm.updates_per_rollout} batches",
             )
-
-
-def override(config: Config, assignments: Sequence[str]) -> Config:
-    """Applies `section.field=value` strings all at once; of one field the last one counts.
-
-    Raises ConfigError naming the unknown field (with the nearest known one), the value that does
-    not fit its type, or what the sections that result do not allow.
-    """
-    changes = []
-    for assignment in assignments:
-        path, sep, text = assignment.partition("=")
-        if not sep:
-            raise ConfigError(f"{assignment!r} is no override: write section.field=value")
-        changes.append((path.strip().split("."), text.strip(), path.strip()))
-    return _apply(config, changes)
-
-
-def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
-    """`node` with (path from here, value as text, whole path) changed."""
-    values: dict[str, Any] = {}
-    sections: dict[str, list[tuple[list[str], str, str]]] = {}
-    kinds = typing.get_type_hints(type(node))
-    for (name, *rest), text, whole in changes:
-        if rest:
-            sections.setdefault(_known(node, name, whole), []).append((rest, text, whole))
-        elif dataclasses.is_dataclass(getattr(node, _known(node, name, whole))):
-            raise ConfigError(
-                f"{whole!r} is a section: name one of its fields, as {whole}.field=value"
-            )
-        else:
-            values[name] = _parse(kinds[name], text, whole)
-    for name, inner in sections.items():
-        if not dataclasses.is_dataclass(getattr(node, name)):
-            raise ConfigError(f"unknown config field {inner[0][2]!r}: {name!r} has no fields")
-        values[name] = _apply(getattr(node, name), inner)
-    return dataclasses.replace(node, **values) if values else node
-
-
-def _known(node: Any, name: str, whole: str) -> str:
-    """`name`, if it is a field of `node`."""
-    fields = {f.name for f in dataclasses.fields(node)}
-    if name not in fields:
-        near = difflib.get_close_matches(name, fields, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(fields))}"
-        raise ConfigError(f"unknown config field {whole!r}: no {name!r} here{hint}")
-    return name
-
-
-def _parse(kind: Any, text: str, whole: str) -> Any:
-    if typing.get_origin(kind) is Literal:
-        if text not in typing.get_args(kind):
-            options = ", ".join(typing.get_args(kind))
-            raise ConfigError(f"{whole}={text!r}: must be one of {options}")
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ConfigError(f"{whole}={text!r}: must be true or false")
-        return text.lower() == "true"
-    if kind in (tuple[str, ...], tuple[float, ...]):
-        item = typing.get_args(kind)[0]
-        return tuple(_parse(item, part.strip(), whole) for part in text.split(",") if part.strip())
-    if kind in (int, float, str):
-        try:
-            return kind(text)
-        except ValueError:
-            raise ConfigError(f"{whole}={text!r}: must be of type {kind.__name__}") from None
-    raise ConfigError(f"{whole} cannot be set from the command line (type {_type_name(kind)})")
-
-
-def _type_name(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " | ".join(_type_name(k) for k in typing.get_args(kind))
-    return getattr(kind, "__name__", str(kind))

@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 from typer.testing import CliRunner
 
 from r1s_jax import cli
-from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
+from r1s_jax.config import MeshConfig, ModelConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.data.tiny_world import PROMPT, TinyWorld, build_tokenizer
 from r1s_jax.learning.learner import Learner
 from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.packing import PackedBatch, pack
-from r1s_jax.models.decoder import ModelConfig, init_params
+from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
 from r1s_jax.protocol import r1_searcher as protocol

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from r1s_jax.config import MeshConfig
-from r1s_jax.models.decoder import ModelConfig
+from r1s_jax.config import MeshConfig, ModelConfig
 from r1s_jax.models.sharding import make_mesh
 from tests import makers
 

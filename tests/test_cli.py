@@ -6,7 +6,7 @@ import pytest
 
 from r1s_jax import cli
 from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer
-from r1s_jax.models.decoder import init_params
+from r1s_jax.models.params import init_params
 from tests.makers import SMALL
 from tests.makers import run_cli as run
 

@@ -10,13 +10,13 @@ from r1s_jax.config import (
     Config,
     ConfigError,
     CorpusConfig,
+    ModelConfig,
     PolicyConfig,
     RolloutConfig,
     StageConfig,
     TinyWorldConfig,
     override,
 )
-from r1s_jax.models.decoder import ModelConfig
 
 MODEL = ModelConfig(32, 8, 16, 1, 2, 1, 4)
 

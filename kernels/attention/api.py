@@ -5,21 +5,16 @@ or "interpret" (the TPU kernels, interpreted: slow, for tests). None takes the b
 default device. A backend that cannot serve a shape says so; nothing falls back in silence.
 """
 
-from typing import Any, Literal, get_args
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from r1s_jax.kernels.attention import flash, gpu, tpu, xla
+from r1s_jax.kernels.attention import gpu, interpret, tpu, xla
 
-Impl = Literal["xla", "tpu", "gpu", "interpret"]
-
-# Keys of a cache come in multiples of this, head widths too, where a kernel reads them.
-_CACHE_MULTIPLE = {"xla": (1, 1), "tpu": (128, 128), "gpu": (64, 16), "interpret": (128, 128)}
-_ROW_MULTIPLE = 128
-_DTYPES = ("float32", "bfloat16")
+# Each has `attention`, `decode_attention` and SUPPORT, what it serves.
+BACKENDS = {"xla": xla, "tpu": tpu, "gpu": gpu, "interpret": interpret}
+Impl = str  # a name of BACKENDS
 
 
 def default_impl(platform: str | None = None) -> Impl:
@@ -29,13 +24,19 @@ def default_impl(platform: str | None = None) -> Impl:
 
 
 def cache_dims(capacity: int, head_dim: int, impl: Impl | None = None) -> tuple[int, int]:
-    """Tokens and head width that a cache needs to hold `capacity` tokens of `head_dim`.
-
-    TPU tiles are 128 lanes wide: a narrower head is stored with zeros beside it, or every call
-    would copy the cache into that form.
-    """
-    multiples = _CACHE_MULTIPLE[_resolve(impl)]
+    """Tokens and head width that a cache needs to hold `capacity` tokens of `head_dim`."""
+    multiples = BACKENDS[_resolve(impl)].SUPPORT.cache_multiple
     return tuple(-(-n // m) * m for n, m in zip((capacity, head_dim), multiples, strict=True))
+
+
+def check_support(impl: Impl, head_dim: int, dtypes: dict[str, str]) -> None:
+    """Raises ValueError for a head width, or dtypes of named arrays, that `impl` does not serve."""
+    support = BACKENDS[_resolve(impl)].SUPPORT
+    for name, dtype in dtypes.items():
+        if support.dtypes is not None and dtype not in support.dtypes:
+            raise ValueError(f"{name} is {dtype}, impl={impl!r} serves {support.dtypes}")
+    if not support.serves_width(head_dim):
+        raise ValueError(f"head width {head_dim}: impl={impl!r} serves {support.widths}")
 
 
 def attention(
@@ -59,29 +60,8 @@ def attention(
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise ValueError(f"segment_ids has shape {segment_ids.shape}, expected {q.shape[:2]}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    if impl == "xla":
-        return xla.attention(q, k, v, segment_ids=segment_ids, causal=causal, scale=scale)
-    backend = {"tpu": tpu.backend, "gpu": gpu.backend}.get(impl, lambda: tpu.backend(True))()
-    return flash_rows(backend, q, k, v, segment_ids, causal, scale)
-
-
-def flash_rows(
-    backend: flash.Backend,
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T N K"],
-    v: Float[Array, "B T N K"],
-    segment_ids: Int[Array, "B T"] | None,
-    causal: bool,
-    scale: float,
-) -> Float[Array, "B T H K"]:
-    """The flash kernels of one backend over rows of any length: pads to whole blocks."""
-    batch, length = q.shape[:2]
-    pad = -length % _ROW_MULTIPLE
-    ranges = flash.key_ranges(length, segment_ids, causal, batch)
-    nothing = jnp.array([[length + pad], [-1]], jnp.int32)
-    ranges = jnp.concatenate([ranges, jnp.broadcast_to(nothing, (batch, 2, pad))], axis=2)
-    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
-    return flash.flash_attention(backend, scale, q, k, v, ranges)[:, :, :length].swapaxes(1, 2)
+    attend = BACKENDS[impl].attention
+    return attend(q, k, v, segment_ids=segment_ids, causal=causal, scale=scale)
 
 
 def decode_attention(
@@ -117,24 +97,20 @@ def decode_attention(
     if cache_dims(capacity, width, impl) != (capacity, width):
         raise ValueError(
             f"a cache of {capacity} tokens x {width} does not suit impl={impl!r}: it needs "
-            f"multiples of {_CACHE_MULTIPLE[impl]} (see cache_dims)"
+            f"multiples of {BACKENDS[impl].SUPPORT.cache_multiple} (see cache_dims)"
         )
     scale = head_dim**-0.5 if scale is None else scale
     if width > head_dim:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
-    decode = {"xla": xla, "tpu": tpu, "gpu": gpu, "interpret": tpu}[impl].decode_attention
-    options: dict[str, Any] = {"interpret": True} if impl == "interpret" else {}
-    if impl != "xla" and rows is None:
-        rows = jnp.arange(batch)
-    out = decode(q, k_cache, v_cache, layer, lengths, rows, scale=scale, **options)
-    return out[..., :head_dim]
+    decode = BACKENDS[impl].decode_attention
+    return decode(q, k_cache, v_cache, layer, lengths, rows, scale=scale)[..., :head_dim]
 
 
 def _resolve(impl: Impl | None) -> Impl:
     if impl is None:
         return default_impl()
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl={impl!r} is no backend of attention: take one of {get_args(Impl)}")
+    if impl not in BACKENDS:
+        raise ValueError(f"impl={impl!r} is no backend of attention: take one of {list(BACKENDS)}")
     return impl
 
 
@@ -147,11 +123,4 @@ def _check_heads(q: Array, k: Array, v: Array, kv_heads: int, impl: Impl) -> Non
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
     if k.shape[-1] < head_dim:
         raise ValueError(f"head width: q has {head_dim}, k and v have {k.shape[-1]}")
-    if impl == "xla":
-        return
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype.name not in _DTYPES:
-            raise ValueError(f"{name} is {x.dtype.name}, impl={impl!r} serves {_DTYPES}")
-    if head_dim % 16 or head_dim > 256 or (impl == "gpu" and head_dim & (head_dim - 1)):
-        widths = "powers of two from 16" if impl == "gpu" else "multiples of 16"
-        raise ValueError(f"head width {head_dim}: impl={impl!r} serves {widths} to 256")
+    check_support(impl, head_dim, {"q": q.dtype.name, "k": k.dtype.name, "v": v.dtype.name})

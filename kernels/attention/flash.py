@@ -25,6 +25,8 @@ LOG2_E = math.log2(math.e)
 # A masked score lies far below the lowest running maximum: its exponential is an exact zero even
 # in a row that has seen no allowed key yet.
 MASKED, LOWEST = -1e30, -5e29
+# Rows are padded to whole blocks, of so many tokens at least.
+_ROW_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,25 @@ def key_ranges(
     last = index if causal else lax.cummin(last, axis=1, reverse=True)
     real = segment_ids > 0
     return jnp.stack([jnp.where(real, first, length), jnp.where(real, last, -1)], axis=1)
+
+
+def flash_rows(
+    backend: Backend,
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N K"],
+    segment_ids: Int[Array, "B T"] | None,
+    causal: bool,
+    scale: float,
+) -> Float[Array, "B T H K"]:
+    """The flash kernels of one backend over rows of any length: pads to whole blocks."""
+    batch, length = q.shape[:2]
+    pad = -length % _ROW_MULTIPLE
+    ranges = key_ranges(length, segment_ids, causal, batch)
+    nothing = jnp.array([[length + pad], [-1]], jnp.int32)
+    ranges = jnp.concatenate([ranges, jnp.broadcast_to(nothing, (batch, 2, pad))], axis=2)
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))) for x in (q, k, v))
+    return flash_attention(backend, scale, q, k, v, ranges)[:, :, :length].swapaxes(1, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

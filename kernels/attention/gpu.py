@@ -18,7 +18,16 @@ from r1s_jax.kernels.attention.decode import (
     group_queries,
     ungroup_queries,
 )
-from r1s_jax.kernels.attention.flash import LOG2_E, LOWEST, MASKED, Backend, Blocks, _dot
+from r1s_jax.kernels.attention.flash import (
+    LOG2_E,
+    LOWEST,
+    MASKED,
+    Backend,
+    Blocks,
+    _dot,
+    flash_rows,
+)
+from r1s_jax.kernels.attention.support import KERNEL_DTYPES, Support
 
 # (queries, keys, warps, stages) that compile for an H100 without spilling registers.
 _BLOCKS = {
@@ -35,6 +44,13 @@ _BLOCKS_FLOAT32 = {
 _DECODE_KEYS, _DECODE_ROWS, _DECODE_ROWS_FLOAT32 = 64, 64, 16
 # Programs wanted at a time: two for each multiprocessor of an H100.
 _PROGRAMS = 264
+
+SUPPORT = Support(
+    cache_multiple=(_DECODE_KEYS, 16),
+    dtypes=KERNEL_DTYPES,
+    serves_width=lambda head_dim: 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0,
+    widths="powers of two from 16 to 256",
+)
 
 
 def _blocks(kernel: str, length: int, head_dim: int, dtype: Any) -> Blocks:
@@ -55,13 +71,27 @@ def backend(interpret: Any = False) -> Backend:
     )
 
 
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N K"],
+    *,
+    segment_ids: Int[Array, "B T"] | None,
+    causal: bool,
+    scale: float,
+    interpret: Any = False,
+) -> Float[Array, "B T H K"]:
+    """`reference.attention` by the shared flash kernels."""
+    return flash_rows(backend(interpret), q, k, v, segment_ids, causal, scale)
+
+
 def decode_attention(
     q: Float[Array, "B T H K"],
     k_cache: Float[Array, "L R N S K"],
     v_cache: Float[Array, "L R N S K"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
-    rows: Int[Array, " B"],
+    rows: Int[Array, " B"] | None = None,
     *,
     scale: float,
     interpret: Any = False,
@@ -72,6 +102,7 @@ def decode_attention(
     (flash-decoding); their partial softmaxes are merged afterwards.
     """
     new = q.shape[1]
+    rows = jnp.arange(len(q)) if rows is None else rows
     q = group_queries(q, k_cache.shape[2], k_cache.dtype)
     queries = q.shape[2]
     most = _DECODE_ROWS_FLOAT32 if k_cache.dtype == jnp.float32 else _DECODE_ROWS

@@ -16,12 +16,30 @@ from r1s_jax.kernels.attention.decode import (
     group_queries,
     ungroup_queries,
 )
-from r1s_jax.kernels.attention.flash import LOG2_E, LOWEST, MASKED, Backend, Blocks, _dot
+from r1s_jax.kernels.attention.flash import (
+    LOG2_E,
+    LOWEST,
+    MASKED,
+    Backend,
+    Blocks,
+    _dot,
+    flash_rows,
+)
+from r1s_jax.kernels.attention.support import KERNEL_DTYPES, Support
 
 LANES = 128
 _VMEM_LIMIT = 96 * 2**20
 # Bytes of one block of keys, all heads together, and of one block of scores.
 _CACHE_BLOCK, _SCORE_BLOCK = 2**20, 2**22
+
+# A head narrower than a tile is stored with zeros beside it, or every call would copy the cache
+# into that form.
+SUPPORT = Support(
+    cache_multiple=(LANES, LANES),
+    dtypes=KERNEL_DTYPES,
+    serves_width=lambda head_dim: head_dim % 16 == 0 and head_dim <= 256,
+    widths="multiples of 16 to 256",
+)
 
 
 def _blocks(kernel: str, length: int, head_dim: int, dtype: Any) -> Blocks:
@@ -47,13 +65,27 @@ def backend(interpret: Any = False) -> Backend:
     return Backend("tpu", _blocks, _as_column, _as_row, pltpu.SMEM, interpret)
 
 
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T N K"],
+    v: Float[Array, "B T N K"],
+    *,
+    segment_ids: Int[Array, "B T"] | None,
+    causal: bool,
+    scale: float,
+    interpret: Any = False,
+) -> Float[Array, "B T H K"]:
+    """`reference.attention` by the shared flash kernels."""
+    return flash_rows(backend(interpret), q, k, v, segment_ids, causal, scale)
+
+
 def decode_attention(
     q: Float[Array, "B T H K"],
     k_cache: Float[Array, "L R N S K"],
     v_cache: Float[Array, "L R N S K"],
     layer: Int[Array, ""],
     lengths: Int[Array, " B"],
-    rows: Int[Array, " B"],
+    rows: Int[Array, " B"] | None = None,
     *,
     scale: float,
     interpret: Any = False,
@@ -64,6 +96,7 @@ def decode_attention(
     length the block index stands still, so nothing more is fetched from HBM.
     """
     new, capacity = q.shape[1], k_cache.shape[3]
+    rows = jnp.arange(len(q)) if rows is None else rows
     q = group_queries(q, k_cache.shape[2], k_cache.dtype)
     batch, kv_heads, queries, head_dim = q.shape
     size = _decode_block(capacity, queries, kv_heads * head_dim * k_cache.dtype.itemsize)

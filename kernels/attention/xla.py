@@ -12,6 +12,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention.reference import MASKED, group_heads, masked_attention
+from r1s_jax.kernels.attention.support import Support
+
+SUPPORT = Support()
 
 _BLOCK = 128
 # A long row is cut into no more than this many blocks of queries: each is a piece of program.

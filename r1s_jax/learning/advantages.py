@@ -7,15 +7,15 @@ Computed on the host in float64: rewards come from the host, every process has a
 whitening subtracts numbers that lie close together.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
+from r1s_jax.config import Estimator, KlEstimator
+
 # Of GRPO and its relative, the advantages of a group stand by themselves.
 _NOT_WHITENED = ("group_norm", "dr_grpo")
-KlEstimator = Literal["k1", "k3"]
 
 
 def token_advantages(

@@ -16,11 +16,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from r1s_jax.config import OptimizerConfig
+from r1s_jax.config import ModelConfig, OptimizerConfig, Remat
 from r1s_jax.learning.losses import Metrics, TokenLoss
 from r1s_jax.learning.packing import PackedBatch
-from r1s_jax.models.decoder import ModelConfig, Params, Policy, Remat
+from r1s_jax.models.decoder import Policy
 from r1s_jax.models.lora import combine, trainable
+from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import (
     BATCH_AXES,
     attention_impl,

@@ -9,8 +9,8 @@ from r1s_jax.config import Config
 from r1s_jax.learning.advantages import has_signal, kl_divergence, token_advantages
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.packing import pack, unpack
-from r1s_jax.models.decoder import Params
 from r1s_jax.models.lora import combine
+from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.rollout.engine import Rolled
 from r1s_jax.rollout.loop import Finish, Trajectory

@@ -1,7 +1,6 @@
 """Architectures of published models that recipes name: known before anything is downloaded."""
 
-from r1s_jax.config import PolicyConfig
-from r1s_jax.models.decoder import ModelConfig, RopeScaling
+from r1s_jax.config import ModelConfig, PolicyConfig, RopeScaling
 from r1s_jax.models.weights import load_config
 from r1s_jax.system.assets import resolve
 

@@ -18,8 +18,9 @@ from etils import epath
 from jax import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
+from r1s_jax.config import ModelConfig
 from r1s_jax.learning.learner import LearnerState
-from r1s_jax.models.decoder import ModelConfig, Params, ParamSpec, param_specs
+from r1s_jax.models.params import Params, ParamSpec, param_specs
 from r1s_jax.system.distributed import on_main
 
 _CHECKSUMS = "checksums"

@@ -9,9 +9,8 @@ function that attends differs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,182 +19,18 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from r1s_jax.kernels.attention.api import Impl, attention, cache_dims, decode_attention
-from r1s_jax.models.lora import adapter_entries, is_adapter, merge_layer
-
-Params = dict[str, Any]
+from r1s_jax.config import Impl, ModelConfig, Remat
+from r1s_jax.kernels.attention.api import attention, decode_attention
+from r1s_jax.models.kv_cache import KVCache
+from r1s_jax.models.lora import merge_layer
+from r1s_jax.models.params import Params
 
 # Name in the compiled program of what runs once a layer.
 LAYERS_SCOPE = "decoder_layer"
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's stretching of the slow rotary frequencies (arXiv 2407.21783)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Architecture of a decoder; the flags tell Llama, Qwen2 and Qwen3 apart."""
-
-    vocab_size: int
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    max_position: int = 2048
-    lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: none
-    lora_alpha: float = 32.0
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
-            )
-
-    @property
-    def lora_scale(self) -> float:
-        """What the product of the adapters is multiplied with."""
-        return self.lora_alpha / max(self.lora_rank, 1)
-
-    def with_lora(self, rank: int, alpha: float) -> "ModelConfig":
-        """The same model with adapters; rank 0: without."""
-        return replace(self, lora_rank=rank, lora_alpha=alpha)
-
-    def without_lora(self) -> "ModelConfig":
-        """The same model with its adapters merged."""
-        return replace(self, lora_rank=0)
-
-
-class ParamSpec(NamedTuple):
-    """Shape, logical axes (see sharding.py) and initial scale of one parameter."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    std: float | None  # None: all ones (a norm's gain)
-
-
-def param_specs(config: ModelConfig) -> dict[str, Any]:
-    """The parameter tree of `config`, a `ParamSpec` at each leaf."""
-    c = config
-    layer = {
-        "attn_norm": ((c.d_model,), (None,), None),
-        "wq": ((c.d_model, c.num_heads, c.head_dim), ("embed", "heads", None), 1.0),
-        "wk": ((c.d_model, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), 1.0),
-        "wv": ((c.d_model, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None), 1.0),
-        "wo": ((c.num_heads, c.head_dim, c.d_model), ("heads", None, "embed"), c.num_layers),
-        "mlp_norm": ((c.d_model,), (None,), None),
-        "w_gate": ((c.d_model, c.d_ff), ("embed", "mlp"), 1.0),
-        "w_up": ((c.d_model, c.d_ff), ("embed", "mlp"), 1.0),
-        "w_down": ((c.d_ff, c.d_model), ("mlp", "embed"), c.num_layers),
-    }
-    if c.qkv_bias:
-        layer["bq"] = ((c.num_heads, c.head_dim), ("heads", None), 0.0)
-        layer["bk"] = ((c.num_kv_heads, c.head_dim), ("kv_heads", None), 0.0)
-        layer["bv"] = ((c.num_kv_heads, c.head_dim), ("kv_heads", None), 0.0)
-    if c.qk_norm:
-        layer["q_norm"] = ((c.head_dim,), (None,), None)
-        layer["k_norm"] = ((c.head_dim,), (None,), None)
-    if c.lora_rank:
-        layer |= adapter_entries(layer, c.lora_rank)
-
-    def spec(shape: tuple, axes: tuple, gain: float | None) -> ParamSpec:
-        # 1/sqrt(fan in); the two projections that add to the residual also shrink with depth.
-        fan_in = shape[0] * shape[1] if axes[0] == "heads" else shape[0]
-        std = None if gain is None else (gain and (fan_in * (2 * gain if gain > 1 else 1)) ** -0.5)
-        return ParamSpec((c.num_layers, *shape), ("layers", *axes), std)
-
-    specs: dict[str, Any] = {
-        "embed": ParamSpec((c.vocab_size, c.d_model), ("vocab", "embed"), c.d_model**-0.5),
-        "layers": {name: spec(*entry) for name, entry in layer.items()},
-        "final_norm": ParamSpec((c.d_model,), (None,), None),
-    }
-    if not c.tie_embeddings:
-        specs["lm_head"] = ParamSpec((c.d_model, c.vocab_size), ("embed", "vocab"), c.d_model**-0.5)
-    return specs
-
-
-def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Params:
-    """Random parameters of `config`; equal seeds give equal parameters. Adapters are float32."""
-    return _draw(param_specs(config), seed, dtype)
-
-
-def add_adapters(params: Params, config: ModelConfig, seed: int) -> Params:
-    """`params` with the adapters that `config` asks for, which change nothing yet; float32."""
-    specs = {n: s for n, s in param_specs(config)["layers"].items() if is_adapter(n)}
-    return params | {"layers": params["layers"] | _draw(specs, seed, jnp.float32)}
-
-
-def _draw(specs: dict[str, Any], seed: int, dtype: Any) -> Params:
-    named, treedef = jax.tree_util.tree_flatten_with_path(
-        specs, is_leaf=lambda x: isinstance(x, ParamSpec)
-    )
-    keys = jax.random.split(jax.random.key(seed), len(named))
-
-    def leaf(path: tuple, spec: ParamSpec, key: Array) -> Array:
-        kind = jnp.float32 if is_adapter(path[-1].key) else dtype
-        if spec.std is None:
-            return jnp.ones(spec.shape, kind)
-        return (spec.std * jax.random.normal(key, spec.shape)).astype(kind)
-
-    leaves = [leaf(path, spec, key) for (path, spec), key in zip(named, keys, strict=True)]
-    return jax.tree.unflatten(treedef, leaves)
-
-
-def unstack_layers(params: Params) -> Params:
-    """The same parameters, each layer's in arrays of its own.
-
-    For sampling on a CPU: there a scan copies every layer's weights out of their stack at every
-    step, and reading the weights is what a decode step costs.
-    """
-    layers = params["layers"]
-    count = len(layers["attn_norm"])
-    return params | {"layers": [{name: w[i] for name, w in layers.items()} for i in range(count)]}
-
-
-class KVCache(NamedTuple):
-    """Keys and values of every layer, updated in place as the layer scan's carry."""
-
-    k: Float[Array, "L S N C K"]
-    v: Float[Array, "L S N C K"]
-
-    @staticmethod
-    def empty(
-        config: ModelConfig,
-        slots: int,
-        capacity: int,
-        kv_heads: int,
-        dtype: Any,
-        impl: Impl | None = None,
-    ) -> "KVCache":
-        """Zeros; C and K grow to what the attention backend `impl` wants of a cache."""
-        dims = cache_dims(capacity, config.head_dim, impl)
-        shape = (config.num_layers, slots, kv_heads, *dims)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-    def fit(self, x: Float[Array, "*B k"]) -> Float[Array, "*B K"]:
-        """New keys or values as the cache stores them."""
-        pad = [(0, 0)] * (x.ndim - 1) + [(0, self.k.shape[-1] - x.shape[-1])]
-        return jnp.pad(x.astype(self.k.dtype), pad)
-
-
 # Called as `attention` is, with q, k, v and `segment_ids=` of whole rows.
 RowAttention = Callable[..., Array]
-# What the backward pass recomputes of each layer (see PolicyConfig.remat).
-Remat = Literal["none", "attention", "full"]
 _REMAT = {
     "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from r1s_jax.config import PolicyConfig
+from r1s_jax.config import ModelConfig, PolicyConfig, RopeScaling
 from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.models.checkpoint import checkpoint_directory, newest_checkpoint, read_params
-from r1s_jax.models.decoder import ModelConfig, Params, RopeScaling, add_adapters, init_params
 from r1s_jax.models.lora import merge_adapters
+from r1s_jax.models.params import Params, add_adapters, init_params
 from r1s_jax.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer
 from r1s_jax.models.weights import load_config, load_params
 from r1s_jax.protocol import r1_searcher as protocol

@@ -13,9 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from r1s_jax.config import MeshConfig
-from r1s_jax.kernels.attention.api import Impl, attention, default_impl
-from r1s_jax.models.decoder import ModelConfig, Params, ParamSpec, RowAttention, param_specs
+from r1s_jax.config import Impl, MeshConfig, ModelConfig
+from r1s_jax.kernels.attention.api import attention, default_impl
+from r1s_jax.models.decoder import RowAttention
+from r1s_jax.models.params import Params, ParamSpec, param_specs
 
 BATCH_AXES = ("data", "fsdp")
 TENSOR_AXIS = "tensor"

@@ -20,7 +20,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from r1s_jax.models.decoder import ModelConfig
+from r1s_jax.config import ModelConfig
 from r1s_jax.models.gguf import GGUFFile, WeightsError, gguf_in, open_gguf
 
 # Special tokens that end a turn or a text in one of the supported families.

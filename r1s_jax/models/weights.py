@@ -18,8 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from r1s_jax.models.decoder import ModelConfig, Params, RopeScaling, param_specs
+from r1s_jax.config import ModelConfig, RopeScaling
 from r1s_jax.models.gguf import WeightsError, gguf_in, open_gguf
+from r1s_jax.models.params import Params, param_specs
 
 __all__ = ["WeightsError", "load_config", "load_params", "save_params"]
 

@@ -13,12 +13,14 @@ import numpy as np
 import psutil
 from jax import lax
 
-from r1s_jax.config import MeshConfig, OptimizerConfig, RolloutConfig, SearchConfig
+from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.learning.learner import Learner, make_optimizer
 from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.packing import PackedBatch
-from r1s_jax.models.decoder import KVCache, ModelConfig, Policy, unstack_layers
+from r1s_jax.models.decoder import Policy
+from r1s_jax.models.kv_cache import KVCache
+from r1s_jax.models.params import unstack_layers
 from r1s_jax.models.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from r1s_jax.config import Config
+from r1s_jax.config import Config, ModelConfig
 from r1s_jax.kernels.attention.api import cache_dims
 from r1s_jax.learning.learner import (
     LOGITS_SCOPE,
@@ -32,8 +32,9 @@ from r1s_jax.learning.learner import (
 from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.packing import PackedBatch
 from r1s_jax.models.architectures import architecture_of
-from r1s_jax.models.decoder import LAYERS_SCOPE, ModelConfig, ParamSpec, param_specs
+from r1s_jax.models.decoder import LAYERS_SCOPE
 from r1s_jax.models.lora import is_adapter, merge_adapters, trainable
+from r1s_jax.models.params import ParamSpec, param_specs
 from r1s_jax.models.sharding import (
     BATCH_AXES,
     attention_impl,

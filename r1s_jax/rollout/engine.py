@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1s_jax.config import RolloutConfig, SearchConfig
+from r1s_jax.config import ModelConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
-from r1s_jax.models.decoder import ModelConfig, Params
 from r1s_jax.models.lora import merge_adapters
+from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_sharding, batch_shards, place, replicated
 from r1s_jax.models.tokenizer import token_strings, token_texts
 from r1s_jax.protocol import r1_searcher as protocol

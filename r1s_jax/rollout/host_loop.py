@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1s_jax.config import RolloutConfig
-from r1s_jax.models.decoder import KVCache, ModelConfig, Params, Policy
+from r1s_jax.config import ModelConfig, RolloutConfig
+from r1s_jax.models.decoder import Policy
+from r1s_jax.models.kv_cache import KVCache
+from r1s_jax.models.params import Params
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.rollout.broker import Broker
 from r1s_jax.rollout.loop import Finish

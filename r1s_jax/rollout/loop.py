@@ -22,9 +22,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from r1s_jax.config import RolloutConfig
-from r1s_jax.kernels.attention.api import Impl
-from r1s_jax.models.decoder import KVCache, ModelConfig, Params, Policy, unstack_layers
+from r1s_jax.config import Impl, ModelConfig, RolloutConfig
+from r1s_jax.models.decoder import Policy
+from r1s_jax.models.kv_cache import KVCache
+from r1s_jax.models.params import Params, unstack_layers
 from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS, attention_impl, param_partition
 from r1s_jax.rollout.sampler import sample
 

@@ -11,7 +11,7 @@ import jax
 import psutil
 
 from r1s_jax.config import ConfigError
-from r1s_jax.models.decoder import Params
+from r1s_jax.models.params import Params
 from r1s_jax.system.assets import cache_dir
 from r1s_jax.system.chips import CHIPS
 

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import get_args
 
 import jax
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1s_jax.config import Impl
 from r1s_jax.kernels.attention import api, reference, xla
 from tests.kernels.oracle import attention_oracle, decode_oracle, random_cache, random_qkv
 
@@ -150,3 +152,8 @@ def test_decoding_chunk_by_chunk_is_attention_over_the_whole_text(backend):
         lengths = np.full(2, end, np.int32)
         got = DECODE[backend](q[:, start:end], k_cache, v_cache, 0, lengths)
         np.testing.assert_allclose(got, whole[:, start:end], atol=3e-6)
+
+
+def test_a_recipe_names_the_backends_there_are():
+    """`config` imports no kernel, so the names stand there again."""
+    assert get_args(Impl) == tuple(api.BACKENDS)

@@ -38,7 +38,7 @@ def decode(backend, q, k, v, layer, lengths, rows=None, *, scale, interpret=True
 
 def rows(backend, q, k, v, segments, causal=True, scale=None):
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return api.flash_rows(backend, q, k, v, segments, causal, scale)
+    return flash.flash_rows(backend, q, k, v, segments, causal, scale)
 
 
 def gradients(attend, q, k, v, dout):
@@ -166,7 +166,7 @@ def test_a_broken_kernel_fails(slip, tmp_path):
     try:
         spec.loader.exec_module(broken)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
-            patch.setattr(api, "flash", broken)
+            patch.setattr(sys.modules[__name__], "flash", broken)
             check_rows(tpu.backend(True), length=300, heads=2, kv_heads=1)
     finally:
         del sys.modules["broken_flash"]

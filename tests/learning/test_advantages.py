@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1s_jax.config import Estimator
 from r1s_jax.learning.advantages import (
-    Estimator,
     adapted_kl_coefficient,
     has_signal,
     kl_divergence,

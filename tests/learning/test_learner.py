@@ -4,11 +4,12 @@ import numpy as np
 import optax
 import pytest
 
-from r1s_jax.config import OptimizerConfig
+from r1s_jax.config import ModelConfig, OptimizerConfig
 from r1s_jax.learning import learner as update
 from r1s_jax.learning.learner import make_optimizer, token_logprobs
 from r1s_jax.learning.packing import PackedBatch, pack, unpack
-from r1s_jax.models.decoder import ModelConfig, Policy, init_params
+from r1s_jax.models.decoder import Policy
+from r1s_jax.models.params import init_params
 from tests.makers import LEARNED as MODEL
 from tests.makers import LENGTHS, WIDTH, make_learner, make_params, make_sequences, packed, step
 

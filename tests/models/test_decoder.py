@@ -5,14 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.models.decoder import (
-    KVCache,
-    ModelConfig,
-    Policy,
-    RopeScaling,
-    init_params,
-    unstack_layers,
-)
+from r1s_jax.config import ModelConfig, RopeScaling
+from r1s_jax.models.decoder import Policy
+from r1s_jax.models.kv_cache import KVCache
+from r1s_jax.models.params import init_params, unstack_layers
 
 FAMILIES = {
     "llama": ModelConfig(

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.config import PolicyConfig
+from r1s_jax.config import ModelConfig, PolicyConfig
 from r1s_jax.configs.tiny_world import config as tiny_world
 from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.learning.learner import LearnerState
 from r1s_jax.models.checkpoint import CheckpointError, Checkpoints
-from r1s_jax.models.decoder import ModelConfig, Policy, init_params
+from r1s_jax.models.decoder import Policy
 from r1s_jax.models.export import export
+from r1s_jax.models.params import init_params
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.weights import save_params
 from r1s_jax.system.files import write_json

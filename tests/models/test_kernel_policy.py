@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from r1s_jax.config import MeshConfig
-from r1s_jax.models.decoder import init_params
+from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import attention_impl, make_mesh, row_attention
 from tests import makers
 

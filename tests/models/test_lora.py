@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.config import MeshConfig, OptimizerConfig, PolicyConfig, override
+from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.learning.learner import make_optimizer
-from r1s_jax.models.decoder import ModelConfig, Policy, add_adapters, init_params
+from r1s_jax.models.decoder import Policy
 from r1s_jax.models.lora import is_adapter, merge_adapters, trainable
+from r1s_jax.models.params import add_adapters, init_params
 from r1s_jax.models.pretrained import load_pretrained, make_policy
 from r1s_jax.models.sharding import make_mesh
 from r1s_jax.tracking.telemetry import read_rows

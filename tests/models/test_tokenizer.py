@@ -7,7 +7,7 @@ from gguf import GGUFWriter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from r1s_jax.models.decoder import ModelConfig
+from r1s_jax.config import ModelConfig
 from r1s_jax.models.gguf import open_gguf
 from r1s_jax.models.tokenizer import (
     check_tokenizer,

@@ -12,14 +12,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from safetensors.numpy import load_file, save_file
 
+from r1s_jax.config import ModelConfig, RopeScaling
 from r1s_jax.models import weights
-from r1s_jax.models.decoder import (
-    ModelConfig,
-    RopeScaling,
-    init_params,
-    param_specs,
-    rope_frequencies,
-)
+from r1s_jax.models.decoder import rope_frequencies
+from r1s_jax.models.params import init_params, param_specs
 from r1s_jax.models.weights import WeightsError, load_config, load_params, save_params
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"

@@ -10,7 +10,7 @@ import pytest
 
 from r1s_jax.config import SearchConfig
 from r1s_jax.data.questions import Question
-from r1s_jax.models.decoder import init_params
+from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.rewards.rules import Reward

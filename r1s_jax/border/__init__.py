@@ -1,0 +1,1 @@
+"""Where what comes from outside is checked: the ground that every other room stands on."""

@@ -1,0 +1,85 @@
+"""A value given as text (`section.field=value`) put into a tree of frozen dataclasses."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+from r1s_jax.border.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def override(config: T, assignments: Sequence[str]) -> T:
+    """Applies `section.field=value` strings all at once; of one field the last one counts.
+
+    Raises ConfigError naming the unknown field (with the nearest known one), the value that does
+    not fit its type, or what the sections that result do not allow.
+    """
+    changes = []
+    for assignment in assignments:
+        path, sep, text = assignment.partition("=")
+        if not sep:
+            raise ConfigError(f"{assignment!r} is no override: write section.field=value")
+        changes.append((path.strip().split("."), text.strip(), path.strip()))
+    return _apply(config, changes)
+
+
+def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
+    """`node` with (path from here, value as text, whole path) changed."""
+    values: dict[str, Any] = {}
+    sections: dict[str, list[tuple[list[str], str, str]]] = {}
+    kinds = typing.get_type_hints(type(node))
+    for (name, *rest), text, whole in changes:
+        if rest:
+            sections.setdefault(_known(node, name, whole), []).append((rest, text, whole))
+        elif dataclasses.is_dataclass(getattr(node, _known(node, name, whole))):
+            raise ConfigError(
+                f"{whole!r} is a section: name one of its fields, as {whole}.field=value"
+            )
+        else:
+            values[name] = _parse(kinds[name], text, whole)
+    for name, inner in sections.items():
+        if not dataclasses.is_dataclass(getattr(node, name)):
+            raise ConfigError(f"unknown config field {inner[0][2]!r}: {name!r} has no fields")
+        values[name] = _apply(getattr(node, name), inner)
+    return dataclasses.replace(node, **values) if values else node
+
+
+def _known(node: Any, name: str, whole: str) -> str:
+    """`name`, if it is a field of `node`."""
+    fields = {f.name for f in dataclasses.fields(node)}
+    if name not in fields:
+        near = difflib.get_close_matches(name, fields, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(fields))}"
+        raise ConfigError(f"unknown config field {whole!r}: no {name!r} here{hint}")
+    return name
+
+
+def _parse(kind: Any, text: str, whole: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        if text not in typing.get_args(kind):
+            options = ", ".join(typing.get_args(kind))
+            raise ConfigError(f"{whole}={text!r}: must be one of {options}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{whole}={text!r}: must be true or false")
+        return text.lower() == "true"
+    if kind in (tuple[str, ...], tuple[float, ...]):
+        item = typing.get_args(kind)[0]
+        return tuple(_parse(item, part.strip(), whole) for part in text.split(",") if part.strip())
+    if kind in (int, float, str):
+        try:
+            return kind(text)
+        except ValueError:
+            raise ConfigError(f"{whole}={text!r}: must be of type {kind.__name__}") from None
+    raise ConfigError(f"{whole} cannot be set from the command line (type {_type_name(kind)})")
+
+
+def _type_name(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " | ".join(_type_name(k) for k in typing.get_args(kind))
+    return getattr(kind, "__name__", str(kind))
