@@ -15,7 +15,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from r1s_jax.config import ConfigError, MeshConfig, RolloutConfig, SearchConfig
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import DataError, Question, journal_rows, read_questions
 from r1s_jax.data.results import header_path, read_header
@@ -23,8 +24,8 @@ from r1s_jax.eval.run import compute_dtype, renderer
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.protocol.r1_searcher import extract_answer
+from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
-from r1s_jax.rollout.broker import Retriever
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.system.files import write_json, write_rows
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from r1s_jax.border.errors import UserError
 from r1s_jax.data.questions import DataError, gold_answers, journal_rows
 from r1s_jax.data.results import VERDICTS, header_path, read_header, read_results
 from r1s_jax.system.files import write_json, write_rows
@@ -35,7 +36,7 @@ Reply with one word: True if the answer of the model is correct, False if not.""
 _VERDICT = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 
 
-class JudgeError(RuntimeError):
+class JudgeError(UserError, RuntimeError):
     """The endpoint gave no verdict on some rows; those that it gave are kept."""
 
 

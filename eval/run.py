@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import DataError, Question, journal_rows, read_questions
@@ -22,7 +23,7 @@ from r1s_jax.data.results import header_path, read_header
 from r1s_jax.models.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.rollout.broker import Retriever
+from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.loop import Finish
 from r1s_jax.system.files import write_json
@@ -59,7 +60,7 @@ class EvalRun:
 
     def __post_init__(self) -> None:
         if self.mode not in ("search", "rag", "direct"):
-            raise ValueError(f"mode {self.mode!r}: take search, rag or direct")
+            raise ConfigError(f"mode {self.mode!r}: take search, rag or direct")
 
 
 def answer_file(

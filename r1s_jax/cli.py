@@ -225,7 +225,7 @@ def _train(
     distributed: bool,
     **options: Any,
 ) -> None:
-    from r1s_jax.config import ConfigError
+    from r1s_jax.border.errors import ConfigError
     from r1s_jax.system.distributed import is_main, join
     from r1s_jax.train import train
 
@@ -243,7 +243,8 @@ def _train(
 
 
 def _load_config(name: str, overrides: list[str] | None) -> Any:
-    from r1s_jax.config import ConfigError, override
+    from r1s_jax.border.errors import ConfigError
+    from r1s_jax.config import override
 
     recipes = _recipes()
     if name not in recipes:

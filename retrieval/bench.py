@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 from jaxtyping import Float
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.retrieval.encoder import Encoder
 from r1s_jax.retrieval.index import read_info
 from r1s_jax.retrieval.scann import ScannSearcher, scann, scann_parameters, stored_vectors
@@ -38,7 +39,7 @@ _FAISS = ("faiss_flat", "faiss_ivfpq", "faiss_hnsw")
 def bench_synthetic(count: int, dims: int, say: Say, queries: int = 1000) -> dict[str, Any]:
     """Measures ScaNN on vectors drawn from a mixture of Gaussians with a fixed seed."""
     if count < 1 or dims < 1:
-        raise ValueError("--synthetic and --dims must be at least 1")
+        raise ConfigError("--synthetic and --dims must be at least 1")
     vectors, asked = synthetic_vectors(count, dims, queries)
     with tempfile.TemporaryDirectory() as work:
         return _bench(Path(work), vectors, asked, None, say) | {"data": "synthetic"}
@@ -55,7 +56,7 @@ def bench_index(directory: Path, queries: Float[np.ndarray, "n dims"], say: Say)
     elif info["kind"] == "exact":
         vectors = np.load(directory / "vectors.npy")
     else:
-        raise ValueError(
+        raise ConfigError(
             f"{directory} is of kind {info['kind']}: only scann and exact are measured"
         )
     with tempfile.TemporaryDirectory() as work:

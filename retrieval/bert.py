@@ -20,6 +20,8 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 
+from r1s_jax.border.errors import ConfigError
+
 Array = jax.Array | np.ndarray
 Weights = dict[str, Array]
 
@@ -44,7 +46,7 @@ class BertConfig:
             ("position_embedding_type", "absolute"),
         ):
             if raw.get(key, ours) != ours:
-                raise ValueError(f"{directory}: {key} is {raw[key]!r}; only {ours!r} is supported")
+                raise ConfigError(f"{directory}: {key} is {raw[key]!r}; only {ours!r} is supported")
         return cls(
             layers=raw["num_hidden_layers"],
             heads=raw["num_attention_heads"],

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.retrieval.api import Passage, split_line
 from r1s_jax.retrieval.bm25 import Bm25Searcher, bm25s
-from r1s_jax.retrieval.corpus import Passage, PassageStore, split_line
+from r1s_jax.retrieval.corpus import PassageStore
 from r1s_jax.retrieval.encoder import Encoder, Progress
 from r1s_jax.retrieval.hybrid import HybridSearcher, hybrid_parameters
 from r1s_jax.retrieval.index import check_free, describe, new_folder, open_searcher
@@ -170,7 +172,7 @@ class _Build(NamedTuple):
                 )
             case "hybrid":  # one after the other, neither in memory beside the other
                 return hybrid_parameters([self._part(0, "scann"), self._part(1, "bm25")])
-        raise ValueError(f"no kind of index {kind!r}")
+        raise ConfigError(f"no kind of index {kind!r}")
 
     def _part(self, i: int, kind: IndexKind) -> dict[str, Any]:
         folder = self.directory / "parts" / str(i)

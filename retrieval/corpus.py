@@ -10,57 +10,25 @@ what an encoder embeds, in either of the forms that R1-Searcher's corpora use:
 import gzip
 import json
 import mmap
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
+
+from r1s_jax.border.errors import UserError
+from r1s_jax.retrieval.api import Passage, join_line
 
 PASSAGES_FILE = "passages.tsv"
 OFFSETS_FILE = "offsets.npy"
 
-_ABSTRACT = re.compile(r"Title: (.*?) Text:\s+(.*)", re.DOTALL)
-_QUOTED = re.compile(r'"(Title: .*)"', re.DOTALL)
 
-
-class CorpusError(ValueError):
+class CorpusError(UserError, ValueError):
     """A corpus that cannot be read as passages; the message names the file and the line."""
 
     def __init__(self, where: str | Path, reason: str, line_number: int | None = None):
         super().__init__(f"{where}{'' if line_number is None else f':{line_number}'}: {reason}")
-
-
-def split_line(line: str) -> tuple[str, str]:
-    """The (title, text) of a passage's line; the title is empty where the line has neither form."""
-    quoted = _QUOTED.fullmatch(line)
-    plain = quoted[1].replace('""', '"') if quoted else line
-    if abstract := _ABSTRACT.fullmatch(plain):
-        return abstract[1], abstract[2]
-    title, separator, text = line.partition("   ")
-    return (title, text) if separator else ("", line)
-
-
-def join_line(title: str, text: str) -> str:
-    """A line in the KILT form; white space in both parts is reduced to single spaces."""
-    title, text = " ".join(title.split()), " ".join(text.split())
-    return f"{title}   {text}" if title else text
-
-
-class Passage(NamedTuple):
-    """One passage: its id in the corpus and its line."""
-
-    id: str
-    line: str
-
-    @property
-    def title(self) -> str:
-        return split_line(self.line)[0]
-
-    @property
-    def text(self) -> str:
-        return split_line(self.line)[1]
 
 
 class SeenIds:

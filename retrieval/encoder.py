@@ -25,6 +25,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
 from r1s_jax.retrieval.tokenizers import Tokenize, rust_tokenize, tensorflow_tokenize
 
@@ -237,7 +238,7 @@ def _read_pooling(directory: Path) -> Pooling:
             return "mean"
         case ["pooling_mode_cls_token"]:
             return "cls"
-    raise ValueError(f"{directory}: pooling is {chosen}; only mean or cls is supported")
+    raise ConfigError(f"{directory}: pooling is {chosen}; only mean or cls is supported")
 
 
 def _read_instructions(directory: Path) -> dict[Kind, str]:

@@ -8,13 +8,13 @@ from urllib.parse import urlsplit
 import urllib3
 from cachetools import LRUCache
 
-from r1s_jax.retrieval.corpus import join_line
-from r1s_jax.retrieval.index import Hit
+from r1s_jax.border.errors import ConfigError, UserError
+from r1s_jax.retrieval.api import Hit, join_line
 
 RETRY_STATUS = (429, 500, 502, 503, 504)
 
 
-class RemoteError(RuntimeError):
+class RemoteError(UserError, RuntimeError):
     """A search engine that cannot be reached, fails, or does not answer what was asked."""
 
 
@@ -41,7 +41,7 @@ class HttpRetriever:
         """
         contract = urlsplit(url).path.rstrip("/").rpartition("/")[2]
         if contract not in ("queries", "retrieve"):
-            raise ValueError(
+            raise ConfigError(
                 f"{url}: a retriever's URL ends in /queries (R1-Searcher) or /retrieve (Search-R1)"
             )
         self.url, self._contract = url, contract

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.retrieval.searchers import Found, IndexKind, Ranker, top_k
 
 _K = 60  # the paper's: ranks further down count ever less
@@ -20,7 +21,7 @@ class HybridSearcher:
     def __init__(self, parts: Sequence[Ranker]):
         """Raises ValueError where the parts do not rank the same number of passages."""
         if len({len(part.searcher) for part in parts}) != 1:
-            raise ValueError("a hybrid needs indexes over the same passages")
+            raise ConfigError("a hybrid needs indexes over the same passages")
         self.parts = parts
 
     @property

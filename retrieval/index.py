@@ -24,20 +24,16 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from r1s_jax.border.errors import ConfigError, UserError
+from r1s_jax.retrieval.api import Hit, Passage
 from r1s_jax.retrieval.bm25 import Bm25Searcher
-from r1s_jax.retrieval.corpus import (
-    PASSAGES_FILE,
-    CorpusError,
-    Passage,
-    PassageStore,
-    split_line,
-)
+from r1s_jax.retrieval.corpus import PASSAGES_FILE, CorpusError, PassageStore
 from r1s_jax.retrieval.encoder import Encoder, Progress
 from r1s_jax.retrieval.hybrid import HybridSearcher
 from r1s_jax.retrieval.milvus import MilvusSearcher
@@ -65,24 +61,8 @@ _OPENERS: dict[str, Callable[[Path, dict[str, Any]], Searcher]] = {
 }
 
 
-class IndexFormatError(ValueError):
+class IndexFormatError(UserError, ValueError):
     """A folder that is not a whole index, or one that does not fit the encoder."""
-
-
-class Hit(NamedTuple):
-    """A passage found, with its score: of vectors, the cosine of the passage's and the query's."""
-
-    id: str
-    score: float
-    line: str
-
-    @property
-    def title(self) -> str:
-        return split_line(self.line)[0]
-
-    @property
-    def text(self) -> str:
-        return split_line(self.line)[1]
 
 
 class Index:
@@ -199,7 +179,7 @@ def encoder_of(index: Index) -> Encoder | None:
         return index.encoder
     found = {e.fingerprint: e for p in index.searcher.parts if (e := encoder_of(p))}
     if len(found) > 1:
-        raise ValueError(f"a saved hybrid has one encoder at most, not {', '.join(found)}")
+        raise ConfigError(f"a saved hybrid has one encoder at most, not {', '.join(found)}")
     return next(iter(found.values()), None)
 
 

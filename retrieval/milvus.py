@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.retrieval.encoder import Progress
 from r1s_jax.retrieval.searchers import Found, IndexKind, NotInstalled, Searcher, Vectors
 
@@ -66,14 +67,14 @@ class MilvusSearcher:
         return ids, scores
 
     def save(self, directory: Path) -> None:
-        raise ValueError("Milvus keeps this index's vectors: build it again instead of copying it")
+        raise ConfigError("Milvus keeps this index's vectors: build it again instead of copying it")
 
     @classmethod
     def open(cls, directory: Path, parameters: dict[str, Any]) -> "MilvusSearcher":
         client = _connect(directory, parameters["url"])
         if not client.has_collection(parameters["collection"]):
             where = parameters["url"] or directory / _FILE
-            raise ValueError(f"{where} has no collection {parameters['collection']}")
+            raise ConfigError(f"{where} has no collection {parameters['collection']}")
         client.load_collection(parameters["collection"])
         return cls(client, parameters, directory)
 

@@ -18,10 +18,10 @@ import urllib3
 from cachetools import LRUCache
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from r1s_jax.retrieval.corpus import join_line
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.retrieval.api import Hit, join_line
 from r1s_jax.retrieval.encoder import Encoder
 from r1s_jax.retrieval.http import RETRY_STATUS, RemoteError
-from r1s_jax.retrieval.index import Hit
 
 SERPER = "https://google.serper.dev/search"
 _PASSAGE_WORDS = 100  # as the KILT corpus is split
@@ -65,7 +65,7 @@ class OnlineRetriever:
         """
         key = os.environ.get("SERPER_API_KEY")
         if not key:
-            raise ValueError("searching the web needs a key in SERPER_API_KEY (see serper.dev)")
+            raise ConfigError("searching the web needs a key in SERPER_API_KEY (see serper.dev)")
         self._encoder, self._site, self._endpoint, self._pages = encoder, site, endpoint, pages
         self._timeout_s, self._max_bytes = timeout_s, max_bytes
         self._max_characters = max_characters

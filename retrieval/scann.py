@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.retrieval.encoder import Progress
 from r1s_jax.retrieval.searchers import Found, IndexKind, NotInstalled, Vectors, top_k
 
@@ -142,7 +143,7 @@ def scann_parameters(
     given = {"leaves": leaves, "leaves_searched": leaves_searched, "reorder": reorder}
     for name, number in (given | {"shards": shards}).items():
         if number is not None and not 1 <= number <= passages:
-            raise ValueError(f"{name}={number} must be from 1 to the {passages:,} passages")
+            raise ConfigError(f"{name}={number} must be from 1 to the {passages:,} passages")
     if passages < _BRUTE_FORCE_BELOW and not any(given.values()) and not shards:
         return {"scoring": "brute_force", "vectors": "float32"}
     shards = shards or (1 if passages <= _SHARD_ABOVE else -(-passages // _SHARD))
@@ -158,7 +159,7 @@ def scann_parameters(
         leaves = leaves or max(math.isqrt(rows), leaves_searched or 1)
         searched = leaves_searched or max(1, leaves // 10)
         if not searched <= leaves <= rows:
-            raise ValueError(
+            raise ConfigError(
                 f"leaves_searched={searched} must be at most leaves={leaves}, and those at most "
                 f"the {rows:,} passages of a shard"
             )

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from r1s_jax.retrieval.index import Hit
+from r1s_jax.retrieval.api import Hit, Retriever
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,10 @@ _STARTUP_S = 60
 _SIZES = [2**i for i in range(13)]
 
 
-class Retriever(Protocol):
-    """What is served: an `Index`."""
+class Served(Retriever, Protocol):
+    """What is served: a retriever that knows how many passages it has."""
 
     def __len__(self) -> int: ...
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]: ...
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class _Job(NamedTuple):
 class Batcher:
     """One thread that searches whatever is waiting for the same k, together."""
 
-    def __init__(self, retriever: Retriever, limits: Limits, observe: Callable[[int], None]):
+    def __init__(self, retriever: Served, limits: Limits, observe: Callable[[int], None]):
         """`observe` is told the number of queries of each batch."""
         self._retriever, self._limits, self._observe = retriever, limits, observe
         self._jobs: deque[_Job] = deque()
@@ -152,7 +150,7 @@ class Batcher:
 class _Service:
     """The handlers, and what they count."""
 
-    def __init__(self, retriever: Retriever, limits: Limits):
+    def __init__(self, retriever: Served, limits: Limits):
         self._retriever, self._limits = retriever, limits
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
@@ -270,7 +268,7 @@ def _document(hit: Hit) -> dict[str, str]:
     return {"id": hit.id, "contents": contents}
 
 
-def make_app(retriever: Retriever, limits: Limits) -> Starlette:
+def make_app(retriever: Served, limits: Limits) -> Starlette:
     """The ASGI application; its search thread ends with it."""
     service = _Service(retriever, limits)
 
@@ -327,7 +325,7 @@ class _Server(uvicorn.Server):
 
 
 def serve(
-    retriever: Retriever,
+    retriever: Served,
     bound: socket.socket,
     *,
     limits: Limits | None = None,
@@ -357,7 +355,7 @@ def serve(
     server.run(sockets=[bound])
 
 
-def serve_in_background(retriever: Retriever, host: str) -> str:
+def serve_in_background(retriever: Served, host: str) -> str:
     """Serves on a free port of `host` while this process lives; returns the address."""
     bound, up = bind(host, 0), threading.Event()
     config = uvicorn.Config(

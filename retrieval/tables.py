@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.retrieval.corpus import CorpusError, Passage, SeenIds, row_passage
+from r1s_jax.retrieval.api import Passage
+from r1s_jax.retrieval.corpus import CorpusError, SeenIds, row_passage
 
 # How a table on the hub, or a saved one with its split, is named among other references.
 HUB = "datasets:"
@@ -75,7 +76,7 @@ def _open(datasets: Any, name: str) -> Any:
     if not split and len(table) == 1:
         return next(iter(table.values()))
     if split not in table:
-        raise ValueError(f"name one of its splits, {name}:SPLIT; there are: {', '.join(table)}")
+        raise CorpusError(f"name one of its splits, {name}:SPLIT; there are: {', '.join(table)}")
     return table[split]
 
 

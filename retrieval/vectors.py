@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.retrieval.corpus import CorpusError, Passage
+from r1s_jax.border.errors import UserError
+from r1s_jax.retrieval.api import Passage
+from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.encoder import Encoder, Progress
 
 _FORMAT = 1
@@ -29,7 +31,7 @@ _CHUNK = 4096
 _NAME = re.compile(r"vectors-(\d{5})-of-(\d{5})\.json")
 
 
-class VectorError(ValueError):
+class VectorError(UserError, ValueError):
     """Vectors that are missing, damaged, or of another encoder or corpus."""
 
 

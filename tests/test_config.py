@@ -5,10 +5,10 @@ import pkgutil
 import pytest
 
 import r1s_jax.configs
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import (
     AlgorithmConfig,
     Config,
-    ConfigError,
     CorpusConfig,
     ModelConfig,
     PolicyConfig,

@@ -15,7 +15,8 @@ import numpy as np
 import psutil
 import pytest
 
-from r1s_jax.config import ConfigError, override
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
 from r1s_jax.tracking.report import write_report
 from r1s_jax.tracking.run_dir import open_run_dir

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import AsJson, Model
 
 app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.")
@@ -84,7 +85,7 @@ def search(
     from r1s_jax.tracking.telemetry import console
 
     if (index is None) == (synthetic is None):
-        raise ValueError("name a built index or --synthetic N, one of them")
+        raise ConfigError("name a built index or --synthetic N, one of them")
     if index:
         told = bench_saved_index(index)
     else:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import MaxLength, Model, Prompt, SearchedIndex, SearchUrl
 
 app = typer.Typer(no_args_is_help=True, help="Choose questions to learn from.")
@@ -73,4 +74,4 @@ def _ratio(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(":"))
     except ValueError:
-        raise ValueError(f"ratio {text!r}: give easy:medium:hard, as 0:1:1") from None
+        raise ConfigError(f"ratio {text!r}: give easy:medium:hard, as 0:1:1") from None

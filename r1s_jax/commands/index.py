@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import AsJson
 
 app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes.")
@@ -146,7 +147,7 @@ def plan(
     from r1s_jax.retrieval.plan import plan as predict
 
     if passages < 1 or dims < 1:
-        raise ValueError("--passages and --dims must be at least 1")
+        raise ConfigError("--passages and --dims must be at least 1")
     told = predict(int(passages), dims, passage_bytes or PASSAGE_BYTES)
     if as_json:
         typer.echo(json.dumps(told))
@@ -176,7 +177,7 @@ def serve(
 
     Prints the address once it listens. SIGTERM and Ctrl-C finish what is in flight.
     """
-    from r1s_jax.config import ConfigError
+    from r1s_jax.border.errors import ConfigError
     from r1s_jax.data.corpora import open_saved_index
 
     try:

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 
-from r1s_jax.config import ConfigError, CorpusConfig
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import CorpusConfig
+from r1s_jax.retrieval.api import Passage, Retriever
 from r1s_jax.retrieval.bench import bench_encoder, bench_index
 from r1s_jax.retrieval.build import Options, sample_queries, write_index
-from r1s_jax.retrieval.corpus import Passage, PassageStore, read_passages, wiki_summaries
+from r1s_jax.retrieval.corpus import PassageStore, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.retrieval.index import FORMAT, Index, open_index, read_info
@@ -21,7 +23,6 @@ from r1s_jax.retrieval.online import SERPER, OnlineRetriever
 from r1s_jax.retrieval.searchers import IndexKind
 from r1s_jax.retrieval.tables import HUB, dataset_passages, is_table
 from r1s_jax.retrieval.vectors import Corpus, encode_shard
-from r1s_jax.rollout.broker import Retriever
 from r1s_jax.system.assets import cache_dir, resolve
 from r1s_jax.tracking.telemetry import console, progress_bar
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from r1s_jax.config import Config, ConfigError, CorpusConfig, TinyWorldConfig
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import Config, CorpusConfig, TinyWorldConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.corpora import is_summaries, open_retriever
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
@@ -27,11 +28,11 @@ from r1s_jax.data.questions import (
 )
 from r1s_jax.data.tiny_world import GUESS, PROMPT, Style, TinyWorld
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.retrieval.api import Retriever
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import Index, build_index
 from r1s_jax.retrieval.tables import HUB
 from r1s_jax.rewards.answer_scores import normalize_answer
-from r1s_jax.rollout.broker import Retriever
 from r1s_jax.system.assets import resolve
 from r1s_jax.system.distributed import on_main, own_address, together
 from r1s_jax.tracking.telemetry import console

@@ -10,12 +10,13 @@ from typing import Any
 
 import grain
 
+from r1s_jax.border.errors import UserError
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.tables import is_table, table_rows
 from r1s_jax.rewards.answer_scores import normalize_answer
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A data file that cannot be used; the message names the file and the line."""
 
 

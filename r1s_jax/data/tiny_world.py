@@ -15,9 +15,10 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.data.questions import Question
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.retrieval.corpus import Passage, join_line
+from r1s_jax.retrieval.api import Passage, join_line
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 PROMPT = f"Question: {{question}} {protocol.BEGIN_THINK}"
@@ -106,7 +107,7 @@ class TinyWorld:
 
     def __init__(self, seed_key: tuple[int, ...], num_people: int):
         if num_people < 3:
-            raise ValueError(f"a world needs at least 3 people, not {num_people}")
+            raise ConfigError(f"a world needs at least 3 people, not {num_people}")
         self.seed_key = seed_key
         rng = self._rng("facts")
         # As many places as people: a few that recur would be remembered rather than read.
@@ -148,7 +149,7 @@ class TinyWorld:
         two_hop = round(n * two_hop_fraction)
         rng, each = self._rng("questions"), len(self.people) * len(RELATIONS)
         if not 0 <= two_hop <= n or max(two_hop, n - two_hop) > each:
-            raise ValueError(
+            raise ConfigError(
                 f"{n} questions with {two_hop} of two hops: this world has {each} of each kind"
             )
         one_hop_ids = rng.permutation(each)[: n - two_hop]

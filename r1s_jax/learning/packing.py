@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from r1s_jax.border.errors import ConfigError
+
 
 class PackedBatch(NamedTuple):
     """Micro-batches of packed rows: every array is [M, R, T] (micro-batch, row, token)."""
@@ -40,7 +42,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> Layout:
     used: list[int] = []
     for i in np.argsort(-np.asarray(lengths), kind="stable"):
         if lengths[i] > capacity:
-            raise ValueError(
+            raise ConfigError(
                 f"a sequence of {lengths[i]} tokens does not fit into packed rows of {capacity}: "
                 "raise optimizer.pack_length"
             )

@@ -18,6 +18,7 @@ from etils import epath
 from jax import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
+from r1s_jax.border.errors import UserError
 from r1s_jax.config import ModelConfig
 from r1s_jax.learning.learner import LearnerState
 from r1s_jax.models.params import Params, ParamSpec, param_specs
@@ -29,7 +30,7 @@ logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in recor
 _PATIENCE_S = 30.0
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that could not be written or read."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from r1s_jax.border.errors import UserError
 from r1s_jax.config import ModelConfig, RopeScaling
 from r1s_jax.models.decoder import rope_frequencies
 
@@ -19,7 +20,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _REQUIRED = object()
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """A model file that is missing, damaged, or not of the shape that its configuration says."""
 
 

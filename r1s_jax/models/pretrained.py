@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import ModelConfig, PolicyConfig, RopeScaling
 from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.models.checkpoint import checkpoint_directory, newest_checkpoint, read_params
@@ -97,7 +98,7 @@ def chat_renderer(tokenizer: Any) -> Callable[[str], str]:
 
     def render(question: str) -> str:
         if not tokenizer.chat_template:
-            raise ValueError("this tokenizer has no chat template: use environment.prompt=base")
+            raise ConfigError("this tokenizer has no chat template: use environment.prompt=base")
         messages = [
             {"role": "system", "content": protocol.CHAT_PROMPT},
             {"role": "user", "content": question},

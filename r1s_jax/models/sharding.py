@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Impl, MeshConfig, ModelConfig
 from r1s_jax.kernels.attention.api import attention, default_impl
 from r1s_jax.models.decoder import RowAttention
@@ -43,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     rest = config.data * config.tensor
     fsdp = config.fsdp if config.fsdp != -1 else max(1, len(devices) // rest)
     if rest * fsdp != len(devices):
-        raise ValueError(
+        raise ConfigError(
             f"mesh data={config.data} x fsdp={fsdp} x tensor={config.tensor} needs "
             f"{rest * fsdp} devices, {len(devices)} are here: set mesh.data, mesh.fsdp, mesh.tensor"
         )
@@ -65,7 +66,7 @@ def check_divisible(config: ModelConfig, mesh: Mesh) -> None:
     }
     for name, (size, axis, parts) in dims.items():
         if size % parts:
-            raise ValueError(f"{name}={size} does not divide over mesh.{axis}={parts}")
+            raise ConfigError(f"{name}={size} does not divide over mesh.{axis}={parts}")
 
 
 def param_partition(config: ModelConfig, *, sampling: bool = False) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
     anchor = next((i for i in range(len(tokenizer)) if plain(i)), None)
     if anchor is None:
-        raise ValueError("the tokenizer has no token that is a plain word or letter")
+        raise WeightsError("the tokenizer has no token that is a plain word or letter")
     before = tokenizer.decode([anchor], **options)
     pairs = tokenizer.batch_decode([[anchor, i] for i in range(len(tokenizer))], **options)
     return [text.removeprefix(before) for text in pairs]
@@ -181,7 +181,7 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
     """Raises ValueError when the tokenizer has ids that the model has no embedding for."""
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(
+        raise WeightsError(
             f"the tokenizer has {len(tokenizer)} ids and the model only {config.vocab_size} "
             "embeddings: they do not belong together"
         )

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import ModelConfig, RopeScaling
 from r1s_jax.models.gguf import WeightsError, gguf_in, open_gguf
 from r1s_jax.models.params import Params, param_specs
@@ -286,7 +287,7 @@ def save_params(
     """
     out_dir = Path(out_dir)
     if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype={dtype!r}: only 'bfloat16' and 'float32' can be written")
+        raise ConfigError(f"dtype={dtype!r}: only 'bfloat16' and 'float32' can be written")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise FileExistsError(f"{out_dir} exists and is not an empty directory")
     if not eos_token_ids and tokenizer is not None and tokenizer.eos_token_id is not None:
@@ -323,7 +324,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def _hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """config.json, its rope in the older spelling, which transformers 5 reads too."""
     if config.qkv_bias and config.qk_norm:
-        raise ValueError("no Hugging Face model type has both qkv_bias and qk_norm")
+        raise WeightsError("no Hugging Face model type has both qkv_bias and qk_norm")
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     scaling = None
     if s := config.rope_scaling:

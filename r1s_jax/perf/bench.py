@@ -24,7 +24,7 @@ from r1s_jax.models.params import unstack_layers
 from r1s_jax.models.pretrained import Pretrained, chat_renderer, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
-from r1s_jax.retrieval.index import Hit
+from r1s_jax.retrieval.api import Hit
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.sampler import sample
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Config, ModelConfig
 from r1s_jax.kernels.attention.api import cache_dims
 from r1s_jax.learning.learner import (
@@ -87,7 +88,7 @@ def compile_recipe(
         raise CannotCompile(f"no figures are known for a {devices[0].device_kind}")
     programs = {"rollout": _rollout_program, "update": _update_program}
     if phase not in (*programs, "all"):
-        raise ValueError(f"phase {phase!r}: take rollout, update or all")
+        raise ConfigError(f"phase {phase!r}: take rollout, update or all")
     learner = _learner(config, model, mesh)
     state = _abstract_state(learner, config)
     phases = {}

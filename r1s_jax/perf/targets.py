@@ -13,6 +13,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from r1s_jax.border.errors import UserError
+
 # What libtpu asks of its surroundings before it compiles without a TPU.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -45,7 +47,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 
 
-class CannotCompile(RuntimeError):
+class CannotCompile(UserError, RuntimeError):
     """The compiler for a target is not installed, or does not know the target."""
 
 

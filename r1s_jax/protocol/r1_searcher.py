@@ -6,6 +6,8 @@ The tags are ordinary text, not special tokens, as in R1-Searcher (arXiv 2503.05
 import re
 from collections.abc import Sequence
 
+from r1s_jax.border.errors import ConfigError
+
 BEGIN_QUERY = "<|begin_of_query|>"
 END_QUERY = "<|end_of_query|>"
 BEGIN_DOCUMENTS = "<|begin_of_documents|>"
@@ -42,7 +44,7 @@ each query asks for one single fact. A search engine then inserts what it found 
 def render_prompt(template: str, question: str) -> str:
     """Puts `question` into a template whose only field is `{question}` (other braces are kept)."""
     if "{question}" not in template:
-        raise ValueError("a prompt template needs the field {question}; this one has none")
+        raise ConfigError("a prompt template needs the field {question}; this one has none")
     return template.replace("{question}", question)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import urllib3
 
+from r1s_jax.border.errors import UserError
 from r1s_jax.rewards.rules import Reward, Solution, reward_parts
 from r1s_jax.system.distributed import on_main
 
@@ -15,7 +16,7 @@ _TIMEOUT_S = 300.0  # a server may score a whole batch with a model of its own
 _RETRIES = 5  # with growing pauses: half a minute in all
 
 
-class RewardServerError(RuntimeError):
+class RewardServerError(UserError, RuntimeError):
     """A reward server that does not answer, or answers something else than rewards."""
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from r1s_jax.border.errors import UserError
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.rewards.answer_scores import cover_exact_match, exact_match, f1_score
 
@@ -23,6 +24,11 @@ _BLOCK = re.compile(
     rf"\s*{re.escape(protocol.BEGIN_DOCUMENTS)}.*?{re.escape(protocol.END_DOCUMENTS)}(?:\n\n|$)",
     re.DOTALL,
 )
+
+
+class RewardError(UserError, ValueError):
+    """A reward that does not exist, cannot be loaded, or gives something else than a number."""
+
 
 SEARCH_BONUS = 0.5
 FORMAT_PENALTY = -2.0
@@ -176,16 +182,18 @@ def reward_rule(name: str) -> RewardRule:
     for a name that is neither, and, when called, where the rule raises or gives no finite number.
     """
     if name.startswith(("http://", "https://")):
-        raise ValueError(f"{name}: a reward server is for recipes (stage2.reward={name})")
+        raise RewardError(f"{name}: a reward server is for recipes (stage2.reward={name})")
     module, colon, function = _RULES.get(name, name).partition(":")
     if not colon:
-        raise ValueError(f"no reward {name!r}: take one of {', '.join(_RULES)}, or module:function")
+        raise RewardError(
+            f"no reward {name!r}: take one of {', '.join(_RULES)}, or module:function"
+        )
     if name not in _RULES and "" not in sys.path:
         sys.path.insert(0, "")  # a user's module lies where the command was typed
     try:
         rule = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the user's module does while it is imported
-        raise ValueError(
+        raise RewardError(
             f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
 
@@ -196,11 +204,11 @@ def reward_rule(name: str) -> RewardRule:
             parts = {part: float(value) for part, value in reward.parts.items()}
             reward = Reward(float(reward.value), reward_parts(solution, golds) | parts)
         except Exception as error:
-            raise ValueError(
+            raise RewardError(
                 f"reward {name!r} failed on {solution.text[:80]!r}: {type(error).__name__}: {error}"
             ) from error
         if not math.isfinite(reward.value):
-            raise ValueError(f"reward {name!r} gave {reward.value} for {solution.text[:80]!r}")
+            raise RewardError(f"reward {name!r} gave {reward.value} for {solution.text[:80]!r}")
         return reward
 
     return checked

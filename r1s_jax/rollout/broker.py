@@ -11,12 +11,14 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from r1s_jax.border.errors import ConfigError, UserError
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.loop import RESULTS_PER_EXCHANGE, Status
 from r1s_jax.system.distributed import gather
 
@@ -26,21 +28,7 @@ _IDLE_WAIT_S = 0.02
 _MIN_FAILURES = 8
 
 
-class Hit(Protocol):
-    """A retrieved passage."""
-
-    line: str
-
-
-class Retriever(Protocol):
-    """Anything that finds passages: an index, a remote service, the web. Called from threads."""
-
-    def search(self, queries: Sequence[str], k: int) -> Sequence[Sequence[Hit]]:
-        """The `k` best passages of each query, best first."""
-        ...
-
-
-class SearchFailure(RuntimeError):
+class SearchFailure(UserError, RuntimeError):
     """Too many searches failed: the run must stop rather than learn from missing documents."""
 
 
@@ -176,7 +164,7 @@ class Broker:
         cut, share = documents, 1.0
         while len(tokens := self._encode(protocol.document_block(cut))) > self._width:
             if all(len(line) <= 1 for line in cut):
-                raise ValueError(
+                raise ConfigError(
                     f"rollout.max_documents_length={self._width} is too short for "
                     f"{len(documents)} documents: their tags alone take more"
                 )

@@ -12,15 +12,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1s_jax.config import ModelConfig, RolloutConfig, SearchConfig
-from r1s_jax.data.questions import Question
+from r1s_jax.data.questions import DataError, Question
 from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_sharding, batch_shards, place, replicated
 from r1s_jax.models.tokenizer import token_strings, token_texts
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.automaton import build_tag_table
+from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.rules import Solution
-from r1s_jax.rollout.broker import Broker, Retriever, Search
+from r1s_jax.rollout.broker import Broker, Search
 from r1s_jax.rollout.loop import Prompts, Rollout, Trajectory
 from r1s_jax.rollout.sampler import trajectory_keys
 from r1s_jax.system.distributed import gather, to_host
@@ -242,7 +243,7 @@ class Engine:
     def _check_prompt(self, question: Question, prompt: Sequence[int]) -> None:
         limit = self.config.max_prompt_length
         if len(prompt) > limit:
-            raise ValueError(
+            raise DataError(
                 f"the prompt of question {question.id} ({question.question[:60]!r}) has "
                 f"{len(prompt)} tokens: more than rollout.max_prompt_length={limit}"
             )

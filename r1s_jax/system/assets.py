@@ -18,6 +18,8 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from r1s_jax.border.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 # sha256 of the wheels that recipes use. Another wheel is accepted, its digest recorded and logged.
@@ -48,7 +50,7 @@ _WHEEL = re.compile(r"wheel:(?P<name>\w[\w.-]*)==(?P<version>\w[\w.+!-]*)(:(?P<f
 _DIGEST_FILE = "wheel.sha256"
 
 
-class AssetError(RuntimeError):
+class AssetError(UserError, RuntimeError):
     """A reference that is malformed, cannot be fetched or is not what it should be."""
 
 

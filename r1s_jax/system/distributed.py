@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from r1s_jax.border.errors import UserError
+
 T = TypeVar("T")
 
 # A process that is not heard of for so long has died, and the others end as well.
@@ -25,7 +27,7 @@ _HEARTBEAT_TIMEOUT_S = 20
 _VARIABLES = ("R1S_COORDINATOR", "R1S_PROCESSES", "R1S_PROCESS")
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError, RuntimeError):
     """Another process failed; the message is the same on all of them."""
 
 

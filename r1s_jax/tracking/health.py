@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from r1s_jax.border.errors import UserError
+
 Row = dict[str, Any]
 
 _WINDOW = 4  # steps of a mean
@@ -16,7 +18,7 @@ _WINDOW = 4  # steps of a mean
 _GOOD_F1 = 0.5
 
 
-class UnhealthyRun(RuntimeError):
+class UnhealthyRun(UserError, RuntimeError):
     """A run that learns nothing any more; its last checkpoint is kept."""
 
 

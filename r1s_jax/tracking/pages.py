@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.system.files import write_text
 
 # Control characters, of which HTML drops some, as the pictures that Unicode has of them; and by
@@ -27,7 +28,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
     path that is not named as a page, which is mostly a file given by mistake.
     """
     if path.suffix not in (".html", ".htm") or path.is_dir():
-        raise ValueError(f"{path}: a page must be a file named .html")
+        raise ConfigError(f"{path}: a page must be a file named .html")
     environment = Environment(
         loader=PackageLoader("r1s_jax.tracking"),
         autoescape=True,

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from r1s_jax.config import Config, ConfigError
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import Config
 from r1s_jax.system.distributed import gather
 from r1s_jax.system.files import write_json
 

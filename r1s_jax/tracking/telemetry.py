@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from tensorboardX import SummaryWriter
 
-from r1s_jax.config import ConfigError
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.data.questions import whole_rows
 from r1s_jax.system.distributed import is_main
 from r1s_jax.system.files import write_rows

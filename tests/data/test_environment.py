@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from r1s_jax.config import ConfigError, CorpusConfig
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import CorpusConfig
 from r1s_jax.data.corpora import open_search_engine
 from r1s_jax.data.environment import CorpusEnvironment
 from r1s_jax.data.questions import DataError

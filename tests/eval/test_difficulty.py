@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.config import ConfigError, override
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.questions import DataError
 from r1s_jax.eval.difficulty import Selection, difficulty, mixed

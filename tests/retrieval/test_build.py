@@ -10,9 +10,10 @@ import pytest
 
 from r1s_jax.data.corpora import corpus_passages, load_encoder
 from r1s_jax.retrieval import vectors as vectors_module
+from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.bench import bench_synthetic, synthetic_vectors
 from r1s_jax.retrieval.build import Options, write_index
-from r1s_jax.retrieval.corpus import Passage, PassageStore
+from r1s_jax.retrieval.corpus import PassageStore
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import (
     IndexFormatError,

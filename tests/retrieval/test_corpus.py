@@ -8,15 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.retrieval.corpus import (
-    CorpusError,
-    Passage,
-    PassageStore,
-    join_line,
-    read_passages,
-    split_line,
-    wiki_summaries,
-)
+from r1s_jax.retrieval.api import Passage, join_line, split_line
+from r1s_jax.retrieval.corpus import CorpusError, PassageStore, read_passages, wiki_summaries
 from tests.full_disk import r1s_on_a_full_disk
 
 

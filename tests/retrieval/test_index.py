@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from r1s_jax.retrieval import scann as scann_module
-from r1s_jax.retrieval.corpus import CorpusError, Passage, read_passages
+from r1s_jax.retrieval.api import Passage
+from r1s_jax.retrieval.corpus import CorpusError, read_passages
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import (
     IndexFormatError,

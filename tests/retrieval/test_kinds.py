@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.bench import synthetic_vectors
-from r1s_jax.retrieval.corpus import Passage
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.hybrid import HybridSearcher
 from r1s_jax.retrieval.index import (

@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 import uvicorn
 
-from r1s_jax.retrieval.corpus import Passage
+from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError
 from r1s_jax.retrieval.index import Index, build_index, save_index

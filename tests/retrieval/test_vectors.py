@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from r1s_jax.retrieval import vectors as vectors_module
-from r1s_jax.retrieval.corpus import CorpusError, Passage
+from r1s_jax.retrieval.api import Passage
+from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.vectors import Corpus, VectorError, VectorShards, encode_shard
 

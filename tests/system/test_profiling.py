@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from r1s_jax.config import ConfigError
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.system import profiling
 from r1s_jax.system.chips import Chip
 from r1s_jax.system.profiling import Compilations, StepTrace, model_flops_utilization
