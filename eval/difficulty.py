@@ -18,12 +18,12 @@ import numpy as np
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
-from r1s_jax.data.questions import DataError, Question, journal_rows, read_questions
+from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import header_path, read_header
-from r1s_jax.eval.run import compute_dtype, renderer
-from r1s_jax.models.pretrained import Pretrained, load_pretrained
+from r1s_jax.data.rows import DataError, journal_rows
+from r1s_jax.models.pretrained import Pretrained, compute_dtype, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
-from r1s_jax.protocol.r1_searcher import extract_answer
+from r1s_jax.protocol.prompts import renderer
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -181,7 +181,7 @@ def _measure(
 
 def _row(rolled: Rolled, i: int, question: Question, selection: Selection) -> dict[str, Any]:
     own = range(i * selection.rollouts, (i + 1) * selection.rollouts)
-    answers = [extract_answer(rolled.solutions[j].written) for j in own]
+    answers = [rolled.solutions[j].answer for j in own]
     solved = [a is not None and cover_exact_match(a, question.answers) for a in answers]
     first = solved.index(True) + 1 if any(solved) else None
     return {
@@ -212,7 +212,7 @@ def _engine(selection: Selection, policy: Pretrained) -> Engine:
         SearchConfig(),
         make_mesh(MeshConfig()),
         compute_dtype(),
-        renderer(selection.prompt, policy),
+        renderer(selection.prompt, policy.tokenizer),
     )
 
 

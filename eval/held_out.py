@@ -6,8 +6,7 @@ import numpy as np
 
 from r1s_jax.data.environment import Batch
 from r1s_jax.models.params import Params
-from r1s_jax.protocol.r1_searcher import extract_answer
-from r1s_jax.rewards.answer_scores import cover_exact_match, f1_score
+from r1s_jax.rewards.answer_scores import score_answer
 from r1s_jax.rollout.engine import Engine, Rolled
 
 
@@ -28,15 +27,15 @@ def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
     rolled = engine.run(
         params, batch.questions, samples=1, seed=0, step=0, retriever=batch.retriever
     )
-    answers = [
-        (extract_answer(solution.written) or "", question.answers)
+    scores = [
+        score_answer(solution.answer, question.answers)
         for solution, question in zip(rolled.solutions, rolled.questions, strict=True)
     ]
-    f1 = np.array([f1_score(*answer)[0] for answer in answers])
+    f1 = np.array([score.f1 for score in scores])
     hops = np.array([question.hops for question in rolled.questions])
     return Evaluation(
         f1=float(f1.mean()),
-        cover_em=float(np.mean([cover_exact_match(*answer) for answer in answers])),
+        cover_em=float(np.mean([score.cover_exact_match for score in scores])),
         f1_one_hop=_mean(f1[hops == 1]),
         f1_two_hop=_mean(f1[hops == 2]),
         searches=float(rolled.trajectory.searches.mean()),

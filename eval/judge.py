@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1s_jax.border.errors import UserError
-from r1s_jax.data.questions import DataError, gold_answers, journal_rows
 from r1s_jax.data.results import VERDICTS, header_path, read_header, read_results
+from r1s_jax.data.rows import DataError, gold_answers, journal_rows
 from r1s_jax.system.files import write_json, write_rows
 
 Verdict = Literal["True", "False", "unparsable"]

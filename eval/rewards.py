@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.data.questions import DataError, gold_answers, read_rows
-from r1s_jax.rewards.rules import Solution, reward_rule
+from r1s_jax.data.rows import DataError, gold_answers, read_rows
+from r1s_jax.protocol.solution import Solution
+from r1s_jax.rewards.registry import reward_rule
 
 
 def reward_file(path: str | Path, variant: str) -> Iterator[dict[str, Any]]:

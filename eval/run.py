@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
-from r1s_jax.data.questions import DataError, Question, journal_rows, read_questions
+from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import header_path, read_header
-from r1s_jax.models.pretrained import Pretrained, chat_renderer, load_pretrained
+from r1s_jax.data.rows import DataError, journal_rows
+from r1s_jax.models.pretrained import Pretrained, compute_dtype, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.prompts import renderer
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.loop import Finish
@@ -144,23 +142,15 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
         SearchConfig(max_failure_rate=1.0),
         make_mesh(MeshConfig()),
         compute_dtype(),
-        renderer(run.prompt, policy),
+        renderer(run.prompt, policy.tokenizer),
         extract_query=protocol.extract_eval_query,
     )
-
-
-def renderer(prompt: str | None, policy: Pretrained) -> Callable[[str], str]:
-    """Makes the prompt of a question: by a template, the chat template, or the base prompt."""
-    if prompt is None and policy.tokenizer.chat_template:
-        return chat_renderer(policy.tokenizer)
-    template = prompt or protocol.BASE_PROMPT
-    return lambda question: protocol.render_prompt(template, question)
 
 
 def _row(rolled: Rolled, i: int, question: Question) -> dict[str, Any]:
     t, solution = rolled.trajectory, rolled.solutions[i]
     finish = Finish(int(t.finish[i]))
-    answer = protocol.extract_answer(solution.written) if finish == Finish.FINISHED else None
+    answer = solution.answer if finish == Finish.FINISHED else None
     answers = list(question.answers)
     return {
         "id": question.id,
@@ -188,12 +178,6 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     for name in ("slots", "limit"):
         del described[name]
     return {"run": described, "source": source, "dtype": compute_dtype().name}
-
-
-def compute_dtype() -> np.dtype:
-    """Of weights and computation: as models are published and served, but on a CPU, which is slower
-    at it."""
-    return np.dtype("float32" if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def _already(out: Path, described: dict[str, Any], questions: Sequence[Question]) -> int:

@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 
 from r1s_jax.data.benchmarks import TITLES, benchmark_of
-from r1s_jax.data.questions import DataError
 from r1s_jax.data.results import header_path, read_header, read_results
+from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import summarize
 
 matplotlib.use("Agg")

@@ -175,11 +175,12 @@ def traces(
     html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
 ) -> None:
     """Read trajectories in colour: what was written, searched, retrieved and answered."""
-    from r1s_jax.data import traces as browser
+    from r1s_jax.data.traces import Wanted, read_traces
+    from r1s_jax.tracking.trace_view import show
 
-    wanted = browser.Wanted(min_reward, max_reward, searches, finish, step, contains)
-    found = [trace for trace in browser.read_traces(source) if wanted.fits(trace)]
-    browser.show(found[: limit or None], len(found), html)
+    wanted = Wanted(min_reward, max_reward, searches, finish, step, contains)
+    found = [trace for trace in read_traces(source) if wanted.fits(trace)]
+    show(found[: limit or None], len(found), html)
     if html:
         typer.echo(str(html))
 

@@ -22,10 +22,13 @@ from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient, rows_with_signal
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
-from r1s_jax.models.pretrained import chat_renderer, make_policy
+from r1s_jax.models.pretrained import make_policy
 from r1s_jax.models.sharding import batch_shards, make_mesh, shard_params
-from r1s_jax.rewards.rules import FORMAT_REWARDS, Reward, batch_reward
+from r1s_jax.protocol.prompts import chat_renderer
+from r1s_jax.rewards.registry import FORMAT_REWARDS, batch_reward
+from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine, Rolled, merge
+from r1s_jax.system.console import console, make_progress
 from r1s_jax.system.distributed import on_main, together
 from r1s_jax.system.files import write_rows
 from r1s_jax.system.profiling import (
@@ -39,7 +42,7 @@ from r1s_jax.tracking import health
 from r1s_jax.tracking import metrics as m
 from r1s_jax.tracking.run_dir import StopRequest, open_run_dir
 from r1s_jax.tracking.summary import summarize
-from r1s_jax.tracking.telemetry import Telemetry, console, make_progress
+from r1s_jax.tracking.telemetry import Telemetry
 
 # Where a run stands; every checkpoint keeps a copy.
 _BEGINNING = {

@@ -21,6 +21,7 @@ from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.prompts import render_prompt
 from r1s_jax.rollout.engine import Engine, Rolled
 from tests.fakes import EchoRetriever
 
@@ -123,7 +124,7 @@ def make_engine(
         search or SearchConfig(timeout_s=5.0),
         mesh or make_mesh(MeshConfig()),
         np.dtype("float32"),
-        lambda question: protocol.render_prompt(PROMPT, question),
+        lambda question: render_prompt(PROMPT, question),
         attention=attention,
     )
 

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
+from r1s_jax.data.rows import rows_so_far
 from r1s_jax.system import distributed
-from r1s_jax.tracking.telemetry import read_rows
 from tests.distributed_worker import SHORT
 
 TRAIN = ["r1s_jax.cli", "train", "tiny_world", *SHORT]
@@ -55,13 +55,13 @@ def learned(run_dir):
     timed = ("seconds", "_per_s", "compilations", "host_memory")
     metrics = [
         {k: v for k, v in row.items() if not any(t in k for t in timed)}
-        for row in read_rows(run_dir / "metrics.jsonl")
+        for row in rows_so_far(run_dir / "metrics.jsonl")
     ]
-    traces = read_rows(run_dir / "traces.jsonl")
+    traces = rows_so_far(run_dir / "traces.jsonl")
     for row in traces:
         for search in row["searches"]:
             del search["seconds"]
-    return [read_rows(run_dir / "cold_start.jsonl"), metrics, traces]
+    return [rows_so_far(run_dir / "cold_start.jsonl"), metrics, traces]
 
 
 def assert_alike(a, b):

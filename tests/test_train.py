@@ -18,9 +18,9 @@ import pytest
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
+from r1s_jax.data.rows import rows_so_far
 from r1s_jax.tracking.report import write_report
 from r1s_jax.tracking.run_dir import open_run_dir
-from r1s_jax.tracking.telemetry import read_rows
 from r1s_jax.train import train
 from tests.makers import SHORT
 
@@ -63,13 +63,13 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     for name in ("cold_start.jsonl", "metrics.jsonl", "traces.jsonl"):
-        assert without_times(read_rows(a / name)) == without_times(read_rows(b / name)), name
+        assert without_times(rows_so_far(a / name)) == without_times(rows_so_far(b / name)), name
     results = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
     assert results[0]["f1_after"] == results[1]["f1_after"]
 
 
 def test_a_run_leaves_its_files(whole):
-    rows = read_rows(whole / "metrics.jsonl")
+    rows = rows_so_far(whole / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["stage"] for row in rows] == ["stage1"] * 2 + ["stage2"] * 4
     named = {"reward", "format_valid", "searches_per_question", "searches_empty", "answer_f1"}
@@ -80,7 +80,7 @@ def test_a_run_leaves_its_files(whole):
         assert named <= row.keys()
         assert row["logprob_gap_max"] < 1e-4, "training sees what sampling saw"
     assert [row["compilations"] for row in rows[2:]] == [0] * 4, "nothing is compiled again"
-    for trace in read_rows(whole / "traces.jsonl"):
+    for trace in rows_so_far(whole / "traces.jsonl"):
         assert trace["spans"] and {"question", "answers", "reward", "parts"} <= trace.keys()
         written = "".join(text for text, by_policy in trace["spans"] if by_policy)
         assert "".join(text for text, _ in trace["token_advantages"]) == written
@@ -96,7 +96,7 @@ def test_a_run_is_reported(whole, tmp_path):
     write_report([whole], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "finished, step 6 of 6" in text and "No run has numbers of" not in text
-    assert text.count('<details class="card trace"') == len(read_rows(whole / "traces.jsonl"))
+    assert text.count('<details class="card trace"') == len(rows_so_far(whole / "traces.jsonl"))
 
 
 @pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -199,7 +199,7 @@ def test_stage_1_ends_at_its_goal_and_groups_without_signal_are_replaced(tmp_pat
     short = [*SHORT, "stage1.steps=5", "stage2.steps=2", "stage1.until_format_valid=0.01"]
     short += ["algorithm.dynamic_sampling=1", "eval.questions=0", "algorithm.loss_average=token"]
     summary = train(override(tiny_world.config(), short), tmp_path / "run")
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = rows_so_far(tmp_path / "run" / "metrics.jsonl")
     ended = next(row["step"] for row in rows if row["format_valid"] >= 0.01)
     assert [row["stage"] for row in rows] == ["stage1"] * ended + ["stage2"] * 2
     assert ended < 5 and summary["steps"] == ended + 2
@@ -215,7 +215,7 @@ def test_kl_to_the_reference(tmp_path):
     short = [*SHORT, "cold_start.steps=0", "stage1.steps=0", "stage2.steps=2", "eval.questions=0"]
     config = override(tiny_world.config(), [*short, "algorithm.kl_coefficient=0.1"])
     train(config, tmp_path / "kl")
-    first, second = read_rows(tmp_path / "kl" / "metrics.jsonl")
+    first, second = rows_so_far(tmp_path / "kl" / "metrics.jsonl")
     assert abs(first["kl"]) < 1e-6
     assert abs(second["kl"]) > 1e-6
 
@@ -251,7 +251,7 @@ def test_memory_stays_level_over_many_steps(tmp_path):
     few += ["stage2.questions_per_step=4", "algorithm.samples_per_question=4"]
     few += ["environment.people=40", "run.checkpoint_every=25"]
     train(override(tiny_world.config(), few), tmp_path / "run")
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = rows_so_far(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 500
     assert rows[-1]["host_memory_gib"] < 1.05 * rows[49]["host_memory_gib"]
     assert sum(row["compilations"] for row in rows[2:]) == 0

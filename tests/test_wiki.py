@@ -6,8 +6,8 @@ import pytest
 
 from r1s_jax.config import override
 from r1s_jax.configs import wiki_smollm2
+from r1s_jax.data.rows import rows_so_far
 from r1s_jax.system.assets import resolve
-from r1s_jax.tracking.telemetry import read_rows
 from r1s_jax.train import train
 
 
@@ -23,8 +23,8 @@ def test_wiki_recipe_learns_a_step(tmp_path, monkeypatch):
     changes += ["algorithm.samples_per_question=2", "rollout.max_turn_length=16"]
     result = train(override(wiki_smollm2.config(), changes), tmp_path / "run")
     assert result["steps"] == 1 and result["searches"] >= 4
-    (row,) = read_rows(tmp_path / "run" / "metrics.jsonl")
+    (row,) = rows_so_far(tmp_path / "run" / "metrics.jsonl")
     assert row["loss"] == row["loss"] and row["grad_norm"] >= 0
     assert row["logprob_gap_max"] < 1e-2
-    trace = read_rows(tmp_path / "run" / "traces.jsonl")[0]
+    trace = rows_so_far(tmp_path / "run" / "traces.jsonl")[0]
     assert "<|begin_of_documents|>" in trace["spans"][0][0] and not trace["spans"][0][1]

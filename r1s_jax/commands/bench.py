@@ -82,7 +82,7 @@ def search(
     """Recall, speed and memory of an index, beside FAISS where it is installed."""
     from r1s_jax.data.corpora import bench_saved_index
     from r1s_jax.retrieval.bench import bench_synthetic
-    from r1s_jax.tracking.telemetry import console
+    from r1s_jax.system.console import console
 
     if (index is None) == (synthetic is None):
         raise ConfigError("name a built index or --synthetic N, one of them")

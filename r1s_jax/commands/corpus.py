@@ -52,7 +52,7 @@ def abstracts(
 
 def _convert(source: "Source", out: Path, form: "Form") -> None:
     from r1s_jax.retrieval.kilt import convert
-    from r1s_jax.tracking.telemetry import console, progress_bar
+    from r1s_jax.system.console import console, progress_bar
 
     with progress_bar(f"{out.name} (bytes of the source)") as advance:
         summary = convert(source, out, form, progress=advance)

@@ -35,7 +35,7 @@ def select(
     from r1s_jax.data.corpora import open_search_engine
     from r1s_jax.eval.difficulty import Selection
     from r1s_jax.eval.difficulty import select as select_questions
-    from r1s_jax.tracking.telemetry import progress_bar
+    from r1s_jax.system.console import progress_bar
 
     selection = Selection(
         questions=questions,

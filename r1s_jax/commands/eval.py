@@ -50,7 +50,7 @@ def run(
     """
     from r1s_jax.data.corpora import open_search_engine
     from r1s_jax.eval.run import EvalRun, answer_file
-    from r1s_jax.tracking.telemetry import progress_bar
+    from r1s_jax.system.console import progress_bar
 
     run = EvalRun(
         questions=questions,
@@ -124,7 +124,7 @@ def judge(
     line printed is JSON: how often each verdict came.
     """
     from r1s_jax.eval.judge import Judge, judge_file
-    from r1s_jax.tracking.telemetry import progress_bar
+    from r1s_jax.system.console import progress_bar
 
     name = file.name.removesuffix(".gz").removesuffix(".jsonl")
     out = out or file.with_name(f"{name}.judged.jsonl")

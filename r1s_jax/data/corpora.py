@@ -24,7 +24,7 @@ from r1s_jax.retrieval.searchers import IndexKind
 from r1s_jax.retrieval.tables import HUB, dataset_passages, is_table
 from r1s_jax.retrieval.vectors import Corpus, encode_shard
 from r1s_jax.system.assets import cache_dir, resolve
-from r1s_jax.tracking.telemetry import console, progress_bar
+from r1s_jax.system.console import console, progress_bar
 
 _BENCH_QUERIES = 1000
 _PART = re.compile(r"(\d+)/(\d+)")

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from r1s_jax.data.questions import DataError
+from r1s_jax.data.rows import DataError
 from r1s_jax.data.traces import read_traces
+from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.answer_scores import normalize_answer
-from r1s_jax.rewards.rules import Solution, stage2
-from r1s_jax.tracking.telemetry import console
+from r1s_jax.rewards.rules import stage2
+from r1s_jax.system.console import console
 
 
 class Demonstration(NamedTuple):

@@ -18,7 +18,6 @@ from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.corpora import is_summaries, open_retriever
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
 from r1s_jax.data.questions import (
-    DataError,
     Question,
     QuestionStream,
     question_stream,
@@ -26,16 +25,18 @@ from r1s_jax.data.questions import (
     texts,
     without,
 )
+from r1s_jax.data.rows import DataError
 from r1s_jax.data.tiny_world import GUESS, PROMPT, Style, TinyWorld
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.prompts import render_prompt
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import Index, build_index
 from r1s_jax.retrieval.tables import HUB
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.assets import resolve
+from r1s_jax.system.console import console
 from r1s_jax.system.distributed import on_main, own_address, together
-from r1s_jax.tracking.telemetry import console
 
 T = TypeVar("T")
 
@@ -90,7 +91,7 @@ class TinyWorldEnvironment:
         self._encoder = HashEncoder()
 
     def render(self, question: str) -> str:
-        return protocol.render_prompt(PROMPT, question)
+        return render_prompt(PROMPT, question)
 
     def questions(self) -> Sequence[Question]:
         return ()
@@ -189,7 +190,7 @@ class CorpusEnvironment:
 
     def render(self, question: str) -> str:
         if self.config.prompt == "base":
-            return protocol.render_prompt(protocol.BASE_PROMPT, question)
+            return render_prompt(protocol.BASE_PROMPT, question)
         return self._chat(question)
 
     def questions(self) -> Sequence[Question]:

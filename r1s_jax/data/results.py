@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.data.questions import DataError, gold_answers, parse_row, read_rows
+from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.rewards import answer_scores as answers
+from r1s_jax.rewards.answer_scores import score_answer
 
 # Of a verdict's names, ours comes first; the other is that of R1-Searcher's published traces.
 VERDICTS = ("judge", "gpt4o_output")
@@ -53,13 +53,13 @@ def score_row(row: Mapping[str, Any]) -> dict[str, float]:
         raise ValueError("`question` must be a text")
     if not isinstance(row.get("searches", 0), int | float):
         raise ValueError("`searches` must be a number")
-    f1, precision, recall = answers.f1_score(predicted, golds)
+    score = score_answer(predicted, golds)
     scores = {
-        "em": float(answers.exact_match(predicted, golds)),
-        "cem": float(answers.cover_exact_match(predicted, golds)),
-        "f1": f1,
-        "precision": precision,
-        "recall": recall,
+        "em": float(score.exact_match),
+        "cem": float(score.cover_exact_match),
+        "f1": score.f1,
+        "precision": score.precision,
+        "recall": score.recall,
     }
     verdict = next((str(row[name]) for name in VERDICTS if name in row), "")
     if verdict in ("True", "False"):
@@ -67,5 +67,5 @@ def score_row(row: Mapping[str, Any]) -> dict[str, float]:
     if "searches" in row:
         scores["searches"] = float(row["searches"])
     elif isinstance(row.get("gen_text_store"), str):
-        scores["searches"] = float(row["gen_text_store"].count(protocol.BEGIN_DOCUMENTS))
+        scores["searches"] = float(protocol.count_searches(row["gen_text_store"]))
     return scores

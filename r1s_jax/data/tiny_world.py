@@ -189,7 +189,7 @@ class TinyWorld:
         spans: list[tuple[str, bool]] = []
         value = name
         for relation in relations[:looked_up]:
-            query = f"{protocol.BEGIN_QUERY} {value} {relation} {protocol.END_QUERY}"
+            query = protocol.query_call(f"{value} {relation}")
             person = self._by_name[value]
             value = person.facts[relation]
             spans.append((f" Let me search. {query}", True))

@@ -1,4 +1,4 @@
-"""Trajectories for reading: from a run or a file of answers, filtered, in colour."""
+"""Trajectories for reading: from a run or from a file of answers, filtered."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,33 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.rule import Rule
-from rich.text import Text
 
-from r1s_jax.data.questions import DataError, gold_answers, parse_row, read_rows, whole_rows
 from r1s_jax.data.results import score_row
-from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.rewards.rules import Solution
-from r1s_jax.tracking.pages import write_page
-
-STYLES = {
-    "policy": "cyan",
-    "query": "bold yellow",
-    "documents": "dim green",
-    "answer": "bold magenta",
-}
-# What a page calls each of them beside its colour.
-LABELS = {
-    "policy": "wrote",
-    "query": "searched",
-    "documents": "retrieved",
-    "answer": "answered",
-}
-_TAGGED = {
-    protocol.BEGIN_QUERY: ("query", protocol.END_QUERY),
-    protocol.BEGIN_ANSWER: ("answer", protocol.END_ANSWER),
-}
+from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows, whole_rows
+from r1s_jax.protocol.solution import Solution
 
 
 @dataclass(frozen=True)
@@ -50,9 +27,8 @@ class Trace:
     token_advantages: Sequence[tuple[str, float]] = ()
 
     def pieces(self) -> Iterator[tuple[str, str]]:
-        """The whole text as (kind, text), the kinds being those of STYLES."""
-        for text, by_policy in self.spans:
-            yield from _policy_pieces(text) if by_policy else [("documents", text)]
+        """The whole text as (kind, text); see Solution.pieces."""
+        return Solution(tuple(self.spans)).pieces()
 
     def token_pieces(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """`pieces` cut into tokens: (kind, [(text, advantages)]).
@@ -75,14 +51,6 @@ class Trace:
                 parts.append((text[len(text) - (stop - at) :][: take - at], shown))
                 at = take
             yield kind, parts
-
-    def text(self) -> Text:
-        """Question, gold answers and the whole text in colour."""
-        out = Text.assemble(("Question: ", "bold"), self.question)
-        out.append(f"   gold: {' | '.join(self.answers)}\n", "dim")
-        for kind, text in self.pieces():
-            out.append(text, STYLES[kind])
-        return out
 
     def title(self) -> str:
         """What is known of it besides its text."""
@@ -158,40 +126,6 @@ def _no_trajectory(path: Path, number: int, error: Exception) -> DataError:
     return DataError(f"{path}, line {number}: no trajectory ({error})")
 
 
-def show(traces: Sequence[Trace], found: int, html: Path | None = None) -> None:
-    """Prints traces, through a pager where there is a reader; or writes them as a page."""
-    if html:
-        write_page(html, "traces.html", traces=traces, found=found, labels=LABELS)
-        return
-    console = Console()
-    if not console.is_terminal:
-        _print(console, traces, found)
-        return
-    with console.pager(styles=True):
-        _print(console, traces, found)
-
-
-def legend() -> Text:
-    """The colours by name."""
-    return Text.assemble(*((f" {name} ", style) for name, style in STYLES.items()))
-
-
-def _policy_pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Text of the policy, its queries and its answer set off."""
-    while text:
-        starts = [(at, begin) for begin in _TAGGED if (at := text.find(begin)) >= 0]
-        at, begin = min(starts, default=(len(text), ""))
-        if at:
-            yield "policy", text[:at]
-        if begin:
-            kind, end = _TAGGED[begin]
-            close = text.find(end, at)
-            stop = close + len(end) if close >= 0 else len(text)
-            yield kind, text[at:stop]
-            at = stop
-        text = text[at:]
-
-
 def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str, str]]:
     """(text, advantages): tokens without a text of their own go with the one that has it."""
     waiting: list[str] = []
@@ -200,14 +134,6 @@ def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str
         if text:
             yield text, " ".join(waiting)
             waiting = []
-
-
-def _print(console: Console, traces: Sequence[Trace], found: int) -> None:
-    console.print(legend())
-    for trace in traces:
-        console.print(Rule(Text(trace.title())))
-        console.print(trace.text())
-    console.print(Rule(Text(f"{len(traces)} of {found} that fit")))
 
 
 def _of_run(row: dict[str, Any]) -> Trace:

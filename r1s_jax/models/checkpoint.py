@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -191,6 +192,16 @@ def checkpoint_directory(run_dir: epath.PathLike, elsewhere: str) -> epath.Path:
     if elsewhere.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
         raise CheckpointError(f"to keep checkpoints in {elsewhere}, pip install 'r1s-jax[gcs]'")
     return _absolute(elsewhere or epath.Path(run_dir) / "checkpoints")
+
+
+def run_of(path: Path) -> Path | None:
+    """The directory of the run that a path or a checkpoint belongs to; None for other paths."""
+    for run in (path, path.parent.parent):
+        # A model's directory has a config.json too; checkpoints may lie elsewhere.
+        known = (run / "checkpoints").is_dir() or (run / "versions.json").exists()
+        if known and (run / "config.json").exists():
+            return run
+    return None
 
 
 def newest_checkpoint(directory: epath.Path) -> epath.Path:

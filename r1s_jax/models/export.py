@@ -3,13 +3,10 @@
 import json
 from pathlib import Path
 
-from r1s_jax.models.pretrained import load_pretrained, run_of
+from r1s_jax.models.checkpoint import run_of
+from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.weights import save_params
-
-_PROTOCOL = """\
-It reasons inside `<think>`, searches by writing `<|begin_of_query|> keywords <|end_of_query|>`,
-is handed documents between `<|begin_of_documents|>` and `<|end_of_documents|>`, and answers inside
-`<answer>`. The tags are ordinary text."""
+from r1s_jax.protocol import r1_searcher as protocol
 
 
 def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
@@ -51,7 +48,7 @@ def _card(run: Path) -> str:
         f"{first['steps']} steps of stage 1 (reward `{first['reward']}`),",
         f"then {second['steps']} of stage 2 (reward `{second['reward']}`).",
         "",
-        _PROTOCOL,
+        protocol.DESCRIPTION,
         "",
     ]
     if shown:

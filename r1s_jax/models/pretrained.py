@@ -1,22 +1,21 @@
 """A policy as it comes from outside: architecture, parameters, tokenizer."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import ModelConfig, PolicyConfig, RopeScaling
 from r1s_jax.data.tiny_world import build_tokenizer
-from r1s_jax.models.checkpoint import checkpoint_directory, newest_checkpoint, read_params
+from r1s_jax.models.checkpoint import checkpoint_directory, newest_checkpoint, read_params, run_of
 from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params, add_adapters, init_params
 from r1s_jax.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer
 from r1s_jax.models.weights import load_config, load_params
-from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.system.assets import resolve
 
 
@@ -44,16 +43,6 @@ def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
     check_tokenizer(tokenizer, model)
     params = load_params(path, model, dtype=dtype)
     return Pretrained(model, params, tokenizer, eos_ids(tokenizer, path))
-
-
-def run_of(path: Path) -> Path | None:
-    """The directory of the run that a path or a checkpoint belongs to; None for other paths."""
-    for run in (path, path.parent.parent):
-        # A model's directory has a config.json too; checkpoints may lie elsewhere.
-        known = (run / "checkpoints").is_dir() or (run / "versions.json").exists()
-        if known and (run / "config.json").exists():
-            return run
-    return None
 
 
 def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
@@ -93,17 +82,7 @@ def make_policy(config: PolicyConfig, seed: int) -> Pretrained:
     return policy._replace(model=model, params=add_adapters(policy.params, model, seed))
 
 
-def chat_renderer(tokenizer: Any) -> Callable[[str], str]:
-    """Renders a question with the tokenizer's chat template and the protocol's system message."""
-
-    def render(question: str) -> str:
-        if not tokenizer.chat_template:
-            raise ConfigError("this tokenizer has no chat template: use environment.prompt=base")
-        messages = [
-            {"role": "system", "content": protocol.CHAT_PROMPT},
-            {"role": "user", "content": question},
-        ]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text + protocol.BEGIN_THINK
-
-    return render
+def compute_dtype() -> np.dtype:
+    """Of weights and computation: as models are published and served, but on a CPU, which is slower
+    at it."""
+    return np.dtype("float32" if jax.default_backend() == "cpu" else jnp.bfloat16)

@@ -21,9 +21,10 @@ from r1s_jax.learning.packing import PackedBatch
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import unstack_layers
-from r1s_jax.models.pretrained import Pretrained, chat_renderer, load_pretrained
+from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
+from r1s_jax.protocol.prompts import chat_renderer
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.sampler import sample

@@ -6,8 +6,6 @@ The tags are ordinary text, not special tokens, as in R1-Searcher (arXiv 2503.05
 import re
 from collections.abc import Sequence
 
-from r1s_jax.border.errors import ConfigError
-
 BEGIN_QUERY = "<|begin_of_query|>"
 END_QUERY = "<|end_of_query|>"
 BEGIN_DOCUMENTS = "<|begin_of_documents|>"
@@ -41,11 +39,16 @@ each query asks for one single fact. A search engine then inserts what it found 
 {BEGIN_DOCUMENTS} documents {END_DOCUMENTS}."""
 
 
-def render_prompt(template: str, question: str) -> str:
-    """Puts `question` into a template whose only field is `{question}` (other braces are kept)."""
-    if "{question}" not in template:
-        raise ConfigError("a prompt template needs the field {question}; this one has none")
-    return template.replace("{question}", question)
+# How a policy behaves, for the card of a model that is given away.
+DESCRIPTION = f"""\
+It reasons inside `{BEGIN_THINK}`, searches by writing `{BEGIN_QUERY} keywords {END_QUERY}`,
+is handed documents between `{BEGIN_DOCUMENTS}` and `{END_DOCUMENTS}`, and answers inside
+`{BEGIN_ANSWER}`. The tags are ordinary text."""
+
+
+def query_call(query: str) -> str:
+    """How a policy asks for a search, and the system for it where it searches first."""
+    return f"{BEGIN_QUERY} {query} {END_QUERY}"
 
 
 def document_block(documents: Sequence[str]) -> str:
@@ -100,3 +103,8 @@ def extract_answer(text: str) -> str | None:
     _, begin, tail = text.rpartition(BEGIN_ANSWER)
     answer, end, _ = tail.partition(END_ANSWER)
     return answer.strip() if begin and end else None
+
+
+def count_searches(text: str) -> int:
+    """Document blocks in the text of a trajectory."""
+    return text.count(BEGIN_DOCUMENTS)

@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -15,6 +16,23 @@ def normalize_answer(text: str) -> str:
     """Lower case, without punctuation, articles and extra space; exactly True/False is yes/no."""
     text = _BOOLEANS.get(text, text)
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION_TO_SPACE)).split())
+
+
+class AnswerScore(NamedTuple):
+    """How good an answer is; the numbers lie in [0, 1]."""
+
+    exact_match: bool
+    cover_exact_match: bool
+    f1: float
+    precision: float
+    recall: float
+
+
+def score_answer(answer: str | None, gold: str | Sequence[str]) -> AnswerScore:
+    """All scores of an answer against the gold one, or several; None scores as an empty one."""
+    answer = answer or ""
+    exact, covered = exact_match(answer, gold), cover_exact_match(answer, gold)
+    return AnswerScore(exact, covered, *f1_score(answer, gold))
 
 
 def f1_score(prediction: str, gold: str | Sequence[str]) -> tuple[float, float, float]:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import urllib3
 
 from r1s_jax.border.errors import UserError
-from r1s_jax.rewards.rules import Reward, Solution, reward_parts
+from r1s_jax.protocol.solution import Solution
+from r1s_jax.rewards.rules import Reward, reward_parts
 from r1s_jax.system.distributed import on_main
 
 _TIMEOUT_S = 300.0  # a server may score a whole batch with a model of its own

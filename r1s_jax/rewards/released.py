@@ -9,8 +9,9 @@ import re
 from collections.abc import Sequence
 
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.answer_scores import cover_exact_match, f1_score
-from r1s_jax.rewards.rules import Reward, Solution, has_cjk
+from r1s_jax.rewards.rules import Reward, has_cjk
 
 _DOCUMENTS = re.compile(
     re.escape(protocol.BEGIN_DOCUMENTS) + ".*?" + re.escape(protocol.END_DOCUMENTS), re.DOTALL

@@ -12,15 +12,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1s_jax.config import ModelConfig, RolloutConfig, SearchConfig
-from r1s_jax.data.questions import DataError, Question
+from r1s_jax.data.questions import Question
+from r1s_jax.data.rows import DataError
 from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_sharding, batch_shards, place, replicated
 from r1s_jax.models.tokenizer import token_strings, token_texts
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.automaton import build_tag_table
+from r1s_jax.protocol.solution import Solution
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.rewards.rules import Solution
 from r1s_jax.rollout.broker import Broker, Search
 from r1s_jax.rollout.loop import Prompts, Rollout, Trajectory
 from r1s_jax.rollout.sampler import trajectory_keys
@@ -228,8 +229,8 @@ class Engine:
         prompts = [self.encode(self.render(q.question)) for q in questions]
         forced: list[list[int]] = [[] for _ in questions]
         for i, search in enumerate(first):
-            query = f" {protocol.BEGIN_QUERY} {search.query} {protocol.END_QUERY}"
-            forced[i] = self.encode(query) + self.broker.document_tokens(search.documents)
+            query = self.encode(f" {protocol.query_call(search.query)}")
+            forced[i] = query + self.broker.document_tokens(search.documents)
         prompts = [p + f for p, f in zip(prompts, forced, strict=True)]
         for question, prompt in zip(questions, prompts, strict=True):
             self._check_prompt(question, prompt)

@@ -9,13 +9,15 @@ from rich.text import Text
 
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.corpora import open_saved_index
-from r1s_jax.data.traces import STYLES
-from r1s_jax.models.pretrained import Pretrained, chat_renderer, load_pretrained
+from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.prompts import chat_renderer, render_prompt
+from r1s_jax.protocol.solution import kind_of_new
 from r1s_jax.rollout.broker import Broker
 from r1s_jax.rollout.host_loop import HostLoop
 from r1s_jax.rollout.loop import Finish
-from r1s_jax.tracking.telemetry import out_console as console
+from r1s_jax.system.console import out_console as console
+from r1s_jax.tracking.trace_view import STYLES
 
 _WHY = {
     Finish.LENGTH: "ran out of tokens",
@@ -73,16 +75,14 @@ def _prepare(
     if tokenizer.chat_template:
         prompt = encode(chat_renderer(tokenizer)(question))
     else:
-        prompt = encode(protocol.render_prompt(protocol.BASE_PROMPT, question))
+        prompt = encode(render_prompt(protocol.BASE_PROMPT, question))
     if first_search:
         (search,) = broker.search_now([question])
         block = protocol.document_block(search.documents)
-        console.print(
-            Text(f"{protocol.BEGIN_QUERY} {question} {protocol.END_QUERY}", STYLES["query"])
-        )
+        query = protocol.query_call(question)
+        console.print(Text(query, STYLES["query"]))
         console.print(Text(block, STYLES["documents"]), end="")
-        query = f" {protocol.BEGIN_QUERY} {question} {protocol.END_QUERY}"
-        prompt += encode(query) + broker.document_tokens(search.documents)
+        prompt += encode(f" {query}") + broker.document_tokens(search.documents)
     loop = HostLoop(
         policy.model,
         jax.device_put(policy.params),
@@ -110,14 +110,6 @@ class _Printer:
         text = self._decode(self._tokens)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return  # half a character; the next token completes it
-        console.print(Text(text[len(self._shown) :], self._style(text)), end="")
+        style = STYLES[kind_of_new(self._shown, text)]
+        console.print(Text(text[len(self._shown) :], style), end="")
         self._shown = text
-
-    def _style(self, text: str) -> str:
-        for begin, end, style in (
-            (protocol.BEGIN_QUERY, protocol.END_QUERY, "query"),
-            (protocol.BEGIN_ANSWER, protocol.END_ANSWER, "answer"),
-        ):
-            if begin in text and end not in text[: len(self._shown)].rpartition(begin)[2]:
-                return STYLES[style]
-        return STYLES["policy"]

@@ -8,12 +8,12 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.data.questions import DataError
-from r1s_jax.data.traces import LABELS, Trace, sample_traces
-from r1s_jax.models.pretrained import run_of
+from r1s_jax.data.rows import DataError, rows_so_far
+from r1s_jax.data.traces import Trace, sample_traces
+from r1s_jax.models.checkpoint import run_of
 from r1s_jax.tracking import charts
 from r1s_jax.tracking.pages import breakable, write_page
-from r1s_jax.tracking.telemetry import read_rows
+from r1s_jax.tracking.trace_view import LABELS
 
 _TRACES = 60  # on a page, shared by its runs: enough to read, few enough to send around
 
@@ -181,7 +181,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
     """Rows with a step each, in the order of the steps; [] where there is no file."""
-    rows = read_rows(path) if path.exists() else []
+    rows = rows_so_far(path)
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get("step"), int):
             raise DataError(f"{path}, row {number}: `step` must be a whole number")

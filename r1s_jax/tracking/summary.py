@@ -8,10 +8,12 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from r1s_jax.data.traces import Trace, legend
+from r1s_jax.data.rows import rows_so_far
+from r1s_jax.data.traces import Trace
 from r1s_jax.eval.held_out import Evaluation
+from r1s_jax.system.console import console
 from r1s_jax.system.files import write_json
-from r1s_jax.tracking.telemetry import console, read_rows
+from r1s_jax.tracking.trace_view import as_text, legend
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -21,7 +23,7 @@ def summarize(
     run_dir: Path, progress: dict[str, Any], after: Evaluation | None, best: epath.Path | None
 ) -> dict[str, Any]:
     """Writes `summary.json` and `learning_curve.png`, shows both to people, returns the summary."""
-    rows = read_rows(run_dir / "metrics.jsonl")
+    rows = rows_so_far(run_dir / "metrics.jsonl")
     tokens = sum(row["sampled_tokens"] for row in rows)
     summary: dict[str, Any] = {
         "steps": len(rows),
@@ -85,5 +87,5 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
     question, solution = after.rolled.questions[longest], after.rolled.solutions[longest]
     console.rule("One trajectory")
     console.print(legend())
-    console.print(Trace(question.question, question.answers, solution.spans).text())
+    console.print(as_text(Trace(question.question, question.answers, solution.spans)))
     console.rule()

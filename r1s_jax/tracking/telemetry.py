@@ -1,54 +1,17 @@
-"""What a run tells: progress on the terminal, metrics and traces in files, TensorBoard, W&B."""
+"""What a run tells: metrics and traces in files, TensorBoard, W&B."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from tensorboardX import SummaryWriter
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.data.questions import whole_rows
+from r1s_jax.data.rows import rows_so_far
+from r1s_jax.system.console import console
 from r1s_jax.system.distributed import is_main
 from r1s_jax.system.files import write_rows
-
-# Everything for people goes to stderr; stdout carries the one JSON line a program may read.
-console = Console(stderr=True)
-out_console = Console(soft_wrap=True, highlight=False)
-
-
-def make_progress() -> Progress:
-    """A progress display with a free text field `info` for each task."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[info]}"),
-        console=console,
-    )
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for one long job; yields the function to call with (done, total)."""
-    with make_progress() as progress:
-        task = progress.add_task(title, total=None, info="")
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class Telemetry:
@@ -73,7 +36,7 @@ class Telemetry:
     def steps(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl` so far."""
         path = self.run_dir / "metrics.jsonl"
-        return read_rows(path) if path.exists() else []
+        return rows_so_far(path)
 
     def cold_start(self, row: Mapping[str, Any]) -> None:
         """One row of `cold_start.jsonl`."""
@@ -112,13 +75,8 @@ class Telemetry:
     def _drop_after(self, name: str, step: int) -> None:
         path = self.run_dir / name
         if self._writes and path.exists():
-            kept = [row for row in read_rows(path) if row["step"] <= step]
+            kept = [row for row in rows_so_far(path) if row["step"] <= step]
             write_rows(path, kept)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that a run writes; see data.whole_rows."""
-    return [row for _, row in whole_rows(path)]
 
 
 def _start_wandb(project: str, run_dir: Path, config: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from r1s_jax.data.demonstrations import demonstrations_at, read_demonstrations
-from r1s_jax.data.questions import DataError
+from r1s_jax.data.rows import DataError
 from r1s_jax.learning.cold_start import demonstration_batch
 from r1s_jax.protocol.r1_searcher import document_block
 from r1s_jax.rewards.answer_scores import normalize_answer

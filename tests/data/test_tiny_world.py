@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from r1s_jax import rewards
 from r1s_jax.data.tiny_world import (
     EOS,
     PROMPT,
@@ -11,9 +12,9 @@ from r1s_jax.data.tiny_world import (
     build_tokenizer,
 )
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.prompts import render_prompt
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import build_index
-from r1s_jax.rewards import rules as rewards
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def texts_of(world, questions) -> list[str]:
     demonstrations += [world.demonstration(q, "search_then_guess") for q in two_hop]
     return [
         *(passage.line for passage in world.passages),
-        *(protocol.render_prompt(PROMPT, q.question) for q in questions),
+        *(render_prompt(PROMPT, q.question) for q in questions),
         *(text for spans in demonstrations for text, trained in spans if trained),
     ]
 

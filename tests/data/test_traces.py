@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.data.questions import DataError
-from r1s_jax.data.traces import LABELS, Trace, Wanted, read_traces, sample_traces
+from r1s_jax.data.rows import DataError
+from r1s_jax.data.traces import Trace, Wanted, read_traces, sample_traces
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.tracking.trace_view import LABELS, as_text
 
 DOCUMENTS = protocol.document_block(["Rome is a city."])
 QUERY = f"{protocol.BEGIN_QUERY} Rome {protocol.END_QUERY}"
@@ -74,7 +75,7 @@ def test_what_is_not_known_is_not_wanted():
 
 def test_each_part_has_its_colour(tmp_path):
     (trace,) = read_traces(write(tmp_path / "traces.jsonl", RUN_ROW))
-    text = trace.text()
+    text = as_text(trace)
     styles = {str(s.style): text.plain[s.start : s.end] for s in text.spans}
     assert styles["bold yellow"] == QUERY
     assert styles["bold magenta"] == ANSWER.split("</think> ")[1]

@@ -13,7 +13,7 @@ import pytest
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
-from r1s_jax.data.questions import DataError
+from r1s_jax.data.rows import DataError
 from r1s_jax.eval.difficulty import Selection, difficulty, mixed
 from r1s_jax.eval.difficulty import select as select_questions
 from r1s_jax.system.assets import AssetError

@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from r1s_jax.data.questions import DataError
 from r1s_jax.data.results import read_header, read_results
+from r1s_jax.data.rows import DataError
 from r1s_jax.eval.judge import Judge, JudgeError, judge_file, parse_verdict
 from r1s_jax.eval.score import summarize
 from tests.http_server import LocalServer

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from r1s_jax.data.questions import DataError
 from r1s_jax.data.results import read_header, read_results
+from r1s_jax.data.rows import DataError
 from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
 from r1s_jax.eval.score import summarize
 from r1s_jax.protocol import r1_searcher as protocol

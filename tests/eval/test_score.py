@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1s_jax.data.questions import DataError
 from r1s_jax.data.results import read_results
+from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import compare, summarize
 
 ROWS = [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.data.questions import DataError
+from r1s_jax.data.rows import DataError
 from r1s_jax.eval import table
 
 ROWS = [

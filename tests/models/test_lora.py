@@ -9,13 +9,13 @@ import pytest
 
 from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig, override
 from r1s_jax.configs import tiny_world
+from r1s_jax.data.rows import rows_so_far
 from r1s_jax.learning.learner import make_optimizer
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.lora import is_adapter, merge_adapters, trainable
 from r1s_jax.models.params import add_adapters, init_params
 from r1s_jax.models.pretrained import load_pretrained, make_policy
 from r1s_jax.models.sharding import make_mesh
-from r1s_jax.tracking.telemetry import read_rows
 from r1s_jax.train import train
 from tests.learning.test_learner import make_learner, make_sequences, packed
 from tests.makers import SHORT
@@ -116,7 +116,7 @@ def test_a_run_with_adapters_resumes_and_its_export_is_merged(tmp_path):
     short = [*SHORT, "policy.lora_rank=4", "cold_start.steps=20", "algorithm.kl_coefficient=0.01"]
     config = override(tiny_world.config(), [*short, "eval.questions=0"])
     train(config, tmp_path / "run")
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = rows_so_far(tmp_path / "run" / "metrics.jsonl")
     assert max(row["logprob_gap_max"] for row in rows) < 1e-4, "sampled with the weights trained"
     assert abs(rows[0]["kl"]) < 1e-5 < abs(rows[-1]["kl"])
     policy = load_pretrained(str(tmp_path / "run"))

@@ -4,9 +4,10 @@ import pytest
 
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
+from r1s_jax.data.rows import rows_so_far
+from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.http import RewardServerError
-from r1s_jax.rewards.rules import Solution, batch_reward
-from r1s_jax.tracking.telemetry import read_rows
+from r1s_jax.rewards.registry import batch_reward
 from r1s_jax.train import train
 from tests.http_server import LocalServer
 from tests.makers import SHORT
@@ -66,5 +67,5 @@ def test_a_run_may_be_rewarded_by_a_server(tmp_path):
         config = override(tiny_world.config(), [*few, f"stage2.reward={server.url}/get_reward"])
         train(config, tmp_path / "http")
         assert server.requests == 2
-    rows = read_rows(tmp_path / "http" / "metrics.jsonl")
+    rows = rows_so_far(tmp_path / "http" / "metrics.jsonl")
     assert len(rows) == 2 and all(0 < row["reward"] < 9 for row in rows)

@@ -9,7 +9,8 @@ import pytest
 
 from r1s_jax.eval.rewards import reward_file
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.rewards.rules import Solution, reward_rule
+from r1s_jax.protocol.solution import Solution
+from r1s_jax.rewards.registry import reward_rule
 
 BLOCK = f"{protocol.BEGIN_QUERY} k {protocol.END_QUERY}" + protocol.document_block(["T   text"])
 END = f"</think> <answer> New York {protocol.END_ANSWER}"

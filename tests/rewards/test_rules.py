@@ -1,8 +1,8 @@
 import pytest
 
+from r1s_jax import rewards
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.rewards import rules as rewards
-from r1s_jax.rewards.rules import Solution
+from r1s_jax.protocol.solution import Solution
 
 QUERY = f"I look. {protocol.BEGIN_QUERY} k {protocol.END_QUERY}"
 DOCUMENTS = protocol.document_block(["T   text"])

@@ -13,11 +13,11 @@ from r1s_jax import train as training
 from r1s_jax.config import Config, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch, TinyWorldEnvironment
+from r1s_jax.data.rows import rows_so_far
 from r1s_jax.data.tiny_world import TinyWorld
 from r1s_jax.models.export import export
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.tracking.health import SIGNALS, History, UnhealthyRun, check
-from r1s_jax.tracking.telemetry import read_rows
 from tests.fakes import EmptyRetriever
 
 HEALTHY = {
@@ -196,7 +196,7 @@ def test_a_run_made_to_fail_says_so(beginner, tmp_path, monkeypatch, name):
         assert "the run was stopped after step" in str(error)
         assert name == "not_finite" or list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
     fired = {
-        f["signal"] for row in read_rows(tmp_path / "run/metrics.jsonl") for f in row["health"]
+        f["signal"] for row in rows_so_far(tmp_path / "run/metrics.jsonl") for f in row["health"]
     }
     assert name in fired
 
@@ -210,7 +210,7 @@ def test_a_fatal_signal_stops_the_run_and_keeps_the_step_before(tmp_path):
     )
     with pytest.raises(UnhealthyRun, match=r"not_finite.*older checkpoint"):
         training.train(config, tmp_path / "run")
-    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows = rows_so_far(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["health"][0]["level"] == "fatal"
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")]
     assert max(saved) <= rows[-1]["step"]

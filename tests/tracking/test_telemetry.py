@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from r1s_jax.data.questions import DataError
-from r1s_jax.tracking.telemetry import Telemetry, read_rows
+from r1s_jax.data.rows import DataError, rows_so_far
+from r1s_jax.tracking.telemetry import Telemetry
 
 
 def test_rows_come_back_whatever_a_policy_wrote(tmp_path):
@@ -14,9 +14,9 @@ def test_rows_come_back_whatever_a_policy_wrote(tmp_path):
         telemetry.trace({"step": step, "text": text})
     with (tmp_path / "traces.jsonl").open("a") as file:
         file.write('{"step": 3')  # cut short by a crash
-    assert [row["text"] for row in read_rows(tmp_path / "traces.jsonl")] == texts
+    assert [row["text"] for row in rows_so_far(tmp_path / "traces.jsonl")] == texts
     telemetry.rewind(cold_start=0, learning=1)
-    assert [row["step"] for row in read_rows(tmp_path / "traces.jsonl")] == [1]
+    assert [row["step"] for row in rows_so_far(tmp_path / "traces.jsonl")] == [1]
     telemetry.close()
 
 
@@ -24,4 +24,4 @@ def test_a_broken_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1}) + "\n{\n")
     with pytest.raises(DataError, match=r"metrics.jsonl, line 2: "):
-        read_rows(path)
+        rows_so_far(path)

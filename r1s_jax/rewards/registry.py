@@ -1,0 +1,87 @@
+"""Rewards by name: our rules, a function of the user's own, or a server."""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+
+from r1s_jax.border.errors import UserError
+from r1s_jax.protocol.solution import Solution
+from r1s_jax.rewards import released, rules
+from r1s_jax.rewards.http import HttpReward
+from r1s_jax.rewards.rules import Reward, RewardRule, reward_parts
+
+
+class RewardError(UserError, ValueError):
+    """A reward that does not exist, cannot be loaded, or gives something else than a number."""
+
+
+RULES: dict[str, RewardRule] = {
+    "stage1": rules.stage1,
+    "stage2": rules.stage2,
+    "exact_match": rules.exact_match_only,
+    "cover_exact_match": rules.cover_exact_match_only,
+    "f1": rules.f1_only,
+    "qwen_zero": released.qwen_zero,
+    "llama_stage1": released.llama_stage1,
+    "llama_stage2": released.llama_stage2,
+}
+
+# Rewards that say nothing of whether the answer is right.
+FORMAT_REWARDS = ("stage1",)
+
+# (rendered prompts, solutions, right answers of each) -> rewards
+BatchReward = Callable[[Sequence[str], Sequence[Solution], Sequence[Sequence[str]]], list[Reward]]
+
+
+def batch_reward(name: str) -> BatchReward:
+    """What rewards a whole batch: a rule of that name (see reward_rule), or a server's URL."""
+    if name.startswith(("http://", "https://")):
+        return HttpReward(name)
+    rule = reward_rule(name)
+    return lambda prompts, solutions, golds: [
+        rule(solution, gold) for solution, gold in zip(solutions, golds, strict=True)
+    ]
+
+
+def reward_rule(name: str) -> RewardRule:
+    """The rule of that name, or a function of the user's own as `module:function`.
+
+    A user's function takes (solution, golds) and returns a Reward or a number; the usual parts
+    (format, searched, answer_f1, ...) stand beside its own. Raises RewardError
+    for a name that is neither, and, when called, where the rule raises or gives no finite number.
+    """
+    if name.startswith(("http://", "https://")):
+        raise RewardError(f"{name}: a reward server is for recipes (stage2.reward={name})")
+    rule = RULES.get(name) or _load(name)
+
+    def checked(solution: Solution, golds: str | Sequence[str]) -> Reward:
+        try:
+            reward = rule(solution, golds)
+            reward = reward if isinstance(reward, Reward) else Reward(float(reward), {})
+            parts = {part: float(value) for part, value in reward.parts.items()}
+            reward = Reward(float(reward.value), reward_parts(solution, golds) | parts)
+        except Exception as error:
+            raise RewardError(
+                f"reward {name!r} failed on {solution.text[:80]!r}: {type(error).__name__}: {error}"
+            ) from error
+        if not math.isfinite(reward.value):
+            raise RewardError(f"reward {name!r} gave {reward.value} for {solution.text[:80]!r}")
+        return reward
+
+    return checked
+
+
+def _load(name: str) -> RewardRule:
+    """A function of the user's own."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise RewardError(f"no reward {name!r}: take one of {', '.join(RULES)}, or module:function")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a user's module lies where the command was typed
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever the user's module does while it is imported
+        raise RewardError(
+            f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,60 @@
+"""Trajectories in colour: at the terminal or as a page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from r1s_jax.data.traces import Trace
+from r1s_jax.tracking.pages import write_page
+
+STYLES = {
+    "policy": "cyan",
+    "query": "bold yellow",
+    "documents": "dim green",
+    "answer": "bold magenta",
+}
+# What a page calls each of them beside its colour.
+LABELS = {
+    "policy": "wrote",
+    "query": "searched",
+    "documents": "retrieved",
+    "answer": "answered",
+}
+
+
+def as_text(trace: Trace) -> Text:
+    """Question, gold answers and the whole text in colour."""
+    out = Text.assemble(("Question: ", "bold"), trace.question)
+    out.append(f"   gold: {' | '.join(trace.answers)}\n", "dim")
+    for kind, text in trace.pieces():
+        out.append(text, STYLES[kind])
+    return out
+
+
+def show(traces: Sequence[Trace], found: int, html: Path | None = None) -> None:
+    """Prints traces, through a pager where there is a reader; or writes them as a page."""
+    if html:
+        write_page(html, "traces.html", traces=traces, found=found, labels=LABELS)
+        return
+    console = Console()
+    if not console.is_terminal:
+        _print(console, traces, found)
+        return
+    with console.pager(styles=True):
+        _print(console, traces, found)
+
+
+def legend() -> Text:
+    """The colours by name."""
+    return Text.assemble(*((f" {name} ", style) for name, style in STYLES.items()))
+
+
+def _print(console: Console, traces: Sequence[Trace], found: int) -> None:
+    console.print(legend())
+    for trace in traces:
+        console.print(Rule(Text(trace.title())))
+        console.print(as_text(trace))
+    console.print(Rule(Text(f"{len(traces)} of {found} that fit")))
