@@ -16,13 +16,13 @@ import matplotlib
 import numpy as np
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
+from r1s_jax.config import RolloutConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
-from r1s_jax.models.pretrained import Pretrained, compute_dtype, load_pretrained
-from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.models.pretrained import Pretrained, default_dtype, load_pretrained
+from r1s_jax.models.sharding import shard_params
 from r1s_jax.protocol.prompts import renderer
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
@@ -153,7 +153,7 @@ def _measure(
     before: Sequence[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     """Rolls out, a few questions at a time; each row is on disk before the next are begun."""
-    policy = load_pretrained(selection.model, compute_dtype())
+    policy = load_pretrained(selection.model, default_dtype())
     engine = _engine(selection, policy)
     params = shard_params(policy.params, policy.model, engine.mesh)
     size, done = selection.questions_at_a_time, len(before)
@@ -204,16 +204,7 @@ def _engine(selection: Selection, policy: Pretrained) -> Engine:
         max_documents_length=min(768, longest // 3),
         prefill_chunk=min(64, longest // 4),
     )
-    return Engine(
-        policy.model,
-        policy.tokenizer,
-        policy.eos_ids,
-        config,
-        SearchConfig(),
-        make_mesh(MeshConfig()),
-        compute_dtype(),
-        renderer(selection.prompt, policy.tokenizer),
-    )
+    return Engine(policy, config, renderer(selection.prompt, policy.tokenizer))
 
 
 def _plot(rows: Sequence[dict[str, Any]], rollouts: int, path: Path) -> None:

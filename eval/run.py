@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
+from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
-from r1s_jax.models.pretrained import Pretrained, compute_dtype, load_pretrained
-from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.models.pretrained import Pretrained, default_dtype, load_pretrained
+from r1s_jax.models.sharding import shard_params
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.prompts import renderer
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.engine import Engine, Rolled
-from r1s_jax.rollout.loop import Finish
+from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.files import write_json
 
 Mode = Literal["search", "rag", "direct"]
@@ -85,7 +85,7 @@ def answer_file(
     described = _header(run, source)
     done = _already(out, described, questions)
     progress(done, len(questions))
-    policy = load_pretrained(run.model, compute_dtype())
+    policy = load_pretrained(run.model, default_dtype())
     engine = _engine(run, policy)
     engine.check_prompts(questions)
     params = shard_params(policy.params, policy.model, engine.mesh)
@@ -134,15 +134,11 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
         prefill_chunk=128,
     )
     return Engine(
-        policy.model,
-        policy.tokenizer,
-        policy.eos_ids,
+        policy,
         config,
-        # An evaluation goes on whatever a retriever does: every failure is in its row.
-        SearchConfig(max_failure_rate=1.0),
-        make_mesh(MeshConfig()),
-        compute_dtype(),
         renderer(run.prompt, policy.tokenizer),
+        # An evaluation goes on whatever a retriever does: every failure is in its row.
+        search=SearchConfig(max_failure_rate=1.0),
         extract_query=protocol.extract_eval_query,
     )
 
@@ -177,7 +173,7 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     # How many are answered at a time, and how many in all, changes no answer.
     for name in ("slots", "limit"):
         del described[name]
-    return {"run": described, "source": source, "dtype": compute_dtype().name}
+    return {"run": described, "source": source, "dtype": default_dtype().name}
 
 
 def _already(out: Path, described: dict[str, Any], questions: Sequence[Question]) -> int:

@@ -123,9 +123,9 @@ class Run:
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         self.mesh = make_mesh(config.mesh)
         policy = together(lambda: make_policy(config.policy, config.seed))
-        self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
-        self.params = shard_params(policy.params, self.model, self.mesh)
-        self.environment = open_environment(config, chat_renderer(self.tokenizer))
+        self.params = shard_params(policy.params, policy.model, self.mesh)
+        self.policy = policy._replace(params={})  # the host's copy is not needed any more
+        self.environment = open_environment(config, chat_renderer(policy.tokenizer))
         on_main(self._write_held_out)
         self.engine = self._engine(config.rollout)
         self.engine.check_prompts(self.environment.questions())
@@ -380,22 +380,21 @@ class Run:
         )
 
     def _engine(self, rollout: RolloutConfig) -> Engine:
+        p = self.config.policy
         return Engine(
-            self.model,
-            self.tokenizer,
-            self.eos_ids,
+            self.policy,
             rollout,
-            self.config.search,
-            self.mesh,
-            np.dtype(self.config.policy.compute_dtype),
             self.environment.render,
-            attention=self.config.policy.attention,
+            search=self.config.search,
+            mesh=self.mesh,
+            compute_dtype=np.dtype(p.compute_dtype),
+            attention=p.attention,
         )
 
     def _learner(self, optimizer: Any, loss: Any) -> Learner:
         p = self.config.policy
         dtype = np.dtype(p.compute_dtype)
-        return Learner(self.model, self.mesh, dtype, p.remat, optimizer, loss, p.attention)
+        return Learner(self.policy.model, self.mesh, dtype, p.remat, optimizer, loss, p.attention)
 
     def _learning_state(self, params: Any) -> LearnerState:
         learner = self._learner(

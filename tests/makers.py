@@ -18,6 +18,7 @@ from r1s_jax.learning.learner import Learner
 from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.packing import PackedBatch, pack
 from r1s_jax.models.params import init_params
+from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
 from r1s_jax.protocol import r1_searcher as protocol
@@ -117,14 +118,12 @@ def make_engine(
 ) -> Engine:
     tokenizer = build_tokenizer()
     return Engine(
-        model,
-        tokenizer,
-        (tokenizer.eos_token_id,),
+        Pretrained(model, {}, tokenizer, (tokenizer.eos_token_id,)),
         config,
-        search or SearchConfig(timeout_s=5.0),
-        mesh or make_mesh(MeshConfig()),
-        np.dtype("float32"),
         lambda question: render_prompt(PROMPT, question),
+        search=search or SearchConfig(timeout_s=5.0),
+        mesh=mesh,
+        compute_dtype=np.dtype("float32"),
         attention=attention,
     )
 
@@ -135,9 +134,9 @@ def roll(
     questions=QUESTIONS,
     samples: int = 6,
     params=None,
-    model: ModelConfig = MODEL,
 ) -> Rolled:
-    params = shard_params(params or searching_params(model=model), model, engine.mesh)
+    params = params or searching_params(model=engine.model)
+    params = shard_params(params, engine.model, engine.mesh)
     return engine.run(
         params, questions, samples=samples, seed=1, step=2, retriever=retriever or EchoRetriever()
     )

@@ -22,7 +22,7 @@ def on_mesh(shape: str) -> dict[str, np.ndarray]:
     data, fsdp, tensor = map(int, shape.split("x"))
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     engine = makers.make_engine(model=MODEL, mesh=mesh)
-    trajectory = makers.roll(engine, model=MODEL).trajectory
+    trajectory = makers.roll(engine).trajectory
     learner = makers.make_learner(optax.sgd(1.0), model=MODEL, mesh=mesh)
     batch, micro = makers.packed(makers.make_sequences(), micro_rows=8)
     params, metrics = makers.step(learner, batch, micro)

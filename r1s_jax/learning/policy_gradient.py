@@ -13,7 +13,7 @@ from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.rollout.engine import Rolled
-from r1s_jax.rollout.loop import Finish, Trajectory
+from r1s_jax.rollout.trajectory import Finish, Trajectory
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def make_policy(config: PolicyConfig, seed: int) -> Pretrained:
     return policy._replace(model=model, params=add_adapters(policy.params, model, seed))
 
 
-def compute_dtype() -> np.dtype:
+def default_dtype() -> np.dtype:
     """Of weights and computation: as models are published and served, but on a CPU, which is slower
     at it."""
     return np.dtype("float32" if jax.default_backend() == "cpu" else jnp.bfloat16)

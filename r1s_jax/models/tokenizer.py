@@ -116,6 +116,16 @@ def _pre_tokenizer(pre: str, file: GGUFFile) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([split, whole])
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that stands inside a sequence."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The exact text of token ids, special tokens included."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text that each id in 0..len-1 adds when it follows other text.
 

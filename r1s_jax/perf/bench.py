@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 from jax import lax
 
-from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig, SearchConfig
+from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.learning.learner import Learner, make_optimizer
 from r1s_jax.learning.losses import clipped_loss
@@ -183,7 +183,6 @@ def bench_rollout(
     writes counts as the end of a query.
     """
     p = load_pretrained(reference)
-    mesh = make_mesh(MeshConfig())
     config = RolloutConfig(
         slots=slots,
         top_p=1.0,
@@ -198,18 +197,14 @@ def bench_rollout(
         prefill_chunk=96,
     )
     engine = Engine(
-        p.model,
-        p.tokenizer,
-        p.eos_ids,
+        p,
         config,
-        SearchConfig(),
-        mesh,
-        np.dtype("float32"),
         chat_renderer(p.tokenizer),
+        compute_dtype=np.dtype("float32"),
         query_end="\n",
         extract_query=lambda turn: turn.strip() or "an empty line",
     )
-    params = shard_params(p.params, p.model, mesh)
+    params = shard_params(p.params, p.model, engine.mesh)
     asked = [Question(i, f"Which of {i} and {i + 1} is even?", ("",)) for i in range(questions)]
     run = partial(engine.run, params, asked, samples=samples, seed=0, step=0)
     run(retriever=_SleepyRetriever(0.0))  # compiles

@@ -48,7 +48,8 @@ from r1s_jax.models.sharding import (
 )
 from r1s_jax.perf.costs import collective_bytes
 from r1s_jax.perf.targets import CannotCompile, target_devices
-from r1s_jax.rollout.loop import DECODE_SCOPE, PREFILL_SCOPE, Prompts, Rollout
+from r1s_jax.rollout.loop import DECODE_SCOPE, PREFILL_SCOPE, Rollout
+from r1s_jax.rollout.trajectory import Prompts
 from r1s_jax.system.chips import CHIPS, Chip
 
 _GIB = 2**30

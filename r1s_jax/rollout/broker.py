@@ -19,7 +19,7 @@ from r1s_jax.border.errors import ConfigError, UserError
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.rollout.loop import RESULTS_PER_EXCHANGE, Status
+from r1s_jax.rollout.exchange import RESULTS, Status, pack_results
 from r1s_jax.system.distributed import gather
 
 # With nothing else to do the program waits this long for documents before it asks again.
@@ -123,27 +123,21 @@ class Broker:
           submit: bool[S] slots that just ended a query.
           query: int32[S, Q] their last tokens of this turn, -1 where the turn is shorter.
 
-        Returns int32[1 + RESULTS_PER_EXCHANGE, 3 + D]: a row (results, stop the rollout?), then
-        rows (slot, Status, length, document tokens).
+        Returns the array of exchange.py.
         """
         shard, submit = int(shard), np.asarray(submit)
-        out = np.zeros((1 + RESULTS_PER_EXCHANGE, 3 + self._width), np.int32)
         try:
             if submit.any():
                 self._submit(shard, np.asarray(rows), np.flatnonzero(submit), np.asarray(query))
             done = self._collect(shard, wait=bool(idle))
-            for i, search in enumerate(done, start=1):
-                status, tokens = self._tokens(search)
-                out[i, :3] = search.slot, status, len(tokens)
-                out[i, 3 : 3 + len(tokens)] = tokens
             self._stopped |= self._past_limit()
-            out[0, :2] = len(done), self._stopped
+            results = [(search.slot, *self._tokens(search)) for search in done]
+            return pack_results(results, self._stopped, self._width)
         except Exception as error:  # a bug here must end the rollout, not hang its devices
             self._counts["error"] += 1
             self.log.append(Search(-1, "", "error", detail=f"broker: {error!r}"))
             self._stopped = True
-            out[0, :2] = 0, 1
-        return out
+            return pack_results([], stop=True, width=self._width)
 
     def search_now(self, queries: Sequence[str]) -> list[Search]:
         """Searches outside of the program (the system's own first search) under the same rules."""
@@ -239,7 +233,7 @@ class Broker:
             for search in list(self._pending.values()):
                 if now - search.started > self.config.timeout_s:
                     self._close(search, "timeout", detail=self._timeout_text())
-            return [ready.popleft() for _ in range(min(len(ready), RESULTS_PER_EXCHANGE))]
+            return [ready.popleft() for _ in range(min(len(ready), RESULTS))]
 
     def _tokens(self, search: Search) -> tuple[Status, list[int]]:
         if search.outcome in ("found", "empty"):

@@ -4,27 +4,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from r1s_jax.config import ModelConfig, RolloutConfig, SearchConfig
+from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.data.rows import DataError
 from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params
-from r1s_jax.models.sharding import batch_sharding, batch_shards, place, replicated
-from r1s_jax.models.tokenizer import token_strings, token_texts
+from r1s_jax.models.pretrained import Pretrained, default_dtype
+from r1s_jax.models.sharding import batch_sharding, batch_shards, make_mesh, place, replicated
+from r1s_jax.models.tokenizer import decode, encode, token_strings, token_texts
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.automaton import build_tag_table
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Broker, Search
-from r1s_jax.rollout.loop import Prompts, Rollout, Trajectory
+from r1s_jax.rollout.loop import Rollout
 from r1s_jax.rollout.sampler import trajectory_keys
+from r1s_jax.rollout.trajectory import Prompts, Trajectory
 from r1s_jax.system.distributed import gather, to_host
 
 _MAX_ID = 0x7FFFFFFF  # random keys fold in 31 bits of a question's id
@@ -81,61 +82,63 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
 
 
 class Engine:
-    """Rolls questions out with one model, tokenizer and set of limits.
+    """Rolls questions out with one policy and one set of limits.
 
-    `render` makes the prompt of a question; see protocol.py. `query_end` and `extract_query` say
-    how a query ends in the text of a turn and what it asks.
+    `render` makes the prompt of a question (see protocol/prompts.py). `query_end` and
+    `extract_query` say how a query ends in the text of a turn and what it asks.
     """
 
     def __init__(
         self,
-        model: ModelConfig,
-        tokenizer: Any,
-        eos_ids: Sequence[int],
-        rollout: RolloutConfig,
-        search: SearchConfig,
-        mesh: Mesh,
-        compute_dtype: Any,
+        policy: Pretrained,
+        config: RolloutConfig,
         render: Callable[[str], str],
         *,
+        search: SearchConfig | None = None,
+        mesh: Mesh | None = None,
+        compute_dtype: np.dtype | None = None,
         attention: str = "auto",
         query_end: str = protocol.END_QUERY,
         extract_query: Callable[[str], str | None] = protocol.extract_query,
     ):
-        self.config, self.mesh = rollout, mesh
-        self.tokenizer, self.eos_ids = tokenizer, tuple(eos_ids)
-        self.render = render
+        """Of `policy` everything but its parameters, which `run` is given, on `mesh`.
+
+        By default the mesh is all devices, and the dtype what this backend computes in best.
+        """
+        self.config, self.render = config, render
+        self.mesh = mesh or make_mesh(MeshConfig())
+        self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
+        compute_dtype = default_dtype() if compute_dtype is None else compute_dtype
         tags = build_tag_table(
-            token_strings(tokenizer),
+            token_strings(self.tokenizer),
             [query_end, protocol.END_ANSWER],
-            model.vocab_size,
+            self.model.vocab_size,
         )
-        self.tag_table = place(tags.table, replicated(mesh))
+        self.tag_table = place(tags.table, replicated(self.mesh))
         self.broker = Broker(
-            search,
+            search or SearchConfig(),
             decode=self.decode,
             encode=self.encode,
             extract_query=extract_query,
-            documents_per_query=rollout.documents_per_query,
-            max_documents_length=rollout.max_documents_length,
+            documents_per_query=config.documents_per_query,
+            max_documents_length=config.max_documents_length,
         )
         roll = Rollout(
-            model=model.without_lora(),
-            config=rollout,
-            mesh=mesh,
+            model=self.model.without_lora(),
+            config=config,
+            mesh=self.mesh,
             compute_dtype=compute_dtype,
             eos_ids=self.eos_ids,
             num_tag_states=tags.num_states,
             exchange=self.broker.exchange,
             attention=attention,
         )
-        self._rollout = jax.jit(
-            lambda params, *rest: roll(merge_adapters(params, model.lora_scale), *rest)
-        )
+        scale = self.model.lora_scale
+        self._rollout = jax.jit(lambda params, *rest: roll(merge_adapters(params, scale), *rest))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that stands inside a sequence."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return encode(self.tokenizer, text)
 
     def document_tokens(self, lines: Sequence[str]) -> list[int]:
         """Token ids of the block that a search which found these passage lines would insert."""
@@ -143,9 +146,7 @@ class Engine:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The exact text of token ids, special tokens included."""
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return decode(self.tokenizer, ids)
 
     def run(
         self,

@@ -19,8 +19,8 @@ from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.rollout.broker import Broker
-from r1s_jax.rollout.loop import Finish
 from r1s_jax.rollout.sampler import sample
+from r1s_jax.rollout.trajectory import Finish
 
 
 @dataclass

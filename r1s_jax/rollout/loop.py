@@ -20,19 +20,19 @@ from jax import lax
 from jax.experimental import io_callback
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
 from r1s_jax.config import Impl, ModelConfig, RolloutConfig
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params, unstack_layers
 from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS, attention_impl, param_partition
+from r1s_jax.rollout.exchange import Result, Status, exchange_shape, unpack_head, unpack_result
 from r1s_jax.rollout.sampler import sample
+from r1s_jax.rollout.trajectory import Finish, Prompts, Trajectory
 
 # The tags whose end the loop acts on, in the order of the tag table.
 QUERY_END, ANSWER_END = 0, 1
-# Documents handed over in one exchange; what is ready beyond that waits for the next.
-RESULTS_PER_EXCHANGE = 8
 # Names in the compiled program of what runs once a decode step, and once a chunk of forced tokens.
 DECODE_SCOPE, PREFILL_SCOPE = "decode_step", "prefill_chunk"
 
@@ -44,50 +44,6 @@ class Phase(IntEnum):
     ACTIVE = 1  # has tokens to feed, or is ready to sample
     SUBMIT = 2  # just ended a query
     WAIT = 3  # the host is searching
-
-
-class Finish(IntEnum):
-    """Why a trajectory ended."""
-
-    NONE = 0
-    FINISHED = 1  # answered, or ended the sequence
-    LENGTH = 2  # ran out of tokens: of the turn, or in all
-    SEARCH_LIMIT = 3  # asked for one search too many
-    BAD_QUERY = 4  # an empty query, or an end of query without its beginning
-    SEARCH_ERROR = 5  # the retriever timed out or failed
-    ABORTED = 6  # too many searches failed in this rollout
-
-
-class Status(IntEnum):
-    """What the host says of a query."""
-
-    FOUND = 0
-    EMPTY = 1  # searched, found nothing: the documents say so
-    ERROR = 2
-    BAD_QUERY = 3
-
-
-class Prompts(NamedTuple):
-    """What a rollout starts from. `N` trajectories, those of one group adjacent."""
-
-    tokens: Int[Array, "N P"]
-    lengths: Int[Array, " N"]
-    groups: Int[Array, " N"]  # equal for samples of the same prompt
-    keys: Array  # one random key a trajectory
-
-
-class Trajectory(NamedTuple):
-    """The contract between sampling and learning."""
-
-    tokens: Int[Array, "N W"]  # prompt, then thoughts, queries, documents, answer; 0 after the end
-    loss_mask: Bool[Array, "N W"]  # true exactly where the policy sampled the token
-    sample_logprobs: Float[Array, "N W"]  # under the distribution the token was drawn from
-    policy_logprobs: Float[Array, "N W"]  # under temperature 1 and top-p 1, for the ratio
-    lengths: Int[Array, " N"]  # tokens in all
-    prompt_lengths: Int[Array, " N"]
-    groups: Int[Array, " N"]  # the prompt's index: samples of one question share it
-    searches: Int[Array, " N"]  # document blocks received, a first search of the system's included
-    finish: Int[Array, " N"]  # see Finish
 
 
 class Slots(NamedTuple):
@@ -113,7 +69,7 @@ class State(NamedTuple):
     prefill_chunks: Array
 
 
-# (shard, idle, rows, submit, query tokens) -> int32[1 + results, 3 + documents]; see search.py.
+# (shard, idle, rows, submit, query tokens) -> the array of exchange.py; see broker.py.
 Exchange = Callable[..., Any]
 
 
@@ -372,11 +328,11 @@ class Rollout:
         rows = shard * state.out.lengths.shape[0] + s.row
         results = self._call_host(shard, idle, rows, submit, query)
         s = s._replace(phase=jnp.where(submit, Phase.WAIT, s.phase))
-        count, abort = results[0, 0], results[0, 1]
+        count, abort = unpack_head(results)
         state = lax.fori_loop(
             0,
             count,
-            lambda i, st: self._deliver(results[i + 1], st),
+            lambda i, st: self._deliver(unpack_result(results, i), st),
             state._replace(slots=s),
         )
         busy = state.slots.phase != Phase.EMPTY
@@ -385,7 +341,7 @@ class Rollout:
         return state._replace(next_row=next_row)
 
     def _call_host(self, *operands: Array) -> Int[Array, "R D"]:
-        shape = (1 + RESULTS_PER_EXCHANGE, 3 + self.config.max_documents_length)
+        shape = exchange_shape(self.config.max_documents_length)
         result = jax.ShapeDtypeStruct(shape, jnp.int32)
         if self.mesh.shape[TENSOR_AXIS] == 1:
             return io_callback(self.exchange, result, *operands, ordered=False)
@@ -397,10 +353,10 @@ class Rollout:
         )
         return lax.psum(answer, TENSOR_AXIS)
 
-    def _deliver(self, result: Int[Array, " D"], state: State) -> State:
+    def _deliver(self, result: Result, state: State) -> State:
         """Appends one document block to its slot, or ends the trajectory that cannot have it."""
         c, s = self.config, state.slots
-        slot, status, count, block = result[0], result[1], result[2], result[3:]
+        slot, status, count, block = result
         found = (status == Status.FOUND) | (status == Status.EMPTY)
         fits = s.length[slot] + count < c.max_length
         row = jnp.where(found & fits, s.row[slot], state.out.tokens.shape[0])

@@ -1,6 +1,7 @@
 """Answering one question at the terminal, streamed."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,12 +11,13 @@ from rich.text import Text
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.corpora import open_saved_index
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
+from r1s_jax.models.tokenizer import decode, encode
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.prompts import chat_renderer, render_prompt
 from r1s_jax.protocol.solution import kind_of_new
 from r1s_jax.rollout.broker import Broker
 from r1s_jax.rollout.host_loop import HostLoop
-from r1s_jax.rollout.loop import Finish
+from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.console import out_console as console
 from r1s_jax.tracking.trace_view import STYLES
 
@@ -57,32 +59,26 @@ def _prepare(
     policy: Pretrained, config: RolloutConfig, question: str, index: Path, first_search: bool
 ) -> tuple[HostLoop, list[int]]:
     tokenizer = policy.tokenizer
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
+    to_ids, to_text = partial(encode, tokenizer), partial(decode, tokenizer)
     broker = Broker(
         SearchConfig(),
-        decode=decode,
-        encode=encode,
+        decode=to_text,
+        encode=to_ids,
         documents_per_query=config.documents_per_query,
         max_documents_length=config.max_documents_length,
     )
     broker.begin(open_saved_index(index))
     if tokenizer.chat_template:
-        prompt = encode(chat_renderer(tokenizer)(question))
+        prompt = to_ids(chat_renderer(tokenizer)(question))
     else:
-        prompt = encode(render_prompt(protocol.BASE_PROMPT, question))
+        prompt = to_ids(render_prompt(protocol.BASE_PROMPT, question))
     if first_search:
         (search,) = broker.search_now([question])
         block = protocol.document_block(search.documents)
         query = protocol.query_call(question)
         console.print(Text(query, STYLES["query"]))
         console.print(Text(block, STYLES["documents"]), end="")
-        prompt += encode(f" {query}") + broker.document_tokens(search.documents)
+        prompt += to_ids(f" {query}") + broker.document_tokens(search.documents)
     loop = HostLoop(
         policy.model,
         jax.device_put(policy.params),
@@ -90,7 +86,7 @@ def _prepare(
         np.dtype("float32"),
         policy.eos_ids,
         broker,
-        decode,
+        to_text,
     )
     return loop, prompt
 

@@ -10,7 +10,7 @@ from r1s_jax.learning.advantages import has_signal
 from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Rolled
-from r1s_jax.rollout.loop import Finish, Trajectory
+from r1s_jax.rollout.trajectory import Finish, Trajectory
 
 # How the parts of a reward are called in `metrics.jsonl`.
 _PART_NAMES = {"format": "format_valid"}

@@ -19,7 +19,7 @@ from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient, importance_weights, rows_with_signal
 from r1s_jax.models.sharding import make_mesh, place, replicated
 from r1s_jax.rollout.engine import Rolled, merge
-from r1s_jax.rollout.loop import Finish, Trajectory
+from r1s_jax.rollout.trajectory import Finish, Trajectory
 from tests.learning.test_advantages import ESTIMATORS
 from tests.learning.test_advantages import oracle as advantages_oracle
 

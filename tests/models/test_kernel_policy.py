@@ -36,7 +36,7 @@ def learning_step(impl: str, mesh) -> dict[str, np.ndarray]:
 
 def sampled(impl: str, mesh=None) -> np.ndarray:
     engine = makers.make_engine(model=SAMPLING, attention=impl, mesh=mesh)
-    return makers.roll(engine, samples=2, model=SAMPLING).trajectory.tokens
+    return makers.roll(engine, samples=2).trajectory.tokens
 
 
 def assert_same_step(got, expected):

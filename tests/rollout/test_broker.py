@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.rollout.broker import Broker, SearchFailure
-from r1s_jax.rollout.loop import RESULTS_PER_EXCHANGE, Status
+from r1s_jax.rollout.exchange import RESULTS, Status
 from tests.fakes import (
     EchoRetriever,
     EmptyRetriever,
@@ -63,7 +63,7 @@ def exchange(broker: Broker, turns: dict[int, str], *, slots: int = 4, shard: in
         submit[slot] = True
     rows = 10 + np.arange(slots, dtype=np.int32)
     out = broker.exchange(np.int32(shard), np.bool_(idle), rows, submit, query)
-    assert out.shape == (1 + RESULTS_PER_EXCHANGE, 3 + broker._width) and out.dtype == np.int32
+    assert out.shape == (1 + RESULTS, 3 + broker._width) and out.dtype == np.int32
     count = out[0, 0]
     assert not out[0, 2:].any() and not out[1 + count :].any()
     for row in out[1 : 1 + count]:
@@ -320,14 +320,14 @@ def test_late_documents_of_the_rollout_before_are_dropped():
 
 
 def test_more_results_than_one_exchange_carries():
-    slots = 2 * RESULTS_PER_EXCHANGE + 3
+    slots = 2 * RESULTS + 3
     broker = make_broker(EchoRetriever())
     exchange(broker, {slot: turn(f"q{slot}") for slot in range(slots)}, slots=slots, idle=False)
     while len(broker.log) < slots:
         time.sleep(0.01)
     taken = [exchange(broker, {}, slots=slots).results for _ in range(4)]
     # The first exchange may have come just as the first results did.
-    assert max(map(len, taken)) == RESULTS_PER_EXCHANGE
+    assert max(map(len, taken)) == RESULTS
     together = {slot: result for results in taken for slot, result in results.items()}
     assert all(together[slot] == found(f"q{slot}") for slot in together)
     assert sum(map(len, taken)) == len(together)

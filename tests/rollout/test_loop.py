@@ -17,7 +17,7 @@ from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.broker import Broker, SearchFailure
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.host_loop import HostLoop
-from r1s_jax.rollout.loop import Finish
+from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.tracking.metrics import trace_rows
 from tests.fakes import EchoRetriever
 from tests.makers import MODEL, QUESTIONS, make_engine, roll, searching_params
