@@ -4,21 +4,17 @@ Verdicts are kept in a journal as they arrive, so that a stopped or half failed 
 there; the judged file is written whole at the end, its rows in their order.
 """
 
-import asyncio
-import contextlib
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from r1s_jax.border.errors import UserError
 from r1s_jax.data.results import VERDICTS, header_path, read_header, read_results
 from r1s_jax.data.rows import DataError, gold_answers, journal_rows
+from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, ask_all, check_installed
 from r1s_jax.system.files import write_json, write_rows
 
 Verdict = Literal["True", "False", "unparsable"]
@@ -36,25 +32,13 @@ Reply with one word: True if the answer of the model is correct, False if not.""
 _VERDICT = re.compile(r"\b(true|false)\b", re.IGNORECASE)
 
 
-class JudgeError(UserError, RuntimeError):
+class JudgeError(ChatApiError):
     """The endpoint gave no verdict on some rows; those that it gave are kept."""
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A model behind an endpoint, and how hard to press it."""
-
-    url: str  # base of the API, e.g. http://localhost:8000/v1
-    model: str
-    concurrency: int = 16
-    requests_per_minute: int = 0  # 0: no limit
-    timeout_s: float = 120.0
-    retries: int = 6  # of time-outs, lost connections, 429 and 5xx, with exponential pauses
 
 
 def judge_file(
     path: Path,
-    judge: Judge,
+    judge: ChatEndpoint,
     out: Path,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, int]:
@@ -67,7 +51,7 @@ def judge_file(
     if out.resolve() == path.resolve():
         raise DataError(f"{out} is the file to judge: name another for its verdicts")
     rows = read_results(path)
-    client = _client(judge)
+    check_installed()
     keys = [_key(judge, _prompt(row)) for row in rows]
     prompts = dict(zip(keys, map(_prompt, rows), strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +69,7 @@ def judge_file(
                 missing.pop(key)
                 progress(len(prompts) - len(missing), len(prompts))
 
-            asyncio.run(_ask_all(client, judge, dict(missing), record))
+            ask_all(judge, dict(missing), record)
     finally:
         # With no verdict at all there is nothing to write, and maybe another judge's file to lose.
         if any(key in verdicts for key in keys):
@@ -112,82 +96,12 @@ def parse_verdict(reply: str) -> Verdict:
     return said.pop().capitalize() if len(said) == 1 else "unparsable"
 
 
-async def _ask_all(
-    client: Any,
-    judge: Judge,
-    prompts: Mapping[str, str],
-    record: Callable[[str, str], None],
-) -> None:
-    """Asks every prompt, `record`s each reply under its key; gives up when a whole round fails."""
-    limiter = _limiter(judge)
-    turns = asyncio.Semaphore(judge.concurrency)
-    most = max(judge.concurrency, 8)
-    failures: list[str] = []  # since the last success
-
-    async def ask(key: str, prompt: str) -> None:
-        async with turns:
-            if len(failures) >= most:
-                return
-            async with limiter:
-                try:
-                    record(key, await _reply(client, judge, prompt))
-                    failures.clear()
-                except ConnectionError as error:
-                    failures.append(str(error))
-
-    async with client:
-        await asyncio.gather(*(ask(key, prompt) for key, prompt in prompts.items()))
-    if len(failures) >= most:
-        raise JudgeError(
-            f"{judge.url} failed {len(failures)} requests in a row, the last with: {failures[-1]}. "
-            "The verdicts so far are kept; mend what is wrong and run the same command again"
-        )
-
-
-async def _reply(client: Any, judge: Judge, prompt: str) -> str:
-    """What the model says; ConnectionError for whatever is no answer, retries included."""
-    from openai import OpenAIError
-
-    try:
-        completion = await client.chat.completions.create(
-            model=judge.model, temperature=0, messages=[{"role": "user", "content": prompt}]
-        )
-    except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
-        raise ConnectionError(f"{type(error).__name__}: {error}") from error
-    # A server that answers something else altogether gives a text, or an object without choices.
-    choices = getattr(completion, "choices", None)
-    content = choices[0].message.content if choices else None
-    if not isinstance(content, str):
-        raise ConnectionError(f"the reply holds no message: {str(completion)[:200]}")
-    return content
-
-
-def _client(judge: Judge) -> Any:
-    try:
-        from openai import AsyncOpenAI
-    except ImportError as error:
-        raise JudgeError("judging needs the extra `judge`: pip install 'r1s-jax[judge]'") from error
-    # A server of one's own asks for no key; the client insists on having one.
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    return AsyncOpenAI(
-        base_url=judge.url, api_key=key, timeout=judge.timeout_s, max_retries=judge.retries
-    )
-
-
-def _limiter(judge: Judge) -> Any:
-    if not judge.requests_per_minute:
-        return contextlib.nullcontext()
-    from aiolimiter import AsyncLimiter
-
-    return AsyncLimiter(1, 60 / judge.requests_per_minute)
-
-
 def _prompt(row: Mapping[str, Any]) -> str:
     golds = " | ".join(gold_answers(row))
     return PROMPT.format(question=row["question"], golds=golds, predicted=row["pred_ans"])
 
 
-def _key(judge: Judge, prompt: str) -> str:
+def _key(judge: ChatEndpoint, prompt: str) -> str:
     return hashlib.sha256(json.dumps([judge.model, prompt]).encode()).hexdigest()
 
 
@@ -196,7 +110,7 @@ def _read_journal(path: Path) -> dict[str, Verdict]:
     return {row["key"]: row["verdict"] for row in journal_rows(path)}
 
 
-def _write(path: Path, judge: Judge, out: Path, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, judge: ChatEndpoint, out: Path, rows: list[dict[str, Any]]) -> None:
     write_rows(out, rows)
     known = read_header(path) or {}
     write_json(header_path(out), known | {"judge": {"model": judge.model, "url": judge.url}})

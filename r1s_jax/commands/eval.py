@@ -123,12 +123,13 @@ def judge(
     The key is taken from OPENAI_API_KEY. A stopped or failed run goes on where it was. The last
     line printed is JSON: how often each verdict came.
     """
-    from r1s_jax.eval.judge import Judge, judge_file
+    from r1s_jax.eval.judge import judge_file
+    from r1s_jax.system.chat_api import ChatEndpoint
     from r1s_jax.system.console import progress_bar
 
     name = file.name.removesuffix(".gz").removesuffix(".jsonl")
     out = out or file.with_name(f"{name}.judged.jsonl")
-    judge = Judge(url, model, concurrency=concurrency, requests_per_minute=requests_per_minute)
+    judge = ChatEndpoint(url, model, concurrency, requests_per_minute)
     with progress_bar("Judging") as advance:
         verdicts = judge_file(file, judge, out, advance)
     typer.echo(json.dumps({"file": str(out), **verdicts}))

@@ -181,8 +181,10 @@ class Learner:
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
         return token_logprobs(policy, batch.tokens, hidden, batch.weights > 0)
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _update(self, state: LearnerState, batch: PackedBatch, micro: Array, scale: Array):
+    def update_step(
+        self, state: LearnerState, batch: PackedBatch, micro: Array, scale: Array
+    ) -> tuple[LearnerState, Metrics]:
+        """What `update` runs, for whoever traces or compiles it: no jit, nothing placed."""
         trained = trainable(state.params)
 
         def loss(trained: Params, rows: PackedBatch) -> tuple[Array, Metrics]:
@@ -210,6 +212,8 @@ class Learner:
         updates = jax.tree.map(lambda u: scale * u, updates)
         params = combine(state.params, optax.apply_updates(trained, updates))
         return LearnerState(params, optimizer, state.reference), metrics
+
+    _update = partial(jax.jit, static_argnums=0, donate_argnums=1)(update_step)
 
     @partial(jax.jit, static_argnums=0)
     def _logprobs(self, params: Params, batch: PackedBatch, micro: Array) -> Array:

@@ -1,9 +1,10 @@
-"""Reading a compiled program: what its devices say to each other, loop trips counted."""
+"""What a program costs, loop trips counted: its FLOPs, and what its devices say to each other."""
 
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 _COLLECTIVES = (
     "all-gather",
@@ -20,6 +21,39 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+def traced_flops(jaxpr: Any, trips: Mapping[str, float]) -> float:
+    """Floating-point operations of matrix products, each as often as its loops turn.
+
+    A scan counts its length; everything inside a scope of `trips` counts that often besides.
+    Kernels count by their own estimate, a conditional by its costliest branch.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        stack, kind = str(eqn.source_info.name_stack), eqn.primitive.name
+        entered = [scope for scope in trips if scope in stack]
+        rest = {scope: n for scope, n in trips.items() if scope not in entered}
+        if kind == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            size = math.prod(eqn.invars[0].aval.shape[d] for d in contract)
+            flops = 2.0 * size * math.prod(eqn.outvars[0].aval.shape)
+        elif kind == "pallas_call":
+            flops = eqn.params["cost_estimate"].flops
+        else:
+            inner = [traced_flops(sub, rest) for sub in _jaxprs(eqn)]
+            flops = max(inner, default=0.0) if kind == "cond" else sum(inner)
+            flops *= eqn.params["length"] if kind == "scan" else 1
+        total += flops * math.prod(trips[scope] for scope in entered)
+    return total
+
+
+def _jaxprs(eqn: Any) -> Iterator[Any]:
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
 
 
 def collective_bytes(text: str, trips: Mapping[str, float]) -> dict[str, float]:

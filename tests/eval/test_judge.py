@@ -9,8 +9,9 @@ import pytest
 
 from r1s_jax.data.results import read_header, read_results
 from r1s_jax.data.rows import DataError
-from r1s_jax.eval.judge import Judge, JudgeError, judge_file, parse_verdict
+from r1s_jax.eval.judge import judge_file, parse_verdict
 from r1s_jax.eval.score import summarize
+from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint
 from tests.http_server import LocalServer
 
 
@@ -73,7 +74,7 @@ def test_every_row_is_judged_once_whatever_fails(tmp_path):
     statuses = [500, 429, 503]
     faults = lambda n: statuses[n // 10 % 3] if n % 10 == 0 else None  # noqa: E731
     with JudgeServer(faults, together=32) as server:
-        counts = judge_file(path, Judge(server.url, "j", concurrency=32), out)
+        counts = judge_file(path, ChatEndpoint(server.url, "j", concurrency=32), out)
     assert counts == {"unparsable": 134, "True": 133, "False": 133}
     assert verdicts_of(out) == [WANTED[i % 3] for i in range(400)]
     assert [json.loads(line)["question"] for line in out.read_text().splitlines()] == [
@@ -92,13 +93,13 @@ def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
     nonsense = [b"<html>busy</html>", {"choices": []}, {"choices": [{"message": {}}]}]
     faults = lambda n: nonsense[n % 3] if n % 4 == 0 else None  # noqa: E731
     with JudgeServer(faults) as server:
-        with pytest.raises(JudgeError, match="10 of 40 rows have no verdict"):
-            judge_file(path, Judge(server.url, "j", retries=0), out)
+        with pytest.raises(ChatApiError, match="10 of 40 rows have no verdict"):
+            judge_file(path, ChatEndpoint(server.url, "j", retries=0), out)
         assert Counter(v is None for v in verdicts_of(out)) == {False: 30, True: 10}
         journal = tmp_path / "out.jsonl.verdicts.jsonl"
         journal.write_bytes(journal.read_bytes()[:-9])  # as a kill leaves it: one verdict lost
         server.faults, asked = lambda n: None, server.requests
-        judge_file(path, Judge(server.url, "j"), out)
+        judge_file(path, ChatEndpoint(server.url, "j"), out)
         assert server.requests - asked == 11
     assert verdicts_of(out) == [WANTED[i % 3] for i in range(40)]
 
@@ -106,11 +107,11 @@ def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
 def test_an_endpoint_that_always_fails_is_not_asked_for_ever(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 200)
     with JudgeServer(lambda n: 401) as server:
-        with pytest.raises(JudgeError, match=r"failed \d+ requests in a row.*401"):
-            judge_file(path, Judge(server.url, "j", concurrency=4), tmp_path / "out.jsonl")
+        with pytest.raises(ChatApiError, match=r"failed \d+ requests in a row.*401"):
+            judge_file(path, ChatEndpoint(server.url, "j", concurrency=4), tmp_path / "out.jsonl")
         assert server.requests < 16
-    with pytest.raises(JudgeError, match="Connection error"):
-        judge_file(path, Judge(server.url, "j", retries=0), tmp_path / "out.jsonl")
+    with pytest.raises(ChatApiError, match="Connection error"):
+        judge_file(path, ChatEndpoint(server.url, "j", retries=0), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -118,13 +119,13 @@ def test_a_dead_endpoint_takes_no_verdict_away(tmp_path):
     """Neither from a file judged before, nor from the file that is to be judged."""
     path, _ = write_rows(tmp_path / "a.jsonl", 3)
     with JudgeServer() as server:
-        judge_file(path, Judge(server.url, "j"), tmp_path / "out.jsonl")
+        judge_file(path, ChatEndpoint(server.url, "j"), tmp_path / "out.jsonl")
     before = (tmp_path / "out.jsonl").read_bytes()
-    with pytest.raises(JudgeError):
-        judge_file(path, Judge(server.url, "other", retries=0), tmp_path / "out.jsonl")
+    with pytest.raises(ChatApiError):
+        judge_file(path, ChatEndpoint(server.url, "other", retries=0), tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == before
     with pytest.raises(DataError, match="is the file to judge"):
-        judge_file(tmp_path / "out.jsonl", Judge(server.url, "j"), tmp_path / "out.jsonl")
+        judge_file(tmp_path / "out.jsonl", ChatEndpoint(server.url, "j"), tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -132,9 +133,9 @@ def test_equal_rows_share_a_verdict_and_another_judge_asks_anew(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 3)
     path.write_text(path.read_text() * 5)
     with JudgeServer() as server:
-        judge_file(path, Judge(server.url, "j"), tmp_path / "out.jsonl")
+        judge_file(path, ChatEndpoint(server.url, "j"), tmp_path / "out.jsonl")
         assert server.requests == 3
-        judge_file(path, Judge(server.url, "other"), tmp_path / "out.jsonl")
+        judge_file(path, ChatEndpoint(server.url, "other"), tmp_path / "out.jsonl")
         assert server.requests == 6
     assert verdicts_of(tmp_path / "out.jsonl") == WANTED * 5
 
@@ -143,7 +144,9 @@ def test_no_more_requests_a_minute_than_allowed(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 6)
     begin = time.monotonic()
     with JudgeServer() as server:
-        judge_file(path, Judge(server.url, "j", requests_per_minute=600), tmp_path / "out.jsonl")
+        judge_file(
+            path, ChatEndpoint(server.url, "j", requests_per_minute=600), tmp_path / "out.jsonl"
+        )
     assert time.monotonic() - begin > 0.45  # five pauses of a tenth of a second
 
 
@@ -166,5 +169,5 @@ def test_a_broken_row_stops_before_anything_is_asked(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n')
     with pytest.raises(DataError, match="line 1: `pred_ans`"):
-        judge_file(path, Judge("http://127.0.0.1:9", "j"), tmp_path / "out.jsonl")
+        judge_file(path, ChatEndpoint("http://127.0.0.1:9", "j"), tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()

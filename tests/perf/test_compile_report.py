@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from r1s_jax.cli import _load_config, _recipes, app
 from r1s_jax.models.architectures import KNOWN
-from r1s_jax.perf.compile_report import advice, as_text, compile_recipe, traced_flops
-from r1s_jax.perf.costs import collective_bytes
+from r1s_jax.perf.compile_report import advice, as_text, compile_recipe
+from r1s_jax.perf.costs import collective_bytes, traced_flops
 from r1s_jax.perf.targets import CannotCompile, target_devices
 
 SMALL = ["rollout.slots=16", "rollout.max_length=2048"]

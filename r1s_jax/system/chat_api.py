@@ -1,0 +1,112 @@
+"""A client of OpenAI-compatible chat endpoints: many prompts at once, retries, limits."""
+
+import asyncio
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from r1s_jax.border.errors import UserError
+
+
+class ChatApiError(UserError, RuntimeError):
+    """An endpoint that answers nothing any more; the replies before it were handed over."""
+
+
+@dataclass(frozen=True)
+class ChatEndpoint:
+    """A model behind an endpoint, and how hard to press it."""
+
+    url: str  # base of the API, e.g. http://localhost:8000/v1
+    model: str
+    concurrency: int = 16
+    requests_per_minute: int = 0  # 0: no limit
+    timeout_s: float = 120.0
+    retries: int = 6  # of time-outs, lost connections, 429 and 5xx, with exponential pauses
+
+
+def ask_all(
+    endpoint: ChatEndpoint, prompts: Mapping[str, str], record: Callable[[str, str], None]
+) -> None:
+    """Asks every prompt; `record` is handed each reply with its key, as it comes.
+
+    A prompt that gets no reply after all retries is left out. Raises ChatApiError when a whole
+    round of them does.
+    """
+    asyncio.run(_ask_all(_client(endpoint), endpoint, prompts, record))
+
+
+async def _ask_all(
+    client: Any,
+    endpoint: ChatEndpoint,
+    prompts: Mapping[str, str],
+    record: Callable[[str, str], None],
+) -> None:
+    limiter = _limiter(endpoint)
+    turns = asyncio.Semaphore(endpoint.concurrency)
+    most = max(endpoint.concurrency, 8)
+    failures: list[str] = []  # since the last success
+
+    async def ask(key: str, prompt: str) -> None:
+        async with turns:
+            if len(failures) >= most:
+                return
+            async with limiter:
+                try:
+                    record(key, await _reply(client, endpoint, prompt))
+                    failures.clear()
+                except ConnectionError as error:
+                    failures.append(str(error))
+
+    async with client:
+        await asyncio.gather(*(ask(key, prompt) for key, prompt in prompts.items()))
+    if len(failures) >= most:
+        raise ChatApiError(
+            f"{endpoint.url} failed {len(failures)} requests in a row, the last with: "
+            f"{failures[-1]}. What came so far is kept; mend what is wrong and run the same "
+            "command again"
+        )
+
+
+async def _reply(client: Any, endpoint: ChatEndpoint, prompt: str) -> str:
+    """What the model says; ConnectionError for whatever is no answer, retries included."""
+    from openai import OpenAIError
+
+    try:
+        completion = await client.chat.completions.create(
+            model=endpoint.model, temperature=0, messages=[{"role": "user", "content": prompt}]
+        )
+    except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+    # A server that answers something else altogether gives a text, or an object without choices.
+    choices = getattr(completion, "choices", None)
+    content = choices[0].message.content if choices else None
+    if not isinstance(content, str):
+        raise ConnectionError(f"the reply holds no message: {str(completion)[:200]}")
+    return content
+
+
+def check_installed() -> None:
+    """Raises ChatApiError where the client's library is missing."""
+    if not importlib.util.find_spec("openai"):
+        raise ChatApiError("judging needs the extra `judge`: pip install 'r1s-jax[judge]'")
+
+
+def _client(endpoint: ChatEndpoint) -> Any:
+    from openai import AsyncOpenAI
+
+    # A server of one's own asks for no key; the client insists on having one.
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    return AsyncOpenAI(
+        base_url=endpoint.url, api_key=key, timeout=endpoint.timeout_s, max_retries=endpoint.retries
+    )
+
+
+def _limiter(endpoint: ChatEndpoint) -> Any:
+    if not endpoint.requests_per_minute:
+        return contextlib.nullcontext()
+    from aiolimiter import AsyncLimiter
+
+    return AsyncLimiter(1, 60 / endpoint.requests_per_minute)
