@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from r1s_jax import cli
-from r1s_jax.config import override
+from r1s_jax.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,7 +35,7 @@ def test_every_r1s_command_is_one(page, words):
         command = command.commands[arguments.pop(0)]
     context = command.make_context(command.name, arguments)
     if recipe := context.params.get("config"):
-        override(cli._recipes()[recipe].config(), context.params["overrides"] or [])
+        load_recipe(recipe, context.params["overrides"] or [])
 
 
 def test_every_make_target_is_there():

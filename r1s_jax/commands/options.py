@@ -17,3 +17,10 @@ SearchedIndex = Annotated[Path | None, typer.Option(help="Directory of a built i
 SearchUrl = Annotated[
     str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
 ]
+
+# A recipe and what differs from it.
+Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="Recipe: one of `r1s configs`.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes to the recipe, as section.field=value (stage2.steps=40, seed=1)."),
+]

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from r1s_jax.border.errors import UserError
+from r1s_jax.system.chips import show_tpu_runtime
 
 # What libtpu asks of its surroundings before it compiles without a TPU.
 _TPU_ENVIRONMENT = {
@@ -62,6 +63,7 @@ def target_devices(topology: str) -> list[Any]:
             return topologies.get_topology_desc(
                 platform="cuda", target_config=_H100, topology=f"1x1x{count or 1}"
             ).devices
+        show_tpu_runtime()
         for name, value in _TPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -1,6 +1,9 @@
-"""What accelerators can do, by the name that JAX gives them (figures published by their makers)."""
+"""Accelerators: what they can do (as their makers publish it), and whether a TPU is here."""
 
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -19,3 +22,26 @@ CHIPS = {
     "TPU v6 lite": Chip(31.25, 918, 1640, 448),
     "NVIDIA H100 80GB HBM3": Chip(80, 989, 3350, 450),
 }
+
+
+# Where the drivers of TPUs put their chips, by generation.
+_TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+# Whoever sets one of these wants the runtime whatever is found.
+_TPU_WANTED = ("TPU_LIBRARY_PATH", "JAX_FORCE_TPU_INIT")
+
+
+def hide_tpu_runtime() -> None:
+    """Where there is no TPU, keeps JAX from starting the runtime of one that may be installed.
+
+    It is installed to compile for TPUs elsewhere, and prints errors wherever it finds none. Must
+    come before JAX is imported.
+    """
+    found = any(True for pattern in _TPU_DEVICES for _ in Path("/").glob(pattern[1:]))
+    if not found and not any(name in os.environ for name in _TPU_WANTED):
+        sys.modules.setdefault("libtpu", None)  # importing it now raises ImportError
+
+
+def show_tpu_runtime() -> None:
+    """Undoes `hide_tpu_runtime`, for whoever compiles for TPUs."""
+    if sys.modules.get("libtpu", "") is None:
+        del sys.modules["libtpu"]

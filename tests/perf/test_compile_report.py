@@ -8,11 +8,12 @@ import pytest
 from jax import lax
 from typer.testing import CliRunner
 
-from r1s_jax.cli import _load_config, _recipes, app
+from r1s_jax.cli import app
 from r1s_jax.models.architectures import KNOWN
 from r1s_jax.perf.compile_report import advice, as_text, compile_recipe
 from r1s_jax.perf.costs import collective_bytes, traced_flops
 from r1s_jax.perf.targets import CannotCompile, target_devices
+from r1s_jax.recipes import load_recipe, titles
 
 SMALL = ["rollout.slots=16", "rollout.max_length=2048"]
 
@@ -67,10 +68,10 @@ def test_collectives_count_as_often_as_their_scope_runs():
 
 def test_every_published_recipe_names_a_known_architecture():
     others = ("tiny_world", "wiki_smollm2", "hotpot_smollm2")
-    names = [name for name in _recipes() if name not in others]
+    names = [name for name in titles() if name not in others]
     assert len(names) == 7
     for name in names:
-        config = _load_config(name, None)
+        config = load_recipe(name)
         assert config.name == name
         assert config.policy.model in KNOWN
         assert (config.stage1.steps, config.stage2.steps) in {(5, 0), (0, 127), (5, 127)}
@@ -78,7 +79,7 @@ def test_every_published_recipe_names_a_known_architecture():
 
 
 def test_what_cannot_be_compiled_is_said():
-    config = _load_config("smollm2_135m", None)
+    config = load_recipe("smollm2_135m")
     with pytest.raises(CannotCompile, match="v99:2x2"):
         compile_recipe(config, "v99:2x2")
 
@@ -89,7 +90,7 @@ def small():
         target_devices("v5e:2x2")
     except CannotCompile as why:
         pytest.skip(str(why).splitlines()[0])
-    return compile_recipe(_load_config("smollm2_135m", SMALL), "v5e:2x2")
+    return compile_recipe(load_recipe("smollm2_135m", SMALL), "v5e:2x2")
 
 
 @pytest.mark.aot

@@ -1,0 +1,60 @@
+"""`r1s traces`, `r1s report` and `r1s reward`: read what a run left, and what it was paid for."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def traces(
+    source: Annotated[Path, typer.Argument(help="A run's directory, traces.jsonl, or answers.")],
+    min_reward: Annotated[float | None, typer.Option(help="At least (answers: F1).")] = None,
+    max_reward: Annotated[float | None, typer.Option(help="At most.")] = None,
+    searches: Annotated[int | None, typer.Option(help="Exactly so many.")] = None,
+    finish: Annotated[str, typer.Option(help="finished, search_limit, length, ...")] = "",
+    step: Annotated[int | None, typer.Option(help="Of this training step.")] = None,
+    contains: Annotated[str, typer.Option(help="A text that occurs in it.")] = "",
+    limit: Annotated[int, typer.Option(min=0, help="At most so many; 0: all.")] = 10,
+    html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
+) -> None:
+    """Read trajectories in colour: what was written, searched, retrieved and answered."""
+    from r1s_jax.data.traces import Wanted, read_traces
+    from r1s_jax.tracking.trace_view import show
+
+    wanted = Wanted(min_reward, max_reward, searches, finish, step, contains)
+    found = [trace for trace in read_traces(source) if wanted.fits(trace)]
+    show(found[: limit or None], len(found), html)
+    if html:
+        typer.echo(str(html))
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Directories of runs, going on or ended.")],
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
+) -> None:
+    """Compare runs on one page: results, configs, health, curves, trajectories.
+
+    The page is one file that needs no network: send it around.
+    """
+    from r1s_jax.tracking.report import write_report
+
+    write_report(runs, out)
+    typer.echo(str(out))
+
+
+def reward(
+    file: Annotated[Path, typer.Argument(help="JSON lines {question, answer, solution}; .gz too.")],
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="stage1, stage2, qwen_zero, llama_stage1, llama_stage2, exact_match, "
+            "cover_exact_match, f1, or module:function of your own."
+        ),
+    ],
+) -> None:
+    """Reward solutions: each line of FILE again, with `reward` and its `parts`."""
+    from r1s_jax.eval.rewards import reward_file
+
+    for row in reward_file(file, variant):
+        typer.echo(json.dumps(row, ensure_ascii=False))

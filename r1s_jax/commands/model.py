@@ -1,0 +1,67 @@
+"""`r1s ask`, `r1s compile` and `r1s export`: what is done with one model."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from r1s_jax.commands.options import AsJson, Model, Overrides, Recipe
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="What to answer.")],
+    model: Model,
+    index: Annotated[Path, typer.Option(help="Directory of a built index.")],
+    k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    first_search: Annotated[
+        bool, typer.Option(help="Search the question itself before the model starts.")
+    ] = False,
+) -> None:
+    """Answer one question, streaming what the model writes, searches and is given, in colour."""
+    from r1s_jax.serving.ask import ask as stream_answer
+
+    stream_answer(question, model, index, k=k, temperature=temperature, first_search=first_search)
+
+
+def compile_(
+    config: Recipe,
+    overrides: Overrides = None,
+    topology: Annotated[
+        str, typer.Option(help="v5e:8x8, v5p:2x2x4, v6e:4x8, h100:8, ...: chips and their shape.")
+    ] = "v5e:2x4",
+    phase: Annotated[str, typer.Option(help="rollout, update or all.")] = "all",
+    as_json: AsJson = False,
+) -> None:
+    """Compile a recipe for a pod that is not here: does it fit, and what would a step cost?
+
+    Uses the real TPU compiler (`pip install libtpu`); nothing is run or downloaded. Exit status 1
+    when it does not fit.
+    """
+    from r1s_jax.perf.compile_report import advice, as_text, compile_recipe
+    from r1s_jax.recipes import load_recipe
+
+    report = compile_recipe(
+        load_recipe(config, overrides or []),
+        topology,
+        phase,
+        progress=lambda what: typer.echo(what, err=True),
+    )
+    typer.echo(json.dumps(report) if as_json else as_text(report))
+    if not report["fits"]:
+        typer.secho(advice(report), fg="red", err=True)
+        raise typer.Exit(1)
+
+
+def export(
+    source: Annotated[
+        str, typer.Argument(help="A run's directory, one of its checkpoints, or any model.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Directory to write.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Write a trained model in Hugging Face form: safetensors, tokenizer, configs, model card."""
+    from r1s_jax.models.export import export as export_model
+
+    typer.echo(str(export_model(source, out, dtype)))

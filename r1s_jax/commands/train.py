@@ -1,0 +1,87 @@
+"""`r1s train`, `r1s sft` and `r1s configs`: from a recipe to a trained policy."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.commands.options import Overrides, Recipe
+
+RunDir = Annotated[
+    Path | None, typer.Option(help="Where the run is kept. [default: runs/NAME-TIME]")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="One of several processes (a pod): found by itself on TPU VMs, GKE and Slurm, else by "
+        "R1S_COORDINATOR=HOST:PORT R1S_PROCESSES=N R1S_PROCESS=I.",
+    ),
+]
+
+
+def train(
+    config: Recipe,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    distributed: Distributed = False,
+    profile: Annotated[
+        str, typer.Option(metavar="N:M", help="Trace these steps for Perfetto and TensorBoard.")
+    ] = "",
+) -> None:
+    """Train a policy to search: cold start (if the recipe has one), stage 1, stage 2.
+
+    Writes metrics.jsonl, traces.jsonl, TensorBoard scalars, checkpoints and summary.json to the
+    run directory; the last line printed is the summary as JSON. Ctrl-C stops after the step with
+    a checkpoint, and --resume goes on from it.
+    """
+    _train(config, overrides, run_dir, resume, distributed, profile=profile)
+
+
+def sft(
+    config: Recipe,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    distributed: Distributed = False,
+) -> None:
+    """Only the supervised cold start of a recipe; `r1s train --resume` goes on from there."""
+    _train(config, overrides, run_dir, resume, distributed, cold_start_only=True)
+
+
+def configs() -> None:
+    """List the recipes, a line each."""
+    from r1s_jax.recipes import titles
+
+    for name, title in titles().items():
+        typer.echo(f"{name:20} {title}")
+
+
+def _train(
+    name: str,
+    overrides: list[str] | None,
+    run_dir: Path | None,
+    resume: bool,
+    distributed: bool,
+    **options: Any,
+) -> None:
+    from r1s_jax.recipes import load_recipe
+    from r1s_jax.system.distributed import is_main, join
+    from r1s_jax.train import train
+
+    if resume and run_dir is None:
+        raise ConfigError("--resume needs --run-dir: which run to go on with")
+    if distributed and run_dir is None:
+        raise ConfigError("--distributed needs --run-dir: a directory that every process sees")
+    config = load_recipe(name, overrides or [])
+    if distributed:
+        join()
+    run_dir = run_dir or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    summary = train(config, run_dir, resume, **options)
+    if is_main():
+        typer.echo(json.dumps(summary))
