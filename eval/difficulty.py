@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 from r1s_jax.border.errors import ConfigError
@@ -28,9 +27,6 @@ from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.system.files import write_json, write_rows
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 CLASSES = ("easy", "medium", "hard")
 _EASY_BELOW, _HARD_ABOVE = 10, 20  # rollouts, as published
@@ -209,7 +205,10 @@ def _engine(selection: Selection, policy: Pretrained) -> Engine:
 
 def _plot(rows: Sequence[dict[str, Any]], rollouts: int, path: Path) -> None:
     """At which rollout questions were first solved, the classes by colour."""
-    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
     firsts = [row["first_solved"] for row in rows]
     for name, colour in zip(CLASSES, ("#2a9d8f", "#e9c46a", "#e76f51"), strict=True):
         at = [f or rollouts + 1 for f in firsts if difficulty(f) == name]
@@ -222,4 +221,3 @@ def _plot(rows: Sequence[dict[str, Any]], rollouts: int, path: Path) -> None:
     )
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -21,6 +21,10 @@ class Evaluation:
     searches: float  # a question
     rolled: Rolled
 
+    def scores(self) -> dict[str, float]:
+        """What is compared before and after learning."""
+        return {"f1": self.f1, "cover_em": self.cover_em, "searches": self.searches}
+
 
 def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
     """Answers every question once; `engine` should sample at temperature 0."""

@@ -9,16 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 
 from r1s_jax.data.benchmarks import TITLES, benchmark_of
 from r1s_jax.data.results import header_path, read_header, read_results
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import summarize
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 _PUBLISHED = {
     "R1-Searcher, Qwen2.5-7B base": ("65.4/75.0", "63.6/65.0", "52.8/54.4", "28.2/31.4"),
@@ -107,7 +103,10 @@ def as_csv(cells: Sequence[Cell]) -> str:
 def plot(cells: Sequence[Cell], path: Path) -> None:
     """Bars of ACC_R, a group a benchmark; a dot marks ACC_L."""
     columns, rows = _grid(cells)
-    figure, axes = plt.subplots(figsize=(2 + 2 * len(columns), 4), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 2 * len(columns), 4), layout="constrained")
+    axes = figure.subplots()
     width, at = 0.8 / len(rows), np.arange(len(columns))
     for i, (model, row) in enumerate(rows.items()):
         where = at + (i - (len(rows) - 1) / 2) * width
@@ -119,7 +118,6 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     axes.set(ylabel="ACC_R (bar), ACC_L (dot), %", ylim=(0, 100))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _number(value: float | None) -> float:

@@ -1,13 +1,83 @@
 """The supervised cold start: imitate worked solutions until the policy can speak the protocol."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from r1s_jax.config import ColdStartConfig
+from r1s_jax.config import ColdStartConfig, Config
 from r1s_jax.data.demonstrations import Demonstration
+from r1s_jax.data.environment import Environment
+from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.packing import PackedBatch, pack
+from r1s_jax.models.sharding import batch_shards
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.rollout.engine import Engine
+from r1s_jax.system.console import make_progress
+
+
+@dataclass
+class Standing:
+    """How far a cold start has come."""
+
+    step: int = 0
+    accuracy: float = 0.0  # of its predictions, a running mean
+    cooldown_from: int | None = None  # the step at which that was good enough
+
+
+def imitate(
+    config: ColdStartConfig,
+    learner: Learner,
+    state: LearnerState,
+    at: Standing,
+    batch_of: Callable[[int], tuple[PackedBatch, int]],
+    after_step: Callable[[LearnerState, dict[str, float]], bool],
+) -> LearnerState:
+    """Goes on with the cold start from `at`, which it keeps up to date, to its end.
+
+    `batch_of` gives the demonstrations of a step; `after_step` is handed the state and the row of
+    metrics after each, and returns whether to stop there. Donates `state`.
+    """
+    with make_progress() as bar:
+        task = bar.add_task(
+            "Cold start",
+            total=config.steps,
+            completed=at.step,
+            info="",
+            visible=config.steps > 0,
+        )
+        while at.step < cold_start_end(config, at.cooldown_from):
+            if at.cooldown_from is None and cooldown_begins(config, at.step, at.accuracy):
+                at.cooldown_from = at.step
+            scale = learning_rate_scale(config, at.step, at.cooldown_from)
+            state, row = learner.update(state, *batch_of(at.step), scale)
+            row["accuracy"] = row.pop("likely") / max(row.pop("full"), 1e-9)
+            at.accuracy = 0.9 * at.accuracy + 0.1 * row["accuracy"]
+            at.step += 1
+            end = cold_start_end(config, at.cooldown_from)
+            info = f"loss {row['loss']:.3f}  accuracy {at.accuracy:.3f}"
+            bar.update(task, advance=1, total=end, info=info)
+            if after_step(state, {"step": at.step, **row}):
+                break
+    return state
+
+
+def demonstrations_of(
+    config: Config, environment: Environment, engine: Engine
+) -> Callable[[int], tuple[PackedBatch, int]]:
+    """What a run imitates at a step: demonstrations packed as its rollouts will be."""
+
+    def batch_of(step: int) -> tuple[PackedBatch, int]:
+        return demonstration_batch(
+            environment.demonstrations(step, config.cold_start.batch_size),
+            engine.encode,
+            environment.render,
+            engine.document_tokens,
+            capacity=config.optimizer.pack_length or config.rollout.max_length,
+            micro_rows=config.optimizer.micro_rows * batch_shards(engine.mesh),
+        )
+
+    return batch_of
 
 
 def learning_rate_scale(config: ColdStartConfig, step: int, cooldown_from: int | None) -> float:

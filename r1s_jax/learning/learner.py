@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from r1s_jax.config import ModelConfig, OptimizerConfig, Remat
+from r1s_jax.config import ModelConfig, OptimizerConfig, PolicyConfig, Remat
 from r1s_jax.learning.losses import Metrics, TokenLoss
 from r1s_jax.learning.packing import PackedBatch
 from r1s_jax.models.decoder import Policy
@@ -127,6 +127,18 @@ class Learner:
     loss: TokenLoss
     attention: str = "auto"
 
+    @staticmethod
+    def of(
+        policy: PolicyConfig,
+        model: ModelConfig,
+        mesh: Mesh,
+        optimizer: optax.GradientTransformation,
+        loss: TokenLoss,
+    ) -> "Learner":
+        """The learner of a recipe's policy, whose architecture is `model`."""
+        dtype = np.dtype(policy.compute_dtype)
+        return Learner(model, mesh, dtype, policy.remat, optimizer, loss, policy.attention)
+
     def init(self, params: Params, *, keep_reference: bool = False) -> LearnerState:
         """Fresh optimizer state, each moment sharded like its parameter."""
         shardings = param_shardings(self.model, self.mesh)
@@ -155,8 +167,8 @@ class Learner:
     ) -> tuple[LearnerState, dict[str, float]]:
         """One optimizer step over the first `micro` micro-batches; donates `state`.
 
-        `scale` multiplies the learning rate. Returns the new state and metrics (token means;
-        `loss`, `grad_norm`).
+        `scale` multiplies the learning rate. Returns the new state and metrics: `loss`,
+        `grad_norm`, `tokens` (trained), their mean `entropy`, and what the loss itself names.
         """
         state, metrics = self._update(
             state, self._place(batch), jnp.int32(micro), jnp.float32(scale)
@@ -188,7 +200,11 @@ class Learner:
         trained = trainable(state.params)
 
         def loss(trained: Params, rows: PackedBatch) -> tuple[Array, Metrics]:
-            return self.loss(*self._forward(combine(state.params, trained), rows), rows)
+            logprobs, entropies = self._forward(combine(state.params, trained), rows)
+            value, metrics = self.loss(logprobs, rows)
+            mask = (rows.weights > 0).astype(jnp.float32)
+            common = {"tokens": mask.sum(), "entropy": (mask * entropies).sum()}
+            return value, common | metrics
 
         def accumulate(i: Array, carry: tuple) -> tuple:
             rows = PackedBatch(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in batch))

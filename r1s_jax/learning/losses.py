@@ -15,9 +15,9 @@ from r1s_jax.config import AlgorithmConfig
 from r1s_jax.learning.packing import PackedBatch
 
 Metrics = dict[str, Array]
-# (log-probabilities, entropies, micro-batch) -> (loss, metrics to add up over micro-batches; those
-# whose names end in `max` are maxima)
-TokenLoss = Callable[[Array, Array, PackedBatch], tuple[Array, Metrics]]
+# (log-probabilities, micro-batch) -> (loss, metrics of the loss's own naming). Metrics add up over
+# micro-batches and become means over the trained tokens; those whose names end in `max` are maxima.
+TokenLoss = Callable[[Array, PackedBatch], tuple[Array, Metrics]]
 
 
 def policy_loss(config: AlgorithmConfig) -> TokenLoss:
@@ -30,7 +30,6 @@ def policy_loss(config: AlgorithmConfig) -> TokenLoss:
 def clipped_loss(
     clip: float,
     logprobs: Float[Array, "R T"],
-    entropies: Float[Array, "R T"],
     batch: PackedBatch,
     *,
     clip_high: float = 0.0,
@@ -58,8 +57,6 @@ def clipped_loss(
     # Where there is no KL there may be no reference either: its zeros must not reach exp.
     gap = jnp.where(batch.kl_weights > 0, batch.reference_logprobs - logprobs, 0.0)
     metrics = {
-        "tokens": mask.sum(),
-        "entropy": (mask * entropies).sum(),
         "clip_fraction": (mask * outside).sum(),
         "ratio": (mask * ratio).sum(),
         "logprob_gap_mean": (mask * jnp.abs(log_ratio)).sum(),
@@ -69,18 +66,13 @@ def clipped_loss(
     return loss, metrics
 
 
-def likelihood_loss(
-    logprobs: Float[Array, "R T"], entropies: Float[Array, "R T"], batch: PackedBatch
-) -> tuple[Array, Metrics]:
+def likelihood_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[Array, Metrics]:
     """Negative log-likelihood, each token by its weight (the supervised cold start).
 
     `accuracy` is the share of tokens of full weight that the policy finds likelier than not.
     """
-    mask = (batch.weights > 0).astype(jnp.float32)
     full = (batch.weights > 0.99 * batch.weights.max()).astype(jnp.float32)
     metrics = {
-        "tokens": mask.sum(),
-        "entropy": (mask * entropies).sum(),
         "likely": (full * (logprobs > jnp.log(0.5))).sum(),
         "full": full.sum(),
     }

@@ -6,14 +6,15 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from r1s_jax.config import Config
-from r1s_jax.learning.advantages import has_signal, kl_divergence, token_advantages
+from r1s_jax.learning.advantages import kl_divergence, token_advantages
+from r1s_jax.learning.collect import learnable
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.packing import pack, unpack
 from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.rollout.engine import Rolled
-from r1s_jax.rollout.trajectory import Finish, Trajectory
+from r1s_jax.rollout.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -26,34 +27,12 @@ class Learned:
     importance_weight: float  # mean over sampled tokens; 1 without the correction
 
 
-def learnable(t: Trajectory) -> Bool[np.ndarray, "N W"]:
-    """The tokens to learn from: sampled, and not in a trajectory that a failed search ended.
-
-    That a search failed is not the policy's doing.
-    """
-    return t.loss_mask & ~np.isin(t.finish, (Finish.SEARCH_ERROR, Finish.ABORTED))[:, None]
-
-
 def token_weights(mask: Bool[np.ndarray, "N W"], average: str) -> Float[np.ndarray, "N W"]:
     """Each token's share of the loss, adding up to 1: see `AlgorithmConfig.loss_average`."""
     if average == "token":
         return mask / max(1, mask.sum())
     counts = mask.sum(-1, keepdims=True)
     return mask / (np.maximum(counts, 1) * max(1, int((counts > 0).sum())))
-
-
-def rows_with_signal(
-    t: Trajectory, rewards: Float[np.ndarray, " N"], groups_wanted: int
-) -> np.ndarray:
-    """Rows of the first `groups_wanted` groups whose rewards differ, in order.
-
-    Where there are too few, groups that are all alike make up the number: they teach nothing, and
-    the batch keeps its shape. Rows in which nothing can be learned have no say.
-    """
-    valid = learnable(t).any(-1)
-    with_signal = set(t.groups[valid][has_signal(rewards[valid], t.groups[valid])].tolist())
-    groups = sorted(np.unique(t.groups).tolist(), key=lambda g: (g not in with_signal, g))
-    return np.flatnonzero(np.isin(t.groups, groups[:groups_wanted]))
 
 
 class PolicyGradient:

@@ -72,11 +72,9 @@ class Program:
 
 
 def make_learner(config: Config, model: ModelConfig, mesh: Mesh) -> Learner:
-    dtype = np.dtype(config.policy.compute_dtype)
-    loss = policy_loss(config.algorithm)
-    optimizer = make_optimizer(config.optimizer)
-    policy = config.policy
-    return Learner(model, mesh, dtype, policy.remat, optimizer, loss, policy.attention)
+    """The learner of a recipe on a mesh that need not exist."""
+    optimizer, loss = make_optimizer(config.optimizer), policy_loss(config.algorithm)
+    return Learner.of(config.policy, model, mesh, optimizer, loss)
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:

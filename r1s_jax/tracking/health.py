@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
+
 from r1s_jax.border.errors import UserError
+from r1s_jax.system.console import console
 
 Row = dict[str, Any]
 
@@ -27,6 +30,11 @@ class History:
 
     def __init__(self, rows: Sequence[Row] = ()):
         self.rows = list(rows)
+
+    def add(self, row: Row) -> "History":
+        """The history with one more step, to be looked at as a whole."""
+        self.rows.append(row)
+        return self
 
     def recent(self, name: str) -> float:
         """Mean over the last steps; NaN where there are too few."""
@@ -97,7 +105,7 @@ def _reward_without_f1(h: History) -> float:
 
 def _not_finite(h: History) -> float:
     names = ("loss", "grad_norm", "entropy", "reward")
-    return float(not all(math.isfinite(h.rows[-1][name]) for name in names))
+    return float(not all(math.isfinite(h.rows[-1].get(name, 0.0)) for name in names))
 
 
 SIGNALS = (
@@ -227,3 +235,17 @@ def is_fatal(row: Row) -> bool:
 def is_lost(row: Row) -> bool:
     """Whether the parameters after this step are worth nothing."""
     return any(fired["signal"] == "not_finite" for fired in row["health"])
+
+
+def announce(history: History) -> str:
+    """Prints the newest step's signals that the one before did not have; the fatal one's text."""
+    row, fatal = history.rows[-1], ""
+    before = history.rows[-2].get("health", []) if len(history.rows) > 1 else []
+    known = {(fired["signal"], fired["level"]) for fired in before}
+    for fired in row["health"]:
+        text = f"{fired['signal']} ({fired['value']:.3g}): {fired['advice']}"
+        if (fired["signal"], fired["level"]) not in known:
+            console.print(f"[yellow]{fired['level']}:[/] step {row['step']}: {escape(text)}")
+        if fired["level"] == "fatal":
+            fatal = fatal or text
+    return fatal

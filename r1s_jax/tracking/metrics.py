@@ -1,7 +1,9 @@
 """The numbers of one step, and the trajectories worth keeping."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,12 @@ from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Rolled
 from r1s_jax.rollout.trajectory import Finish, Trajectory
+from r1s_jax.system.profiling import Compilations, host_memory_gib, model_flops_utilization
 
 # How the parts of a reward are called in `metrics.jsonl`.
 _PART_NAMES = {"format": "format_valid"}
+# Of the loss's metrics, those that speak of the policy before a step's first update.
+_BEFORE_UPDATES = ("logprob_gap_mean", "logprob_gap_max")
 
 
 def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, float]:
@@ -49,28 +54,62 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
 
 
 def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
-    """Means over the updates of a step.
+    """Means over the updates of a step: what the learner and the loss measured, by their names.
 
     The gap between training and sampling log-probabilities is taken from the first update: later
     ones have moved the policy on purpose, and `ratio_drift` says how far the last one found it.
     """
-    updates = learned.updates
-    mean = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
-    tokens = sum(u["tokens"] for u in updates)
+    first, *_, last = [learned.updates[0], *learned.updates]
+    tokens = sum(u["tokens"] for u in learned.updates)
+    row = {n: float(np.mean([u[n] for u in learned.updates])) for n in first if n != "tokens"}
+    row |= {name: first[name] for name in _BEFORE_UPDATES if name in first}
+    if "logprob_gap_mean" in last:
+        row["ratio_drift"] = last["logprob_gap_mean"]
     return {
-        "loss": mean["loss"],
-        "entropy": mean["entropy"],
+        **row,
         "kl": learned.kl,
-        "clip_fraction": mean["clip_fraction"],
-        "grad_norm": mean["grad_norm"],
-        "ratio": mean["ratio"],
-        "ratio_drift": updates[-1]["logprob_gap_mean"],
-        "logprob_gap_mean": updates[0]["logprob_gap_mean"],
-        "logprob_gap_max": updates[0]["logprob_gap_max"],
         "importance_weight": learned.importance_weight,
         "trained_tokens": tokens,
         "trained_tokens_per_s": tokens / seconds,
     }
+
+
+class StepClock:
+    """Where the time of a run's steps goes, and what else of the machine they take."""
+
+    def __init__(self) -> None:
+        self.seconds = {"collect": 0.0, "update": 0.0, "checkpoint": 0.0}  # the last of each
+        self._compilations = Compilations()
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        """Surrounds one phase of a step."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - begin
+
+    def metrics(self, seconds_rollout: float, params: Any, learned_tokens: int) -> dict[str, float]:
+        """Of the step just done, in which `learned_tokens` went through the update."""
+        collect, update = self.seconds["collect"], self.seconds["update"]
+        share = model_flops_utilization(params, learned_tokens, update)
+        return {
+            **({} if share is None else {"mfu_update": share}),
+            "compilations": self._compilations.take(),
+            "host_memory_gib": host_memory_gib(),
+            # Of beginning to write the last one: the rest goes on beside the next step.
+            "seconds_checkpoint": self.seconds["checkpoint"],
+            "seconds_rollout": seconds_rollout,
+            "seconds_reward": collect - seconds_rollout,
+            "seconds_update": update,
+        }
+
+
+def headline(row: dict[str, Any]) -> str:
+    """A step in a few words."""
+    return (
+        f"reward {row['reward']:+.2f}  f1 {row['answer_f1']:.2f}  "
+        f"searches {row['searches_per_question']:.2f}  {row['sampled_tokens_per_s']:.0f} tok/s"
+    )
 
 
 def trace_rows(

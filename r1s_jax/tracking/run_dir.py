@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import platform
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,8 +14,9 @@ import jax
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Config
+from r1s_jax.data.questions import Question
 from r1s_jax.system.distributed import gather
-from r1s_jax.system.files import write_json
+from r1s_jax.system.files import write_json, write_rows
 
 # What a run's first steps leave; before them nothing would be lost.
 _BEGUN = ("cold_start.jsonl", "metrics.jsonl", "checkpoints/*")
@@ -47,6 +49,14 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     write_json(versions, _versions())
     write_json(known, described)
     return path
+
+
+def write_held_out(path: Path, questions: Sequence[Question]) -> None:
+    """The questions of the evaluation, so that `r1s eval run` can ask them of any model."""
+    write_rows(
+        path / "held_out.jsonl",
+        ({"id": q.id, "question": q.question, "answer": q.answers} for q in questions),
+    )
 
 
 def _names(path: Path) -> set[str]:

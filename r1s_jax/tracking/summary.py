@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from etils import epath
 from rich.table import Table
@@ -13,14 +12,12 @@ from r1s_jax.data.traces import Trace
 from r1s_jax.eval.held_out import Evaluation
 from r1s_jax.system.console import console
 from r1s_jax.system.files import write_json
+from r1s_jax.tracking.progress import Progress
 from r1s_jax.tracking.trace_view import as_text, legend
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 def summarize(
-    run_dir: Path, progress: dict[str, Any], after: Evaluation | None, best: epath.Path | None
+    run_dir: Path, progress: Progress, after: Evaluation | None, best: epath.Path | None
 ) -> dict[str, Any]:
     """Writes `summary.json` and `learning_curve.png`, shows both to people, returns the summary."""
     rows = rows_so_far(run_dir / "metrics.jsonl")
@@ -30,17 +27,17 @@ def summarize(
         "searches": sum(row["searches"] for row in rows),
         "mean_reward": float(np.mean([row["reward"] for row in rows])) if rows else None,
         "sampled_tokens_per_s": tokens / max(sum(row["seconds_rollout"] for row in rows), 1e-9),
-        "seconds": progress["seconds"],
+        "seconds": progress.seconds,
         "run_dir": str(run_dir),
         "best_checkpoint": str(best) if best else None,
     }
     if after:
         summary |= {
-            "f1_before": progress["before"]["f1"],
+            "f1_before": progress.before["f1"],
             "f1_after": after.f1,
-            "cover_em_before": progress["before"]["cover_em"],
+            "cover_em_before": progress.before["cover_em"],
             "cover_em_after": after.cover_em,
-            "searches_before": progress["before"]["searches"],
+            "searches_before": progress.before["searches"],
             "searches_after": after.searches,
         }
         by_hops = {"f1_one_hop_after": after.f1_one_hop, "f1_two_hop_after": after.f1_two_hop}
@@ -56,7 +53,10 @@ def summarize(
 def plot_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
     """Reward, answer F1 and searches by step, with a mark where stage 2 begins."""
     steps = [row["step"] for row in rows]
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    from matplotlib.figure import Figure  # slow to import, and needed once
+
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    panels = figure.subplots(1, 3)
     series = {"reward": "reward", "answer F1": "answer_f1", "searches": "searches_per_question"}
     for panel, (title, key) in zip(panels, series.items(), strict=True):
         panel.plot(steps, [row[key] for row in rows], marker=".")
@@ -66,7 +66,6 @@ def plot_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
             panel.axvline(second[0] - 0.5, linestyle="--", color="gray", label="stage 2 begins")
             panel.legend(loc="best")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from r1s_jax.config import AlgorithmConfig, MeshConfig, override
 from r1s_jax.configs import tiny_world
+from r1s_jax.learning.collect import rows_with_signal
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.losses import policy_loss
-from r1s_jax.learning.policy_gradient import PolicyGradient, importance_weights, rows_with_signal
+from r1s_jax.learning.policy_gradient import PolicyGradient, importance_weights
 from r1s_jax.models.sharding import make_mesh, place, replicated
 from r1s_jax.rollout.engine import Rolled, merge
 from r1s_jax.rollout.trajectory import Finish, Trajectory

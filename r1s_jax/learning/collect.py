@@ -1,0 +1,83 @@
+"""A step's batch: rolled out, rewarded, and of it the trajectories that teach something."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from r1s_jax.config import Config, StageConfig
+from r1s_jax.data.environment import Environment
+from r1s_jax.learning.advantages import has_signal
+from r1s_jax.models.params import Params
+from r1s_jax.rewards.registry import BatchReward
+from r1s_jax.rewards.rules import Reward
+from r1s_jax.rollout.engine import Engine, Rolled, merge
+from r1s_jax.rollout.trajectory import Finish, Trajectory
+
+# Random keys of a step's further rollouts are those of steps that no run reaches.
+_DRAWS_APART = 1 << 20
+
+
+class Collector:
+    """Rolls out and rewards the batches of a run; rewards are resolved once, by stage."""
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        environment: Environment,
+        rewards: Mapping[str, BatchReward],
+    ):
+        """`rewards` by the name of the stage, `stage1` or `stage2`."""
+        self.config, self.engine, self.environment = config, engine, environment
+        self.rewards = rewards
+
+    def collect(
+        self, params: Params, step: int, stage: str, settings: StageConfig
+    ) -> tuple[Rolled, list[Reward]]:
+        """The batch of a step (from 0); more than one where groups without signal abound.
+
+        Raises SearchFailure, RewardError or RewardServerError.
+        """
+        c, batches, rewards = self.config, [], []
+        for draw in range(1 + c.algorithm.dynamic_sampling):
+            batch = self.environment.batch(step, settings.questions_per_step, draw)
+            rolled = self.engine.run(
+                params,
+                batch.questions,
+                samples=c.algorithm.samples_per_question,
+                seed=c.seed,
+                step=step + draw * _DRAWS_APART,
+                retriever=batch.retriever,
+            )
+            prompts = [self.environment.render(q.question) for q in rolled.questions]
+            golds = [q.answers for q in rolled.questions]
+            rewards += self.rewards[stage](prompts, rolled.solutions, golds)
+            batches.append(rolled)
+            whole, values = merge(batches), np.array([r.value for r in rewards])
+            groups = whole.trajectory.groups
+            if len(np.unique(groups[has_signal(values, groups)])) >= settings.questions_per_step:
+                break
+        return whole, rewards
+
+
+def learnable(t: Trajectory) -> Bool[np.ndarray, "N W"]:
+    """The tokens to learn from: sampled, and not in a trajectory that a failed search ended.
+
+    That a search failed is not the policy's doing.
+    """
+    return t.loss_mask & ~np.isin(t.finish, (Finish.SEARCH_ERROR, Finish.ABORTED))[:, None]
+
+
+def rows_with_signal(
+    t: Trajectory, rewards: Float[np.ndarray, " N"], groups_wanted: int
+) -> np.ndarray:
+    """Rows of the first `groups_wanted` groups whose rewards differ, in order.
+
+    Where there are too few, groups that are all alike make up the number: they teach nothing, and
+    the batch keeps its shape. Rows in which nothing can be learned have no say.
+    """
+    valid = learnable(t).any(-1)
+    with_signal = set(t.groups[valid][has_signal(rewards[valid], t.groups[valid])].tolist())
+    groups = sorted(np.unique(t.groups).tolist(), key=lambda g: (g not in with_signal, g))
+    return np.flatnonzero(np.isin(t.groups, groups[:groups_wanted]))

@@ -1,0 +1,80 @@
+"""Where a run stands: what a checkpoint keeps beside the state of the learner."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from r1s_jax.config import Config, StageConfig
+from r1s_jax.learning.advantages import adapted_kl_coefficient
+from r1s_jax.learning.cold_start import Standing
+
+
+@dataclass
+class Progress(Standing):
+    """The standing of a run; `step` counts the steps of the phase that it is in."""
+
+    phase: Literal["cold_start", "learning"] = "cold_start"
+    before: dict[str, float] | None = None  # the evaluation before reinforcement learning
+    environment: dict[str, Any] = field(default_factory=dict)  # its cursor
+    seconds: float = 0.0
+    stage1_end: int | None = None  # the step at which stage 1 reached its goal
+    kl_coefficient: float | None = None  # as adapted so far
+    score: float | None = None  # a running mean of the last stage's answer F1
+
+    @staticmethod
+    def of(saved: Mapping[str, Any] | None) -> "Progress":
+        """What a checkpoint kept; the beginning for None. What it does not say is as at first."""
+        names = {f.name for f in fields(Progress)}
+        return Progress(**{k: v for k, v in (saved or {}).items() if k in names})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return asdict(self)
+
+    def rows(self, config: Config) -> dict[str, int]:
+        """How many rows of each file of metrics belong to what was saved."""
+        if self.phase == "learning":
+            return {"cold_start": config.cold_start.steps, "learning": self.step}
+        return {"cold_start": self.step, "learning": 0}
+
+    # The schedule of reinforcement learning.
+
+    def stage(self, config: Config) -> tuple[str, StageConfig]:
+        """Name and settings of the stage that the next step belongs to."""
+        first = self.step < self._stage1_steps(config)
+        return ("stage1", config.stage1) if first else ("stage2", config.stage2)
+
+    def total_steps(self, config: Config) -> int:
+        """Steps of both stages, those of stage 1 being fewer if it reached its goal."""
+        return self._stage1_steps(config) + config.stage2.steps
+
+    def learning_rate_scale(self, config: Config) -> float:
+        """Share of the learning rate at the next step: falls linearly to `decay_to`."""
+        share = self.step / max(self.total_steps(config) - 1, 1)
+        return 1.0 - (1.0 - config.optimizer.decay_to) * share
+
+    def note_step(self, config: Config, row: Mapping[str, Any]) -> None:
+        """Moves on past the step of a row of metrics, and maybe past stage 1."""
+        stage = config.stage1 if row["stage"] == "stage1" else config.stage2
+        self.step = row["step"]
+        if stage is (config.stage2 if config.stage2.steps else config.stage1):
+            f1 = row["answer_f1"]
+            self.score = f1 if self.score is None else 0.9 * self.score + 0.1 * f1
+        wanted = stage.until_format_valid
+        if row["stage"] == "stage1" and wanted and row["format_valid"] >= wanted:
+            self.stage1_end = row["step"]
+
+    def _stage1_steps(self, config: Config) -> int:
+        return config.stage1.steps if self.stage1_end is None else self.stage1_end
+
+    # The penalty on leaving the reference.
+
+    def kl(self, config: Config) -> float:
+        """Its coefficient at the next step."""
+        adapted = self.kl_coefficient
+        return config.algorithm.kl_coefficient if adapted is None else adapted
+
+    def adapt_kl(self, config: Config, measured: float) -> None:
+        """Moves the coefficient towards the target, where the config has one."""
+        if target := config.algorithm.kl_target:
+            self.kl_coefficient = adapted_kl_coefficient(self.kl(config), measured, target)
