@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from r1s_jax.border.errors import UserError
 from r1s_jax.config import ModelConfig
-from r1s_jax.learning.learner import LearnerState
 from r1s_jax.models.params import Params, ParamSpec, param_specs
 from r1s_jax.system.distributed import on_main
+
+# Any pytree of arrays: a learner's state.
+State = TypeVar("State")
 
 _CHECKSUMS = "checksums"
 # Orbax warns at every save without a score, which the first stage's are.
@@ -59,7 +61,7 @@ class Checkpoints:
     def save(
         self,
         index: int,
-        state: LearnerState,
+        state: State,
         progress: Mapping[str, Any],
         score: float | None = None,
     ) -> None:
@@ -104,7 +106,7 @@ class Checkpoints:
         progress.pop(_CHECKSUMS, None)
         return progress
 
-    def restore(self, like: LearnerState) -> LearnerState:
+    def restore(self, like: State) -> State:
         """The newest state, with the shapes, dtypes and shardings of `like`.
 
         Raises DamagedCheckpoint when it is not what was saved, having set it aside.
@@ -164,7 +166,7 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
 
 
-def checksums(state: LearnerState) -> dict[str, int]:
+def checksums(state: State) -> dict[str, int]:
     """The sum of each array's bits as unsigned integers: any changed byte changes it.
 
     Integers add up to the same on every mesh, so a state may be read onto another one.

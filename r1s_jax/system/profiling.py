@@ -11,7 +11,6 @@ import jax
 import psutil
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.models.params import Params
 from r1s_jax.system.assets import cache_dir
 from r1s_jax.system.chips import CHIPS
 
@@ -49,7 +48,7 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 
-def model_flops_utilization(params: Params, tokens: float, seconds: float) -> float | None:
+def model_flops_utilization(params: Any, tokens: float, seconds: float) -> float | None:
     """Share of the chips' peak that learning from `tokens` in `seconds` used.
 
     Six FLOPs a parameter and token (Chowdhery et al., 2022), recomputation not counted; None on

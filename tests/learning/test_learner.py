@@ -8,8 +8,10 @@ from r1s_jax.config import ModelConfig, OptimizerConfig
 from r1s_jax.learning import learner as update
 from r1s_jax.learning.learner import make_optimizer, token_logprobs
 from r1s_jax.learning.packing import PackedBatch, pack, unpack
+from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.params import init_params
+from r1s_jax.tracking.metrics import update_metrics
 from tests.makers import LEARNED as MODEL
 from tests.makers import LENGTHS, WIDTH, make_learner, make_params, make_sequences, packed, step
 
@@ -240,3 +242,25 @@ def test_updates_leave_the_given_parameters_and_the_reference_alone(learner, par
     assert_close(params, before, rtol=0)
     assert_close(state.reference, before, rtol=0)
     assert learner.init(params).reference is None
+
+
+def test_a_loss_names_its_own_metrics():
+    """Another loss needs no change in the learner, nor in the row of a step."""
+
+    def other(logprobs, batch):
+        wanted = batch.weights > 0
+        surprise = jnp.where(wanted, -logprobs, 0.0)
+        return (batch.weights * surprise).sum(), {
+            "surprise": surprise.sum(),
+            "surprise_max": surprise.max(),
+        }
+
+    sequences = make_sequences()
+    _, metrics = step(make_learner(loss=other), *packed(sequences))
+    assert metrics["tokens"] == (sequences["weights"] > 0).sum()
+    assert 0 < metrics["entropy"] < np.log(MODEL.vocab_size) + 1e-6
+    assert metrics["surprise"] < metrics["surprise_max"] < 10
+    learned = Learned(np.zeros(()), [metrics, metrics], kl=0.0, importance_weight=1.0)
+    row = update_metrics(learned, seconds=2.0)
+    assert row["surprise"] == metrics["surprise"] and row["trained_tokens"] == 2 * metrics["tokens"]
+    assert "clip_fraction" not in row and "ratio_drift" not in row

@@ -1,0 +1,72 @@
+"""Arrows between rooms run down to the ground, files form no circle, and nothing grows too long."""
+
+import ast
+import tomllib
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Ground first. A file imports its own room and those before it; those marked, of ours only border.
+ROOMS = "border config! kernels! retrieval! system protocol rewards data models rollout learning"
+ROOMS += " eval tracking perf serving train configs recipes commands cli"
+ORDER = [name.rstrip("!") for name in ROOMS.split()]
+ALONE = {name.rstrip("!") for name in ROOMS.split() if name.endswith("!")}
+BESIDE = ("kernels", "retrieval", "eval", "configs")
+FILES = {
+    ".".join(("r1s_jax", *path.relative_to(folder).with_suffix("").parts)): path
+    for folder, paths in [(ROOT / "r1s_jax", (ROOT / "r1s_jax").rglob("*.py"))]
+    + [(ROOT, (ROOT / name).rglob("*.py")) for name in BESIDE]
+    for path in paths
+}
+FILES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
+
+
+def imports(name: str) -> set[str]:
+    """The files of ours that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, f"{name} imports by a relative path"
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {part if part in FILES else node.module for part in parts}
+    return {part for part in found if part in FILES} - {"r1s_jax", name}
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def test_arrows_run_down_to_the_ground():
+    assert {room(name) for name in FILES if name != "r1s_jax"} == set(ORDER)
+    upwards = [
+        f"{name} -> {target}"
+        for name in FILES
+        for target in imports(name)
+        if room(target) != room(name)
+        and (
+            ORDER.index(room(target)) > ORDER.index(room(name))
+            or (room(name) in ALONE and room(target) != "border")
+        )
+    ]
+    assert not upwards
+
+
+def test_files_form_no_circle():
+    tuple(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
+
+
+def test_files_and_functions_are_short():
+    for path in FILES.values():
+        text = path.read_text()
+        assert text.count("\n") <= (260 if path.name == "train.py" else 460), path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
+
+
+def test_every_room_is_packaged():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = {name for name, path in FILES.items() if path.stem == "__init__"}
+    assert set(setup["packages"]) == rooms
