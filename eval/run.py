@@ -15,7 +15,7 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
-from r1s_jax.data.results import header_path, read_header
+from r1s_jax.data.results import ResultRow, header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
 from r1s_jax.models.pretrained import Pretrained, default_dtype, load_pretrained
 from r1s_jax.models.sharding import shard_params
@@ -100,7 +100,7 @@ def answer_file(
             )
             seconds = (time.perf_counter() - begin) / len(batch)
             for i, question in enumerate(batch):
-                row = _row(rolled, i, question) | {"seconds": round(seconds, 3)}
+                row = _row(rolled, i, question, seconds)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             done += len(batch)
@@ -143,22 +143,23 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
     )
 
 
-def _row(rolled: Rolled, i: int, question: Question) -> dict[str, Any]:
+def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRow:
     t, solution = rolled.trajectory, rolled.solutions[i]
     finish = Finish(int(t.finish[i]))
     answer = solution.answer if finish == Finish.FINISHED else None
     answers = list(question.answers)
-    return {
-        "id": question.id,
-        "question": question.question,
-        "answer": answers[0] if len(answers) == 1 else answers,
-        "pred_ans": NO_ANSWER if answer is None else answer,
-        "stop_reason_final": STOP_REASONS[finish],
-        "gen_text_store": solution.text,
-        "searches": int(t.searches[i]),
-        "prompt_tokens": int(t.prompt_lengths[i]),
-        "sampled_tokens": int(t.loss_mask[i].sum()),
-    }
+    return ResultRow(
+        id=question.id,
+        question=question.question,
+        answer=answers[0] if len(answers) == 1 else answers,
+        pred_ans=NO_ANSWER if answer is None else answer,
+        stop_reason_final=STOP_REASONS[finish],
+        gen_text_store=solution.text,
+        searches=int(t.searches[i]),
+        prompt_tokens=int(t.prompt_lengths[i]),
+        sampled_tokens=int(t.loss_mask[i].sum()),
+        seconds=round(seconds, 3),
+    )
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:

@@ -16,6 +16,7 @@ from r1s_jax.data.results import header_path, read_header, read_results
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import summarize
 
+_COLUMNS = ("hotpotqa", "2wiki", "bamboogle", "musique")  # of the published rows
 _PUBLISHED = {
     "R1-Searcher, Qwen2.5-7B base": ("65.4/75.0", "63.6/65.0", "52.8/54.4", "28.2/31.4"),
     "R1-Searcher, Llama-3.1-8B-Instruct": ("64.8/74.6", "59.4/62.8", "50.4/54.4", "25.4/28.2"),
@@ -44,7 +45,7 @@ def published() -> list[Cell]:
     return [
         Cell(model, benchmark, *map(float, pair.split("/")))
         for model, row in _PUBLISHED.items()
-        for benchmark, pair in zip(TITLES, row, strict=True)
+        for benchmark, pair in zip(_COLUMNS, row, strict=True)
     ]
 
 

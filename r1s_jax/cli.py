@@ -12,6 +12,8 @@ from r1s_jax.system.chips import hide_tpu_runtime
 
 # XLA's chatter is for its developers; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Nor is it news that PyTorch is not installed.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 app = typer.Typer(
     no_args_is_help=True,

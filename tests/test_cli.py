@@ -1,12 +1,17 @@
 """The commands as a user types them."""
 
+import ast
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from r1s_jax import cli
+from r1s_jax.data.rows import DataError
 from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer
 from r1s_jax.models.params import init_params
+from r1s_jax.system import chips
 from tests.makers import SMALL
 from tests.makers import run_cli as run
 
@@ -193,3 +198,53 @@ def test_eval_score_compares_two_files(tmp_path):
     assert (first["em"], second["em"], gain["em"]["difference"]) == (0.0, 100.0, 100.0)
     text = run("eval", "score", *map(str, files)).stdout
     assert "cover-EM" in text and "b.jsonl minus a.jsonl" in text
+
+
+def test_a_bug_shows_its_traceback_and_a_mistake_does_not(monkeypatch, capsys):
+    """A ValueError of ours is no message for the user; R1S_DEBUG=1 shows every error whole."""
+
+    def shown(error: Exception) -> str:
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr("r1s_jax.recipes.titles", fail)
+        monkeypatch.setattr("sys.argv", ["r1s", "configs"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 1
+        return capsys.readouterr().err
+
+    assert "Traceback" in shown(ValueError("operands could not be broadcast"))
+    assert "Traceback" in shown(KeyError("layers"))
+    assert shown(DataError("q.jsonl, line 3: no question")).strip() == (
+        "error: q.jsonl, line 3: no question"
+    )
+    assert "Traceback" not in shown(FileNotFoundError(2, "No such file", "x"))
+    monkeypatch.setenv("R1S_DEBUG", "1")
+    assert "Traceback" in shown(DataError("q.jsonl, line 3: no question"))
+
+
+def test_every_error_of_ours_is_a_user_error():
+    """What a command shows as a message derives from one class, and from nothing else of ours."""
+    root = Path(cli.__file__).parents[1]
+    folders = ("r1s_jax", "retrieval", "eval")
+    files = [path for folder in folders for path in (root / folder).rglob("*.py")]
+    bases = {
+        node.name: {ast.unparse(base) for base in node.bases}
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Error", "Failure"))
+    }
+    assert len(bases) > 12
+    for name, parents in bases.items():
+        assert name == "UserError" or parents & ({"UserError"} | bases.keys()), name
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_the_tpu_runtime_is_asked_for_only_where_there_is_a_tpu(here, monkeypatch):
+    monkeypatch.setattr(chips, "_TPU_DEVICES", ("/dev/null",) if here else ("/dev/no-such-chip*",))
+    monkeypatch.delitem(sys.modules, "libtpu", raising=False)
+    chips.hide_tpu_runtime()
+    assert ("libtpu" in sys.modules) is not here
+    chips.show_tpu_runtime()
+    assert "libtpu" not in sys.modules

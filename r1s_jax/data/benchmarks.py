@@ -1,5 +1,6 @@
 """The four benchmarks of the paper: their names, their files on the hub."""
 
+import re
 from pathlib import Path
 
 from r1s_jax.system.assets import resolve
@@ -19,6 +20,8 @@ _FILES = {
     "bamboogle": f"{_HUB}:bamboogle/test.jsonl",
     "musique": f"{_HUB}:musique/dev.jsonl",
 }
+# What others call them.
+_ALSO_CALLED = {"2wikimultihopqa": "2wiki", "2wikimqa": "2wiki"}
 
 
 def questions_file(name: str) -> Path:
@@ -30,5 +33,7 @@ def questions_file(name: str) -> Path:
 
 
 def benchmark_of(name: str) -> str | None:
-    """The benchmark that a file's name, or a reference, speaks of."""
-    return next((benchmark for benchmark in TITLES if benchmark in name.lower()), None)
+    """The benchmark that a file's name, or a reference, speaks of: one of its words is its name."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    named = [_ALSO_CALLED.get(word, word) for word in words]
+    return next((word for word in named if word in TITLES), None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows
 from r1s_jax.protocol import r1_searcher as protocol
@@ -10,6 +10,21 @@ from r1s_jax.rewards.answer_scores import score_answer
 
 # Of a verdict's names, ours comes first; the other is that of R1-Searcher's published traces.
 VERDICTS = ("judge", "gpt4o_output")
+
+
+class ResultRow(TypedDict):
+    """A row of a file of answers as `r1s eval run` writes it, in the published schema and more."""
+
+    id: int
+    question: str
+    answer: str | list[str]  # the right one, or several
+    pred_ans: str
+    stop_reason_final: str
+    gen_text_store: str  # all that came after the prompt
+    searches: int
+    prompt_tokens: int
+    sampled_tokens: int
+    seconds: float
 
 
 def header_path(results: Path) -> Path:

@@ -3,13 +3,41 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from r1s_jax.data.results import score_row
 from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows, whole_rows
 from r1s_jax.protocol.solution import Solution
+
+
+class SearchRow(TypedDict):
+    """One search of a trajectory."""
+
+    query: str
+    outcome: str
+    documents: list[str]  # passage lines
+    seconds: float
+
+
+class TraceRow(TypedDict):
+    """A row of a run's `traces.jsonl`, but for its `step`."""
+
+    question_id: int
+    question: str
+    answers: list[str]
+    reward: float
+    parts: dict[str, float]
+    advantage: float  # mean over the policy's tokens
+    finish: str  # a name of Finish, in lower case
+    spans: list[tuple[str, bool]]  # (text, written by the policy?)
+    # Of the policy's tokens alone, in order: joined, the texts are the policy's spans.
+    token_advantages: list[tuple[str, float]]
+    searches: list[SearchRow]
+    prompt_tokens: int
+    sampled_tokens: int
+    tokens: int
 
 
 @dataclass(frozen=True)

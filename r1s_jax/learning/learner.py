@@ -25,6 +25,7 @@ from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import (
     BATCH_AXES,
     attention_impl,
+    check_attention,
     param_shardings,
     place,
     replicated,
@@ -135,8 +136,12 @@ class Learner:
         optimizer: optax.GradientTransformation,
         loss: TokenLoss,
     ) -> "Learner":
-        """The learner of a recipe's policy, whose architecture is `model`."""
+        """The learner of a recipe's policy, whose architecture is `model`.
+
+        Raises ConfigError where the recipe's attention backend does not serve it.
+        """
         dtype = np.dtype(policy.compute_dtype)
+        check_attention(policy.attention, mesh, model, dtype)
         return Learner(model, mesh, dtype, policy.remat, optimizer, loss, policy.attention)
 
     def init(self, params: Params, *, keep_reference: bool = False) -> LearnerState:

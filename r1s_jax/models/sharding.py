@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Impl, MeshConfig, ModelConfig
-from r1s_jax.kernels.attention.api import attention, default_impl
+from r1s_jax.kernels.attention.api import attention, check_support, default_impl
 from r1s_jax.models.decoder import RowAttention
 from r1s_jax.models.params import Params, ParamSpec, param_specs
 
@@ -113,6 +113,15 @@ def place(tree: Any, shardings: Any) -> Any:
 def attention_impl(name: str, mesh: Mesh) -> Impl:
     """The attention backend that `policy.attention` means on this mesh."""
     return default_impl(mesh.devices.flat[0].platform) if name == "auto" else name
+
+
+def check_attention(name: str, mesh: Mesh, model: ModelConfig, compute_dtype: Any) -> None:
+    """Raises ConfigError where the attention backend does not serve this model in this dtype."""
+    dtype = np.dtype(compute_dtype).name
+    try:
+        check_support(attention_impl(name, mesh), model.head_dim, {"policy.compute_dtype": dtype})
+    except ValueError as error:
+        raise ConfigError(f"policy.attention={name}: {error}; take another, or auto") from error
 
 
 def row_attention(impl: Impl, mesh: Mesh) -> RowAttention:

@@ -16,7 +16,14 @@ from r1s_jax.data.rows import DataError
 from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained, default_dtype
-from r1s_jax.models.sharding import batch_sharding, batch_shards, make_mesh, place, replicated
+from r1s_jax.models.sharding import (
+    batch_sharding,
+    batch_shards,
+    check_attention,
+    make_mesh,
+    place,
+    replicated,
+)
 from r1s_jax.models.tokenizer import decode, encode, token_strings, token_texts
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.automaton import build_tag_table
@@ -104,11 +111,13 @@ class Engine:
         """Of `policy` everything but its parameters, which `run` is given, on `mesh`.
 
         By default the mesh is all devices, and the dtype what this backend computes in best.
+        Raises ConfigError where the attention backend does not serve the policy.
         """
         self.config, self.render = config, render
         self.mesh = mesh or make_mesh(MeshConfig())
         self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
         compute_dtype = default_dtype() if compute_dtype is None else compute_dtype
+        check_attention(attention, self.mesh, self.model, compute_dtype)
         tags = build_tag_table(
             token_strings(self.tokenizer),
             [query_end, protocol.END_ANSWER],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from r1s_jax.data.traces import SearchRow, TraceRow
 from r1s_jax.learning.advantages import has_signal
 from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.rewards.rules import Reward
@@ -118,7 +119,7 @@ def trace_rows(
     advantages: np.ndarray,
     count: int,
     token_texts: Callable[[Trajectory, int], list[str]],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[TraceRow]:
     """The trajectories of a step that go into `traces.jsonl`: spread over the batch.
 
     `token_texts` gives the text of each token that the policy wrote (see Engine).
@@ -127,33 +128,30 @@ def trace_rows(
     for i in np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(int)):
         question, t = rolled.questions[i], rolled.trajectory
         mask = t.loss_mask[i]
-        yield {
-            "question_id": question.id,
-            "question": question.question,
-            "answers": list(question.answers),
-            "reward": rewards[i].value,
-            "parts": rewards[i].parts,
-            "advantage": float(advantages[i][mask].mean()) if mask.any() else 0.0,
-            "finish": Finish(int(t.finish[i])).name.lower(),
-            "spans": [[text, by_policy] for text, by_policy in rolled.solutions[i].spans],
-            # Of the policy's tokens alone, in order: joined, the texts are the policy's spans.
-            "token_advantages": [
-                [text, float(f"{advantage:.4g}")]
-                for text, advantage in zip(token_texts(t, i), advantages[i][mask], strict=True)
-            ],
-            "searches": [
-                {
-                    "query": s.query,
-                    "outcome": s.outcome,
-                    "documents": list(s.documents),
-                    "seconds": s.seconds,
-                }
+        texts = zip(token_texts(t, i), advantages[i][mask], strict=True)
+        yield TraceRow(
+            question_id=question.id,
+            question=question.question,
+            answers=list(question.answers),
+            reward=rewards[i].value,
+            parts=rewards[i].parts,
+            advantage=float(advantages[i][mask].mean()) if mask.any() else 0.0,
+            finish=Finish(int(t.finish[i])).name.lower(),
+            spans=list(rolled.solutions[i].spans),
+            token_advantages=[(text, float(f"{value:.4g}")) for text, value in texts],
+            searches=[
+                SearchRow(
+                    query=s.query,
+                    outcome=s.outcome,
+                    documents=list(s.documents),
+                    seconds=s.seconds,
+                )
                 for s in rolled.searches[i]
             ],
-            "prompt_tokens": int(t.prompt_lengths[i]),
-            "sampled_tokens": int(mask.sum()),
-            "tokens": int(t.lengths[i]),
-        }
+            prompt_tokens=int(t.prompt_lengths[i]),
+            sampled_tokens=int(mask.sum()),
+            tokens=int(t.lengths[i]),
+        )
 
 
 def _finish_shares(finish: np.ndarray) -> dict[str, float]:

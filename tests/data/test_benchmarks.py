@@ -31,7 +31,13 @@ def test_anything_else_is_a_reference(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "benchmark"),
-    [("eval_set/hotpotqa_500.jsonl", "hotpotqa"), ("2WikiMultihopQA", "2wiki"), ("own", None)],
+    [
+        ("eval_set/hotpotqa_500.jsonl", "hotpotqa"),
+        ("2WikiMultihopQA", "2wiki"),
+        ("own", None),
+        ("my_bamboogle.jsonl.gz", "bamboogle"),
+        ("notmusique.jsonl", None),
+    ],
 )
 def test_a_file_says_which_benchmark_it_is(name, benchmark):
     assert benchmark_of(name) == benchmark

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from r1s_jax.config import MeshConfig
+from r1s_jax.config import ConfigError, MeshConfig, PolicyConfig
+from r1s_jax.learning.learner import Learner
+from r1s_jax.learning.losses import likelihood_loss
 from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import attention_impl, make_mesh, row_attention
 from tests import makers
@@ -77,6 +79,15 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(plain, plai
     step = dict(np.load(tmp_path / "out.npz"))
     np.testing.assert_array_equal(step.pop("tokens"), plain_tokens)
     assert_same_step(step, plain)
+
+
+def test_a_backend_that_does_not_serve_the_policy_is_named():
+    narrow = dataclasses.replace(makers.MODEL, head_dim=24)
+    with pytest.raises(ConfigError, match=r"policy.attention=gpu: head width 24.*powers of two"):
+        makers.make_engine(model=narrow, attention="gpu")
+    policy = PolicyConfig(architecture=narrow, attention="tpu")
+    with pytest.raises(ConfigError, match="policy.attention=tpu: head width 24"):
+        Learner.of(policy, narrow, make_mesh(MeshConfig()), optax.sgd(1.0), likelihood_loss)
 
 
 def test_auto_takes_the_backend_of_the_mesh():
