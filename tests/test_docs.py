@@ -11,7 +11,7 @@ from r1s_jax import cli
 from r1s_jax.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"```bash\n(.*?)```", re.S)
 
 
@@ -49,3 +49,21 @@ def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     missing = [x for x in links if "://" not in x and not (page.parent / x).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    """Where a change goes, what to read first: a file that moved must not be looked for."""
+    starts = ("r1s_jax/", "kernels/", "retrieval/", "eval/", "configs/", "tests/")
+    named = [n for n in re.findall(r"`([\w./-]+)`", page.read_text()) if n.startswith(starts)]
+    named += re.findall(r"\b(?:tests|r1s_jax|kernels)/[\w/]+\.py\b", page.read_text())
+    assert page.name != "AGENTS.md" or len(named) > 40
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_agents_page_tells_where_ten_changes_go():
+    table = (ROOT / "AGENTS.md").read_text().partition("## Where ten changes go")[2]
+    rows = re.findall(r"^\| (an? [^|]+) \| (.+) \|$", table, re.M)
+    assert len(rows) == 10
+    for change, files in rows:
+        assert re.findall(r"`([\w./]+\.py)`", files), change

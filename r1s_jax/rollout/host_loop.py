@@ -1,6 +1,6 @@
 """The search loop driven from the host, one question, one token at a time.
 
-What `r1s ask` streams, and the oracle of the loop inside the program (rollout.py): the same
+What `r1s ask` streams, and the oracle of the loop inside the program (loop.py): the same
 policy and sampler, but tags found in decoded text and control flow in Python.
 """
 

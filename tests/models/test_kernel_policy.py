@@ -86,7 +86,7 @@ def test_a_backend_that_does_not_serve_the_policy_is_named():
     with pytest.raises(ConfigError, match=r"policy.attention=gpu: head width 24.*powers of two"):
         makers.make_engine(model=narrow, attention="gpu")
     policy = PolicyConfig(architecture=narrow, attention="tpu")
-    with pytest.raises(ConfigError, match="policy.attention=tpu: head width 24"):
+    with pytest.raises(ConfigError, match=r"policy.attention=tpu: head width 24"):
         Learner.of(policy, narrow, make_mesh(MeshConfig()), optax.sgd(1.0), likelihood_loss)
 
 
