@@ -120,7 +120,7 @@ class PolicyConfig:
     # What the backward pass recomputes of each layer, for less memory in more time: nothing, all
     # but the products with weights (attention among it), or everything.
     remat: Remat = "none"
-    # Train adapters of this rank beside all weights of the layers, and nothing else (see models/lora.py);
+    # Train adapters of this rank beside all weights of the layers, and nothing else (see lora.py);
     # 0: train everything. Their product counts lora_alpha / lora_rank times.
     lora_rank: int = 0
     lora_alpha: float = 32.0
@@ -189,7 +189,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """Reinforce++ and its relatives: see learning/advantages.py and learning/losses.py for what each name means."""
+    """Reinforce++ and its relatives: see advantages.py and losses.py."""
 
     estimator: Estimator = "reinforce_baseline"
     samples_per_question: int = 16
@@ -279,7 +279,7 @@ class StageConfig:
     """One stage of reinforcement learning; 0 steps skips it."""
 
     steps: int
-    # A name (see rewards/registry.py), module:function of your own, or http://... of a reward server.
+    # A name (rewards/registry.py), module:function of your own, or http://... of a reward server.
     reward: str
     questions_per_step: int = 64
     # The stage also ends after a step in which this share of answers kept the format; 0: it does
