@@ -56,9 +56,12 @@ def compare(
     Returns `n`, and for each score its mean difference, the 95 % bootstrap `interval` of it, and
     on how many questions the second is `better` and `worse`.
     """
-    by_question = {r["question"]: r["scores"] for r in first}
+    by_id = all("id" in row for row in (*first, *second))
+    known = dict(zip(_places(first, by_id), first, strict=True))
     pairs = [
-        (by_question[r["question"]], r["scores"]) for r in second if r["question"] in by_question
+        (known[place]["scores"], r["scores"])
+        for place, r in zip(_places(second, by_id), second, strict=True)
+        if place in known
     ]
     if not pairs:
         return None
@@ -74,6 +77,20 @@ def compare(
                 "worse": int((gain < 0).sum()),
             }
     return result
+
+
+def _places(results: Sequence[Mapping[str, Any]], by_id: bool) -> list[tuple]:
+    """What tells a row from the others of its file: its question, its id, which one of them it is.
+
+    A question may stand in a file several times, with different answers or as several samples.
+    """
+    seen: Counter[tuple] = Counter()
+    places = []
+    for row in results:
+        name = (row["question"], str(row["id"]) if by_id else "")
+        places.append((*name, seen[name]))
+        seen[name] += 1
+    return places
 
 
 def print_tables(summaries: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) -> None:

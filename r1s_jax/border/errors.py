@@ -1,5 +1,15 @@
 """The errors that are the user's to mend; anything else that is raised is a bug of ours."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from r1s_jax.border.text import printable
+
+# Of a message: enough to say what, where and what to do; never the file itself.
+MOST_CHARACTERS = 390
+_MOST_REASON = 200
+
 
 class UserError(Exception):
     """Something outside of the program is not as it must be; the message says what to do.
@@ -11,3 +21,40 @@ class UserError(Exception):
 
 class ConfigError(UserError, ValueError):
     """A field or option that does not exist or a value that it cannot take."""
+
+
+class BadInput(UserError, ValueError):
+    """A file or a reply that cannot be used; the message names it, the place and what was wrong."""
+
+
+def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
+    """On one line, with control characters shown, and cut in the middle where it is longer."""
+    text = printable(" ".join(text.split()))
+    if len(text) <= most:
+        return text
+    head = (most - 5) * 2 // 3
+    return f"{text[:head]} ... {text[len(text) - (most - 5 - head) :]}"
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of somebody else's says, for a message of ours."""
+    said = shorten(str(error), _MOST_REASON)
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+@contextmanager
+def reading(where: str | Path, error: type[UserError] = BadInput) -> Iterator[None]:
+    """Around a reader that is not ours, which may raise anything: within, that becomes `error`.
+
+    Errors of ours pass, as do those of the operating system that name their file, and interrupts.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as caught:
+        if caught.filename is not None:
+            raise
+        raise error(f"{where}: {reason(caught)}") from caught
+    except Exception as caught:
+        raise error(f"{where} cannot be read: {reason(caught)}") from caught

@@ -1,14 +1,17 @@
 """Questions: read from files, streamed in a shuffled order that can be saved and restored."""
 
+import itertools
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grain
 
+from r1s_jax.border.errors import shorten
 from r1s_jax.data.rows import DataError, gold_answers, read_rows
 from r1s_jax.rewards.answer_scores import normalize_answer
+from r1s_jax.system.console import console
 
 
 @dataclass(frozen=True)
@@ -29,31 +32,48 @@ def read_questions(path: str | Path) -> list[Question]:
     Raises DataError on a broken line, an empty question, a missing answer, two rows of one id, or a
     file without questions.
     """
-    questions: dict[int, Question] = {}
+    found: list[tuple[int | None, Question]] = []
+    ids: set[int] = set()
+    unanswerable = 0
     for number, row in read_rows(path):
+        if row.get("answerable") is False:  # MuSiQue has such rows
+            unanswerable += 1
+            continue
         try:
-            question = _parse(row, position=len(questions))
+            question, given = _parse(row), row.get("idx", row.get("id"))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
-        if question.id in questions:
-            raise DataError(f"{path}, line {number}: id {question.id} was used before")
-        questions[question.id] = question
-    if not questions:
+        given = given if isinstance(given, int) and not isinstance(given, bool) else None
+        if given in ids:
+            raise DataError(f"{path}, line {number}: id {given} was used before")
+        ids |= set() if given is None else {given}
+        found.append((given, question))
+    if unanswerable:
+        console.print(f"{path}: {unanswerable} rows that cannot be answered are left out")
+    if not found:
         raise DataError(f"{path}: no questions in this file")
-    return list(questions.values())
+    return _numbered(found, ids)
 
 
-def _parse(row: dict[str, Any], position: int) -> Question:
-    """One row as a Question; ValueError says what is wrong with it."""
+def _numbered(found: Sequence[tuple[int | None, Question]], taken: set[int]) -> list[Question]:
+    """Those without an id of their own are known by their position, or by the next free number."""
+    questions, free = [], itertools.count(len(found))
+    for position, (given, question) in enumerate(found):
+        id = given
+        if id is None:
+            id = position if position not in taken else next(n for n in free if n not in taken)
+            taken.add(id)
+        questions.append(replace(question, id=id))
+    return questions
+
+
+def _parse(row: dict[str, Any]) -> Question:
+    """One row as a Question, its id apart; ValueError says what is wrong with it."""
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
-        raise ValueError("the question is empty")
-    return Question(_row_id(row, position), question.strip(), gold_answers(row))
-
-
-def _row_id(row: dict[str, Any], position: int) -> int:
-    given = row.get("idx", row.get("id"))
-    return given if isinstance(given, int) else position
+        known = shorten(", ".join(map(str, row)), 100)
+        raise ValueError(f"`question` must be a text, and not empty; the keys here are {known}")
+    return Question(0, question.strip(), gold_answers(row))
 
 
 class QuestionStream:

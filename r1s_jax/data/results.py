@@ -1,10 +1,12 @@
 """Files of evaluated questions: their rows, what each row scores, and the header beside them."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows
+from r1s_jax.border.json import read_object
+from r1s_jax.data.rows import DataError, gold_answers, read_rows
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.rewards.answer_scores import score_answer
 
@@ -38,7 +40,7 @@ def read_header(results: Path) -> dict[str, Any] | None:
     Raises DataError for one that is damaged.
     """
     path = header_path(results)
-    return parse_row(path.read_text("utf-8"), path, 1) if path.exists() else None
+    return read_object(path, DataError) if path.exists() else None
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
@@ -46,14 +48,21 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
 
     A row holds `question`, `answer` (a text or a list), `pred_ans`, and perhaps
     `stop_reason_final`, `gen_text_store`, `searches` and a judge's verdict. Raises DataError
-    naming the line of a row without what it needs, or a file without rows.
+    naming the line of a row without what it needs or with another's id, or a file without rows.
     """
-    results = []
+    results, lines = [], {}
     for number, row in read_rows(path):
         try:
             results.append(row | {"scores": score_row(row)})
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
+        place = (row["id"], row["question"]) if isinstance(row.get("id"), int | str) else number
+        if place in lines:
+            raise DataError(
+                f"{path}, line {number}: id {row['id']!r} again, as in line {lines[place]}: each "
+                "question counts once; remove one of the two"
+            )
+        lines[place] = number
     if not results:
         raise DataError(f"{path}: no results in this file")
     return results
@@ -66,8 +75,9 @@ def score_row(row: Mapping[str, Any]) -> dict[str, float]:
         raise ValueError("`pred_ans` must be a text")
     if not isinstance(row.get("question"), str):
         raise ValueError("`question` must be a text")
-    if not isinstance(row.get("searches", 0), int | float):
-        raise ValueError("`searches` must be a number")
+    searches = row.get("searches", 0)
+    if not isinstance(searches, int | float) or not 0 <= searches < math.inf:
+        raise ValueError("`searches` must be a number of at least 0")
     score = score_answer(predicted, golds)
     scores = {
         "em": float(score.exact_match),

@@ -1,13 +1,13 @@
 """Files of rows: read whole, read while they are written, and journals that are gone on with."""
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.border.errors import UserError, shorten
+from r1s_jax.border.json import parse_object
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.tables import is_table, table_rows
 
@@ -29,25 +29,23 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except CorpusError as error:
             raise DataError(str(error)) from error
         return
-    path = Path(path)
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:
+    path, first = Path(path), True
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
         for number, line in _numbered(lines, path):
             if not line.strip():
                 continue
+            if first and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                raise DataError(
+                    f"{path}, line {number}: a JSON array; JSON lines are wanted, one object a "
+                    f"line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
+                )
+            first = False
             yield number, parse_row(line, path, number)
 
 
 def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
     """The JSON object of line `number` of `path`, which a DataError names if it is none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {number}: {error}") from error
-    if not isinstance(row, dict):
-        found = type(row).__name__
-        raise DataError(f"{path}, line {number}: expected a JSON object, found {found}")
-    return row
+    return parse_object(line, f"{path}, line {number}", DataError)
 
 
 def whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -83,23 +81,29 @@ def journal_rows(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in read_rows(path)]
 
 
-def _numbered(lines: Iterable[str], path: Path) -> Iterator[tuple[int, str]]:
-    """Numbers the lines from 1; what cannot be read as text becomes a DataError as well."""
+def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbers the lines from 1; what cannot be unpacked becomes a DataError as well."""
     number = 0
     try:
         for number, line in enumerate(lines, start=1):
             yield number, line
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}, after line {number}: {error}") from error
 
 
 def gold_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The right answers of a row, under `answer` or FlashRAG's `golden_answers`.
 
-    Raises ValueError where there is none.
+    MuSiQue's `answer_aliases` are right as well. Raises ValueError where there is none.
     """
     answer = row.get("answer", row.get("golden_answers"))
     answers = answer if isinstance(answer, list) else [answer]
     if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-        raise ValueError("`answer` must be a text, or a list of texts, none of them empty")
-    return tuple(answers)
+        raise ValueError(
+            "`answer` must be a text, or a list of texts, none of them empty; the keys here are "
+            f"{shorten(', '.join(map(str, row)), 100)}"
+        )
+    aliases = row.get("answer_aliases") or []
+    if not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
+        raise ValueError("`answer_aliases` must be a list of texts")
+    return tuple(dict.fromkeys([*answers, *(a for a in aliases if a.strip())]))

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from r1s_jax.border.schema import check
 from r1s_jax.data.results import score_row
 from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows, whole_rows
 from r1s_jax.protocol.solution import Solution
@@ -22,8 +23,9 @@ class SearchRow(TypedDict):
 
 
 class TraceRow(TypedDict):
-    """A row of a run's `traces.jsonl`, but for its `step`."""
+    """A row of a run's `traces.jsonl`."""
 
+    step: NotRequired[int]  # the writer of the file adds it
     question_id: int
     question: str
     answers: list[str]
@@ -38,6 +40,19 @@ class TraceRow(TypedDict):
     prompt_tokens: int
     sampled_tokens: int
     tokens: int
+
+
+class _Readable(TypedDict):
+    """What a row must have to be shown; those of old runs have no more."""
+
+    step: int
+    question: str
+    answers: list[str]
+    reward: float
+    finish: str
+    spans: list[tuple[str, bool]]
+    token_advantages: NotRequired[list[tuple[str, float]]]
+    searches: list[Any]
 
 
 @dataclass(frozen=True)
@@ -165,18 +180,17 @@ def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str
 
 
 def _of_run(row: dict[str, Any]) -> Trace:
+    row = check(row, _Readable, "this row", DataError)
     trace = Trace(
         row["question"],
         tuple(row["answers"]),
-        [(text, by_policy) for text, by_policy in row["spans"]],
+        row["spans"],
         row["reward"],
         len(row["searches"]),
         row["finish"],
         row["step"],
-        [(text, float(advantage)) for text, advantage in row.get("token_advantages", ())],
+        row.get("token_advantages", ()),
     )
-    if not isinstance(trace.question, str):
-        raise ValueError("`question` must be a text")
     tokens = "".join(text for text, _ in trace.token_advantages)
     if tokens and tokens != "".join(text for text, by_policy in trace.spans if by_policy):
         raise ValueError("the tokens of `token_advantages` do not spell what the policy wrote")
@@ -185,7 +199,10 @@ def _of_run(row: dict[str, Any]) -> Trace:
 
 def _of_answers(row: dict[str, Any]) -> Trace:
     scores = score_row(row)
-    solution = Solution.of_text(row["gen_text_store"])
+    text = row["gen_text_store"]
+    if not isinstance(text, str):
+        raise ValueError("`gen_text_store` must be a text")
+    solution = Solution.of_text(text)
     return Trace(
         row["question"],
         gold_answers(row),

@@ -3,7 +3,7 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
@@ -37,28 +37,53 @@ def score_answer(answer: str | None, gold: str | Sequence[str]) -> AnswerScore:
 
 def f1_score(prediction: str, gold: str | Sequence[str]) -> tuple[float, float, float]:
     """Token (F1, precision, recall) against the gold answer that fits best."""
-    return max(_f1_against(normalize_answer(prediction), g) for g in _normalized(gold))
+    return max(_f1_against(*pair) for pair in _comparable(prediction, gold))
 
 
 def exact_match(prediction: str, gold: str | Sequence[str]) -> bool:
     """Whether the prediction equals a gold answer, both normalised."""
-    return normalize_answer(prediction) in _normalized(gold)
+    return any(predicted == wanted for predicted, wanted in _comparable(prediction, gold))
 
 
 def cover_exact_match(prediction: str, gold: str | Sequence[str]) -> bool:
-    """Whether every token of a gold answer occurs in the prediction, in any order.
+    """Whether every token of a gold answer occurs in the prediction, in any order."""
+    pairs = _comparable(prediction, gold)
+    return any(
+        set(predicted.split(" ")).issuperset(wanted.split(" ")) for predicted, wanted in pairs
+    )
 
-    A gold answer that normalises to nothing ("The") is covered by an empty prediction only.
-    """
+
+def released_f1(prediction: str, gold: str | Sequence[str]) -> float:
+    """F1 to the letter of the released scorer: a gold answer of nothing but articles scores 0."""
+    predicted = normalize_answer(prediction)
+    return max(_f1_against(predicted, normalize_answer(g))[0] for g in _as_list(gold))
+
+
+def released_cover_exact_match(prediction: str, gold: str | Sequence[str]) -> bool:
+    """cover-EM to the letter of the released scorer: silence covers a gold answer of articles."""
     predicted = set(normalize_answer(prediction).split(" "))
-    return any(predicted.issuperset(g.split(" ")) for g in _normalized(gold))
+    return any(predicted.issuperset(normalize_answer(g).split(" ")) for g in _as_list(gold))
 
 
-def _normalized(gold: str | Sequence[str]) -> list[str]:
+def _as_list(gold: str | Sequence[str]) -> Sequence[str]:
     golds = [gold] if isinstance(gold, str) else gold
     if not golds:
         raise ValueError("an answer cannot be scored against an empty list of gold answers")
-    return [normalize_answer(g) for g in golds]
+    return golds
+
+
+def _comparable(prediction: str, gold: str | Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(prediction, gold answer), both normalised.
+
+    Of a gold answer that normalising leaves nothing of ("A", "The The", "!!!"), both only without
+    case and extra space: silence must not pass for it.
+    """
+    for wanted in _as_list(gold):
+        normalized = normalize_answer(wanted)
+        if normalized:
+            yield normalize_answer(prediction), normalized
+        else:
+            yield " ".join(prediction.lower().split()), " ".join(wanted.lower().split())
 
 
 def _f1_against(prediction: str, gold: str) -> tuple[float, float, float]:

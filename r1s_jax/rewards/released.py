@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.solution import Solution
-from r1s_jax.rewards.answer_scores import cover_exact_match, f1_score
+from r1s_jax.rewards.answer_scores import released_cover_exact_match, released_f1
 from r1s_jax.rewards.rules import Reward, has_cjk
 
 _DOCUMENTS = re.compile(
@@ -59,8 +59,8 @@ def _foreign(text: str) -> bool:
 
 def _reward(value: float, solution: Solution, golds: str | Sequence[str], valid: bool) -> Reward:
     answer = _answer(solution.text)
-    f1 = 0.0 if answer is None else f1_score(answer, golds)[0]
-    covered = answer is not None and cover_exact_match(answer, golds)
+    f1 = 0.0 if answer is None else released_f1(answer, golds)
+    covered = answer is not None and released_cover_exact_match(answer, golds)
     searched = float(bool(_searches(solution.text)))
     parts = {"format": float(valid), "searched": searched, "answer_f1": f1}
     return Reward(value, parts | {"cover_exact_match": float(covered)})
@@ -79,14 +79,14 @@ def qwen_zero(solution: Solution, golds: str | Sequence[str]) -> Reward:
         and len(answer.split()) <= _MOST_WORDS
         and not _foreign(text)
     )
-    f1 = 0.0 if answer is None else f1_score(answer, golds)[0]
+    f1 = 0.0 if answer is None else released_f1(answer, golds)
     return _reward(f1 - (0.0 if valid else 2.0), solution, golds, valid)
 
 
 def llama_stage1(solution: Solution, golds: str | Sequence[str]) -> Reward:
     """One for an answer that covers the gold one, else minus one; halves for search and format."""
     text, answer = solution.text, _answer(solution.text)
-    hit = answer is not None and cover_exact_match(answer, golds)
+    hit = answer is not None and released_cover_exact_match(answer, golds)
     searched = (_searches(text) or 0) >= 1
     valid = _thought_once(text) and _answered_once(text)
     value = (1.0 if hit else -1.0) + 0.5 * searched + 0.5 * valid
@@ -102,5 +102,5 @@ def llama_stage2(solution: Solution, golds: str | Sequence[str]) -> Reward:
         and _answered_once(text)
         and not _foreign(text)
     )
-    f1 = 0.0 if answer is None else f1_score(answer, golds)[0]
+    f1 = 0.0 if answer is None else released_f1(answer, golds)
     return _reward(f1 - (0.0 if valid else 1.0), solution, golds, valid)

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
 from r1s_jax.data.rows import DataError, rows_so_far
 from r1s_jax.data.traces import Trace, sample_traces
 from r1s_jax.models.checkpoint import run_of
@@ -168,34 +170,29 @@ def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; {} where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(path, DataError) if path.exists() else {}
+
+
+class _Fired(TypedDict):
+    signal: str
+    level: str
+    value: float
+    advice: str
+
+
+class _StepRow(TypedDict):
+    """What every row of metrics has, and some have."""
+
+    step: int
+    health: NotRequired[list[_Fired]]
 
 
 def _read_steps(path: Path) -> list[dict[str, Any]]:
     """Rows with a step each, in the order of the steps; [] where there is no file."""
     rows = rows_so_far(path)
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("step"), int):
-            raise DataError(f"{path}, row {number}: `step` must be a whole number")
-        if not _are_alarms(row.get("health", [])):
-            raise DataError(
-                f"{path}, row {number}: `health` must list objects with signal, level, value and "
-                f"advice; found {row['health']!r}"
-            )
+        check(row, _StepRow, f"{path}, row {number}", DataError)
     return sorted(rows, key=lambda row: row["step"])
-
-
-def _are_alarms(value: Any) -> bool:
-    keys = {"signal", "level", "value", "advice"}
-    return isinstance(value, list) and all(isinstance(a, dict) and keys <= {*a} for a in value)
 
 
 def _letter(index: int) -> str:

@@ -56,9 +56,9 @@ def test_reads_a_byte_order_mark(tmp_path):
     [
         ('{"question": "who?"', "delimiter"),
         ('["who?", "x"]', "JSON object"),
-        ('{"question":' * 100_000, "recursion"),
-        ('{"answer": "x"}', "question is empty"),
-        ('{"question": "  ", "answer": "x"}', "question is empty"),
+        ('{"question":' * 100_000, "nested deeper"),
+        ('{"answer": "x"}', "question` must be a text, and not empty"),
+        ('{"question": "  ", "answer": "x"}', "question` must be a text, and not empty"),
         ('{"question": "who?"}', "answer"),
         ('{"question": "who?", "answer": []}', "answer"),
         ('{"question": "who?", "answer": ["x", ""]}', "answer"),

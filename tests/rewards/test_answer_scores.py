@@ -43,9 +43,14 @@ def test_the_best_of_several_gold_answers_counts():
         answers.f1_score("new york", [])
 
 
-def test_cover_exact_match_of_an_answer_of_nothing_but_an_article():
-    assert not answers.cover_exact_match("New York", "The")
-    assert answers.cover_exact_match("", "The")
+@pytest.mark.parametrize("gold", ["A", "The The", "!!!", "an"])
+def test_a_gold_answer_that_normalises_to_nothing_is_not_answered_by_silence(gold):
+    for wrong in ("", "New York", "..."):
+        score = answers.score_answer(wrong, gold)
+        assert not (score.exact_match or score.cover_exact_match or score.f1), wrong
+    score = answers.score_answer(f" {gold.lower()} ", gold)
+    assert score.exact_match and score.cover_exact_match and score.f1 == 1
+    assert answers.score_answer("Rome", [gold, "Rome"]).exact_match
 
 
 @given(st.text(), st.text(min_size=1))
