@@ -24,6 +24,14 @@ def join_line(title: str, text: str) -> str:
     return f"{title}   {text}" if title else text
 
 
+def contents_line(contents: str) -> str:
+    """A line of Search-R1's `contents`: a title in quotes, a newline, the text; or the text."""
+    title, newline, body = contents.partition("\n")
+    if not newline:
+        return join_line("", title)
+    return join_line(title.removeprefix('"').removesuffix('"'), body)
+
+
 _title = property(lambda self: split_line(self.line)[0], doc="Of the page; may be empty.")
 _text = property(lambda self: split_line(self.line)[1], doc="Without the title.")
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from r1s_jax.border.errors import UserError
-from r1s_jax.retrieval.api import Passage, join_line
+from r1s_jax.retrieval.api import Passage, contents_line, join_line
 
 PASSAGES_FILE = "passages.tsv"
 OFFSETS_FILE = "offsets.npy"
@@ -109,10 +109,7 @@ def row_passage(row: Any) -> Passage:
             raise ValueError(f"{key!r} is missing, or no text")
     if "contents" not in row:
         return Passage(str(row["id"]), join_line(row["title"], row["text"]))
-    title, newline, body = row["contents"].partition("\n")
-    if not newline:
-        title, body = "", title
-    return Passage(str(row["id"]), join_line(title.removeprefix('"').removesuffix('"'), body))
+    return Passage(str(row["id"]), contents_line(row["contents"]))
 
 
 def _unless_cut(path: Path, file: BinaryIO) -> Iterator[bytes]:

@@ -5,17 +5,44 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import urllib3
+import msgspec
 from cachetools import LRUCache
 
-from r1s_jax.border.errors import ConfigError, UserError
-from r1s_jax.retrieval.api import Hit, join_line
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.http import Client, ServerError, without_credentials
+from r1s_jax.border.json import parse_object
+from r1s_jax.border.schema import check
+from r1s_jax.retrieval.api import Hit, contents_line, join_line
 
-RETRY_STATUS = (429, 500, 502, 503, 504)
 
-
-class RemoteError(UserError, RuntimeError):
+class RemoteError(ServerError):
     """A search engine that cannot be reached, fails, or does not answer what was asked."""
+
+
+class _Lines(msgspec.Struct):
+    """R1-Searcher's reply."""
+
+    answers: list[list[str]]
+
+
+class _Document(msgspec.Struct):
+    """A passage of Search-R1's reply; other servers of its kind tell title and text apart."""
+
+    contents: str | None = None
+    title: str | None = None
+    text: str | None = None
+    id: str | int | None = None
+
+
+class _Found(msgspec.Struct):
+    document: _Document
+    score: float | None = None
+
+
+class _Documents(msgspec.Struct):
+    """Search-R1's reply; without scores its server returns bare documents."""
+
+    result: list[list[Any]]
 
 
 class HttpRetriever:
@@ -35,27 +62,19 @@ class HttpRetriever:
         connections: int = 32,
         cached_queries: int = 100_000,
     ):
-        """`retries` are of lost connections, 429 and 5xx, with pauses that double from 0.25 s.
+        """`timeout_s` is for all tries together; they are repeated after lost connections, 429 and
+        5xx, with pauses that double from 0.25 s.
 
-        Raises ValueError for a URL of neither contract.
+        Raises ConfigError for a URL of neither contract.
         """
         contract = urlsplit(url).path.rstrip("/").rpartition("/")[2]
         if contract not in ("queries", "retrieve"):
             raise ConfigError(
-                f"{url}: a retriever's URL ends in /queries (R1-Searcher) or /retrieve (Search-R1)"
+                f"{without_credentials(url)}: a retriever's URL ends in /queries (R1-Searcher) or "
+                "/retrieve (Search-R1)"
             )
         self.url, self._contract = url, contract
-        self._pool = urllib3.PoolManager(
-            maxsize=connections,
-            timeout=urllib3.Timeout(total=timeout_s),
-            retries=urllib3.Retry(
-                retries,
-                backoff_factor=0.25,
-                status_forcelist=RETRY_STATUS,
-                allowed_methods=None,  # a search changes nothing, so POST may be sent again
-                redirect=0,
-            ),
-        )
+        self._client = Client(timeout_s=timeout_s, retries=retries, connections=connections)
         self._cache: LRUCache[tuple[str, int], list[Hit]] = LRUCache(cached_queries)
         self._lock = threading.Lock()
 
@@ -78,39 +97,41 @@ class HttpRetriever:
             body = {"queries": queries, "k": k}
         else:
             body = {"queries": queries, "topk": k, "return_scores": True}
+        where = f"{without_credentials(self.url)}: not a reply of the contract /{self._contract}"
         try:
-            response = self._pool.request("POST", self.url, json=body)
-        except urllib3.exceptions.HTTPError as error:
-            raise RemoteError(f"{self.url}: {error}") from error
-        if response.status != 200:
-            raise RemoteError(f"{self.url}: status {response.status}: {response.data[:200]!r}")
-        try:
-            reply = response.json()
-            if self._contract == "queries":
-                rows = [[_of_line(line) for line in row] for row in reply["answers"]]
-            else:
-                rows = [[_of_document(hit) for hit in row] for row in reply["result"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RemoteError(
-                f"{self.url}: not a reply of the contract /{self._contract} "
-                f"({error!r}): {response.data[:200]!r}"
-            ) from error
+            data = self._client.post(self.url, body)
+        except ServerError as error:
+            raise RemoteError(str(error)) from error
+        reply = parse_object(data, where, RemoteError)
+        if self._contract == "queries":
+            answers = check(reply, _Lines, where, RemoteError).answers
+            rows = [[_of_line(line) for line in row] for row in answers]
+        else:
+            rows = [
+                [_of_document(hit, where) for hit in row]
+                for row in check(reply, _Documents, where, RemoteError).result
+            ]
         if len(rows) != len(queries):
-            raise RemoteError(f"{self.url}: {len(rows)} answers to {len(queries)} queries")
+            raise RemoteError(f"{where}: {len(rows)} answers to {len(queries)} queries")
         return [row[:k] for row in rows]
 
 
-def _of_line(line: Any) -> Hit:
+def _of_line(line: str) -> Hit:
     """`{id}\\t{passage}` or the passage alone."""
-    if not isinstance(line, str):
-        raise TypeError(f"a document must be a text, not {line!r}")
     id, tab, rest = line.partition("\t")
     return Hit(id, float("nan"), rest) if tab and id.isdigit() else Hit("", float("nan"), line)
 
 
-def _of_document(hit: Any) -> Hit:
-    """Search-R1's `"Title"\\ntext`; without scores the server returns bare documents."""
-    document = hit.get("document", hit)
-    title, newline, text = document["contents"].partition("\n")
-    line = join_line(title.strip('"'), text) if newline else document["contents"]
-    return Hit(str(document.get("id", "")), float(hit.get("score", "nan")), line)
+def _of_document(hit: Any, where: str) -> Hit:
+    """One hit of Search-R1's reply, or a bare document."""
+    bare = not isinstance(hit, dict) or "document" not in hit
+    found = check({"document": hit} if bare else hit, _Found, where, RemoteError)
+    document, score = found.document, found.score
+    if document.contents is not None:
+        line = contents_line(document.contents)
+    elif document.text is not None:
+        line = join_line(document.title or "", document.text)
+    else:
+        raise RemoteError(f"{where}: a document without `contents` or `text`")
+    id = "" if document.id is None else str(document.id)
+    return Hit(id, float("nan") if score is None else score, line)

@@ -19,9 +19,10 @@ from cachetools import LRUCache
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.http import RETRY_STATUS
 from r1s_jax.retrieval.api import Hit, join_line
 from r1s_jax.retrieval.encoder import Encoder
-from r1s_jax.retrieval.http import RETRY_STATUS, RemoteError
+from r1s_jax.retrieval.http import RemoteError
 
 SERPER = "https://google.serper.dev/search"
 _PASSAGE_WORDS = 100  # as the KILT corpus is split

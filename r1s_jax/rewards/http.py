@@ -6,9 +6,12 @@
 import math
 from collections.abc import Sequence
 
-import urllib3
+import msgspec
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.border.errors import BadInput, UserError, shorten
+from r1s_jax.border.http import Client, without_credentials
+from r1s_jax.border.json import parse_object
+from r1s_jax.border.schema import check
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.rules import Reward, reward_parts
 from r1s_jax.system.distributed import on_main
@@ -21,18 +24,18 @@ class RewardServerError(UserError, RuntimeError):
     """A reward server that does not answer, or answers something else than rewards."""
 
 
+class _Rewards(msgspec.Struct):
+    """The released servers' reply."""
+
+    rewards: list[float]
+
+
 class HttpReward:
     """Asks one server for the rewards of a batch; with several processes, the first one asks."""
 
     def __init__(self, url: str):
         self.url = url
-        retry = urllib3.Retry(
-            _RETRIES,
-            backoff_factor=0.5,
-            status_forcelist=(429, 502, 503, 504),
-            allowed_methods=None,
-        )
-        self._pool = urllib3.PoolManager(timeout=_TIMEOUT_S, retries=retry)
+        self._client = Client(timeout_s=_TIMEOUT_S, retries=_RETRIES)
 
     def __call__(
         self,
@@ -53,18 +56,17 @@ class HttpReward:
         ]
 
     def _ask(self, queries: list[str]) -> list[float]:
+        where = f"the reward server {without_credentials(self.url)}"
         try:
-            response = self._pool.request("POST", self.url, json={"query": queries})
-            if response.status != 200:
-                raise ValueError(f"status {response.status}: {response.data[:200]!r}")
-            values = [float(value) for value in response.json()["rewards"]]
-            if len(values) != len(queries) or not all(map(math.isfinite, values)):
-                raise ValueError(
-                    f"{len(values)} rewards for {len(queries)} solutions, or one is not finite"
+            reply = parse_object(self._client.post(self.url, {"query": queries}), where)
+            rewards = check(reply, _Rewards, where).rewards
+            if len(rewards) != len(queries) or not all(map(math.isfinite, rewards)):
+                raise BadInput(
+                    f"{len(rewards)} rewards for {len(queries)} solutions, or one is not finite"
                 )
-        except (urllib3.exceptions.HTTPError, ValueError, KeyError, TypeError) as error:
+        except UserError as error:
             raise RewardServerError(
-                f"the reward server {self.url} gave no rewards: {type(error).__name__}: {error}. "
+                f"{where} gave no rewards: {shorten(str(error), 200)}. "
                 "Check it, then go on with --resume."
             ) from error
-        return values
+        return rewards

@@ -42,10 +42,10 @@ def test_a_server_that_is_busy_is_asked_again():
     ("reply", "message"),
     [
         ((400, {}), "status 400"),
-        ((200, {"scores": [1, 2, 3]}), "KeyError"),
+        ((200, {"scores": [1, 2, 3]}), "missing required field `rewards`"),
         ((200, {"rewards": [1, 2]}), "2 rewards for 3"),
         ((200, {"rewards": [1, 2, float("nan")]}), "not finite"),
-        ((200, {"rewards": ["a", 1, 2]}), "ValueError"),
+        ((200, {"rewards": ["a", 1, 2]}), "Expected `float`"),
         ((200, b"<html>"), "gave no rewards"),
     ],
 )

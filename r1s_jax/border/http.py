@@ -1,0 +1,151 @@
+"""Asking a server of others: one deadline over the whole request, and a limit on the reply.
+
+urllib3's own timeouts are for each read: a server that sends a byte a second would outlast them.
+"""
+
+import contextlib
+import socket
+import threading
+import time
+from typing import Any
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from r1s_jax.border.errors import UserError, reason
+
+RETRY_STATUS = (429, 500, 502, 503, 504)
+MOST_BYTES = 32 * 2**20
+_CHUNK = 1 << 16
+
+
+class ServerError(UserError, RuntimeError):
+    """A server that cannot be reached, is too slow, fails, or says too much."""
+
+
+class _Watch(threading.local):
+    """The deadline of the request that this thread makes, and what ends it then."""
+
+    deadline: float = 0.0
+    timer: threading.Timer | None = None
+
+
+_watch = _Watch()
+
+
+class _Deadline:
+    """A connection that is shut down when the deadline has passed, whatever it waits for."""
+
+    def getresponse(self) -> Any:
+        stop_watching()
+        left = max(0.01, _watch.deadline - time.monotonic())
+        _watch.timer = threading.Timer(left, _shut, [self.sock])
+        _watch.timer.daemon = True
+        _watch.timer.start()
+        return super().getresponse()
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # closed already
+        sock.shutdown(socket.SHUT_RDWR)  # a read that blocks returns
+
+
+def stop_watching() -> None:
+    """Forgets the deadline of this thread's last request."""
+    if _watch.timer:
+        _watch.timer.cancel()
+        _watch.timer = None
+
+
+class _Plain(_Deadline, HTTPConnection):
+    pass
+
+
+class _Secure(_Deadline, HTTPSConnection):
+    pass
+
+
+class _PlainPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _Secure
+
+
+class Client:
+    """Posts JSON to servers; any number of threads may use it at once."""
+
+    def __init__(self, *, timeout_s: float, retries: int, connections: int = 1):
+        """`timeout_s` is for a whole request with its retries: of lost connections, 429 and 5xx."""
+        self._timeout_s = timeout_s
+        self._pool = urllib3.PoolManager(
+            maxsize=connections,
+            retries=urllib3.Retry(
+                retries,
+                backoff_factor=0.25,
+                status_forcelist=RETRY_STATUS,
+                allowed_methods=None,  # what is asked changes nothing: POST may be sent again
+                redirect=0,
+            ),
+        )
+        self._pool.pool_classes_by_scheme = {"http": _PlainPool, "https": _SecurePool}
+
+    def post(self, url: str, body: Any, most_bytes: int = MOST_BYTES) -> bytes:
+        """The bytes of a reply with status 200.
+
+        Raises ServerError, naming the server without its credentials, for anything else.
+        """
+        where = without_credentials(url)
+        _watch.deadline = time.monotonic() + self._timeout_s
+        try:
+            return self._ask(url, where, body, most_bytes)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            late = time.monotonic() >= _watch.deadline
+            why = f"no whole answer within {self._timeout_s:g} s" if late else _reason(error)
+            raise ServerError(f"{where}: {why}") from None
+        finally:
+            stop_watching()
+
+    def _ask(self, url: str, where: str, body: Any, most_bytes: int) -> bytes:
+        response = self._pool.request(
+            "POST",
+            url,
+            json=body,
+            preload_content=False,
+            timeout=urllib3.Timeout(connect=self._timeout_s, read=self._timeout_s),
+        )
+        try:
+            data = bytearray()
+            while chunk := response.read1(_CHUNK):
+                data += chunk
+                if len(data) > most_bytes:
+                    raise ServerError(f"{where}: the reply is over {most_bytes >> 20} MiB")
+            if response.status != 200:
+                raise ServerError(f"{where}: status {response.status}: {bytes(data[:150])!r}")
+            if time.monotonic() >= _watch.deadline:
+                raise TimeoutError
+            length = response.headers.get("content-length", "")
+            if (
+                length.isdigit()
+                and int(length) > len(data)
+                and not response.headers.get("content-encoding")
+            ):
+                raise ServerError(f"{where}: the reply broke off after {len(data)} bytes")
+        except BaseException:
+            response.close()
+            raise
+        response.release_conn()
+        return bytes(data)
+
+
+def _reason(error: Exception) -> str:
+    """What is at the bottom of an error that names its pool and its address again and again."""
+    return reason(getattr(error, "reason", None) or error)
+
+
+def without_credentials(url: str) -> str:
+    """The address for messages and files: who asked, and with which key, is nobody's business."""
+    parts = urllib3.util.parse_url(url)
+    hidden = parts._replace(auth="***" if parts.auth else None)
+    return hidden._replace(query="***" if parts.query else None).url
