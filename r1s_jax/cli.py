@@ -5,7 +5,7 @@ import traceback
 
 import typer
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.commands import bench, corpus, data, index, look, model, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.system.chips import hide_tpu_runtime
@@ -73,7 +73,7 @@ def main() -> None:
         if not expected or os.environ.get("R1S_DEBUG") == "1":
             traceback.print_exc()
         else:
-            typer.secho(f"error: {error}", fg="red", err=True)
+            typer.secho(f"error: {shorten(str(error))}", fg="red", err=True)
         leave(1, all_know=expected)
 
 

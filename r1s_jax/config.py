@@ -147,7 +147,7 @@ class RolloutConfig:
     max_turn_length: int = 512  # tokens the policy writes between two searches
     max_searches: int = 8
     documents_per_query: int = 3
-    max_query_length: int = 64
+    max_query_length: int = 128  # the longest published one has 105
     max_documents_length: int = 768
     stop_at_answer: bool = True  # `</answer>` ends a trajectory, as the end of sequence does
     first_search: bool = False  # the system searches the question itself before the policy starts
@@ -179,7 +179,7 @@ class SearchConfig:
     retries: int = 2  # after a query that raised
     # With several processes: each opens the index for its own searches, or process 0 for all.
     served_by: Literal["each", "main"] = "each"
-    # Share of queries that may fail (time out, raise, find nothing) before the run stops.
+    # Share of queries that may fail (time out, raise) before the run stops.
     max_failure_rate: float = 0.2
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ def demonstrations_of(
         return demonstration_batch(
             environment.demonstrations(step, config.cold_start.batch_size),
             engine.encode,
-            environment.render,
+            engine.prompt_tokens,
             engine.document_tokens,
             capacity=config.optimizer.pack_length or config.rollout.max_length,
             micro_rows=config.optimizer.micro_rows * batch_shards(engine.mesh),
@@ -106,7 +106,7 @@ def cold_start_end(config: ColdStartConfig, cooldown_from: int | None) -> int:
 def demonstration_batch(
     demonstrations: Sequence[Demonstration],
     encode: Callable[[str], list[int]],
-    render: Callable[[str], str],
+    prompt_tokens: Callable[[str], list[int]],
     document_tokens: Callable[[Sequence[str]], list[int]],
     *,
     capacity: int,
@@ -119,7 +119,7 @@ def demonstration_batch(
     What is longer than `capacity` loses its end. Returns the batch and the number of micro-batches
     that hold anything.
     """
-    rows = [_tokens(d, encode, render, document_tokens) for d in demonstrations]
+    rows = [_tokens(d, encode, prompt_tokens, document_tokens) for d in demonstrations]
     rows = [(ids[:capacity], weights[:capacity]) for ids, weights in rows]
     lengths = np.array([len(tokens) for tokens, _ in rows])
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
@@ -137,11 +137,11 @@ def demonstration_batch(
 def _tokens(
     demonstration: Demonstration,
     encode: Callable[[str], list[int]],
-    render: Callable[[str], str],
+    prompt_tokens: Callable[[str], list[int]],
     document_tokens: Callable[[Sequence[str]], list[int]],
 ) -> tuple[list[int], list[float]]:
     """Token ids and loss weights of prompt and solution."""
-    ids = encode(render(demonstration.question))
+    ids = list(prompt_tokens(demonstration.question))
     weights = [0.0] * len(ids)
     for text, weight in demonstration.spans:
         retrieved = not weight and protocol.BEGIN_DOCUMENTS in text

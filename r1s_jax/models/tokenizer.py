@@ -3,11 +3,12 @@
 Nothing here names a tokenizer's class: whatever `transformers` loads will do.
 """
 
-import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from tokenizers import (
     AddedToken,
     Regex,
@@ -20,6 +21,10 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from r1s_jax.border.errors import reading
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
+from r1s_jax.border.text import whole
 from r1s_jax.config import ModelConfig
 from r1s_jax.models.gguf import GGUFFile, WeightsError, gguf_in, open_gguf
 
@@ -35,6 +40,7 @@ _WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _DECODED_AT_ONCE = 32  # tokens
 
 
@@ -44,14 +50,15 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Never touches the network. Raises WeightsError when there is none or its kind is not supported.
     """
     if file := gguf_in(path):
-        return _from_gguf(open_gguf(file))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(Path(path), local_files_only=True)
+        with reading(f"{file}: the tokenizer", WeightsError):
+            return _from_gguf(open_gguf(file))
+    with reading(f"{path}: the tokenizer", WeightsError):
+        tokenizer = AutoTokenizer.from_pretrained(
+            Path(path), local_files_only=True, trust_remote_code=False
+        )
         for how_loaded in ("local_files_only", "is_local"):
             tokenizer.init_kwargs.pop(how_loaded, None)  # else saved as if it were the tokenizer's
         return tokenizer
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: no tokenizer could be loaded: {error}") from error
 
 
 def _from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
@@ -118,7 +125,35 @@ def _pre_tokenizer(pre: str, file: GGUFFile) -> pre_tokenizers.PreTokenizer:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that stands inside a sequence."""
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(whole(text), add_special_tokens=False)
+
+
+def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that begins a sequence: what the tokenizer puts first, once.
+
+    A chat template writes it itself. What a tokenizer puts last is left away: the text goes on.
+    """
+    ids, inside = tokenizer.encode(whole(text)), encode(tokenizer, text)
+    at = next((n for n in range(3) if ids[n : n + len(inside)] == inside), 0)
+    first = ids[:at]
+    return inside if inside[: len(first)] == first else first + inside
+
+
+def foreign(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """Makes text of others free of the tokenizer's control tokens: each gets a space inside.
+
+    Encoded as it is, a document that spells `<|im_end|>` would end the turn.
+    """
+    names = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if len(token.content.strip()) > 1 and (token.special or token.content.startswith("<"))
+    ]
+    if not names:
+        return whole
+    names.sort(key=len, reverse=True)
+    control = re.compile("|".join(map(re.escape, names)))
+    return lambda text: control.sub(lambda name: f"{name[0][0]} {name[0][1:]}", whole(text))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -168,6 +203,12 @@ def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> l
     return texts
 
 
+class _Generation(msgspec.Struct):
+    """Of a generation_config.json, what is read here."""
+
+    eos_token_id: TokenId | list[TokenId] | None = None
+
+
 def eos_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> tuple[int, ...]:
     """Every id that ends a generation, the first being the one to write.
 
@@ -180,12 +221,18 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) 
             open_gguf(gguf).metadata(f"tokenizer.ggml.{k}_token_id", None) for k in ("eos", "eot")
         ]
     elif path is not None and (file := Path(path) / "generation_config.json").exists():
-        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        eos = check(read_object(file, WeightsError), _Generation, file, WeightsError).eos_token_id
         ids += eos if isinstance(eos, list) else [eos]
     ids.append(tokenizer.eos_token_id)
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     ids += [added.get(marker) for marker in END_MARKERS]
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
+    known = tuple(dict.fromkeys(i for i in ids if i is not None))
+    if not known:
+        raise WeightsError(
+            f"{path or 'the tokenizer'}: nothing says which token ends a text: set eos_token_id in "
+            "generation_config.json"
+        )
+    return known
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:

@@ -1,10 +1,13 @@
 """From a question to the text that a policy is started with."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.errors import ConfigError, reason
 from r1s_jax.protocol import r1_searcher as protocol
+
+_TEMPLATE_SECONDS = 20.0
 
 
 def render_prompt(template: str, question: str) -> str:
@@ -24,10 +27,41 @@ def chat_renderer(tokenizer: Any) -> Callable[[str], str]:
             {"role": "system", "content": protocol.CHAT_PROMPT},
             {"role": "user", "content": question},
         ]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text + protocol.BEGIN_THINK
+        text = _within(
+            _TEMPLATE_SECONDS,
+            lambda: tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            ),
+        )
+        # Templates of models that think open the reasoning themselves.
+        opened = text.rstrip().endswith(protocol.BEGIN_THINK)
+        return text if opened else text + protocol.BEGIN_THINK
 
     return render
+
+
+def _within(seconds: float, action: Callable[[], str]) -> str:
+    """What a template of others gives, if it does so in time; ConfigError for anything else."""
+    result: list[str] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(action())
+        except BaseException as error:
+            failed.append(error)
+
+    # A daemon: a template that loops for ever must not keep the process alive.
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise ConfigError(f"the tokenizer's chat template fails: {reason(failed[0])}")
+    if not result:
+        raise ConfigError(f"the tokenizer's chat template gives nothing within {seconds:g} s")
+    if not isinstance(result[0], str):
+        raise ConfigError("the tokenizer's chat template gives no text")
+    return result[0]
 
 
 def renderer(template: str | None, tokenizer: Any) -> Callable[[str], str]:

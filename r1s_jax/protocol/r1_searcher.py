@@ -15,7 +15,12 @@ END_THINK = "</think>"
 BEGIN_ANSWER = "<answer>"
 END_ANSWER = "</answer>"
 
-_LINE_ID = re.compile(r"^\d+\s+")
+# An id and its tab, not a title that begins with a number.
+_LINE_ID = re.compile(r"^\d+\t")
+_TAGS = (BEGIN_QUERY, END_QUERY, BEGIN_DOCUMENTS, END_DOCUMENTS)
+_TAGS += (BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER)
+_FOREIGN_TAGS = re.compile("|".join(map(re.escape, _TAGS)))
+_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _NUMBERED = re.compile(r"^\((\d+)\)", re.MULTILINE)
 
 # The prompt of a base model; ends inside the reasoning, so the policy starts by thinking.
@@ -51,24 +56,31 @@ def query_call(query: str) -> str:
     return f"{BEGIN_QUERY} {query} {END_QUERY}"
 
 
+def neutral(text: str) -> str:
+    """Text of others without what would end a block or speak for the policy.
+
+    Tags of the protocol get a space inside, line breaks become spaces.
+    """
+    return _BREAKS.sub(" ", _FOREIGN_TAGS.sub(lambda tag: f"{tag[0][0]} {tag[0][1:]}", text))
+
+
 def document_block(documents: Sequence[str]) -> str:
     """What the system appends after the model's `<|end_of_query|>`.
 
-    Each document is a passage line; a leading numeric id is cut. Without documents the body
-    is `None`.
+    Each document is a passage line, cut of the id and tab that a line of a corpus file begins
+    with; what it quotes of the protocol is made harmless (see `neutral`). Without documents the
+    body is `None`.
     """
-    lines = [f"({i}){_LINE_ID.sub('', doc)}\n" for i, doc in enumerate(documents, start=1)]
+    lines = [f"({i}){neutral(_LINE_ID.sub('', doc))}\n" for i, doc in enumerate(documents, start=1)]
     body = "".join(lines) if lines else "None\n"
     return f"\n\n{BEGIN_DOCUMENTS}\n{body}{END_DOCUMENTS}\n\n"
 
 
 def documents_of(block: str) -> list[str]:
-    """The passage lines of a `document_block`, their place in it as their id; [] for `None`."""
+    """The passage lines of a `document_block`; [] for `None`."""
     body = block.partition(f"{BEGIN_DOCUMENTS}\n")[2].partition(END_DOCUMENTS)[0]
     _, *parts = _NUMBERED.split(body)
-    return [
-        f"{i} {doc.removesuffix(chr(10))}" for i, doc in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    return [doc.removesuffix("\n") for doc in parts[1::2]]
 
 
 def extract_query(turn: str) -> str | None:

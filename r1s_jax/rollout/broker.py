@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from r1s_jax.border.errors import ConfigError, UserError
+from r1s_jax.border.errors import ConfigError, UserError, reason, shorten
+from r1s_jax.border.text import whole
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.retrieval.api import Retriever
@@ -24,6 +25,11 @@ from r1s_jax.system.distributed import gather
 
 # With nothing else to do the program waits this long for documents before it asks again.
 _IDLE_WAIT_S = 0.02
+# What becomes of a search: these are the retriever's doing, those the policy's.
+FAILED, VOID = ("timeout", "error"), ("bad_query", "long_query")
+# A retriever that finds nothing in so many searches of a rollout, and nothing else, is broken.
+_ALL_EMPTY = 64
+_CHARACTERS_A_TOKEN = 32  # more than any text takes, runs of white space apart
 # Fewer failures than this never stop a rollout midway, whatever their share.
 _MIN_FAILURES = 8
 
@@ -38,7 +44,7 @@ class Search:
 
     trajectory: int  # row in the rollout's batch
     query: str
-    outcome: str = "pending"  # found, empty, timeout, error, bad_query
+    outcome: str = "pending"  # found, empty, one of FAILED, one of VOID
     documents: tuple[str, ...] = ()
     seconds: float = 0.0
     detail: str = ""
@@ -62,8 +68,10 @@ class Broker:
         documents_per_query: int,
         max_documents_length: int,
         extract_query: Callable[[str], str | None] = protocol.extract_query,
+        clean: Callable[[str], str] = whole,
     ):
-        self.config = config
+        """`clean` makes the text of documents harmless to the tokenizer (see tokenizer.foreign)."""
+        self.config, self._clean = config, clean
         self._decode, self._encode, self._extract = decode, encode, extract_query
         self._k, self._width = documents_per_query, max_documents_length
         self._changed = threading.Condition()
@@ -86,8 +94,15 @@ class Broker:
 
     @property
     def failures(self) -> int:
-        """Searches that brought no documents through no fault of the policy."""
-        return sum(self._counts[outcome] for outcome in ("timeout", "error", "empty"))
+        """Searches that failed; one that found nothing has not, unless that is all they ever do."""
+        failed = sum(self._counts[outcome] for outcome in FAILED)
+        empty = self._counts["empty"]
+        return failed + (empty if empty >= _ALL_EMPTY and not self._counts["found"] else 0)
+
+    @property
+    def _total(self) -> int:
+        """Searches that were made: what the policy failed to ask was none."""
+        return sum(self._counts.values()) - sum(self._counts[outcome] for outcome in VOID)
 
     def share(self) -> None:
         """Adds what the brokers of the other processes saw, so that all judge it alike."""
@@ -101,15 +116,20 @@ class Broker:
 
     def check(self) -> None:
         """Raises SearchFailure when too many searches failed, now or midway in the rollout."""
-        total = sum(self._counts.values()) - self._counts["bad_query"]
+        total = self._total
         if self._stopped or self.failures > self.config.max_failure_rate * total:
-            details = Counter(f"{s.outcome}: {s.detail}" for s in self.log if s.detail)
-            common = "; ".join(f"{text} ({n}x)" for text, n in details.most_common(3))
             raise SearchFailure(
-                f"{self.failures} of {total} searches brought no documents "
-                f"({common or 'nothing found'}). The limit is search.max_failure_rate="
-                f"{self.config.max_failure_rate}. Check the retriever, then resume."
+                f"{self.failures} of {total} searches failed ({self.common_failures()}). The limit "
+                f"is search.max_failure_rate={self.config.max_failure_rate}. Check the retriever, "
+                "then resume."
             )
+
+    def common_failures(self) -> str:
+        """The most frequent reasons, for a message."""
+        failed = [s for s in self.log if s.outcome in FAILED and s.detail]
+        details = Counter(f"{s.outcome}: {shorten(s.detail, 120)}" for s in failed)
+        common = "; ".join(f"{text} ({n}x)" for text, n in details.most_common(2))
+        return common or "nothing was ever found"
 
     # Called by the program.
 
@@ -153,17 +173,29 @@ class Broker:
                     self._close(search, "timeout", detail=self._timeout_text())
         return searches
 
-    def document_tokens(self, documents: Sequence[str]) -> list[int]:
-        """The tokenised document block, documents cut alike until it fits."""
-        cut, share = documents, 1.0
-        while len(tokens := self._encode(protocol.document_block(cut))) > self._width:
+    def document_tokens(self, documents: Sequence[str], width: int | None = None) -> list[int]:
+        """The tokenised document block, at most `width` tokens (by default the config's).
+
+        Where it is too long, the longest documents share what the short ones leave. Raises
+        ConfigError where not even the tags fit.
+        """
+        width = self._width if width is None else min(width, self._width)
+        # Cut before anything is encoded: one document may be a whole library.
+        cut = [self._clean(line[: width * _CHARACTERS_A_TOKEN]) for line in documents]
+        lines, room = cut, sum(map(len, cut))
+        while len(tokens := self._encode(protocol.document_block(cut))) > width:
             if all(len(line) <= 1 for line in cut):
+                if width < self._width and len(lines) > 1:  # little room: fewer documents
+                    lines = lines[:-1]
+                    cut, room = lines, sum(map(len, lines))
+                    continue
                 raise ConfigError(
-                    f"rollout.max_documents_length={self._width} is too short for "
+                    f"rollout.max_documents_length={width} is too short for "
                     f"{len(documents)} documents: their tags alone take more"
                 )
-            share *= 0.95 * self._width / len(tokens)
-            cut = [line[: max(1, int(len(line) * share))] for line in documents]
+            room = min(room - 1, int(0.95 * room * width / len(tokens)))
+            level = _level([len(line) for line in lines], room)
+            cut = [line[: max(1, level)] for line in lines]
         return tokens
 
     # Behind the scenes.
@@ -171,11 +203,15 @@ class Broker:
     def _submit(self, shard: int, rows: np.ndarray, slots: np.ndarray, query: np.ndarray) -> None:
         searches = []
         for slot in slots:
-            text = self._extract(self._decode(query[slot][query[slot] >= 0].tolist()))
+            ids = query[slot][query[slot] >= 0].tolist()
+            text = self._extract(self._decode(ids))
             search = Search(int(rows[slot]), text or "", slot=int(slot), shard=shard)
             with self._changed:
                 self._pending[shard, search.slot] = search
-                if not text:
+                if text is None and len(ids) == query.shape[1]:
+                    why = f"over rollout.max_query_length={query.shape[1]} tokens"
+                    self._close(search, "long_query", detail=why)
+                elif not text:
                     why = "no beginning of a query" if text is None else "empty query"
                     self._close(search, "bad_query", detail=why)
                 else:
@@ -196,7 +232,7 @@ class Broker:
             try:
                 lines = _passage_lines(retriever.search(queries, self._k), len(queries))
             except Exception as error:
-                detail = f"{type(error).__name__}: {error}"
+                detail = reason(error)
                 time.sleep(min(0.05 * 2**attempt, max(0.0, deadline - time.monotonic())))
                 continue
             with self._changed:
@@ -239,12 +275,11 @@ class Broker:
         if search.outcome in ("found", "empty"):
             status = Status.FOUND if search.documents else Status.EMPTY
             return status, self.document_tokens(search.documents)
-        return (Status.BAD_QUERY if search.outcome == "bad_query" else Status.ERROR), []
+        return (Status.BAD_QUERY if search.outcome in VOID else Status.ERROR), []
 
     def _past_limit(self) -> bool:
-        total = sum(self._counts.values()) - self._counts["bad_query"]
         failures = self.failures
-        return failures >= _MIN_FAILURES and failures > self.config.max_failure_rate * total
+        return failures >= _MIN_FAILURES and failures > self.config.max_failure_rate * self._total
 
     def _timeout_text(self) -> str:
         return f"no answer within search.timeout_s={self.config.timeout_s}"
@@ -259,3 +294,11 @@ def _passage_lines(results: Any, queries: int) -> list[list[str]]:
     if not all(isinstance(line, str) for row in lines for line in row):
         raise TypeError("the retriever returned something else than passages with a text line")
     return lines
+
+
+def _level(lengths: Sequence[int], room: int) -> int:
+    """The length that the longest are cut to, so that all together take at most `room`."""
+    left = sorted(lengths)
+    while left and left[0] * len(left) <= room:
+        room -= left.pop(0)
+    return room // len(left) if left else max(lengths, default=0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from r1s_jax.border.errors import UserError
 from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.data.rows import DataError
@@ -24,17 +25,26 @@ from r1s_jax.models.sharding import (
     place,
     replicated,
 )
-from r1s_jax.models.tokenizer import decode, encode, token_strings, token_texts
+from r1s_jax.models.tokenizer import (
+    decode,
+    encode,
+    encode_start,
+    foreign,
+    token_strings,
+    token_texts,
+)
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.automaton import build_tag_table
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.rollout.broker import Broker, Search
+from r1s_jax.rollout.broker import FAILED, Broker, Search
 from r1s_jax.rollout.loop import Rollout
 from r1s_jax.rollout.sampler import trajectory_keys
-from r1s_jax.rollout.trajectory import Prompts, Trajectory
+from r1s_jax.rollout.trajectory import Finish, Prompts, Trajectory
 from r1s_jax.system.distributed import gather, to_host
 
+# Tokens that a first search's documents must have at least, their tags included.
+_LEAST_DOCUMENTS = 24
 _MAX_ID = 0x7FFFFFFF  # random keys fold in 31 bits of a question's id
 
 
@@ -88,6 +98,33 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
     )
 
 
+class NotFinite(UserError, ArithmeticError):
+    """A policy whose logits are no numbers."""
+
+
+def check_finite(t: Trajectory) -> None:
+    """Raises NotFinite where a sampled token's log-probability is not a number."""
+    if not np.isfinite(t.policy_logprobs[t.loss_mask]).all():
+        rows = int((~np.isfinite(t.policy_logprobs) & t.loss_mask).any(-1).sum())
+        raise NotFinite(
+            f"the policy's logits are not numbers (NaN or infinite) in {rows} of {len(t.lengths)} "
+            "trajectories: its weights or its config are damaged, or training diverged (take an "
+            "older checkpoint and a lower optimizer.learning_rate)"
+        )
+
+
+def _with_first_searches(t: Trajectory, first: Sequence[Search], samples: int) -> Trajectory:
+    """Counts the system's own searches; a trajectory whose first one failed is a failed one."""
+    if not first:
+        return t
+    rows = [search for search in first for _ in range(samples)]
+    failed = np.array([search.outcome in FAILED for search in rows])
+    return t._replace(
+        searches=t.searches + ~failed,
+        finish=np.where(failed, Finish.SEARCH_ERROR, t.finish).astype(t.finish.dtype),
+    )
+
+
 class Engine:
     """Rolls questions out with one policy and one set of limits.
 
@@ -116,6 +153,7 @@ class Engine:
         self.config, self.render = config, render
         self.mesh = mesh or make_mesh(MeshConfig())
         self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
+        self.foreign = foreign(self.tokenizer)
         compute_dtype = default_dtype() if compute_dtype is None else compute_dtype
         check_attention(attention, self.mesh, self.model, compute_dtype)
         tags = build_tag_table(
@@ -129,6 +167,7 @@ class Engine:
             decode=self.decode,
             encode=self.encode,
             extract_query=extract_query,
+            clean=self.foreign,
             documents_per_query=config.documents_per_query,
             max_documents_length=config.max_documents_length,
         )
@@ -148,6 +187,10 @@ class Engine:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that stands inside a sequence."""
         return encode(self.tokenizer, text)
+
+    def prompt_tokens(self, question: str) -> list[int]:
+        """Token ids of a question's prompt; what the question spells is never a control token."""
+        return encode_start(self.tokenizer, self.render(self.foreign(question)))
 
     def document_tokens(self, lines: Sequence[str]) -> list[int]:
         """Token ids of the block that a search which found these passage lines would insert."""
@@ -182,8 +225,9 @@ class Engine:
         trajectory, counters = to_host(self._rollout(params, arrays, self.tag_table))
         self.broker.share()
         trajectory = Trajectory(*(a[: len(repeated)] for a in trajectory))
-        trajectory = trajectory._replace(searches=trajectory.searches + bool(first))
+        trajectory = _with_first_searches(trajectory, first, samples)
         self.broker.check()
+        check_finite(trajectory)
         starts = np.repeat([len(p) - len(f) for p, f in zip(prompts, forced, strict=True)], samples)
         return Rolled(
             questions=tuple(repeated),
@@ -236,27 +280,34 @@ class Engine:
         self, questions: Sequence[Question], first: Sequence[Search]
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of every prompt, and the part of it that is the system's own first search."""
-        prompts = [self.encode(self.render(q.question)) for q in questions]
+        prompts = [self.prompt_tokens(q.question) for q in questions]
         forced: list[list[int]] = [[] for _ in questions]
         for i, search in enumerate(first):
-            query = self.encode(f" {protocol.query_call(search.query)}")
-            forced[i] = query + self.broker.document_tokens(search.documents)
-        prompts = [p + f for p, f in zip(prompts, forced, strict=True)]
+            query = self._first_query(search.query)
+            room = self.config.max_prompt_length - len(prompts[i]) - len(query)
+            forced[i] = query + self.broker.document_tokens(search.documents, room)
         for question, prompt in zip(questions, prompts, strict=True):
             self._check_prompt(question, prompt)
-        return prompts, forced
+        return [p + f for p, f in zip(prompts, forced, strict=True)], forced
+
+    def _first_query(self, query: str) -> list[int]:
+        return self.encode(f" {protocol.query_call(self.foreign(query))}")
 
     def check_prompts(self, questions: Sequence[Question]) -> None:
-        """Raises ValueError for a question whose prompt no rollout will take."""
+        """Raises DataError for a question whose prompt no rollout will take."""
         for question in questions:
-            self._check_prompt(question, self.encode(self.render(question.question)))
+            self._check_prompt(question, self.prompt_tokens(question.question))
 
     def _check_prompt(self, question: Question, prompt: Sequence[int]) -> None:
-        limit = self.config.max_prompt_length
-        if len(prompt) > limit:
+        limit, what = self.config.max_prompt_length, "has"
+        needed = len(prompt)
+        if self.config.first_search:  # its documents are cut to what is left, but some must fit
+            what = "has, with room for a first search,"
+            needed += len(self._first_query(question.question)) + _LEAST_DOCUMENTS
+        if needed > limit:
             raise DataError(
-                f"the prompt of question {question.id} ({question.question[:60]!r}) has "
-                f"{len(prompt)} tokens: more than rollout.max_prompt_length={limit}"
+                f"the prompt of question {question.id} ({question.question[:60]!r}) {what} "
+                f"{needed} tokens: more than rollout.max_prompt_length={limit}"
             )
 
     def _arrays(
@@ -277,11 +328,18 @@ class Engine:
             tokens[i, : len(prompt)] = prompt
         lengths = np.array([len(p) for p in prompts], np.int32)
         ids = np.array([q.id & _MAX_ID for q in questions], np.int32)
+        seen: Counter[int] = Counter()
+        occurrences = np.zeros(len(questions), np.int32)
+        for i, question in enumerate(questions):
+            occurrences[i] = seen[question.id]
+            seen[question.id] += 1
         arrays = Prompts(
             tokens=tokens[rows],
             lengths=lengths[rows],
             groups=rows.astype(np.int32),
-            keys=trajectory_keys(seed, step, jnp.asarray(ids[rows]), jnp.asarray(sample)),
+            keys=trajectory_keys(
+                seed, step, *map(jnp.asarray, (ids[rows], sample, occurrences[rows]))
+            ),
         )
         return place(arrays, batch_sharding(self.mesh))
 

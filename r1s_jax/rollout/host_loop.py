@@ -18,7 +18,7 @@ from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.rollout.broker import Broker
+from r1s_jax.rollout.broker import FAILED, Broker
 from r1s_jax.rollout.sampler import sample
 from r1s_jax.rollout.trajectory import Finish
 
@@ -85,7 +85,7 @@ class HostLoop:
             self.finish = Finish.BAD_QUERY
             return []
         (search,) = self.broker.search_now([query])
-        if search.outcome not in ("found", "empty"):
+        if search.outcome in FAILED:
             self.finish = Finish.SEARCH_ERROR
             return []
         block = self.broker.document_tokens(search.documents)

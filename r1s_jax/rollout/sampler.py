@@ -13,13 +13,24 @@ _BLOCK = 128
 
 
 def trajectory_keys(
-    seed: int, step: int, questions: Int[Array, " N"], samples: Int[Array, " N"]
+    seed: int,
+    step: int,
+    questions: Int[Array, " N"],
+    samples: Int[Array, " N"],
+    occurrences: Int[Array, " N"],
 ) -> Array:
-    """One random key a trajectory, a function of (seed, step, question, sample) alone."""
+    """One random key a trajectory, a function of (seed, step, question, sample) alone.
+
+    A question that stands in a step again has samples of its own: its occurrence, from 0, folds in.
+    """
     base = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(lambda q, s: jax.random.fold_in(jax.random.fold_in(base, q), s))(
-        questions, samples
-    )
+
+    def key(question: Array, sample: Array, occurrence: Array) -> Array:
+        first = jax.random.fold_in(jax.random.fold_in(base, question), sample)
+        again = jax.random.fold_in(first, occurrence)
+        return jnp.where(occurrence > 0, again, first)
+
+    return jax.vmap(key)(questions, samples, occurrences)
 
 
 def sample(

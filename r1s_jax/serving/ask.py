@@ -8,14 +8,15 @@ import jax
 import numpy as np
 from rich.text import Text
 
+from r1s_jax.border.text import printable
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.corpora import open_saved_index
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
-from r1s_jax.models.tokenizer import decode, encode
+from r1s_jax.models.tokenizer import decode, encode, encode_start, foreign
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.protocol.prompts import chat_renderer, render_prompt
+from r1s_jax.protocol.prompts import renderer
 from r1s_jax.protocol.solution import kind_of_new
-from r1s_jax.rollout.broker import Broker
+from r1s_jax.rollout.broker import FAILED, Broker, SearchFailure
 from r1s_jax.rollout.host_loop import HostLoop
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.console import out_console as console
@@ -64,21 +65,22 @@ def _prepare(
         SearchConfig(),
         decode=to_text,
         encode=to_ids,
+        clean=foreign(tokenizer),
         documents_per_query=config.documents_per_query,
         max_documents_length=config.max_documents_length,
     )
     broker.begin(open_saved_index(index))
-    if tokenizer.chat_template:
-        prompt = to_ids(chat_renderer(tokenizer)(question))
-    else:
-        prompt = to_ids(render_prompt(protocol.BASE_PROMPT, question))
+    clean = foreign(tokenizer)
+    prompt = encode_start(tokenizer, renderer(None, tokenizer)(clean(question)))
     if first_search:
         (search,) = broker.search_now([question])
-        block = protocol.document_block(search.documents)
-        query = protocol.query_call(question)
-        console.print(Text(query, STYLES["query"]))
-        console.print(Text(block, STYLES["documents"]), end="")
-        prompt += to_ids(f" {query}") + broker.document_tokens(search.documents)
+        if search.outcome in FAILED:
+            raise SearchFailure(f"the first search failed: {broker.common_failures()}")
+        query = f" {protocol.query_call(clean(question))}"
+        console.print(Text(printable(query), STYLES["query"]), end="")
+        tokens = broker.document_tokens(search.documents)
+        console.print(Text(printable(to_text(tokens)), STYLES["documents"]), end="")
+        prompt += to_ids(query) + tokens
     loop = HostLoop(
         policy.model,
         jax.device_put(policy.params),
@@ -99,7 +101,8 @@ class _Printer:
 
     def feed(self, tokens: list[int], *, documents: bool) -> None:
         if documents:
-            console.print(Text(self._decode(tokens), STYLES["documents"]), end="")
+            text = printable(self._decode(tokens))
+            console.print(Text(text, STYLES["documents"]), end="")
             self._tokens, self._shown = [], ""
             return
         self._tokens += tokens
@@ -107,5 +110,5 @@ class _Printer:
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return  # half a character; the next token completes it
         style = STYLES[kind_of_new(self._shown, text)]
-        console.print(Text(text[len(self._shown) :], style), end="")
+        console.print(Text(printable(text[len(self._shown) :]), style), end="")
         self._shown = text

@@ -12,6 +12,7 @@ from r1s_jax.data.traces import SearchRow, TraceRow
 from r1s_jax.learning.advantages import has_signal
 from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.rewards.rules import Reward
+from r1s_jax.rollout.broker import FAILED
 from r1s_jax.rollout.engine import Rolled
 from r1s_jax.rollout.trajectory import Finish, Trajectory
 from r1s_jax.system.profiling import Compilations, host_memory_gib, model_flops_utilization
@@ -27,7 +28,7 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
     values = np.array([r.value for r in rewards])
     t = rolled.trajectory
     outcomes = rolled.outcomes
-    failed = sum(outcomes.get(name, 0) for name in ("timeout", "error"))
+    failed = sum(outcomes.get(name, 0) for name in FAILED)
     waits = [s.seconds for searches in rolled.searches for s in searches]
     parts = {
         _PART_NAMES.get(name, name): float(np.mean([r.parts[name] for r in rewards]))
@@ -44,6 +45,7 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
         "searches_empty": outcomes.get("empty", 0),
         "searches_failed": failed,
         "searches_bad_query": outcomes.get("bad_query", 0),
+        "searches_long_query": outcomes.get("long_query", 0),
         "search_seconds_mean": float(np.mean(waits)) if waits else 0.0,
         "response_length": float(t.loss_mask.sum(-1).mean()),
         "trajectory_length": float(t.lengths.mean()),

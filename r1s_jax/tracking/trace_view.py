@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
+from r1s_jax.border.text import printable
 from r1s_jax.data.traces import Trace
 from r1s_jax.tracking.pages import write_page
 
@@ -27,10 +28,10 @@ LABELS = {
 
 def as_text(trace: Trace) -> Text:
     """Question, gold answers and the whole text in colour."""
-    out = Text.assemble(("Question: ", "bold"), trace.question)
-    out.append(f"   gold: {' | '.join(trace.answers)}\n", "dim")
+    out = Text.assemble(("Question: ", "bold"), printable(trace.question))
+    out.append(printable(f"   gold: {' | '.join(trace.answers)}\n"), "dim")
     for kind, text in trace.pieces():
-        out.append(text, STYLES[kind])
+        out.append(printable(text), STYLES[kind])
     return out
 
 
@@ -55,6 +56,6 @@ def legend() -> Text:
 def _print(console: Console, traces: Sequence[Trace], found: int) -> None:
     console.print(legend())
     for trace in traces:
-        console.print(Rule(Text(trace.title())))
+        console.print(Rule(Text(printable(trace.title()))))
         console.print(as_text(trace))
     console.print(Rule(Text(f"{len(traces)} of {found} that fit")))

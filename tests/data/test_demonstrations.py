@@ -57,7 +57,7 @@ def test_the_loss_is_on_what_the_policy_wrote(tmp_path):
     batch, micro = demonstration_batch(
         kept,
         lambda t: list(t.encode()),
-        lambda q: f"Q: {q} <think>",
+        lambda q: list(f"Q: {q} <think>".encode()),
         document_tokens,
         capacity=400,
         micro_rows=1,
@@ -85,9 +85,14 @@ def test_documents_are_shown_as_a_rollout_would_show_them(tmp_path):
     text = GOOD[: GOOD.index("\n\n<")] + block + GOOD[GOOD.index("Found") :]
     (kept,) = read_demonstrations([answers(tmp_path / "a.jsonl", text)])
     batch, _ = demonstration_batch(
-        [kept], lambda t: list(t.encode()), str, two, capacity=400, micro_rows=1
+        [kept],
+        lambda t: list(t.encode()),
+        lambda q: list(q.encode()),
+        two,
+        capacity=400,
+        micro_rows=1,
     )
-    assert seen == [f"{i} {line}" for i, line in enumerate(lines, start=1)]
+    assert seen == lines
     assert document_block(seen) == block
     shown = bytes(batch.tokens[batch.segment_ids > 0].tolist()).decode()
     assert "(1)1984 is a novel.\n(2)A film   from 1984.\n<|end" in shown
@@ -98,7 +103,7 @@ def test_what_is_too_long_loses_its_end(tmp_path):
     batch, _ = demonstration_batch(
         kept,
         lambda t: list(t.encode()),
-        lambda q: "",
+        lambda q: [],
         document_tokens,
         capacity=40,
         micro_rows=1,

@@ -129,6 +129,7 @@ def host_loop(engine: Engine, params) -> HostLoop:
         encode=engine.encode,
         documents_per_query=CONFIG.documents_per_query,
         max_documents_length=CONFIG.max_documents_length,
+        clean=engine.foreign,
     )
     broker.begin(EchoRetriever())
     dtype = np.dtype("float32")
@@ -200,10 +201,10 @@ def test_first_search_is_forced_and_carries_no_loss():
     assert not any(t.loss_mask[i, : t.prompt_lengths[i]].any() for i in range(len(t.lengths)))
 
 
-@pytest.mark.parametrize("kind", ["raises", "hangs", "garbage", "empty"])
+@pytest.mark.parametrize("kind", ["raises", "hangs", "garbage"])
 def test_a_broken_retriever_ends_the_rollout_cleanly(kind):
     engine = make_engine(search=SearchConfig(timeout_s=0.3, retries=0))
-    with pytest.raises(SearchFailure, match="searches brought no documents"):
+    with pytest.raises(SearchFailure, match="searches failed"):
         roll(engine, BrokenRetriever(kind))
     assert engine.broker.failures > 0
 

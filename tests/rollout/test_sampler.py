@@ -144,9 +144,10 @@ def test_greedy_takes_the_likeliest_whatever_the_uniform():
     np.testing.assert_allclose(policy_logprob, log_softmax(logits).max(-1), atol=2e-5)
 
 
-def keys(seed: int, step: int, pairs: list[tuple[int, int]]) -> np.ndarray:
+def keys(seed: int, step: int, pairs: list[tuple[int, int]], occurrence: int = 0) -> np.ndarray:
     questions, samples = map(jnp.array, zip(*pairs, strict=True))
-    return np.asarray(jax.random.key_data(trajectory_keys(seed, step, questions, samples)))
+    again = jnp.full(len(pairs), occurrence)
+    return np.asarray(jax.random.key_data(trajectory_keys(seed, step, questions, samples, again)))
 
 
 def test_a_key_depends_on_seed_step_question_and_sample_alone():
@@ -159,5 +160,13 @@ def test_a_key_depends_on_seed_step_question_and_sample_alone():
 
 def test_keys_differ_in_each_of_seed_step_question_and_sample():
     pairs = [(q, s) for q in range(4) for s in range(4)]
-    every = np.concatenate([keys(seed, step, pairs) for seed in range(3) for step in range(3)])
+    every = np.concatenate(
+        [keys(*at, pairs, again) for at in np.ndindex(3, 3) for again in range(3)]
+    )
     assert len(np.unique(every, axis=0)) == len(every)
+
+
+def test_a_question_met_once_has_the_keys_it_always_had():
+    base = jax.random.fold_in(jax.random.key(5), 7)
+    first = jax.random.fold_in(jax.random.fold_in(base, 3), 1)
+    np.testing.assert_array_equal(keys(5, 7, [(3, 1)])[0], jax.random.key_data(first))
