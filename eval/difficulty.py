@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.schema import check
 from r1s_jax.config import RolloutConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
@@ -27,6 +28,16 @@ from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.system.files import write_json, write_rows
+from r1s_jax.system.locks import only_one
+
+
+class _Measured(TypedDict):
+    """A row of what was measured, as far as it is read again."""
+
+    question: str
+    first_solved: int | None
+    difficulty: Literal["easy", "medium", "hard"]
+
 
 CLASSES = ("easy", "medium", "hard")
 _EASY_BELOW, _HARD_ABOVE = 10, 20  # rollouts, as published
@@ -82,6 +93,19 @@ def select(
         raise DataError(f"{out} holds the questions to choose from: name another file")
     questions = read_questions(file)
     measured = out.with_name(out.name + ".measured.jsonl")
+    with only_one(out, "the file of chosen questions"):
+        return _select(selection, retriever, source, questions, measured, out, progress)
+
+
+def _select(
+    selection: Selection,
+    retriever: Retriever,
+    source: dict[str, Any],
+    questions: Sequence[Question],
+    measured: Path,
+    out: Path,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
     rows = _resume(measured, selection, source, questions)
     if len(rows) < len(questions):
         rows += _measure(selection, retriever, questions[len(rows) :], measured, progress, rows)
@@ -135,6 +159,7 @@ def _resume(
         header = header_path(measured).name
         raise DataError(f"{measured} is of another selection (see {header}): choose another")
     for row, question in zip(rows, questions, strict=False):
+        check(row, _Measured, measured, DataError)
         if row["question"] != question.question:
             raise DataError(f"{measured} holds other questions: {row['question'][:60]!r}")
     return rows

@@ -10,12 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
+from r1s_jax.border.errors import shorten
+from r1s_jax.border.http import without_credentials
+from r1s_jax.border.schema import check
 from r1s_jax.data.results import VERDICTS, header_path, read_header, read_results
 from r1s_jax.data.rows import DataError, gold_answers, journal_rows
 from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, ask_all, check_installed
 from r1s_jax.system.files import write_json, write_rows
+from r1s_jax.system.locks import only_one
 
 Verdict = Literal["True", "False", "unparsable"]
 
@@ -30,6 +34,13 @@ Answer of the model: {predicted}
 Reply with one word: True if the answer of the model is correct, False if not."""
 
 _VERDICT = re.compile(r"\b(true|false)\b", re.IGNORECASE)
+
+
+class _VerdictRow(TypedDict):
+    """A row of the journal."""
+
+    key: str
+    verdict: Verdict
 
 
 class JudgeError(ChatApiError):
@@ -50,6 +61,13 @@ def judge_file(
     """
     if out.resolve() == path.resolve():
         raise DataError(f"{out} is the file to judge: name another for its verdicts")
+    with only_one(out, "the judged file"):
+        return _judge_file(path, judge, out, progress)
+
+
+def _judge_file(
+    path: Path, judge: ChatEndpoint, out: Path, progress: Callable[[int, int], None]
+) -> dict[str, int]:
     rows = read_results(path)
     check_installed()
     keys = [_key(judge, _prompt(row)) for row in rows]
@@ -58,6 +76,7 @@ def judge_file(
     journal = out.with_name(out.name + ".verdicts.jsonl")
     verdicts = _read_journal(journal)
     missing = {key: prompt for key, prompt in prompts.items() if key not in verdicts}
+    said = ""
     try:
         with journal.open("a", encoding="utf-8") as file:
 
@@ -69,7 +88,7 @@ def judge_file(
                 missing.pop(key)
                 progress(len(prompts) - len(missing), len(prompts))
 
-            ask_all(judge, dict(missing), record)
+            said = ask_all(judge, dict(missing), record)
     finally:
         # With no verdict at all there is nothing to write, and maybe another judge's file to lose.
         if any(key in verdicts for key in keys):
@@ -78,8 +97,8 @@ def judge_file(
     if missing:
         left = sum(key in missing for key in keys)
         raise JudgeError(
-            f"{left} of {len(rows)} rows have no verdict: {judge.url} failed them "
-            f"{judge.retries + 1} times. The others are kept; run the same command again"
+            f"{left} of {len(rows)} rows have no verdict: {without_credentials(judge.url)} gave "
+            f"none ({shorten(said, 150)}). The others are kept; run the same command again"
         )
     return dict(Counter(verdicts[key] for key in keys))
 
@@ -107,10 +126,14 @@ def _key(judge: ChatEndpoint, prompt: str) -> str:
 
 def _read_journal(path: Path) -> dict[str, Verdict]:
     """Verdicts by key; a last line that a crash cut off is forgotten."""
-    return {row["key"]: row["verdict"] for row in journal_rows(path)}
+    rows = (check(row, _VerdictRow, path, DataError) for row in journal_rows(path))
+    return {row["key"]: row["verdict"] for row in rows}
 
 
 def _write(path: Path, judge: ChatEndpoint, out: Path, rows: list[dict[str, Any]]) -> None:
     write_rows(out, rows)
     known = read_header(path) or {}
-    write_json(header_path(out), known | {"judge": {"model": judge.model, "url": judge.url}})
+    write_json(
+        header_path(out),
+        known | {"judge": {"model": judge.model, "url": without_credentials(judge.url)}},
+    )

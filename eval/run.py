@@ -7,25 +7,31 @@ a turn, five documents a search, at most nine searches).
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.schema import check
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import ResultRow, header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
+from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained, default_dtype, load_pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.prompts import renderer
 from r1s_jax.retrieval.api import Retriever
+from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.trajectory import Finish
-from r1s_jax.system.files import write_json
+from r1s_jax.system.files import write_json, write_rows
+from r1s_jax.system.locks import only_one
 
+T = TypeVar("T")
 Mode = Literal["search", "rag", "direct"]
 
 # The published names of how a trajectory ends.
@@ -38,6 +44,8 @@ STOP_REASONS = {
     Finish.ABORTED: "retrieve_error",
 }
 NO_ANSWER = "I don't know."
+# Fewer failed searches than this end no evaluation midway.
+_MIN_FAILURES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +75,20 @@ def answer_file(
     source: dict[str, Any],
     out: Path,
     progress: Callable[[int, int], None] = lambda *_: None,
+    *,
+    retry_failed: bool = False,
+    max_failure_rate: float = SearchConfig.max_failure_rate,
 ) -> Path:
     """Answers every question of a file, in order, a row a question in `out` (JSON lines).
 
-    Rows hold `id`, `question`, `answer`, `pred_ans`, `stop_reason_final`, `gen_text_store`,
-    `searches`, `prompt_tokens`, `sampled_tokens` and `seconds`. `OUT.header.json` says what was run
-    on what (`source` describes the index), so that numbers over different corpora are never taken
-    for comparable. A stopped run continues where its file ends. Raises DataError for a file that
-    another run wrote, or where `retriever` is missing.
+    Rows are those of data.results.ResultRow. `OUT.header.json` says what was run on what (`source`
+    describes the index), so that numbers over different corpora are never taken for comparable, and
+    what became of the searches. A stopped run continues where its file ends; with `retry_failed`
+    the rows whose search failed are answered again first, in their places.
+
+    Raises DataError for a file that another run wrote, or where `retriever` is missing; InUse where
+    another process writes it; SearchFailure, the rows being written, where more than that share of
+    the searches failed.
     """
     if retriever is None and run.mode != "direct":
         raise DataError(f"mode {run.mode} searches: name an index, or take --mode direct")
@@ -83,29 +97,102 @@ def answer_file(
     if Path(run.questions).resolve() == out.resolve():
         raise DataError(f"{out} holds the questions: name another file for the answers")
     described = _header(run, source)
-    done = _already(out, described, questions)
-    progress(done, len(questions))
+    with only_one(out, "the file of answers"):
+        rows = _already(out, described, questions)
+        progress(len(rows), len(questions))
+        engine, params = _loaded(run)
+        engine.check_prompts(questions)
+        write_json(header_path(out), described)
+        searches = _Searches(rows, max_failure_rate)
+
+        def answer(batch: Sequence[Question]) -> list[ResultRow]:
+            size = min(run.slots, len(questions))
+            answered = _answer(run, engine, params, batch, size, retriever or _Nothing())
+            searches.add(answered, engine.broker.common_failures())
+            return answered
+
+        failed = [i for i, row in enumerate(rows) if retry_failed and searches.failed(row)]
+        for places in _batches(failed, run.slots):
+            for i, row in zip(places, answer([questions[i] for i in places]), strict=True):
+                rows[i] = row
+            write_rows(out, rows)
+            searches.recount(rows)
+        with out.open("a", encoding="utf-8") as file:
+            for batch in _batches(questions[len(rows) :], run.slots):
+                for row in (answered := answer(batch)):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                rows += answered
+                progress(len(rows), len(questions))
+                searches.check(out, early=True)
+        write_json(header_path(out), described | {"searches": searches.counts()})
+        searches.check(out, early=False)
+    return out
+
+
+def _loaded(run: EvalRun) -> tuple[Engine, Params]:
     policy = load_pretrained(run.model, default_dtype())
     engine = _engine(run, policy)
-    engine.check_prompts(questions)
-    params = shard_params(policy.params, policy.model, engine.mesh)
-    write_json(header_path(out), described)
-    with out.open("a", encoding="utf-8") as file:
-        for batch in _batches(questions[done:], run.slots):
-            # Every batch has the same shape, so that the program compiles once.
-            padded = [*batch, *[batch[-1]] * (min(run.slots, len(questions)) - len(batch))]
-            begin = time.perf_counter()
-            rolled = engine.run(
-                params, padded, samples=1, seed=run.seed, step=0, retriever=retriever or _Nothing()
-            )
-            seconds = (time.perf_counter() - begin) / len(batch)
-            for i, question in enumerate(batch):
-                row = _row(rolled, i, question, seconds)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            done += len(batch)
-            progress(done, len(questions))
-    return out
+    return engine, shard_params(policy.params, policy.model, engine.mesh)
+
+
+def _answer(
+    run: EvalRun,
+    engine: Engine,
+    params: Params,
+    batch: Sequence[Question],
+    size: int,
+    retriever: Retriever,
+) -> list[ResultRow]:
+    """The rows of a few questions; every batch has the same shape: the program compiles once."""
+    padded = [*batch, *[batch[-1]] * (size - len(batch))]
+    begin = time.perf_counter()
+    rolled = engine.run(params, padded, samples=1, seed=run.seed, step=0, retriever=retriever)
+    seconds = (time.perf_counter() - begin) / len(batch)
+    return [_row(rolled, i, question, seconds) for i, question in enumerate(batch)]
+
+
+class _Searches:
+    """What became of the searches of all rows, and whether too many failed."""
+
+    def __init__(self, rows: Sequence[ResultRow], limit: float):
+        self.limit, self.reasons = limit, ""
+        self.recount(rows)
+
+    def recount(self, rows: Sequence[ResultRow]) -> None:
+        self.outcomes = Counter(o for row in rows for o in row.get("search_outcomes", ()))
+
+    def add(self, rows: Sequence[ResultRow], reasons: str) -> None:
+        """Counts more rows; `reasons` is what their failures were."""
+        self.outcomes.update(o for row in rows for o in row["search_outcomes"])
+        if any(map(self.failed, rows)):
+            self.reasons = reasons
+
+    @staticmethod
+    def failed(row: ResultRow) -> bool:
+        """Whether a search of this row failed."""
+        return any(outcome in FAILED for outcome in row.get("search_outcomes", ()))
+
+    def counts(self) -> dict[str, int]:
+        """Searches by what became of them: found, empty, failed, void."""
+        failed = sum(self.outcomes[name] for name in FAILED)
+        void = sum(self.outcomes[name] for name in VOID)
+        found, empty = self.outcomes["found"], self.outcomes["empty"]
+        return {"found": found, "empty": empty, "failed": failed, "void": void}
+
+    def check(self, out: Path, *, early: bool) -> None:
+        """Raises SearchFailure past the limit: `early` once there are enough to be sure of it."""
+        counts = self.counts()
+        failed = counts["failed"]
+        made = counts["found"] + counts["empty"] + failed
+        if not failed or failed <= self.limit * made or (early and failed < _MIN_FAILURES):
+            return
+        raise SearchFailure(
+            f"{failed} of {made} searches failed ({failed / made:.0%}; "
+            f"{self.reasons or 'before'}); the limit is {self.limit:.0%}. Their rows in "
+            f"{out.name} say retrieve_error: check the retriever, then run the same command with "
+            "--retry-failed"
+        )
 
 
 class _Nothing:
@@ -137,7 +224,7 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
         policy,
         config,
         renderer(run.prompt, policy.tokenizer),
-        # An evaluation goes on whatever a retriever does: every failure is in its row.
+        # Failures are counted over all rows, not over those of one batch: see _Searches.
         search=SearchConfig(max_failure_rate=1.0),
         extract_query=protocol.extract_eval_query,
     )
@@ -158,13 +245,14 @@ def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRo
         searches=int(t.searches[i]),
         prompt_tokens=int(t.prompt_lengths[i]),
         sampled_tokens=int(t.loss_mask[i].sum()),
+        search_outcomes=[search.outcome for search in rolled.searches[i]],
         seconds=round(seconds, 3),
     )
 
 
-def _batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
-    for first in range(0, len(questions), size):
-        yield questions[first : first + size]
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
 def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
@@ -177,17 +265,21 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     return {"run": described, "source": source, "dtype": default_dtype().name}
 
 
-def _already(out: Path, described: dict[str, Any], questions: Sequence[Question]) -> int:
-    """How many answers the file holds; a line cut off by a crash is taken away first."""
+def _already(
+    out: Path, described: dict[str, Any], questions: Sequence[Question]
+) -> list[ResultRow]:
+    """The answers that the file holds; a line cut off by a crash is taken away first."""
     if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return 0
-    if read_header(out) != described:
+        return []
+    header = read_header(out) or {}
+    header.pop("searches", None)
+    if header != described:
         raise DataError(
             f"{out} was written by another run (see {header_path(out).name}): choose another file"
         )
-    rows = journal_rows(out)
-    for row, question in zip(rows, questions, strict=False):
+    rows = journal_rows(out)[: len(questions)]
+    for number, (row, question) in enumerate(zip(rows, questions, strict=False), start=1):
+        check(row, ResultRow, f"{out}, line {number}", DataError)
         if row["id"] != question.id:
             raise DataError(f"{out} holds answers to other questions: {row['id']}, {question.id}")
-    return min(len(rows), len(questions))
+    return rows

@@ -12,45 +12,57 @@ from r1s_jax.commands.options import MaxLength, Model, Prompt, SearchedIndex, Se
 app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
 
 
+QuestionsFile = Annotated[
+    str,
+    typer.Argument(
+        help="JSON lines {question, answer}, .gz too; or hotpotqa, 2wiki, bamboogle, musique."
+    ),
+]
+Online = Annotated[
+    bool, typer.Option("--online", help="Or the live web, by serper.dev (SERPER_API_KEY).")
+]
+Site = Annotated[str, typer.Option(help="With --online, only this site; empty: any.")]
+AnswersOut = Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")]
+How = Annotated[str, typer.Option(help="search; rag (one search, of the question); direct (none).")]
+Slots = Annotated[int, typer.Option(min=1, help="Questions answered at a time.")]
+FirstFew = Annotated[int, typer.Option(min=0, help="Only the first so many questions; 0: all.")]
+MaxFailureRate = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of searches that may fail.")
+]
+RetryFailed = Annotated[
+    bool, typer.Option("--retry-failed", help="Answer rows whose search failed again.")
+]
+
+
 @app.command("run")
 def run(
-    questions: Annotated[
-        str,
-        typer.Argument(
-            help="JSON lines {question, answer}, .gz too; or hotpotqa, 2wiki, bamboogle, musique."
-        ),
-    ],
+    questions: QuestionsFile,
     model: Model,
-    out: Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")],
+    out: AnswersOut,
     index: SearchedIndex = None,
     retriever: SearchUrl = "",
-    online: Annotated[
-        bool, typer.Option("--online", help="Or the live web, by serper.dev (SERPER_API_KEY).")
-    ] = False,
-    site: Annotated[str, typer.Option(help="With --online, only this site; empty: any.")] = (
-        "en.wikipedia.org"
-    ),
-    mode: Annotated[
-        str,
-        typer.Option(help="search; rag (one search, of the question); direct (none)."),
-    ] = "search",
+    online: Online = False,
+    site: Site = "en.wikipedia.org",
+    mode: How = "search",
     prompt: Prompt = None,
     k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 5,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    slots: Annotated[int, typer.Option(min=1, help="Questions answered at a time.")] = 16,
+    slots: Slots = 16,
     max_length: MaxLength = 4096,
     max_turn_length: Annotated[int, typer.Option(min=1, help="Tokens of a turn.")] = 512,
-    limit: Annotated[
-        int, typer.Option(min=0, help="Only the first so many questions; 0: all.")
-    ] = 0,
+    limit: FirstFew = 0,
+    max_failure_rate: MaxFailureRate = 0.2,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """Answer a file of questions; `r1s eval score` does the rest.
 
     A row a question, in order, written as they finish: a stopped run goes on where its file ends.
+    Where too many searches fail it ends with exit status 1; the rows say which.
     """
     from r1s_jax.data.corpora import open_search_engine
+    from r1s_jax.data.results import read_header
     from r1s_jax.eval.run import EvalRun, answer_file
-    from r1s_jax.system.console import progress_bar
+    from r1s_jax.system.console import console, progress_bar
 
     run = EvalRun(
         questions=questions,
@@ -68,7 +80,11 @@ def run(
     if mode != "direct":
         engine, source = open_search_engine(index, retriever, site if online else None)
     with progress_bar("Answering") as advance:
-        answer_file(run, engine, source, out, advance)
+        again = {"retry_failed": retry_failed, "max_failure_rate": max_failure_rate}
+        answer_file(run, engine, source, out, advance, **again)
+    if searches := (read_header(out) or {}).get("searches"):
+        told = ", ".join(f"{n} {outcome}" for outcome, n in searches.items())
+        console.print(f"Searches: {told}")
     typer.echo(str(out))
 
 
@@ -117,6 +133,9 @@ def judge(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
     requests_per_minute: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=-1, help="-1: not sent, for models that refuse it.")
+    ] = 0.0,
 ) -> None:
     """Ask a language model whether each answer is right; `r1s eval score` then shows judged right.
 
@@ -129,7 +148,8 @@ def judge(
 
     name = file.name.removesuffix(".gz").removesuffix(".jsonl")
     out = out or file.with_name(f"{name}.judged.jsonl")
-    judge = ChatEndpoint(url, model, concurrency, requests_per_minute)
+    sent = None if temperature < 0 else temperature
+    judge = ChatEndpoint(url, model, concurrency, requests_per_minute, sent)
     with progress_bar("Judging") as advance:
         verdicts = judge_file(file, judge, out, advance)
     typer.echo(json.dumps({"file": str(out), **verdicts}))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from r1s_jax.border.json import read_object
 from r1s_jax.data.rows import DataError, gold_answers, read_rows
@@ -27,6 +27,7 @@ class ResultRow(TypedDict):
     prompt_tokens: int
     sampled_tokens: int
     seconds: float
+    search_outcomes: NotRequired[list[str]]  # found, empty, timeout, error, bad_query, long_query
 
 
 def header_path(results: Path) -> Path:

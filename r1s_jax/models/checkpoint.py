@@ -19,7 +19,9 @@ from etils import epath
 from jax import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.border.errors import UserError, reading
+from r1s_jax.border.json import parse_object
+from r1s_jax.border.schema import check
 from r1s_jax.config import ModelConfig
 from r1s_jax.models.params import Params, ParamSpec, param_specs
 from r1s_jax.system.distributed import on_main
@@ -238,18 +240,68 @@ def _move(source: epath.Path, target: epath.Path) -> None:
 def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> Params:
     """Only the parameters of one checkpoint, as NumPy arrays of `dtype`.
 
-    The optimizer's state is not read. Raises CheckpointError for a damaged or foreign checkpoint.
+    The optimizer's state is not read. Raises CheckpointError for a damaged or foreign checkpoint,
+    and for one whose numbers are not those that were saved.
     """
-    specs = param_specs(model)
+    specs, folder = param_specs(model), _absolute(checkpoint)
+    stored = _stored_dtypes(folder, specs)
     restore = jax.tree.map(
-        lambda spec: ocp.ArrayRestoreArgs(restore_type=np.ndarray, dtype=dtype),
+        lambda _, kind: ocp.ArrayRestoreArgs(restore_type=np.ndarray, dtype=kind),
         {"params": specs},
+        {"params": stored},
         is_leaf=lambda x: isinstance(x, ParamSpec),
     )
     item = jax.tree.map(lambda _: 0, restore)
     arguments = ocp.args.PyTreeRestore(item=item, restore_args=restore, partial_restore=True)
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    try:
-        return reader.restore(_absolute(checkpoint) / "state", arguments)["params"]
-    except Exception as error:
-        raise CheckpointError(f"{checkpoint} cannot be read: {error}") from error
+    with reading(checkpoint, CheckpointError):
+        params = reader.restore(folder / "state", arguments)["params"]
+    _check_shapes(checkpoint, params, specs)
+    _check_sums(checkpoint, params, _saved_sums(folder))
+    return jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
+
+
+def _stored_dtypes(folder: epath.Path, specs: Params) -> Params:
+    """Of each parameter, as it was saved: checksums are of its very bits."""
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    with reading(folder, CheckpointError):
+        tree = reader.metadata(folder / "state").item_metadata.tree["params"]
+        return jax.tree.map(
+            lambda _, leaf: np.dtype(leaf.dtype),
+            specs,
+            tree,
+            is_leaf=lambda x: isinstance(x, ParamSpec),
+        )
+
+
+def _saved_sums(folder: epath.Path) -> dict[str, int]:
+    """The checksums that a checkpoint keeps; those of early versions kept none."""
+    path = folder / "progress" / "metadata"
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing: this is no whole checkpoint of a run")
+    sums = parse_object(path.read_bytes(), path, CheckpointError).get(_CHECKSUMS, {})
+    return check(sums, dict[str, int], path, CheckpointError)
+
+
+def _check_shapes(checkpoint: epath.PathLike, params: Params, specs: Params) -> None:
+    named, _ = jax.tree_util.tree_flatten_with_path(params)
+    wanted = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    for (path, found), spec in zip(named, wanted, strict=True):
+        if found.shape != spec.shape:
+            name = jax.tree_util.keystr(path)
+            raise CheckpointError(
+                f"{checkpoint}: {name} has shape {found.shape}, its run's config says {spec.shape}"
+            )
+
+
+def _check_sums(checkpoint: epath.PathLike, params: Params, saved: dict[str, int]) -> None:
+    found = {f".params{name}": value for name, value in checksums(params).items()}
+    # Checkpoints of early versions have none at all; of others every array has one.
+    wrong = [name for name, value in found.items() if saved.get(name, value) != value]
+    missing = [name for name in found if saved and name not in saved]
+    if wrong or missing:
+        first = (wrong or missing)[0]
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {len(wrong or missing)} arrays are not as they were saved, "
+            f"first {first}; take another of the run's checkpoints"
+        )

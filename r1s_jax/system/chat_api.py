@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.border.errors import UserError, reason
+from r1s_jax.border.http import without_credentials
 
 
 class ChatApiError(UserError, RuntimeError):
@@ -23,19 +24,20 @@ class ChatEndpoint:
     model: str
     concurrency: int = 16
     requests_per_minute: int = 0  # 0: no limit
+    temperature: float | None = 0.0  # None: not sent; some models refuse it
     timeout_s: float = 120.0
     retries: int = 6  # of time-outs, lost connections, 429 and 5xx, with exponential pauses
 
 
 def ask_all(
     endpoint: ChatEndpoint, prompts: Mapping[str, str], record: Callable[[str, str], None]
-) -> None:
+) -> str:
     """Asks every prompt; `record` is handed each reply with its key, as it comes.
 
-    A prompt that gets no reply after all retries is left out. Raises ChatApiError when a whole
-    round of them does.
+    A prompt that gets no reply after all retries is left out; returns what the server said of the
+    last such. Raises ChatApiError when a whole round of them gets none.
     """
-    asyncio.run(_ask_all(_client(endpoint), endpoint, prompts, record))
+    return asyncio.run(_ask_all(_client(endpoint), endpoint, prompts, record))
 
 
 async def _ask_all(
@@ -43,11 +45,12 @@ async def _ask_all(
     endpoint: ChatEndpoint,
     prompts: Mapping[str, str],
     record: Callable[[str, str], None],
-) -> None:
+) -> str:
     limiter = _limiter(endpoint)
     turns = asyncio.Semaphore(endpoint.concurrency)
     most = max(endpoint.concurrency, 8)
     failures: list[str] = []  # since the last success
+    last = [""]
 
     async def ask(key: str, prompt: str) -> None:
         async with turns:
@@ -59,15 +62,17 @@ async def _ask_all(
                     failures.clear()
                 except ConnectionError as error:
                     failures.append(str(error))
+                    last[0] = str(error)
 
     async with client:
         await asyncio.gather(*(ask(key, prompt) for key, prompt in prompts.items()))
     if len(failures) >= most:
         raise ChatApiError(
-            f"{endpoint.url} failed {len(failures)} requests in a row, the last with: "
-            f"{failures[-1]}. What came so far is kept; mend what is wrong and run the same "
-            "command again"
+            f"{without_credentials(endpoint.url)} failed {len(failures)} requests in a row, the "
+            "last with: "
+            f"{failures[-1]}. What came so far is kept; mend it and run the same command again"
         )
+    return last[0]
 
 
 async def _reply(client: Any, endpoint: ChatEndpoint, prompt: str) -> str:
@@ -76,10 +81,12 @@ async def _reply(client: Any, endpoint: ChatEndpoint, prompt: str) -> str:
 
     try:
         completion = await client.chat.completions.create(
-            model=endpoint.model, temperature=0, messages=[{"role": "user", "content": prompt}]
+            model=endpoint.model,
+            messages=[{"role": "user", "content": prompt}],
+            **({} if endpoint.temperature is None else {"temperature": endpoint.temperature}),
         )
     except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
-        raise ConnectionError(f"{type(error).__name__}: {error}") from error
+        raise ConnectionError(reason(error)) from error
     # A server that answers something else altogether gives a text, or an object without choices.
     choices = getattr(completion, "choices", None)
     content = choices[0].message.content if choices else None

@@ -17,7 +17,7 @@ from tests.retrieval.test_online import Web
 from tests.rollout.test_loop import MODEL, searching_params
 
 COLUMNS = {"id", "question", "answer", "pred_ans", "stop_reason_final", "gen_text_store"}
-COLUMNS |= {"searches", "prompt_tokens", "sampled_tokens", "seconds"}
+COLUMNS |= {"searches", "prompt_tokens", "sampled_tokens", "seconds", "search_outcomes"}
 PROMPT = "{question} : "
 
 
@@ -155,11 +155,13 @@ def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
         options += ["--max-length", "512", "--max-turn-length", "8"]
         options += ["--out", str(tmp_path / "out.jsonl")]
         command = [sys.executable, "-m", "r1s_jax.cli", "eval", "run", str(questions), *options]
-        subprocess.run(command, check=True, env=os.environ | env, capture_output=True)
+        done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+        assert done.returncode == 1 and "1 of 1 searches failed (100%" in done.stderr, done.stderr
         assert web.asked[0]["q"].startswith("What is the trade of")
     (row,) = rows_of(tmp_path / "out.jsonl")
     # Its pages lie on this machine, which no stranger's link may lead to: an error, and told so.
-    assert row["searches"] == 1 and "(1)" not in row["gen_text_store"]
+    assert row["searches"] == 0 and row["stop_reason_final"] == "retrieve_error"
+    assert row["search_outcomes"] == ["error"]
     header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
     assert header["source"]["corpus"] == "the web, site:*"
 
