@@ -2,11 +2,11 @@
 
 import dataclasses
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.markup import escape
 
 from r1s_jax.config import Config, RolloutConfig
 from r1s_jax.data.environment import open_environment
@@ -17,18 +17,19 @@ from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
-from r1s_jax.models.pretrained import make_policy
+from r1s_jax.models.pretrained import make_policy, save_policy
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.protocol.prompts import chat_renderer
 from r1s_jax.rewards.registry import FORMAT_REWARDS, batch_reward
 from r1s_jax.rollout.engine import Engine
-from r1s_jax.system.console import console, make_progress
+from r1s_jax.system.console import console, make_progress, warn
 from r1s_jax.system.distributed import on_main, together
+from r1s_jax.system.locks import only_one
 from r1s_jax.system.profiling import StepTrace, keep_compiled_programs
 from r1s_jax.tracking import health
 from r1s_jax.tracking import metrics as m
 from r1s_jax.tracking.progress import Progress
-from r1s_jax.tracking.run_dir import StopRequest, open_run_dir, write_held_out
+from r1s_jax.tracking.run_dir import StopRequest, check_data, open_run_dir, write_held_out
 from r1s_jax.tracking.summary import summarize
 from r1s_jax.tracking.telemetry import Telemetry
 
@@ -40,22 +41,27 @@ def train(
     *,
     cold_start_only: bool = False,
     profile: str = "",
+    accept_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Runs the whole config in `run_dir` and returns its summary.
 
-    `profile` names the steps of reinforcement learning to trace, as "N:M".
-
-    SIGINT and SIGTERM end it early, at a step's end and with a checkpoint (the summary then has
-    `stopped`); `resume` goes on as if it had never stopped. Raises ConfigError, DataError,
-    SearchFailure, RewardServerError, UnhealthyRun or CheckpointError.
+    `profile` names the steps of reinforcement learning to trace, as "N:M". SIGINT and SIGTERM end
+    it early, at a step's end and with a checkpoint (the summary then has `stopped`); `resume` goes
+    on as if it had never stopped, over data that must be what it was unless `accept_changed_data`.
+    Raises ConfigError, DataError, InUse, SearchFailure, RewardServerError, UnhealthyRun or
+    CheckpointError.
     """
     keep_compiled_programs()
     trace = StepTrace(profile, run_dir / "profile")
-    while True:
-        try:
-            return _train(Run(config, run_dir, resume), trace, cold_start_only)
-        except DamagedCheckpoint as error:
-            console.print(f"[yellow]warning:[/] {escape(str(error))}; going on from the one before")
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(only_one(run_dir, "the run")))
+        while True:
+            try:
+                return _train(
+                    Run(config, run_dir, resume, accept_changed_data), trace, cold_start_only
+                )
+            except DamagedCheckpoint as error:
+                warn(f"{error}; going on from the one before")
 
 
 def _train(run: "Run", trace: StepTrace, cold_start_only: bool) -> dict[str, Any]:
@@ -83,16 +89,18 @@ def _train(run: "Run", trace: StepTrace, cold_start_only: bool) -> dict[str, Any
 class Run:
     """A run and everything that it needs, built once from its config."""
 
-    def __init__(self, config: Config, run_dir: Path, resume: bool):
+    def __init__(self, config: Config, run_dir: Path, resume: bool, accept_changed_data: bool):
         self.config, self.started = config, time.perf_counter()
         # A name that is no reward must not be found out hours later.
         stages = {"stage1": config.stage1, "stage2": config.stage2}
         rewards = {name: batch_reward(s.reward) for name, s in stages.items() if s.steps}
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
+        on_main(lambda: check_data(self.dir, config, accept_changed_data))
         self.mesh = make_mesh(config.mesh)
         policy = together(lambda: make_policy(config.policy, config.seed))
         self.params = shard_params(policy.params, policy.model, self.mesh)
         self.policy = policy._replace(params={})  # the host's copy is not needed any more
+        on_main(lambda: save_policy(self.dir, self.policy))
         self.environment = open_environment(config, chat_renderer(policy.tokenizer))
         if count := config.eval.questions:
             held_out = self.environment.evaluation(count).questions
@@ -108,7 +116,7 @@ class Run:
         self.checkpoints = Checkpoints(where, config.run.keep_checkpoints)
         known = self.checkpoints.progress() if resume else None
         if resume and known is None:
-            console.print(f"{run_dir} holds no checkpoint to resume from: the run begins anew")
+            warn(f"{run_dir} holds no checkpoint to resume from: the run begins anew")
         self.progress = Progress.of(known)
         self.started -= self.progress.seconds
         self.clock = m.StepClock()
@@ -172,9 +180,7 @@ class Run:
                     console.print(f"{name} step {progress.step}/{total}  {m.headline(row)}")
                 if (fatal := health.announce(self.history)) and c.run.stop_when_unhealthy:
                     self.checkpoints.wait()
-                    raise health.UnhealthyRun(
-                        f"the run was stopped after step {progress.step}: {fatal}"
-                    )
+                    raise health.UnhealthyRun(progress.step, fatal)
         trace.close()
         self.checkpoints.wait()
         return state
@@ -204,8 +210,8 @@ class Run:
                 learning_rate_scale=self.progress.learning_rate_scale(c),
             )
         self.progress.adapt_kl(c, learned.kl)
-        traced, texts = c.run.traces_per_step, self.engine.token_texts
-        for row in m.trace_rows(kept, kept_rewards, learned.advantages, traced, texts):
+        kept_too = learned.advantages, c.run.traces_per_step, self.engine.token_texts
+        for row in m.trace_rows(kept, kept_rewards, *kept_too):
             self.telemetry.trace({"step": step + 1, **row})
         return state, {
             "step": step + 1,

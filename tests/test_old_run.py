@@ -74,7 +74,8 @@ def test_it_resumes_to_the_end_that_it_would_have_had(old):
     expected = without_times(rows_so_far(old / "expected_metrics.jsonl"))
     assert len(found) == len(expected) == 4
     for row, wanted in zip(found, expected, strict=True):
-        assert row.keys() == wanted.keys()
+        assert row.keys() >= wanted.keys()
+        row["searches_bad_query"] += row.pop("searches_long_query", 0)  # were counted as one
         for name, value in wanted.items():
             if isinstance(value, float):
                 np.testing.assert_allclose(row[name], value, rtol=1e-3, atol=1e-5, err_msg=name)

@@ -19,10 +19,11 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.rows import rows_so_far
+from r1s_jax.system.locks import InUse, only_one
 from r1s_jax.tracking.report import write_report
 from r1s_jax.tracking.run_dir import open_run_dir
 from r1s_jax.train import train
-from tests.makers import SHORT
+from tests.makers import SHORT, run_cli
 
 # What the clock decides; everything else of a row must not depend on when a run was stopped.
 TIMES = ("seconds", "_per_s", "compilations", "host_memory")
@@ -190,7 +191,7 @@ def test_what_fails_before_the_first_step_keeps_no_directory_from_another_try(tm
     assert (run / "config.json").read_text() == "{"
     (tmp_path / "versions.json").rename(run / "versions.json")
     (run / "metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+    with pytest.raises(ConfigError, match=r"config\.json: no JSON"):
         open_run_dir(run, right, resume=True)
 
 
@@ -255,3 +256,51 @@ def test_memory_stays_level_over_many_steps(tmp_path):
     assert len(rows) == 500
     assert rows[-1]["host_memory_gib"] < 1.05 * rows[49]["host_memory_gib"]
     assert sum(row["compilations"] for row in rows[2:]) == 0
+
+
+CORPUS = ["policy.compute_dtype=float32", "environment.encoder=hash", "environment.prompt=base"]
+CORPUS += ["stage1.steps=0", "stage2.steps=2", "stage2.questions_per_step=2", "eval.questions=2"]
+CORPUS += ["algorithm.samples_per_question=2", "algorithm.updates_per_rollout=1"]
+CORPUS += ["rollout.slots=4", "rollout.prefill_rows=2", "rollout.max_length=384"]
+CORPUS += [
+    "rollout.max_prompt_length=256",
+    "rollout.max_turn_length=8",
+    "rollout.first_search=true",
+]
+
+
+def test_a_run_carries_what_it_needs_and_knows_its_data(model, index, tmp_path, monkeypatch):
+    """From another folder, and after its base model is gone; and no data changes under it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, "base")
+    rows = [{"question": f"What is the trade of Bakor{i}?", "answer": "smith"} for i in range(12)]
+    Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*CORPUS, "environment.passages=", f"environment.index={index}"]
+    given += ["environment.questions=q.jsonl"]
+
+    def train_it(*options, base="base", questions="q.jsonl"):
+        changes = [*given, f"policy.model={base}", f"environment.questions={questions}"]
+        return run_cli("train", "wiki_smollm2", *changes, "--run-dir", "run", *options)
+
+    assert (done := train_it()).exit_code == 0, done.output
+    checkpoints = sorted(Path("run/checkpoints").glob("[0-9]*"))
+    shutil.rmtree(checkpoints[-1])  # as if it had been stopped a step before
+    absolute = {"base": tmp_path / "base", "questions": tmp_path / "q.jsonl"}
+    Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
+    done = train_it("--resume", **absolute)
+    assert done.exit_code == 1 and "q.jsonl changed since the run began" in str(done.exception)
+    done = train_it("--resume", "--accept-changed-data", **absolute)
+    assert done.exit_code == 0, done.output
+    shutil.rmtree("base")
+    monkeypatch.chdir("/")
+    for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "3"):
+        out = tmp_path / f"exported-{source.name}"
+        assert (done := run_cli("export", str(source), str(out))).exit_code == 0, done.output
+        assert (out / "tokenizer.json").exists()
+
+
+def test_a_run_folder_has_one_writer(tmp_path):
+    config = override(tiny_world.config(), SHORT)
+    with only_one(tmp_path / "run", "the run"), pytest.raises(InUse, match=r"process \d+ on \S+"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -33,6 +33,9 @@ def train(
     profile: Annotated[
         str, typer.Option(metavar="N:M", help="Trace these steps for Perfetto and TensorBoard.")
     ] = "",
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="Resume though a file of data changed.")
+    ] = False,
 ) -> None:
     """Train a policy to search: cold start (if the recipe has one), stage 1, stage 2.
 
@@ -40,7 +43,8 @@ def train(
     run directory; the last line printed is the summary as JSON. Ctrl-C stops after the step with
     a checkpoint, and --resume goes on from it.
     """
-    _train(config, overrides, run_dir, resume, distributed, profile=profile)
+    options = {"profile": profile, "accept_changed_data": accept_changed_data}
+    _train(config, overrides, run_dir, resume, distributed, **options)
 
 
 def sft(

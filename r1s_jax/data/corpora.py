@@ -12,6 +12,7 @@ import jax
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import CorpusConfig
+from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.retrieval.api import Passage, Retriever
 from r1s_jax.retrieval.bench import bench_encoder, bench_index
 from r1s_jax.retrieval.build import Options, sample_queries, write_index
@@ -71,21 +72,42 @@ def open_retriever(config: CorpusConfig) -> Retriever:
     return open_index(folder, encoder)
 
 
-def _files_of(references: Sequence[str]) -> list[Path]:
+def _files_of(references: Sequence[str | Path]) -> list[Path]:
     """Every file of some passages, by which a cached index is known again."""
     for reference in references:
-        if reference.startswith(HUB):
+        if str(reference).startswith(HUB):
             raise ConfigError(
                 f"environment.passages: {reference} may change on the hub. Build its index once "
                 "(r1s index build) and name that as environment.index"
             )
-    paths = [resolve(reference) for reference in references]
+    paths = [resolve(str(reference)) for reference in references]
     return [
         f
         for path in paths
         for f in (sorted(path.rglob("*")) if path.is_dir() else [path])
         if f.is_file()
     ]
+
+
+def data_digests(config: CorpusConfig) -> dict[str, tuple[str, str]]:
+    """(reference, digest) of every file of data that a run reads, by its place in the config.
+
+    Tables of the hub have none. Of an index it is that of its description, which has digests of all
+    else. Raises AssetError where one is not there.
+    """
+    digests = {}
+    for field in ("questions", "exclude", "demonstrations", "passages"):
+        for place, reference in enumerate(getattr(config, field)):
+            if not reference.startswith(HUB):
+                digest = hashlib.sha256()
+                for path in _files_of([questions_file(reference)]):
+                    with path.open("rb") as file:
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
+                digests[f"{field}[{place}]"] = reference, digest.hexdigest()
+    if config.index:
+        description = (resolve(config.index) / "index.json").read_bytes()
+        digests["index"] = config.index, hashlib.sha256(description).hexdigest()
+    return digests
 
 
 def write_corpus_index(

@@ -294,8 +294,15 @@ def _check_shapes(checkpoint: epath.PathLike, params: Params, specs: Params) -> 
             )
 
 
+def _host_sum(x: np.ndarray) -> int:
+    """As `checksums` does, without a device: all parameters at once may not fit on one."""
+    bits = np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}")
+    return int(bits.sum(dtype=np.uint64)) & 0xFFFFFFFF
+
+
 def _check_sums(checkpoint: epath.PathLike, params: Params, saved: dict[str, int]) -> None:
-    found = {f".params{name}": value for name, value in checksums(params).items()}
+    named, _ = jax.tree_util.tree_flatten_with_path(params)
+    found = {f".params{jax.tree_util.keystr(path)}": _host_sum(leaf) for path, leaf in named}
     # Checkpoints of early versions have none at all; of others every array has one.
     wrong = [name for name, value in found.items() if saved.get(name, value) != value]
     missing = [name for name in found if saved and name not in saved]

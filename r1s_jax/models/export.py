@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from r1s_jax.models.checkpoint import run_of
+from r1s_jax.border.json import read_object
+from r1s_jax.models.checkpoint import CheckpointError, run_of
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.weights import save_params
 from r1s_jax.protocol import r1_searcher as protocol
@@ -17,7 +18,7 @@ def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
     FileExistsError for a directory in use.
     """
     policy, run, card = load_pretrained(source), run_of(Path(source)), Path(source, "README.md")
-    text = _card(run) if run else card.read_text("utf-8") if card.is_file() else ""
+    text = _card(run) if run else card.read_text("utf-8", "replace") if card.is_file() else ""
     return save_params(
         policy.params,
         policy.model,
@@ -31,11 +32,11 @@ def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
 
 def _card(run: Path) -> str:
     """A model card: what was trained on what, with which result, and how to use it."""
-    config = json.loads((run / "config.json").read_text("utf-8"))
+    config = read_object(run / "config.json", CheckpointError)
     base = config["policy"]["model"] or "random weights"
     first, second = config["stage1"], config["stage2"]
     summary = run / "summary.json"
-    scores = json.loads(summary.read_text("utf-8")) if summary.exists() else {}
+    scores = read_object(summary, CheckpointError) if summary.exists() else {}
     shown = {k: v for k, v in scores.items() if k.startswith(("f1_", "searches_"))}
     lines = [
         "---",

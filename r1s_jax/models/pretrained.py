@@ -1,22 +1,34 @@
 """A policy as it comes from outside: architecture, parameters, tokenizer."""
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from etils import epath
 
-from r1s_jax.config import ModelConfig, PolicyConfig, RopeScaling
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
+from r1s_jax.config import ModelConfig, PolicyConfig
 from r1s_jax.data.tiny_world import build_tokenizer
-from r1s_jax.models.checkpoint import checkpoint_directory, newest_checkpoint, read_params, run_of
+from r1s_jax.models.checkpoint import (
+    CheckpointError,
+    checkpoint_directory,
+    newest_checkpoint,
+    read_params,
+    run_of,
+)
 from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params, add_adapters, init_params
-from r1s_jax.models.tokenizer import check_tokenizer, eos_ids, load_tokenizer
+from r1s_jax.models.tokenizer import TokenId, check_tokenizer, eos_ids, load_tokenizer
 from r1s_jax.models.weights import load_config, load_params
 from r1s_jax.system.assets import resolve
+from r1s_jax.system.files import whole_folder, write_json
+
+_POLICY = "policy"  # the folder of a run that holds all of it but parameters
 
 
 class Pretrained(NamedTuple):
@@ -45,25 +57,77 @@ def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
     return Pretrained(model, params, tokenizer, eos_ids(tokenizer, path))
 
 
+def save_policy(run: Path, policy: Pretrained) -> None:
+    """Writes what it takes to read the checkpoints of a run: architecture, tokenizer, ends.
+
+    So the run serves from any folder, and after the model that it began with is gone.
+    """
+    folder = run / _POLICY
+    if folder.exists():
+        return
+    with whole_folder(folder) as partial:
+        policy.tokenizer.save_pretrained(partial)
+        described = {"model": dataclasses.asdict(policy.model), "eos_ids": list(policy.eos_ids)}
+        write_json(partial / "policy.json", described)
+
+
 def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
-    config = json.loads((run / "config.json").read_text("utf-8"))
-    described = config["policy"]
-    if described["model"]:
-        path = resolve(described["model"])
-        model, tokenizer = load_config(path), load_tokenizer(path)
-        ends = eos_ids(tokenizer, path)
-    else:
-        fields = described["architecture"]
-        scaling = fields.pop("rope_scaling")
-        model = ModelConfig(**fields, rope_scaling=RopeScaling(**scaling) if scaling else None)
-        tokenizer = build_tokenizer()
-        ends = (tokenizer.eos_token_id,)
+    file = run / "config.json"
+    config = check(read_object(file, CheckpointError), _RunConfig, file, CheckpointError)
+    model, tokenizer, ends = _saved_policy(run) or _described_policy(config.policy, file)
     checkpoint: epath.PathLike = source
     if source == run:
-        checkpoint = newest_checkpoint(checkpoint_directory(run, config["run"]["checkpoint_dir"]))
-    adapted = model.with_lora(described["lora_rank"], described["lora_alpha"])
+        checkpoint = newest_checkpoint(checkpoint_directory(run, config.run.checkpoint_dir))
+    adapted = model.with_lora(config.policy.lora_rank, config.policy.lora_alpha)
     params = merge_adapters(read_params(checkpoint, adapted, dtype), adapted.lora_scale)
     return Pretrained(model, params, tokenizer, ends)
+
+
+def _saved_policy(run: Path) -> tuple[ModelConfig, Any, tuple[int, ...]] | None:
+    """What `save_policy` wrote; None in the folders of earlier versions."""
+    file = run / _POLICY / "policy.json"
+    if not file.exists():
+        return None
+    saved = check(read_object(file, CheckpointError), _Saved, file, CheckpointError)
+    model = _architecture(saved.model, file).without_lora()
+    return model, load_tokenizer(file.parent), tuple(saved.eos_ids)
+
+
+def _described_policy(policy: "_RunPolicy", file: Path) -> tuple[ModelConfig, Any, tuple[int, ...]]:
+    """The policy of a run that keeps none: of its base model's files, or of the tiny world."""
+    if policy.model:
+        path = resolve(policy.model)
+        tokenizer = load_tokenizer(path)
+        return load_config(path), tokenizer, eos_ids(tokenizer, path)
+    tokenizer = build_tokenizer()
+    return _architecture(policy.architecture or {}, file), tokenizer, (tokenizer.eos_token_id,)
+
+
+def _architecture(fields: dict[str, Any], file: Path) -> ModelConfig:
+    return check(fields, ModelConfig, file, CheckpointError)
+
+
+class _RunPolicy(msgspec.Struct):
+    """Of a run's config, what it takes to read its parameters."""
+
+    model: str = ""
+    architecture: dict[str, Any] | None = None
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+
+
+class _RunPlace(msgspec.Struct):
+    checkpoint_dir: str = ""
+
+
+class _RunConfig(msgspec.Struct):
+    policy: _RunPolicy
+    run: _RunPlace
+
+
+class _Saved(msgspec.Struct):
+    model: dict[str, Any]
+    eos_ids: list[TokenId]
 
 
 def make_policy(config: PolicyConfig, seed: int) -> Pretrained:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,9 +15,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from r1s_jax.border.text import printable
+
 # Everything for people goes to stderr; stdout carries the one JSON line a program may read.
 console = Console(stderr=True)
 out_console = Console(soft_wrap=True, highlight=False)
+
+
+def warn(text: str) -> None:
+    """A message about something that goes on all the same."""
+    console.print(f"[yellow]warning:[/] {escape(printable(text))}")
 
 
 def make_progress() -> Progress:

@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,3 +25,17 @@ def write_json(path: Path, value: Any) -> None:
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes JSON lines."""
     write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `path` when the block ends well, and else is gone."""
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -24,6 +24,9 @@ _GOOD_F1 = 0.5
 class UnhealthyRun(UserError, RuntimeError):
     """A run that learns nothing any more; its last checkpoint is kept."""
 
+    def __init__(self, step: int, why: str):
+        super().__init__(f"the run was stopped after step {step}: {why}")
+
 
 class History:
     """The metrics of a run's steps so far, the newest last."""

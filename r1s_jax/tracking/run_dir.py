@@ -13,7 +13,10 @@ from typing import Any
 import jax
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.config import Config
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
+from r1s_jax.config import Config, CorpusConfig
+from r1s_jax.data.corpora import data_digests
 from r1s_jax.data.questions import Question
 from r1s_jax.system.distributed import gather
 from r1s_jax.system.files import write_json, write_rows
@@ -39,7 +42,7 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     if ours and any(any(path.glob(name)) for name in _BEGUN):
         if not resume:
             raise ConfigError(f"{path} already holds a run: add --resume, or choose another")
-        differ = _differences(_read_config(known), described)
+        differ = _differences(_read_config(known), described, _where(versions))
         if differ:
             raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")
         return path
@@ -63,11 +66,37 @@ def _names(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()}
 
 
-def _read_config(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}") from error
+def _read_config(path: Path) -> dict[str, Any]:
+    return read_object(path, ConfigError)
+
+
+def _where(versions: Path) -> Path:
+    """The folder that a run was started in, which relative names in its config start from."""
+    return Path(str(read_object(versions, ConfigError).get("folder", ".")))
+
+
+def check_data(path: Path, config: Config, accept_changed: bool) -> None:
+    """Writes `data.json`, or compares it with what the run's files of data are now.
+
+    Raises ConfigError, naming what changed, unless that is accepted: a stream of questions that is
+    restored over others would go on somewhere else, and other questions would be held out.
+    """
+    if not isinstance(config.environment, CorpusConfig):
+        return
+    data, file = data_digests(config.environment), path / "data.json"
+    if file.exists():
+        before = check(read_object(file, ConfigError), dict[str, str], file, ConfigError)
+        changed = [
+            reference
+            for place, (reference, digest) in data.items()
+            if before.get(place, digest) != digest
+        ]
+        if changed and not accept_changed:
+            raise ConfigError(
+                f"{path}: {', '.join(changed)} changed since the run began: restore it, begin a "
+                "new run, or go on with --accept-changed-data"
+            )
+    write_json(file, {place: digest for place, (_, digest) in data.items()})
 
 
 class StopRequest:
@@ -101,6 +130,7 @@ class StopRequest:
 def _versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
+        "folder": str(Path.cwd()),
         "devices": [str(d) for d in jax.devices()],
         **{name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)},
     }
@@ -114,9 +144,32 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+# Defaults that changed: (before, now). A run begun with the one goes on with the other.
+_CHANGED_DEFAULTS = {"rollout.max_query_length": (64, 128)}
+
+
+def _differences(old: Any, new: Any, base: Path, path: str = "") -> list[str]:
+    """What differs between the config of a run and one to go on with, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys())
         join = f"{path}." if path else ""
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{join}{k}")]
-    return [] if old == new else [f"{path} was {old!r}, now {new!r}"]
+        # What an older version did not know has its default, or the recipe would not be the same.
+        keys = sorted(old.keys() | new.keys()) if path else sorted(old.keys() & new.keys())
+        return [
+            difference
+            for key in keys
+            if key in old
+            for difference in _differences(old[key], new.get(key), base, f"{join}{key}")
+        ]
+    if old == new or _CHANGED_DEFAULTS.get(path) == (old, new) or _same_place(old, new, base):
+        return []
+    return [f"{path} was {old!r}, now {new!r}"]
+
+
+def _same_place(old: Any, new: Any, base: Path) -> bool:
+    """Whether both name one file or folder, one of them by a path from the folder `base`."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = zip(old, new, strict=True)
+        return all(a == b or _same_place(a, b, base) for a, b in pairs)
+    if not (isinstance(old, str) and isinstance(new, str) and old and new):
+        return False
+    return "://" not in old + new and (base / old).resolve() == Path(new).resolve()
