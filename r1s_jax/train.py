@@ -48,8 +48,7 @@ def train(
     `profile` names the steps of reinforcement learning to trace, as "N:M". SIGINT and SIGTERM end
     it early, at a step's end and with a checkpoint (the summary then has `stopped`); `resume` goes
     on as if it had never stopped, over data that must be what it was unless `accept_changed_data`.
-    Raises ConfigError, DataError, InUse, SearchFailure, RewardServerError, UnhealthyRun or
-    CheckpointError.
+    Raises UserError of many kinds, each with what to do.
     """
     keep_compiled_programs()
     trace = StepTrace(profile, run_dir / "profile")

@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.border.errors import UserError, reading
 from r1s_jax.config import ModelConfig, RopeScaling
 from r1s_jax.models.decoder import rope_frequencies
 
@@ -62,13 +62,14 @@ class GGUFFile:
     def __init__(self, path: Path):
         """Raises WeightsError when the file is no GGUF, is truncated, or has no known model."""
         self.path = path
-        try:
+        size = path.stat().st_size
+        with reading(f"{path} ({size} bytes) is no GGUF file or is truncated: it", WeightsError):
             self._reader = GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            size = path.stat().st_size
+        parts = self.metadata("split.count", 0)
+        if isinstance(parts, int) and parts > 1:
             raise WeightsError(
-                f"{path} ({size} bytes) is no GGUF file or is truncated: {error}"
-            ) from error
+                f"{path} is one of {parts} parts; merge them first: llama-gguf-split --merge"
+            )
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = self.metadata("general.architecture")
         if self.architecture not in ARCHITECTURES:
@@ -81,7 +82,8 @@ class GGUFFile:
         """The value of `key`, lists as Python lists. Raises WeightsError where one is required."""
         field = self._reader.get_field(key)
         if field is not None:
-            return field.contents()
+            with reading(f"{self.path}: metadata {key!r}", WeightsError):
+                return field.contents()
         if default is _REQUIRED:
             raise WeightsError(f"{self.path}: the metadata has no {key!r}")
         return default
@@ -100,11 +102,9 @@ class GGUFFile:
     def read(self, name: str) -> np.ndarray:
         """float32 values of a tensor, rows in the order of a HF checkpoint."""
         tensor = self._tensors[name]
-        try:
+        with reading(f"{self.path}: tensor {name}", WeightsError):
             values = dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise WeightsError(f"{self.path}: tensor {name}: {error}") from error
-        return self._unpermute(name, values.reshape(self.shape(name)))
+            return self._unpermute(name, values.reshape(self.shape(name)))
 
     def _unpermute(self, name: str, values: np.ndarray) -> np.ndarray:
         """Undoes the row order that llama files give to queries and keys.
@@ -130,7 +130,14 @@ class GGUFFile:
         return value
 
     def config(self) -> ModelConfig:
-        """The architecture, from the metadata and from which tensors are there."""
+        """The architecture, from the metadata and from which tensors are there.
+
+        Raises WeightsError for metadata of the wrong kind.
+        """
+        with reading(f"{self.path}: the metadata", WeightsError):
+            return self._config()
+
+    def _config(self) -> ModelConfig:
         arch, names = self.architecture, self._tensors
         d_model = self.metadata(f"{arch}.embedding_length")
         num_heads = self._attention("head_count")

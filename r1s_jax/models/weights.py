@@ -11,25 +11,23 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import ml_dtypes
+import msgspec
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.config import ModelConfig, RopeScaling
+from r1s_jax.border.errors import ConfigError, reading, shorten
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
+from r1s_jax.config import ModelConfig
 from r1s_jax.models.gguf import WeightsError, gguf_in, open_gguf
+from r1s_jax.models.hf_config import hf_config, parse_config, read_model_json
 from r1s_jax.models.params import Params, param_specs
 
 __all__ = ["WeightsError", "load_config", "load_params", "save_params"]
-
-MODEL_TYPES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 class _Stored(NamedTuple):
@@ -109,80 +107,13 @@ def load_config(path: str | Path) -> ModelConfig:
     """
     if file := gguf_in(path):
         return open_gguf(file).config()
-    return _parse_config(_read_json(Path(path) / "config.json"), Path(path) / "config.json")
+    return parse_config(read_model_json(Path(path) / "config.json"), Path(path) / "config.json")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise WeightsError(
-            f"{file} is missing: a model is a Hugging Face directory (config.json, *.safetensors) "
-            "or one .gguf file"
-        ) from error
-    except ValueError as error:
-        raise WeightsError(f"{file} is not readable as JSON: {error}") from error
+class _ShardIndex(msgspec.Struct):
+    """Of a model.safetensors.index.json, what is read here."""
 
-
-def _parse_config(c: dict[str, Any], file: Path) -> ModelConfig:
-    c = {key: value for key, value in c.items() if value is not None}
-    kind = c.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise WeightsError(
-            f"{file}: model type {kind!r} is not supported; supported are {', '.join(MODEL_TYPES)}"
-        )
-    # An attention bias outside Qwen2 sits on the output projection too.
-    refused = {
-        "hidden_act": c.get("hidden_act", "silu") != "silu",
-        "attention_bias": kind != "qwen2" and c.get("attention_bias"),
-        "mlp_bias": c.get("mlp_bias"),
-        "use_sliding_window": c.get("use_sliding_window"),
-        "quantization_config": c.get("quantization_config"),
-        "partial_rotary_factor": c.get("partial_rotary_factor", 1) != 1,
-    }
-    if wrong := [f"{key}={c[key]!r}" for key, bad in refused.items() if bad]:
-        raise WeightsError(f"{file}: not supported: {', '.join(wrong)}")
-    try:
-        heads = c["num_attention_heads"]
-        return ModelConfig(
-            vocab_size=c["vocab_size"],
-            d_model=c["hidden_size"],
-            d_ff=c["intermediate_size"],
-            num_layers=c["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-            norm_eps=c["rms_norm_eps"],
-            tie_embeddings=c.get("tie_word_embeddings", False),
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            max_position=c["max_position_embeddings"],
-            **_parse_rope(c, file),
-        )
-    except KeyError as error:
-        raise WeightsError(f"{file}: the entry {error} is missing") from error
-    except (TypeError, ValueError) as error:
-        raise (
-            error if isinstance(error, WeightsError) else WeightsError(f"{file}: {error}")
-        ) from error
-
-
-def _parse_rope(c: dict[str, Any], file: Path) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`; before, it was `rope_theta` and `rope_scaling`."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "llama3":
-        raise WeightsError(f"{file}: rope type {kind!r} is not supported; only default and llama3")
-    scaling = RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position=int(rope["original_max_position_embeddings"]),
-    )
-    return {"rope_theta": theta, "rope_scaling": scaling}
+    weight_map: dict[str, Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+$")]]
 
 
 class _SafetensorsDir:
@@ -192,20 +123,19 @@ class _SafetensorsDir:
         index = path / "model.safetensors.index.json"
         shards = [path / "model.safetensors"]
         if index.exists():
-            shards = [path / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+            named = check(read_model_json(index), _ShardIndex, index, WeightsError).weight_map
+            shards = [path / name for name in sorted(set(named.values()))]
         self.path = path
         self._shards: dict[str, Any] = {}
         self._files: dict[str, Path] = {}
         for file in shards:
             if not file.exists():
                 raise WeightsError(f"{file} is missing")
-            try:
+            size = file.stat().st_size
+            with reading(
+                f"{file} ({size} bytes) is no safetensors file or is truncated: it", WeightsError
+            ):
                 shard = safe_open(file, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                size = file.stat().st_size
-                raise WeightsError(
-                    f"{file} ({size} bytes) is no safetensors file or is truncated: {error}"
-                ) from error
             self._shards |= dict.fromkeys(shard.keys(), shard)
             self._files |= dict.fromkeys(shard.keys(), file)
 
@@ -220,7 +150,8 @@ class _SafetensorsDir:
         return tuple(self._shards[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        return self._shards[name].get_tensor(name)
+        with reading(f"{self.where(name)}: tensor {name}", WeightsError):
+            return self._shards[name].get_tensor(name)
 
 
 def load_params(
@@ -235,15 +166,31 @@ def load_params(
     config = config or load_config(path)
     file = gguf_in(path)
     source = open_gguf(file) if file else _SafetensorsDir(Path(path))
+    _check_tensors(path, source, config, gguf=file is not None)
     specs = param_specs(config)
     params: Params = {
         name: np.empty(spec.shape, dtype) for name, spec in specs.items() if name != "layers"
     }
     params["layers"] = {name: np.empty(s.shape, dtype) for name, s in specs["layers"].items()}
-
-    left = source.names()
     for tensor in _tensors(config):
         name = tensor.gguf if file else tensor.hf
+        values = source.read(name)
+        # One number that is none makes the sum none.
+        if not np.isfinite(values.sum(dtype=np.float64)):
+            raise WeightsError(f"{source.where(name)}: tensor {name} holds NaN or infinity")
+        values = (values.T if tensor.transposed else values).reshape(tensor.shape)
+        if tensor.layer is None:
+            params[tensor.param][...] = values
+        else:
+            params["layers"][tensor.param][tensor.layer] = values
+    return params
+
+
+def _check_tensors(path: str | Path, source: Any, config: ModelConfig, *, gguf: bool) -> None:
+    """Raises WeightsError unless the tensors are those of the architecture, before any is read."""
+    left = source.names()
+    for tensor in _tensors(config):
+        name = tensor.gguf if gguf else tensor.hf
         if name not in left:
             raise WeightsError(
                 f"{source.where(name)}: tensor {name} of shape {tensor.stored_shape} is missing"
@@ -254,18 +201,13 @@ def load_params(
                 f"{source.where(name)}: tensor {name} has shape {source.shape(name)}, "
                 f"expected {tensor.stored_shape}"
             )
-        values = source.read(name)
-        values = (values.T if tensor.transposed else values).reshape(tensor.shape)
-        if tensor.layer is None:
-            params[tensor.param][...] = values
-        else:
-            params["layers"][tensor.param][tensor.layer] = values
     if config.tie_embeddings:
         left.discard(_TOP["lm_head"].hf)  # some checkpoints store the tied matrix twice
     if left:
         some = ", ".join(sorted(left)[:5])
-        raise WeightsError(f"{path}: {len(left)} tensors have no place in the model: {some}")
-    return params
+        raise WeightsError(
+            f"{path}: {len(left)} tensors have no place in the model: {shorten(some, 200)}"
+        )
 
 
 def save_params(
@@ -304,10 +246,11 @@ def save_params(
     try:
         numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         _write_safetensors(params, config, tmp, numpy_dtype, max_shard_bytes)
-        _write_json(tmp / "config.json", _hf_config(config, dtype) | special)
+        _write_json(tmp / "config.json", hf_config(config, dtype) | special)
         _write_json(tmp / "generation_config.json", special)
         if tokenizer is not None:
             tokenizer.save_pretrained(tmp)
+            _name_tokenizer_for_all(tmp / "tokenizer_config.json")
         if card:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         tmp.replace(out_dir)
@@ -317,42 +260,15 @@ def save_params(
     return out_dir
 
 
+def _name_tokenizer_for_all(file: Path) -> None:
+    """The class that transformers 5 writes is unknown to transformers 4; both know this one."""
+    described = read_object(file, WeightsError)
+    if described.get("tokenizer_class") == "TokenizersBackend":
+        _write_json(file, described | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json, its rope in the older spelling, which transformers 5 reads too."""
-    if config.qkv_bias and config.qk_norm:
-        raise WeightsError("no Hugging Face model type has both qkv_bias and qk_norm")
-    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-    scaling = None
-    if s := config.rope_scaling:
-        scaling = {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_position,
-        }
-    return {
-        "architectures": [MODEL_TYPES[kind]],
-        "model_type": kind,
-        "torch_dtype": dtype,
-        "hidden_act": "silu",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_position,
-    }
 
 
 def _write_safetensors(
