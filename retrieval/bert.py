@@ -4,26 +4,41 @@ One forward pass serves two engines. On JAX it is jitted, with the layers under 
 bulk encoding. On NumPy it needs no device, for queries that arrive while the device is busy.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import scipy.special
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.errors import BadInput, ConfigError, reading, shorten
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
 
 Array = jax.Array | np.ndarray
 Weights = dict[str, Array]
+
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+
+
+class _BertFile(msgspec.Struct):
+    """Of a `config.json`, what is read here."""
+
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    num_attention_heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]
+    hidden_size: Size
+    max_position_embeddings: Size
+    layer_norm_eps: Annotated[float, msgspec.Meta(gt=0, le=0.1)]
 
 
 @dataclass(frozen=True)
@@ -39,20 +54,25 @@ class BertConfig:
     @classmethod
     def load(cls, directory: Path) -> "BertConfig":
         """Raises ValueError where the model is not a BERT with exact GELU."""
-        raw = json.loads((directory / "config.json").read_text("utf-8"))
+        path = directory / "config.json"
+        raw = read_object(path)
         for key, ours in (
             ("model_type", "bert"),
             ("hidden_act", "gelu"),
             ("position_embedding_type", "absolute"),
         ):
             if raw.get(key, ours) != ours:
-                raise ConfigError(f"{directory}: {key} is {raw[key]!r}; only {ours!r} is supported")
+                found = shorten(repr(raw[key]), 60)
+                raise ConfigError(f"{path}: {key} is {found}; only {ours!r} is supported")
+        known = check(raw, _BertFile, path)
+        if known.hidden_size % known.num_attention_heads:
+            raise ConfigError(f"{path}: hidden_size is no multiple of num_attention_heads")
         return cls(
-            layers=raw["num_hidden_layers"],
-            heads=raw["num_attention_heads"],
-            dims=raw["hidden_size"],
-            positions=raw["max_position_embeddings"],
-            norm_epsilon=raw["layer_norm_eps"],
+            layers=known.num_hidden_layers,
+            heads=known.num_attention_heads,
+            dims=known.hidden_size,
+            positions=known.max_position_embeddings,
+            norm_epsilon=known.layer_norm_eps,
         )
 
 
@@ -107,9 +127,33 @@ class BertWeights(NamedTuple):
 def load_weights(directory: Path, config: BertConfig) -> BertWeights:
     """Reads `model.safetensors` (with or without a `bert.` prefix) as float32 on the host.
 
-    Raises KeyError, naming the parameter, where one is missing.
+    Raises BadInput, naming the file, where one is missing, of another shape, or no number.
     """
-    tensors = load_file(directory / "model.safetensors")
+    path = directory / "model.safetensors"
+    with reading(path):
+        weights = _load_weights(load_file(path), config)
+    _check_weights(path, weights, config)
+    return weights
+
+
+def _check_weights(path: Path, weights: BertWeights, config: BertConfig) -> None:
+    words, positions = weights.embeddings["words"], weights.embeddings["positions"]
+    mlp = weights.layers["mlp_in.weight"].shape[-1]
+    wide = {"mlp_in.weight": (config.dims, mlp), "mlp_in.bias": (mlp,)}
+    wide |= {"mlp_out.weight": (mlp, config.dims)}
+    for name, value in weights.layers.items():
+        square = name.endswith(".weight") and "norm" not in name
+        shape = wide.get(name, (config.dims, config.dims) if square else (config.dims,))
+        if value.shape != (config.layers, *shape):
+            raise BadInput(f"{path}: {name} has shape {value.shape[1:]}, not {shape}")
+    if words.shape[1:] != (config.dims,) or positions.shape != (config.positions, config.dims):
+        raise BadInput(f"{path}: the embeddings do not have the shape that config.json says")
+    for name, value in (*weights.embeddings.items(), *weights.layers.items()):
+        if not np.isfinite(value).all():
+            raise BadInput(f"{path}: {name} holds NaN or infinity")
+
+
+def _load_weights(tensors: Weights, config: BertConfig) -> BertWeights:
     tensors = {name.removeprefix("bert."): value for name, value in tensors.items()}
 
     def stacked(name: str, part: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,13 @@ import numpy as np
 from r1s_jax.retrieval.searchers import Found, IndexKind, NotInstalled
 
 _WORD = re.compile(r"\w+")
+# Han, kana, Thai, Lao, Burmese and Khmer letters and their marks.
+_LETTERS = (
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+)
+_UNSPACED = re.compile(f"[{_LETTERS}]")
+_RUNS = re.compile(f"[{_LETTERS}]+|[^{_LETTERS}]+")
 _K1, _B = 0.9, 0.4  # those of published baselines over Wikipedia passages (Lin et al., 2021)
 
 
@@ -53,7 +61,18 @@ class Bm25Searcher:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(text.lower())
+    """Words in lower case, composed (NFC); of scripts without spaces, pairs of characters.
+
+    A script that does not set words apart is indexed by overlapping pairs, the customary way.
+    """
+    words = []
+    for word in _WORD.findall(unicodedata.normalize("NFC", text.lower())):
+        for part in _RUNS.findall(word):
+            if _UNSPACED.match(part) and len(part) > 1:
+                words += [part[i : i + 2] for i in range(len(part) - 1)]
+            else:
+                words.append(part)
+    return words
 
 
 def bm25s() -> ModuleType:

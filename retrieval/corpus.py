@@ -7,17 +7,20 @@ what an encoder embeds, in either of the forms that R1-Searcher's corpora use:
     Title: Some title Text:  text   Wikipedia abstracts, some lines quoted as in a CSV file
 """
 
+import csv
 import gzip
-import json
 import mmap
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.border.errors import UserError, shorten
+from r1s_jax.border.json import decode, parse, read_object
+from r1s_jax.border.text import whole
 from r1s_jax.retrieval.api import Passage, contents_line, join_line
 
 PASSAGES_FILE = "passages.tsv"
@@ -65,34 +68,71 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
     name = path.name.removesuffix(".gz")
     if not name.endswith((".tsv", ".jsonl")):
         raise CorpusError(path, "expected .tsv or .jsonl, possibly with .gz")
-    parse = _parse_tsv if name.endswith(".tsv") else _parse_json
-    seen, number = SeenIds(), 0
+    parse_line = _parse_tsv if name.endswith(".tsv") else _parse_json
+    seen, number, found = SeenIds(), 0, 0
     # Lines end at \n only: str.splitlines would also cut at the exotic separators some texts hold.
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for number, raw in enumerate(_unless_cut(path, file), start=1):
+            text = decode(raw, f"{path}:{number}", _NotText).rstrip("\r\n")
+            if not text.strip():
+                continue
+            if number == 1 and name.endswith(".tsv") and (columns := _header(path, text)):
+                parse_line = partial(_parse_table, columns)
+                continue
             try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                passage = parse(text)
-            except UnicodeDecodeError as error:
-                raise CorpusError(path, f"not UTF-8 ({error.reason})", number) from error
-            except (ValueError, RecursionError) as error:
-                raise CorpusError(path, f"not a passage: {error}", number) from error
+                passage = parse_line(whole(text))
+            except ValueError as error:
+                raise CorpusError(
+                    path, f"not a passage: {shorten(str(error), 200)}", number
+                ) from None
             if not seen.add(passage.id):
                 raise CorpusError(path, f"id {passage.id!r} came before", number)
+            found += 1
             yield passage
-    if number == 0:
+    if not found:
         raise CorpusError(path, "no passages")
+
+
+class _NotText(CorpusError):
+    def __init__(self, message: str):
+        UserError.__init__(self, message)
+
+
+def _header(path: Path, text: str) -> list[str]:
+    """The columns of a table whose first line names them, as DPR's does; [] for plain lines.
+
+    Raises CorpusError for columns that are no passage's.
+    """
+    columns = [name.strip().strip('"').lower() for name in text.split("\t")]
+    if columns[0] not in ("id", "docid", "pid", "idx") or len(columns) < 2:
+        return []
+    columns[0] = "id"
+    if not {"text", "title"} <= set(columns) and "contents" not in columns:
+        raise CorpusError(
+            path, f"a table with the columns {', '.join(columns)}: id, text and title are known", 1
+        )
+    return columns
+
+
+def _parse_table(columns: list[str], text: str) -> Passage:
+    """A line of a table, its texts in quotes as in CSV files or not."""
+    values = next(csv.reader([text], delimiter="\t"))
+    if len(values) != len(columns):
+        raise ValueError(f"{len(values)} columns, the header names {len(columns)}")
+    return row_passage(dict(zip(columns, values, strict=True)))
 
 
 def _parse_tsv(text: str) -> Passage:
     id, tab, line = text.partition("\t")
     if not tab or not id:
         raise ValueError("expected an id, a tab and the passage")
+    if "\r" in line:
+        raise ValueError("a carriage return inside: lines must end in a line feed")
     return Passage(id, line)
 
 
 def _parse_json(text: str) -> Passage:
-    return row_passage(json.loads(text))
+    return row_passage(parse(text, "the line", ValueError))
 
 
 def row_passage(row: Any) -> Passage:
@@ -132,7 +172,7 @@ def wiki_summaries(path: str | Path) -> Iterator[Passage]:
         CorpusError: the file is not such a table, or it is empty.
     """
     try:
-        rows = json.loads(Path(path).read_bytes())
+        rows = read_object(path)
         lines = [join_line(row["title"], row["extract"]) for row in rows.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorpusError(path, f"not a table of summaries: {error!r}") from error

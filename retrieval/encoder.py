@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import scipy.sparse
 from flax import nnx
@@ -25,10 +26,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.errors import ConfigError, shorten
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
 from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
 from r1s_jax.retrieval.tokenizers import Tokenize, rust_tokenize, tensorflow_tokenize
 
+T = TypeVar("T")
 Kind = Literal["query", "passage"]
 Pooling = Literal["mean", "cls"]
 Progress = Callable[[int, int], None]  # (done, total)
@@ -230,29 +234,58 @@ def _batches(
             yield batch, ids, mask
 
 
+class _Pooling(msgspec.Struct):
+    """`1_Pooling/config.json`: one name since sentence-transformers 5.4, a flag each before."""
+
+    pooling_mode: str | None = None
+    pooling_mode_mean_tokens: bool = False
+    pooling_mode_cls_token: bool = False
+
+
+class _Prompts(msgspec.Struct):
+    prompts: dict[str, str] | None = None
+
+
+class _MaxLength(msgspec.Struct):
+    max_seq_length: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
+class _Tokenizer(msgspec.Struct):
+    model_max_length: float | None = None
+
+
+def _described(path: Path, kind: type[T]) -> T:
+    """A file of settings, all of them absent where it is."""
+    return check(read_object(path) if path.exists() else {}, kind, path)
+
+
 def _read_pooling(directory: Path) -> Pooling:
-    raw = json.loads((directory / "1_Pooling" / "config.json").read_text("utf-8"))
-    chosen = [key for key, on in raw.items() if key.startswith("pooling_mode_") and on is True]
+    path = directory / "1_Pooling" / "config.json"
+    raw = read_object(path)
+    known = check(raw, _Pooling, path)
+    flags = [k for k, on in raw.items() if k.startswith("pooling_mode_") and on is True]
+    chosen = [known.pooling_mode] if known.pooling_mode else flags
     match chosen:
-        case ["pooling_mode_mean_tokens"]:
+        case ["pooling_mode_mean_tokens"] | ["mean"]:
             return "mean"
-        case ["pooling_mode_cls_token"]:
+        case ["pooling_mode_cls_token"] | ["cls"]:
             return "cls"
-    raise ConfigError(f"{directory}: pooling is {chosen}; only mean or cls is supported")
+    raise ConfigError(
+        f"{path}: pooling is {shorten(str(chosen), 80)}; only mean or cls is supported"
+    )
 
 
 def _read_instructions(directory: Path) -> dict[Kind, str]:
-    path = directory / "config_sentence_transformers.json"
-    raw = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    prompts = raw.get("prompts") or {}
+    prompts = _described(directory / "config_sentence_transformers.json", _Prompts).prompts or {}
     passage = prompts.get("passage") or prompts.get("document") or ""
     return {"query": prompts.get("query") or "", "passage": passage}
 
 
 def _read_max_length(directory: Path, config: BertConfig) -> int:
-    path = directory / "sentence_bert_config.json"
-    raw = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return min(raw.get("max_seq_length") or config.positions, config.positions)
+    given = _described(directory / "sentence_bert_config.json", _MaxLength).max_seq_length
+    if given is None:  # where current versions keep it
+        given = _described(directory / "tokenizer_config.json", _Tokenizer).model_max_length
+    return int(min(given or config.positions, config.positions))
 
 
 class HashEncoder:

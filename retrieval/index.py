@@ -24,13 +24,16 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import jax
+import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.border.errors import ConfigError, UserError
+from r1s_jax.border.errors import ConfigError, UserError, reading, shorten
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
 from r1s_jax.retrieval.api import Hit, Passage
 from r1s_jax.retrieval.bm25 import Bm25Searcher
 from r1s_jax.retrieval.corpus import PASSAGES_FILE, CorpusError, PassageStore
@@ -221,6 +224,8 @@ def describe(directory: Path, encoder: Encoder | None, passages: int, **built: A
         "corpus_sample": _sample_digest(path),
         **built,
         "files": _file_sizes(directory),
+        # Of an index whose files its library goes on writing, sizes and contents may change.
+        "digests": {} if built.get("kind") == "milvus" else _digests(directory),
     }
     (directory / _INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", "utf-8")
 
@@ -242,6 +247,29 @@ def _sample_digest(path: Path) -> str:
             file.seek(start)
             digest.update(file.read(block))
     return digest.hexdigest()
+
+
+def _digests(directory: Path) -> dict[str, dict[str, str]]:
+    """Of every file: of evenly spread blocks, compared at each opening, and of the whole."""
+    digests = {}
+    for name in _file_sizes(directory):
+        with (directory / name).open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[name] = {"sample": _sample_digest(directory / name), "sha256": whole}
+    return digests
+
+
+def check_whole(directory: Path, info: dict[str, Any]) -> None:
+    """Raises IndexFormatError for a file of which a single byte is another than when it was built.
+
+    Reads everything; `check_files`, which every opening calls, reads evenly spread blocks.
+    """
+    if not info["digests"]:
+        raise IndexFormatError(f"{directory} keeps no digests of its files: build it again")
+    for name, known in info["digests"].items():
+        with (directory / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
+                raise IndexFormatError(f"{directory}: {name} is damaged: build the index again")
 
 
 def _file_sizes(directory: Path) -> dict[str, int]:
@@ -268,14 +296,19 @@ def open_index(
     check_encoder(directory, info, encoder)
     check_files(directory, info)
     try:
-        passages = PassageStore(directory)
-        searcher = open_searcher(directory, info, encoder, passages, devices)
-        reads_vectors = info["kind"] not in ("bm25", "hybrid")
-        return Index(encoder if reads_vectors else None, searcher, passages)
+        with reading(f"{directory} is damaged: it", IndexFormatError):
+            passages = PassageStore(directory)
+            searcher = open_searcher(directory, info, encoder, passages, devices)
+            if len(passages) != info["passages"]:
+                raise IndexFormatError(f"{len(passages)} passages, not {info['passages']}")
+            reads_vectors = info["kind"] not in ("bm25", "hybrid")
+            return Index(encoder if reads_vectors else None, searcher, passages)
     except NotInstalled:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise IndexFormatError(f"{directory} is damaged: {error}") from error
+    except (UserError, OSError) as error:
+        said = str(error)
+        named = said if str(directory) in said else f"{directory} is damaged: {said}"
+        raise IndexFormatError(named) from error
 
 
 def check_encoder(directory: Path, info: dict[str, Any], encoder: Encoder | None) -> None:
@@ -298,6 +331,11 @@ def check_files(directory: Path, info: dict[str, Any]) -> None:
         raise IndexFormatError(
             f"{directory}: {PASSAGES_FILE} is not the corpus that the index was built from"
         )
+    for name, known in info["digests"].items():
+        if _sample_digest(directory / name) != known["sample"]:
+            raise IndexFormatError(
+                f"{directory}: {name} is not what was built: damaged, or of another index"
+            )
 
 
 def open_searcher(
@@ -324,18 +362,46 @@ def open_searcher(
     return _OPENERS[kind](directory, parameters)
 
 
+class _BuiltBy(TypedDict):
+    """The encoder of an index."""
+
+    fingerprint: str
+    reference: str
+    instructions: NotRequired[dict[str, str]]
+
+
+class _FileDigests(TypedDict):
+    sample: str
+    sha256: str
+
+
+class _Info(TypedDict):
+    """What `index.json` must hold; more may stand there."""
+
+    format: int
+    kind: Literal["scann", "exact", "bm25", "hybrid", "milvus"]
+    passages: Annotated[int, msgspec.Meta(ge=1)]
+    dims: Annotated[int, msgspec.Meta(ge=1, le=2**20)] | None
+    encoder: _BuiltBy | None
+    parameters: dict[str, Any]
+    corpus: str
+    corpus_sample: str
+    files: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+    digests: NotRequired[dict[str, _FileDigests]]  # those of earlier versions have none
+
+
 def read_info(directory: str | Path) -> dict[str, Any]:
     """What `index.json` says; raises IndexFormatError where it is missing or not understood."""
     path = Path(directory) / _INFO_FILE
-    try:
-        info = json.loads(path.read_text("utf-8"))
-        version = info["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IndexFormatError(f"{directory} is not an index: {error!r}") from error
-    if version != FORMAT:
+    if not path.is_file():
+        raise IndexFormatError(f"{directory} is not an index: it holds no {_INFO_FILE}")
+    info = read_object(path, IndexFormatError)
+    if (version := info.get("format")) != FORMAT:
         raise IndexFormatError(
-            f"{directory} has format {version!r}; this code reads {FORMAT}: build it again"
+            f"{directory} has format {shorten(repr(version), 40)}; this code reads {FORMAT}: build "
+            "it again"
         )
-    if not {"kind", "passages", "dims", "parameters", "files"} <= info.keys():
-        raise IndexFormatError(f"{directory} is not an index: {_INFO_FILE} lacks what one has")
-    return info
+    check(info, _Info, f"{directory} is not an index: {_INFO_FILE}", IndexFormatError)
+    if outside := [name for name in info["files"] if ".." in Path(name).parts or name[:1] == "/"]:
+        raise IndexFormatError(f"{path} names a file outside of its folder: {outside[0]!r}")
+    return {"digests": {}} | info

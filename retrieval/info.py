@@ -12,7 +12,13 @@ import psutil
 from r1s_jax.retrieval.bm25 import bm25s
 from r1s_jax.retrieval.build import sample_queries
 from r1s_jax.retrieval.corpus import PassageStore
-from r1s_jax.retrieval.index import IndexFormatError, check_files, open_searcher, read_info
+from r1s_jax.retrieval.index import (
+    IndexFormatError,
+    check_files,
+    check_whole,
+    open_searcher,
+    read_info,
+)
 from r1s_jax.retrieval.plan import cost
 from r1s_jax.retrieval.scann import scann
 from r1s_jax.retrieval.searchers import Searcher
@@ -20,14 +26,18 @@ from r1s_jax.retrieval.searchers import Searcher
 _SEARCHES = 200
 
 
-def index_info(directory: Path) -> dict[str, Any]:
+def index_info(directory: Path, *, whole: bool = False) -> dict[str, Any]:
     """`index.json` and its costs in bytes: on disk, in memory (measured) and as planned.
 
-    Raises IndexFormatError for a folder that is not a whole index.
+    Raises IndexFormatError for a folder that is not a whole index, with `whole` for a changed byte
+    anywhere in it.
     """
     info = read_info(directory)
     check_files(directory, info)
-    told = {name: value for name, value in info.items() if name not in ("files", "corpus_sample")}
+    if whole:
+        check_whole(directory, info)
+    hidden = ("files", "corpus_sample", "digests")
+    told = {name: value for name, value in info.items() if name not in hidden}
     planned = cost(info["kind"], info["passages"], info["dims"] or 0, _scann_parameters(info))
     return told | {
         "disk_bytes": sum(info["files"].values()),

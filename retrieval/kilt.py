@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from r1s_jax.border.errors import UserError
+from r1s_jax.border.json import parse, read_object
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.encoder import Progress
 from r1s_jax.retrieval.lines import Line, Source, read_lines
@@ -187,17 +189,22 @@ def _convert(
     return state.summary
 
 
+class _NotJSON(UserError, ValueError):
+    pass
+
+
 def _page(line: Line, form: Form, summary: Summary) -> tuple[bytes, Summary]:
     """What a line adds to the output, and the summary with it."""
     if not line.data.strip():
         return b"", summary
     try:
-        page = json.loads(line.data.decode("utf-8-sig" if line.number == 1 else "utf-8"))
+        text = line.data.decode("utf-8-sig" if line.number == 1 else "utf-8")
+        page = parse(text, "the page", _NotJSON)
         lines = form.lines(page)
         numbered = (f"{i}\t{text}{form.end}" for i, text in enumerate(lines, summary.passages))
         data = "".join(numbered).encode()
     except (ValueError, RecursionError) as error:
-        if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+        if isinstance(error, _NotJSON | UnicodeDecodeError):
             if not line.data.endswith(b"\n"):
                 raise CorpusError(
                     line.file, "cut in the middle of this line", line.number
@@ -251,7 +258,7 @@ def _load(journal: Path, form: Form, partial: Path) -> _State:
     if not journal.exists():
         return _State()
     try:
-        row = json.loads(journal.read_bytes())
+        row = read_object(journal, ValueError)
         pages, passages, skipped, reasons = row["summary"]
         summary = Summary(pages, passages, skipped, tuple(reasons))
         state = _State(summary, row["written"], row["last"] and _Place(*row["last"]))

@@ -6,7 +6,6 @@ passages are encoded on an accelerator; a CPU encodes a few dozen passages a sec
 """
 
 import itertools
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -14,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from r1s_jax.border.errors import reading
+from r1s_jax.border.json import decode, read_object
 
 # Texts -> token ids, with [CLS] and [SEP], cut to a length.
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
@@ -25,15 +27,17 @@ _PLAIN = re.compile(r"[ -~]*")
 
 def rust_tokenize(directory: Path, max_length: int) -> Tokenize:
     """By the library that wrote `tokenizer.json`."""
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
+    path = directory / "tokenizer.json"
+    with reading(path):
+        tokenizer = Tokenizer.from_str(decode(path.read_bytes(), path))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length)
     return lambda texts: [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
 
 
 def tensorflow_tokenize(directory: Path, max_length: int) -> Tokenize | None:
     """By tensorflow-text; None where it is not installed, or for anything but lower-case BERT."""
-    described = json.loads((directory / "tokenizer.json").read_text("utf-8"))
+    described = read_object(directory / "tokenizer.json")
     if not _is_uncased_bert(described):
         return None
     try:

@@ -16,12 +16,15 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.border.errors import UserError, reading
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.encoder import Encoder, Progress
@@ -113,11 +116,33 @@ def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> dict
     }
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+
+
+class _Description(TypedDict):
+    """What `vectors-*.json` holds."""
+
+    format: int
+    shard: Annotated[int, msgspec.Meta(ge=0, lt=100_000)]
+    shards: Annotated[int, msgspec.Meta(ge=1, lt=100_000)]
+    start: Count
+    rows: Count
+    passages: Count
+    dims: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+    corpus: str
+    encoder: str
+    reference: str
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    return check(read_object(path, VectorError), _Description, path, VectorError)
+
+
 def _check_fits(directory: Path, ours: dict[str, Any]) -> None:
     """Raises VectorError where the folder holds shards that ours could not stand beside."""
     for path in sorted(directory.iterdir()):
         if _NAME.fullmatch(path.name):
-            theirs = json.loads(path.read_text("utf-8"))
+            theirs = _read_description(path)
             for key in ("format", "shards", "passages", "dims", "corpus", "encoder"):
                 if theirs[key] != ours[key]:
                     raise VectorError(
@@ -160,7 +185,7 @@ class VectorShards:
         found = sorted(p for p in self.directory.glob("vectors-*.json") if _NAME.fullmatch(p.name))
         if not found:
             raise VectorError(f"{directory} holds no vectors: run `r1s index encode` first")
-        infos = [json.loads(path.read_text("utf-8")) for path in found]
+        infos = [_read_description(path) for path in found]
         self.info = infos[0]
         for info in infos:
             _check_fits(self.directory, info)
@@ -208,10 +233,9 @@ class VectorShards:
 
 
 def _open_shard(path: Path, dims: int) -> np.ndarray:
-    try:
+    with reading(path, VectorError):
         part = np.load(path, mmap_mode="r")
-    except ValueError as error:
-        raise VectorError(f"{path} is damaged: {error}") from error
-    if part.ndim != 2 or part.shape[1] != dims:
-        raise VectorError(f"{path}: shape {part.shape}, not rows of {dims} dims")
+    if part.ndim != 2 or part.shape[1] != dims or part.dtype != np.float16:
+        found = f"{part.dtype} of shape {part.shape}"
+        raise VectorError(f"{path}: {found}, not rows of {dims} float16")
     return part

@@ -51,8 +51,8 @@ def decode(data: bytes, where: str | Path, error: type[UserError] = BadInput) ->
     except UnicodeDecodeError as wrong:
         line = data.count(b"\n", 0, wrong.start) + 1
         byte = data[wrong.start]
-        where_in = f"byte 0x{byte:02x} at position {wrong.start} (line {line})"
-        raise error(f"{where}: no UTF-8: {where_in}") from None
+        place = f"position {wrong.start}" + (f" (line {line})" if line > 1 else "")
+        raise error(f"{where}: no UTF-8: byte 0x{byte:02x} at {place}") from None
 
 
 def _depth(text: str) -> int:

@@ -121,11 +121,12 @@ def search(
 def info(
     index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
     as_json: AsJson = False,
+    whole: Annotated[bool, typer.Option("--check", help="Read all of it for damage.")] = False,
 ) -> None:
     """What an index is, what it takes, and the recall measured when it was built."""
     from r1s_jax.retrieval.info import index_info
 
-    told = index_info(index)
+    told = index_info(index, whole=whole)
     if as_json:
         typer.echo(json.dumps(told))
         return

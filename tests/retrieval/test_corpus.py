@@ -64,8 +64,10 @@ def test_both_json_forms(tmp_path):
     ("name", "data", "message"),
     [
         ("c.tsv", b"0\tfine\nno tab\n", r"c\.tsv:2: not a passage"),
-        ("c.tsv", b"0\tfine\n\n", r"c\.tsv:2: not a passage"),
-        ("c.tsv", b"0\tfine\n1\t\xff\n", r"c\.tsv:2: not UTF-8"),
+        ("c.tsv", b"0\ta\r1\tb\r", r"c\.tsv:1: .*must end in a line feed"),
+        ("c.tsv", b"id\turl\n1\tx\n", r"c\.tsv:1: a table with the columns id, url"),
+        ("c.tsv", b"id\ttext\ttitle\n1\tx\n", r"c\.tsv:2: .*2 columns, the header names 3"),
+        ("c.tsv", b"0\tfine\n1\t\xff\n", r"c\.tsv:2: no UTF-8: byte 0xff"),
         ("c.tsv", b"0\ta\n1\tb\n0\tc\n", r"c\.tsv:3: id '0' came before"),
         ("c.tsv", b"1\ta\n0\tb\n1\tc\n", r"c\.tsv:3: id '1' came before"),
         ("c.tsv", b"x\ta\nx\tb\n", r"c\.tsv:2: id 'x' came before"),
@@ -160,3 +162,18 @@ def test_published_corpora_are_read_whole(name, count):
     passages = list(read_passages(Path(os.environ["R1S_DATA"]) / name))
     assert len(passages) == count
     assert all(passage.title and passage.text for passage in passages)
+
+
+def test_what_others_leave_is_read_as_it_is_meant(tmp_path):
+    """Blank lines; DPR's table with its header and quotes; half an emoji in JSON."""
+    (tmp_path / "a.tsv").write_text("0\tA   one\n\n1\tB   two\n\n")
+    assert len(list(read_passages(tmp_path / "a.tsv"))) == 2
+    (tmp_path / "dpr.tsv").write_text(
+        'id\ttext\ttitle\n1\t"Aaron ( or ; ""Ahärôn"") is a prophet."\tAaron\n2\tPlain.\t50 Cent\n'
+    )
+    assert list(read_passages(tmp_path / "dpr.tsv")) == [
+        ("1", 'Aaron   Aaron ( or ; "Ahärôn") is a prophet.'),
+        ("2", "50 Cent   Plain."),
+    ]
+    (tmp_path / "a.jsonl").write_text('{"id": 0, "title": "A\\ud83d", "text": "b"}\n\n')
+    assert list(read_passages(tmp_path / "a.jsonl")) == [("0", "A\N{REPLACEMENT CHARACTER}   b")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,9 @@ from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import (
     IndexFormatError,
     build_index,
+    check_whole,
     open_index,
+    read_info,
     save_index,
 )
 from r1s_jax.retrieval.scann import scann_parameters
@@ -187,3 +190,28 @@ def test_real_passages_are_found_by_their_own_words():
     hits = index.search(queries, 5)
     found = [p.id in {hit.id for hit in row} for p, row in zip(passages, hits, strict=True)]
     assert np.mean(found) > 0.95
+
+
+@pytest.mark.parametrize("kind", ["exact", "scann"])
+def test_vectors_that_are_not_those_that_were_built_are_never_searched(tmp_path, kind):
+    """Zeroed, reordered, of another build of the same size: the sizes tell nothing."""
+    passages = [Passage(str(i), f"Town {i}   lies by river {i * 7}.") for i in range(300)]
+    encoder = HashEncoder()
+    for seed, name in enumerate(("a", "b")):
+        shifted = [Passage(p.id, p.line + "x" * seed) for p in passages]
+        save_index(build_index(shifted, encoder, kind=kind), tmp_path / name)
+    files = [f for f in read_info(tmp_path / "a")["files"] if f != "passages.tsv"]
+    big = max(files, key=lambda f: (tmp_path / "a" / f).stat().st_size)
+    good = (tmp_path / "a" / big).read_bytes()
+    other = (tmp_path / "b" / big).read_bytes()[: len(good)].ljust(len(good), b"\0")
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]
+    for bad in (good[:200] + bytes(len(good) - 200), other, flipped):
+        (tmp_path / "a" / big).write_bytes(bad)
+        with pytest.raises(IndexFormatError, match=re.escape(f"{big} is not what was built")):
+            open_index(tmp_path / "a", encoder)
+        with pytest.raises(IndexFormatError, match="damaged"):
+            check_whole(tmp_path / "a", read_info(tmp_path / "a"))
+    (tmp_path / "a" / big).write_bytes(good)
+    assert len(open_index(tmp_path / "a", encoder)) == 300
+    check_whole(tmp_path / "a", read_info(tmp_path / "a"))

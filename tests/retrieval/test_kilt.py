@@ -177,6 +177,12 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(tmp_path, name):
     assert out.read_bytes() == (tmp_path / "again.tsv").read_bytes()
 
 
+def test_half_an_emoji_is_replaced(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes(b'{"wikipedia_title": "A", "text": ["\\ud800"]}\n')
+    convert(open_source(str(tmp_path / "s.jsonl")), tmp_path / "o.tsv", KILT)
+    assert (tmp_path / "o.tsv").read_text() == "0\tA   \N{REPLACEMENT CHARACTER}\n"
+
+
 def test_malformed_pages_are_skipped_and_counted(tmp_path):
     good = {"wikipedia_title": "A\tB", "text": ["one"]}
     bad = [
@@ -189,7 +195,7 @@ def test_malformed_pages_are_skipped_and_counted(tmp_path):
         b'{"wikipedia_title": "A", "text": "one"}',
         b'{"wikipedia_title": "A", "text": [1]}',
         b'{"wikipedia_title": "A", "text": []}',
-        b'{"wikipedia_title": "A", "text": ["\\ud800"]}',
+        b'{"wikipedia_title": 3, "text": ["x"]}',
         b"[" * 100_000,
     ]
     row = json.dumps(good).encode()
@@ -201,7 +207,7 @@ def test_malformed_pages_are_skipped_and_counted(tmp_path):
         str(n) for n in range(2, 12)
     ]
     said = ["not JSON", "not JSON", "object", "'wikipedia_title'", "'wikipedia_title'", "list"]
-    said += ["list", "list", "no text", "surrogates"]
+    said += ["list", "list", "no text", "'wikipedia_title'"]
     assert all(word in reason for word, reason in zip(said, summary.reasons, strict=True))
 
 

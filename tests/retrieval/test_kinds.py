@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +195,18 @@ def test_a_missing_library_names_its_extra(module, extra, monkeypatch, tmp_path)
             build_index(PASSAGES, ENCODER, kind="bm25")
         else:
             MilvusSearcher.write(Path(tmp_path), np.zeros((1, 2), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [("中国的首都", "0"), ("北京是哪个国家的首都", "0"), ("東京タワー", "1"), ("ประเทศไทย", "2"),
+     (unicodedata.normalize("NFD", "Beyoncé"), "3")],
+)  # fmt: skip
+def test_words_are_found_without_spaces_between_them_and_however_they_are_composed(query, found):
+    pytest.importorskip("bm25s")
+    lines = ["北京   北京是中国的首都。", "東京   東京タワーは東京にある。",
+             "ไทย   กรุงเทพเป็นเมืองหลวงของประเทศไทย",
+             "Beyoncé   Beyoncé is a singer."]  # fmt: skip
+    passages = [Passage(str(i), line) for i, line in enumerate(lines)]
+    index = build_index(passages, HashEncoder(), kind="bm25")
+    assert [hit.id for hit in index.search([query], 1)[0]] == [found]

@@ -99,10 +99,10 @@ def test_missing_damaged_and_nan_shards_are_named(tmp_path):
     path = tmp_path / "vectors-00002-of-00004.npy"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(VectorError, match=r"00002-of-00004\.npy is damaged"):
+    with pytest.raises(VectorError, match=r"00002-of-00004\.npy cannot be read"):
         VectorShards(tmp_path)
     np.save(path, np.zeros((26, 31), np.float16))
-    with pytest.raises(VectorError, match="not rows of 32 dims"):
+    with pytest.raises(VectorError, match="not rows of 32 float16"):
         VectorShards(tmp_path)
     rows = np.zeros((26, 32), np.float16)
     rows[17, 3] = np.nan
