@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart wiki test test-aot test-all lint format clean
+.PHONY: help quickstart wiki test test-aot fuzz test-all lint format clean
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,6 +20,9 @@ test: .venv/dev ## The tests, without the slow ones
 
 test-aot: .venv/aot ## Compile every kernel for TPUs (and H100, with its compilers installed)
 	$(BIN)/pytest -n 2 -m aot $(ARGS)
+
+fuzz: .venv/dev ## Damage everything that is read, 10,000 times
+	$(BIN)/python -m tests.fuzz --inputs 10000 $(ARGS)
 
 test-all: .venv/dev .venv/aot ## All tests that need no GPU
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)

@@ -4,7 +4,6 @@ A recipe (`configs/<name>.py`) builds a `Config`; the command line changes singl
 `section.field=value`. Every field is read somewhere; unknown names are refused.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,11 +23,37 @@ def _check(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+# Beyond these a number is a slip of the pen; of what is not named, beyond what 31 bits hold.
+_MOST = {
+    "temperature": 100.0,
+    "learning_rate": 1e6,
+    "lora_rank": 2**16,
+    "lora_alpha": 1e6,
+    "timeout_s": 86_400.0,
+    "retries": 1000,
+    "kl_coefficient": 1e6,
+    "kl_target": 1e6,
+    "reward_clip": 1e9,
+    "grad_clip": 1e9,
+    "weight_decay": 1e3,
+    "importance_cap": 1e6,
+    "clip_high": 1e3,
+    "decay_to": 1e3,
+    "dynamic_sampling": 1000,
+    "search_weight": 1e3,
+    "guess_weight": 1e3,
+    "people": 10**6,
+    "cold_start_people": 10**6,
+    "eval_people": 10**6,
+}
+
+
 def _check_numbers(section: str, node: Any, **lowest: float) -> None:
-    """Each named field is finite and at least so much."""
+    """Each named field is at least so much, and no more than makes sense."""
     for name, least in lowest.items():
-        value = getattr(node, name)
-        _check(least <= value < math.inf, f"{section}.{name} must be at least {least}, got {value}")
+        value, most = getattr(node, name), _MOST.get(name, 2**31 - 1)
+        _check(value >= least, f"{section}.{name} must be at least {least}, got {value}")
+        _check(value <= most, f"{section}.{name} must be at most {most:g}, got {value:g}")
 
 
 def _check_shares(section: str, node: Any, *names: str) -> None:
@@ -214,7 +239,7 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         _check(0 < self.clip < 1, f"algorithm.clip must be between 0 and 1, got {self.clip}")
         _check(
-            self.dual_clip == 0 or self.dual_clip > 1,
+            self.dual_clip == 0 or 1 < self.dual_clip <= 1e6,
             f"algorithm.dual_clip must be 0 or more than 1, got {self.dual_clip}",
         )
         _check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
@@ -304,6 +329,8 @@ class TinyWorldConfig:
     guess_weight: float = 0.05
 
     def __post_init__(self) -> None:
+        _check_numbers("environment", self, people=3, cold_start_people=3, eval_people=3)
+        _check_numbers("environment", self, search_weight=0, guess_weight=0)
         fractions = ("two_hop_fraction", "guess_fraction", "two_hop_guess_fraction")
         _check_shares("environment", self, *fractions)
 
@@ -391,7 +418,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check(self.seed >= 0, f"seed must be at least 0, got {self.seed}")
+        _check(0 <= self.seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {self.seed}")
         _check(
             self.optimizer.pack_length == 0
             or self.optimizer.pack_length >= self.rollout.max_length,

@@ -2,6 +2,7 @@
 
     vectors-00002-of-00008.json    what the shard is part of (`_describe`)
     vectors-00002-of-00008.npy     float16[rows, dims], there once it is whole
+    vectors-00002-of-00008.sha256  digest of those, compared when they are opened
     vectors-00002-of-00008.part    the same while it grows: a whole header, then whole rows
 
 float16: components of unit vectors are at most 1, so a dot product moves by some 1e-4, and the
@@ -96,8 +97,14 @@ def encode_shard(
             file.flush()
             os.fsync(file.fileno())  # a length that the disk holds, data that it does not: never
             done += len(chunk)
+    with partial.open("rb") as file:
+        _write_atomically(_digest_file(path), hashlib.file_digest(file, "sha256").hexdigest())
     partial.rename(path)
     return path
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
 
 
 def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> dict[str, Any]:
@@ -233,6 +240,13 @@ class VectorShards:
 
 
 def _open_shard(path: Path, dims: int) -> np.ndarray:
+    known = _digest_file(path)
+    if known.exists():  # those of earlier versions have none
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != known.read_text(
+                "ascii", "replace"
+            ):
+                raise VectorError(f"{path} is damaged: encode that part again")
     with reading(path, VectorError):
         part = np.load(path, mmap_mode="r")
     if part.ndim != 2 or part.shape[1] != dims or part.dtype != np.float16:

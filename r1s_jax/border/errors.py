@@ -15,8 +15,12 @@ class UserError(Exception):
     """Something outside of the program is not as it must be; the message says what to do.
 
     A command shows the message and nothing else. Every error of this kind derives from here, and
-    nothing does that the user cannot mend.
+    nothing does that the user cannot mend. Whatever a message quotes, it stays short.
     """
+
+    def __str__(self) -> str:
+        said = super().__str__()
+        return said if len(said) <= MOST_CHARACTERS and said.isprintable() else shorten(said)
 
 
 class ConfigError(UserError, ValueError):

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from r1s_jax.border.errors import BadInput, UserError
+from r1s_jax.border.errors import BadInput, UserError, shorten
 
 T = TypeVar("T")
 
@@ -19,6 +19,6 @@ def check(value: Any, kind: type[T], where: str | Path, error: type[UserError] =
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as wrong:
-        said, _, path = str(wrong).partition(" - at `$")
+        said, _, path = shorten(str(wrong), 250).partition(" - at `$")
         place = path.removesuffix("`").removeprefix(".").replace("[...]", "[]")
         raise error(f"{where}: {place + ': ' if place else ''}{said}") from None

@@ -58,6 +58,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         )
         for how_loaded in ("local_files_only", "is_local"):
             tokenizer.init_kwargs.pop(how_loaded, None)  # else saved as if it were the tokenizer's
+        tokenizer.encode("Some settings are wrong, and only found out when they are used.")
         return tokenizer
 
 

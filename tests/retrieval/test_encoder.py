@@ -27,6 +27,11 @@ DIMS, LAYERS = 16, 2
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
+    write_bert(tmp_path)
+    return tmp_path
+
+
+def write_bert(tmp_path: Path) -> None:
     """A random BERT of two layers that reads single letters."""
     rng = np.random.default_rng(0)
     shapes = {
@@ -65,7 +70,6 @@ def folder(tmp_path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path
 
 
 def _set_pooling(folder: Path, mode: str) -> None:

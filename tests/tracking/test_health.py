@@ -166,7 +166,7 @@ def samples_from_old_weights(self: Engine, params, *args, **options):
 
 
 RUNS = {
-    "not_finite": ["optimizer.learning_rate=1e38", "run.stop_when_unhealthy=true"],
+    "not_finite": ["optimizer.learning_rate=1e6", "run.stop_when_unhealthy=true"],
     "entropy_collapse": [reward(pays_for_silence), "stage2.steps=30"],
     "entropy_explosion": [reward(pays_for_noise), "stage2.steps=60"],
     "ratio_drift": ["optimizer.learning_rate=1e-2", "algorithm.clip=0.9"],

@@ -1,0 +1,489 @@
+"""Damages valid examples of everything that is read, and looks at what comes of it.
+
+`python -m tests.fuzz [--reader NAME] [--seed S] [--inputs N]` prints a table and ends with status 1
+where a reader showed a traceback, hung, died, gave an error that does not name its file or is
+longer than 400 characters, or used damaged parameters, vectors or indexes.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import random
+import shutil
+import sys
+import tarfile
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OUTCOMES = ("clear", "unnamed", "long", "traceback", "hang", "crash", "same", "other", "used")
+BAD = ("unnamed", "long", "traceback", "hang", "crash", "used")
+PATIENCE_S = 60.0
+MOST_CHARACTERS = 400
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How an example is made, what is called, and which of its files must never be used damaged."""
+
+    make: Callable[[Path], None]
+    call: Callable[[Path], Any]
+    sealed: tuple[str, ...] = ()  # patterns of files whose numbers are under a checksum
+    weight: int = 10  # its share of the inputs
+
+
+def _lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _questions(folder: Path) -> None:
+    rows = [{"id": i, "question": f"Who is {i}?", "answer": ["a", "b"]} for i in range(4)]
+    (folder / "q.jsonl").write_text(_lines(*rows))
+
+
+def _results(folder: Path) -> None:
+    row = {"question": "Who?", "answer": "Ada", "pred_ans": "Ada", "stop_reason_final": "finished"}
+    row |= {"gen_text_store": "x </think> <answer> Ada </answer>", "searches": 1, "judge": "True"}
+    (folder / "a.jsonl").write_text(_lines(*(row | {"id": i} for i in range(3))))
+    header = {"run": {"model": "m", "mode": "rag", "questions": "q"}, "source": {"corpus": "c"}}
+    (folder / "a.jsonl.header.json").write_text(json.dumps(header))
+
+
+def _score(folder: Path) -> Any:
+    from r1s_jax.data.results import read_results
+    from r1s_jax.eval.score import summarize
+    from r1s_jax.eval.table import measured
+
+    return summarize(read_results(folder / "a.jsonl")), measured([folder / "a.jsonl"])
+
+
+def _verdicts(folder: Path) -> None:
+    (folder / "v.jsonl").write_text(_lines(*({"key": f"k{i}", "verdict": "True"} for i in "ab")))
+
+
+def _read_verdicts(folder: Path) -> Any:
+    from r1s_jax.eval.judge import _read_journal
+
+    return _read_journal(folder / "v.jsonl")
+
+
+def _run(folder: Path) -> None:
+    with tarfile.open(Path(__file__).parent / "fixtures" / "old_run.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    for name in ("expected_metrics.jsonl", "expected_summary.json"):
+        (folder / name).rename(folder / "run" / name.removeprefix("expected_"))
+
+
+def _report(folder: Path) -> Any:
+    from r1s_jax.tracking.report import _read_run
+    from r1s_jax.tracking.trace_view import as_text
+
+    data = _read_run(folder / "run", "run", "A", 5)
+    return [as_text(trace).plain for trace in data.traces], data.rows, data.config, data.summary
+
+
+def _page(folder: Path) -> Any:
+    from r1s_jax.tracking.report import write_report
+
+    write_report([folder / "run"], folder / "report.html")
+
+
+def _load_run(folder: Path) -> Any:
+    from r1s_jax.models.pretrained import load_pretrained
+
+    return load_pretrained(str(folder / "run"))._replace(tokenizer=None)
+
+
+def _tsv(folder: Path) -> None:
+    (folder / "p.tsv").write_text("".join(f"{i}\tTown {i}   lies by river {i}.\n" for i in "0123"))
+
+
+def _jsonl(folder: Path) -> None:
+    rows = [{"id": i, "title": f"Town {i}", "text": "lies by a river"} for i in range(3)]
+    (folder / "p.jsonl").write_text(_lines(*rows, {"id": 9, "contents": '"T"\nx'}))
+
+
+def _passages(name: str) -> Callable[[Path], Any]:
+    def call(folder: Path) -> Any:
+        from r1s_jax.retrieval.corpus import read_passages
+
+        return list(read_passages(folder / name))
+
+    return call
+
+
+def _index(kind: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        from r1s_jax.retrieval.corpus import read_passages
+        from r1s_jax.retrieval.encoder import HashEncoder
+        from r1s_jax.retrieval.index import build_index, save_index
+
+        _tsv(folder)
+        passages = read_passages(folder / "p.tsv")
+        save_index(build_index(passages, HashEncoder(64), kind=kind), folder / "i")
+        (folder / "p.tsv").unlink()
+
+    return make
+
+
+def _search(folder: Path) -> Any:
+    from r1s_jax.retrieval.encoder import HashEncoder
+    from r1s_jax.retrieval.index import open_index
+
+    return open_index(folder / "i", HashEncoder(64)).search(["river 3"], 2)
+
+
+def _vectors(folder: Path) -> None:
+    from r1s_jax.retrieval.api import Passage
+    from r1s_jax.retrieval.encoder import HashEncoder
+    from r1s_jax.retrieval.vectors import Corpus, encode_shard
+
+    corpus = Corpus(lambda: [Passage(str(i), f"Town {i}   lies") for i in range(8)])
+    for shard in range(2):
+        encode_shard(corpus, HashEncoder(16), folder / "v", shard=shard, shards=2)
+
+
+def _read_vectors(folder: Path) -> Any:
+    from r1s_jax.retrieval.vectors import VectorShards
+
+    return VectorShards(folder / "v")[:]
+
+
+def _model(folder: Path) -> None:
+    from tests.makers import save_small_model
+
+    save_small_model(folder / "m")
+
+
+def _load_config(folder: Path) -> Any:
+    from r1s_jax.models.weights import load_config
+
+    return load_config(folder / "m")
+
+
+def _load_weights(folder: Path) -> Any:
+    from r1s_jax.models.weights import load_params
+
+    return load_params(folder / "m")
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from r1s_jax.models.tokenizer import check_tokenizer, encode, eos_ids, load_tokenizer
+    from r1s_jax.models.weights import load_config
+
+    tokenizer = load_tokenizer(folder / "m")
+    check_tokenizer(tokenizer, load_config(folder / "m"))
+    return encode(tokenizer, "What is the trade?"), eos_ids(tokenizer, folder / "m")
+
+
+def _gguf(folder: Path) -> None:
+    import jax
+    import numpy as np
+
+    from r1s_jax.config import ModelConfig
+    from r1s_jax.models.params import init_params
+    from tests.models.test_weights import write_gguf
+
+    config = ModelConfig(32, 16, 32, 1, 2, 1, 8)
+    write_gguf(folder / "m.gguf", jax.tree.map(np.asarray, init_params(config, 0)), config)
+
+
+def _load_gguf(folder: Path) -> Any:
+    from r1s_jax.models.weights import load_config, load_params
+
+    return load_params(folder / "m.gguf", load_config(folder / "m.gguf"))
+
+
+def _bert(folder: Path) -> None:
+    from tests.retrieval.test_encoder import write_bert
+
+    write_bert(folder)
+
+
+def _encode(folder: Path) -> Any:
+    from r1s_jax.retrieval.encoder import BertEncoder
+
+    return BertEncoder(folder, reference="r").encode(["a b c"], kind="query")
+
+
+def _solutions(folder: Path) -> None:
+    row = {"question": "q", "answer": "Rome", "solution": "x </think> <answer> Rome </answer>"}
+    (folder / "s.jsonl").write_text(_lines(row, row))
+
+
+def _rewards(folder: Path) -> Any:
+    from r1s_jax.eval.rewards import reward_file
+
+    return list(reward_file(folder / "s.jsonl", "stage2"))
+
+
+def _reply(contract: str, body: Any) -> Reader:
+    def make(folder: Path) -> None:
+        (folder / "reply.json").write_text(json.dumps(body))
+
+    def call(folder: Path) -> Any:
+        from r1s_jax.retrieval.http import HttpRetriever
+
+        # The address is what a message can name of a server.
+        retriever = HttpRetriever(f"http://reply.json/{contract}")
+        retriever._client.post = lambda *_: (folder / "reply.json").read_bytes()
+        return retriever.search(["a"], 2)
+
+    return Reader(make, call)
+
+
+def _overrides(folder: Path) -> None:
+    texts = ["seed=3", "stage2.steps=4", "rollout.temperature=0.5", "algorithm.clip=0.2"]
+    (folder / "overrides.json").write_text(json.dumps(texts))
+
+
+def _override(folder: Path) -> Any:
+    from r1s_jax.border.json import parse
+    from r1s_jax.recipes import load_recipe
+
+    texts = parse((folder / "overrides.json").read_bytes(), "overrides.json")
+    if not isinstance(texts, list):
+        return None
+    changed = [text for text in texts if isinstance(text, str)]
+    try:
+        return load_recipe("tiny_world", changed)
+    except ValueError as error:
+        if hasattr(error, "add_note") and type(error).__name__ == "ConfigError":
+            raise type(error)(f"overrides.json: {error}"[:MOST_CHARACTERS]) from error
+        raise
+
+
+READERS = {
+    "questions": Reader(
+        _questions, lambda f: _import("data.questions", "read_questions")(f / "q.jsonl")
+    ),
+    "results": Reader(_results, _score),
+    "verdicts": Reader(_verdicts, _read_verdicts),
+    "rewards": Reader(_solutions, _rewards),
+    "run": Reader(_run, _report),
+    "page": Reader(_run, _page, weight=2),
+    "checkpoint": Reader(_run, _load_run, sealed=("*/checkpoints/*/state/*",), weight=2),
+    "passages.tsv": Reader(_tsv, _passages("p.tsv")),
+    "passages.jsonl": Reader(_jsonl, _passages("p.jsonl")),
+    "index": Reader(_index("exact"), _search, sealed=("*/vectors.npy", "*/passages.tsv")),
+    "index bm25": Reader(_index("bm25"), _search, sealed=("*/bm25/*",)),
+    "index scann": Reader(_index("scann"), _search, sealed=("*/scann/*",), weight=2),
+    "vectors": Reader(_vectors, _read_vectors, sealed=("*.npy",)),
+    "config": Reader(_model, _load_config),
+    "weights": Reader(_model, _load_weights),
+    "tokenizer": Reader(_model, _load_tokenizer, weight=4),
+    "gguf": Reader(_gguf, _load_gguf, weight=4),
+    "encoder": Reader(_bert, _encode),
+    "reply queries": _reply("queries", {"answers": [["1\tTown   text", "2\tB   c"]]}),
+    "reply retrieve": _reply(
+        "retrieve", {"result": [[{"document": {"contents": '"T"\nx', "id": 1}, "score": 0.5}]]}
+    ),
+    "overrides": Reader(_overrides, _override, weight=4),
+}
+
+
+def _import(module: str, name: str) -> Any:
+    import importlib
+
+    return getattr(importlib.import_module(f"r1s_jax.{module}"), name)
+
+
+# Damage.
+
+STRANGE = [None, True, -1, 0, 3.5, 10**30, float("nan"), float("inf"), "", "x" * 5000, "\ud83d"]
+STRANGE += ["../../etc/passwd", [], {}, [[]], {"a": {"b": []}}, "<|im_end|>", "\x1b]52;c;x\x07"]
+
+
+def damage(folder: Path, rng: random.Random) -> str:
+    """Changes one file of an example; returns its name from the folder on."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    path = rng.choice(files)
+    data = path.read_bytes()
+    kinds = [_bytes_damage]
+    if path.suffix in (".json", ".jsonl") or (data[:1] in b"{[" and data):
+        kinds += [_value_damage] * 3
+    if len(files) > 1:
+        kinds.append(lambda d, r: r.choice(files).read_bytes())
+    path.write_bytes(rng.choice(kinds)(data, rng))
+    return path.relative_to(folder).as_posix()
+
+
+def _bytes_damage(data: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(data) + 1)
+    end = min(len(data), at + rng.choice((1, 4, 64, 1024)))
+    choices = [
+        lambda: data[:at],
+        lambda: data[:at] + data[end:],
+        lambda: data[:at] + bytes(end - at) + data[end:],
+        lambda: data[:at] + rng.randbytes(max(1, end - at)) + data[end:],
+        lambda: data[:end] + data[at:],
+        lambda: b"",
+        lambda: bytes(b ^ 1 if i == at else b for i, b in enumerate(data)),
+        lambda: b"[" * 100_000,
+        lambda: b"\xff\xfe" + data,
+        lambda: data.replace(b"\n", b"\r"),
+    ]
+    return rng.choice(choices)()
+
+
+def _value_damage(data: bytes, rng: random.Random) -> bytes:
+    """A JSON text, or one of its lines, with one value or key changed."""
+    lines = data.split(b"\n")
+    whole = data.strip().startswith((b"{\n", b"[\n")) or len(lines) < 2
+    i = 0 if whole else rng.randrange(len(lines))
+    try:
+        value = json.loads(data if whole else lines[i])
+    except ValueError:
+        return _bytes_damage(data, rng)
+    changed = json.dumps(_changed(value, rng)).encode()
+    if whole:
+        return changed
+    return b"\n".join([*lines[:i], changed, *lines[i + 1 :]])
+
+
+def _changed(value: Any, rng: random.Random) -> Any:
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(sorted(value))
+        if rng.random() < 0.2:
+            return {k: v for k, v in value.items() if k != key}
+        return value | {key: _changed(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        at = rng.randrange(len(value))
+        return [*value[:at], _changed(value[at], rng), *value[at + 1 :]]
+    if rng.random() < 0.05:
+        deep: Any = value
+        for _ in range(500):
+            deep = [deep]
+        return deep
+    return rng.choice(STRANGE)
+
+
+# Judging.
+
+
+def digest(value: Any) -> str:
+    """Of a result: equal for what is equal."""
+    import jax
+    import numpy as np
+
+    def flat(leaf: Any) -> bytes:
+        return np.asarray(leaf).tobytes() if hasattr(leaf, "dtype") else repr(leaf).encode()
+
+    leaves = jax.tree.leaves(value, is_leaf=lambda x: x is None)
+    return hashlib.sha256(b"|".join(map(flat, leaves))).hexdigest()
+
+
+def judge(reader: Reader, folder: Path, damaged: str, good: str) -> tuple[str, str]:
+    """(outcome, what was said) of one damaged example."""
+    from r1s_jax.border.errors import UserError
+
+    try:
+        found = digest(reader.call(folder))
+    except (UserError, OSError) as error:
+        said = str(error)
+        if len(said) > MOST_CHARACTERS:
+            return "long", said[:300]
+        names = {path.name for path in folder.rglob("*")} | {str(folder)}
+        return ("clear" if any(name in said for name in names) else "unnamed"), said
+    except Exception:
+        return "traceback", traceback.format_exc()[-1500:]
+    if found == good:
+        return "same", ""
+    sealed = any(Path(damaged).match(pattern) for pattern in reader.sealed)
+    return ("used" if sealed else "other"), ""
+
+
+def _work(tasks: Any, answers: Any) -> None:
+    """A process that judges inputs until it is told to stop."""
+    import logging
+    import os
+    import warnings
+
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    goods: dict[str, tuple[Path, str]] = {}
+    with tempfile.TemporaryDirectory() as base:
+        while (task := tasks.get()) is not None:
+            name, seed = task
+            reader = READERS[name]
+            if name not in goods:
+                example = Path(base, name.replace(" ", "_"), "good")
+                example.mkdir(parents=True)
+                reader.make(example)
+                goods[name] = example, digest(reader.call(example))
+            example, good = goods[name]
+            folder = example.parent / "bad"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(example, folder)
+            damaged = damage(folder, random.Random(f"{name} {seed}"))
+            answers.put((name, seed, damaged, *judge(reader, folder, damaged, good)))
+
+
+class _Worker:
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.tasks, self.answers = context.Queue(), context.Queue()
+        self.process = context.Process(target=_work, args=(self.tasks, self.answers), daemon=True)
+        self.process.start()
+        self.fresh: set[str] = set()
+
+    def ask(self, name: str, seed: int) -> tuple[str, int, str, str, str]:
+        self.tasks.put((name, seed))
+        patience = PATIENCE_S if name in self.fresh else 4 * PATIENCE_S
+        self.fresh.add(name)
+        waited = 0.0
+        while waited < patience:
+            try:
+                return self.answers.get(timeout=0.5)
+            except Exception:
+                waited += 0.5
+                if not self.process.is_alive():
+                    return name, seed, "", "crash", f"exit code {self.process.exitcode}"
+        self.process.kill()
+        return name, seed, "", "hang", f"{patience:g} s"
+
+
+def run(readers: list[str], seed: int, inputs: int, tell: bool = False) -> dict[str, Counter]:
+    """Counts of outcomes by reader, over `inputs` inputs in all; bad ones are printed."""
+    total = sum(READERS[name].weight for name in readers)
+    counts: dict[str, Counter] = {name: Counter() for name in readers}
+    worker, shown = _Worker(), Counter()
+    for name in readers:
+        for i in range(max(1, inputs * READERS[name].weight // total)):
+            _, _, damaged, outcome, said = worker.ask(name, seed * 1_000_003 + i)
+            counts[name][outcome] += 1
+            if outcome in BAD and shown[name, outcome] < 3:
+                shown[name, outcome] += 1
+                print(
+                    f"{name}: {outcome}: {damaged} (seed {seed}, input {i})\n{said}\n", flush=True
+                )
+            if outcome in ("hang", "crash"):
+                worker = _Worker()
+        if tell:
+            print(f"{name:16}", dict(counts[name]), file=sys.stderr, flush=True)
+    worker.tasks.put(None)
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--reader", choices=READERS, help="only this one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--inputs", type=int, default=2000)
+    given = parser.parse_args()
+    readers = [given.reader] if given.reader else list(READERS)
+    counts = run(readers, given.seed, given.inputs, tell=True)
+    print(f"{'reader':16}" + "".join(f"{name:>10}" for name in OUTCOMES))
+    for name, found in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
+        print(f"{name:16}" + "".join(f"{found[outcome]:>10}" for outcome in OUTCOMES))
+    sys.exit(any(found[outcome] for found in counts.values() for outcome in BAD))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A short run of the fuzzer, and that it would see what it looks for."""
+
+import time
+
+import pytest
+
+from r1s_jax.border.errors import BadInput
+from tests import fuzz
+
+
+def test_damaged_input_is_refused_by_name():
+    counts = fuzz.run(list(fuzz.READERS), seed=0, inputs=800)
+    bad = {name: dict(found) for name, found in counts.items() if set(found) & set(fuzz.BAD)}
+    assert not bad
+    assert sum(found["clear"] for found in counts.values()) > 300
+
+
+def fails(error):
+    def call(folder):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("call", "outcome"),
+    [
+        (fails(KeyError("x")), "traceback"),
+        (fails(BadInput("something is wrong")), "unnamed"),
+        (fails(BadInput("a.npy: no numbers")), "clear"),
+        (fails(OSError("x" * 500)), "long"),
+        (lambda folder: "good", "same"),
+        (lambda folder: "bad", "used"),
+    ],
+)
+def test_the_judge_sees(call, outcome, tmp_path):
+    (tmp_path / "a.npy").touch()
+    reader = fuzz.Reader(lambda folder: None, call, sealed=("*.npy",))
+    assert fuzz.judge(reader, tmp_path, "a.npy", fuzz.digest("good"))[0] == outcome
+
+
+def test_a_reader_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(fuzz, "PATIENCE_S", 0.25)
+    worker = fuzz._Worker()
+    monkeypatch.setattr(worker.tasks, "put", lambda task: time.sleep(0))
+    assert worker.ask("questions", 0)[3] == "hang"
