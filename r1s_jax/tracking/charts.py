@@ -146,7 +146,7 @@ def numeric_columns(runs: Sequence[Sequence[Row]]) -> list[str]:
 
 
 def _curve(run: int, key: str, rows: Sequence[Row]) -> Curve:
-    values = [row.get(key) for row in rows]
+    values = [float(v) if _is_number(v) else None for v in (row.get(key) for row in rows)]
     steps = [row["step"] for row in rows]
     numbers = [v if _is_number(v) and math.isfinite(v) else None for v in values]
     broken = [
@@ -182,7 +182,10 @@ def _y_scale(curves: Sequence[Curve]) -> Scale:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it can be drawn; whole numbers of hundreds of digits cannot."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) < 10**300
 
 
 def _rounded(value: float | None) -> float | None:

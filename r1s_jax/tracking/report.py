@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
 
 from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
@@ -183,7 +185,7 @@ class _Fired(TypedDict):
 class _StepRow(TypedDict):
     """What every row of metrics has, and some have."""
 
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
     health: NotRequired[list[_Fired]]
 
 
