@@ -5,12 +5,14 @@ ACC_R is cover-EM and ACC_L the judge's accuracy (R1-Searcher, arXiv 2503.05592,
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from r1s_jax.border.text import printable
 from r1s_jax.data.benchmarks import TITLES, benchmark_of
 from r1s_jax.data.results import header_path, read_header, read_results
 from r1s_jax.data.rows import DataError
@@ -83,12 +85,19 @@ def _stem(name: str) -> str:
 def as_markdown(cells: Sequence[Cell]) -> str:
     """The table, with notes on how many questions and which corpus lie behind the measured rows."""
     columns, rows = _grid(cells)
-    titles = [TITLES.get(b, b) for b in columns]
+    titles = [TITLES.get(b) or _cell(b) for b in columns]
     lines = ["| ACC_R / ACC_L, % | " + " | ".join(titles) + " |"]
     lines.append("| --- |" + " --- |" * len(columns))
     for model, row in rows.items():
-        lines.append(f"| {model} | " + " | ".join(str(row.get(b, "-")) for b in columns) + " |")
+        lines.append(
+            f"| {_cell(model)} | " + " | ".join(str(row.get(b, "-")) for b in columns) + " |"
+        )
     return "\n".join([*lines, "", *_notes(cells)])
+
+
+def _cell(text: str) -> str:
+    """A name of others in a Markdown table: its marks are letters like any."""
+    return re.sub(r"([\\|`*<>\[\]])", r"\\\1", printable(" ".join(text.split())))
 
 
 def as_csv(cells: Sequence[Cell]) -> str:
@@ -136,7 +145,10 @@ def _grid(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, Cell]]]
 
 def _notes(cells: Sequence[Cell]) -> list[str]:
     ours = [cell for cell in cells if cell.n]
-    lines = [f"- {c.model}, {c.benchmark}: {c.n} questions, corpus {_corpus(c)}" for c in ours]
+    lines = [
+        f"- {_cell(c.model)}, {_cell(c.benchmark)}: {c.n} questions, corpus {_corpus(c)}"
+        for c in ours
+    ]
     if any(not cell.n for cell in cells):
         lines.append("- Published rows: over KILT (HotpotQA: the 2017 abstracts).")
     for benchmark in dict.fromkeys(c.benchmark for c in ours):

@@ -110,7 +110,7 @@ class Run:
             dataclasses.replace(config.rollout, temperature=0.0, stop_at_answer=True)
         )
         self.collector = Collector(config, self.engine, self.environment, rewards)
-        self.telemetry = Telemetry(self.dir, config.run.wandb_project, dataclasses.asdict(config))
+        self.telemetry = Telemetry(self.dir, config)
         where = checkpoint_directory(self.dir, config.run.checkpoint_dir)
         self.checkpoints = Checkpoints(where, config.run.keep_checkpoints)
         known = self.checkpoints.progress() if resume else None

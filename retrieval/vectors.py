@@ -9,6 +9,7 @@ float16: components of unit vectors are at most 1, so a dot product moves by som
 disk holds half as much (74 instead of 147 GB for KILT at 1024 dims).
 """
 
+import fcntl
 import hashlib
 import io
 import itertools
@@ -83,6 +84,10 @@ def encode_shard(
     start, rows = description["start"], description["rows"]
     header = _npy_header((rows, encoder.dims))
     with partial.open("r+b" if partial.exists() else "w+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise VectorError(f"{partial}: another process is writing it") from error
         done = _resume(file, header, 2 * encoder.dims)
         passages = itertools.islice(iter(corpus.read()), start + done, start + rows)
         while chunk := list(itertools.islice(passages, _CHUNK)):

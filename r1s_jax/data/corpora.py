@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.http import without_credentials
 from r1s_jax.config import CorpusConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.retrieval.api import Passage, Retriever
@@ -207,7 +208,8 @@ def open_search_engine(
     if index is not None:
         return open_saved_index(index), read_info(index)
     if url:
-        return HttpRetriever(url), {"retriever": url, "corpus": url}
+        told = without_credentials(url)
+        return HttpRetriever(url), {"retriever": told, "corpus": told}
     endpoint = os.environ.get("SERPER_URL") or SERPER
     web = OnlineRetriever(HashEncoder(), site=site or "", endpoint=endpoint)
     return web, {"retriever": endpoint, "corpus": f"the web, site:{site or '*'}"}

@@ -19,11 +19,12 @@ from etils import epath
 from jax import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
-from r1s_jax.border.errors import UserError, reading
+from r1s_jax.border.errors import BadInput, UserError, reading
 from r1s_jax.border.json import parse_object
 from r1s_jax.border.schema import check
 from r1s_jax.config import ModelConfig
 from r1s_jax.models.params import Params, ParamSpec, param_specs
+from r1s_jax.system.console import warn
 from r1s_jax.system.distributed import on_main
 
 # Any pytree of arrays: a learner's state.
@@ -58,6 +59,7 @@ class Checkpoints:
             create=True,
         )
         self._directory = _absolute(directory)
+        on_main(lambda: _drop_damaged_scores(self._directory))
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(
@@ -162,6 +164,16 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self._directory}: {error}. Earlier checkpoints are "
                 "whole: make room, then go on with --resume."
             ) from error
+
+
+def _drop_damaged_scores(directory: epath.Path) -> None:
+    """Of a score that cannot be read nothing but the score is lost: its checkpoint stays."""
+    for path in directory.glob("*/metrics/metrics") if directory.exists() else ():
+        try:
+            check(parse_object(path.read_bytes(), path), dict[str, float], path)
+        except BadInput as error:
+            warn(f"{error}; the checkpoint counts as one without a score")
+            path.parent.rmtree()
 
 
 def _score(metrics: Mapping[str, float]) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 from r1s_jax.border.errors import UserError, reason
 from r1s_jax.border.http import without_credentials
+from r1s_jax.border.text import whole
 
 
 class ChatApiError(UserError, RuntimeError):
@@ -92,7 +93,7 @@ async def _reply(client: Any, endpoint: ChatEndpoint, prompt: str) -> str:
     content = choices[0].message.content if choices else None
     if not isinstance(content, str):
         raise ConnectionError(f"the reply holds no message: {str(completion)[:200]}")
-    return content
+    return whole(content)
 
 
 def check_installed() -> None:

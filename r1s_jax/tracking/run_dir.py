@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.http import without_credentials
 from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
 from r1s_jax.config import Config, CorpusConfig
@@ -35,7 +36,7 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     ConfigError for a directory that is in use when not resuming, or one that holds a run of another
     config (naming the fields that differ).
     """
-    described = json.loads(json.dumps(dataclasses.asdict(config)))
+    described = as_written(config)
     # A model's directory has a config.json too.
     known, versions = path / "config.json", path / "versions.json"
     ours = known.exists() and versions.exists()
@@ -64,6 +65,20 @@ def write_held_out(path: Path, questions: Sequence[Question]) -> None:
 
 def _names(path: Path) -> set[str]:
     return {entry.name for entry in path.iterdir()}
+
+
+def as_written(config: Config) -> dict[str, Any]:
+    """A config as a run's folder, its report and other services see it: without credentials."""
+
+    def hidden(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: hidden(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [hidden(item) for item in value]
+        url = isinstance(value, str) and value.startswith(("http://", "https://"))
+        return without_credentials(value) if url else value
+
+    return json.loads(json.dumps(hidden(dataclasses.asdict(config))))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

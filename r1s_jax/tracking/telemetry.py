@@ -8,10 +8,12 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import Config
 from r1s_jax.data.rows import rows_so_far
 from r1s_jax.system.console import console
 from r1s_jax.system.distributed import is_main
 from r1s_jax.system.files import write_rows
+from r1s_jax.tracking.run_dir import as_written
 
 
 class Telemetry:
@@ -21,12 +23,12 @@ class Telemetry:
     Only the main process writes; for the others every call does nothing.
     """
 
-    def __init__(self, run_dir: Path, wandb_project: str = "", config: Any = None):
+    def __init__(self, run_dir: Path, config: Config | None = None):
         self.run_dir, self._writes = run_dir, is_main()
         console.quiet = not self._writes
         self._board = SummaryWriter(str(run_dir / "tensorboard"), write_to_disk=self._writes)
-        use_wandb = wandb_project and self._writes
-        self._wandb = _start_wandb(wandb_project, run_dir, config) if use_wandb else None
+        use_wandb = config and config.run.wandb_project and self._writes
+        self._wandb = _start_wandb(run_dir, config) if use_wandb else None
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One row of `metrics.jsonl`, its numbers as scalars by step elsewhere."""
@@ -79,9 +81,9 @@ class Telemetry:
             write_rows(path, kept)
 
 
-def _start_wandb(project: str, run_dir: Path, config: Any) -> Any:
+def _start_wandb(run_dir: Path, config: Config) -> Any:
     try:
         import wandb
     except ImportError:
         raise ConfigError("run.wandb_project is set, but wandb is not installed") from None
-    return wandb.init(project=project, dir=str(run_dir), config=config)
+    return wandb.init(project=config.run.wandb_project, dir=str(run_dir), config=as_written(config))
