@@ -244,6 +244,8 @@ def test_every_error_of_ours_is_a_user_error():
 def test_the_tpu_runtime_is_asked_for_only_where_there_is_a_tpu(here, monkeypatch):
     monkeypatch.setattr(chips, "_TPU_DEVICES", ("/dev/null",) if here else ("/dev/no-such-chip*",))
     monkeypatch.delitem(sys.modules, "libtpu", raising=False)
+    for name in chips._TPU_WANTED:  # JAX sets one where the runtime is installed
+        monkeypatch.delenv(name, raising=False)
     chips.hide_tpu_runtime()
     assert ("libtpu" in sys.modules) is not here
     chips.show_tpu_runtime()

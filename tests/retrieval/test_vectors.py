@@ -98,6 +98,11 @@ def test_missing_damaged_and_nan_shards_are_named(tmp_path):
     write_all(tmp_path)
     path = tmp_path / "vectors-00002-of-00004.npy"
     whole = path.read_bytes()
+    for bad in (whole[:-1], whole[:-8] + bytes(8)):
+        path.write_bytes(bad)
+        with pytest.raises(VectorError, match=r"00002-of-00004\.npy is damaged"):
+            VectorShards(tmp_path)
+    path.with_suffix(".sha256").unlink()  # as earlier versions left them
     path.write_bytes(whole[:-1])
     with pytest.raises(VectorError, match=r"00002-of-00004\.npy cannot be read"):
         VectorShards(tmp_path)

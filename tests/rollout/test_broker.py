@@ -404,7 +404,7 @@ def test_a_block_is_cut_to_the_width_and_keeps_its_tags(documents, width):
 def test_the_longest_documents_share_what_the_short_ones_leave():
     text = decode(make_broker(None, width=400).document_tokens(["a" * 1000, "b" * 500, "z" * 60]))
     assert 300 < len(text) <= 400 and text.count("z") == 60
-    assert text.count("a") == text.count("b") > 60
+    assert text.count("a") == pytest.approx(text.count("b"), abs=2) and text.count("a") > 60
     text = decode(make_broker(None, width=400).document_tokens(["b" * 150, "a" * 100_000]))
     assert text.count("b") == 150 and text.count("a") > 60
 
