@@ -406,7 +406,7 @@ def test_the_longest_documents_share_what_the_short_ones_leave():
     assert 300 < len(text) <= 400 and text.count("z") == 60
     assert text.count("a") == pytest.approx(text.count("b"), abs=2) and text.count("a") > 60
     text = decode(make_broker(None, width=400).document_tokens(["b" * 150, "a" * 100_000]))
-    assert text.count("b") == 150 and text.count("a") > 60
+    assert text.count("b") == 150 + 1 and text.count("a") > 60  # one is of the tag
 
 
 def test_a_retriever_that_never_finds_anything_is_broken():
