@@ -24,6 +24,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import h11
 import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
@@ -31,6 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from r1s_jax.retrieval.api import Hit, Retriever
 
@@ -40,6 +42,7 @@ _DEFAULT_K = 3
 _DRAIN_S = 30  # for what is in flight when the server is told to stop
 _KEEP_ALIVE_S = 75
 _STARTUP_S = 60
+_REQUEST_S = 90  # from the connection, or the answer before, to a whole request
 _SIZES = [2**i for i in range(13)]
 
 
@@ -312,6 +315,31 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+class _Patient(H11Protocol):
+    """Closes a connection whose request is not whole in time: slow clients hold no place."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._slow.cancel()
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._slow.cancel()
+        super().connection_lost(exc)
+
+    def _expect_request(self) -> None:
+        self._slow = self.loop.call_later(_REQUEST_S, self._close_if_slow)
+
+    def _close_if_slow(self) -> None:
+        whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
+        if not whole and not self.transport.is_closing():
+            self.transport.close()
+
+
 class _Server(uvicorn.Server):
     """Says when it listens."""
 
@@ -342,6 +370,7 @@ def serve(
         log_level="warning",
         access_log=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
+        http=_Patient,
         timeout_graceful_shutdown=_DRAIN_S,
     )
     server = _Server(config, lambda: announce(address))
@@ -363,6 +392,7 @@ def serve_in_background(retriever: Served, host: str) -> str:
         log_level="warning",
         access_log=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
+        http=_Patient,
     )
     server = _Server(config, up.set)
     threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()

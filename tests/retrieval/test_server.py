@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError
 from r1s_jax.retrieval.index import Index, build_index, save_index
-from r1s_jax.retrieval.server import Batcher, Limits, Refused, bind, make_app
+from r1s_jax.retrieval.server import Batcher, Limits, Refused, bind, make_app, serve_in_background
 from tests.http_server import LocalServer
 
 NAMES = [
@@ -328,3 +329,19 @@ def test_one_bad_request_does_not_spoil_its_neighbours(index):
     batcher.close()
     assert ["good", "bad", "fine"] in retriever.asked
     assert [job.exception() is None for job in (first, *jobs)] == [True, True, False, True]
+
+
+def test_a_client_that_never_finishes_its_request_is_let_go(index, monkeypatch):
+    monkeypatch.setattr("r1s_jax.retrieval.server._REQUEST_S", 0.3)
+    address = serve_in_background(index, "127.0.0.1")
+    port = int(address.rpartition(":")[2])
+    for begun in (
+        b"",
+        b"POST /queries HT",
+        b"POST /queries HTTP/1.1\r\nContent-Length: 99\r\n\r\n{",
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
+            slow.sendall(begun)
+            while slow.recv(4096):  # what it may be told; then the end
+                pass
+    assert HttpRetriever(f"{address}/queries").search(["a"], 1)[0]
