@@ -31,8 +31,12 @@ from r1s_jax.system.distributed import on_main
 State = TypeVar("State")
 
 _CHECKSUMS = "checksums"
-# Orbax warns at every save without a score, which the first stage's are.
-logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+# Orbax warns at every save without a score, which the first stage's are, and at every item whose
+# description is asked for without the whole checkpoint's.
+_NO_NEWS = ("tracked_metric", "Metadata file does not exist")
+logging.getLogger("absl").addFilter(
+    lambda record: not any(known in record.getMessage() for known in _NO_NEWS)
+)
 _PATIENCE_S = 30.0
 
 
