@@ -88,7 +88,7 @@ from r1s_jax.configs import tiny_world
 
 
 def config() -> Config:
-    stage = StageConfig(steps=3, reward="my_rules:short", questions_per_step=8)
+    stage = StageConfig(steps=3, reward="rules_of_a_user:short", questions_per_step=8)
     algorithm = AlgorithmConfig(estimator="rloo", samples_per_question=4)
     return replace(tiny_world.config(), name="mine", stage2=stage, algorithm=algorithm)
 """
@@ -97,14 +97,14 @@ def config() -> Config:
 def test_files_of_users_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    (tmp_path / "my_rules.py").write_text(REWARD_FILE)
-    (tmp_path / "my_recipe.py").write_text(RECIPE)
+    (tmp_path / "rules_of_a_user.py").write_text(REWARD_FILE)
+    (tmp_path / "recipe_of_a_user.py").write_text(RECIPE)
     row = {"question": "q", "answer": "Rome", "solution": "so </think> <answer> Rome </answer>"}
     (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")
-    done = run_cli("reward", "s.jsonl", "--variant", "my_rules:short")
+    done = run_cli("reward", "s.jsonl", "--variant", "rules_of_a_user:short")
     assert json.loads(done.stdout)["reward"] == pytest.approx(1 - 0.005)
-    config = importlib.import_module("my_recipe").config()
-    assert isinstance(config, Config) and config.stage2.reward == "my_rules:short"
+    config = importlib.import_module("recipe_of_a_user").config()
+    assert isinstance(config, Config) and config.stage2.reward == "rules_of_a_user:short"
     changed = override(config, ["stage2.steps=5", "policy.architecture.num_layers=2"])
     assert (changed.stage2.steps, changed.policy.architecture.num_layers) == (5, 2)
 

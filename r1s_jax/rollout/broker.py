@@ -74,6 +74,7 @@ class Broker:
         self.config, self._clean = config, clean
         self._decode, self._encode, self._extract = decode, encode, extract_query
         self._k, self._width = documents_per_query, max_documents_length
+        self._most_characters = max_documents_length * _CHARACTERS_A_TOKEN
         self._changed = threading.Condition()
         self.begin(None)
 
@@ -181,7 +182,7 @@ class Broker:
         """
         width = self._width if width is None else min(width, self._width)
         # Cut before anything is encoded: one document may be a whole library.
-        cut = [self._clean(line[: width * _CHARACTERS_A_TOKEN]) for line in documents]
+        cut = [self._clean(line[: self._most_characters]) for line in documents]
         lines, room = cut, sum(map(len, cut))
         while len(tokens := self._encode(protocol.document_block(cut))) > width:
             if all(len(line) <= 1 for line in cut):
@@ -235,6 +236,7 @@ class Broker:
                 detail = reason(error)
                 time.sleep(min(0.05 * 2**attempt, max(0.0, deadline - time.monotonic())))
                 continue
+            lines = [[line[: self._most_characters] for line in row] for row in lines]
             with self._changed:
                 for search, documents in zip(searches, lines, strict=True):
                     self._close(search, "found" if documents else "empty", documents)
