@@ -4,6 +4,7 @@ urllib3's own timeouts are for each read: a server that sends a byte a second wo
 """
 
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -14,6 +15,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from r1s_jax.border.errors import UserError, reason
 
+# Each try that fails would be told on the terminal; the last one is, in the error.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 RETRY_STATUS = (429, 500, 502, 503, 504)
 MOST_BYTES = 32 * 2**20
 _CHUNK = 1 << 16

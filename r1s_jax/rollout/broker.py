@@ -48,6 +48,7 @@ class Search:
     documents: tuple[str, ...] = ()
     seconds: float = 0.0
     detail: str = ""
+    tried: str = ""  # how the last try failed
     slot: int = 0
     shard: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -171,7 +172,7 @@ class Broker:
                     break
             for search in searches:
                 if search.outcome == "pending":
-                    self._close(search, "timeout", detail=self._timeout_text())
+                    self._close(search, "timeout", detail=self._timeout_text(search))
         return searches
 
     def document_tokens(self, documents: Sequence[str], width: int | None = None) -> list[int]:
@@ -234,6 +235,8 @@ class Broker:
                 lines = _passage_lines(retriever.search(queries, self._k), len(queries))
             except Exception as error:
                 detail = reason(error)
+                for search in searches:  # what a time-out will say came before it
+                    search.tried = detail
                 time.sleep(min(0.05 * 2**attempt, max(0.0, deadline - time.monotonic())))
                 continue
             lines = [[line[: self._most_characters] for line in row] for row in lines]
@@ -270,7 +273,7 @@ class Broker:
             now = time.monotonic()
             for search in list(self._pending.values()):
                 if now - search.started > self.config.timeout_s:
-                    self._close(search, "timeout", detail=self._timeout_text())
+                    self._close(search, "timeout", detail=self._timeout_text(search))
             return [ready.popleft() for _ in range(min(len(ready), RESULTS))]
 
     def _tokens(self, search: Search) -> tuple[Status, list[int]]:
@@ -283,8 +286,9 @@ class Broker:
         failures = self.failures
         return failures >= _MIN_FAILURES and failures > self.config.max_failure_rate * self._total
 
-    def _timeout_text(self) -> str:
-        return f"no answer within search.timeout_s={self.config.timeout_s}"
+    def _timeout_text(self, search: Search) -> str:
+        before = f", before that {search.tried}" if search.tried else ""
+        return f"no answer within search.timeout_s={self.config.timeout_s}{before}"
 
 
 def _passage_lines(results: Any, queries: int) -> list[list[str]]:
