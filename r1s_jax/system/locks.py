@@ -43,9 +43,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             told.unlink()
-        lock.release()
-        with suppress(OSError):
-            beside.unlink()
+        lock.release()  # the file stays: whoever opened it just now must find it locked next time
 
 
 def _holder(beside: Path) -> str:

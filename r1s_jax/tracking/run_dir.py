@@ -167,12 +167,10 @@ def _differences(old: Any, new: Any, base: Path, path: str = "") -> list[str]:
     """What differs between the config of a run and one to go on with, in words."""
     if isinstance(old, dict) and isinstance(new, dict):
         join = f"{path}." if path else ""
-        # What an older version did not know has its default, or the recipe would not be the same.
-        keys = sorted(old.keys() | new.keys()) if path else sorted(old.keys() & new.keys())
+        # What an older version did not know of is not in the old one, and no difference.
         return [
             difference
-            for key in keys
-            if key in old
+            for key in sorted(old)
             for difference in _differences(old[key], new.get(key), base, f"{join}{key}")
         ]
     if old == new or _CHANGED_DEFAULTS.get(path) == (old, new) or _same_place(old, new, base):
