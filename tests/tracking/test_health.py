@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from r1s_jax import train as training
+from r1s_jax.config import _MOST as limits
 from r1s_jax.config import Config, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch, TinyWorldEnvironment
@@ -165,8 +166,14 @@ def samples_from_old_weights(self: Engine, params, *args, **options):
     return Engine.roll(self, stale, *args, **options)
 
 
+@pytest.fixture(autouse=True)
+def any_learning_rate(monkeypatch):
+    """What loses a run for certain is more than a recipe may ask for."""
+    monkeypatch.setitem(limits, "learning_rate", 1e39)
+
+
 RUNS = {
-    "not_finite": ["optimizer.learning_rate=1e6", "run.stop_when_unhealthy=true"],
+    "not_finite": ["optimizer.learning_rate=1e38", "run.stop_when_unhealthy=true"],
     "entropy_collapse": [reward(pays_for_silence), "stage2.steps=30"],
     "entropy_explosion": [reward(pays_for_noise), "stage2.steps=60"],
     "ratio_drift": ["optimizer.learning_rate=1e-2", "algorithm.clip=0.9"],
