@@ -25,7 +25,7 @@ from r1s_jax.models.sharding import shard_params
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.prompts import renderer
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure
+from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.files import write_json, write_rows
@@ -44,8 +44,6 @@ STOP_REASONS = {
     Finish.ABORTED: "retrieve_error",
 }
 NO_ANSWER = "I don't know."
-# Fewer failed searches than this end no evaluation midway.
-_MIN_FAILURES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +122,10 @@ def answer_file(
                 file.flush()
                 rows += answered
                 progress(len(rows), len(questions))
-                searches.check(out, early=True)
+                write_json(header_path(out), described | {"searches": searches.counts()})
+                searches.check(out, midway=True)
         write_json(header_path(out), described | {"searches": searches.counts()})
-        searches.check(out, early=False)
+        searches.check(out)
     return out
 
 
@@ -180,12 +179,12 @@ class _Searches:
         found, empty = self.outcomes["found"], self.outcomes["empty"]
         return {"found": found, "empty": empty, "failed": failed, "void": void}
 
-    def check(self, out: Path, *, early: bool) -> None:
-        """Raises SearchFailure past the limit: `early` once there are enough to be sure of it."""
+    def check(self, out: Path, *, midway: bool = False) -> None:
+        """Raises SearchFailure past the limit (see broker.too_many)."""
         counts = self.counts()
         failed = counts["failed"]
         made = counts["found"] + counts["empty"] + failed
-        if not failed or failed <= self.limit * made or (early and failed < _MIN_FAILURES):
+        if not too_many(failed, made, self.limit, midway=midway):
             return
         raise SearchFailure(
             f"{failed} of {made} searches failed ({failed / made:.0%}; "

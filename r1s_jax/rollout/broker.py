@@ -30,12 +30,17 @@ FAILED, VOID = ("timeout", "error"), ("bad_query", "long_query")
 # A retriever that finds nothing in so many searches of a rollout, and nothing else, is broken.
 _ALL_EMPTY = 64
 _CHARACTERS_A_TOKEN = 32  # more than any text takes, runs of white space apart
-# Fewer failures than this never stop a rollout midway, whatever their share.
+# Fewer failures than this stop nothing midway, whatever their share.
 _MIN_FAILURES = 8
 
 
 class SearchFailure(UserError, RuntimeError):
     """Too many searches failed: the run must stop rather than learn from missing documents."""
+
+
+def too_many(failed: int, made: int, rate: float, *, midway: bool = False) -> bool:
+    """Whether more than that share of the searches failed; `midway` never for a few alone."""
+    return failed > rate * made and (not midway or failed >= _MIN_FAILURES)
 
 
 @dataclass
@@ -119,7 +124,7 @@ class Broker:
     def check(self) -> None:
         """Raises SearchFailure when too many searches failed, now or midway in the rollout."""
         total = self._total
-        if self._stopped or self.failures > self.config.max_failure_rate * total:
+        if self._stopped or too_many(self.failures, total, self.config.max_failure_rate):
             raise SearchFailure(
                 f"{self.failures} of {total} searches failed ({self.common_failures()}). The limit "
                 f"is search.max_failure_rate={self.config.max_failure_rate}. Check the retriever, "
@@ -283,8 +288,7 @@ class Broker:
         return (Status.BAD_QUERY if search.outcome in VOID else Status.ERROR), []
 
     def _past_limit(self) -> bool:
-        failures = self.failures
-        return failures >= _MIN_FAILURES and failures > self.config.max_failure_rate * self._total
+        return too_many(self.failures, self._total, self.config.max_failure_rate, midway=True)
 
     def _timeout_text(self, search: Search) -> str:
         before = f", before that {search.tried}" if search.tried else ""

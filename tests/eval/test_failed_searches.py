@@ -87,3 +87,15 @@ def test_a_second_process_is_told_of_the_first(model, questions, tmp_path):
     with only_one(out, "the file"), pytest.raises(InUse, match=r"process \d+ on \S+; wait for it"):
         evaluate(questions, model, out, "http://127.0.0.1:9")
     assert not out.exists()
+
+
+def test_an_evaluation_that_ends_midway_says_why_in_its_header(model, tmp_path):
+    rows = [{"id": i, "question": f"What is it, {i}?", "answer": "smith"} for i in range(12)]
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(SearchFailure, match="8 of 8 searches failed"):
+        evaluate(path, model, out, "http://127.0.0.1:9")
+    assert len(rows_so_far(out)) == 8
+    header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
+    assert header["searches"]["failed"] == 8
