@@ -150,7 +150,7 @@ class OnlineRetriever:
 
     def _receive(self, link: str, response: urllib3.BaseHTTPResponse) -> bytes:
         deadline, page = time.monotonic() + self._timeout_s, b""
-        for chunk in response.stream(_CHUNK_BYTES):
+        while chunk := response.read1(_CHUNK_BYTES):  # stream waits for a whole one
             page += chunk
             if len(page) >= self._max_bytes:
                 return page[: self._max_bytes]
