@@ -96,7 +96,7 @@ class Run:
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         on_main(lambda: check_data(self.dir, config, accept_changed_data))
         self.mesh = make_mesh(config.mesh)
-        policy = together(lambda: make_policy(config.policy, config.seed))
+        policy = together(lambda: make_policy(config.policy, config.seed, self.dir))
         self.params = shard_params(policy.params, policy.model, self.mesh)
         self.policy = policy._replace(params={})  # the host's copy is not needed any more
         on_main(lambda: save_policy(self.dir, self.policy))

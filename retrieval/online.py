@@ -7,19 +7,21 @@ that is not public, whatever a link, a redirect or a name server says.
 import ipaddress
 import os
 import threading
-import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import numpy as np
 import urllib3
 from cachetools import LRUCache
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.http import RETRY_STATUS
+from r1s_jax.border.errors import BadInput, ConfigError
+from r1s_jax.border.http import Client, Deadline, ServerError, is_late, within
+from r1s_jax.border.json import parse_object
+from r1s_jax.border.schema import check
 from r1s_jax.retrieval.api import Hit, join_line
 from r1s_jax.retrieval.encoder import Encoder
 from r1s_jax.retrieval.http import RemoteError
@@ -27,6 +29,17 @@ from r1s_jax.retrieval.http import RemoteError
 SERPER = "https://google.serper.dev/search"
 _PASSAGE_WORDS = 100  # as the KILT corpus is split
 _CHUNK_BYTES = 2**16
+
+
+class _Page(msgspec.Struct):
+    title: str
+    link: str
+
+
+class _Found(msgspec.Struct):
+    """A reply of the API: best page first."""
+
+    organic: list[_Page] = []
 
 
 class OnlineRetriever:
@@ -44,7 +57,7 @@ class OnlineRetriever:
         endpoint: str = SERPER,
         pages: int = 3,
         timeout_s: float = 10.0,
-        max_bytes: int = 4_000_000,
+        max_bytes: int = 1_000_000,
         max_characters: int = 35_000,
         trusted_hosts: Collection[str] = (),
         cached_queries: int = 10_000,
@@ -57,7 +70,8 @@ class OnlineRetriever:
             endpoint: the search API.
             pages: read a query, in parallel, within `timeout_s` and `max_bytes` each.
             timeout_s: of the API and of each page, seconds.
-            max_bytes: of a page; the rest is left unread.
+            max_bytes: of a page; the rest is left unread. What a page costs to read grows with
+                it: about 2 s and 130 MB at worst, of nothing but links, at a million bytes.
             max_characters: of a page's main text that are looked at.
             trusted_hosts: names of hosts that may have a private address (an intranet's wiki).
             cached_queries: that are not searched again.
@@ -70,12 +84,7 @@ class OnlineRetriever:
         self._encoder, self._site, self._endpoint, self._pages = encoder, site, endpoint, pages
         self._timeout_s, self._max_bytes = timeout_s, max_bytes
         self._max_characters = max_characters
-        retries = urllib3.Retry(
-            3, backoff_factor=0.5, status_forcelist=RETRY_STATUS, allowed_methods=None, redirect=0
-        )
-        self._api = urllib3.PoolManager(
-            headers={"X-API-KEY": key}, timeout=timeout_s, retries=retries
-        )
+        self._api = Client(timeout_s=timeout_s, retries=3, headers={"X-API-KEY": key})
         self._web = _GuardedPool(frozenset(trusted_hosts), timeout=timeout_s)
         self._cache: LRUCache[tuple[str, int], list[Hit]] = LRUCache(cached_queries)
         self._lock = threading.Lock()
@@ -102,15 +111,13 @@ class OnlineRetriever:
         terms = f"{query} site:{self._site}" if self._site else query
         body = {"q": terms, "num": max(10, self._pages)}
         try:
-            response = self._api.request("POST", self._endpoint, json=body)
-            if response.status != 200:
-                raise RemoteError(f"{self._endpoint}: status {response.status}")
-            found = response.json().get("organic", [])
-            return [(hit["title"], hit["link"]) for hit in found[: self._pages]]
-        except urllib3.exceptions.HTTPError as error:
-            raise RemoteError(f"{self._endpoint}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reply = parse_object(self._api.post(self._endpoint, body), self._endpoint)
+            found = check(reply, _Found, self._endpoint).organic
+        except ServerError as error:
+            raise RemoteError(str(error)) from error
+        except BadInput as error:
             raise RemoteError(f"{self._endpoint}: not the reply of a search API") from error
+        return [(page.title, page.link) for page in found[: self._pages]]
 
     def _read_all(self, links: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
         """(title, address, main text) of the pages that could be read."""
@@ -132,31 +139,35 @@ class OnlineRetriever:
 
         if urlsplit(link).scheme not in ("http", "https"):
             raise RemoteError(f"{link}: not a web page")
-        try:
-            response = self._web.request("GET", link, preload_content=False)
+        with within(self._timeout_s):
             try:
-                if response.status != 200:
-                    raise RemoteError(f"{link}: status {response.status}")
-                kind = response.headers.get("Content-Type", "")
-                if not kind.startswith(("text/", "application/xhtml")):
-                    raise RemoteError(f"{link}: {kind or 'no content type'} is no text")
-                page = self._receive(link, response)
-            finally:
-                response.close()
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise RemoteError(f"{link}: {error}") from error
+                page = self._receive(link)
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                late = f"not received within {self._timeout_s:g} s"
+                raise RemoteError(f"{link}: {late if is_late() else error}") from error
         text = extract(page, include_comments=False) or ""
         return text[: self._max_characters]
 
-    def _receive(self, link: str, response: urllib3.BaseHTTPResponse) -> bytes:
-        deadline, page = time.monotonic() + self._timeout_s, b""
-        while chunk := response.read1(_CHUNK_BYTES):  # stream waits for a whole one
-            page += chunk
-            if len(page) >= self._max_bytes:
-                return page[: self._max_bytes]
-            if time.monotonic() > deadline:
-                raise RemoteError(f"{link}: not received within {self._timeout_s:g} s")
-        return page
+    def _receive(self, link: str) -> bytes:
+        response = self._web.request("GET", link, preload_content=False)
+        try:
+            if is_late():  # what was received of its headers is not all of them
+                raise TimeoutError
+            if response.status != 200:
+                raise RemoteError(f"{link}: status {response.status}")
+            kind = response.headers.get("Content-Type", "")
+            if not kind.startswith(("text/", "application/xhtml")):
+                raise RemoteError(f"{link}: {kind or 'no content type'} is no text")
+            page = b""
+            while chunk := response.read1(_CHUNK_BYTES):  # stream waits for a whole one
+                page += chunk
+                if len(page) >= self._max_bytes:
+                    return page[: self._max_bytes]
+            if is_late():
+                raise TimeoutError
+            return page
+        finally:
+            response.close()
 
     def _nearest(self, query: str, pages: Sequence[tuple[str, str, str]], k: int) -> list[Hit]:
         lines, addresses = [], []
@@ -192,8 +203,8 @@ class _GuardedPool(urllib3.PoolManager):
                     raise PermissionError(f"{self.host} is not a public address")
                 return sock
 
-        http = type("GuardedHTTP", (Guard, HTTPConnection), {})
-        https = type("GuardedHTTPS", (Guard, HTTPSConnection), {})
+        http = type("GuardedHTTP", (Guard, Deadline, HTTPConnection), {})
+        https = type("GuardedHTTPS", (Guard, Deadline, HTTPSConnection), {})
         pools = {
             "http": (urllib3.HTTPConnectionPool, http),
             "https": (urllib3.HTTPSConnectionPool, https),

@@ -1,7 +1,11 @@
 """A real local HTTP server for tests, answering whatever a function says."""
 
+import contextlib
+import itertools
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -63,3 +67,23 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
+
+
+def drip(seconds: float):
+    """A server that sends its reply a byte at a time, for so long."""
+
+    def serve(listener):
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n")
+            end = time.monotonic() + seconds
+            for byte in itertools.cycle(b"X-A: b\r\n"):
+                connection.sendall(bytes([byte]))
+                time.sleep(0.02)
+                if time.monotonic() > end:
+                    return
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, args=(listener,), daemon=True).start()
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -1,5 +1,6 @@
 """What tests of several rooms are made of: small models, engines, learners, batches."""
 
+import dataclasses
 from functools import cache, partial
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from r1s_jax import cli
@@ -60,6 +63,39 @@ def save_small_model(folder: Path) -> Path:
     tokenizer = build_tokenizer()
     eos = (tokenizer.eos_token_id,)
     return save_params(params, SMALL, folder, tokenizer, "float32", eos_token_ids=eos)
+
+
+CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def letters(template: str, bos: bool) -> PreTrainedTokenizerFast:
+    """A byte a token, with control tokens; `bos`: texts begin with <s>, as Llama's do."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL])
+    if bos:
+        at = backend.token_to_id("<s>")
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", at), ("</s>", at + 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>"
+    )
+
+
+def save_letters_model(folder: Path, template: str = CHAT) -> Path:
+    """A random model of bytes, which can read and write any text, as a Hugging Face directory."""
+    tokenizer = letters(template, bos=False)
+    model = dataclasses.replace(SMALL, vocab_size=len(tokenizer), max_position=16384)
+    params = jax.tree.map(np.asarray, init_params(model, 0))
+    ends = (tokenizer.eos_token_id,)
+    return save_params(params, model, folder, tokenizer, "float32", eos_token_ids=ends)
 
 
 def save_small_index(folder: Path) -> Path:

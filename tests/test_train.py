@@ -292,6 +292,8 @@ def test_a_run_carries_what_it_needs_and_knows_its_data(model, index, tmp_path, 
     done = train_it("--resume", "--accept-changed-data", **absolute)
     assert done.exit_code == 0, done.output
     shutil.rmtree("base")
+    shutil.rmtree(sorted(Path("run/checkpoints").glob("[0-9]*"))[-1])
+    assert (done := train_it("--resume", **absolute)).exit_code == 0, done.output
     monkeypatch.chdir("/")
     for source in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "3"):
         out = tmp_path / f"exported-{source.name}"

@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import urllib3
@@ -16,7 +17,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from r1s_jax.border.errors import UserError, reason
 
 # Each try that fails would be told on the terminal; the last one is, in the error.
-logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+for _name in ("urllib3.connectionpool", "urllib3.connection"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 RETRY_STATUS = (429, 500, 502, 503, 504)
 MOST_BYTES = 32 * 2**20
 _CHUNK = 1 << 16
@@ -36,11 +38,14 @@ class _Watch(threading.local):
 _watch = _Watch()
 
 
-class _Deadline:
-    """A connection that is shut down when the deadline has passed, whatever it waits for."""
+class Deadline:
+    """A connection that is shut down when the deadline has passed, whatever it waits for.
+
+    The deadline is that of the `within` which the asking thread is in.
+    """
 
     def getresponse(self) -> Any:
-        stop_watching()
+        _stop_watching()
         left = max(0.01, _watch.deadline - time.monotonic())
         _watch.timer = threading.Timer(left, _shut, [self.sock])
         _watch.timer.daemon = True
@@ -53,18 +58,32 @@ def _shut(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_RDWR)  # a read that blocks returns
 
 
-def stop_watching() -> None:
-    """Forgets the deadline of this thread's last request."""
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """One deadline over all that a `Deadline` connection of this thread does inside."""
+    _watch.deadline = time.monotonic() + seconds
+    try:
+        yield
+    finally:
+        _stop_watching()
+
+
+def is_late() -> bool:
+    """Whether the deadline of this thread's `within` has passed."""
+    return time.monotonic() >= _watch.deadline
+
+
+def _stop_watching() -> None:
     if _watch.timer:
         _watch.timer.cancel()
         _watch.timer = None
 
 
-class _Plain(_Deadline, HTTPConnection):
+class _Plain(Deadline, HTTPConnection):
     pass
 
 
-class _Secure(_Deadline, HTTPSConnection):
+class _Secure(Deadline, HTTPSConnection):
     pass
 
 
@@ -79,11 +98,19 @@ class _SecurePool(urllib3.HTTPSConnectionPool):
 class Client:
     """Posts JSON to servers; any number of threads may use it at once."""
 
-    def __init__(self, *, timeout_s: float, retries: int, connections: int = 1):
+    def __init__(
+        self,
+        *,
+        timeout_s: float,
+        retries: int,
+        connections: int = 1,
+        headers: Mapping[str, str] | None = None,
+    ):
         """`timeout_s` is for a whole request with its retries: of lost connections, 429 and 5xx."""
         self._timeout_s = timeout_s
         self._pool = urllib3.PoolManager(
             maxsize=connections,
+            headers=headers,
             retries=urllib3.Retry(
                 retries,
                 backoff_factor=0.25,
@@ -100,15 +127,12 @@ class Client:
         Raises ServerError, naming the server without its credentials, for anything else.
         """
         where = without_credentials(url)
-        _watch.deadline = time.monotonic() + self._timeout_s
-        try:
-            return self._ask(url, where, body, most_bytes)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            late = time.monotonic() >= _watch.deadline
-            why = f"no whole answer within {self._timeout_s:g} s" if late else _reason(error)
-            raise ServerError(f"{where}: {why}") from None
-        finally:
-            stop_watching()
+        with within(self._timeout_s):
+            try:
+                return self._ask(url, where, body, most_bytes)
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                late = f"no whole answer within {self._timeout_s:g} s"
+                raise ServerError(f"{where}: {late if is_late() else _reason(error)}") from None
 
     def _ask(self, url: str, where: str, body: Any, most_bytes: int) -> bytes:
         response = self._pool.request(
@@ -118,22 +142,22 @@ class Client:
             preload_content=False,
             timeout=urllib3.Timeout(connect=self._timeout_s, read=self._timeout_s),
         )
+        length = response.headers.get("content-length", "")
+        announced = int(length) if length.isdigit() else 0
+        too_long = ServerError(f"{where}: the reply is over {most_bytes >> 20} MiB")
         try:
+            if announced > most_bytes:
+                raise too_long
             data = bytearray()
             while chunk := response.read1(_CHUNK):
                 data += chunk
                 if len(data) > most_bytes:
-                    raise ServerError(f"{where}: the reply is over {most_bytes >> 20} MiB")
+                    raise too_long
             if response.status != 200:
                 raise ServerError(f"{where}: status {response.status}: {bytes(data[:150])!r}")
-            if time.monotonic() >= _watch.deadline:
+            if is_late():
                 raise TimeoutError
-            length = response.headers.get("content-length", "")
-            if (
-                length.isdigit()
-                and int(length) > len(data)
-                and not response.headers.get("content-encoding")
-            ):
+            if announced > len(data) and not response.headers.get("content-encoding"):
                 raise ServerError(f"{where}: the reply broke off after {len(data)} bytes")
         except BaseException:
             response.close()

@@ -25,7 +25,8 @@ from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params, add_adapters, init_params
 from r1s_jax.models.tokenizer import TokenId, check_tokenizer, eos_ids, load_tokenizer
 from r1s_jax.models.weights import load_config, load_params
-from r1s_jax.system.assets import resolve
+from r1s_jax.system.assets import AssetError, resolve
+from r1s_jax.system.console import warn
 from r1s_jax.system.files import whole_folder, write_json
 
 _POLICY = "policy"  # the folder of a run that holds all of it but parameters
@@ -130,11 +131,15 @@ class _Saved(msgspec.Struct):
     eos_ids: list[TokenId]
 
 
-def make_policy(config: PolicyConfig, seed: int) -> Pretrained:
-    """The policy a run starts from: pretrained, or random weights that speak the tiny world."""
+def make_policy(config: PolicyConfig, seed: int, run: Path | None = None) -> Pretrained:
+    """The policy a run starts from: pretrained, or random weights that speak the tiny world.
+
+    A `run` that goes on stands in for the model it began with, where that is gone: its checkpoints
+    hold every parameter.
+    """
     dtype = np.dtype(config.param_dtype)
     if config.model:
-        policy = load_pretrained(config.model, dtype)
+        policy = _load_base(config.model, run, dtype)
     else:
         tokenizer = build_tokenizer()
         check_tokenizer(tokenizer, config.architecture)
@@ -144,6 +149,20 @@ def make_policy(config: PolicyConfig, seed: int) -> Pretrained:
         return policy
     model = policy.model.with_lora(config.lora_rank, config.lora_alpha)
     return policy._replace(model=model, params=add_adapters(policy.params, model, seed))
+
+
+def _load_base(reference: str, run: Path | None, dtype: Any) -> Pretrained:
+    try:
+        return load_pretrained(reference, dtype)
+    except AssetError as error:
+        if run is None or not (run / _POLICY).is_dir():
+            raise
+        try:
+            policy = load_pretrained(str(run), dtype)
+        except CheckpointError:
+            raise error from None
+        warn(f"{error}. Going on with what {run} holds")
+        return policy
 
 
 def default_dtype() -> np.dtype:

@@ -1,35 +1,12 @@
 """Prompts as transformers renders and encodes them; text of others never a control token."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.models.tokenizer import encode, encode_start, foreign
 from r1s_jax.protocol.prompts import chat_renderer
 from r1s_jax.system.assets import resolve
-
-CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
-CHAT = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
-    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
-
-
-def letters(template: str, bos: bool) -> PreTrainedTokenizerFast:
-    """A byte a token, with control tokens; `bos`: texts begin with <s>, as Llama's do."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL])
-    if bos:
-        at = backend.token_to_id("<s>")
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A </s>", special_tokens=[("<s>", at), ("</s>", at + 1)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>"
-    )
+from tests.makers import CHAT, letters
 
 
 @pytest.mark.parametrize("ending", ["<think>\n", "<think>\n\n", "<think>", ""])

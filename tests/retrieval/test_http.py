@@ -1,10 +1,6 @@
 """The HTTP retriever against a real server, in both contracts, well and unwell."""
 
-import contextlib
-import itertools
 import math
-import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +8,7 @@ import pytest
 
 from r1s_jax.border.http import Client, ServerError
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError
-from tests.http_server import LocalServer
+from tests.http_server import LocalServer, drip
 
 
 def lines(query, k):
@@ -109,26 +105,6 @@ def test_many_threads_search_at_once():
 def test_a_url_of_neither_contract_is_refused():
     with pytest.raises(ValueError, match="ends in /queries"):
         HttpRetriever("http://localhost:8000/")
-
-
-def drip(seconds: float):
-    """A server that sends its reply a byte at a time, for so long."""
-
-    def serve(listener):
-        connection, _ = listener.accept()
-        with connection, contextlib.suppress(OSError):
-            connection.recv(65536)
-            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n")
-            end = time.monotonic() + seconds
-            for byte in itertools.cycle(b"X-A: b\r\n"):
-                connection.sendall(bytes([byte]))
-                time.sleep(0.02)
-                if time.monotonic() > end:
-                    return
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    threading.Thread(target=serve, args=(listener,), daemon=True).start()
-    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def test_a_server_that_drips_does_not_outlast_the_deadline():

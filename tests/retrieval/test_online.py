@@ -8,7 +8,7 @@ from r1s_jax.retrieval import online
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.http import RemoteError
 from r1s_jax.retrieval.online import OnlineRetriever
-from tests.http_server import LocalServer
+from tests.http_server import LocalServer, drip
 
 KEY = "secret-key-of-the-test"
 ARTICLE = """<html><head><title>x</title><script>var menu = 1;</script></head><body>
@@ -138,6 +138,17 @@ def test_slow_and_endless_pages_are_cut(monkeypatch):
         assert 0 < sum(len(hit.text) for hit in short) < 20_000
         cut = retriever_of(web, max_characters=500).search(["river"], 100)[0]
         assert sum(len(hit.text) for hit in cut) <= 500
+
+
+def test_a_page_or_an_api_that_drips_is_let_go():
+    listener, url = drip(30)
+    with listener, Web() as web:
+        web.links = [url.replace("127.0.0.1", "localhost") + "/page"]
+        with pytest.raises(RemoteError, match=r"/page: not received within 0.5 s"):
+            retriever_of(web, timeout_s=0.5).search(["q"], 1)
+    listener, url = drip(30)
+    with listener, pytest.raises(RemoteError, match=r"no whole answer within 0.5 s"):
+        OnlineRetriever(HashEncoder(), endpoint=url, timeout_s=0.5).search(["q"], 1)
 
 
 @pytest.mark.parametrize(
