@@ -21,9 +21,14 @@ from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
-from r1s_jax.models.pretrained import Pretrained, default_dtype, load_pretrained
+from r1s_jax.models.pretrained import (
+    Pretrained,
+    choose_dialect,
+    default_dtype,
+    dialect_at,
+    load_pretrained,
+)
 from r1s_jax.models.sharding import shard_params
-from r1s_jax.protocol.prompts import renderer
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -55,6 +60,9 @@ class Selection:
     questions_at_a_time: int = 8
     max_length: int = 4096
     seed: int = 0
+    dialect: str = ""  # the policy's own, else r1_searcher
+    thinking: str = ""
+    force_dialect: bool = False
 
     def __post_init__(self) -> None:
         if self.rollouts < _HARD_ABOVE:
@@ -147,15 +155,20 @@ def _resume(
 ) -> list[dict[str, Any]]:
     """The rows measured before, if they are of the same questions, model and index."""
     described = asdict(selection) | {"source": source}
-    for name in ("ratio", "questions_at_a_time"):  # what does not change a measurement
+    # What does not change a measurement, and what `spoken` says.
+    for name in ("ratio", "questions_at_a_time", "dialect", "thinking", "force_dialect"):
         del described[name]
+    known = dialect_at(selection.model)
+    spoken = choose_dialect(known, *_dialect(selection)).as_dict()
+    described |= {"dialect": {k: v for k, v in spoken.items() if k != "frame"}}
     described = json.loads(json.dumps(described))
     rows = journal_rows(measured)
     if not rows:  # nor would anything be lost
         measured.parent.mkdir(parents=True, exist_ok=True)
         write_json(header_path(measured), described)
         return []
-    if read_header(measured) != described:
+    header = read_header(measured) or {}
+    if header | {"dialect": header.get("dialect", described["dialect"])} != described:
         header = header_path(measured).name
         raise DataError(f"{measured} is of another selection (see {header}): choose another")
     for row, question in zip(rows, questions, strict=False):
@@ -175,6 +188,7 @@ def _measure(
 ) -> Iterator[dict[str, Any]]:
     """Rolls out, a few questions at a time; each row is on disk before the next are begun."""
     policy = load_pretrained(selection.model, default_dtype())
+    policy = policy.speaking(*_dialect(selection))
     engine = _engine(selection, policy)
     params = shard_params(policy.params, policy.model, engine.mesh)
     size, done = selection.questions_at_a_time, len(before)
@@ -198,6 +212,11 @@ def _measure(
             file.flush()
             done += len(batch)
             yield from rows
+
+
+def _dialect(selection: Selection) -> tuple[str, str, str | None, bool]:
+    s = selection
+    return s.dialect, s.thinking, s.prompt, s.force_dialect
 
 
 def _row(rolled: Rolled, i: int, question: Question, selection: Selection) -> dict[str, Any]:
@@ -225,7 +244,7 @@ def _engine(selection: Selection, policy: Pretrained) -> Engine:
         max_documents_length=min(768, longest // 3),
         prefill_chunk=min(64, longest // 4),
     )
-    return Engine(policy, config, renderer(selection.prompt, policy.tokenizer))
+    return Engine(policy, config)
 
 
 def _plot(rows: Sequence[dict[str, Any]], rollouts: int, path: Path) -> None:

@@ -5,23 +5,26 @@ from pathlib import Path
 from typing import Any
 
 from r1s_jax.data.rows import DataError, gold_answers, read_rows
-from r1s_jax.protocol.solution import Solution
+from r1s_jax.protocol.dialects import make_dialect
+from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.rewards.registry import reward_rule
 
 
-def reward_file(path: str | Path, variant: str) -> Iterator[dict[str, Any]]:
+def reward_file(
+    path: str | Path, variant: str, dialect: str = R1_SEARCHER.name
+) -> Iterator[dict[str, Any]]:
     """Each row of a JSONL file (`.gz` too) with its `reward` and `parts`, in order.
 
-    Rows hold `solution`, the text after the prompt, and `answer`, one right answer or a list.
-    Raises ValueError for an unknown variant, DataError naming the line of a row that lacks one.
+    Rows hold `solution`, the text after the prompt in that dialect, and `answer`, one right answer
+    or a list. Raises ValueError for an unknown variant or dialect, DataError naming the line of a row that lacks one.
     """
-    rule, number = reward_rule(variant), 0
+    rule, spoken, number = reward_rule(variant), make_dialect(dialect), 0
     for number, row in read_rows(path):
         try:
             solution = row.get("solution")
             if not isinstance(solution, str):
                 raise ValueError("`solution` must be a text")
-            reward = rule(Solution.of_text(solution), gold_answers(row))
+            reward = rule(Solution.of_text(solution, spoken), gold_answers(row))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         yield row | {"reward": reward.value, "parts": reward.parts}

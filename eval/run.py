@@ -20,10 +20,14 @@ from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import ResultRow, header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
 from r1s_jax.models.params import Params
-from r1s_jax.models.pretrained import Pretrained, default_dtype, load_pretrained
+from r1s_jax.models.pretrained import (
+    Pretrained,
+    choose_dialect,
+    default_dtype,
+    dialect_at,
+    load_pretrained,
+)
 from r1s_jax.models.sharding import shard_params
-from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.protocol.prompts import renderer
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -61,6 +65,9 @@ class EvalRun:
     max_turn_length: int = 512
     limit: int = 0  # questions at most; 0: all
     seed: int = 0
+    dialect: str = ""  # the policy's own, else r1_searcher
+    thinking: str = ""
+    force_dialect: bool = False  # ask a policy in a dialect that it was not trained in
 
     def __post_init__(self) -> None:
         if self.mode not in ("search", "rag", "direct"):
@@ -98,7 +105,7 @@ def answer_file(
     with only_one(out, "the file of answers"):
         rows = _already(out, described, questions)
         progress(len(rows), len(questions))
-        engine, params = _loaded(run)
+        engine, params = _loaded(run, described)
         engine.check_prompts(questions)
         write_json(header_path(out), described)
         searches = _Searches(rows, max_failure_rate)
@@ -129,9 +136,11 @@ def answer_file(
     return out
 
 
-def _loaded(run: EvalRun) -> tuple[Engine, Params]:
-    policy = load_pretrained(run.model, default_dtype())
+def _loaded(run: EvalRun, described: dict[str, Any]) -> tuple[Engine, Params]:
+    """What answers; the header is told the words of the policy's chat template."""
+    policy = load_pretrained(run.model, default_dtype()).speaking(*_dialect(run))
     engine = _engine(run, policy)
+    described["dialect"] |= engine.dialect.as_dict()
     return engine, shard_params(policy.params, policy.model, engine.mesh)
 
 
@@ -222,10 +231,9 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
     return Engine(
         policy,
         config,
-        renderer(run.prompt, policy.tokenizer),
         # Failures are counted over all rows, not over those of one batch: see _Searches.
         search=SearchConfig(max_failure_rate=1.0),
-        extract_query=protocol.extract_eval_query,
+        evaluation=True,
     )
 
 
@@ -259,9 +267,29 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     if (file := Path(run.questions)).exists():
         described["questions"] = file.name
     # How many are answered at a time, and how many in all, changes no answer.
-    for name in ("slots", "limit"):
+    # What it is asked in stands under `dialect`.
+    for name in ("slots", "limit", "dialect", "thinking", "force_dialect"):
         del described[name]
-    return {"run": described, "source": source, "dtype": default_dtype().name}
+    known = dialect_at(run.model)
+    spoken = choose_dialect(known, *_dialect(run)).as_dict()
+    if known and known.name != spoken["dialect"]:
+        spoken["trained_in"] = known.name
+    return {"run": described, "source": source, "dtype": default_dtype().name, "dialect": spoken}
+
+
+def _dialect(run: EvalRun) -> tuple[str, str, str | None, bool]:
+    return run.dialect, run.thinking, run.prompt, run.force_dialect
+
+
+def _same_run(header: dict[str, Any], described: dict[str, Any]) -> bool:
+    """Whether a file's header is of this run; those of early versions name no dialect."""
+
+    def without_frame(spoken: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in spoken.items() if key != "frame"}
+
+    spoken = header.pop("dialect", described["dialect"])
+    named = {name: value for name, value in described.items() if name != "dialect"}
+    return header == named and without_frame(spoken) == without_frame(described["dialect"])
 
 
 def _already(
@@ -272,7 +300,7 @@ def _already(
         return []
     header = read_header(out) or {}
     header.pop("searches", None)
-    if header != described:
+    if not _same_run(header, described):
         raise DataError(
             f"{out} was written by another run (see {header_path(out).name}): choose another file"
         )

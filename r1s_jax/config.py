@@ -14,6 +14,9 @@ Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "
 KlEstimator = Literal["k1", "k3"]
 # What the backward pass recomputes of each layer (see PolicyConfig.remat).
 Remat = Literal["none", "attention", "full"]
+# How policies speak to a search engine (protocol/), and whether they reason before they act.
+DialectName = Literal["r1_searcher", "search_r1", "tool_call"]
+Thinking = Literal["template", "on", "off"]
 # The backends of attention (see kernels/attention/api.py).
 Impl = Literal["xla", "tpu", "gpu", "interpret"]
 
@@ -158,6 +161,19 @@ class PolicyConfig:
             "policy: give either policy.model or an architecture, not both and not neither",
         )
         _check_numbers("policy", self, lora_rank=0, lora_alpha=0)
+
+
+@dataclass(frozen=True)
+class ProtocolConfig:
+    """The dialect that the policy learns (see protocol/); it is the policy's from then on."""
+
+    dialect: DialectName = "r1_searcher"
+    # Whether to reason: "on" and "off" tell the chat template so (enable_thinking), and "off" asks
+    # for no reasoning; "template" leaves it to the template.
+    thinking: Thinking = "template"
+    prompt: str = ""  # a file with {question} in it, instead of the dialect's own prompt
+    # Where the dialect can: a turn that cannot be acted on is told so, and the trajectory goes on.
+    tell_invalid: bool = True
 
 
 @dataclass(frozen=True)
@@ -408,6 +424,7 @@ class Config:
     stage1: StageConfig
     stage2: StageConfig
     seed: int = 0
+    protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     search: SearchConfig = field(default_factory=SearchConfig)

@@ -1,12 +1,14 @@
 """Recipes: whole configurations by name, with single fields changed."""
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 
 import r1s_jax.configs as package
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.errors import ConfigError, reading
 from r1s_jax.config import Config, override
 
 
@@ -16,14 +18,59 @@ def titles() -> dict[str, str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
-    """The recipe of that name, changed by `section.field=value` texts.
+    """The recipe of that name or in that file, changed by `section.field=value` texts.
 
-    Raises ConfigError for a name that is none, and as `config.override` does.
+    A file of one's own ends in .py and has a `config()`, as the files of `configs/` have. Raises
+    ConfigError for what is neither, for a file that raises, and as `config.override` does.
+    """
+    if name.endswith(".py"):
+        return override(_from_file(Path(name)), overrides)
+    modules = _modules()
+    if name not in modules:
+        raise ConfigError(
+            f"no recipe {name!r}; there are: {', '.join(modules)}; a file of your own ends in .py"
+        )
+    return override(modules[name].config(), overrides)
+
+
+def recipe_name(name: str) -> str:
+    """What a recipe is called: that of a file by the file's name."""
+    return Path(name).stem if name.endswith(".py") else name
+
+
+def copy_recipe(name: str, file: Path) -> Path:
+    """Writes a recipe's source to a file of one's own, to start from.
+
+    Raises ConfigError for an unknown name, and for a file that exists.
     """
     modules = _modules()
     if name not in modules:
         raise ConfigError(f"no recipe {name!r}; there are: {', '.join(modules)}")
-    return override(modules[name].config(), overrides)
+    if file.suffix != ".py":
+        raise ConfigError(f"{file}: the file of a recipe ends in .py")
+    if file.exists():
+        raise ConfigError(f"{file} exists: choose another name, or remove it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(Path(str(modules[name].__file__)).read_text("utf-8"), "utf-8")
+    return file
+
+
+def _from_file(file: Path) -> Config:
+    """What `config()` of a user's file gives; whatever the file does wrong is named with it."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: there is no such file (looked for {file.absolute()})")
+    spec = importlib.util.spec_from_file_location(f"r1s_recipe_{file.stem}", file)
+    assert spec is not None and spec.loader is not None  # by its suffix
+    module = importlib.util.module_from_spec(spec)
+    with reading(file, ConfigError):
+        spec.loader.exec_module(module)
+    if not callable(getattr(module, "config", None)):
+        raise ConfigError(f"{file} has no function config(), which gives the Config of a run")
+    with reading(f"{file}: config()", ConfigError):
+        config = module.config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"{file}: config() gave a {type(config).__name__}, not a Config")
+    return config
 
 
 def _modules() -> dict[str, ModuleType]:

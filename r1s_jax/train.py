@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from r1s_jax.config import Config, RolloutConfig
-from r1s_jax.data.environment import open_environment
+from r1s_jax.data.environment import dialect_of, open_environment
 from r1s_jax.eval.held_out import Evaluation, evaluate
 from r1s_jax.learning.cold_start import demonstrations_of, imitate
 from r1s_jax.learning.collect import Collector, rows_with_signal
@@ -17,9 +17,8 @@ from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
-from r1s_jax.models.pretrained import make_policy, save_policy
+from r1s_jax.models.pretrained import make_policy, save_policy, saved_dialect
 from r1s_jax.models.sharding import make_mesh, shard_params
-from r1s_jax.protocol.prompts import chat_renderer
 from r1s_jax.rewards.registry import FORMAT_REWARDS, batch_reward
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.system.console import console, make_progress, warn
@@ -96,11 +95,12 @@ class Run:
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         on_main(lambda: check_data(self.dir, config, accept_changed_data))
         self.mesh = make_mesh(config.mesh)
-        policy = together(lambda: make_policy(config.policy, config.seed, self.dir))
+        dialect = together(lambda: dialect_of(config, lambda: saved_dialect(self.dir)))
+        policy = together(lambda: make_policy(config.policy, config.seed, dialect, self.dir))
         self.params = shard_params(policy.params, policy.model, self.mesh)
         self.policy = policy._replace(params={})  # the host's copy is not needed any more
         on_main(lambda: save_policy(self.dir, self.policy))
-        self.environment = open_environment(config, chat_renderer(policy.tokenizer))
+        self.environment = open_environment(config, policy.dialect)
         if count := config.eval.questions:
             held_out = self.environment.evaluation(count).questions
             on_main(lambda: write_held_out(self.dir, held_out))
@@ -234,7 +234,6 @@ class Run:
         return Engine(
             self.policy,
             rollout,
-            self.environment.render,
             search=self.config.search,
             mesh=self.mesh,
             compute_dtype=np.dtype(p.compute_dtype),

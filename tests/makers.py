@@ -25,7 +25,7 @@ from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.protocol.prompts import render_prompt
+from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.rollout.engine import Engine, Rolled
 from tests.fakes import EchoRetriever
 
@@ -154,9 +154,8 @@ def make_engine(
 ) -> Engine:
     tokenizer = build_tokenizer()
     return Engine(
-        Pretrained(model, {}, tokenizer, (tokenizer.eos_token_id,)),
+        Pretrained(model, {}, tokenizer, (tokenizer.eos_token_id,), R1Searcher(prompt=PROMPT)),
         config,
-        lambda question: render_prompt(PROMPT, question),
         search=search or SearchConfig(timeout_s=5.0),
         mesh=mesh,
         compute_dtype=np.dtype("float32"),

@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.commands.options import MaxLength, Model, Prompt, SearchedIndex, SearchUrl
+from r1s_jax.commands.options import (
+    DialectOption,
+    ForceDialect,
+    MaxLength,
+    Model,
+    Prompt,
+    SearchedIndex,
+    SearchUrl,
+    ThinkingOption,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Choose questions to learn from.")
 
@@ -22,6 +31,9 @@ def select(
     rollouts: Annotated[int, typer.Option(min=20, help="Of each question.")] = 20,
     ratio: Annotated[str, typer.Option(help="Of easy:medium:hard questions written.")] = "0:1:1",
     prompt: Prompt = None,
+    dialect: DialectOption = "",
+    thinking: ThinkingOption = "",
+    force_dialect: ForceDialect = False,
     at_a_time: Annotated[int, typer.Option(min=1, help="Questions rolled out together.")] = 8,
     max_length: MaxLength = 4096,
     seed: Annotated[int, typer.Option(min=0, help="Of the rollouts and the choice.")] = 0,
@@ -46,6 +58,9 @@ def select(
         questions_at_a_time=at_a_time,
         max_length=max_length,
         seed=seed,
+        dialect=dialect,
+        thinking=thinking,
+        force_dialect=force_dialect,
     )
     engine, source = open_search_engine(index, retriever)
     with progress_bar("Rolling out") as advance:

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from r1s_jax.commands.options import MaxLength, Model, Prompt, SearchedIndex, SearchUrl
+from r1s_jax.commands.options import (
+    DialectOption,
+    ForceDialect,
+    MaxLength,
+    Model,
+    Prompt,
+    SearchedIndex,
+    SearchUrl,
+    ThinkingOption,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
 
@@ -45,6 +54,9 @@ def run(
     site: Site = "en.wikipedia.org",
     mode: How = "search",
     prompt: Prompt = None,
+    dialect: DialectOption = "",
+    thinking: ThinkingOption = "",
+    force_dialect: ForceDialect = False,
     k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 5,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     slots: Slots = 16,
@@ -75,6 +87,9 @@ def run(
         max_length=max_length,
         max_turn_length=max_turn_length,
         limit=limit,
+        dialect=dialect,
+        thinking=thinking,
+        force_dialect=force_dialect,
     )
     engine, source = None, {}
     if mode != "direct":

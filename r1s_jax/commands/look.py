@@ -48,13 +48,17 @@ def reward(
     variant: Annotated[
         str,
         typer.Option(
-            help="stage1, stage2, qwen_zero, llama_stage1, llama_stage2, exact_match, "
-            "cover_exact_match, f1, or module:function of your own."
+            help="stage1, stage2, em, cover_em, f1; released: qwen_zero, llama_stage1, "
+            "llama_stage2, search_r1_em, search_r1_subem, search_r1_format, "
+            "search_r1_format_retrieval; or module:function of your own."
         ),
     ],
+    dialect: Annotated[
+        str, typer.Option(help="Of the solutions: r1_searcher, search_r1 or tool_call.")
+    ] = "r1_searcher",
 ) -> None:
     """Reward solutions: each line of FILE again, with `reward` and its `parts`."""
     from r1s_jax.eval.rewards import reward_file
 
-    for row in reward_file(file, variant):
+    for row in reward_file(file, variant, dialect):
         typer.echo(json.dumps(row, ensure_ascii=False))

@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from r1s_jax.commands.options import AsJson, Model, Overrides, Recipe
+from r1s_jax.commands.options import (
+    AsJson,
+    DialectOption,
+    ForceDialect,
+    Model,
+    Overrides,
+    Recipe,
+    ThinkingOption,
+)
 
 
 def ask(
@@ -18,11 +26,16 @@ def ask(
     first_search: Annotated[
         bool, typer.Option(help="Search the question itself before the model starts.")
     ] = False,
+    dialect: DialectOption = "",
+    thinking: ThinkingOption = "",
+    force_dialect: ForceDialect = False,
 ) -> None:
     """Answer one question, streaming what the model writes, searches and is given, in colour."""
     from r1s_jax.serving.ask import ask as stream_answer
 
-    stream_answer(question, model, index, k=k, temperature=temperature, first_search=first_search)
+    asked = {"dialect": dialect, "thinking": thinking, "force_dialect": force_dialect}
+    how = {"k": k, "temperature": temperature, "first_search": first_search}
+    stream_answer(question, model, index, **how, **asked)
 
 
 def compile_(

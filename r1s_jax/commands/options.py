@@ -12,6 +12,23 @@ Prompt = Annotated[
     Path | None, typer.Option(help="Template with {question}, for models trained on their own.")
 ]
 
+# How a policy is asked; one that was trained here brings all of it along.
+DialectOption = Annotated[
+    str,
+    typer.Option(
+        "--dialect",
+        help="r1_searcher, search_r1 or tool_call, for a model that names none. "
+        "[default: its own, else r1_searcher]",
+    ),
+]
+ThinkingOption = Annotated[
+    str, typer.Option("--thinking", help="template, on or off. [default: its own, else template]")
+]
+ForceDialect = Annotated[
+    bool,
+    typer.Option("--force-dialect", help="Ask in a --dialect that the model was not trained in."),
+]
+
 # Where documents come from: an index here, or a search engine.
 SearchedIndex = Annotated[Path | None, typer.Option(help="Directory of a built index.")]
 SearchUrl = Annotated[
@@ -19,7 +36,12 @@ SearchUrl = Annotated[
 ]
 
 # A recipe and what differs from it.
-Recipe = Annotated[str, typer.Argument(metavar="CONFIG", help="Recipe: one of `r1s configs`.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="Recipe: one of `r1s configs`, or a file of your own with config()."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the recipe, as section.field=value (stage2.steps=40, seed=1)."),

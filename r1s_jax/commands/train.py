@@ -58,10 +58,22 @@ def sft(
     _train(config, overrides, run_dir, resume, distributed, cold_start_only=True)
 
 
-def configs() -> None:
-    """List the recipes, a line each."""
-    from r1s_jax.recipes import titles
+def configs(
+    copy: Annotated[
+        str, typer.Option(metavar="NAME", help="Write this recipe to FILE, to start from.")
+    ] = "",
+    file: Annotated[
+        Path | None, typer.Argument(help="With --copy: a .py file, which must not exist.")
+    ] = None,
+) -> None:
+    """List the recipes, a line each; or copy one to a file of your own for `r1s train FILE`."""
+    from r1s_jax.recipes import copy_recipe, titles
 
+    if copy or file:
+        if not (copy and file):
+            raise ConfigError("--copy takes a recipe and a file: --copy tiny_world my_recipe.py")
+        typer.echo(str(copy_recipe(copy, file)))
+        return
     for name, title in titles().items():
         typer.echo(f"{name:20} {title}")
 
@@ -74,7 +86,7 @@ def _train(
     distributed: bool,
     **options: Any,
 ) -> None:
-    from r1s_jax.recipes import load_recipe
+    from r1s_jax.recipes import load_recipe, recipe_name
     from r1s_jax.system.distributed import is_main, join
     from r1s_jax.train import train
 
@@ -85,7 +97,7 @@ def _train(
     config = load_recipe(name, overrides or [])
     if distributed:
         join()
-    run_dir = run_dir or Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = run_dir or Path("runs", f"{recipe_name(name)}-{time.strftime('%Y%m%d-%H%M%S')}")
     summary = train(config, run_dir, resume, **options)
     if is_main():
         typer.echo(json.dumps(summary))

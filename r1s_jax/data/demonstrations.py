@@ -8,7 +8,8 @@ import numpy as np
 
 from r1s_jax.data.rows import DataError
 from r1s_jax.data.traces import read_traces
-from r1s_jax.protocol.solution import Solution
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.rewards.rules import stage2
 from r1s_jax.system.console import console
@@ -23,19 +24,22 @@ class Demonstration(NamedTuple):
 
 
 def read_demonstrations(
-    files: Sequence[Path], unwanted: Container[str] = frozenset()
+    files: Sequence[Path],
+    unwanted: Container[str] = frozenset(),
+    dialect: Dialect = R1_SEARCHER,
 ) -> list[Demonstration]:
     """The trajectories of files (see traces.read_traces) that are worth imitating.
 
     Left out, and counted on the terminal: answers to questions in `unwanted` (normalised), and
     what stage 2 would not reward: a broken format, no tags, a wrong answer. The loss is on what
-    the policy wrote, never on what the system did. Raises DataError where nothing remains.
+    the policy wrote, never on what the system did. Raises DataError where nothing remains, as for
+    trajectories in another `dialect`.
     """
     kept, held_out, bad = [], 0, 0
     for trace in (trace for file in files for trace in read_traces(file)):
         if normalize_answer(trace.question) in unwanted:
             held_out += 1
-        elif stage2(Solution(tuple(trace.spans)), trace.answers).value <= 0:
+        elif stage2(Solution(tuple(trace.spans), dialect), trace.answers).value <= 0:
             bad += 1
         else:
             spans = tuple((text, float(by_policy)) for text, by_policy in trace.spans)
@@ -45,7 +49,8 @@ def read_demonstrations(
         "for a question of the evaluation"
     )
     if not kept:
-        raise DataError(f"no trajectory in {', '.join(map(str, files))} is worth imitating")
+        named = ", ".join(map(str, files))
+        raise DataError(f"no trajectory in {named} is worth imitating in dialect {dialect.name}")
     return kept
 
 

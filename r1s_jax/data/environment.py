@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.json import decode
 from r1s_jax.config import Config, CorpusConfig, TinyWorldConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.corpora import is_summaries, open_retriever
@@ -26,15 +27,16 @@ from r1s_jax.data.questions import (
     without,
 )
 from r1s_jax.data.rows import DataError
-from r1s_jax.data.tiny_world import GUESS, PROMPT, Style, TinyWorld
-from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.protocol.prompts import render_prompt
+from r1s_jax.data.tiny_world import GUESS, Style, TinyWorld, prompt_of
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.dialects import from_dict, make_dialect
+from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import Index, build_index
 from r1s_jax.retrieval.tables import HUB
 from r1s_jax.rewards.answer_scores import normalize_answer
-from r1s_jax.system.assets import resolve
+from r1s_jax.system.assets import AssetError, resolve
 from r1s_jax.system.console import console
 from r1s_jax.system.distributed import on_main, own_address, together
 
@@ -55,10 +57,6 @@ class Batch(NamedTuple):
 
 class Environment(Protocol):
     """Serves batches in an order that a saved state restores."""
-
-    def render(self, question: str) -> str:
-        """The prompt of a question."""
-        ...
 
     def questions(self) -> Sequence[Question]:
         """All that are known beforehand, so that what is wrong with one is found at once."""
@@ -86,12 +84,9 @@ class Environment(Protocol):
 class TinyWorldEnvironment:
     """A fresh world of facts every step, a function of (seed, step): there is no cursor."""
 
-    def __init__(self, config: TinyWorldConfig, seed: int):
-        self.config, self.seed = config, seed
+    def __init__(self, config: TinyWorldConfig, seed: int, dialect: Dialect = R1_SEARCHER):
+        self.config, self.seed, self.dialect = config, seed, dialect
         self._encoder = HashEncoder()
-
-    def render(self, question: str) -> str:
-        return render_prompt(PROMPT, question)
 
     def questions(self) -> Sequence[Question]:
         return ()
@@ -133,7 +128,7 @@ class TinyWorldEnvironment:
         c = self.config
         spans = tuple(
             (text, c.guess_weight if text.startswith(GUESS) else float(trained))
-            for text, trained in world.demonstration(question, style)
+            for text, trained in world.demonstration(question, style, self.dialect)
         )
         return Demonstration(question.question, spans, 1.0 if style == "guess" else c.search_weight)
 
@@ -151,8 +146,10 @@ class TinyWorldEnvironment:
 class CorpusEnvironment:
     """Questions from a file, or made from the articles, over one index of passages."""
 
-    def __init__(self, config: CorpusConfig, seed: int, chat: Callable[[str], str], held_out: int):
-        self.config, self._chat, self._seed = config, chat, seed
+    def __init__(
+        self, config: CorpusConfig, seed: int, held_out: int, dialect: Dialect = R1_SEARCHER
+    ):
+        self.config, self._seed, self._dialect = config, seed, dialect
         self.retriever = open_retriever(config)
         files = [list(_questions_of(reference)) for reference in config.questions]
         starts = np.cumsum([0, *map(len, files)])
@@ -188,11 +185,6 @@ class CorpusEnvironment:
             f"{questions - learning - len(self._held_out)} left out since the evaluation has them"
         )
 
-    def render(self, question: str) -> str:
-        if self.config.prompt == "base":
-            return render_prompt(protocol.BASE_PROMPT, question)
-        return self._chat(question)
-
     def questions(self) -> Sequence[Question]:
         return [*self._held_out, *itertools.chain(*self._learning)]
 
@@ -217,7 +209,7 @@ class CorpusEnvironment:
     @cached_property
     def _demonstrations(self) -> list[Demonstration]:
         files = [resolve(reference) for reference in self.config.demonstrations]
-        return read_demonstrations(files, self._unwanted)
+        return read_demonstrations(files, self._unwanted, self._dialect)
 
     def state(self) -> dict[str, Any]:
         return {"size": self._size, "stream": self._stream.state()} if self._stream else {}
@@ -230,13 +222,37 @@ def _hash(question: Question) -> str:
     return hashlib.sha256(normalize_answer(question.question).encode()).hexdigest()
 
 
-def open_environment(config: Config, chat: Callable[[str], str]) -> Environment:
+def dialect_of(config: Config, saved: Callable[[], Dialect | None]) -> Dialect:
+    """What the policy of a run is to speak: its dialect, and its prompt by the environment.
+
+    `saved` gives what the run kept, should the file of its prompt be gone. Raises ConfigError,
+    and AssetError where there is neither.
+    """
+    p = config.protocol
+    bare = replace(make_dialect(p.dialect, p.thinking), tell_invalid=p.tell_invalid)
+    prompt = None
+    if p.prompt:
+        try:
+            file = resolve(p.prompt)
+        except AssetError:
+            if kept := saved():
+                return kept
+            raise
+        prompt = decode(file.read_bytes(), file, ConfigError)
+    elif isinstance(config.environment, TinyWorldConfig):
+        prompt = prompt_of(bare)
+    elif config.environment.prompt == "base" and bare.prompt_is_whole:
+        prompt = bare.plain("{question}")
+    return from_dict(bare.as_dict() | {"prompt": prompt}, p.prompt or "protocol")
+
+
+def open_environment(config: Config, dialect: Dialect) -> Environment:
     """make_environment on every process of a run; ProcessError on all where it fails on any."""
     if config.search.served_by == "main" and isinstance(config.environment, CorpusConfig):
         url = on_main(lambda: _serve(open_retriever(config.environment)))
         served = replace(config.environment, passages=(), index="", retriever=url)
         config = replace(config, environment=served)
-    return together(lambda: make_environment(config, chat))
+    return together(lambda: make_environment(config, dialect))
 
 
 def _serve(retriever: Retriever) -> str:
@@ -252,11 +268,11 @@ def _serve(retriever: Retriever) -> str:
     return f"{serve_in_background(retriever, own_address())}/queries"
 
 
-def make_environment(config: Config, chat: Callable[[str], str]) -> Environment:
-    """The environment of a config; `chat` renders a question with the model's chat template."""
+def make_environment(config: Config, dialect: Dialect = R1_SEARCHER) -> Environment:
+    """The environment of a config, its demonstrations in the policy's dialect."""
     if isinstance(config.environment, TinyWorldConfig):
-        return TinyWorldEnvironment(config.environment, config.seed)
-    return CorpusEnvironment(config.environment, config.seed, chat, config.eval.questions)
+        return TinyWorldEnvironment(config.environment, config.seed, dialect)
+    return CorpusEnvironment(config.environment, config.seed, config.eval.questions, dialect)
 
 
 def _questions_of(reference: str) -> Iterable[Question]:

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -17,11 +17,17 @@ from transformers import PreTrainedTokenizerFast
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.data.questions import Question
-from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.dialect import BEGIN_THINK, Dialect
+from r1s_jax.protocol.r1_searcher import R1Searcher
+from r1s_jax.protocol.search_r1 import SearchR1
+from r1s_jax.protocol.solution import R1_SEARCHER
+from r1s_jax.protocol.tool_call import ToolCall
 from r1s_jax.retrieval.api import Passage, join_line
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-PROMPT = f"Question: {{question}} {protocol.BEGIN_THINK}"
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+_ASKED = "Question: {question}"
+PROMPT = f"{_ASKED} {BEGIN_THINK}"
 
 BIRTHPLACE, TRADE, TEACHER = RELATIONS = ("birthplace", "trade", "teacher")
 # The trades are for ever, unlike names: a guess at one is right once in a while.
@@ -38,11 +44,6 @@ _WORDS = (
 SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "aio")))
 LAST_SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "euy")))
 
-_TAGS = (
-    *(protocol.BEGIN_QUERY, protocol.END_QUERY, protocol.BEGIN_DOCUMENTS, protocol.END_DOCUMENTS),
-    *(protocol.BEGIN_THINK, protocol.END_THINK, protocol.BEGIN_ANSWER, protocol.END_ANSWER),
-)
-_DOCUMENT_NUMBERS = tuple(f"({i})" for i in range(1, 6))
 _WORD_START = "▁"  # the customary mark of a piece that begins a word
 
 GUESS = " I guess."
@@ -51,23 +52,69 @@ Style = Literal["guess", "search", "search_then_guess"]
 Spans = tuple[tuple[str, bool], ...]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+class _Form(NamedTuple):
+    """What a dialect's texts are made of beside words and names, and its chat template."""
+
+    tags: tuple[str, ...]
+    pieces: tuple[str, ...]
+    apart: str  # a regular expression for what is never part of a word
+    end: str
+    template: str
+
+
+_THINKING = "{% if enable_thinking is not defined or enable_thinking %} <think>{% endif %}"
+_FORMS = {
+    # Its prompt, for whoever treats it as a chat model: the question and nothing else.
+    "r1_searcher": _Form(
+        R1Searcher.tags,
+        tuple(f"({i})" for i in range(1, 6)),
+        r"\(\d\)",
+        EOS,
+        "Question: {{ messages[-1]['content'] }} ",
+    ),
+    "search_r1": _Form(
+        SearchR1.tags,
+        ("Doc", *(f"{i}(Title:" for i in range(1, 6)), '"', '")'),
+        r'"\)?',
+        EOS,
+        f"Question: {{{{ messages[-1]['content'] }}}}{_THINKING}",
+    ),
+    "tool_call": _Form(
+        ToolCall.tags,
+        ("(1)", '{"name":', '"search",', '"arguments":', '{"query":', '"', '"}}'),
+        r'\(\d\)|"(?=[A-Z])|"\}\}',
+        TURN_END,
+        f"{{% if tools %}}{TURN_START} search{TURN_END}{{% endif %}}"
+        "{% for m in messages %}"
+        f"{{% if m.role == 'tool' %}}{TURN_START} <tool_response> {{{{ m.content }}}} "
+        f"</tool_response>{TURN_END}"
+        f"{{% elif m.role == 'user' %}}{TURN_START} Question: {{{{ m.content }}}}{TURN_END}"
+        f"{{% else %}}{TURN_START} {{{{ m.content }}}}{{% for c in m.tool_calls or [] %}}"
+        ' <tool_call> {"name": "search", "arguments": {{ c.function.arguments | tojson }}}'
+        f" </tool_call>{{% endfor %}}{TURN_END}{{% endif %}}{{% endfor %}}{TURN_START}{_THINKING}",
+    ),
+}
+
+
+def build_tokenizer(dialect: str = "r1_searcher") -> PreTrainedTokenizerFast:
     """Tags, words and syllables as single tokens; what is in no world becomes `<unk>`.
 
     A piece that begins a word carries its space, so decoding token by token gives the same text
     as decoding all at once. White space comes back as single spaces; tags and document numbers
     get one in front.
     """
-    starts = (*_TAGS, *_DOCUMENT_NUMBERS, *_WORDS, *RELATIONS, *TRADES)
+    form = _FORMS[dialect]
+    starts = (*form.tags, *form.pieces, *_WORDS, *RELATIONS, *TRADES)
     names = [syllable.capitalize() for syllable in SYLLABLES]
     pieces = [_WORD_START + text for text in (*starts, *names)]
-    vocabulary = [PAD, EOS, UNKNOWN, *pieces, *SYLLABLES, *LAST_SYLLABLES, *".,:?"]
-    ids = {piece: i for i, piece in enumerate(vocabulary)}
+    vocabulary = [PAD, form.end, UNKNOWN, *pieces, *SYLLABLES, *LAST_SYLLABLES, *".,:?"]
+    control = [TURN_START] if form.end == TURN_END else []
+    ids = {piece: i for i, piece in enumerate([*vocabulary, *control])}
     # WordPiece takes the longest known piece again and again; no mark on the pieces that continue.
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNKNOWN, continuing_subword_prefix=""))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"<[^<>\s]+>|\(\d\)"), "isolated"),
+            pre_tokenizers.Split(Regex(rf"<[^<>\s]+>|{form.apart}"), "isolated"),
             pre_tokenizers.WhitespaceSplit(),
             pre_tokenizers.Metaspace(_WORD_START, prepend_scheme="always"),
         ]
@@ -76,11 +123,21 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
-        eos_token=EOS,
+        eos_token=form.end,
         unk_token=UNKNOWN,
-        # Its prompt, for whoever treats it as a chat model: the question and nothing else.
-        chat_template="Question: {{ messages[-1]['content'] }} ",
+        chat_template=form.template,
+        **({"additional_special_tokens": control} if control else {}),
     )
+
+
+def prompt_of(dialect: Dialect) -> str | None:
+    """The prompt of a policy of the tiny world; None: what its chat template makes of a question.
+
+    It opens the reasoning, unless there is to be none.
+    """
+    if dialect.name == R1Searcher.name:
+        return PROMPT if dialect.reasons else _ASKED
+    return "{question}" if dialect.name == SearchR1.name else None
 
 
 @dataclass(frozen=True)
@@ -171,7 +228,9 @@ class TinyWorld:
         last = RELATIONS[which]
         return self.people[who].name, (TEACHER, last) if two_hop else (last,)
 
-    def demonstration(self, question: Question, style: Style) -> Spans:
+    def demonstration(
+        self, question: Question, style: Style, dialect: Dialect = R1_SEARCHER
+    ) -> Spans:
         """A worked solution, as (text, trained?) spans that follow the prompt.
 
         `search` looks every hop up, `guess` none, `search_then_guess` the first alone. A guess is
@@ -189,17 +248,19 @@ class TinyWorld:
         spans: list[tuple[str, bool]] = []
         value = name
         for relation in relations[:looked_up]:
-            query = protocol.query_call(f"{value} {relation}")
             person = self._by_name[value]
+            thought = " Let me search." if dialect.talks else ""
+            spans.append((thought + dialect.search_turn(f"{value} {relation}"), True))
+            spans.append((dialect.reply([[person.passage]]), False))
             value = person.facts[relation]
-            spans.append((f" Let me search. {query}", True))
-            spans.append((protocol.document_block([person.passage]), False))
-            spans.append((f" Found {relation} {value}.", True))
+            if dialect.talks:
+                spans.append((f"{dialect.opening()} Found {relation} {value}.", True))
         thought = ""
         if style != "search":
-            value, thought = self._guess(question.id, relations[-1]), GUESS
-        answer = f"{protocol.BEGIN_ANSWER} {value} {protocol.END_ANSWER}"
-        spans.append((f"{thought} {protocol.END_THINK} {answer}{EOS}", True))
+            value = self._guess(question.id, relations[-1])
+            thought = GUESS if dialect.talks else ""
+        answer = dialect.answer_turn(value) + _FORMS[dialect.name].end
+        spans.append((thought + answer, True))
         return tuple(spans)
 
     def _guess(self, id: int, relation: str) -> str:

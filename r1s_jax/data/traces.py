@@ -7,10 +7,13 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
-from r1s_jax.data.results import score_row
+from r1s_jax.data.results import header_path, read_header, score_row
 from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows, whole_rows
-from r1s_jax.protocol.solution import Solution
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.dialects import from_dict
+from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 
 
 class SearchRow(TypedDict):
@@ -68,10 +71,11 @@ class Trace:
     step: int | None = None
     # (text, advantage) of each token of the policy's spans, in order; of old runs and answers none
     token_advantages: Sequence[tuple[str, float]] = ()
+    dialect: Dialect = R1_SEARCHER
 
     def pieces(self) -> Iterator[tuple[str, str]]:
         """The whole text as (kind, text); see Solution.pieces."""
-        return Solution(tuple(self.spans)).pieces()
+        return Solution(tuple(self.spans), self.dialect).pieces()
 
     def token_pieces(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """`pieces` cut into tokens: (kind, [(text, advantages)]).
@@ -136,9 +140,10 @@ def read_traces(source: Path) -> Iterator[Trace]:
     if source.is_dir() and not path.exists():
         raise DataError(f"{source} holds no traces.jsonl: is it the directory of a run?")
     rows = whole_rows(path) if path.name == "traces.jsonl" else read_rows(path)
+    dialect = _dialect_of(path)
     for number, row in rows:
         try:
-            yield _of_run(row) if "spans" in row else _of_answers(row)
+            yield _of_run(row, dialect) if "spans" in row else _of_answers(row, dialect)
         except (KeyError, TypeError, ValueError) as error:
             raise _no_trajectory(path, number, error) from error
 
@@ -152,17 +157,29 @@ def sample_traces(path: Path, count: int) -> tuple[list[Trace], int]:
     with path.open("rb") as lines:
         found = sum(line.endswith(b"\n") for line in lines)
     chosen = set(np.linspace(0, found - 1, min(count, found)).round().astype(int).tolist())
-    traces = []
+    traces, dialect = [], _dialect_of(path)
     with path.open("rb") as lines:
         for i, line in enumerate(lines):
             if i not in chosen:
                 continue
             row = parse_row(line, path, i + 1)
             try:
-                traces.append(_of_run(row))
+                traces.append(_of_run(row, dialect))
             except (KeyError, TypeError, ValueError) as error:
                 raise _no_trajectory(path, i + 1, error) from error
     return traces, found
+
+
+def _dialect_of(path: Path) -> Dialect:
+    """What a file's trajectories speak: by its run's config, or by its own header."""
+    config = path.parent / "config.json"
+    if path.name == "traces.jsonl" and config.exists():
+        spoken = read_object(config, DataError).get("protocol") or {}
+        return from_dict(
+            {"dialect": R1_SEARCHER.name} | spoken | {"prompt": None}, config, DataError
+        )
+    spoken = (read_header(path) or {}).get("dialect")
+    return from_dict(spoken, header_path(path), DataError) if spoken else R1_SEARCHER
 
 
 def _no_trajectory(path: Path, number: int, error: Exception) -> DataError:
@@ -179,7 +196,7 @@ def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str
             waiting = []
 
 
-def _of_run(row: dict[str, Any]) -> Trace:
+def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
     row = check(row, _Readable, "this row", DataError)
     trace = Trace(
         row["question"],
@@ -190,6 +207,7 @@ def _of_run(row: dict[str, Any]) -> Trace:
         row["finish"],
         row["step"],
         row.get("token_advantages", ()),
+        dialect,
     )
     tokens = "".join(text for text, _ in trace.token_advantages)
     if tokens and tokens != "".join(text for text, by_policy in trace.spans if by_policy):
@@ -197,12 +215,12 @@ def _of_run(row: dict[str, Any]) -> Trace:
     return trace
 
 
-def _of_answers(row: dict[str, Any]) -> Trace:
+def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
     scores = score_row(row)
     text = row["gen_text_store"]
     if not isinstance(text, str):
         raise ValueError("`gen_text_store` must be a text")
-    solution = Solution.of_text(text)
+    solution = Solution.of_text(text, dialect)
     return Trace(
         row["question"],
         gold_answers(row),
@@ -210,4 +228,5 @@ def _of_answers(row: dict[str, Any]) -> Trace:
         scores["f1"],
         int(scores["searches"]),
         str(row.get("stop_reason_final", "")),
+        dialect=dialect,
     )

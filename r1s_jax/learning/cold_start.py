@@ -11,7 +11,8 @@ from r1s_jax.data.environment import Environment
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.packing import PackedBatch, pack
 from r1s_jax.models.sharding import batch_shards
-from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.system.console import make_progress
 
@@ -73,6 +74,7 @@ def demonstrations_of(
             engine.encode,
             engine.prompt_tokens,
             engine.document_tokens,
+            dialect=engine.dialect,
             capacity=config.optimizer.pack_length or config.rollout.max_length,
             micro_rows=config.optimizer.micro_rows * batch_shards(engine.mesh),
         )
@@ -111,6 +113,7 @@ def demonstration_batch(
     *,
     capacity: int,
     micro_rows: int,
+    dialect: Dialect = R1_SEARCHER,
 ) -> tuple[PackedBatch, int]:
     """Packs demonstrations, the loss on what the policy would have written and nothing else.
 
@@ -119,7 +122,7 @@ def demonstration_batch(
     What is longer than `capacity` loses its end. Returns the batch and the number of micro-batches
     that hold anything.
     """
-    rows = [_tokens(d, encode, prompt_tokens, document_tokens) for d in demonstrations]
+    rows = [_tokens(d, encode, prompt_tokens, document_tokens, dialect) for d in demonstrations]
     rows = [(ids[:capacity], weights[:capacity]) for ids, weights in rows]
     lengths = np.array([len(tokens) for tokens, _ in rows])
     tokens = np.zeros((len(rows), lengths.max()), np.int32)
@@ -139,13 +142,14 @@ def _tokens(
     encode: Callable[[str], list[int]],
     prompt_tokens: Callable[[str], list[int]],
     document_tokens: Callable[[Sequence[str]], list[int]],
+    dialect: Dialect,
 ) -> tuple[list[int], list[float]]:
     """Token ids and loss weights of prompt and solution."""
     ids = list(prompt_tokens(demonstration.question))
     weights = [0.0] * len(ids)
     for text, weight in demonstration.spans:
-        retrieved = not weight and protocol.BEGIN_DOCUMENTS in text
-        span = document_tokens(protocol.documents_of(text)) if retrieved else encode(text)
+        documents = None if weight else dialect.documents_of(text)
+        span = encode(text) if documents is None else document_tokens(documents)
         ids += span
         weights += [weight] * len(span)
     first = next(i for i, weight in enumerate(weights) if weight)

@@ -50,7 +50,7 @@ class Collector:
                 step=step + draw * _DRAWS_APART,
                 retriever=batch.retriever,
             )
-            prompts = [self.environment.render(q.question) for q in rolled.questions]
+            prompts = [self.engine.render(q.question) for q in rolled.questions]
             golds = [q.answers for q in rolled.questions]
             rewards += self.rewards[stage](prompts, rolled.solutions, golds)
             batches.append(rolled)

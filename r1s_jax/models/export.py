@@ -7,7 +7,8 @@ from r1s_jax.border.json import read_object
 from r1s_jax.models.checkpoint import CheckpointError, run_of
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.weights import save_params
-from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.solution import R1_SEARCHER
 
 
 def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
@@ -18,7 +19,13 @@ def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
     FileExistsError for a directory in use.
     """
     policy, run, card = load_pretrained(source), run_of(Path(source)), Path(source, "README.md")
-    text = _card(run) if run else card.read_text("utf-8", "replace") if card.is_file() else ""
+    text = (
+        _card(run, policy.dialect or R1_SEARCHER)
+        if run
+        else card.read_text("utf-8", "replace")
+        if card.is_file()
+        else ""
+    )
     return save_params(
         policy.params,
         policy.model,
@@ -27,10 +34,11 @@ def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
         dtype,
         eos_token_ids=policy.eos_ids,
         card=text,
+        dialect=policy.dialect,
     )
 
 
-def _card(run: Path) -> str:
+def _card(run: Path, dialect: Dialect) -> str:
     """A model card: what was trained on what, with which result, and how to use it."""
     config = read_object(run / "config.json", CheckpointError)
     base = config["policy"]["model"] or "random weights"
@@ -49,7 +57,7 @@ def _card(run: Path) -> str:
         f"{first['steps']} steps of stage 1 (reward `{first['reward']}`),",
         f"then {second['steps']} of stage 2 (reward `{second['reward']}`).",
         "",
-        protocol.DESCRIPTION,
+        dialect.description,
         "",
     ]
     if shown:

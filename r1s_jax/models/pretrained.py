@@ -10,10 +10,11 @@ import msgspec
 import numpy as np
 from etils import epath
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
 from r1s_jax.config import ModelConfig, PolicyConfig
-from r1s_jax.data.tiny_world import build_tokenizer
+from r1s_jax.data.tiny_world import build_tokenizer, prompt_of
 from r1s_jax.models.checkpoint import (
     CheckpointError,
     checkpoint_directory,
@@ -25,6 +26,11 @@ from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params, add_adapters, init_params
 from r1s_jax.models.tokenizer import TokenId, check_tokenizer, eos_ids, load_tokenizer
 from r1s_jax.models.weights import load_config, load_params
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.dialects import FILE, from_dict, make_dialect, read_dialect
+from r1s_jax.protocol.prompts import bound
+from r1s_jax.protocol.r1_searcher import BASE_PROMPT, R1Searcher
+from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.system.assets import AssetError, resolve
 from r1s_jax.system.console import warn
 from r1s_jax.system.files import whole_folder, write_json
@@ -33,12 +39,50 @@ _POLICY = "policy"  # the folder of a run that holds all of it but parameters
 
 
 class Pretrained(NamedTuple):
-    """What it takes to run a policy."""
+    """What it takes to run a policy; `dialect` is None where nothing says which it speaks."""
 
     model: ModelConfig
     params: Params
     tokenizer: Any
     eos_ids: tuple[int, ...]
+    dialect: Dialect | None = None
+
+    def speaking(
+        self, name: str = "", thinking: str = "", prompt: str | None = None, force: bool = False
+    ) -> "Pretrained":
+        """The policy with its own dialect, or the one of that `name` where it has none.
+
+        `thinking` and `prompt`, where given, take the places of its own. Raises ConfigError for
+        another dialect than its own unless `force`, and for one that its chat template cannot
+        serve.
+        """
+        told = choose_dialect(self.dialect, name, thinking, prompt, force)
+        return self._replace(dialect=bound(told, self.tokenizer))
+
+
+def choose_dialect(
+    known: Dialect | None, name: str, thinking: str, prompt: str | None, force: bool
+) -> Dialect:
+    """What a policy that speaks `known` is to be asked in; see Pretrained.speaking."""
+    if known and name and name != known.name and not force:
+        raise ConfigError(
+            f"the policy speaks {known.name}, not {name}: leave --dialect away, or add "
+            "--force-dialect to ask it in a dialect that it was not trained in"
+        )
+    if known is None or (name and name != known.name):
+        known = make_dialect(name or R1_SEARCHER.name)
+    given = {"thinking": thinking or known.thinking}
+    given |= {} if prompt is None else {"prompt": prompt}
+    return from_dict(known.as_dict() | given, "the dialect")
+
+
+def dialect_at(reference: str) -> Dialect | None:
+    """The dialect of a policy, without loading it; None where nothing says which it speaks."""
+    if not (run := run_of(Path(reference))):
+        return read_dialect(resolve(reference), CheckpointError)
+    file = run / "config.json"
+    config = check(read_object(file, CheckpointError), _RunConfig, file, CheckpointError)
+    return saved_dialect(run) or _earlier_dialect(config)
 
 
 def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
@@ -55,21 +99,32 @@ def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
     tokenizer = load_tokenizer(path)
     check_tokenizer(tokenizer, model)
     params = load_params(path, model, dtype=dtype)
-    return Pretrained(model, params, tokenizer, eos_ids(tokenizer, path))
+    dialect = read_dialect(path, CheckpointError)
+    return Pretrained(model, params, tokenizer, eos_ids(tokenizer, path), dialect)
+
+
+def saved_dialect(run: Path) -> Dialect | None:
+    """The dialect that a run keeps; None where there is no run, or none of this version."""
+    return read_dialect(run / _POLICY, CheckpointError)
 
 
 def save_policy(run: Path, policy: Pretrained) -> None:
-    """Writes what it takes to read the checkpoints of a run: architecture, tokenizer, ends.
+    """Writes what it takes to use the checkpoints of a run: architecture, tokenizer, ends, dialect.
 
     So the run serves from any folder, and after the model that it began with is gone.
     """
     folder = run / _POLICY
     if folder.exists():
+        saved = read_dialect(folder, CheckpointError)
+        if saved and saved != policy.dialect:
+            raise ConfigError(f"{run}: its prompt or its dialect changed since the run began")
         return
     with whole_folder(folder) as partial:
         policy.tokenizer.save_pretrained(partial)
         described = {"model": dataclasses.asdict(policy.model), "eos_ids": list(policy.eos_ids)}
         write_json(partial / "policy.json", described)
+        if policy.dialect:
+            write_json(partial / FILE, policy.dialect.as_dict())
 
 
 def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
@@ -81,7 +136,15 @@ def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
         checkpoint = newest_checkpoint(checkpoint_directory(run, config.run.checkpoint_dir))
     adapted = model.with_lora(config.policy.lora_rank, config.policy.lora_alpha)
     params = merge_adapters(read_params(checkpoint, adapted, dtype), adapted.lora_scale)
-    return Pretrained(model, params, tokenizer, ends)
+    return Pretrained(model, params, tokenizer, ends, dialect_at(str(source)))
+
+
+def _earlier_dialect(config: "_RunConfig") -> Dialect:
+    """Of a run that keeps none: there was one dialect, and a prompt by the environment."""
+    if "people" in config.environment:
+        return R1Searcher(prompt=prompt_of(R1_SEARCHER))
+    base = config.environment.get("prompt") == "base"
+    return R1Searcher(prompt=BASE_PROMPT if base else None)
 
 
 def _saved_policy(run: Path) -> tuple[ModelConfig, Any, tuple[int, ...]] | None:
@@ -124,6 +187,7 @@ class _RunPlace(msgspec.Struct):
 class _RunConfig(msgspec.Struct):
     policy: _RunPolicy
     run: _RunPlace
+    environment: dict[str, Any] = {}
 
 
 class _Saved(msgspec.Struct):
@@ -131,24 +195,39 @@ class _Saved(msgspec.Struct):
     eos_ids: list[TokenId]
 
 
-def make_policy(config: PolicyConfig, seed: int, run: Path | None = None) -> Pretrained:
+def make_policy(
+    config: PolicyConfig, seed: int, dialect: Dialect = R1_SEARCHER, run: Path | None = None
+) -> Pretrained:
     """The policy a run starts from: pretrained, or random weights that speak the tiny world.
 
-    A `run` that goes on stands in for the model it began with, where that is gone: its checkpoints
-    hold every parameter.
+    It speaks `dialect` from now on, whatever it spoke before. A `run` that goes on stands in for
+    the model it began with, where that is gone: its checkpoints hold every parameter.
     """
     dtype = np.dtype(config.param_dtype)
     if config.model:
         policy = _load_base(config.model, run, dtype)
+        _tell_of_change(config.model, policy.dialect, dialect)
     else:
-        tokenizer = build_tokenizer()
-        check_tokenizer(tokenizer, config.architecture)
-        params = init_params(config.architecture, seed, dtype)
-        policy = Pretrained(config.architecture, params, tokenizer, (tokenizer.eos_token_id,))
+        tokenizer = build_tokenizer(dialect.name)
+        model = config.architecture
+        model = dataclasses.replace(model, vocab_size=max(model.vocab_size, len(tokenizer)))
+        params = init_params(model, seed, dtype)
+        policy = Pretrained(model, params, tokenizer, (tokenizer.eos_token_id,))
+    if not (policy.tokenizer.chat_template or dialect.prompt) and dialect.name == R1_SEARCHER.name:
+        raise ConfigError("this tokenizer has no chat template: use environment.prompt=base")
+    policy = policy._replace(dialect=bound(dialect, policy.tokenizer))
     if not config.lora_rank:
         return policy
     model = policy.model.with_lora(config.lora_rank, config.lora_alpha)
     return policy._replace(model=model, params=add_adapters(policy.params, model, seed))
+
+
+def _tell_of_change(reference: str, known: Dialect | None, dialect: Dialect) -> None:
+    if known and known.name != dialect.name:
+        warn(
+            f"{reference} speaks {known.name}; this run teaches it {dialect.name} "
+            f"(protocol.dialect={known.name} keeps it)"
+        )
 
 
 def _load_base(reference: str, run: Path | None, dtype: Any) -> Pretrained:

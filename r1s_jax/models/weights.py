@@ -26,6 +26,8 @@ from r1s_jax.config import ModelConfig
 from r1s_jax.models.gguf import WeightsError, gguf_in, open_gguf
 from r1s_jax.models.hf_config import hf_config, parse_config, read_model_json
 from r1s_jax.models.params import Params, param_specs
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.dialects import FILE
 
 __all__ = ["WeightsError", "load_config", "load_params", "save_params"]
 
@@ -219,13 +221,14 @@ def save_params(
     max_shard_bytes: float = 5e9,
     eos_token_ids: Sequence[int] = (),
     card: str = "",
+    dialect: Dialect | None = None,
 ) -> Path:
     """Writes a directory that `transformers` loads; returns its path.
 
     `params` may be numpy or (fully addressable) JAX arrays; `dtype` is "bfloat16" or "float32".
     `eos_token_ids` are where generation ends, by default the tokenizer's own; `card` becomes its
-    README.md. The directory appears complete or not at all; one that holds files already is
-    refused with FileExistsError.
+    README.md; `dialect` is kept for `protocol.dialects.read_dialect`. The directory appears
+    complete or not at all; one that holds files already is refused with FileExistsError.
     """
     out_dir = Path(out_dir)
     if dtype not in ("bfloat16", "float32"):
@@ -251,6 +254,8 @@ def save_params(
         if tokenizer is not None:
             tokenizer.save_pretrained(tmp)
             _name_tokenizer_for_all(tmp / "tokenizer_config.json")
+        if dialect:
+            _write_json(tmp / FILE, dialect.as_dict())
         if card:
             (tmp / "README.md").write_text(card, encoding="utf-8")
         tmp.replace(out_dir)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ from r1s_jax.models.params import unstack_layers
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
-from r1s_jax.protocol.prompts import chat_renderer
+from r1s_jax.protocol.dialect import Call
+from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.sampler import sample
@@ -163,6 +164,15 @@ def bench_update(
     return result
 
 
+class _EveryLine(R1Searcher):
+    """Every line is a query: an untrained policy never writes a tag."""
+
+    query_end: ClassVar = "\n"
+
+    def calls(self, turn: str, evaluation: bool = False) -> list[Call]:
+        return [Call(turn.strip() or "an empty line")]
+
+
 class _SleepyRetriever:
     """Finds the same passage for every query, after a while."""
 
@@ -196,14 +206,7 @@ def bench_rollout(
         prefill_rows=1,
         prefill_chunk=96,
     )
-    engine = Engine(
-        p,
-        config,
-        chat_renderer(p.tokenizer),
-        compute_dtype=np.dtype("float32"),
-        query_end="\n",
-        extract_query=lambda turn: turn.strip() or "an empty line",
-    )
+    engine = Engine(p._replace(dialect=_EveryLine()), config, compute_dtype=np.dtype("float32"))
     params = shard_params(p.params, p.model, engine.mesh)
     asked = [Question(i, f"Which of {i} and {i + 1} is even?", ("",)) for i in range(questions)]
     run = partial(engine.run, params, asked, samples=samples, seed=0, step=0)

@@ -2,10 +2,13 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from r1s_jax.border.errors import ConfigError, reason
-from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.solution import R1_SEARCHER
+from r1s_jax.protocol.tool_call import ToolCall
 
 _TEMPLATE_SECONDS = 20.0
 
@@ -17,27 +20,62 @@ def render_prompt(template: str, question: str) -> str:
     return template.replace("{question}", question)
 
 
-def chat_renderer(tokenizer: Any) -> Callable[[str], str]:
-    """Renders a question with the tokenizer's chat template and the protocol's system message."""
+def renderer(dialect: Dialect, tokenizer: Any) -> Callable[[str], str]:
+    """Makes the prompt of a question in the dialect: its chat form where there is a template.
+
+    Raises ConfigError for a dialect that needs a template where there is none.
+    """
+    whole = dialect.prompt is not None and dialect.prompt_is_whole
+    if not tokenizer.chat_template and dialect.tools:
+        raise ConfigError(f"dialect {dialect.name} needs a chat template; the tokenizer has none")
+    if whole or not tokenizer.chat_template:
+        return dialect.plain
+    return chat_renderer(tokenizer, dialect)
+
+
+def chat_renderer(tokenizer: Any, dialect: Dialect = R1_SEARCHER) -> Callable[[str], str]:
+    """Renders a question with the tokenizer's chat template and the dialect's messages."""
 
     def render(question: str) -> str:
         if not tokenizer.chat_template:
             raise ConfigError("this tokenizer has no chat template: use environment.prompt=base")
-        messages = [
-            {"role": "system", "content": protocol.CHAT_PROMPT},
-            {"role": "user", "content": question},
-        ]
-        text = _within(
-            _TEMPLATE_SECONDS,
-            lambda: tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            ),
-        )
-        # Templates of models that think open the reasoning themselves.
-        opened = text.rstrip().endswith(protocol.BEGIN_THINK)
-        return text if opened else text + protocol.BEGIN_THINK
+        messages = dialect.messages(question)
+        return dialect.finish_prompt(chat_text(tokenizer, dialect, messages, dialect.tools))
 
     return render
+
+
+def chat_text(
+    tokenizer: Any,
+    dialect: Dialect,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+) -> str:
+    """What the chat template makes of messages, up to the policy's next token.
+
+    Raises ConfigError for a template that fails, gives no text or takes too long.
+    """
+    options: dict[str, Any] = {"tools": tools} if tools else {}
+    if dialect.thinking != "template":
+        options["enable_thinking"] = dialect.thinking == "on"
+    return _within(
+        _TEMPLATE_SECONDS,
+        lambda: tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **options
+        ),
+    )
+
+
+def bound(dialect: Dialect, tokenizer: Any) -> Dialect:
+    """The dialect with the words of this tokenizer's chat template, where it takes any.
+
+    Raises ConfigError where the template has none that it can use.
+    """
+    if not isinstance(dialect, ToolCall):
+        return dialect
+    if not tokenizer.chat_template:
+        raise ConfigError(f"dialect {dialect.name} needs a chat template; the tokenizer has none")
+    return dialect.framed(partial(chat_text, tokenizer, dialect), tokenizer.all_special_tokens)
 
 
 def _within(seconds: float, action: Callable[[], str]) -> str:
@@ -62,11 +100,3 @@ def _within(seconds: float, action: Callable[[], str]) -> str:
     if not isinstance(result[0], str):
         raise ConfigError("the tokenizer's chat template gives no text")
     return result[0]
-
-
-def renderer(template: str | None, tokenizer: Any) -> Callable[[str], str]:
-    """Makes the prompt of a question: by a template, the chat template, or the base prompt."""
-    if template is None and tokenizer.chat_template:
-        return chat_renderer(tokenizer)
-    chosen = template or protocol.BASE_PROMPT
-    return lambda question: render_prompt(chosen, question)

@@ -1,27 +1,44 @@
-"""The text protocol between the policy and the search engine: every string of it lives here.
+"""R1-Searcher's dialect (arXiv 2503.05592): its tags are ordinary text, not special tokens.
 
-The tags are ordinary text, not special tokens, as in R1-Searcher (arXiv 2503.05592).
+The policy reasons in one block from the prompt to the answer and searches inside it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from r1s_jax.protocol import dialect
+from r1s_jax.protocol.dialect import (
+    BEGIN_ANSWER,
+    BEGIN_THINK,
+    END_ANSWER,
+    END_THINK,
+    Call,
+    Dialect,
+    Found,
+    Message,
+    Spans,
+    extract_answer,
+    opens_reasoning,
+    replies,
+    written,
+)
 
 BEGIN_QUERY = "<|begin_of_query|>"
 END_QUERY = "<|end_of_query|>"
 BEGIN_DOCUMENTS = "<|begin_of_documents|>"
 END_DOCUMENTS = "<|end_of_documents|>"
-BEGIN_THINK = "<think>"
-END_THINK = "</think>"
-BEGIN_ANSWER = "<answer>"
-END_ANSWER = "</answer>"
 
-# An id and its tab, not a title that begins with a number.
-_LINE_ID = re.compile(r"^\d+\t")
-_TAGS = (BEGIN_QUERY, END_QUERY, BEGIN_DOCUMENTS, END_DOCUMENTS)
-_TAGS += (BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER)
-_FOREIGN_TAGS = re.compile("|".join(map(re.escape, _TAGS)))
-_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
+TAGS = (BEGIN_QUERY, END_QUERY, BEGIN_DOCUMENTS, END_DOCUMENTS)
+TAGS += (BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER)
 _NUMBERED = re.compile(r"^\((\d+)\)", re.MULTILINE)
+_CJK = re.compile("[\u4e00-\u9fff]")
+# What the system answers a query with; inside, a passage may quote any tag but the closing one.
+_BLOCK = re.compile(
+    f"(?<={re.escape(END_QUERY)})"
+    rf"\s*{re.escape(BEGIN_DOCUMENTS)}.*?{re.escape(END_DOCUMENTS)}(?:\n\n|$)",
+    re.DOTALL,
+)
 
 # The prompt of a base model; ends inside the reasoning, so the policy starts by thinking.
 BASE_PROMPT = f"""\
@@ -43,6 +60,13 @@ While reasoning, look up what you are not sure of by writing {BEGIN_QUERY} keywo
 each query asks for one single fact. A search engine then inserts what it found as \
 {BEGIN_DOCUMENTS} documents {END_DOCUMENTS}."""
 
+_DIRECT = f"""\
+You answer questions with a short final answer inside {BEGIN_ANSWER} {END_ANSWER}, without \
+reasoning aloud.
+Before it, look up what you are not sure of by writing {BEGIN_QUERY} keywords {END_QUERY}; \
+each query asks for one single fact. A search engine then inserts what it found as \
+{BEGIN_DOCUMENTS} documents {END_DOCUMENTS}."""
+_DIRECT_BASE = f"{_DIRECT}\n\nUser: {{question}}\nAssistant:"
 
 # How a policy behaves, for the card of a model that is given away.
 DESCRIPTION = f"""\
@@ -57,11 +81,8 @@ def query_call(query: str) -> str:
 
 
 def neutral(text: str) -> str:
-    """Text of others without what would end a block or speak for the policy.
-
-    Tags of the protocol get a space inside, line breaks become spaces.
-    """
-    return _BREAKS.sub(" ", _FOREIGN_TAGS.sub(lambda tag: f"{tag[0][0]} {tag[0][1:]}", text))
+    """Text of others without the tags of this dialect (see dialect.neutral)."""
+    return dialect.neutral(text, TAGS)
 
 
 def document_block(documents: Sequence[str]) -> str:
@@ -71,7 +92,7 @@ def document_block(documents: Sequence[str]) -> str:
     with; what it quotes of the protocol is made harmless (see `neutral`). Without documents the
     body is `None`.
     """
-    lines = [f"({i}){neutral(_LINE_ID.sub('', doc))}\n" for i, doc in enumerate(documents, start=1)]
+    lines = [f"({i}){dialect.passage(doc, TAGS)}\n" for i, doc in enumerate(documents, start=1)]
     body = "".join(lines) if lines else "None\n"
     return f"\n\n{BEGIN_DOCUMENTS}\n{body}{END_DOCUMENTS}\n\n"
 
@@ -110,13 +131,91 @@ def extract_eval_query(turn: str) -> str | None:
     return query.replace("\t", " ").strip()
 
 
-def extract_answer(text: str) -> str | None:
-    """Text between the last `<answer>` and the next `</answer>`, stripped; None without both."""
-    _, begin, tail = text.rpartition(BEGIN_ANSWER)
-    answer, end, _ = tail.partition(END_ANSWER)
-    return answer.strip() if begin and end else None
-
-
 def count_searches(text: str) -> int:
     """Document blocks in the text of a trajectory."""
     return text.count(BEGIN_DOCUMENTS)
+
+
+class R1Searcher(Dialect):
+    """See the module."""
+
+    name: ClassVar = "r1_searcher"
+    tags: ClassVar = TAGS
+    query_end: ClassVar = END_QUERY
+    answer_end: ClassVar = END_ANSWER
+    prompt_is_whole: ClassVar = True
+    reads_whole_turn: ClassVar = False
+    tagged: ClassVar = {BEGIN_QUERY: ("query", END_QUERY), BEGIN_ANSWER: ("answer", END_ANSWER)}
+    description: ClassVar = DESCRIPTION
+
+    def messages(self, question: str) -> list[Message]:
+        system = CHAT_PROMPT if self.reasons else _DIRECT
+        return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+    def plain(self, question: str) -> str:
+        own = BASE_PROMPT if self.reasons else _DIRECT_BASE
+        return (self.prompt or own).replace("{question}", question)
+
+    def finish_prompt(self, rendered: str) -> str:
+        if not self.reasons or opens_reasoning(rendered):
+            return super().finish_prompt(rendered)
+        return rendered + BEGIN_THINK
+
+    def calls(self, turn: str, evaluation: bool = False) -> list[Call]:
+        query = extract_eval_query(turn) if evaluation else extract_query(turn)
+        if query:
+            return [Call(query)]
+        return [Call("", "no beginning of a query" if query is None else "empty query")]
+
+    def reply(self, found: Sequence[Found]) -> str:
+        (documents,) = found
+        return document_block(documents)
+
+    def query_call(self, query: str) -> str:
+        return query_call(query)
+
+    def first_call(self, query: str) -> str:
+        return f" {query_call(query)}"
+
+    def documents_of(self, reply: str) -> list[str] | None:
+        return documents_of(reply) if BEGIN_DOCUMENTS in reply else None
+
+    def searched(self, reply: str) -> bool:
+        # A first search forced by the system brings its own query ahead of its documents.
+        head, found, _ = reply.partition(BEGIN_DOCUMENTS)
+        return bool(found) and BEGIN_QUERY not in head
+
+    def well_formed(self, spans: Spans) -> bool:
+        """Thought once, answered once after it, and queried in whole pairs."""
+        text = written(spans)
+        count = text.count
+        reasoning, _, closing = text.partition(END_THINK) if self.reasons else ("", "", text)
+        answer = extract_answer(closing)
+        answered = sum(map(self.searched, replies(spans)))
+        return (
+            answer is not None
+            and count(END_THINK) == self.reasons
+            and count(BEGIN_THINK) == 0  # the prompt ends with it
+            and count(BEGIN_ANSWER) == count(END_ANSWER) == 1
+            and BEGIN_ANSWER not in reasoning
+            and count(BEGIN_QUERY) == count(END_QUERY) == answered
+            and count(BEGIN_DOCUMENTS) == count(END_DOCUMENTS) == 0
+            and BEGIN_QUERY not in answer
+            and END_QUERY not in answer
+            and not has_cjk(text)
+        )
+
+    def system_spans(self, text: str) -> Iterator[tuple[int, int]]:
+        return (block.span() for block in _BLOCK.finditer(text))
+
+    def search_turn(self, query: str) -> str:
+        return f" {query_call(query)}"
+
+    def answer_turn(self, answer: str) -> str:
+        closed = f" {END_THINK}" if self.reasons else ""
+        return f"{closed} {BEGIN_ANSWER} {answer} {END_ANSWER}"
+
+
+def has_cjk(text: str) -> bool:
+    """Whether a Chinese character (U+4E00 to U+9FFF) occurs."""
+    return bool(_CJK.search(text))

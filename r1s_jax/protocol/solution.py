@@ -1,23 +1,12 @@
 """What a policy and a search engine wrote together, and who wrote which of it."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.dialect import Dialect, replies, written
+from r1s_jax.protocol.r1_searcher import R1Searcher
 
-# What the system answers a query with; inside, a passage may quote any tag but the closing one.
-_BLOCK = re.compile(
-    f"(?<={re.escape(protocol.END_QUERY)})"
-    rf"\s*{re.escape(protocol.BEGIN_DOCUMENTS)}.*?{re.escape(protocol.END_DOCUMENTS)}(?:\n\n|$)",
-    re.DOTALL,
-)
-
-
-_TAGGED = {
-    protocol.BEGIN_QUERY: ("query", protocol.END_QUERY),
-    protocol.BEGIN_ANSWER: ("answer", protocol.END_ANSWER),
-}
+R1_SEARCHER = R1Searcher()
 
 
 @dataclass(frozen=True)
@@ -25,15 +14,17 @@ class Solution:
     """What came after the prompt, in order: (text, whether the policy wrote it)."""
 
     spans: tuple[tuple[str, bool], ...]
+    dialect: Dialect = R1_SEARCHER
+    complete: bool = True  # it ended by itself, not for want of tokens or searches
 
     @staticmethod
-    def of_text(text: str) -> "Solution":
+    def of_text(text: str, dialect: Dialect = R1_SEARCHER) -> "Solution":
         """Reads off a bare text who wrote what: a document block after a query is the system's."""
         spans, end = [], 0
-        for block in _BLOCK.finditer(text):
-            spans += [(text[end : block.start()], True), (block[0], False)]
-            end = block.end()
-        return Solution((*spans, (text[end:], True)))
+        for start, stop in dialect.system_spans(text):
+            spans += [(text[end:start], True), (text[start:stop], False)]
+            end = stop
+        return Solution((*spans, (text[end:], True)), dialect)
 
     @property
     def text(self) -> str:
@@ -41,28 +32,42 @@ class Solution:
 
     @property
     def written(self) -> str:
-        return "".join(text for text, by_policy in self.spans if by_policy)
+        return written(self.spans)
 
     @property
     def answer(self) -> str | None:
         """What the policy answered; None where it wrote no whole answer."""
-        return protocol.extract_answer(self.written)
+        return self.dialect.answer(self.spans, self.complete)
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether the policy kept the form of its dialect."""
+        return self.dialect.well_formed(self.spans)
+
+    @property
+    def searches_answered(self) -> int:
+        """Texts of the system's that answer the policy's own searches.
+
+        One counts once however many tags its passages quote, and a first search forced by the
+        system does not count.
+        """
+        return sum(map(self.dialect.searched, replies(self.spans)))
 
     def pieces(self) -> Iterator[tuple[str, str]]:
         """The whole text as (kind, text): policy, query, documents or answer."""
         for text, by_policy in self.spans:
-            yield from _policy_pieces(text) if by_policy else [("documents", text)]
+            yield from _policy_pieces(text, self.dialect) if by_policy else [("documents", text)]
 
 
-def _policy_pieces(text: str) -> Iterator[tuple[str, str]]:
+def _policy_pieces(text: str, dialect: Dialect) -> Iterator[tuple[str, str]]:
     """Text of the policy, its queries and its answer set off."""
     while text:
-        starts = [(at, begin) for begin in _TAGGED if (at := text.find(begin)) >= 0]
+        starts = [(at, begin) for begin in dialect.tagged if (at := text.find(begin)) >= 0]
         at, begin = min(starts, default=(len(text), ""))
         if at:
             yield "policy", text[:at]
         if begin:
-            kind, end = _TAGGED[begin]
+            kind, end = dialect.tagged[begin]
             close = text.find(end, at)
             stop = close + len(end) if close >= 0 else len(text)
             yield kind, text[at:stop]
@@ -70,9 +75,9 @@ def _policy_pieces(text: str) -> Iterator[tuple[str, str]]:
         text = text[at:]
 
 
-def kind_of_new(before: str, text: str) -> str:
+def kind_of_new(before: str, text: str, dialect: Dialect = R1_SEARCHER) -> str:
     """The kind, as in `pieces`, of what the policy's `text` has more than `before`."""
-    for begin, (kind, end) in _TAGGED.items():
+    for begin, (kind, end) in dialect.tagged.items():
         if begin in text and end not in before.rpartition(begin)[2]:
             return kind
     return "policy"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from r1s_jax.border.errors import UserError
 from r1s_jax.protocol.solution import Solution
-from r1s_jax.rewards import released, rules
+from r1s_jax.rewards import released, released_search_r1, rules
 from r1s_jax.rewards.http import HttpReward
 from r1s_jax.rewards.rules import Reward, RewardRule, reward_parts
 
@@ -21,10 +21,16 @@ RULES: dict[str, RewardRule] = {
     "stage2": rules.stage2,
     "exact_match": rules.exact_match_only,
     "cover_exact_match": rules.cover_exact_match_only,
+    "em": rules.exact_match_only,
+    "cover_em": rules.cover_exact_match_only,
     "f1": rules.f1_only,
     "qwen_zero": released.qwen_zero,
     "llama_stage1": released.llama_stage1,
     "llama_stage2": released.llama_stage2,
+    "search_r1_em": released_search_r1.search_r1_em,
+    "search_r1_subem": released_search_r1.search_r1_subem,
+    "search_r1_format": released_search_r1.search_r1_format,
+    "search_r1_format_retrieval": released_search_r1.search_r1_format_retrieval,
 }
 
 # Rewards that say nothing of whether the answer is right.

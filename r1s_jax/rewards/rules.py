@@ -5,16 +5,13 @@ judged only by what the policy wrote: a retrieved passage that happens to quote 
 the policy anything. `released.py` holds the released servers' rules, to the letter.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
-from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.r1_searcher import has_cjk as has_cjk
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.answer_scores import score_answer
 
-_CJK = re.compile("[\u4e00-\u9fff]")
 SEARCH_BONUS = 0.5
 FORMAT_PENALTY = -2.0
 
@@ -28,40 +25,13 @@ class Reward:
 
 
 def searches_answered(solution: Solution) -> int:
-    """Document blocks the system inserted in answer to the policy's own queries.
-
-    A block counts once however many tags its passages quote, and a first search forced by the
-    system, which brings its own query tags ahead of its documents, does not count.
-    """
-    answered = 0
-    for by_policy, run in groupby(solution.spans, key=lambda span: span[1]):
-        head, found, _ = "".join(text for text, _ in run).partition(protocol.BEGIN_DOCUMENTS)
-        answered += not by_policy and bool(found) and protocol.BEGIN_QUERY not in head
-    return answered
+    """Searches of the policy's own that the system answered (see Solution.searches_answered)."""
+    return solution.searches_answered
 
 
 def format_holds(solution: Solution) -> bool:
-    """Whether the policy thought once, answered once after it, and queried in whole pairs."""
-    written, count = solution.written, solution.written.count
-    reasoning, _, closing = written.partition(protocol.END_THINK)
-    answer = protocol.extract_answer(closing)
-    return (
-        answer is not None
-        and count(protocol.END_THINK) == 1
-        and count(protocol.BEGIN_THINK) == 0  # the prompt ends with it
-        and count(protocol.BEGIN_ANSWER) == count(protocol.END_ANSWER) == 1
-        and protocol.BEGIN_ANSWER not in reasoning
-        and count(protocol.BEGIN_QUERY) == count(protocol.END_QUERY) == searches_answered(solution)
-        and count(protocol.BEGIN_DOCUMENTS) == count(protocol.END_DOCUMENTS) == 0
-        and protocol.BEGIN_QUERY not in answer
-        and protocol.END_QUERY not in answer
-        and not has_cjk(written)
-    )
-
-
-def has_cjk(text: str) -> bool:
-    """Whether a Chinese character (U+4E00 to U+9FFF) occurs."""
-    return bool(_CJK.search(text))
+    """Whether the policy kept the form that its dialect asks for."""
+    return solution.well_formed
 
 
 def reward_parts(solution: Solution, golds: str | Sequence[str]) -> dict[str, float]:

@@ -6,6 +6,7 @@ moment only when no slot has anything else to do). It never raises and calls no 
 inside a callback would hang the other devices.
 """
 
+import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -18,15 +19,17 @@ import numpy as np
 from r1s_jax.border.errors import ConfigError, UserError, reason, shorten
 from r1s_jax.border.text import whole
 from r1s_jax.config import SearchConfig
-from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.dialect import Call, Dialect, Found
+from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.exchange import RESULTS, Status, pack_results
 from r1s_jax.system.distributed import gather
 
 # With nothing else to do the program waits this long for documents before it asks again.
 _IDLE_WAIT_S = 0.02
-# What becomes of a search: these are the retriever's doing, those the policy's.
-FAILED, VOID = ("timeout", "error"), ("bad_query", "long_query")
+# What becomes of a search: these are the retriever's doing, those the policy's. A turn that is told
+# what is wrong with it is invalid; where a dialect tells nothing, its query is bad.
+FAILED, VOID = ("timeout", "error"), ("bad_query", "long_query", "invalid_turn")
 # A retriever that finds nothing in so many searches of a rollout, and nothing else, is broken.
 _ALL_EMPTY = 64
 _CHARACTERS_A_TOKEN = 32  # more than any text takes, runs of white space apart
@@ -54,9 +57,21 @@ class Search:
     seconds: float = 0.0
     detail: str = ""
     tried: str = ""  # how the last try failed
-    slot: int = 0
-    shard: int = 0
+    turn: "Turn | None" = field(default=None, repr=False, compare=False)
     started: float = field(default_factory=time.monotonic)
+
+
+@dataclass
+class Turn:
+    """A turn of a trajectory in the program, and its searches: one in most dialects."""
+
+    slot: int
+    shard: int
+    searches: list[Search] = field(default_factory=list)
+
+    @property
+    def settled(self) -> bool:
+        return all(search.outcome != "pending" for search in self.searches)
 
 
 class Broker:
@@ -73,12 +88,15 @@ class Broker:
         encode: Callable[[str], list[int]],
         documents_per_query: int,
         max_documents_length: int,
-        extract_query: Callable[[str], str | None] = protocol.extract_query,
+        dialect: Dialect = R1_SEARCHER,
+        evaluation: bool = False,
         clean: Callable[[str], str] = whole,
     ):
-        """`clean` makes the text of documents harmless to the tokenizer (see tokenizer.foreign)."""
+        """`clean` makes the text of documents harmless to the tokenizer (see tokenizer.foreign);
+        `evaluation` reads queries as the published evaluation does."""
         self.config, self._clean = config, clean
-        self._decode, self._encode, self._extract = decode, encode, extract_query
+        self.dialect, self._evaluation = dialect, evaluation
+        self._decode, self._encode = decode, encode
         self._k, self._width = documents_per_query, max_documents_length
         self._most_characters = max_documents_length * _CHARACTERS_A_TOKEN
         self._changed = threading.Condition()
@@ -88,8 +106,8 @@ class Broker:
         """Starts a rollout over `retriever`; what late threads of the last one bring is dropped."""
         with self._changed:
             self._retriever = retriever
-            self._pending: dict[tuple[int, int], Search] = {}
-            self._ready: dict[int, deque[Search]] = {}
+            self._pending: dict[tuple[int, int], Turn] = {}
+            self._ready: dict[int, deque[Turn]] = {}
             self._counts: Counter[str] = Counter()
             self._stopped = False  # the program was told to end the rollout
             self.log: list[Search] = []
@@ -158,7 +176,7 @@ class Broker:
                 self._submit(shard, np.asarray(rows), np.flatnonzero(submit), np.asarray(query))
             done = self._collect(shard, wait=bool(idle))
             self._stopped |= self._past_limit()
-            results = [(search.slot, *self._tokens(search)) for search in done]
+            results = [(turn.slot, *self._result(turn.searches)) for turn in done]
             return pack_results(results, self._stopped, self._width)
         except Exception as error:  # a bug here must end the rollout, not hang its devices
             self._counts["error"] += 1
@@ -166,10 +184,24 @@ class Broker:
             self._stopped = True
             return pack_results([], stop=True, width=self._width)
 
+    def answer_now(self, turn: Sequence[int], full: bool) -> tuple[Status, int, list[int]]:
+        """What becomes of a turn outside of the program: (Status, searches made, reply's tokens).
+
+        `full`: the tokens of the turn are all that fit into the window of a query.
+        """
+        calls = self._calls(turn, full)
+        made = iter(self.search_now([call.query for call, void in calls if not void]))
+        searches = [
+            Search(-1, call.query, void, detail=call.problem) if void else next(made)
+            for call, void in calls
+        ]
+        return self._result(searches)
+
     def search_now(self, queries: Sequence[str]) -> list[Search]:
         """Searches outside of the program (the system's own first search) under the same rules."""
         searches = [Search(-1, query) for query in queries]
-        self._start(searches)
+        if searches:
+            self._start(searches)
         deadline = time.monotonic() + self.config.timeout_s
         with self._changed:
             while any(s.outcome == "pending" for s in searches):
@@ -181,24 +213,30 @@ class Broker:
         return searches
 
     def document_tokens(self, documents: Sequence[str], width: int | None = None) -> list[int]:
-        """The tokenised document block, at most `width` tokens (by default the config's).
+        """The tokens of the reply to a search that found these passage lines (see reply_tokens)."""
+        return self.reply_tokens([documents], width)
+
+    def reply_tokens(self, found: Sequence[Found], width: int | None = None) -> list[int]:
+        """The tokenised reply to a turn, at most `width` tokens (by default the config's).
 
         Where it is too long, the longest documents share what the short ones leave. Raises
         ConfigError where not even the tags fit.
         """
         width = self._width if width is None else min(width, self._width)
         # Cut before anything is encoded: one document may be a whole library.
-        cut = [self._clean(line[: self._most_characters]) for line in documents]
-        lines, room = cut, sum(map(len, cut))
-        while len(tokens := self._encode(protocol.document_block(cut))) > width:
+        most = self._most_characters
+        texts = [f if isinstance(f, str) else [self._clean(d[:most]) for d in f] for f in found]
+        lines = [line for text in texts if not isinstance(text, str) for line in text]
+        cut, room = lines, sum(map(len, lines))
+        while len(tokens := self._encode(self.dialect.reply(_refilled(texts, cut)))) > width:
             if all(len(line) <= 1 for line in cut):
                 if width < self._width and len(lines) > 1:  # little room: fewer documents
                     lines = lines[:-1]
                     cut, room = lines, sum(map(len, lines))
                     continue
                 raise ConfigError(
-                    f"rollout.max_documents_length={width} is too short for "
-                    f"{len(documents)} documents: their tags alone take more"
+                    f"rollout.max_documents_length={width} is too short for {len(lines)} "
+                    "documents: their tags alone take more"
                 )
             room = min(room - 1, int(0.95 * room * width / len(tokens)))
             level = _level([len(line) for line in lines], room)
@@ -208,23 +246,34 @@ class Broker:
     # Behind the scenes.
 
     def _submit(self, shard: int, rows: np.ndarray, slots: np.ndarray, query: np.ndarray) -> None:
-        searches = []
+        asked = []
         for slot in slots:
             ids = query[slot][query[slot] >= 0].tolist()
-            text = self._extract(self._decode(ids))
-            search = Search(int(rows[slot]), text or "", slot=int(slot), shard=shard)
+            calls = self._calls(ids, full=len(ids) == query.shape[1])
+            turn = Turn(int(slot), shard)
+            turn.searches = [Search(int(rows[slot]), call.query, turn=turn) for call, _ in calls]
             with self._changed:
-                self._pending[shard, search.slot] = search
-                if text is None and len(ids) == query.shape[1]:
-                    why = f"over rollout.max_query_length={query.shape[1]} tokens"
-                    self._close(search, "long_query", detail=why)
-                elif not text:
-                    why = "no beginning of a query" if text is None else "empty query"
-                    self._close(search, "bad_query", detail=why)
-                else:
-                    searches.append(search)
-        if searches:
-            self._start(searches)
+                self._pending[shard, turn.slot] = turn
+                for search, (call, void) in zip(turn.searches, calls, strict=True):
+                    if void:
+                        self._close(search, void, detail=call.problem)
+                    else:
+                        asked.append(search)
+        if asked:
+            self._start(asked)
+
+    def _calls(self, ids: Sequence[int], full: bool) -> list[tuple[Call, str]]:
+        """What a turn asks, each with its outcome where it cannot be searched, "" else."""
+        calls = []
+        for call in self.dialect.calls(self._decode(ids), self._evaluation):
+            void = "" if not call.problem else "bad_query"
+            if void and self.dialect.tells_invalid:
+                void = "invalid_turn"
+            elif void and full and not self.dialect.reads_whole_turn and not call.query:
+                void = "long_query"
+                call = Call("", f"over rollout.max_query_length={len(ids)} tokens")
+            calls.append((call, void))
+        return calls
 
     def _start(self, searches: list[Search]) -> None:
         # A daemon thread for each batch: one that hangs for ever must not keep the process alive.
@@ -261,31 +310,39 @@ class Broker:
             return
         search.outcome, search.documents, search.detail = outcome, tuple(documents), detail
         search.seconds = time.monotonic() - search.started
-        if search.trajectory >= 0:
-            if self._pending.get((search.shard, search.slot)) is not search:
+        if turn := search.turn:
+            if self._pending.get((turn.shard, turn.slot)) is not turn:
                 return  # from a rollout that is over
-            del self._pending[search.shard, search.slot]
-            self._ready.setdefault(search.shard, deque()).append(search)
+            if turn.settled:
+                del self._pending[turn.shard, turn.slot]
+                self._ready.setdefault(turn.shard, deque()).append(turn)
         self._counts[outcome] += 1
         self.log.append(search)
         self._changed.notify_all()
 
-    def _collect(self, shard: int, wait: bool) -> list[Search]:
+    def _collect(self, shard: int, wait: bool) -> list[Turn]:
         with self._changed:
             ready = self._ready.setdefault(shard, deque())
             if wait and not ready:
                 self._changed.wait(_IDLE_WAIT_S)
             now = time.monotonic()
-            for search in list(self._pending.values()):
+            for search in [s for turn in self._pending.values() for s in turn.searches]:
                 if now - search.started > self.config.timeout_s:
                     self._close(search, "timeout", detail=self._timeout_text(search))
             return [ready.popleft() for _ in range(min(len(ready), RESULTS))]
 
-    def _tokens(self, search: Search) -> tuple[Status, list[int]]:
-        if search.outcome in ("found", "empty"):
-            status = Status.FOUND if search.documents else Status.EMPTY
-            return status, self.document_tokens(search.documents)
-        return (Status.BAD_QUERY if search.outcome in VOID else Status.ERROR), []
+    def _result(self, searches: Sequence[Search]) -> tuple[Status, int, list[int]]:
+        """What a turn comes to: its status, the searches made, the tokens of the reply."""
+        outcomes = {search.outcome for search in searches}
+        if not outcomes.isdisjoint(FAILED):
+            return Status.ERROR, 0, []
+        if not outcomes.isdisjoint(VOID) and not self.dialect.tells_invalid:
+            return Status.BAD_QUERY, 0, []
+        made = sum(search.outcome not in VOID for search in searches)
+        found = any(search.documents for search in searches)
+        status = Status.FOUND if found else Status.EMPTY if made else Status.INVALID
+        told: list[Found] = [s.detail if s.outcome in VOID else s.documents for s in searches]
+        return status, made, self.reply_tokens(told)
 
     def _past_limit(self) -> bool:
         return too_many(self.failures, self._total, self.config.max_failure_rate, midway=True)
@@ -304,6 +361,12 @@ def _passage_lines(results: Any, queries: int) -> list[list[str]]:
     if not all(isinstance(line, str) for row in lines for line in row):
         raise TypeError("the retriever returned something else than passages with a text line")
     return lines
+
+
+def _refilled(texts: Sequence[Found], lines: Sequence[str]) -> list[Found]:
+    """`texts` with these lines in the places of its own, as many as there are."""
+    left = iter(lines)
+    return [t if isinstance(t, str) else list(itertools.islice(left, len(t))) for t in texts]
 
 
 def _level(lengths: Sequence[int], room: int) -> int:

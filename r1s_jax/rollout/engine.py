@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -33,9 +33,9 @@ from r1s_jax.models.tokenizer import (
     token_strings,
     token_texts,
 )
-from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.automaton import build_tag_table
-from r1s_jax.protocol.solution import Solution
+from r1s_jax.protocol.prompts import bound, renderer
+from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import FAILED, Broker, Search
 from r1s_jax.rollout.loop import Rollout
@@ -126,31 +126,30 @@ def _with_first_searches(t: Trajectory, first: Sequence[Search], samples: int) -
 
 
 class Engine:
-    """Rolls questions out with one policy and one set of limits.
-
-    `render` makes the prompt of a question (see protocol/prompts.py). `query_end` and
-    `extract_query` say how a query ends in the text of a turn and what it asks.
-    """
+    """Rolls questions out with one policy and one set of limits, in the policy's dialect."""
 
     def __init__(
         self,
         policy: Pretrained,
         config: RolloutConfig,
-        render: Callable[[str], str],
         *,
         search: SearchConfig | None = None,
         mesh: Mesh | None = None,
         compute_dtype: np.dtype | None = None,
         attention: str = "auto",
-        query_end: str = protocol.END_QUERY,
-        extract_query: Callable[[str], str | None] = protocol.extract_query,
+        evaluation: bool = False,
     ):
         """Of `policy` everything but its parameters, which `run` is given, on `mesh`.
 
+        `evaluation` reads queries as the published evaluation does.
+
         By default the mesh is all devices, and the dtype what this backend computes in best.
-        Raises ConfigError where the attention backend does not serve the policy.
+        Raises ConfigError where the attention backend does not serve the policy, or its chat
+        template not the dialect.
         """
-        self.config, self.render = config, render
+        self.config = config
+        self.dialect = bound(policy.dialect or R1_SEARCHER, policy.tokenizer)
+        self.render = renderer(self.dialect, policy.tokenizer)
         self.mesh = mesh or make_mesh(MeshConfig())
         self.model, self.tokenizer, self.eos_ids = policy.model, policy.tokenizer, policy.eos_ids
         self.foreign = foreign(self.tokenizer)
@@ -158,7 +157,7 @@ class Engine:
         check_attention(attention, self.mesh, self.model, compute_dtype)
         tags = build_tag_table(
             token_strings(self.tokenizer),
-            [query_end, protocol.END_ANSWER],
+            [tag for tag in (self.dialect.query_end, self.dialect.answer_end) if tag],
             self.model.vocab_size,
         )
         self.tag_table = place(tags.table, replicated(self.mesh))
@@ -166,7 +165,8 @@ class Engine:
             search or SearchConfig(),
             decode=self.decode,
             encode=self.encode,
-            extract_query=extract_query,
+            dialect=self.dialect,
+            evaluation=evaluation,
             clean=self.foreign,
             documents_per_query=config.documents_per_query,
             max_documents_length=config.max_documents_length,
@@ -179,6 +179,7 @@ class Engine:
             eos_ids=self.eos_ids,
             num_tag_states=tags.num_states,
             exchange=self.broker.exchange,
+            dialect=self.dialect,
             attention=attention,
         )
         scale = self.model.lora_scale
@@ -244,7 +245,9 @@ class Engine:
     def solution(self, trajectory: Trajectory, row: int, start: int) -> Solution:
         """The text of a trajectory from token `start` on, split by who wrote it."""
         spans = self._token_spans(trajectory, row, start)
-        return Solution(tuple((self.decode(ids), by_policy) for ids, by_policy in spans))
+        texts = tuple((self.decode(ids), by_policy) for ids, by_policy in spans)
+        complete = int(trajectory.finish[row]) == Finish.FINISHED
+        return Solution(texts, self.dialect, complete)
 
     def token_texts(self, trajectory: Trajectory, row: int) -> list[str]:
         """What each token that the policy wrote added to the policy's spans, in order.
@@ -291,7 +294,7 @@ class Engine:
         return [p + f for p, f in zip(prompts, forced, strict=True)], forced
 
     def _first_query(self, query: str) -> list[int]:
-        return self.encode(f" {protocol.query_call(self.foreign(query))}")
+        return self.encode(self.dialect.first_call(self.foreign(query)))
 
     def check_prompts(self, questions: Sequence[Question]) -> None:
         """Raises DataError for a question whose prompt no rollout will take."""

@@ -17,10 +17,12 @@ from r1s_jax.config import ModelConfig, RolloutConfig
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
-from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.rollout.broker import FAILED, Broker
+from r1s_jax.rollout.broker import Broker
+from r1s_jax.rollout.exchange import Status
 from r1s_jax.rollout.sampler import sample
 from r1s_jax.rollout.trajectory import Finish
+
+_ENDS = {Status.ERROR: Finish.SEARCH_ERROR, Status.BAD_QUERY: Finish.BAD_QUERY}
 
 
 @dataclass
@@ -47,6 +49,7 @@ class HostLoop:
     mask: list[bool] = field(default_factory=list)
     policy_logprobs: list[float] = field(default_factory=list)
     searches: int = 0
+    replies: int = 0
     finish: Finish = Finish.NONE
 
     def run(self, prompt: Sequence[int], key: Any) -> Iterator[Event]:
@@ -63,38 +66,45 @@ class HostLoop:
             token = self._sample(key)
             turn.append(token)
             yield Event("policy", [token])
-            self.finish = self._end_of_turn(turn)
-            if self.finish == Finish.NONE and protocol.END_QUERY in self.decode(turn):
-                documents = self._search(turn)
-                if documents:
-                    yield Event("documents", documents)
+            self.finish, asks = self._end_of_turn(turn)
+            if asks:
+                reply = self._search(turn)
+                if reply:
+                    yield Event("documents", reply)
                 turn = []
 
-    def _end_of_turn(self, turn: list[int]) -> Finish:
-        c, text = self.config, self.decode(turn)
-        if turn[-1] in self.eos_ids or (c.stop_at_answer and protocol.END_ANSWER in text):
-            return Finish.FINISHED
-        if protocol.END_QUERY in text:
-            return Finish.SEARCH_LIMIT if self.searches >= c.max_searches else Finish.NONE
+    def _end_of_turn(self, turn: list[int]) -> tuple[Finish, bool]:
+        """How the trajectory ends with this token, and whether the system is to reply to it."""
+        c, d, text = self.config, self.broker.dialect, self.decode(turn)
+        eos, asked = turn[-1] in self.eos_ids, d.query_end in text
+        answered = c.stop_at_answer and bool(d.answer_end) and d.answer_end in text
         full = len(turn) >= c.max_turn_length or len(self.tokens) >= c.max_length
-        return Finish.LENGTH if full else Finish.NONE
+        left = self.replies < c.max_searches
+        if asked and eos == d.acts_at_turn_end:
+            return (Finish.NONE, True) if left else (Finish.SEARCH_LIMIT, False)
+        if d.answers_idle_turns and d.tells_invalid and left and (eos or full) and not answered:
+            room = len(self.tokens) < c.max_length
+            return (
+                (Finish.NONE, True) if room else (Finish.FINISHED if eos else Finish.LENGTH, False)
+            )
+        if eos or answered:
+            return Finish.FINISHED, False
+        return (Finish.LENGTH if full else Finish.NONE), False
 
     def _search(self, turn: list[int]) -> list[int]:
-        query = protocol.extract_query(self.decode(turn[-self.config.max_query_length :]))
-        if not query:
-            self.finish = Finish.BAD_QUERY
+        c = self.config
+        width = c.max_turn_length if self.broker.dialect.reads_whole_turn else c.max_query_length
+        status, searches, reply = self.broker.answer_now(turn[-width:], len(turn) >= width)
+        if status in _ENDS:
+            self.finish = _ENDS[status]
             return []
-        (search,) = self.broker.search_now([query])
-        if search.outcome in FAILED:
-            self.finish = Finish.SEARCH_ERROR
-            return []
-        block = self.broker.document_tokens(search.documents)
-        if len(self.tokens) + len(block) >= self.config.max_length:
+        if len(self.tokens) + len(reply) >= c.max_length:
             self.finish = Finish.LENGTH
             return []
-        self._force(block)
-        self.searches += 1
-        return block
+        self._force(reply)
+        self.searches += searches
+        self.replies += 1
+        return reply
 
     def _force(self, tokens: list[int]) -> None:
         self.tokens += tokens

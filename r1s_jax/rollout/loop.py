@@ -27,6 +27,8 @@ from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params, unstack_layers
 from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS, attention_impl, param_partition
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.rollout.exchange import Result, Status, exchange_shape, unpack_head, unpack_result
 from r1s_jax.rollout.sampler import sample
 from r1s_jax.rollout.trajectory import Finish, Prompts, Trajectory
@@ -55,6 +57,8 @@ class Slots(NamedTuple):
     turn_start: Array  # length when the policy's turn began
     tag_state: Array  # of the automaton that looks for the end of a tag
     searches: Array
+    replies: Array  # of the system's to its turns: searches, and turns that it could not act on
+    called: Array  # whether the turn asks for a search, in dialects that act at its end
     phase: Array
 
 
@@ -84,6 +88,7 @@ class Rollout:
     eos_ids: tuple[int, ...]
     num_tag_states: int
     exchange: Exchange
+    dialect: Dialect = R1_SEARCHER
     attention: str = "auto"
 
     def __call__(
@@ -168,7 +173,7 @@ class Rollout:
         )
         nothing = jnp.zeros(slots, jnp.int32)
         return State(
-            slots=Slots(jnp.full(slots, count), *[nothing] * 6),
+            slots=Slots(jnp.full(slots, count), *[nothing] * 8),
             out=out,
             cache=KVCache.empty(
                 self.model,
@@ -190,7 +195,7 @@ class Rollout:
         row = state.next_row + jnp.cumsum(empty) - 1
         take = empty & (row < count)
         length = prompts.lengths.at[row].get(mode="fill", fill_value=0)
-        fresh = Slots(row, length, 0, length, 0, 0, Phase.ACTIVE)
+        fresh = Slots(row, length, 0, length, 0, 0, 0, 0, Phase.ACTIVE)
         slots = Slots(*(jnp.where(take, new, old) for new, old in zip(fresh, s, strict=True)))
         return state._replace(slots=slots, next_row=state.next_row + take.sum(dtype=jnp.int32))
 
@@ -298,19 +303,29 @@ class Rollout:
         return self._end_turns(state._replace(slots=s), token, ended, ready)
 
     def _end_turns(self, state: State, token: Array, ended: Array, ready: Array) -> State:
-        c, s = self.config, state.slots
-        finished = jnp.isin(token, jnp.array(self.eos_ids, jnp.int32))
-        if c.stop_at_answer:
-            finished |= ended == ANSWER_END
-        query = (ended == QUERY_END) & ~finished
-        too_many = query & (s.searches >= c.max_searches)
+        c, s, d = self.config, state.slots, self.dialect
+        eos = jnp.isin(token, jnp.array(self.eos_ids, jnp.int32))
+        called = s.called | (ended == QUERY_END)
+        answered = (ended == ANSWER_END) & c.stop_at_answer
         out_of_tokens = (s.length - s.turn_start >= c.max_turn_length) | (s.length >= c.max_length)
+        if d.acts_at_turn_end:
+            query, finished = eos & (called > 0), eos & (called == 0)
+        else:
+            query, finished = (ended == QUERY_END) & ~eos, eos | answered
+        too_many = query & (s.replies >= c.max_searches)
+        if d.answers_idle_turns and d.tells_invalid:
+            idle = (eos | out_of_tokens) & ~answered & ~query & (s.replies < c.max_searches)
+            idle &= s.length < c.max_length
+            query, finished = query | idle, finished & ~idle
         reason = jnp.select(
             [finished, too_many, query, out_of_tokens],
             [Finish.FINISHED, Finish.SEARCH_LIMIT, Finish.NONE, Finish.LENGTH],
             Finish.NONE,
         )
-        slots = s._replace(phase=jnp.where(ready & query & ~too_many, Phase.SUBMIT, s.phase))
+        slots = s._replace(
+            phase=jnp.where(ready & query & ~too_many, Phase.SUBMIT, s.phase),
+            called=jnp.where(ready, called, s.called),
+        )
         return _finish(state._replace(slots=slots), jnp.where(ready, reason, Finish.NONE))
 
     # Searching.
@@ -319,7 +334,8 @@ class Rollout:
         """Hands new queries to the host and takes the documents that are ready."""
         c, s = self.config, state.slots
         submit = s.phase == Phase.SUBMIT
-        back = jnp.arange(c.max_query_length) - c.max_query_length
+        width = c.max_turn_length if self.dialect.reads_whole_turn else c.max_query_length
+        back = jnp.arange(width) - width
         at = s.length[:, None] + back
         query = state.out.tokens.at[s.row[:, None], at].get(mode="fill", fill_value=0)
         query = jnp.where(at >= s.turn_start[:, None], query, -1)
@@ -354,10 +370,10 @@ class Rollout:
         return lax.psum(answer, TENSOR_AXIS)
 
     def _deliver(self, result: Result, state: State) -> State:
-        """Appends one document block to its slot, or ends the trajectory that cannot have it."""
+        """Appends one reply to its slot, or ends the trajectory that cannot have it."""
         c, s = self.config, state.slots
-        slot, status, count, block = result
-        found = (status == Status.FOUND) | (status == Status.EMPTY)
+        slot, status, searches, count, block = result
+        found = (status != Status.ERROR) & (status != Status.BAD_QUERY)
         fits = s.length[slot] + count < c.max_length
         row = jnp.where(found & fits, s.row[slot], state.out.tokens.shape[0])
         at = s.length[slot] + jnp.arange(c.max_documents_length)
@@ -373,7 +389,9 @@ class Rollout:
             length=grown,
             turn_start=s.turn_start.at[slot].set(grown[slot]),
             tag_state=s.tag_state.at[slot].set(0),
-            searches=s.searches.at[slot].add((found & fits).astype(jnp.int32)),
+            called=s.called.at[slot].set(0),
+            searches=s.searches.at[slot].add(jnp.where(found & fits, searches, 0)),
+            replies=s.replies.at[slot].add((found & fits).astype(jnp.int32)),
             phase=s.phase.at[slot].set(Phase.ACTIVE),
         )
         reasons = jnp.zeros_like(s.phase).at[slot].set(reason)
@@ -410,6 +428,6 @@ def _finish(state: State, reason: Int[Array, " S"]) -> State:
         searches=out.searches.at[row].set(s.searches, mode="drop"),
         finish=out.finish.at[row].set(reason, mode="drop"),
     )
-    empty = Slots(out.lengths.shape[0], 0, 0, 0, 0, 0, Phase.EMPTY)
+    empty = Slots(out.lengths.shape[0], *[0] * 7, Phase.EMPTY)
     slots = Slots(*(jnp.where(done, new, old) for new, old in zip(empty, s, strict=True)))
     return state._replace(slots=slots, out=out)

@@ -1,5 +1,6 @@
 """Answering one question at the terminal, streamed."""
 
+import itertools
 import os
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,9 @@ from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.corpora import open_saved_index
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.tokenizer import decode, encode, encode_start, foreign
-from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.prompts import renderer
-from r1s_jax.protocol.solution import kind_of_new
+from r1s_jax.protocol.solution import Solution, kind_of_new
 from r1s_jax.rollout.broker import FAILED, Broker, SearchFailure
 from r1s_jax.rollout.host_loop import HostLoop
 from r1s_jax.rollout.trajectory import Finish
@@ -31,10 +32,22 @@ _WHY = {
 
 
 def ask(
-    question: str, model: str, index: Path, *, k: int, temperature: float, first_search: bool
+    question: str,
+    model: str,
+    index: Path,
+    *,
+    k: int,
+    temperature: float,
+    first_search: bool,
+    dialect: str = "",
+    thinking: str = "",
+    force_dialect: bool = False,
 ) -> str | None:
-    """Streams an answer to standard output; returns what stands between the answer tags."""
-    policy = load_pretrained(model)
+    """Streams an answer to standard output; returns what the policy answered.
+
+    The policy is asked in its own dialect; `dialect` is for one that names none.
+    """
+    policy = load_pretrained(model).speaking(dialect, thinking, force=force_dialect)
     config = RolloutConfig(
         slots=1,
         prefill_rows=1,
@@ -46,14 +59,23 @@ def ask(
     )
     loop, prompt = _prepare(policy, config, question, index, first_search)
     seed = int.from_bytes(os.urandom(4)) >> 1
-    printer = _Printer(loop.decode)
+    printer = _Printer(loop.decode, policy.dialect)
     for event in loop.run(prompt, jax.random.key(seed)):
         printer.feed(event.tokens, documents=event.kind == "documents")
     console.print()
     if loop.finish != Finish.FINISHED:
         console.print(f"[red]No answer: the model {_WHY[loop.finish]}.[/]")
-    written = [t for t, sampled in zip(loop.tokens, loop.mask, strict=True) if sampled]
-    return protocol.extract_answer(loop.decode(written))
+    return _solution(loop, policy, len(prompt)).answer
+
+
+def _solution(loop: HostLoop, policy: Pretrained, start: int) -> Solution:
+    """What came after the prompt, by who wrote it."""
+    pairs = list(zip(loop.tokens, loop.mask, strict=True))[start:]
+    if pairs and pairs[-1][1] and pairs[-1][0] in policy.eos_ids:
+        pairs.pop()
+    runs = itertools.groupby(pairs, key=lambda pair: pair[1])
+    spans = tuple((loop.decode([token for token, _ in run]), who) for who, run in runs)
+    return Solution(spans, policy.dialect, loop.finish == Finish.FINISHED)
 
 
 def _prepare(
@@ -66,17 +88,18 @@ def _prepare(
         decode=to_text,
         encode=to_ids,
         clean=foreign(tokenizer),
+        dialect=policy.dialect,
         documents_per_query=config.documents_per_query,
         max_documents_length=config.max_documents_length,
     )
     broker.begin(open_saved_index(index))
     clean = foreign(tokenizer)
-    prompt = encode_start(tokenizer, renderer(None, tokenizer)(clean(question)))
+    prompt = encode_start(tokenizer, renderer(policy.dialect, tokenizer)(clean(question)))
     if first_search:
         (search,) = broker.search_now([question])
         if search.outcome in FAILED:
             raise SearchFailure(f"the first search failed: {broker.common_failures()}")
-        query = f" {protocol.query_call(clean(question))}"
+        query = policy.dialect.first_call(clean(question))
         console.print(Text(printable(query), STYLES["query"]), end="")
         tokens = broker.document_tokens(search.documents)
         console.print(Text(printable(to_text(tokens)), STYLES["documents"]), end="")
@@ -96,8 +119,9 @@ def _prepare(
 class _Printer:
     """Prints text as its tokens come, a change of colour at each tag of the protocol."""
 
-    def __init__(self, decode):
+    def __init__(self, decode, dialect: Dialect):
         self._decode, self._tokens, self._shown = decode, [], ""
+        self._dialect = dialect
 
     def feed(self, tokens: list[int], *, documents: bool) -> None:
         if documents:
@@ -109,6 +133,6 @@ class _Printer:
         text = self._decode(self._tokens)
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             return  # half a character; the next token completes it
-        style = STYLES[kind_of_new(self._shown, text)]
+        style = STYLES[kind_of_new(self._shown, text, self._dialect)]
         console.print(Text(printable(text[len(self._shown) :]), style), end="")
         self._shown = text

@@ -46,6 +46,7 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
         "searches_failed": failed,
         "searches_bad_query": outcomes.get("bad_query", 0),
         "searches_long_query": outcomes.get("long_query", 0),
+        "searches_invalid_turn": outcomes.get("invalid_turn", 0),
         "search_seconds_mean": float(np.mean(waits)) if waits else 0.0,
         "response_length": float(t.loss_mask.sum(-1).mean()),
         "trajectory_length": float(t.lengths.mean()),

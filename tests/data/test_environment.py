@@ -29,7 +29,7 @@ def files(tmp_path, monkeypatch):
 
 def found_by(questions, **source) -> str:
     config = CorpusConfig(questions=(str(questions),), **source)
-    environment = CorpusEnvironment(config, seed=0, chat=str, held_out=1)
+    environment = CorpusEnvironment(config, seed=0, held_out=1)
     batch, held_out = environment.batch(0, 2), environment.evaluation(8)
     assert len(batch.questions) == 2 and len(held_out.questions) == 1
     assert held_out.questions[0] not in batch.questions
@@ -64,7 +64,7 @@ def test_what_the_evaluation_asks_is_never_learned_from(files, tmp_path, capsys)
     other = tmp_path / "hotpotqa.jsonl"
     other.write_text('{"question": "who wrote dune part 2", "answer": "Herbert"}\n')
     config = CorpusConfig((str(questions),), passages=(str(passages),), exclude=(str(other),))
-    environment = CorpusEnvironment(config, seed=0, chat=str, held_out=1)
+    environment = CorpusEnvironment(config, seed=0, held_out=1)
     held_out = {q.question for q in environment.evaluation(1).questions}
     asked = {q.question for step in range(4) for q in environment.batch(step, 4).questions}
     assert asked.isdisjoint({"Who wrote Dune, part 2?"} | held_out)
@@ -74,7 +74,7 @@ def test_what_the_evaluation_asks_is_never_learned_from(files, tmp_path, capsys)
     everything.write_text(questions.read_text())
     config = CorpusConfig((str(questions),), passages=(str(passages),), exclude=(str(everything),))
     with pytest.raises(DataError, match=r"questions\.jsonl: every question"):
-        CorpusEnvironment(config, seed=0, chat=str, held_out=1)
+        CorpusEnvironment(config, seed=0, held_out=1)
 
 
 def test_the_same_are_held_out_whatever_the_seed_and_the_order_of_files(files, tmp_path):
@@ -85,7 +85,7 @@ def test_the_same_are_held_out_whatever_the_seed_and_the_order_of_files(files, t
         tuple(
             q.question
             for q in CorpusEnvironment(
-                CorpusConfig((str(file),), passages=(str(passages),)), seed, chat=str, held_out=2
+                CorpusConfig((str(file),), passages=(str(passages),)), seed, held_out=2
             )
             .evaluation(2)
             .questions

@@ -64,13 +64,13 @@ def exchange(broker: Broker, turns: dict[int, str], *, slots: int = 4, shard: in
         submit[slot] = True
     rows = 10 + np.arange(slots, dtype=np.int32)
     out = broker.exchange(np.int32(shard), np.bool_(idle), rows, submit, query)
-    assert out.shape == (1 + RESULTS, 3 + broker._width) and out.dtype == np.int32
+    assert out.shape == (1 + RESULTS, 4 + broker._width) and out.dtype == np.int32
     count = out[0, 0]
     assert not out[0, 2:].any() and not out[1 + count :].any()
     for row in out[1 : 1 + count]:
-        assert not row[3 + row[2] :].any()
+        assert not row[4 + row[3] :].any()
     return SimpleNamespace(
-        results={int(r[0]): (Status(r[1]), decode(r[3 : 3 + r[2]])) for r in out[1 : 1 + count]},
+        results={int(r[0]): (Status(r[1]), decode(r[4 : 4 + r[3]])) for r in out[1 : 1 + count]},
         stop=bool(out[0, 1]),
     )
 

@@ -1,0 +1,153 @@
+"""Search-R1's dialect (arXiv 2503.09516), after its released code at commit a14dc3a.
+
+Turns of reasoning, each ended by a search or by the answer; a turn without either is told so. The
+texts that the system writes there are in our own words. Observations lose whole words of their
+longest documents where they are too long, never their closing tag.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+from r1s_jax.protocol.dialect import (
+    BEGIN_ANSWER,
+    BEGIN_THINK,
+    END_ANSWER,
+    END_THINK,
+    Call,
+    Dialect,
+    Found,
+    Spans,
+    passage,
+    replies,
+    turns,
+    written,
+)
+
+BEGIN_SEARCH, END_SEARCH = "<search>", "</search>"
+BEGIN_INFORMATION, END_INFORMATION = "<information>", "</information>"
+TAGS = (BEGIN_SEARCH, END_SEARCH, BEGIN_INFORMATION, END_INFORMATION)
+TAGS += (BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER)
+_TITLE_END = re.compile(r" {3}|\t")
+_ANSWER = re.compile(f"{BEGIN_ANSWER}(.*?){END_ANSWER}", re.DOTALL)
+_BLOCK = re.compile(
+    f"(?<={END_SEARCH})\\s*{BEGIN_INFORMATION}.*?{END_INFORMATION}(?:\n\n|$)", re.DOTALL
+)
+
+_HOW = f"""\
+Whenever you are given new information, first think about it inside {BEGIN_THINK} {END_THINK}."""
+PROMPT = f"""\
+Find the answer to a question.
+{{how}}What you do not know you can look up: write {BEGIN_SEARCH} keywords {END_SEARCH}, and what \
+a search engine finds is given to you between {BEGIN_INFORMATION} and {END_INFORMATION}. Search as \
+often as you need to.
+Once you know enough, give the answer alone, in a few words, inside {BEGIN_ANSWER} {END_ANSWER}.
+Question: {{question}}"""
+
+INVALID = f"""
+
+That was neither a search nor an answer: write {BEGIN_SEARCH} keywords {END_SEARCH} to search, or \
+{BEGIN_ANSWER} answer {END_ANSWER} to answer.
+
+"""
+
+
+class SearchR1(Dialect):
+    """See the module."""
+
+    name: ClassVar = "search_r1"
+    tags: ClassVar = TAGS
+    can_tell_invalid: ClassVar = True
+    query_end: ClassVar = END_SEARCH
+    answer_end: ClassVar = END_ANSWER
+    answers_idle_turns: ClassVar = True
+    tagged: ClassVar = {BEGIN_SEARCH: ("query", END_SEARCH), BEGIN_ANSWER: ("answer", END_ANSWER)}
+    description: ClassVar = (
+        f"It reasons inside `{BEGIN_THINK}`, searches by writing `{BEGIN_SEARCH} keywords "
+        f"{END_SEARCH}`,\nis handed documents between `{BEGIN_INFORMATION}` and "
+        f"`{END_INFORMATION}`, and answers inside `{BEGIN_ANSWER}`\n(Search-R1's tags)."
+    )
+
+    def plain(self, question: str) -> str:
+        asked = question.strip()
+        asked = asked if asked.endswith("?") else f"{asked}?"
+        own = PROMPT.replace("{how}", f"{_HOW}\n" if self.reasons else "")
+        return (self.prompt or own).replace("{question}", asked)
+
+    def calls(self, turn: str, evaluation: bool = False) -> list[Call]:
+        before, end, _ = turn.partition(END_SEARCH)
+        _, begin, query = before.partition(BEGIN_SEARCH)
+        if not end or not begin:
+            return [Call("", "neither a search nor an answer")]
+        return [Call(query.strip(), "" if query.strip() else "empty query")]
+
+    def reply(self, found: Sequence[Found]) -> str:
+        (documents,) = found
+        if isinstance(documents, str):
+            return INVALID
+        lines = [_document(i, line) for i, line in enumerate(documents, start=1)]
+        body = "\n".join(lines) or "None"
+        return f"\n\n{BEGIN_INFORMATION}{body}{END_INFORMATION}\n\n"
+
+    def query_call(self, query: str) -> str:
+        return f"{BEGIN_SEARCH} {query} {END_SEARCH}"
+
+    def first_call(self, query: str) -> str:
+        return self.query_call(query)
+
+    def searched(self, reply: str) -> bool:
+        head, found, _ = reply.partition(BEGIN_INFORMATION)
+        return bool(found) and BEGIN_SEARCH not in head
+
+    def answer(self, spans: Spans, complete: bool) -> str | None:
+        answers = _ANSWER.findall(written(spans))
+        return answers[-1].strip() if answers else None
+
+    def well_formed(self, spans: Spans) -> bool:
+        """Each turn a thought and then a search that was answered; the last one an answer."""
+        own = turns(spans)
+        if not own or INVALID in replies(spans):
+            return False
+        kinds = [(BEGIN_SEARCH, END_SEARCH)] * (len(own) - 1) + [(BEGIN_ANSWER, END_ANSWER)]
+        return all(
+            self._turn_holds(turn, *kind, first=i == 0)
+            for i, (turn, kind) in enumerate(zip(own, kinds, strict=True))
+        )
+
+    def _turn_holds(self, turn: str, begin: str, end: str, first: bool) -> bool:
+        action = turn.strip()
+        if self.reasons:
+            thought, closed, action = action.partition(END_THINK)
+            opened = thought.startswith(BEGIN_THINK) or first  # a prompt may have opened it
+            thought = thought.removeprefix(BEGIN_THINK)
+            if not closed or not opened or any(tag in thought for tag in TAGS):
+                return False
+        talk, found, action = action.strip().partition(begin)
+        inside, closed, rest = action.partition(end)
+        if self.reasons and talk.strip():
+            return False
+        whole = bool(found and closed and inside.strip()) and not rest.strip()
+        return whole and not any(tag in talk + inside for tag in TAGS)
+
+    def system_spans(self, text: str) -> Iterator[tuple[int, int]]:
+        told = [(m.start(), m.end()) for m in re.finditer(re.escape(INVALID), text)]
+        return iter(sorted([*(block.span() for block in _BLOCK.finditer(text)), *told]))
+
+    def opening(self) -> str:
+        return f" {BEGIN_THINK}" if self.reasons else ""
+
+    def search_turn(self, query: str) -> str:
+        return f"{self._closing()} {self.query_call(query)}"
+
+    def answer_turn(self, answer: str) -> str:
+        return f"{self._closing()} {BEGIN_ANSWER} {answer} {END_ANSWER}"
+
+    def _closing(self) -> str:
+        return f" {END_THINK}" if self.reasons else ""
+
+
+def _document(number: int, line: str) -> str:
+    """A passage line as the released code shows it: titles are quoted in its corpus."""
+    title, *text = _TITLE_END.split(passage(line, TAGS), maxsplit=1)
+    shown = title if title.startswith('"') else f'"{title}"'
+    return f"Doc {number}(Title: {shown}) {text[0].strip() if text else ''}".rstrip()

@@ -1,0 +1,231 @@
+"""Tool calls in the form of Hermes, as Qwen2.5 and Qwen3 write them.
+
+The prompt and what stands between two turns are the tokenizer's own chat template; nothing of them
+is written here. The end of a turn acts: with calls in it they are searched, without it is the
+answer.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+from r1s_jax.border.errors import BadInput, ConfigError
+from r1s_jax.border.json import parse
+from r1s_jax.protocol.dialect import (
+    BEGIN_ANSWER,
+    BEGIN_THINK,
+    END_ANSWER,
+    END_THINK,
+    Call,
+    Dialect,
+    Found,
+    Spans,
+    extract_answer,
+    passage,
+    turns,
+)
+
+BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
+BEGIN_RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"
+TAGS = (BEGIN_CALL, END_CALL, BEGIN_RESPONSE, END_RESPONSE, BEGIN_THINK, END_THINK)
+TAGS += (BEGIN_ANSWER, END_ANSWER)
+TOOL = "search"
+SEARCH_TOOL = {
+    "type": "function",
+    "function": {
+        "name": TOOL,
+        "description": "Look a fact up with a search engine; returns the passages it finds.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "Keywords."}},
+            "required": ["query"],
+        },
+    },
+}
+_CALL = re.compile(f"{BEGIN_CALL}(.*?){END_CALL}", re.DOTALL)
+_PROBLEM = "Error: "
+# More calls than this in one turn are not searched.
+_MOST_CALLS = 8
+_LONGEST_PROBLEM = 100  # characters
+# Texts of our own by which a template's words are found around them.
+_QUERY, _FIRST, _SECOND = "r1s-marks-a-query", "r1s-marks-one", "r1s-marks-two"
+
+# Renders messages with a chat template: (messages, tools) -> text.
+Render = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str]
+
+
+class Frame(NamedTuple):
+    """A chat template's words between an assistant's turn that calls and its next one."""
+
+    turn_end: str  # the control token that ends a turn; the policy writes it itself
+    before: str  # the first response
+    between: str  # two responses
+    after: str  # the last response
+
+
+# Of Qwen's templates, for bare texts whose tokenizer is not at hand.
+HERMES = Frame(
+    "<|im_end|>",
+    f"\n<|im_start|>user\n{BEGIN_RESPONSE}\n",
+    f"\n{END_RESPONSE}\n{BEGIN_RESPONSE}\n",
+    f"\n{END_RESPONSE}<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+@dataclass(frozen=True)
+class ToolCall(Dialect):
+    """See the module; `frame` is that of the policy's chat template (see `framed`)."""
+
+    frame: Frame = HERMES
+
+    name: ClassVar = "tool_call"
+    tags: ClassVar = TAGS
+    can_tell_invalid: ClassVar = True
+    query_end: ClassVar = END_CALL
+    acts_at_turn_end: ClassVar = True
+    tagged: ClassVar = {BEGIN_CALL: ("query", END_CALL), BEGIN_ANSWER: ("answer", END_ANSWER)}
+    description: ClassVar = (
+        f"It calls the tool `{TOOL}(query)` in its chat template's form (`{BEGIN_CALL}`), is handed"
+        "\npassages as the tool's response, and answers in its last turn."
+    )
+
+    @property
+    def tools(self) -> list[dict[str, Any]]:
+        return [SEARCH_TOOL]
+
+    def framed(self, render: Render, turn_ends: Sequence[str]) -> Self:
+        """The dialect with a template's own words; `turn_ends` are the tokens that end a turn.
+
+        Raises ConfigError for a template without tools, or with calls in another form.
+        """
+        return replace(self, frame=_frame(render, turn_ends))
+
+    def plain(self, question: str) -> str:
+        return (self.prompt or "{question}").replace("{question}", question)
+
+    def calls(self, turn: str, evaluation: bool = False) -> list[Call]:
+        acted = turn.rpartition(END_THINK)[2]
+        found = [_call(text) for text in _CALL.findall(acted)]
+        late = [Call("", f"at most {_MOST_CALLS} calls a turn")] * (len(found) - _MOST_CALLS)
+        return found[:_MOST_CALLS] + late or [Call("", "the call stands inside the reasoning")]
+
+    def reply(self, found: Sequence[Found]) -> str:
+        f = self.frame
+        return f.before + f.between.join(map(_response, found)) + f.after
+
+    def query_call(self, query: str) -> str:
+        call = json.dumps({"name": TOOL, "arguments": {"query": query}}, ensure_ascii=False)
+        return f"{BEGIN_CALL}\n{call}\n{END_CALL}"
+
+    def first_call(self, query: str) -> str:
+        return self.query_call(query) + self.frame.turn_end
+
+    def searched(self, reply: str) -> bool:
+        f = self.frame
+        body = reply.removeprefix(f.before).removesuffix(f.after)
+        found = any(not part.startswith(_PROBLEM) for part in body.split(f.between))
+        return BEGIN_CALL not in reply and f.before in reply and found
+
+    def answer(self, spans: Spans, complete: bool) -> str | None:
+        """The last turn after its reasoning, or what it puts in answer tags where asked to."""
+        own = turns(spans)
+        if not own or not complete or not spans[-1][1]:
+            return None
+        said = own[-1].removesuffix(self.frame.turn_end)
+        if END_CALL in said or (BEGIN_THINK in said and END_THINK not in said):
+            return None
+        if BEGIN_ANSWER in (self.prompt or ""):
+            return extract_answer(said)
+        return said.rpartition(END_THINK)[2].strip() or None
+
+    def well_formed(self, spans: Spans) -> bool:
+        """Every call could be searched, and the last turn answers."""
+        own = turns(spans)
+        if self.answer(spans, complete=True) is None:
+            return False
+        if any(call.problem for turn in own[:-1] for call in self.calls(turn)):
+            return False
+        return all(self._reasoned(turn) for turn in own)
+
+    def _reasoned(self, turn: str) -> bool:
+        if not self.reasons:
+            return BEGIN_THINK not in turn and END_THINK not in turn
+        closed = turn.count(END_THINK)
+        return closed == 1 if self.thinking == "on" else closed <= 1
+
+    def system_spans(self, text: str) -> Iterator[tuple[int, int]]:
+        f = self.frame
+        words = (
+            f"(?<={re.escape(END_CALL + f.turn_end)}){re.escape(f.before)}.*?{re.escape(f.after)}"
+        )
+        return (block.span() for block in re.finditer(words, text, re.DOTALL))
+
+    @property
+    def talks(self) -> bool:
+        return self.reasons  # all of a last turn without reasoning is the answer
+
+    def search_turn(self, query: str) -> str:
+        return f"{self._closing()} {self.query_call(query)}{self.frame.turn_end}"
+
+    def answer_turn(self, answer: str) -> str:
+        return f"{self._closing()} {answer}"
+
+    def _closing(self) -> str:
+        return f" {END_THINK}" if self.reasons else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return super().as_dict() | {"frame": list(self.frame)}
+
+
+def _call(text: str) -> Call:
+    try:
+        value = parse(text, "the call")
+    except BadInput as error:
+        return Call("", f"{error}")
+    if not isinstance(value, dict) or value.get("name") != TOOL:
+        return Call("", f"there is one tool, {TOOL}(query)")
+    arguments = value.get("arguments")
+    if isinstance(arguments, str):  # some templates write them as a text
+        try:
+            arguments = parse(arguments, "the arguments")
+        except BadInput as error:
+            return Call("", f"{error}")
+    query = arguments.get("query") if isinstance(arguments, dict) else None
+    if not isinstance(query, str) or not query.strip():
+        return Call("", "the argument `query` must be a text, and not empty")
+    return Call(" ".join(query.split()))
+
+
+def _response(found: Found) -> str:
+    if isinstance(found, str):
+        return f"{_PROBLEM}{found[:_LONGEST_PROBLEM]}"
+    return "\n".join(f"({i}){passage(d, TAGS)}" for i, d in enumerate(found, start=1)) or "None"
+
+
+def _frame(render: Render, turn_ends: Sequence[str]) -> Frame:
+    user = {"role": "user", "content": "?"}
+    if render([user], [SEARCH_TOOL]) == render([user], None):
+        raise ConfigError(
+            "the tokenizer's chat template takes no tools: dialect tool_call needs it"
+        )
+    function = {"name": TOOL, "arguments": {"query": _QUERY}}
+    call = {"role": "assistant", "content": "", "tool_calls": [_call_of(function)] * 2}
+    answers = [{"role": "tool", "name": TOOL, "content": text} for text in (_FIRST, _SECOND)]
+    text = render([user, call, *answers], [SEARCH_TOOL])
+    called, _, tail = text.rpartition(_QUERY)
+    rest, ends = tail.partition(END_CALL)[2], [end for end in turn_ends if end in tail]
+    if BEGIN_CALL not in called or not ends or _FIRST not in rest or _SECOND not in rest:
+        raise ConfigError(
+            "the tokenizer's chat template writes tool calls in another form than "
+            f"{BEGIN_CALL}{{...}}{END_CALL} and the end of the turn: dialect tool_call needs that"
+        )
+    turn_end = min(ends, key=rest.index)
+    before, _, responses = rest.partition(turn_end)[2].partition(_FIRST)
+    between, _, after = responses.partition(_SECOND)
+    return Frame(turn_end, before, between, after)
+
+
+def _call_of(function: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": function}
