@@ -111,8 +111,8 @@ def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]
         raise DataError(f"{path}, after line {number}: {error}") from error
 
 
-# Where the right answers of a row may stand, the first that it has counts: of ours, HotpotQA, 2Wiki,
-# MuSiQue, TriviaQA and NQ-open; of FlashRAG; of DPR; of PopQA; of verl and Search-R1.
+# Where the right answers of a row may stand, the first that it has counts: of ours, HotpotQA,
+# 2Wiki, MuSiQue, TriviaQA and NQ-open; of FlashRAG; of DPR; of PopQA; of verl and Search-R1.
 _ANSWER_KEYS = ("answer", "golden_answers", "answers", "possible_answers", "reward_model")
 FORMS = "`question` (or verl's `prompt`) and one of " + ", ".join(f"`{k}`" for k in _ANSWER_KEYS)
 

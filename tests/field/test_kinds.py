@@ -197,6 +197,7 @@ def test_a_long_published_query_is_searched():
 
 HOTPOT = ("5a8b57f25542995d1e6f1371", "Were Alba Quist and Ed Renn of the same nationality?", "yes")
 SINGS = ("", "who sings x", "Carole King")
+SUNSET = ("Sunset Boulevard", "Sunset Blvd")
 PUBLISHED = {
     "hotpot_dev_distractor_v1.json": [HOTPOT],
     "hotpot_indent.json": [HOTPOT],
@@ -211,8 +212,7 @@ PUBLISHED = {
         (
             "tc_33",
             "Which Lloyd Webber musical premiered in 1993?",
-            "Sunset Boulevard",
-            "Sunset Blvd",
+            *SUNSET,
         )
     ],
 }
