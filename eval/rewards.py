@@ -16,7 +16,8 @@ def reward_file(
     """Each row of a JSONL file (`.gz` too) with its `reward` and `parts`, in order.
 
     Rows hold `solution`, the text after the prompt in that dialect, and `answer`, one right answer
-    or a list. Raises ValueError for an unknown variant or dialect, DataError naming the line of a row that lacks one.
+    or a list. Raises ValueError for an unknown variant or dialect, DataError naming the line of a
+    row that lacks one.
     """
     rule, spoken, number = reward_rule(variant), make_dialect(dialect), 0
     for number, row in read_rows(path):

@@ -17,7 +17,7 @@ from r1s_jax.border.schema import check
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
-from r1s_jax.data.results import ResultRow, header_path, read_header
+from r1s_jax.data.results import ResultRow, header_path, read_header, supporting_recall
 from r1s_jax.data.rows import DataError, journal_rows
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import (
@@ -68,10 +68,18 @@ class EvalRun:
     dialect: str = ""  # the policy's own, else r1_searcher
     thinking: str = ""
     force_dialect: bool = False  # ask a policy in a dialect that it was not trained in
+    samples: int = 1  # answers to each question
 
     def __post_init__(self) -> None:
         if self.mode not in ("search", "rag", "direct"):
             raise ConfigError(f"mode {self.mode!r}: take search, rag or direct")
+        if self.samples < 1:
+            raise ConfigError(f"samples={self.samples}: at least one answer a question")
+        if self.samples > 1 and self.temperature == 0:
+            raise ConfigError(
+                f"samples={self.samples} at temperature 0 would all be one answer: give a "
+                "temperature above 0, as 1.0"
+            )
 
 
 def answer_file(
@@ -84,7 +92,7 @@ def answer_file(
     retry_failed: bool = False,
     max_failure_rate: float = SearchConfig.max_failure_rate,
 ) -> Path:
-    """Answers every question of a file, in order, a row a question in `out` (JSON lines).
+    """Answers every question of a file, in order, a row an answer in `out` (JSON lines).
 
     Rows are those of data.results.ResultRow. `OUT.header.json` says what was run on what (`source`
     describes the index), so that numbers over different corpora are never taken for comparable, and
@@ -103,37 +111,58 @@ def answer_file(
         raise DataError(f"{out} holds the questions: name another file for the answers")
     described = _header(run, source)
     with only_one(out, "the file of answers"):
-        rows = _already(out, described, questions)
-        progress(len(rows), len(questions))
+        rows, questions = _already(out, described, questions, run.samples)
+        progress(len(rows), len(questions) * run.samples)
         engine, params = _loaded(run, described)
         engine.check_prompts(questions)
         write_json(header_path(out), described)
         searches = _Searches(rows, max_failure_rate)
+        at_a_time = max(1, run.slots // run.samples)
 
         def answer(batch: Sequence[Question]) -> list[ResultRow]:
-            size = min(run.slots, len(questions))
+            size = min(at_a_time, len(questions))
             answered = _answer(run, engine, params, batch, size, retriever or _Nothing())
-            searches.add(answered, engine.broker.common_failures())
+            searches.note(answered, engine.broker.common_failures())
             return answered
 
-        failed = [i for i, row in enumerate(rows) if retry_failed and searches.failed(row)]
-        for places in _batches(failed, run.slots):
-            for i, row in zip(places, answer([questions[i] for i in places]), strict=True):
-                rows[i] = row
-            write_rows(out, rows)
-            searches.recount(rows)
+        if retry_failed:
+            _answer_again(out, rows, questions, run.samples, at_a_time, answer, searches)
+        whole, begun = divmod(len(rows), run.samples)  # of the last question, some may be there
         with out.open("a", encoding="utf-8") as file:
-            for batch in _batches(questions[len(rows) :], run.slots):
-                for row in (answered := answer(batch)):
+            for batch in _batches(questions[whole:], at_a_time):
+                for row in (answered := answer(batch)[begun:]):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 rows += answered
-                progress(len(rows), len(questions))
+                begun = 0
+                searches.add(answered)
+                progress(len(rows), len(questions) * run.samples)
                 write_json(header_path(out), described | {"searches": searches.counts()})
                 searches.check(out, midway=True)
         write_json(header_path(out), described | {"searches": searches.counts()})
         searches.check(out)
     return out
+
+
+def _answer_again(
+    out: Path,
+    rows: list[ResultRow],
+    questions: Sequence[Question],
+    samples: int,
+    at_a_time: int,
+    answer: Callable[[Sequence[Question]], list[ResultRow]],
+    searches: "_Searches",
+) -> None:
+    """Answers whose search failed, in their places in `rows` and in the file."""
+    failed = [i for i, row in enumerate(rows) if searches.failed(row)]
+    for places in _batches(sorted({i // samples for i in failed}), at_a_time):
+        again = [p * samples + j for p in places for j in range(samples)]
+        for i, row in zip(again, answer([questions[p] for p in places]), strict=True):
+            # The last question may have been begun only; its other answers stay as they are.
+            if i < len(rows) and searches.failed(rows[i]):
+                rows[i] = row
+        write_rows(out, rows)
+        searches.recount(rows)
 
 
 def _loaded(run: EvalRun, described: dict[str, Any]) -> tuple[Engine, Params]:
@@ -152,12 +181,19 @@ def _answer(
     size: int,
     retriever: Retriever,
 ) -> list[ResultRow]:
-    """The rows of a few questions; every batch has the same shape: the program compiles once."""
+    """The rows of a few questions, those of one beside each other.
+
+    Every batch has the same shape: the program compiles once.
+    """
     padded = [*batch, *[batch[-1]] * (size - len(batch))]
     begin = time.perf_counter()
-    rolled = engine.run(params, padded, samples=1, seed=run.seed, step=0, retriever=retriever)
-    seconds = (time.perf_counter() - begin) / len(batch)
-    return [_row(rolled, i, question, seconds) for i, question in enumerate(batch)]
+    k, seed = run.samples, run.seed
+    rolled = engine.run(params, padded, samples=k, seed=seed, step=0, retriever=retriever)
+    seconds = (time.perf_counter() - begin) / (len(batch) * k)
+    rows = [_row(rolled, i, batch[i // k], seconds) for i in range(len(batch) * k)]
+    if k > 1:
+        rows = [row | {"sample": i % k} for i, row in enumerate(rows)]
+    return rows
 
 
 class _Searches:
@@ -170,9 +206,12 @@ class _Searches:
     def recount(self, rows: Sequence[ResultRow]) -> None:
         self.outcomes = Counter(o for row in rows for o in row.get("search_outcomes", ()))
 
-    def add(self, rows: Sequence[ResultRow], reasons: str) -> None:
-        """Counts more rows; `reasons` is what their failures were."""
+    def add(self, rows: Sequence[ResultRow]) -> None:
+        """Counts more rows."""
         self.outcomes.update(o for row in rows for o in row["search_outcomes"])
+
+    def note(self, rows: Sequence[ResultRow], reasons: str) -> None:
+        """Keeps `reasons`, what the failures of these rows were."""
         if any(map(self.failed, rows)):
             self.reasons = reasons
 
@@ -242,8 +281,8 @@ def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRo
     finish = Finish(int(t.finish[i]))
     answer = solution.answer if finish == Finish.FINISHED else None
     answers = list(question.answers)
-    return ResultRow(
-        id=question.id,
+    row = ResultRow(
+        id=question.source_id or question.id,
         question=question.question,
         answer=answers[0] if len(answers) == 1 else answers,
         pred_ans=NO_ANSWER if answer is None else answer,
@@ -255,6 +294,10 @@ def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRo
         search_outcomes=[search.outcome for search in rolled.searches[i]],
         seconds=round(seconds, 3),
     )
+    if question.supporting:
+        lines = (line for search in rolled.searches[i] for line in search.documents)
+        row["supporting_recall"] = supporting_recall(question.supporting, lines)
+    return row
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -270,6 +313,8 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     # What it is asked in stands under `dialect`.
     for name in ("slots", "limit", "dialect", "thinking", "force_dialect"):
         del described[name]
+    if run.samples == 1:  # as in the headers of earlier files
+        del described["samples"]
     known = dialect_at(run.model)
     spoken = choose_dialect(known, *_dialect(run)).as_dict()
     if known and known.name != spoken["dialect"]:
@@ -293,20 +338,27 @@ def _same_run(header: dict[str, Any], described: dict[str, Any]) -> bool:
 
 
 def _already(
-    out: Path, described: dict[str, Any], questions: Sequence[Question]
-) -> list[ResultRow]:
-    """The answers that the file holds; a line cut off by a crash is taken away first."""
+    out: Path, described: dict[str, Any], questions: Sequence[Question], samples: int
+) -> tuple[list[ResultRow], Sequence[Question]]:
+    """The answers that the file holds, and the questions by the ids that it knows them by.
+
+    A line cut off by a crash is taken away first.
+    """
     if not out.exists():
-        return []
+        return [], questions
     header = read_header(out) or {}
     header.pop("searches", None)
     if not _same_run(header, described):
         raise DataError(
             f"{out} was written by another run (see {header_path(out).name}): choose another file"
         )
-    rows = journal_rows(out)[: len(questions)]
-    for number, (row, question) in enumerate(zip(rows, questions, strict=False), start=1):
-        check(row, ResultRow, f"{out}, line {number}", DataError)
-        if row["id"] != question.id:
-            raise DataError(f"{out} holds answers to other questions: {row['id']}, {question.id}")
-    return rows
+    rows = journal_rows(out)[: len(questions) * samples]
+    for i, row in enumerate(rows):
+        check(row, ResultRow, f"{out}, line {i + 1}", DataError)
+        if i == 0 and isinstance(row["id"], int):  # texts were not kept in earlier files
+            questions = [dataclasses.replace(q, source_id="") for q in questions]
+        question = questions[i // samples]
+        asked, answered = (question.source_id or question.id, i % samples), row["id"]
+        if (answered, row.get("sample", 0)) != asked:
+            raise DataError(f"{out} holds answers to other questions: {answered}, {asked[0]}")
+    return rows, questions

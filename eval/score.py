@@ -9,29 +9,45 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from r1s_jax.data.results import sample_of
+
 PERCENT = ("em", "cem", "f1", "precision", "recall", "acc_l")
+PERCENT += ("em_squad", "f1_squad", "sub_em", "supporting_recall")
+# By the normaliser that prepares the answers for it, where there is one.
 _TITLES = {
-    "em": "EM %",
-    "cem": "cover-EM %",
-    "f1": "F1 %",
+    "em": "EM (R1-Searcher) %",
+    "cem": "cover-EM (R1-Searcher) %",
+    "f1": "F1 (R1-Searcher) %",
+    "em_squad": "EM (SQuAD) %",
+    "f1_squad": "F1 (SQuAD) %",
+    "sub_em": "sub-EM (SQuAD) %",
     "acc_l": "judged right %",
+    "supporting_recall": "supporting pages found %",
     "searches": "searches",
 }
+# Shown only where they say something that the first does not.
+_OTHERWISE = {"em_squad": "em", "f1_squad": "f1"}
+_COMPARED = ("em", "cem", "f1", "acc_l")
+_PASSED = ("em", "cem")  # right or wrong: a question is passed where one of its answers is right
 _RESAMPLES = 2000
+
+Group = Sequence[Mapping[str, Any]]  # the answers to one question
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over a file's results.
 
-    Returns `n`; `em`, `cem`, `f1`, `precision`, `recall` and `acc_l` in percent to one decimal as
-    published (None without a verdict; `judged` says on how many rows `acc_l` stands); `searches` a
-    question; `finish`, how often each stop reason occurred; `interval`, 95 % bootstrap intervals
-    in the units of the means; `exact`, the means in full precision.
+    Returns `n`; every score of PERCENT in percent to one decimal as published (None without a
+    verdict, or without known supporting pages; `judged` says on how many rows `acc_l` stands);
+    `searches` a question; `finish`, how often each stop reason occurred; `interval`, 95 % bootstrap
+    intervals over questions in the units of the means; `exact`, the means in full precision; and
+    of several answers to a question what `_several` does.
     """
-    columns = {name: _column(results, name) for name in (*PERCENT, "searches")}
+    groups = list(_groups(results).values())
+    columns = {name: _columns(groups, name) for name in (*PERCENT, "searches")}
+    columns = {name: sums for name, sums in columns.items() if len(sums)}
     exact = {
-        name: float(values.mean()) * _unit(name) if len(values) else None
-        for name, values in columns.items()
+        name: _mean(columns[name]) if name in columns else None for name in (*PERCENT, "searches")
     }
     rounded = {name: None if v is None else round(v, 1) for name, v in exact.items()}
     if exact["searches"] is not None:
@@ -39,12 +55,36 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "n": len(results),
         **rounded,
-        "judged": len(columns["acc_l"]),
+        "judged": sum("acc_l" in r["scores"] for r in results),
         "finish": dict(Counter(str(r.get("stop_reason_final", "unknown")) for r in results)),
-        "interval": {
-            name: _interval(values * _unit(name)) for name, values in columns.items() if len(values)
-        },
+        "interval": {name: _interval(sums) for name, sums in columns.items()},
         "exact": exact,
+        **_several(groups),
+    }
+
+
+def _several(groups: Sequence[Group]) -> dict[str, Any]:
+    """Of k answers a question, over the `questions` that have all of them; {} where k is 1.
+
+    `samples` is k; `avg@k` the mean over questions of the mean over their answers; `pass@k` the
+    share of questions of which one answer at least is right. Percent, each with its 95 % bootstrap
+    `interval` over questions.
+    """
+    k = max(map(len, groups), default=1)
+    if k == 1:
+        return {}
+    whole = [group for group in groups if len(group) == k]
+
+    def of(name: str, of_answers: Any) -> dict[str, Any]:
+        scores = [100 * of_answers([r["scores"][name] for r in group]) for group in whole]
+        sums = np.array([(score, 1) for score in scores])
+        return {"mean": round(_mean(sums), 1), "interval": _interval(sums)}
+
+    return {
+        "samples": k,
+        "questions": len(whole),
+        "avg@k": {name: of(name, lambda scores: sum(scores) / k) for name in ("em", "cem", "f1")},
+        "pass@k": {name: of(name, max) for name in _PASSED},
     }
 
 
@@ -53,52 +93,68 @@ def compare(
 ) -> dict[str, Any] | None:
     """Second minus first over the questions that both answer; None when they share none.
 
-    Returns `n`, and for each score its mean difference, the 95 % bootstrap `interval` of it, and
-    on how many questions the second is `better` and `worse`.
+    Of several answers to a question, their mean counts. Returns `n`, and for each score its mean
+    difference, the 95 % bootstrap `interval` of it, and on how many questions the second is
+    `better` and `worse`.
     """
-    by_id = all("id" in row for row in (*first, *second))
-    known = dict(zip(_places(first, by_id), first, strict=True))
+    both = (*first, *second)
+    by_id = all("id" in row for row in both)
+    # A file written before ids that are texts were kept numbers the same questions.
+    kinds = [{isinstance(row.get("id"), str) for row in rows} for rows in (first, second)]
+    by_id = by_id and not (len(kinds[0]) == len(kinds[1]) == 1 and kinds[0] != kinds[1])
+    known = _groups(first, by_id)
     pairs = [
-        (known[place]["scores"], r["scores"])
-        for place, r in zip(_places(second, by_id), second, strict=True)
-        if place in known
+        (known[place], group) for place, group in _groups(second, by_id).items() if place in known
     ]
     if not pairs:
         return None
     result: dict[str, Any] = {"n": len(pairs)}
-    for name in ("em", "cem", "f1", "acc_l"):
-        both = [(a[name], b[name]) for a, b in pairs if name in a and name in b]
-        if both:
-            gain = np.diff(np.array(both))[:, 0]
+    for name in _COMPARED:
+        means = [[_group_mean(group, name) for group in pair] for pair in pairs]
+        known_means = [pair for pair in means if None not in pair]
+        if known_means:
+            gain = np.diff(np.array(known_means))[:, 0]
             result[name] = {
                 "difference": round(float(gain.mean()) * 100, 2),
-                "interval": _interval(gain * 100),
+                "interval": _interval(np.stack([gain * 100, np.ones(len(gain))], 1)),
                 "better": int((gain > 0).sum()),
                 "worse": int((gain < 0).sum()),
             }
     return result
 
 
-def _places(results: Sequence[Mapping[str, Any]], by_id: bool) -> list[tuple]:
-    """What tells a row from the others of its file: its question, its id, which one of them it is.
+def _groups(
+    results: Sequence[Mapping[str, Any]], by_id: bool | None = None
+) -> dict[tuple, list[Mapping[str, Any]]]:
+    """The answers to each question, by what tells it from the others of its file.
 
-    A question may stand in a file several times, with different answers or as several samples.
+    That is its text, its id (if `by_id`; None: if all have one), and which one of them it is: a
+    question may stand in a file several times, with different right answers. Several samples of one
+    question belong together.
     """
+    if by_id is None:
+        by_id = all("id" in row for row in results)
     seen: Counter[tuple] = Counter()
-    places = []
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in results:
         name = (row["question"], str(row["id"]) if by_id else "")
-        places.append((*name, seen[name]))
-        seen[name] += 1
-    return places
+        sample = (*name, sample_of(row))
+        groups.setdefault((*name, seen[sample]), []).append(row)
+        seen[sample] += 1
+    return groups
 
 
 def print_tables(summaries: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) -> None:
     """Summaries and comparisons for a reader."""
     table = Table("mean (95 %)", *(Path(s["file"]).name for s in summaries))
     for name, title in _TITLES.items():
-        table.add_row(title, *(_with_interval(s, name) for s in summaries))
-    table.add_row("questions", *(str(s["n"]) for s in summaries))
+        if _is_shown(name, summaries):
+            table.add_row(title, *(_with_interval(s, name) for s in summaries))
+    for kind, names in (("avg@k", ("em", "cem", "f1")), ("pass@k", _PASSED)):
+        for name in names if any(kind in s for s in summaries) else ():
+            cells = (_sampled(s, kind, name) for s in summaries)
+            table.add_row(f"{_TITLES[name].removesuffix(' %')} {kind} %", *cells)
+    table.add_row("questions", *(_questions(s) for s in summaries))
     finish = [", ".join(f"{reason} {n}" for reason, n in s["finish"].items()) for s in summaries]
     table.add_row("finish", *finish)
     Console().print(table)
@@ -106,7 +162,7 @@ def print_tables(summaries: Sequence[dict[str, Any]], gains: Sequence[dict[str, 
         first, second = Path(gain["first"]).name, Path(gain["second"]).name
         table = Table("score", "difference", "95 %", "better", "worse")
         table.title = f"{second} minus {first}, {gain['n']} questions"
-        for name in ("em", "cem", "f1", "acc_l"):
+        for name in _COMPARED:
             if g := gain.get(name):
                 low, high = g["interval"]
                 numbers = (f"{g['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}")
@@ -121,21 +177,55 @@ def _with_interval(summary: dict[str, Any], name: str) -> str:
     return f"{summary[name]} ({low:.1f} to {high:.1f})"
 
 
+def _is_shown(name: str, summaries: Sequence[dict[str, Any]]) -> bool:
+    """Whether a row of the table says something."""
+    if name in _OTHERWISE:
+        return any(s["exact"][name] != s["exact"][_OTHERWISE[name]] for s in summaries)
+    return name != "supporting_recall" or any(s[name] is not None for s in summaries)
+
+
+def _sampled(summary: dict[str, Any], kind: str, name: str) -> str:
+    if kind not in summary:
+        return "-"
+    score = summary[kind][name]
+    low, high = score["interval"]
+    return f"{score['mean']} ({low:.1f} to {high:.1f})"
+
+
+def _questions(summary: dict[str, Any]) -> str:
+    if "samples" not in summary:
+        return str(summary["n"])
+    return f"{summary['questions']}, {summary['samples']} samples each"
+
+
 def _unit(name: str) -> float:
     return 100.0 if name in PERCENT else 1.0
 
 
-def _column(results: Iterable[Mapping[str, Any]], name: str) -> np.ndarray:
-    return np.array([r["scores"][name] for r in results if name in r["scores"]])
+def _columns(groups: Iterable[Group], name: str) -> np.ndarray:
+    """Float64[questions, 2]: the sum of a score over a question's answers, and how many have it."""
+    scores = [[r["scores"][name] for r in group if name in r["scores"]] for group in groups]
+    return np.array([(sum(known) * _unit(name), len(known)) for known in scores if known])
 
 
-def _interval(values: np.ndarray) -> list[float]:
-    """95 % percentile bootstrap interval of the mean.
+def _group_mean(group: Group, name: str) -> float | None:
+    known = [r["scores"][name] for r in group if name in r["scores"]]
+    return sum(known) / len(known) if known else None
 
-    A resample is a multinomial draw of how often each distinct value occurs, which is the same
-    thing as drawing the rows one by one, and as quick for many rows as for few.
+
+def _mean(sums: np.ndarray) -> float:
+    """The mean of what _columns holds, over all answers."""
+    return float(sums[:, 0].sum() / sums[:, 1].sum())
+
+
+def _interval(sums: np.ndarray) -> list[float]:
+    """95 % percentile bootstrap interval of the mean, the questions drawn: see _columns.
+
+    A resample is a multinomial draw of how often each distinct row occurs, which is the same thing
+    as drawing the rows one by one, and as quick for many rows as for few.
     """
-    distinct, counts = np.unique(values, return_counts=True)
-    draws = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=_RESAMPLES)
-    low, high = np.percentile(draws @ distinct / len(values), [2.5, 97.5])
+    distinct, counts = np.unique(sums, axis=0, return_counts=True)
+    draws = np.random.default_rng(0).multinomial(len(sums), counts / len(sums), size=_RESAMPLES)
+    totals = draws @ distinct
+    low, high = np.percentile(totals[:, 0] / totals[:, 1], [2.5, 97.5])
     return [round(float(low), 2), round(float(high), 2)]

@@ -1,6 +1,7 @@
 """The paper's table: benchmarks by models, cover-EM and judged accuracy, the published rows beside.
 
-ACC_R is cover-EM and ACC_L the judge's accuracy (R1-Searcher, arXiv 2503.05592, table 2).
+ACC_R is cover-EM and ACC_L the judge's accuracy (R1-Searcher, arXiv 2503.05592, table 2). The wide
+form has seven benchmarks and EM as Search-R1 (arXiv 2503.09516) reports it, by SQuAD's normaliser.
 """
 
 import csv
@@ -13,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from r1s_jax.border.text import printable
-from r1s_jax.data.benchmarks import TITLES, benchmark_of
+from r1s_jax.data.benchmarks import BENCHMARKS, PAPER, TITLES, benchmark_of
 from r1s_jax.data.results import header_path, read_header, read_results
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import summarize
 
-_COLUMNS = ("hotpotqa", "2wiki", "bamboogle", "musique")  # of the published rows
+_COLUMNS = PAPER  # of the published rows
 _PUBLISHED = {
     "R1-Searcher, Qwen2.5-7B base": ("65.4/75.0", "63.6/65.0", "52.8/54.4", "28.2/31.4"),
     "R1-Searcher, Llama-3.1-8B-Instruct": ("64.8/74.6", "59.4/62.8", "50.4/54.4", "25.4/28.2"),
@@ -37,6 +38,7 @@ class Cell:
     acc_l: float | None
     n: int = 0  # 0: published by others
     corpus: str = ""
+    em_squad: float | None = None
 
     def __str__(self) -> str:
         return "/".join("-" if v is None else f"{v:.1f}" for v in (self.acc_r, self.acc_l))
@@ -75,7 +77,8 @@ def _measure(file: Path) -> Cell:
         corpus = source["corpus"] if source else "none" if run else ""
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{header_path(file)} is no header of `r1s eval run`: {error!r}") from error
-    return Cell(model, benchmark, summary["cem"], summary["acc_l"], summary["n"], corpus)
+    scores = (summary["cem"], summary["acc_l"], summary["n"], corpus, summary["em_squad"])
+    return Cell(model, benchmark, *scores)
 
 
 def _stem(name: str) -> str:
@@ -95,24 +98,49 @@ def as_markdown(cells: Sequence[Cell]) -> str:
     return "\n".join([*lines, "", *_notes(cells)])
 
 
+def as_wide_markdown(cells: Sequence[Cell]) -> str:
+    """EM by SQuAD's normaliser on the seven benchmarks, and their macro-average, with the notes.
+
+    A model that lacks one of the seven has no average. Other benchmarks stand behind it and are not
+    in it.
+    """
+    columns, rows = _grid(cells, tuple(BENCHMARKS))
+    others = columns[len(BENCHMARKS) :]
+    titles = [*TITLES.values(), "average", *map(_cell, others)]
+    lines = ["| EM (SQuAD), % | " + " | ".join(titles) + " |"]
+    lines.append("| --- |" + " --- |" * len(titles))
+    for model, row in rows.items():
+        scores = {name: cell.em_squad for name, cell in row.items()}
+        seven = [scores.get(name) for name in BENCHMARKS]
+        shown = [*seven, _average(seven), *map(scores.get, others)]
+        numbers = ("-" if v is None else f"{v:.1f}" for v in shown)
+        lines.append(f"| {_cell(model)} | " + " | ".join(numbers) + " |")
+    return "\n".join([*lines, "", *_notes(cells)])
+
+
+def _average(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if len(known) == len(scores) else None
+
+
 def _cell(text: str) -> str:
     """A name of others in a Markdown table: its marks are letters like any."""
     return re.sub(r"([\\|`*<>\[\]])", r"\\\1", printable(" ".join(text.split())))
 
 
 def as_csv(cells: Sequence[Cell]) -> str:
-    """A line a model and benchmark: `model, benchmark, acc_r, acc_l, n, corpus`."""
+    """A line a model and benchmark: `model, benchmark, acc_r, acc_l, n, corpus, em_squad`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "benchmark", "acc_r", "acc_l", "n", "corpus"])
+    writer.writerow(["model", "benchmark", "acc_r", "acc_l", "n", "corpus", "em_squad"])
     for c in cells:
-        writer.writerow([c.model, c.benchmark, c.acc_r, c.acc_l, c.n, c.corpus])
+        writer.writerow([c.model, c.benchmark, c.acc_r, c.acc_l, c.n, c.corpus, c.em_squad])
     return text.getvalue()
 
 
-def plot(cells: Sequence[Cell], path: Path) -> None:
-    """Bars of ACC_R, a group a benchmark; a dot marks ACC_L."""
-    columns, rows = _grid(cells)
+def plot(cells: Sequence[Cell], path: Path, *, wide: bool = False) -> None:
+    """Bars of ACC_R, a group a benchmark; a dot marks ACC_L. Wide: of EM on the seven, no dots."""
+    columns, rows = _grid(cells, tuple(BENCHMARKS) if wide else PAPER)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2 + 2 * len(columns), 4), layout="constrained")
@@ -121,11 +149,14 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     for i, (model, row) in enumerate(rows.items()):
         where = at + (i - (len(rows) - 1) / 2) * width
         known = [row.get(b) for b in columns]
-        bars = axes.bar(where, [_number(c and c.acc_r) for c in known], width, label=model)
+        heights = [_number(c and (c.em_squad if wide else c.acc_r)) for c in known]
+        bars = axes.bar(where, heights, width, label=model)
+        if wide:
+            continue
         dots = [_number(c and c.acc_l) for c in known]
         axes.plot(where, dots, "o", color=bars.patches[0].get_facecolor(), markeredgecolor="black")
     axes.set_xticks(at, [TITLES.get(b, b) for b in columns])
-    axes.set(ylabel="ACC_R (bar), ACC_L (dot), %", ylim=(0, 100))
+    axes.set(ylabel="EM (SQuAD), %" if wide else "ACC_R (bar), ACC_L (dot), %", ylim=(0, 100))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
@@ -134,13 +165,14 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else value
 
 
-def _grid(cells: Sequence[Cell]) -> tuple[list[str], dict[str, dict[str, Cell]]]:
-    """Benchmarks in the paper's order, then others; the cells of each model."""
+def _grid(
+    cells: Sequence[Cell], first: Sequence[str] = PAPER
+) -> tuple[list[str], dict[str, dict[str, Cell]]]:
+    """The `first` benchmarks, then others; the cells of each model."""
     rows: dict[str, dict[str, Cell]] = {}
     for cell in cells:
         rows.setdefault(cell.model, {})[cell.benchmark] = cell
-    extra = [c.benchmark for c in cells if c.benchmark not in TITLES]
-    return list(dict.fromkeys([*TITLES, *extra])), rows
+    return list(dict.fromkeys([*first, *(c.benchmark for c in cells)])), rows
 
 
 def _notes(cells: Sequence[Cell]) -> list[str]:

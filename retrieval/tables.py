@@ -76,7 +76,8 @@ def _open(datasets: Any, name: str) -> Any:
     if not split and len(table) == 1:
         return next(iter(table.values()))
     if split not in table:
-        raise CorpusError(f"name one of its splits, {name}:SPLIT; there are: {', '.join(table)}")
+        splits = ", ".join(table)
+        raise CorpusError(name, f"name one of its splits, {place}:SPLIT; there are: {splits}")
     return table[split]
 
 

@@ -46,6 +46,31 @@ def _questions(folder: Path) -> None:
     (folder / "q.jsonl").write_text(_lines(*rows))
 
 
+def _published_questions() -> list[dict[str, Any]]:
+    """A row of each published form, which may stand together in one file."""
+    facts = {"title": ["Ada", "Bo"], "sent_id": [0, 1]}
+    pages = [{"idx": 0, "title": "Ada", "is_supporting": True}, {"idx": 1, "title": "Bo"}]
+    steps = [{"id": 1, "support_paragraph": {"title": "Ada"}}]
+    messages = [{"role": "user", "content": "Answer it. Question: who sings x?"}]
+    truth = {"ground_truth": {"target": ["a", "b"]}, "style": "rule"}
+    asked = {"question": "Who?"}
+    return [
+        asked | {"_id": "h", "answer": "yes", "supporting_facts": [["Ada", 0], ["Bo", 1]]},
+        asked | {"id": "w", "answer": "yes", "supporting_facts": facts},
+        asked | {"id": "m", "answer": "a", "answer_aliases": ["b"], "paragraphs": pages},
+        asked | {"answers": ["a"], "positive_ctxs": []},
+        asked | {"question_id": "t", "answer": {"value": "a", "aliases": ["b", "c"]}},
+        asked | {"id": 42, "possible_answers": '["a", "b"]'},
+        {"prompt": messages, "reward_model": truth, "extra_info": {"index": 0}},
+        asked | {"id": "f", "golden_answers": ["a"], "metadata": {"supporting_facts": facts}},
+        asked | {"id": "g", "golden_answers": ["a"], "metadata": {"question_decomposition": steps}},
+    ]
+
+
+def _read_questions(name: str) -> Callable[[Path], Any]:
+    return lambda folder: _import("data.questions", "read_questions")(folder / name)
+
+
 def _results(folder: Path) -> None:
     row = {"question": "Who?", "answer": "Ada", "pred_ans": "Ada", "stop_reason_final": "finished"}
     row |= {"gen_text_store": "x </think> <answer> Ada </answer>", "searches": 1, "judge": "True"}
@@ -259,8 +284,14 @@ def _override(folder: Path) -> Any:
 
 
 READERS = {
-    "questions": Reader(
-        _questions, lambda f: _import("data.questions", "read_questions")(f / "q.jsonl")
+    "questions": Reader(_questions, _read_questions("q.jsonl")),
+    "questions published": Reader(
+        lambda f: (f / "q.jsonl").write_text(_lines(*_published_questions())),
+        _read_questions("q.jsonl"),
+    ),
+    "questions array": Reader(
+        lambda f: (f / "q.json").write_text(json.dumps(_published_questions(), indent=1)),
+        _read_questions("q.json"),
     ),
     "results": Reader(_results, _score),
     "verdicts": Reader(_verdicts, _read_verdicts),

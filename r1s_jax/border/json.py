@@ -1,6 +1,8 @@
 """JSON of others: bytes to values, with what is wrong named by place instead of printed."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from r1s_jax.border.errors import BadInput, UserError, shorten
 from r1s_jax.border.text import has_surrogates, whole
 
 _DEEPEST = 64
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def parse(data: bytes | str, where: str | Path, error: type[UserError] = BadInput) -> Any:
@@ -17,16 +20,46 @@ def parse(data: bytes | str, where: str | Path, error: type[UserError] = BadInpu
     JSON, and for values nested deeper than any that is read here.
     """
     text = decode(data, where, error) if isinstance(data, bytes) else data.removeprefix("\ufeff")
-    if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
-        raise error(f"{where}: JSON nested deeper than {_DEEPEST} levels")
+    _check_depth(text, where, error)
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as wrong:
-        place = f"line {wrong.lineno}, column {wrong.colno}"
-        raise error(f"{where}: no JSON: {wrong.msg} at {place}") from None
-    except (ValueError, RecursionError) as wrong:  # a number of thousands of digits
-        raise error(f"{where}: no JSON: {shorten(str(wrong), 100)}") from None
-    return _whole(value) if "\\ud" in text.lower() or has_surrogates(text) else value
+    except (ValueError, RecursionError) as wrong:
+        raise _no_json(wrong, where, error) from None
+    return _mended(value, text)
+
+
+def parse_items(
+    data: bytes | str, where: str | Path, error: type[UserError] = BadInput
+) -> Iterator[Any]:
+    """The values of a JSON array, one after the other; `data` is gone through once.
+
+    Raises as `parse` does, when it comes to the damaged place.
+    """
+    text = decode(data, where, error) if isinstance(data, bytes) else data.removeprefix("\ufeff")
+    scan, at = json.JSONDecoder().scan_once, _SPACE.match(text).end()
+    if text[at : at + 1] != "[":
+        raise error(f"{where}: expected a JSON array")
+    after, item = _SPACE.match(text, at + 1).end(), 0
+    ended = text[after : after + 1] == "]"
+    while not ended:
+        item, at = item + 1, after
+        try:
+            value, after = scan(text, at)
+            after = _SPACE.match(text, after).end()
+            if text[after : after + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
+        except StopIteration as wrong:
+            missing = json.JSONDecodeError("Expecting value", text, wrong.value)
+            raise _no_json(missing, where, error) from None
+        except (ValueError, RecursionError) as wrong:
+            raise _no_json(wrong, where, error) from None
+        own = text[at:after]
+        _check_depth(own, f"{where}, item {item}", error)
+        yield _mended(value, own)
+        ended = text[after] == "]"
+        after = after if ended else _SPACE.match(text, after + 1).end()
+    if _SPACE.match(text, after + 1).end() < len(text):
+        raise _no_json(json.JSONDecodeError("Extra data", text, after + 1), where, error)
 
 
 def parse_object(
@@ -53,6 +86,24 @@ def decode(data: bytes, where: str | Path, error: type[UserError] = BadInput) ->
         byte = data[wrong.start]
         place = f"position {wrong.start}" + (f" (line {line})" if line > 1 else "")
         raise error(f"{where}: no UTF-8: byte 0x{byte:02x} at {place}") from None
+
+
+def _no_json(wrong: Exception, where: str | Path, error: type[UserError]) -> UserError:
+    """The error of a text that is no JSON, with its place where the parser tells it."""
+    if isinstance(wrong, json.JSONDecodeError):
+        place = f"line {wrong.lineno}, column {wrong.colno}"
+        return error(f"{where}: no JSON: {wrong.msg} at {place}")
+    return error(f"{where}: no JSON: {shorten(str(wrong), 100)}")  # digits by the thousand
+
+
+def _check_depth(text: str, where: str | Path, error: type[UserError]) -> None:
+    if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
+        raise error(f"{where}: JSON nested deeper than {_DEEPEST} levels")
+
+
+def _mended(value: Any, text: str) -> Any:
+    """A value without the lone surrogates that its text may hold."""
+    return _whole(value) if "\\ud" in text.lower() or has_surrogates(text) else value
 
 
 def _depth(text: str) -> int:

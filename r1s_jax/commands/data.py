@@ -85,6 +85,26 @@ def tiny_world(
     typer.echo(str(write_world(out, people, questions, seed)))
 
 
+@app.command("benchmarks")
+def benchmarks(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a benchmark.")] = False,
+) -> None:
+    """Benchmarks that are known by name: wherever questions are named, the name will do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from r1s_jax.data.benchmarks import BENCHMARKS
+
+    if as_json:
+        for benchmark in BENCHMARKS.values():
+            typer.echo(json.dumps(benchmark._asdict()))
+        return
+    table = Table("name", "title", "split", "questions", "source")
+    for b in BENCHMARKS.values():
+        table.add_row(b.name, b.title, b.split, f"{b.questions:,}", b.source)
+    Console().print(table)
+
+
 def _ratio(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(":"))

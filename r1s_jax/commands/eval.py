@@ -24,7 +24,8 @@ app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
 QuestionsFile = Annotated[
     str,
     typer.Argument(
-        help="JSON lines {question, answer}, .gz too; or hotpotqa, 2wiki, bamboogle, musique."
+        help="JSON lines {question, answer}, .gz too, or another published form; or a benchmark "
+        "by name (r1s data benchmarks)."
     ),
 ]
 Online = Annotated[
@@ -37,6 +38,9 @@ Slots = Annotated[int, typer.Option(min=1, help="Questions answered at a time.")
 FirstFew = Annotated[int, typer.Option(min=0, help="Only the first so many questions; 0: all.")]
 MaxFailureRate = Annotated[
     float, typer.Option(min=0, max=1, help="Share of searches that may fail.")
+]
+Samples = Annotated[
+    int, typer.Option(min=1, help="Answers to each question; several need a --temperature above 0.")
 ]
 RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Answer rows whose search failed again.")
@@ -59,6 +63,7 @@ def run(
     force_dialect: ForceDialect = False,
     k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 5,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    samples: Samples = 1,
     slots: Slots = 16,
     max_length: MaxLength = 4096,
     max_turn_length: Annotated[int, typer.Option(min=1, help="Tokens of a turn.")] = 512,
@@ -68,7 +73,7 @@ def run(
 ) -> None:
     """Answer a file of questions; `r1s eval score` does the rest.
 
-    A row a question, in order, written as they finish: a stopped run goes on where its file ends.
+    A row an answer, in order, written as they finish: a stopped run goes on where its file ends.
     Where too many searches fail it ends with exit status 1; the rows say which.
     """
     from r1s_jax.data.corpora import open_search_engine
@@ -90,6 +95,7 @@ def run(
         dialect=dialect,
         thinking=thinking,
         force_dialect=force_dialect,
+        samples=samples,
     )
     engine, source = None, {}
     if mode != "direct":
@@ -114,7 +120,10 @@ def score(
 ) -> None:
     """EM, cover-EM, F1 and judged accuracy with 95 % intervals; files compared pairwise.
 
-    Percentages have one decimal, as papers print them; `exact` in the JSON has them in full.
+    Answers are normalised as R1-Searcher does it, which puts a space for punctuation, or as SQuAD
+    (HotpotQA, Search-R1) does, which removes it; each score says which. Of several samples a
+    question, avg@k and pass@k as well. Percentages have one decimal, as papers print them; `exact`
+    in the JSON has them in full.
     """
     from r1s_jax.data.results import read_results
     from r1s_jax.eval import score as scoring
@@ -178,14 +187,38 @@ def table(
     out: Annotated[
         Path | None, typer.Option(help="Also write OUT.md, OUT.csv and OUT.png.")
     ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="EM on Search-R1's seven benchmarks, and their average.")
+    ] = False,
 ) -> None:
-    """The paper's table (cover-EM / judge, by benchmark) with the published rows beside yours."""
+    """The paper's table (cover-EM / judge, by benchmark) with the published rows beside yours.
+
+    With --all your rows alone: exact match by SQuAD's normaliser on seven benchmarks, as Search-R1
+    reports it, and the macro-average of a model that was measured on all of them.
+    """
     from r1s_jax.eval import table as paper
 
-    cells = [*paper.published(), *paper.measured(files)]
-    typer.echo(paper.as_markdown(cells))
+    cells = [*(() if every else paper.published()), *paper.measured(files)]
+    text = paper.as_wide_markdown(cells) if every else paper.as_markdown(cells)
+    typer.echo(text)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(out.name + ".md").write_text(paper.as_markdown(cells) + "\n", "utf-8")
+        out.with_name(out.name + ".md").write_text(text + "\n", "utf-8")
         out.with_name(out.name + ".csv").write_text(paper.as_csv(cells), "utf-8")
-        paper.plot(cells, out.with_name(out.name + ".png"))
+        paper.plot(cells, out.with_name(out.name + ".png"), wide=every)
+
+
+@app.command("export")
+def export(
+    file: Annotated[Path, typer.Argument(help="Answers, as `r1s eval run` writes them; .gz too.")],
+    form: Annotated[str, typer.Option("--format", help="hotpotqa, 2wiki, musique or search_r1.")],
+    out: Annotated[Path, typer.Option(help="File to write; it must not be there yet.")],
+) -> None:
+    """Write answers as the official scorer of a benchmark reads them, by the benchmark's own ids.
+
+    The last line printed is JSON: the file, and how many answers it holds.
+    """
+    from r1s_jax.eval.export import export as export_answers
+
+    answers = export_answers(file, form, out)
+    typer.echo(json.dumps({"file": str(out), "answers": answers}))

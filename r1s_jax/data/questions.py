@@ -2,57 +2,49 @@
 
 import itertools
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grain
 
 from r1s_jax.border.errors import shorten
-from r1s_jax.data.rows import DataError, gold_answers, read_rows
+from r1s_jax.data.question_forms import Question, parse_question
+from r1s_jax.data.rows import DataError, placed_rows
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.console import console
 
 
-@dataclass(frozen=True)
-class Question:
-    """One question; `answers` are equally good, `hops` is how many facts it takes (0: unknown)."""
-
-    id: int
-    question: str
-    answers: tuple[str, ...]
-    hops: int = 0
-
-
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads JSONL or a table (see read_rows).
+    """Reads questions as they are published: JSONL, a JSON array or a table (see read_rows).
 
-    Its rows hold `question`, `answer` (text or list), perhaps `idx` or `id`. A row without a whole
-    number for an id is known by its position among the rows, from 0. Blank lines are skipped.
-    Raises DataError on a broken line, an empty question, a missing answer, two rows of one id, or a
-    file without questions.
+    A row holds the question under `question`, or as the last user message of verl's `prompt`; its
+    answers as gold_answers takes them; perhaps a whole number `idx` or `id`, or a text as `_id`,
+    `id`, `question_id` or `idx`. A row without a whole number is known by its position among the
+    rows, from 0. Blank lines are skipped. Raises DataError on a broken line, an empty question, a
+    missing answer, two rows of one id, or a file without questions.
     """
     found: list[tuple[int | None, Question]] = []
-    ids: set[int] = set()
+    ids: set[int | str] = set()
     unanswerable = 0
-    for number, row in read_rows(path):
+    for place, row in placed_rows(path):
         if row.get("answerable") is False:  # MuSiQue has such rows
             unanswerable += 1
             continue
         try:
-            question, given = _parse(row), row.get("idx", row.get("id"))
+            number, question = parse_question(row)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
-        given = given if isinstance(given, int) and not isinstance(given, bool) else None
-        if given in ids:
-            raise DataError(f"{path}, line {number}: id {given} was used before")
-        ids |= set() if given is None else {given}
-        found.append((given, question))
+            raise DataError(f"{place}: {error}") from error
+        for id in (number, question.source_id or None):
+            if id in ids:
+                raise DataError(f"{place}: id {shorten(str(id), 60)} was used before")
+            ids |= set() if id is None else {id}
+        found.append((number, question))
     if unanswerable:
         console.print(f"{path}: {unanswerable} rows that cannot be answered are left out")
     if not found:
         raise DataError(f"{path}: no questions in this file")
-    return _numbered(found, ids)
+    return _numbered(found, {id for id in ids if isinstance(id, int)})
 
 
 def _numbered(found: Sequence[tuple[int | None, Question]], taken: set[int]) -> list[Question]:
@@ -65,15 +57,6 @@ def _numbered(found: Sequence[tuple[int | None, Question]], taken: set[int]) -> 
             taken.add(id)
         questions.append(replace(question, id=id))
     return questions
-
-
-def _parse(row: dict[str, Any]) -> Question:
-    """One row as a Question, its id apart; ValueError says what is wrong with it."""
-    question = row.get("question")
-    if not isinstance(question, str) or not question.strip():
-        known = shorten(", ".join(map(str, row)), 100)
-        raise ValueError(f"`question` must be a text, and not empty; the keys here are {known}")
-    return Question(0, question.strip(), gold_answers(row))
 
 
 class QuestionStream:

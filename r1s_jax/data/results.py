@@ -1,14 +1,21 @@
 """Files of evaluated questions: their rows, what each row scores, and the header beside them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from r1s_jax.border.json import read_object
-from r1s_jax.data.rows import DataError, gold_answers, read_rows
+from r1s_jax.data.rows import DataError, gold_answers, placed_rows
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.rewards.answer_scores import score_answer
+from r1s_jax.retrieval.api import split_line
+from r1s_jax.rewards.answer_scores import (
+    normalize_answer,
+    score_answer,
+    squad_exact_match,
+    squad_f1_score,
+    sub_exact_match,
+)
 
 # Of a verdict's names, ours comes first; the other is that of R1-Searcher's published traces.
 VERDICTS = ("judge", "gpt4o_output")
@@ -17,7 +24,7 @@ VERDICTS = ("judge", "gpt4o_output")
 class ResultRow(TypedDict):
     """A row of a file of answers as `r1s eval run` writes it, in the published schema and more."""
 
-    id: int
+    id: int | str  # a text where the question has one in its file
     question: str
     answer: str | list[str]  # the right one, or several
     pred_ans: str
@@ -28,6 +35,8 @@ class ResultRow(TypedDict):
     sampled_tokens: int
     seconds: float
     search_outcomes: NotRequired[list[str]]  # found, empty, timeout, error, bad_query, long_query
+    sample: NotRequired[int]  # which of several answers to one question, from 0
+    supporting_recall: NotRequired[float]  # see supporting_recall
 
 
 def header_path(results: Path) -> Path:
@@ -48,29 +57,61 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
     """Result rows in the published schema, each with its scores between 0 and 1 added.
 
     A row holds `question`, `answer` (a text or a list), `pred_ans`, and perhaps
-    `stop_reason_final`, `gen_text_store`, `searches` and a judge's verdict. Raises DataError
-    naming the line of a row without what it needs or with another's id, or a file without rows.
+    `stop_reason_final`, `gen_text_store`, `searches`, `sample` and a judge's verdict. Raises
+    DataError naming the line of a row without what it needs or with another's id (and sample), or a
+    file without rows.
     """
-    results, lines = [], {}
-    for number, row in read_rows(path):
+    results, places = [], {}
+    for where, row in placed_rows(path):
         try:
             results.append(row | {"scores": score_row(row)})
+            sample = sample_of(row)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
-        place = (row["id"], row["question"]) if isinstance(row.get("id"), int | str) else number
-        if place in lines:
+            raise DataError(f"{where}: {error}") from error
+        known = isinstance(row.get("id"), int | str)
+        name = (row["id"], row["question"], sample) if known else where
+        if name in places:
+            of = f", sample {sample}" if "sample" in row else ""
             raise DataError(
-                f"{path}, line {number}: id {row['id']!r} again, as in line {lines[place]}: each "
-                "question counts once; remove one of the two"
+                f"{where}: id {row['id']!r}{of} again, as in {places[name]}: each question counts "
+                "once; remove one of the two"
             )
-        lines[place] = number
+        places[name] = where.rpartition(", ")[2]
     if not results:
         raise DataError(f"{path}: no results in this file")
     return results
 
 
+def sample_of(row: Mapping[str, Any]) -> int:
+    """Which answer to its question a row is: 0 where there is one. ValueError for what is none."""
+    sample = row.get("sample", 0)
+    if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
+        raise ValueError("`sample` must be a whole number of at least 0")
+    return sample
+
+
+def supporting_recall(titles: Iterable[str], lines: Iterable[str]) -> float:
+    """Share of the titles that passage lines found have; both are normalised as answers are.
+
+    Raises ValueError where there are no titles.
+    """
+    wanted = {_title(title) for title in titles}
+    if not wanted:
+        raise ValueError("no titles to look for")
+    return len(wanted & {_title(split_line(line)[0]) for line in lines}) / len(wanted)
+
+
+def _title(title: str) -> str:
+    return normalize_answer(title) or " ".join(title.lower().split())  # "The The" is a band
+
+
 def score_row(row: Mapping[str, Any]) -> dict[str, float]:
-    """`em`, `cem`, `f1`, `precision`, `recall`, and `acc_l` and `searches` where they are known."""
+    """What a row scores, in [0, 1], and its `searches`.
+
+    `em`, `cem`, `f1`, `precision`, `recall` as R1-Searcher normalises answers; `em_squad`,
+    `f1_squad` and `sub_em` as SQuAD does; `acc_l`, `supporting_recall` and `searches` where they
+    are known. Raises ValueError that says what is wrong with the row.
+    """
     golds, predicted = gold_answers(row), row.get("pred_ans")
     if not isinstance(predicted, str):
         raise ValueError("`pred_ans` must be a text")
@@ -86,7 +127,15 @@ def score_row(row: Mapping[str, Any]) -> dict[str, float]:
         "f1": score.f1,
         "precision": score.precision,
         "recall": score.recall,
+        "em_squad": float(squad_exact_match(predicted, golds)),
+        "f1_squad": squad_f1_score(predicted, golds),
+        "sub_em": float(sub_exact_match(predicted, golds)),
     }
+    if "supporting_recall" in row:
+        found = row["supporting_recall"]
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1:
+            raise ValueError("`supporting_recall` must be a number from 0 to 1")
+        scores["supporting_recall"] = float(found)
     verdict = next((str(row[name]) for name in VERDICTS if name in row), "")
     if verdict in ("True", "False"):
         scores["acc_l"] = float(verdict == "True")

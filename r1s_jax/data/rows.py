@@ -1,13 +1,14 @@
 """Files of rows: read whole, read while they are written, and journals that are gone on with."""
 
 import gzip
+import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from r1s_jax.border.errors import UserError, shorten
-from r1s_jax.border.json import parse_object
+from r1s_jax.border.json import parse, parse_items, parse_object
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.tables import is_table, table_rows
 
@@ -19,28 +20,45 @@ class DataError(UserError, ValueError):
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects of a JSONL file (`.gz` too) with their line numbers; blank lines skipped.
 
-    So are the rows of a Parquet file, of a folder that `datasets` saved, and of
-    `datasets:ORG/NAME[:SPLIT]`. Raises DataError, naming the file and the line, for what is no JSON
-    object, and for a table that cannot be read.
+    So are the items of a JSON array, the rows of a Parquet file, of a folder that `datasets` saved,
+    and of `datasets:ORG/NAME[:SPLIT]`, counted from 1. Raises DataError, naming the file and the
+    line, for what is no JSON object, and for a table that cannot be read.
     """
+    return ((number, row) for _, number, row in _rows(path))
+
+
+def placed_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of read_rows, each with where it is, for messages: `FILE, line 3`."""
+    return ((f"{path}, {kind} {number}", row) for kind, number, row in _rows(path))
+
+
+def _rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(what the number counts, the number, the row)."""
     if is_table(path):
         try:
-            yield from table_rows(str(path))
+            yield from (("row", number, row) for number, row in table_rows(str(path)))
         except CorpusError as error:
             raise DataError(str(error)) from error
         return
-    path, first = Path(path), True
+    path = Path(path)
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in _numbered(lines, path):
-            if not line.strip():
-                continue
-            if first and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-                raise DataError(
-                    f"{path}, line {number}: a JSON array; JSON lines are wanted, one object a "
-                    f"line: jq -c '.[]' {path.name} > {path.stem}.jsonl"
-                )
-            first = False
-            yield number, parse_row(line, path, number)
+        numbered = ((n, line) for n, line in _numbered(lines, path) if line.strip())
+        for number, line in numbered:
+            if not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                numbered = itertools.chain([(number, line)], numbered)
+                break
+            rest = (more for _, more in _numbered(lines, path))
+            yield from _items(b"".join([b"\n" * (number - 1), line, *rest]), path)
+        yield from (("line", n, parse_row(line, path, n)) for n, line in numbered)
+
+
+def _items(data: bytes, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """The objects of a JSON array, counted from 1."""
+    for number, item in enumerate(parse_items(data, path, DataError), start=1):
+        if not isinstance(item, dict):
+            found = type(item).__name__
+            raise DataError(f"{path}, item {number}: expected a JSON object, found {found}")
+        yield "item", number, item
 
 
 def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
@@ -78,7 +96,9 @@ def journal_rows(path: Path) -> list[dict[str, Any]]:
     if whole < len(data):
         with path.open("r+b") as file:
             file.truncate(whole)
-    return [row for _, row in read_rows(path)]
+    with path.open("rb") as lines:
+        numbered = enumerate(lines, start=1)
+        return [parse_row(line, path, number) for number, line in numbered if line.strip()]
 
 
 def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
@@ -91,19 +111,48 @@ def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]
         raise DataError(f"{path}, after line {number}: {error}") from error
 
 
-def gold_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The right answers of a row, under `answer` or FlashRAG's `golden_answers`.
+# Where the right answers of a row may stand, the first that it has counts: of ours, HotpotQA,
+# 2Wiki, MuSiQue, TriviaQA and NQ-open; of FlashRAG; of DPR; of PopQA; of verl and Search-R1.
+_ANSWER_KEYS = ("answer", "golden_answers", "answers", "possible_answers", "reward_model")
+FORMS = "`question` (or verl's `prompt`) and one of " + ", ".join(f"`{k}`" for k in _ANSWER_KEYS)
 
-    MuSiQue's `answer_aliases` are right as well. Raises ValueError where there is none.
+
+def keys_found(row: Mapping[str, Any]) -> str:
+    """For messages: the keys of a row, and those that are understood."""
+    return f"the keys here are {shorten(', '.join(map(str, row)), 100)}; wanted are {FORMS}"
+
+
+def gold_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The right answers of a row in any published form (see _ANSWER_KEYS).
+
+    A text, a list of texts, TriviaQA's object with `value` and `aliases`, PopQA's list written as a
+    text, verl's `ground_truth.target`. MuSiQue's `answer_aliases` are right as well. Raises
+    ValueError where there is none.
     """
-    answer = row.get("answer", row.get("golden_answers"))
-    answers = answer if isinstance(answer, list) else [answer]
+    key = next((key for key in _ANSWER_KEYS if row.get(key) is not None), "answer")
+    answers = _answers_of(key, row.get(key))
     if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
         raise ValueError(
-            "`answer` must be a text, or a list of texts, none of them empty; the keys here are "
-            f"{shorten(', '.join(map(str, row)), 100)}"
+            f"`{key}` must be a text, or a list of texts, none of them empty; {keys_found(row)}"
         )
     aliases = row.get("answer_aliases") or []
     if not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
         raise ValueError("`answer_aliases` must be a list of texts")
     return tuple(dict.fromkeys([*answers, *(a for a in aliases if a.strip())]))
+
+
+def _answers_of(key: str, value: Any) -> list[Any]:
+    """What stands under one of _ANSWER_KEYS as a list, of whatever it holds."""
+    if key == "reward_model":
+        truth = value.get("ground_truth") if isinstance(value, dict) else None
+        value = truth.get("target") if isinstance(truth, dict) else None
+    if key == "possible_answers" and isinstance(value, str):
+        value = parse(value, "`possible_answers`")
+    if key == "answer" and isinstance(value, dict):
+        aliases = value.get("aliases")
+        return [value.get("value"), *(a for a in aliases or [] if a)] if _is_list(aliases) else []
+    return value if isinstance(value, list) else [value]
+
+
+def _is_list(value: Any) -> bool:
+    return value is None or isinstance(value, list)

@@ -1,12 +1,18 @@
-"""Answer scores in the manner of SQuAD, as R1-Searcher (arXiv 2503.05592) normalises them."""
+"""Answer scores in the manner of SQuAD, as R1-Searcher (arXiv 2503.05592) normalises them.
+
+Beside them, under names with `squad`, the same with SQuAD's own normaliser, which the scorers of
+HotpotQA, 2Wiki and MuSiQue and Search-R1 (arXiv 2503.09516) take over: it removes punctuation where
+R1-Searcher's puts a space, so the two differ on "J.R.R. Tolkien" and "Jean-Luc".
+"""
 
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 _PUNCTUATION_TO_SPACE = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _CLOSED_ANSWERS = {"yes", "no", "noanswer"}  # half a "yes" is worth nothing
 _BOOLEANS = {"True": "yes", "False": "no"}
@@ -16,6 +22,11 @@ def normalize_answer(text: str) -> str:
     """Lower case, without punctuation, articles and extra space; exactly True/False is yes/no."""
     text = _BOOLEANS.get(text, text)
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION_TO_SPACE)).split())
+
+
+def squad_normalize_answer(text: str) -> str:
+    """Lower case, punctuation removed, without articles and extra space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 class AnswerScore(NamedTuple):
@@ -53,6 +64,30 @@ def cover_exact_match(prediction: str, gold: str | Sequence[str]) -> bool:
     )
 
 
+def squad_exact_match(prediction: str, gold: str | Sequence[str]) -> bool:
+    """Whether the prediction equals a gold answer, both normalised as SQuAD does it."""
+    pairs = _comparable(prediction, gold, squad_normalize_answer)
+    return any(predicted == wanted for predicted, wanted in pairs)
+
+
+def squad_f1_score(prediction: str, gold: str | Sequence[str]) -> float:
+    """Token F1 against the gold answer that fits best, both normalised as SQuAD does it."""
+    pairs = _comparable(prediction, gold, squad_normalize_answer)
+    return max(_f1_against(*pair)[0] for pair in pairs)
+
+
+def sub_exact_match(prediction: str, gold: str | Sequence[str]) -> bool:
+    """Whether a gold answer is a part of the prediction, letter by letter, as Search-R1 scores it.
+
+    Both are normalised as SQuAD does it. A gold answer that this leaves nothing of would be a part
+    of everything: it must be the whole prediction.
+    """
+    return any(
+        wanted in predicted if squad_normalize_answer(wanted) else wanted == predicted
+        for predicted, wanted in _comparable(prediction, gold, squad_normalize_answer)
+    )
+
+
 def released_f1(prediction: str, gold: str | Sequence[str]) -> float:
     """F1 to the letter of the released scorer: a gold answer of nothing but articles scores 0."""
     predicted = normalize_answer(prediction)
@@ -72,16 +107,20 @@ def _as_list(gold: str | Sequence[str]) -> Sequence[str]:
     return golds
 
 
-def _comparable(prediction: str, gold: str | Sequence[str]) -> Iterator[tuple[str, str]]:
+def _comparable(
+    prediction: str,
+    gold: str | Sequence[str],
+    normalize: Callable[[str], str] = normalize_answer,
+) -> Iterator[tuple[str, str]]:
     """(prediction, gold answer), both normalised.
 
     Of a gold answer that normalising leaves nothing of ("A", "The The", "!!!"), both only without
     case and extra space: silence must not pass for it.
     """
     for wanted in _as_list(gold):
-        normalized = normalize_answer(wanted)
+        normalized = normalize(wanted)
         if normalized:
-            yield normalize_answer(prediction), normalized
+            yield normalize(prediction), normalized
         else:
             yield " ".join(prediction.lower().split()), " ".join(wanted.lower().split())
 

@@ -29,7 +29,7 @@ def test_reads_text_and_list_answers_and_either_id(tmp_path):
     assert read_questions(path) == [
         Question(7, "who?", ("x",)),
         Question(3, "what?", ("y", "z")),
-        Question(2, "when?", ("ü",)),
+        Question(2, "when?", ("ü",), source_id="5a8b"),
     ]
 
 
@@ -138,7 +138,10 @@ def test_reads_tables(tmp_path):
     path, saved = tmp_path / "q.parquet", tmp_path / "saved"
     table.to_parquet(path)
     datasets.DatasetDict({"train": table, "test": table.select([1])}).save_to_disk(saved)
-    expected = [Question(0, "who?", ("x",)), Question(1, "what?", ("y", "z"))]
+    expected = [
+        Question(0, "who?", ("x",), source_id="a"),
+        Question(1, "what?", ("y", "z"), source_id="b"),
+    ]
     assert read_questions(path) == expected
     assert read_questions(f"datasets:{saved}:train") == expected
     with pytest.raises(DataError, match="name one of its splits"):

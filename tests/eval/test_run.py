@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.data.results import read_header, read_results
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
@@ -135,6 +136,75 @@ def test_documents_of_the_first_search_need_no_room_of_the_prompts(questions, se
     run = make_run(tmp_path / "q.jsonl", searcher, mode="rag", slots=1, k=9)
     (row,) = rows_of(answer_file(run, EchoRetriever(), {}, tmp_path / "rag.jsonl"))
     assert row["searches"] == 1 and row["prompt_tokens"] > 192 // 2
+
+
+def test_several_samples_a_question(questions, searcher, tmp_path):
+    run = make_run(questions, searcher, samples=3, slots=4)
+    whole = answer_file(run, EchoRetriever(), {}, tmp_path / "whole.jsonl")
+    rows = rows_of(whole)
+    assert [(row["id"], row["sample"]) for row in rows] == [
+        (id, sample) for id in range(10, 15) for sample in range(3)
+    ]
+    assert len({row["gen_text_store"] for row in rows}) > 5
+    assert read_header(whole)["run"]["samples"] == 3
+    score = summarize(read_results(whole))
+    assert (score["samples"], score["questions"], score["n"]) == (3, 5, 15)
+    single = answer_file(
+        make_run(questions, searcher, slots=5), EchoRetriever(), {}, tmp_path / "one.jsonl"
+    )
+    assert [r["gen_text_store"] for r in rows_of(single)] == [
+        r["gen_text_store"] for r in rows[::3]
+    ]
+    assert "samples" not in read_header(single)["run"]
+    cut = tmp_path / "cut.jsonl"
+    lines = whole.read_text().splitlines(keepends=True)
+    header = read_header(whole)
+    del header["searches"]
+    for kept in (4, 6):
+        cut.write_text("".join(lines[:kept]))
+        (tmp_path / "cut.jsonl.header.json").write_text(json.dumps(header))
+        answer_file(run, EchoRetriever(), {}, cut)
+        assert strip(rows_of(cut)) == strip(rows) and read_header(cut) == read_header(whole)
+    for changes in (dict(samples=0), dict(samples=2, temperature=0.0)):
+        with pytest.raises(ConfigError, match="samples="):
+            make_run(questions, searcher, **changes)
+
+
+def test_of_several_samples_only_those_that_failed_are_asked_again(questions, searcher, tmp_path):
+    run = make_run(questions, searcher, samples=2, mode="rag")
+    out = answer_file(run, EchoRetriever(), {}, tmp_path / "out.jsonl")
+    whole = rows_of(out)
+    spoilt = [dict(row) for row in whole[:-1]]
+    for i in (2, 3, 5):
+        spoilt[i] |= {"pred_ans": "x", "search_outcomes": ["error"]}
+    spoilt[4]["pred_ans"] = "kept"
+    out.write_text("".join(json.dumps(row) + "\n" for row in spoilt))
+    answer_file(run, EchoRetriever(), {}, out, retry_failed=True)
+    assert strip(rows_of(out)) == strip([*whole[:4], whole[4] | {"pred_ans": "kept"}, *whole[5:]])
+
+
+def test_names_and_supporting_pages_come_back(questions, searcher, tmp_path):
+    facts = [["Bakori", 0], ["nobody", 1]]
+    rows = [
+        {"_id": f"5a{i}", "question": f"Bakori   {i} ?", "answer": "x", "supporting_facts": facts}
+        for i in range(3)
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    run = make_run(tmp_path / "q.json", searcher, mode="rag")
+    out = answer_file(run, EchoRetriever(), {}, tmp_path / "out.jsonl")
+    found = rows_of(out)
+    assert [(row["id"], row["supporting_recall"]) for row in found] == [
+        (f"5a{i}", 0.5) for i in range(3)
+    ]
+    assert summarize(read_results(out))["supporting_recall"] == 50.0
+    # A file begun before names were kept goes on with the numbers that it has.
+    for kept, ids in ((found[:1], ["5a0", "5a1", "5a2"]), ([found[0] | {"id": 0}], [0, 1, 2])):
+        out.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        answer_file(run, EchoRetriever(), {}, out)
+        assert [row["id"] for row in rows_of(out)] == ids
+    out.write_text(json.dumps(found[0] | {"id": "5a9"}) + "\n")
+    with pytest.raises(DataError, match="other questions: 5a9, 5a0"):
+        answer_file(run, EchoRetriever(), {}, out)
 
 
 def test_on_accelerators_it_computes_in_bfloat16(questions, searcher, tmp_path, monkeypatch):

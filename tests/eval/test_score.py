@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1s_jax.data.results import read_results
+from r1s_jax.data.results import read_results, score_row, supporting_recall
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import compare, summarize
+from tests.makers import run_cli
 
 ROWS = [
     {"question": "a", "answer": "New York", "pred_ans": " the New York ", "searches": 2},
@@ -57,6 +58,98 @@ def test_a_paired_comparison_takes_the_questions_in_common(tmp_path):
     assert gained["em"] == {"difference": 50.0, "interval": [0.0, 100.0], "better": 1, "worse": 0}
     assert (gained["cem"]["better"], gained["cem"]["worse"]) == (1, 1)
     assert compare(first, [r | {"question": "other"} for r in second]) is None
+
+
+def test_each_score_says_whose_normaliser_it_goes_by(tmp_path):
+    rows = [
+        {"question": "a", "answer": "J.R.R. Tolkien", "pred_ans": "JRR Tolkien"},
+        {"question": "b", "answer": "York", "pred_ans": "New Yorkshire"},
+    ]
+    plain = write(tmp_path / "plain.jsonl", ROWS)
+    path = write(tmp_path / "r.jsonl", rows)
+    s = summarize(read_results(path))
+    assert (s["em"], s["em_squad"], s["sub_em"]) == (0.0, 50.0, 100.0)
+    assert s["f1_squad"] == 50.0 and s["supporting_recall"] is None
+    shown = run_cli("eval", "score", str(path)).stdout
+    for title in ("EM (R1-Searcher)", "EM (SQuAD)", "F1 (SQuAD)", "sub-EM (SQuAD)"):
+        assert title in shown
+    shown = run_cli("eval", "score", str(plain)).stdout
+    assert "\n│ EM (SQuAD)" not in shown and "sub-EM (SQuAD)" in shown
+    assert "supporting" not in shown
+
+
+def test_supporting_pages_are_shown_where_rows_have_them(tmp_path):
+    rows = [ROWS[0] | {"supporting_recall": 0.5}, ROWS[1] | {"supporting_recall": 1}, ROWS[2]]
+    path = write(tmp_path / "r.jsonl", rows)
+    assert summarize(read_results(path))["supporting_recall"] == 75.0
+    assert "supporting pages found" in run_cli("eval", "score", str(path)).stdout
+    for wrong in (2, "1", True, None, float("nan")):
+        with pytest.raises(DataError, match="line 1: `supporting_recall` must be"):
+            read_results(write(path, [ROWS[0] | {"supporting_recall": wrong}]))
+
+
+def test_the_share_of_supporting_pages():
+    lines = ["New  York   is a city.", "Title: The Who Text: a band", "no title here"]
+    assert supporting_recall(["new york", "Who", "Paris"], lines) == pytest.approx(2 / 3)
+    assert supporting_recall(["The The"], ["The The   is a band."]) == 1
+    assert supporting_recall(["The The"], ["no title"]) == 0
+
+
+def sampled(*right: str) -> list[dict]:
+    """Questions with a sample a letter: x is right."""
+    return [
+        {"id": f"q{i}", "question": "who?", "answer": "x", "pred_ans": letter, "sample": j}
+        for i, letters in enumerate(right)
+        for j, letter in enumerate(letters)
+    ]
+
+
+def test_several_samples_a_question(tmp_path):
+    path = write(tmp_path / "r.jsonl", sampled("xx", "xn", "nn", "nn", "x"))
+    s = summarize(read_results(path))
+    assert (s["n"], s["samples"], s["questions"]) == (9, 2, 4)  # one is not whole yet
+    assert s["avg@k"]["em"]["mean"] == 37.5 and s["pass@k"]["em"]["mean"] == 50.0
+    assert s["avg@k"].keys() == {"em", "cem", "f1"} and s["pass@k"].keys() == {"em", "cem"}
+    assert s["avg@k"]["f1"]["interval"] == s["avg@k"]["em"]["interval"]
+    shown = run_cli("eval", "score", str(path)).stdout
+    assert "EM (R1-Searcher) pass@k" in shown and "4, 2 samples each" in shown
+    for row, message in (
+        (sampled("xx") + sampled("x"), r"line 3: id 'q0', sample 0 again, as in line 1"),
+        ([sampled("x")[0] | {"sample": -1}], "line 1: `sample` must be a whole number"),
+        ([sampled("x")[0] | {"sample": [0]}], "line 1: `sample` must be a whole number"),
+    ):
+        with pytest.raises(DataError, match=message):
+            read_results(write(path, row))
+
+
+def test_the_interval_is_over_questions(tmp_path):
+    """Four equal answers to each of 100 questions tell no more than one answer to each."""
+    once = sampled(*("x" if i % 4 else "n" for i in range(100)))
+    again = sampled(*("xxxx" if i % 4 else "nnnn" for i in range(100)))
+    one = summarize(read_results(write(tmp_path / "a.jsonl", once)))
+    four = summarize(read_results(write(tmp_path / "b.jsonl", again)))
+    assert one["interval"]["em"] == four["interval"]["em"] == four["avg@k"]["em"]["interval"]
+    assert "samples" not in one and four["em"] == one["em"]
+
+
+def test_samples_are_compared_by_their_mean():
+    first, second = ([r | {"scores": score_row(r)} for r in rows]
+                     for rows in (sampled("xn", "nn", "xx"), sampled("xx", "nx", "xn", "xx")))  # fmt: skip
+    gain = compare(first, second)
+    assert gain["n"] == 3
+    assert gain["em"] | {"interval": 0} == {
+        "difference": pytest.approx(16.67), "interval": 0, "better": 2, "worse": 1
+    }  # fmt: skip
+    assert compare(first, second[::2])["n"] == 3  # some samples, or one
+
+
+def test_files_from_before_names_were_kept_are_compared_by_the_questions():
+    rows = [row | {"scores": score_row(row)} for row in ROWS]
+    old, new = (
+        [row | {"id": of(i)} for i, row in enumerate(rows)] for of in (int, "dev_{}".format)
+    )
+    assert compare(old, new)["n"] == 3
+    assert compare(new, [row | {"id": "x" + row["id"]} for row in new]) is None
 
 
 @pytest.mark.parametrize(

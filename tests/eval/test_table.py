@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from r1s_jax.data.benchmarks import BENCHMARKS
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval import table
+from tests.makers import run_cli
 
 ROWS = [
     {"question": "a", "answer": "Rome", "pred_ans": "Rome", "judge": "True"},
@@ -32,9 +34,9 @@ def test_a_cell_says_what_was_measured_on_what(tmp_path):
     bare = results(tmp_path, "mine_2wiki.jsonl", [ROWS[0] | {"judge": "unparsable"}])
     cells = table.measured([one, two, bare])
     assert cells == [
-        table.Cell("runs/mine (search)", "hotpotqa", 50.0, 100.0, 2, "c0ffee"),
-        table.Cell("runs/mine (direct)", "musique", 50.0, 100.0, 2, "none"),
-        table.Cell("mine_2wiki", "2wiki", 100.0, None, 1, ""),
+        table.Cell("runs/mine (search)", "hotpotqa", 50.0, 100.0, 2, "c0ffee", 50.0),
+        table.Cell("runs/mine (direct)", "musique", 50.0, 100.0, 2, "none", 50.0),
+        table.Cell("mine_2wiki", "2wiki", 100.0, None, 1, "", 100.0),
     ]
     text = table.as_markdown([*table.published(), *cells])
     assert (
@@ -70,3 +72,33 @@ def test_one_model_has_one_file_a_benchmark(tmp_path):
     files = [results(tmp_path, name, run=run, source={}) for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(DataError, match=r"b.jsonl: there is another file of runs/mine \(search\)"):
         table.measured(files)
+
+
+def test_the_wide_table_has_seven_benchmarks_and_their_average(tmp_path):
+    shares = dict(zip(BENCHMARKS, range(7), strict=True))
+    files = [
+        results(tmp_path, f"{name}.jsonl", [ROWS[0]] * right + [ROWS[1]] * (6 - right),
+                run=run_of(f"{name}.jsonl"), source={"corpus": "c"})
+        for name, right in shares.items()
+    ]  # fmt: skip
+    files += [
+        results(tmp_path, name, run=run_of(name, "rag"), source={}) for name in ("nq", "own.jsonl")
+    ]
+    cells = table.measured(files)
+    lines = table.as_wide_markdown(cells).splitlines()
+    heads = "NQ | TriviaQA | PopQA | HotpotQA | 2Wiki | MuSiQue | Bamboogle | average | own"
+    assert lines[0] == f"| EM (SQuAD), % | {heads} |"
+    ours = "0.0 | 16.7 | 33.3 | 50.0 | 66.7 | 83.3 | 100.0 | 50.0 | -"
+    assert lines[2] == f"| runs/mine (search) | {ours} |"
+    assert lines[3] == f"| runs/mine (rag) | 50.0 {'| - ' * 7}| 50.0 |"
+    assert "Published" not in table.as_wide_markdown(cells)
+    table.plot(cells, tmp_path / "table.png", wide=True)
+    done = run_cli("eval", "table", *map(str, files), "--all", "--out", str(tmp_path / "t"))
+    assert done.stdout.splitlines()[0] == lines[0]
+    assert "em_squad" in (tmp_path / "t.csv").read_text()
+
+
+def test_exact_match_is_by_the_normaliser_of_squad(tmp_path):
+    rows = [{"question": "a", "answer": "J.R.R. Tolkien", "pred_ans": "JRR Tolkien"}]
+    (cell,) = table.measured([results(tmp_path, "nq.jsonl", rows)])
+    assert (cell.acc_r, cell.em_squad) == (0.0, 100.0)

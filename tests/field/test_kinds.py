@@ -65,16 +65,23 @@ def test_ids_of_both_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"question": "q", "answer": "a"}]', r"line 1: a JSON array; .*jq -c"),
-        ('[\n {"question": "q"}]', r"line 1: a JSON array"),
-        ('{"question": "q", "answers": ["a"]}', r"`answer` must be .*question, answers"),
+        ('{"Data": []}', r"`question` must be .*keys here are Data; wanted are `question`"),
         ('{"prompt": [], "reward_model": {}}', r"`question` must be .*prompt, reward_model"),
+        ('{"question": "q", "solution": "a"}', r"`answer` must be .*question, solution; wanted"),
+        ('{"question": "q", "possible_answers": "a"}', r"line 1: `possible_answers`: no JSON"),
+        ('{"question": "q", "answer": {"aliases": 3}}', r"line 1: `answer` must be"),
+        ('[{"question": "q", "answer": "a"}, 3]', r"item 2: expected a JSON object"),
+        ('[\n{"question": "q", "answer": "a"},\n]', r"Expecting value at line 3, column 1"),
+        ('[{"question": "q", "answer": "a"}', r"no JSON: Expecting ',' .* line 1, column 34"),
+        ('[{"question": "q", "answer": "a"}] x', r"no JSON: Extra data"),
+        ("[" * 100_000, r"no JSON|nested deeper"),
     ],
 )
 def test_a_file_of_another_form_is_told_what_it_has(tmp_path, text, message):
-    (tmp_path / "q.jsonl").write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_questions(tmp_path / "q.jsonl")
+    (tmp_path / "q.json").write_text(text)
+    with pytest.raises(DataError, match=message) as error:
+        read_questions(tmp_path / "q.json")
+    assert "q.json" in str(error.value)
 
 
 def test_rows_that_repeat_count_once(tmp_path):
@@ -188,15 +195,44 @@ def test_a_long_published_query_is_searched():
     assert 64 < len(tokenizer.encode(turn)) <= RolloutConfig().max_query_length
 
 
+HOTPOT = ("5a8b57f25542995d1e6f1371", "Were Alba Quist and Ed Renn of the same nationality?", "yes")
+SINGS = ("", "who sings x", "Carole King")
+SUNSET = ("Sunset Boulevard", "Sunset Blvd")
+PUBLISHED = {
+    "hotpot_dev_distractor_v1.json": [HOTPOT],
+    "hotpot_indent.json": [HOTPOT],
+    "nq_dpr.json": [SINGS],
+    "nq_answers.jsonl": [SINGS],
+    "popqa.jsonl": [
+        (4222362, "What is George Rankin's occupation?", "politician", "political leader")
+    ],
+    "searchr1_bare.jsonl": [("", "total number of death row inmates in the us?", "2,718")],
+    "ids_mixed.jsonl": [(1, "q1", "a"), ("x", "q2", "b")],
+    "trivia.jsonl": [
+        (
+            "tc_33",
+            "Which Lloyd Webber musical premiered in 1993?",
+            *SUNSET,
+        )
+    ],
+}
+
+
 @needs_data
-@pytest.mark.parametrize("name", ["hotpot_dev_distractor_v1.json", "hotpot_indent.json",
-                                  "nq_dpr.json", "nq_answers.jsonl", "popqa.jsonl",
-                                  "searchr1_bare.jsonl", "ids_mixed.jsonl"])  # fmt: skip
-def test_published_forms_are_read_or_told(name):
-    try:
-        assert read_questions(DATA / "question-files" / name)
-    except DataError as error:
-        assert name in str(error) and ("JSON array" in str(error) or "the keys here" in str(error))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_forms_are_read(name):
+    questions = read_questions(DATA / "question-files" / name)
+    for question, (id, text, *answers) in zip(questions, PUBLISHED[name], strict=True):
+        assert (question.question, question.answers) == (text, tuple(answers))
+        assert (question.id if isinstance(id, int) else question.source_id) == id
+    if name.startswith("hotpot"):
+        assert questions[0].supporting == ("Alba Quist", "Ed Renn")
+
+
+@needs_data
+def test_every_published_form_is_tried():
+    files = {path.name for path in (DATA / "question-files").iterdir()}
+    assert files - {"README.md"} == PUBLISHED.keys()
 
 
 def test_a_first_search_leaves_room_for_itself():

@@ -59,3 +59,35 @@ def test_scores_stay_in_range_and_agree(prediction, gold):
     assert min(precision, recall) <= f1 + 1e-9 and f1 <= max(precision, recall) + 1e-9
     if answers.exact_match(prediction, gold):
         assert answers.cover_exact_match(prediction, gold)
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("J.R.R. Tolkien", "jrr tolkien"),
+        ("Jean-Luc", "jeanluc"),
+        ("The  Beatles!", "beatles"),
+        ("True", "true"),
+        ("the", ""),
+    ],
+)
+def test_the_normaliser_of_squad(text, normal):
+    assert answers.squad_normalize_answer(text) == normal
+
+
+def test_scores_by_the_normaliser_of_squad():
+    assert answers.squad_exact_match("JRR Tolkien", ["x", "J.R.R. Tolkien"])
+    assert not answers.exact_match("JRR Tolkien", "J.R.R. Tolkien")
+    assert answers.squad_f1_score("JRR", "J.R.R. Tolkien") == pytest.approx(2 / 3)
+    assert answers.squad_f1_score("yes sir", "yes") == 0
+    assert answers.sub_exact_match("It is the J.R.R. Tolkiens.", "JRR Tolkien")
+    assert not answers.sub_exact_match("Tolkien JRR", "JRR Tolkien")
+
+
+@pytest.mark.parametrize("gold", ["A", "!!!"])
+def test_silence_and_other_words_are_no_part_of_nothing(gold):
+    for wrong in ("", "Banana", "x!!!"):
+        assert not answers.sub_exact_match(wrong, gold)
+        assert not answers.squad_exact_match(wrong, gold)
+        assert not answers.squad_f1_score(wrong, gold)
+    assert answers.sub_exact_match(gold.lower(), gold) and answers.squad_exact_match(gold, gold)
