@@ -77,9 +77,15 @@ def choose_dialect(
 
 
 def dialect_at(reference: str) -> Dialect | None:
-    """The dialect of a policy, without loading it; None where nothing says which it speaks."""
+    """The dialect of a policy, without loading it; None where nothing says which it speaks.
+
+    So it is for a policy that is not there: loading it says so.
+    """
     if not (run := run_of(Path(reference))):
-        return read_dialect(resolve(reference), CheckpointError)
+        try:
+            return read_dialect(resolve(reference), CheckpointError)
+        except AssetError:
+            return None
     file = run / "config.json"
     config = check(read_object(file, CheckpointError), _RunConfig, file, CheckpointError)
     return saved_dialect(run) or _earlier_dialect(config)

@@ -133,8 +133,8 @@ def test_the_interval_is_over_questions(tmp_path):
 
 
 def test_samples_are_compared_by_their_mean():
-    first, second = ([r | {"scores": score_row(r)} for r in rows]
-                     for rows in (sampled("xn", "nn", "xx"), sampled("xx", "nx", "xn", "xx")))  # fmt: skip
+    files = sampled("xn", "nn", "xx"), sampled("xx", "nx", "xn", "xx")
+    first, second = ([r | {"scores": score_row(r)} for r in rows] for rows in files)
     gain = compare(first, second)
     assert gain["n"] == 3
     assert gain["em"] | {"interval": 0} == {
