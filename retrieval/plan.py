@@ -4,6 +4,7 @@ Bytes are those of the searcher. Passages are read from a memory map: they need 
 The rates are counted from the formats and were checked by building (docs/indexes.md).
 """
 
+import math
 from typing import Any, NamedTuple
 
 from r1s_jax.retrieval.scann import scann_parameters
@@ -88,3 +89,16 @@ def expected_recall(parameters: dict[str, Any]) -> str:
     share = parameters["leaves_searched"] / parameters["leaves"]
     low = 0.95 if share >= 0.09 else 0.90 if share >= 0.04 else 0.8
     return f"about {low} to 0.98 (a tree of which {share:.0%} is read, {parameters['vectors']})"
+
+
+def shards_within(passages: int, dims: int, times: float = 1.3) -> int | None:
+    """In how many parts ScaNN must be built for its peak to stay below `times` what it writes.
+
+    None where that follows from the size, as `scann_parameters` derives it.
+    """
+    parameters = scann_parameters(passages)
+    if parameters["scoring"] == "brute_force":
+        return None
+    one = _scann(passages, dims, parameters | {"shards": 1})
+    needed = math.ceil((one.build_peak - _SCANN_FIXED) / (times * one.disk))
+    return needed if needed > parameters["shards"] else None

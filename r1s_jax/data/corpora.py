@@ -19,7 +19,9 @@ from r1s_jax.retrieval.bench import bench_encoder, bench_index
 from r1s_jax.retrieval.build import Options, sample_queries, write_index
 from r1s_jax.retrieval.corpus import PassageStore, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
+from r1s_jax.retrieval.flat import FlatVectors
 from r1s_jax.retrieval.http import HttpRetriever
+from r1s_jax.retrieval.importing import ImportKind, import_index
 from r1s_jax.retrieval.index import FORMAT, Index, open_index, read_info
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
 from r1s_jax.retrieval.searchers import IndexKind
@@ -29,28 +31,38 @@ from r1s_jax.system.assets import cache_dir, resolve
 from r1s_jax.system.console import console, progress_bar
 
 _BENCH_QUERIES = 1000
+_BARE = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^/]+)?")
 _PART = re.compile(r"(\d+)/(\d+)")
 
 
 def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> Encoder:
     """`hash` needs no weights; anything else is a reference to a BERT-family encoder.
 
-    `instructions` for "query" and "passage" replace those that the model's own files name.
+    `org/name` is the hub's (`hf:org/name`) where there is no such path. `instructions` for "query"
+    and "passage" replace those that the model's own files name.
     """
     if reference in ("hash", HashEncoder().reference):
         if instructions:
             raise ConfigError("the encoder `hash` takes no instructions")
         return HashEncoder()
     given = {f"{kind}_instruction": text for kind, text in (instructions or {}).items()}
+    reference = _of_the_hub(reference)
     return BertEncoder(encoder_folder(reference), reference=reference, **given)
 
 
 def encoder_folder(reference: str) -> Path:
     """Where the files of a BERT-family encoder lie."""
-    folder = resolve(reference)
+    folder = resolve(_of_the_hub(reference))
     if not (folder / "config.json").exists() and (folder / "model").is_dir():
         return folder / "model"  # some packages keep the model beside their code
     return folder
+
+
+def _of_the_hub(reference: str) -> str:
+    """`org/name` as `hf:org/name`, unless something here has that path."""
+    if _BARE.fullmatch(reference) and not Path(reference).exists():
+        return f"hf:{reference}"
+    return reference
 
 
 def open_retriever(config: CorpusConfig) -> Retriever:
@@ -132,6 +144,32 @@ def write_corpus_index(
         vectors=vectors,
         tell=console.print,
     )
+
+
+def import_corpus_index(
+    file: str,
+    references: Sequence[str],
+    encoder: Encoder,
+    out: Path,
+    *,
+    kind: ImportKind = "scann",
+    check: bool = True,
+) -> dict[str, Any]:
+    """Indexes stored vectors of the passages of several files, with progress bars.
+
+    Returns what was built, as `retrieval.importing.import_index` tells it.
+    """
+    told = import_index(
+        out,
+        FlatVectors(resolve(file)),
+        corpus_passages(references),
+        encoder,
+        progress_bar,
+        kind=kind,
+        check=check,
+        tell=console.print,
+    )
+    return {"out": str(out)} | told
 
 
 def encode_corpus(references: Sequence[str], encoder: Encoder, out: Path, shard: str) -> Path:
