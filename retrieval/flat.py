@@ -47,7 +47,7 @@ _NORM_TOLERANCE = 1e-2
 
 
 class FlatVectors:
-    """The vectors of one file by position; nothing of it is held in memory."""
+    """The vectors of one file by position; nothing of it is held in memory, nor mapped."""
 
     def __init__(self, path: str | Path):
         """Reads the header, and compares the file's size with it.
@@ -60,10 +60,10 @@ class FlatVectors:
         self.path = Path(path)
         with self.path.open("rb") as file:
             head = file.read(_HEADER.size)
-        self._rows = self._open_npy() if head[:6] == _NPY else self._open_faiss(head)
-        self.shape: tuple[int, int] = self._rows.shape
+        opened = self._open_npy() if head[:6] == _NPY else self._open_faiss(head)
+        self.shape, self._dtype, self._offset = opened
 
-    def _open_faiss(self, head: bytes) -> np.ndarray:
+    def _open_faiss(self, head: bytes) -> tuple[tuple[int, int], np.dtype, int]:
         self._check_kind(head[:4])
         if len(head) < _HEADER.size:
             raise VectorError(f"{self.path} is cut within its header ({len(head)} bytes)")
@@ -80,7 +80,7 @@ class FlatVectors:
             )
         self.form = f"FAISS flat, {_METRICS[metric]}"
         self._check_size(_HEADER.size + 4 * floats)
-        return np.memmap(self.path, "<f4", "r", offset=_HEADER.size, shape=(count, dims))
+        return (count, dims), np.dtype("<f4"), _HEADER.size
 
     def _check_kind(self, kind: bytes) -> None:
         if kind in _FLAT:
@@ -98,7 +98,7 @@ class FlatVectors:
             "passages: r1s index build"
         )
 
-    def _open_npy(self) -> np.ndarray:
+    def _open_npy(self) -> tuple[tuple[int, int], np.dtype, int]:
         with reading(self.path, VectorError):
             rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
         whole = rows.ndim == 2 and rows.dtype in (np.float32, np.float16)
@@ -109,7 +109,7 @@ class FlatVectors:
             )
         self.form = f"npy, {rows.dtype}"
         self._check_size(rows.offset + rows.nbytes)
-        return rows
+        return rows.shape, rows.dtype, rows.offset
 
     def _check_size(self, wanted: int) -> None:
         if (size := self.path.stat().st_size) != wanted:
@@ -128,7 +128,9 @@ class FlatVectors:
         out = np.empty((max(0, stop - start), self.shape[1]), np.float32)
         for at in range(start, stop, _COPIED):
             part = out[at - start : at - start + _COPIED]
-            part[:] = self._rows[at : at + len(part)]
+            # Not by a memory map, whose pages would count as this process's memory.
+            place = self._offset + at * self.shape[1] * self._dtype.itemsize
+            part.flat = np.fromfile(self.path, self._dtype, part.size, offset=place)
             finite = np.isfinite(part).all(axis=1)
             if not finite.all():
                 raise VectorError(

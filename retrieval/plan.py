@@ -13,6 +13,10 @@ from r1s_jax.retrieval.scann import scann_parameters
 PASSAGE_BYTES = 550
 _POSTINGS = 58  # different words of such a passage
 _SCANN_FIXED = 12e6
+# Measured on two cores of an AMD EPYC (docs/indexes.md): seconds of ScaNN for each number of the
+# vectors, and passages of 100 words a second by an encoder of so many weights in its layers.
+_SCANN_SECONDS = 93 / (1e6 * 384)
+_PASSAGES_A_SECOND, _OF_WEIGHTS = 44.6, 10.6e6
 _KINDS = ("scann", "exact", "bm25", "hybrid", "milvus")
 
 
@@ -39,6 +43,22 @@ def plan(passages: int, dims: int, passage_bytes: float = PASSAGE_BYTES) -> dict
         "encoded_vectors": 2 * passages * dims,
         "scann": {"parameters": parameters, "recall": expected_recall(parameters)},
         "kinds": {kind: c._replace(disk=c.disk + text).json() for kind, c in costs.items()},
+    }
+
+
+def durations(
+    passages: int, dims: int, weights: float | None = None, rate: float | None = None
+) -> dict[str, int | None]:
+    """Seconds: `encode` at `rate` passages a second, and `build_scann` on two cores.
+
+    Without a rate it is that of two cores for an encoder of `weights` (in its layers); without
+    both, `encode` is None.
+    """
+    if rate is None and weights:
+        rate = _PASSAGES_A_SECOND * _OF_WEIGHTS / weights
+    return {
+        "encode": round(passages / rate) if rate else None,
+        "build_scann": round(_SCANN_SECONDS * passages * dims),
     }
 
 

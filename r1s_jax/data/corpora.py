@@ -24,6 +24,7 @@ from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.retrieval.importing import ImportKind, import_index
 from r1s_jax.retrieval.index import FORMAT, Index, open_index, read_info
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
+from r1s_jax.retrieval.presets import PRESETS
 from r1s_jax.retrieval.searchers import IndexKind
 from r1s_jax.retrieval.tables import HUB, dataset_passages, is_table
 from r1s_jax.retrieval.vectors import Corpus, encode_shard
@@ -197,14 +198,29 @@ def read_corpus(reference: str) -> Iterable[Passage]:
     """The passages that a reference names: a file, or a table as Hugging Face `datasets` keeps it.
 
     `datasets:ORG/NAME[:SPLIT]` is streamed from the hub; a folder that `datasets` saved and a
-    Parquet file may be named by their path alone.
+    Parquet file may be named by their path alone. A name of `retrieval.presets` is that corpus,
+    where it can be read as it was published.
     """
+    if reference in PRESETS and not Path(reference).exists():
+        reference = _published(reference)
     if reference.startswith(HUB):
         return dataset_passages(reference)
     path = resolve(reference)
     if is_table(path):
         return dataset_passages(str(path))
     return wiki_summaries(path) if is_summaries(path) else read_passages(path)
+
+
+def _published(name: str) -> str:
+    """The reference of a preset's passages; raises ConfigError where they must be made first."""
+    preset = PRESETS[name]
+    if not preset.passages:
+        made = next(command for command in preset.commands if command.startswith("r1s corpus"))
+        raise ConfigError(
+            f"the passages of {name} are made of its dump: {made}. Then name that file; "
+            f"r1s index plan {name} tells what it takes"
+        )
+    return preset.passages
 
 
 def open_saved_index(folder: Path, devices: Sequence[jax.Device] | None = None) -> Index:
