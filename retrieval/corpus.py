@@ -11,6 +11,7 @@ import csv
 import gzip
 import mmap
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -217,7 +218,7 @@ class PassageStore:
             CorpusError: no passages, an id with a tab, a line break inside a passage, a full disk.
         """
         path = Path(directory) / PASSAGES_FILE
-        offsets = [0]
+        offsets = array("q", [0])  # eight bytes each, where a list would take forty
         try:
             with path.open("wb") as file:
                 for id, line in passages:

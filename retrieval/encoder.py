@@ -30,11 +30,11 @@ from r1s_jax.border.errors import ConfigError, shorten
 from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
 from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
+from r1s_jax.retrieval.known import Known, Pooling, known_encoder
 from r1s_jax.retrieval.tokenizers import Tokenize, rust_tokenize, tensorflow_tokenize
 
 T = TypeVar("T")
 Kind = Literal["query", "passage"]
-Pooling = Literal["mean", "cls"]
 Progress = Callable[[int, int], None]  # (done, total)
 
 # The padded lengths of passage batches. Each has two row counts, so jit compiles at most twenty
@@ -68,7 +68,8 @@ class BertEncoder:
 
     Reads `config.json`, `model.safetensors`, `tokenizer.json`, `1_Pooling/config.json` and, where
     they are there, `sentence_bert_config.json` (the maximum length) and
-    `config_sentence_transformers.json` (what to put before queries and passages).
+    `config_sentence_transformers.json` (what to put before queries and passages). What those do not
+    say is taken from the table of `known`, if the reference's name stands there.
 
     Passages are encoded in float32 on every device: bfloat16 would move them, and not the queries.
     """
@@ -87,9 +88,9 @@ class BertEncoder:
         Args:
             directory: the folder.
             query_instruction: put before each query; by default what the model's files name as the
-                prompt `query`, often nothing where the model's card does ask for something.
+                prompt `query`, or what is known of a model of that name, or nothing.
             passage_instruction: put before each passage; by default the prompt `passage` or
-                `document` (E5: "passage: ").
+                `document`, or what is known (E5: "passage: "), or nothing.
             reference: where the folder came from; the folder itself by default.
             devices: share the rows of each batch of passages; by default all of this host's.
 
@@ -99,13 +100,14 @@ class BertEncoder:
         """
         directory = Path(directory)
         self.reference = reference or str(directory)
-        self.instructions = _read_instructions(directory)
+        known = known_encoder(self.reference)
+        self.instructions = _read_instructions(directory, known)
         given = {"query": query_instruction, "passage": passage_instruction}
         self.instructions |= {kind: text for kind, text in given.items() if text is not None}
         self._devices = devices
         self._config = BertConfig.load(directory)
-        self._pooling = _read_pooling(directory)
-        self._max_length = _read_max_length(directory, self._config)
+        self._pooling = _read_pooling(directory, known)
+        self._max_length = _read_max_length(directory, self._config, known)
         self._weights = load_weights(directory, self._config)
         self._directory = directory
         self._tokenize = rust_tokenize(directory, self._max_length)
@@ -259,8 +261,10 @@ def _described(path: Path, kind: type[T]) -> T:
     return check(read_object(path) if path.exists() else {}, kind, path)
 
 
-def _read_pooling(directory: Path) -> Pooling:
+def _read_pooling(directory: Path, by_name: Known | None = None) -> Pooling:
     path = directory / "1_Pooling" / "config.json"
+    if by_name and not path.exists():
+        return by_name.pooling
     raw = read_object(path)
     known = check(raw, _Pooling, path)
     flags = [k for k, on in raw.items() if k.startswith("pooling_mode_") and on is True]
@@ -275,16 +279,21 @@ def _read_pooling(directory: Path) -> Pooling:
     )
 
 
-def _read_instructions(directory: Path) -> dict[Kind, str]:
+def _read_instructions(directory: Path, by_name: Known | None = None) -> dict[Kind, str]:
     prompts = _described(directory / "config_sentence_transformers.json", _Prompts).prompts or {}
-    passage = prompts.get("passage") or prompts.get("document") or ""
-    return {"query": prompts.get("query") or "", "passage": passage}
+    query, passage = prompts.get("query"), prompts.get("passage") or prompts.get("document")
+    # Current versions of sentence-transformers write empty prompts where nobody named any.
+    if by_name and not (query or passage):
+        query, passage = by_name.query, by_name.passage
+    return {"query": query or "", "passage": passage or ""}
 
 
-def _read_max_length(directory: Path, config: BertConfig) -> int:
+def _read_max_length(directory: Path, config: BertConfig, by_name: Known | None = None) -> int:
     given = _described(directory / "sentence_bert_config.json", _MaxLength).max_seq_length
     if given is None:  # where current versions keep it
         given = _described(directory / "tokenizer_config.json", _Tokenizer).model_max_length
+    if given is None and by_name:
+        given = by_name.tokens
     return int(min(given or config.positions, config.positions))
 
 

@@ -4,6 +4,7 @@ Bytes are those of the searcher. Passages are read from a memory map: they need 
 The rates are counted from the formats and were checked by building (docs/indexes.md).
 """
 
+import math
 from typing import Any, NamedTuple
 
 from r1s_jax.retrieval.scann import scann_parameters
@@ -12,6 +13,10 @@ from r1s_jax.retrieval.scann import scann_parameters
 PASSAGE_BYTES = 550
 _POSTINGS = 58  # different words of such a passage
 _SCANN_FIXED = 12e6
+# Measured on two cores of an AMD EPYC (docs/indexes.md): seconds of ScaNN for each number of the
+# vectors, and passages of 100 words a second by an encoder of so many weights in its layers.
+_SCANN_SECONDS = 93 / (1e6 * 384)
+_PASSAGES_A_SECOND, _OF_WEIGHTS = 44.6, 10.6e6
 _KINDS = ("scann", "exact", "bm25", "hybrid", "milvus")
 
 
@@ -38,6 +43,22 @@ def plan(passages: int, dims: int, passage_bytes: float = PASSAGE_BYTES) -> dict
         "encoded_vectors": 2 * passages * dims,
         "scann": {"parameters": parameters, "recall": expected_recall(parameters)},
         "kinds": {kind: c._replace(disk=c.disk + text).json() for kind, c in costs.items()},
+    }
+
+
+def durations(
+    passages: int, dims: int, weights: float | None = None, rate: float | None = None
+) -> dict[str, int | None]:
+    """Seconds: `encode` at `rate` passages a second, and `build_scann` on two cores.
+
+    Without a rate it is that of two cores for an encoder of `weights` (in its layers); without
+    both, `encode` is None.
+    """
+    if rate is None and weights:
+        rate = _PASSAGES_A_SECOND * _OF_WEIGHTS / weights
+    return {
+        "encode": round(passages / rate) if rate else None,
+        "build_scann": round(_SCANN_SECONDS * passages * dims),
     }
 
 
@@ -88,3 +109,16 @@ def expected_recall(parameters: dict[str, Any]) -> str:
     share = parameters["leaves_searched"] / parameters["leaves"]
     low = 0.95 if share >= 0.09 else 0.90 if share >= 0.04 else 0.8
     return f"about {low} to 0.98 (a tree of which {share:.0%} is read, {parameters['vectors']})"
+
+
+def shards_within(passages: int, dims: int, times: float = 1.3) -> int | None:
+    """In how many parts ScaNN must be built for its peak to stay below `times` what it writes.
+
+    None where that follows from the size, as `scann_parameters` derives it.
+    """
+    parameters = scann_parameters(passages)
+    if parameters["scoring"] == "brute_force":
+        return None
+    one = _scann(passages, dims, parameters | {"shards": 1})
+    needed = math.ceil((one.build_peak - _SCANN_FIXED) / (times * one.disk))
+    return needed if needed > parameters["shards"] else None

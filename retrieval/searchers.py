@@ -75,9 +75,11 @@ def top_k(
     return np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def blocks(vectors: Vectors) -> Iterator[tuple[int, Float[np.ndarray, "rows dims"]]]:
-    """The vectors as (first position, float32 rows), some 256 MiB at a time."""
-    rows = max(1, _BLOCK_BYTES // (4 * vectors.shape[1]))
+def blocks(
+    vectors: Vectors, most: int = _BLOCK_BYTES
+) -> Iterator[tuple[int, Float[np.ndarray, "rows dims"]]]:
+    """The vectors as (first position, float32 rows), at most so many bytes at a time."""
+    rows = max(1, most // (4 * vectors.shape[1]))
     for start in range(0, len(vectors), rows):
         yield start, np.asarray(vectors[start : start + rows], np.float32)
 
@@ -87,8 +89,9 @@ class ExactSearcher:
 
     kind: IndexKind = "exact"
 
-    def __init__(self, vectors: Vectors):
-        self._vectors = vectors
+    def __init__(self, vectors: Vectors, block_bytes: int = _BLOCK_BYTES):
+        """`block_bytes` of vectors are read and scored at a time."""
+        self._vectors, self._block_bytes = vectors, block_bytes
         self.parameters: dict[str, Any] = {}
 
     def __len__(self) -> int:
@@ -96,7 +99,7 @@ class ExactSearcher:
 
     def search(self, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
         found: Found | None = None
-        for start, rows in blocks(self._vectors):
+        for start, rows in blocks(self._vectors, self._block_bytes):
             ids = np.arange(start, start + len(rows))[None].repeat(len(queries), 0)
             best = top_k(ids, queries @ rows.T, k)
             found = top_k(*map(np.hstack, zip(found, best, strict=True)), k) if found else best
@@ -110,11 +113,16 @@ class ExactSearcher:
         return cls(np.load(directory / "vectors.npy", mmap_mode="r"))
 
 
-def write_vectors(directory: Path, vectors: Vectors, progress: Progress | None = None) -> None:
+def write_vectors(
+    directory: Path,
+    vectors: Vectors,
+    progress: Progress | None = None,
+    block_bytes: int = _BLOCK_BYTES,
+) -> None:
     """Writes the files of an exact index, a block at a time."""
     path, shape = directory / "vectors.npy", (len(vectors), vectors.shape[1])
     out = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    for start, rows in blocks(vectors):
+    for start, rows in blocks(vectors, block_bytes):
         out[start : start + len(rows)] = rows
         if progress:
             progress(start + len(rows), len(vectors))

@@ -179,6 +179,26 @@ def _read_vectors(folder: Path) -> Any:
     return VectorShards(folder / "v")[:]
 
 
+def _flat(folder: Path) -> None:
+    import struct
+
+    import numpy as np
+
+    rows = np.eye(6, 8, dtype=np.float32)
+    head = struct.pack("<4siqqqBiQ", b"IxFI", 8, 6, 1 << 20, 1 << 20, 1, 0, rows.size)
+    (folder / "f.index").write_bytes(head + rows.tobytes())
+    np.save(folder / "v.npy", rows.astype(np.float16))
+
+
+def _read_flat(folder: Path) -> Any:
+    from r1s_jax.retrieval.flat import FlatVectors
+
+    opened = [FlatVectors(folder / name) for name in ("f.index", "v.npy")]
+    for vectors in opened:
+        vectors.check(8)
+    return [vectors[:] for vectors in opened]
+
+
 def _model(folder: Path) -> None:
     from tests.makers import save_small_model
 
@@ -305,6 +325,7 @@ READERS = {
     "index bm25": Reader(_index("bm25"), _search, sealed=("*/bm25/*",)),
     "index scann": Reader(_index("scann"), _search, sealed=("*/scann/*",), weight=2),
     "vectors": Reader(_vectors, _read_vectors, sealed=("*.npy",)),
+    "stored vectors": Reader(_flat, _read_flat),
     "config": Reader(_model, _load_config),
     "weights": Reader(_model, _load_weights),
     "tokenizer": Reader(_model, _load_tokenizer, weight=4),

@@ -74,6 +74,41 @@ def build(
     typer.echo(str(out))
 
 
+class ImportKind(str, Enum):  # noqa: UP042
+    """The kinds that stored vectors can become."""
+
+    scann = "scann"
+    exact = "exact"
+
+
+@app.command("import")
+def import_(
+    file: Annotated[
+        str, typer.Argument(help="FAISS flat index (IxFI, IxF2), or .npy of float32 or float16.")
+    ],
+    passages: Annotated[
+        list[str], typer.Option(help="Their passages, in the same order; may be given repeatedly.")
+    ],
+    encoder: Annotated[str, typer.Option(help="The encoder that made them.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    kind: ImportKind = ImportKind.scann,
+    check: Annotated[
+        bool, typer.Option(help="Encode a few passages and compare them with their vectors.")
+    ] = True,
+    query_instruction: QueryInstruction = None,
+    passage_instruction: PassageInstruction = None,
+) -> None:
+    """Make an index of vectors that exist, without encoding the passages again.
+
+    The last line printed tells as JSON what was built: recall@10, bytes a vector, seconds.
+    """
+    from r1s_jax.data.corpora import import_corpus_index, load_encoder
+
+    opened = load_encoder(encoder, _instructions(query_instruction, passage_instruction))
+    told = import_corpus_index(file, passages, opened, out, kind=kind.value, check=check)
+    typer.echo(json.dumps(told))
+
+
 @app.command("encode")
 def encode(
     corpus: Corpus,
@@ -136,24 +171,71 @@ def info(
 
 @app.command("plan")
 def plan(
-    passages: Annotated[float, typer.Option(min=1, max=1e12, help="How many, such as 36e6.")],
-    dims: Annotated[int, typer.Option(min=1, help="Of the encoder's vectors.")],
+    preset: Annotated[
+        str | None, typer.Argument(help="A published corpus by name; nothing at all: their list.")
+    ] = None,
+    passages: Annotated[
+        float | None, typer.Option(min=1, max=1e12, help="How many, such as 36e6.")
+    ] = None,
+    dims: Annotated[int | None, typer.Option(min=1, help="Of the encoder's vectors.")] = None,
     passage_bytes: Annotated[
         float | None, typer.Option(min=1, help="Of an average passage; else of 100 words.")
     ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-3, help="Passages encoded a second: r1s bench encode.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict memory, disk and the peak while building, for each kind of index."""
-    from r1s_jax.retrieval.plan import PASSAGE_BYTES
+    """Predict memory, disk, time and the peak while building; nothing is fetched."""
+    from r1s_jax.retrieval.plan import PASSAGE_BYTES, durations
     from r1s_jax.retrieval.plan import plan as predict
+    from r1s_jax.retrieval.presets import PRESETS
 
-    if passages < 1 or dims < 1:
-        raise ConfigError("--passages and --dims must be at least 1")
+    if preset is None and passages is None and dims is None:
+        _tell_presets(as_json)
+        return
+    known = PRESETS.get(preset or "")
+    if preset and not known:
+        raise ConfigError(f"no corpus is known as {preset!r}; there are {', '.join(PRESETS)}")
+    passages, dims = passages or (known and known.count), dims or (known and known.dims)
+    if not passages or not dims or passages < 1:
+        raise ConfigError("name a corpus, or give --passages and --dims of at least 1")
     told = predict(int(passages), dims, passage_bytes or PASSAGE_BYTES)
+    told["seconds"] = durations(int(passages), dims, known and known.weights, rate)
+    if known:
+        told["preset"] = {"name": preset} | known.json()
     if as_json:
         typer.echo(json.dumps(told))
         return
-    typer.echo(f"{told['passages']:,} passages of {dims} dims")
+    if known:
+        _tell_preset(told["preset"])
+    _tell_plan(told, by_cpu=rate is None)
+
+
+def _tell_presets(as_json: bool) -> None:
+    from r1s_jax.retrieval.presets import PRESETS
+
+    if as_json:
+        typer.echo(json.dumps({name: known.json() for name, known in PRESETS.items()}))
+        return
+    for name, known in PRESETS.items():
+        count = f"{'' if known.exact else 'about '}{known.count:,}"
+        typer.echo(f"{name:20}{count:>18} passages, {known.encoder} ({known.dims} dims)")
+        typer.echo(f"{'':20}{known.about}")
+    typer.echo("\nWhat one takes, and how it is made: r1s index plan NAME")
+
+
+def _tell_preset(told: dict[str, Any]) -> None:
+    typer.echo(f"{told['name']}: {told['about']}\nfrom {told['source']}")
+    typer.echo(f"Encoder: {told['encoder']}; it reads {told['query_prefix']!r} before queries")
+    typer.echo(f"and {told['passage_prefix']!r} before passages")
+    if told["vectors"]:
+        typer.echo(f"Encoded already: {told['vectors']} ({told['vectors_bytes'] / 1e9:,.1f} GB)")
+    typer.echo("\n".join(["", *(f"  {command}" for command in told["commands"]), ""]))
+
+
+def _tell_plan(told: dict[str, Any], by_cpu: bool) -> None:
+    typer.echo(f"{told['passages']:,} passages of {told['dims']} dims")
     typer.echo(f"ScaNN: {_readable('parameters', told['scann']['parameters'])}")
     typer.echo(f"ScaNN's recall@5: {told['scann']['recall']}\n")
     typer.echo(f"{'GB':8}{'memory':>10}{'disk':>10}{'build peak':>12}")
@@ -166,6 +248,10 @@ def plan(
         f"leaves {encoded:,.2f} GB of vectors, which may go once the index is built. A Milvus "
         "cluster's own memory and disk are not counted."
     )
+    encode, build = (told["seconds"][name] for name in ("encode", "build_scann"))
+    where = "on 2 CPU cores (an accelerator: --rate)" if by_cpu else "at that rate"
+    first = f"Encoding takes about {encode / 3600:,.1f} hours {where}; " if encode else ""
+    typer.echo(f"{first}ScaNN is built in about {build / 3600:,.1f} hours on 2 CPU cores.")
 
 
 @app.command("serve")

@@ -19,9 +19,12 @@ from r1s_jax.retrieval.bench import bench_encoder, bench_index
 from r1s_jax.retrieval.build import Options, sample_queries, write_index
 from r1s_jax.retrieval.corpus import PassageStore, read_passages, wiki_summaries
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
+from r1s_jax.retrieval.flat import FlatVectors
 from r1s_jax.retrieval.http import HttpRetriever
+from r1s_jax.retrieval.importing import ImportKind, import_index
 from r1s_jax.retrieval.index import FORMAT, Index, open_index, read_info
 from r1s_jax.retrieval.online import SERPER, OnlineRetriever
+from r1s_jax.retrieval.presets import PRESETS
 from r1s_jax.retrieval.searchers import IndexKind
 from r1s_jax.retrieval.tables import HUB, dataset_passages, is_table
 from r1s_jax.retrieval.vectors import Corpus, encode_shard
@@ -29,28 +32,38 @@ from r1s_jax.system.assets import cache_dir, resolve
 from r1s_jax.system.console import console, progress_bar
 
 _BENCH_QUERIES = 1000
+_BARE = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^/]+)?")
 _PART = re.compile(r"(\d+)/(\d+)")
 
 
 def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> Encoder:
     """`hash` needs no weights; anything else is a reference to a BERT-family encoder.
 
-    `instructions` for "query" and "passage" replace those that the model's own files name.
+    `org/name` is the hub's (`hf:org/name`) where there is no such path. `instructions` for "query"
+    and "passage" replace those that the model's own files name.
     """
     if reference in ("hash", HashEncoder().reference):
         if instructions:
             raise ConfigError("the encoder `hash` takes no instructions")
         return HashEncoder()
     given = {f"{kind}_instruction": text for kind, text in (instructions or {}).items()}
+    reference = _of_the_hub(reference)
     return BertEncoder(encoder_folder(reference), reference=reference, **given)
 
 
 def encoder_folder(reference: str) -> Path:
     """Where the files of a BERT-family encoder lie."""
-    folder = resolve(reference)
+    folder = resolve(_of_the_hub(reference))
     if not (folder / "config.json").exists() and (folder / "model").is_dir():
         return folder / "model"  # some packages keep the model beside their code
     return folder
+
+
+def _of_the_hub(reference: str) -> str:
+    """`org/name` as `hf:org/name`, unless something here has that path."""
+    if _BARE.fullmatch(reference) and not Path(reference).exists():
+        return f"hf:{reference}"
+    return reference
 
 
 def open_retriever(config: CorpusConfig) -> Retriever:
@@ -134,6 +147,32 @@ def write_corpus_index(
     )
 
 
+def import_corpus_index(
+    file: str,
+    references: Sequence[str],
+    encoder: Encoder,
+    out: Path,
+    *,
+    kind: ImportKind = "scann",
+    check: bool = True,
+) -> dict[str, Any]:
+    """Indexes stored vectors of the passages of several files, with progress bars.
+
+    Returns what was built, as `retrieval.importing.import_index` tells it.
+    """
+    told = import_index(
+        out,
+        FlatVectors(resolve(file)),
+        corpus_passages(references),
+        encoder,
+        progress_bar,
+        kind=kind,
+        check=check,
+        tell=console.print,
+    )
+    return {"out": str(out)} | told
+
+
 def encode_corpus(references: Sequence[str], encoder: Encoder, out: Path, shard: str) -> Path:
     """Encodes part "I/N" of the passages of several files; returns the vectors' file.
 
@@ -159,14 +198,29 @@ def read_corpus(reference: str) -> Iterable[Passage]:
     """The passages that a reference names: a file, or a table as Hugging Face `datasets` keeps it.
 
     `datasets:ORG/NAME[:SPLIT]` is streamed from the hub; a folder that `datasets` saved and a
-    Parquet file may be named by their path alone.
+    Parquet file may be named by their path alone. A name of `retrieval.presets` is that corpus,
+    where it can be read as it was published.
     """
+    if reference in PRESETS and not Path(reference).exists():
+        reference = _published(reference)
     if reference.startswith(HUB):
         return dataset_passages(reference)
     path = resolve(reference)
     if is_table(path):
         return dataset_passages(str(path))
     return wiki_summaries(path) if is_summaries(path) else read_passages(path)
+
+
+def _published(name: str) -> str:
+    """The reference of a preset's passages; raises ConfigError where they must be made first."""
+    preset = PRESETS[name]
+    if not preset.passages:
+        made = next(command for command in preset.commands if command.startswith("r1s corpus"))
+        raise ConfigError(
+            f"the passages of {name} are made of its dump: {made}. Then name that file; "
+            f"r1s index plan {name} tells what it takes"
+        )
+    return preset.passages
 
 
 def open_saved_index(folder: Path, devices: Sequence[jax.Device] | None = None) -> Index:

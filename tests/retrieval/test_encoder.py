@@ -17,12 +17,14 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from r1s_jax.data import corpora
 from r1s_jax.retrieval import bench
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
 from r1s_jax.system.assets import AssetError, resolve
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 DIMS, LAYERS = 16, 2
+BGE = "Represent this sentence for searching relevant passages: "
 
 
 @pytest.fixture
@@ -156,6 +158,73 @@ def test_instructions_come_from_the_models_own_files(folder):
     wanted = plain.encode(["q a b", "q c"], kind="query")
     np.testing.assert_array_equal(encoder.encode(["a b", "c"], kind="query"), wanted)
     assert encoder.fingerprint != plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("reference", "query", "passage", "pooling"),
+    [
+        ("hf:intfloat/e5-base-v2", "query: ", "passage: ", "mean"),
+        ("intfloat/e5-small", "query: ", "passage: ", "mean"),
+        ("hf:BAAI/bge-large-en-v1.5@main", BGE, "", "cls"),
+        ("models/bge-base-en-v1.5/", BGE, "", "cls"),
+        ("thenlper/gte-base", "", "", "mean"),
+        ("hf:sentence-transformers/all-MiniLM-L6-v2", "", "", "mean"),
+    ],
+)
+def test_what_files_do_not_say_follows_from_the_name(folder, reference, query, passage, pooling):
+    (folder / "1_Pooling" / "config.json").unlink()
+    encoder = BertEncoder(folder, reference=reference)
+    assert encoder.instructions == {"query": query, "passage": passage}
+    assert encoder._pooling == pooling
+    with pytest.raises(OSError, match="1_Pooling"):
+        BertEncoder(folder, reference="hf:somebody/my-e5-base-v2-tuned")
+    # As current versions of sentence-transformers save a model whose prompts nobody named.
+    empty = {"prompts": {"query": "", "document": ""}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(empty))
+    assert BertEncoder(folder, reference=reference).instructions["query"] == query
+
+
+def test_files_and_the_user_win_over_the_name(folder):
+    _set_pooling(folder, "cls_token")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 8}')
+    prompts = {"prompts": {"query": "q "}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    encoder = BertEncoder(folder, reference="hf:intfloat/e5-base-v2")
+    assert encoder.instructions == {"query": "q ", "passage": ""}
+    assert (encoder._pooling, encoder._max_length) == ("cls", 8)
+    (folder / "config_sentence_transformers.json").unlink()
+    given = BertEncoder(folder, reference="hf:intfloat/e5-base-v2", passage_instruction="")
+    assert given.instructions == {"query": "query: ", "passage": ""}
+    # What an index remembers makes the encoder that it was built with, whatever is known by now.
+    before = BertEncoder(folder)
+    remembered = {f"{kind}_instruction": text for kind, text in before.instructions.items()}
+    again = BertEncoder(folder, reference="hf:intfloat/e5-base-v2", **remembered)
+    assert again.fingerprint == before.fingerprint
+
+
+def test_the_length_by_name_is_never_beyond_the_models(folder):
+    assert BertEncoder(folder, reference="hf:intfloat/e5-base-v2")._max_length == 64
+    config = folder / "config.json"
+    roomy = json.loads(config.read_text()) | {"max_position_embeddings": 1024}
+    tensors = load_file(folder / "model.safetensors")
+    name = "embeddings.position_embeddings.weight"
+    save_file(tensors | {name: np.tile(tensors[name], (16, 1))}, folder / "model.safetensors")
+    config.write_text(json.dumps(roomy))
+    for reference, wanted in (("x", 1024), ("org/gte-base", 512), ("o/all-MiniLM-L6-v2", 256)):
+        assert BertEncoder(folder, reference=reference)._max_length == wanted
+
+
+def test_a_bare_name_is_the_hubs(folder, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(corpora, "resolve", lambda reference: asked.append(reference) or folder)
+    encoder = corpora.load_encoder("intfloat/e5-base-v2")
+    assert encoder.reference == asked[-1] == "hf:intfloat/e5-base-v2"
+    assert encoder.instructions["query"] == "query: "
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for here in ("models/mine", "./no/mine", "/no/mine", "no/such/mine", "hf:no/mine"):
+        corpora.load_encoder(here)
+        assert asked[-1] == here
 
 
 _SHARDED = """

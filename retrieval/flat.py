@@ -1,0 +1,170 @@
+"""Vectors that others stored: FAISS flat indexes and NumPy files, read a slice at a time.
+
+A flat index, as `faiss.write_index` writes it (little-endian):
+
+    4 bytes    "IxFI" (inner product), "IxF2" (L2) or "IxFl" (whatever the metric says)
+    int32      dims
+    int64      vectors
+    2 x int64  not used
+    1 byte     whether it was trained
+    int32      metric: 0 inner product, 1 L2; others have one float32 of their own behind
+    uint64     how many float32 follow: vectors * dims
+    float32    the vectors, row after row
+"""
+
+import math
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from r1s_jax.border.errors import reading, shorten
+from r1s_jax.retrieval.vectors import VectorError
+
+_HEADER = struct.Struct("<4siqqqBiQ")
+_NPY = b"\x93NUMPY"
+_FLAT = {b"IxFI": "inner product", b"IxF2": "L2", b"IxFl": "the metric's"}
+_METRICS = {0: "inner product", 1: "L2"}
+# Of other kinds that people have, by the first letters of their four.
+_OTHER_KINDS = {
+    b"IH": "HNSW",
+    b"Iw": "IVF",
+    b"Iv": "IVF",
+    b"IxS": "scalar-quantised",
+    b"IxP": "PQ or pre-transformed",
+    b"IxM": "ID-mapped",
+    b"IxR": "refined",
+    b"IxH": "LSH",
+    b"INS": "NSG",
+    b"IB": "binary",
+}
+_MOST_DIMS, _MOST_ROWS = 2**20, 2**48
+_COPIED = 4096
+_SAMPLE = 1000
+_NORM_TOLERANCE = 1e-2
+
+
+class FlatVectors:
+    """The vectors of one file by position; nothing of it is held in memory, nor mapped."""
+
+    def __init__(self, path: str | Path):
+        """Reads the header, and compares the file's size with it.
+
+        Raises:
+            VectorError: neither a flat index of FAISS nor float32 or float16 [N, dims] in a .npy,
+                one that is cut or too long, or one whose ranking is not that of inner products.
+            OSError: no such file.
+        """
+        self.path = Path(path)
+        with self.path.open("rb") as file:
+            head = file.read(_HEADER.size)
+        opened = self._open_npy() if head[:6] == _NPY else self._open_faiss(head)
+        self.shape, self._dtype, self._offset = opened
+
+    def _open_faiss(self, head: bytes) -> tuple[tuple[int, int], np.dtype, int]:
+        self._check_kind(head[:4])
+        if len(head) < _HEADER.size:
+            raise VectorError(f"{self.path} is cut within its header ({len(head)} bytes)")
+        kind, dims, count, _, _, _, metric, floats = _HEADER.unpack(head)
+        if metric not in _METRICS or _FLAT[kind] not in (_METRICS[metric], "the metric's"):
+            raise VectorError(
+                f"{self.path} ranks by FAISS' metric {metric}; only inner product (0), and L2 (1) "
+                "over vectors of length 1, can be imported"
+            )
+        if not (0 < dims <= _MOST_DIMS and 0 < count <= _MOST_ROWS and floats == count * dims):
+            raise VectorError(
+                f"{self.path}: its header is damaged, or it is empty: {count} vectors of {dims} "
+                f"dims, {floats} numbers"
+            )
+        self.form = f"FAISS flat, {_METRICS[metric]}"
+        self._check_size(_HEADER.size + 4 * floats)
+        return (count, dims), np.dtype("<f4"), _HEADER.size
+
+    def _check_kind(self, kind: bytes) -> None:
+        if kind in _FLAT:
+            return
+        found = next((n for letters, n in _OTHER_KINDS.items() if kind.startswith(letters)), None)
+        if found is None:
+            raise VectorError(
+                f"{self.path} is no FAISS flat index (IxFI, IxF2) and no .npy: it begins with "
+                f"{shorten(repr(kind), 40)}"
+            )
+        raise VectorError(
+            f"{self.path} is a FAISS index of another kind ({found}, {kind.decode()}), not a flat "
+            "one. Import the flat index that it was made from, or save "
+            "`index.reconstruct_n(0, index.ntotal)` as .npy where FAISS can do that, or encode the "
+            "passages: r1s index build"
+        )
+
+    def _open_npy(self) -> tuple[tuple[int, int], np.dtype, int]:
+        with reading(self.path, VectorError):
+            rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        whole = rows.ndim == 2 and rows.dtype in (np.float32, np.float16)
+        if not whole or not rows.flags.c_contiguous or not 0 < rows.size <= _MOST_ROWS:
+            raise VectorError(
+                f"{self.path} holds {rows.dtype} of shape {rows.shape}; expected float32 or "
+                "float16, [passages, dims], row after row"
+            )
+        self.form = f"npy, {rows.dtype}"
+        self._check_size(rows.offset + rows.nbytes)
+        return rows.shape, rows.dtype, rows.offset
+
+    def _check_size(self, wanted: int) -> None:
+        if (size := self.path.stat().st_size) != wanted:
+            how = "is cut" if size < wanted else "has bytes behind its vectors"
+            raise VectorError(
+                f"{self.path} {how}: {size:,} bytes, its header tells of {wanted:,}. Fetch it "
+                "again (parts are joined in order: cat part_* > whole)"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Float[np.ndarray, "rows dims"]:
+        """Copies of consecutive rows, float32; raises VectorError for one that is not finite."""
+        start, stop, _ = rows.indices(len(self))
+        out = np.empty((max(0, stop - start), self.shape[1]), np.float32)
+        for at in range(start, stop, _COPIED):
+            part = out[at - start : at - start + _COPIED]
+            # Not by a memory map, whose pages would count as this process's memory.
+            place = self._offset + at * self.shape[1] * self._dtype.itemsize
+            part.flat = np.fromfile(self.path, self._dtype, part.size, offset=place)
+            finite = np.isfinite(part).all(axis=1)
+            if not finite.all():
+                raise VectorError(
+                    f"{self.path}: vector {at + finite.argmin():,} holds NaN or infinity"
+                )
+        return out
+
+    def spread(self, count: int) -> tuple[np.ndarray, Float[np.ndarray, "count dims"]]:
+        """(positions, vectors) of so many, evenly spread; fewer where there are no more."""
+        positions = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
+        return positions, np.concatenate([self[int(i) : int(i) + 1] for i in positions])
+
+    def check(self, dims: int) -> None:
+        """Raises VectorError for other dims, or for L2 distances that rank otherwise than products.
+
+        They rank alike where all vectors are as long; a sample is measured.
+        """
+        if self.shape[1] != dims:
+            raise VectorError(
+                f"{self.path}: vectors of {self.shape[1]} dims, the encoder's have {dims}: it is "
+                "not the one that they were made by"
+            )
+        positions, sample = self.spread(_SAMPLE)
+        norms = np.linalg.norm(sample, axis=1)
+        worst = int(np.abs(norms - 1).argmax())
+        if self.form.endswith("L2") and not math.isclose(norms[worst], 1, abs_tol=_NORM_TOLERANCE):
+            raise VectorError(
+                f"{self.path} ranks by L2 distance, and vector {positions[worst]:,} has length "
+                f"{norms[worst]:.3f}: only over vectors of length 1 is that the order of inner "
+                "products. Scale them to it, or encode the passages: r1s index build"
+            )
+
+
+def stored_bytes(directory: Path, apart: tuple[str, ...]) -> int:
+    """Bytes of the files of a folder, those named `apart` left out."""
+    files = (p for p in directory.rglob("*") if p.is_file() and p.name not in apart)
+    return sum(os.path.getsize(path) for path in files)
