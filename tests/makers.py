@@ -72,7 +72,26 @@ CHAT = (
 )
 
 
-def letters(template: str, bos: bool) -> PreTrainedTokenizerFast:
+# Tools, calls and responses in the form of Hermes, and reasoning that can be switched off.
+HERMES_CHAT = (
+    "{% if tools %}<|im_start|>system\nTools{% for t in tools %}{{ '\n' + t | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
+    "{% set tool = m.role == 'tool' %}"
+    "{% set before = loop.index0 > 0 and messages[loop.index0 - 1].role == 'tool' %}"
+    "{% set after = not loop.last and messages[loop.index0 + 1].role == 'tool' %}"
+    "{% if not (tool and before) %}{{ '<|im_start|>' + ('user' if tool else m.role) }}{% endif %}"
+    "{% if tool %}{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% elif m.content %}{{ '\n' + m.content }}{% endif %}"
+    '{% for c in m.tool_calls or [] %}{{ \'\n<tool_call>\n{"name": "\' + c.function.name }}'
+    "{{ '\", \"arguments\": ' + c.function.arguments | tojson + '}\n</tool_call>' }}{% endfor %}"
+    "{% if not (tool and after) %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+
+
+def letters(template: str, bos: bool, end: str = "</s>") -> PreTrainedTokenizerFast:
     """A byte a token, with control tokens; `bos`: texts begin with <s>, as Llama's do."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -85,13 +104,13 @@ def letters(template: str, bos: bool) -> PreTrainedTokenizerFast:
             single="<s> $A </s>", special_tokens=[("<s>", at), ("</s>", at + 1)]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token="</s>"
+        tokenizer_object=backend, chat_template=template, bos_token="<s>", eos_token=end
     )
 
 
-def save_letters_model(folder: Path, template: str = CHAT) -> Path:
+def save_letters_model(folder: Path, template: str = CHAT, end: str = "</s>") -> Path:
     """A random model of bytes, which can read and write any text, as a Hugging Face directory."""
-    tokenizer = letters(template, bos=False)
+    tokenizer = letters(template, bos=False, end=end)
     model = dataclasses.replace(SMALL, vocab_size=len(tokenizer), max_position=16384)
     params = jax.tree.map(np.asarray, init_params(model, 0))
     ends = (tokenizer.eos_token_id,)

@@ -75,7 +75,9 @@ def bound(dialect: Dialect, tokenizer: Any) -> Dialect:
         return dialect
     if not tokenizer.chat_template:
         raise ConfigError(f"dialect {dialect.name} needs a chat template; the tokenizer has none")
-    return dialect.framed(partial(chat_text, tokenizer, dialect), tokenizer.all_special_tokens)
+    added = tokenizer.added_tokens_decoder.values()
+    control = [token.content for token in added if token.special]
+    return dialect.framed(partial(chat_text, tokenizer, dialect), control)
 
 
 def _within(seconds: float, action: Callable[[], str]) -> str:

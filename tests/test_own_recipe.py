@@ -1,0 +1,141 @@
+"""A recipe in a file of one's own: the same dialect and prompt wherever its policy is used."""
+
+import json
+import shutil
+
+import pytest
+
+from r1s_jax.data.rows import rows_so_far
+from r1s_jax.data.traces import read_traces
+from r1s_jax.models.pretrained import load_pretrained
+from r1s_jax.rollout import engine
+from r1s_jax.serving import ask
+from tests.makers import CHAT, HERMES_CHAT, run_cli, save_letters_model
+from tests.test_train import CORPUS
+
+RECIPE = """
+from r1s_jax.config import override
+from r1s_jax.configs import wiki_smollm2
+
+CHANGES = {changes!r}
+
+
+def config():
+    return override(wiki_smollm2.config(), CHANGES)
+"""
+CHANGES = [c for c in CORPUS if "length" not in c and "first_search" not in c]
+CHANGES += ["rollout.max_length=2048", "rollout.max_prompt_length=1536", "environment.passages="]
+CHANGES += ["optimizer.pack_length=0", "rollout.max_turn_length=8", "rollout.prefill_chunk=256"]
+CHANGES += ["rollout.first_search=false", "eval.questions=1", "search.max_failure_rate=1"]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Token ids of every prompt, by whoever made it."""
+    ids = {}
+
+    def watch(module):
+        encode_start = module.encode_start
+
+        def recorded(tokenizer, text):
+            tokens = encode_start(tokenizer, text)
+            ids.setdefault(module.__name__, []).append(tokens)
+            return tokens
+
+        monkeypatch.setattr(module, "encode_start", recorded)
+
+    watch(engine)
+    watch(ask)
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("dialect", "thinking", "template"),
+    [("search_r1", "template", CHAT), ("tool_call", "off", HERMES_CHAT)],
+)
+def test_one_dialect_and_prompt_everywhere(
+    dialect, thinking, template, seen, index, tmp_path, monkeypatch
+):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    save_letters_model(mine / "base", template, end="<|im_end|>")
+    row = {"question": "What is the trade of Bakor1?", "answer": "smith"}
+    other = {"question": "What is the trade of Bakor2?", "answer": "baker"}
+    (mine / "q.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
+    (mine / "prompt.txt").write_text("Look it up, please. {question}")
+    changes = [*CHANGES, f"policy.model={mine / 'base'}", f"environment.questions={mine}/q.jsonl"]
+    changes += [f"environment.index={index}", f"protocol.prompt={mine / 'prompt.txt'}"]
+    changes += [f"protocol.dialect={dialect}", f"protocol.thinking={thinking}"]
+    (mine / "my_recipe.py").write_text(RECIPE.format(changes=changes))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    def call(*words):
+        done = run_cli(*map(str, words))
+        assert done.exit_code == 0, (done.output, done.exception)
+        return done.output
+
+    call("train", mine / "my_recipe.py", "--run-dir", "run")
+    shutil.rmtree(sorted((elsewhere / "run" / "checkpoints").glob("[0-9]*"))[-1])
+    (mine / "prompt.txt").unlink()  # the run has it
+    call("train", mine / "my_recipe.py", "--run-dir", "run", "--resume")
+    trained = {tuple(ids) for ids in seen.pop("r1s_jax.rollout.engine")}
+    call("export", "run", "model", "--dtype", "float32")
+    assert load_pretrained("model").dialect == load_pretrained("run").dialect
+    for model in ("run", "model"):
+        out = f"{model}.jsonl"
+        call("eval", "run", mine / "q.jsonl", "--model", model, "--out", out, "--index", index,
+             "--max-length", 2048, "--max-turn-length", 8)  # fmt: skip
+        assert {tuple(ids) for ids in seen.pop("r1s_jax.rollout.engine")} == trained
+        header = json.loads((elsewhere / f"{out}.header.json").read_text())
+        assert (header["dialect"]["dialect"], header["dialect"]["thinking"]) == (dialect, thinking)
+        assert len(rows_so_far(elsewhere / out)) == 2
+        assert next(read_traces(elsewhere / out)).dialect == load_pretrained(model).dialect
+        call("ask", row["question"], "--model", model, "--index", index)
+        (asked,) = seen.pop("r1s_jax.serving.ask")
+        assert tuple(asked) in trained
+    other = {"search_r1": "tool_call", "tool_call": "search_r1"}[dialect]
+    words = ["ask", "Who?", "--model", "model", "--index", str(index), "--dialect", other]
+    refused = run_cli(*words)
+    assert refused.exit_code == 1 and f"the policy speaks {dialect}" in str(refused.exception)
+    if other == "search_r1":
+        call(*words, "--force-dialect")
+    assert next(read_traces(elsewhere / "run")).dialect.name == dialect
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1", r"has no function config\(\)"),
+        ("raise RuntimeError('broken')", "cannot be read: RuntimeError: broken"),
+        ("def config(:", "cannot be read: SyntaxError"),
+        ("def config():\n    return 3", r"config\(\) gave a int, not a Config"),
+        ("def config():\n    return 1 / 0", r"config\(\) cannot be read: ZeroDivisionError"),
+    ],
+)
+def test_a_file_that_is_no_recipe_says_why(text, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    done = run_cli("train", str(file), "--run-dir", str(tmp_path / "run"))
+    assert done.exit_code == 1
+    with pytest.raises(type(done.exception), match=f"mine.py.*{message}"):
+        raise done.exception
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_is_copied_to_start_from(tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    assert run_cli("configs", "--copy", "tiny_world", str(file)).exit_code == 0
+    done = run_cli("compile", str(file), "--topology", "v0:1x1")
+    assert "no recipe" not in str(done.exception)
+    for words, message in (
+        (["tiny_world", str(file)], "exists"),
+        (["tiny", str(tmp_path / "b.py")], "no recipe 'tiny'"),
+        (["tiny_world", str(tmp_path / "b.txt")], "ends in .py"),
+        (["tiny_world"], "--copy takes a recipe and a file"),
+    ):
+        done = run_cli("configs", "--copy", *words)
+        assert done.exit_code == 1 and message in str(done.exception)
+    done = run_cli("train", "no_such.py")
+    assert "there is no such file" in str(done.exception)
