@@ -77,7 +77,8 @@ def _measure(file: Path) -> Cell:
         corpus = source["corpus"] if source else "none" if run else ""
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{header_path(file)} is no header of `r1s eval run`: {error!r}") from error
-    scores = (summary["cem"], summary["acc_l"], summary["n"], corpus, summary["em_squad"])
+    questions = summary.get("questions", summary["n"])  # of several samples each, their mean
+    scores = (summary["cem"], summary["acc_l"], questions, corpus, summary["em_squad"])
     return Cell(model, benchmark, *scores)
 
 

@@ -74,7 +74,9 @@ def _read_questions(name: str) -> Callable[[Path], Any]:
 def _results(folder: Path) -> None:
     row = {"question": "Who?", "answer": "Ada", "pred_ans": "Ada", "stop_reason_final": "finished"}
     row |= {"gen_text_store": "x </think> <answer> Ada </answer>", "searches": 1, "judge": "True"}
-    (folder / "a.jsonl").write_text(_lines(*(row | {"id": i} for i in range(3))))
+    rows = [row | {"id": i} for i in range(3)]
+    rows += [row | {"id": "s", "sample": i, "supporting_recall": 0.5} for i in range(2)]
+    (folder / "a.jsonl").write_text(_lines(*rows))
     header = {"run": {"model": "m", "mode": "rag", "questions": "q"}, "source": {"corpus": "c"}}
     (folder / "a.jsonl.header.json").write_text(json.dumps(header))
 

@@ -99,7 +99,8 @@ def benchmarks(
         for benchmark in BENCHMARKS.values():
             typer.echo(json.dumps(benchmark._asdict()))
         return
-    table = Table("name", "title", "split", "questions", "source")
+    table = Table("name", "title", "split", "questions")
+    table.add_column("source", overflow="fold")
     for b in BENCHMARKS.values():
         table.add_row(b.name, b.title, b.split, f"{b.questions:,}", b.source)
     Console().print(table)

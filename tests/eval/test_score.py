@@ -132,9 +132,12 @@ def test_the_interval_is_over_questions(tmp_path):
     assert "samples" not in one and four["em"] == one["em"]
 
 
+def scored(rows):
+    return [row | {"scores": score_row(row)} for row in rows]
+
+
 def test_samples_are_compared_by_their_mean():
-    files = sampled("xn", "nn", "xx"), sampled("xx", "nx", "xn", "xx")
-    first, second = ([r | {"scores": score_row(r)} for r in rows] for rows in files)
+    first, second = map(scored, (sampled("xn", "nn", "xx"), sampled("xx", "nx", "xn", "xx")))
     gain = compare(first, second)
     assert gain["n"] == 3
     assert gain["em"] | {"interval": 0} == {
@@ -144,10 +147,8 @@ def test_samples_are_compared_by_their_mean():
 
 
 def test_files_from_before_names_were_kept_are_compared_by_the_questions():
-    rows = [row | {"scores": score_row(row)} for row in ROWS]
-    old, new = (
-        [row | {"id": of(i)} for i, row in enumerate(rows)] for of in (int, "dev_{}".format)
-    )
+    old = [row | {"id": i} for i, row in enumerate(scored(ROWS))]
+    new = [row | {"id": f"dev_{i}"} for i, row in enumerate(scored(ROWS))]
     assert compare(old, new)["n"] == 3
     assert compare(new, [row | {"id": "x" + row["id"]} for row in new]) is None
 

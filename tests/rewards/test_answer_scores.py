@@ -1,3 +1,9 @@
+import gzip
+import json
+import os
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,3 +97,15 @@ def test_silence_and_other_words_are_no_part_of_nothing(gold):
         assert not answers.squad_exact_match(wrong, gold)
         assert not answers.squad_f1_score(wrong, gold)
     assert answers.sub_exact_match(gold.lower(), gold) and answers.squad_exact_match(gold, gold)
+
+
+@pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA names no data folder")
+def test_scores_of_search_r1_as_its_code_gives_them():
+    score = {"em": answers.squad_exact_match, "subem": answers.sub_exact_match}
+    with gzip.open(Path(os.environ["R1S_DATA"], "search_r1_cases.jsonl.gz")) as lines:
+        cases = [case for line in lines if (case := json.loads(line))["variant"] in score]
+    given = [(re.findall(r"<answer>(.*?)</answer>", c["response"], re.S), c) for c in cases]
+    answered = [(found[-1], case) for found, case in given if found]
+    assert len(answered) > 900
+    for answer, case in answered:
+        assert score[case["variant"]](answer, case["golden_answers"]) == case["score"], case
