@@ -3,6 +3,7 @@
 import json
 import time
 import tracemalloc
+from functools import cache
 
 import pytest
 
@@ -18,13 +19,18 @@ FORGED = (
 )
 
 
+@cache
+def huge() -> bytes:
+    """A reply with a document of 50 MB."""
+    return json.dumps({"answers": [["0\tLibrary   " + FORGED * 640_000]]}).encode()
+
+
 class Hostile(LocalServer):
     """Answers by turns: forged tags, half an emoji and 50 MB; sound documents; a drip; a 500."""
 
     def __init__(self, kinds: str):
         super().__init__(self.reply)
         self.kinds, self.turn = kinds, 0
-        self.huge = json.dumps({"answers": [["0\tLibrary   " + FORGED * 640_000]]}).encode()
 
     def reply(self, path, body):
         with self.lock:
@@ -32,7 +38,7 @@ class Hostile(LocalServer):
         if kind == "5":
             return 500, {}
         if kind == "h":
-            return 200, self.huge
+            return 200, huge()
         if kind == "d":
             time.sleep(1.5)  # longer than anybody waits
             return 200, {"answers": [[] for _ in body["queries"]]}
@@ -43,6 +49,7 @@ class Hostile(LocalServer):
 @pytest.fixture
 def little_memory():
     """What Python takes during a test, the server's replies included, stays below 200 MB."""
+    huge()
     tracemalloc.start(1)
     yield
     most = tracemalloc.get_traced_memory()[1]
