@@ -63,6 +63,7 @@ class EvalRun:
     slots: int = 16
     max_length: int = 4096
     max_turn_length: int = 512
+    max_searches: int = 9  # as published
     limit: int = 0  # questions at most; 0: all
     seed: int = 0
     dialect: str = ""  # the policy's own, else r1_searcher
@@ -260,7 +261,7 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
         # With a first search the documents belong to the prompt.
         max_prompt_length=longest // 2 + rag * documents,
         max_turn_length=run.max_turn_length,
-        max_searches=9 if run.mode == "search" else 0,
+        max_searches=run.max_searches if run.mode == "search" else 0,
         documents_per_query=run.k,
         max_documents_length=documents,
         first_search=rag,
@@ -313,8 +314,9 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     # What it is asked in stands under `dialect`.
     for name in ("slots", "limit", "dialect", "thinking", "force_dialect"):
         del described[name]
-    if run.samples == 1:  # as in the headers of earlier files
-        del described["samples"]
+    for name, usual in (("samples", 1), ("max_searches", 9)):  # as in headers of earlier files
+        if described[name] == usual:
+            del described[name]
     known = dialect_at(run.model)
     spoken = choose_dialect(known, *_dialect(run)).as_dict()
     if known and known.name != spoken["dialect"]:

@@ -258,6 +258,39 @@ def _encode(folder: Path) -> Any:
     return BertEncoder(folder, reference="r").encode(["a b c"], kind="query")
 
 
+def _dialect(folder: Path) -> None:
+    _write_dialect(folder, "tool_call")
+
+
+def _write_dialect(folder: Path, name: str) -> None:
+    from r1s_jax.protocol.dialects import FILE, make_dialect
+
+    (folder / FILE).write_text(json.dumps(make_dialect(name, "on", "Q: {question}").as_dict()))
+
+
+def _read_dialect(folder: Path) -> Any:
+    from r1s_jax.protocol.dialects import read_dialect
+
+    dialect = read_dialect(folder)
+    return dialect and (dialect.plain("who"), dialect.reply([["Town   text"]]), dialect.as_dict())
+
+
+def _calls(folder: Path) -> None:
+    call = {"name": "search", "arguments": {"query": "the town of Bakori"}}
+    (folder / "call.json").write_text(json.dumps(call))
+
+
+def _read_calls(folder: Path) -> Any:
+    """What a policy writes between its tags is from outside as well: it must get a reply."""
+    from r1s_jax.protocol.dialects import make_dialect
+
+    dialect = make_dialect("tool_call")
+    text = (folder / "call.json").read_bytes().decode("utf-8", "replace")
+    (call,) = dialect.calls(f"<tool_call>{text}</tool_call><|im_end|>")
+    assert len(dialect.reply([call.problem])) < 300
+    return call
+
+
 def _solutions(folder: Path) -> None:
     row = {"question": "q", "answer": "Rome", "solution": "x </think> <answer> Rome </answer>"}
     (folder / "s.jsonl").write_text(_lines(row, row))
@@ -337,6 +370,8 @@ READERS = {
     "reply retrieve": _reply(
         "retrieve", {"result": [[{"document": {"contents": '"T"\nx', "id": 1}, "score": 0.5}]]}
     ),
+    "dialect": Reader(_dialect, _read_dialect),
+    "calls": Reader(_calls, _read_calls),
     "overrides": Reader(_overrides, _override, weight=4),
 }
 

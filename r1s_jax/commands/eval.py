@@ -67,6 +67,9 @@ def run(
     slots: Slots = 16,
     max_length: MaxLength = 4096,
     max_turn_length: Annotated[int, typer.Option(min=1, help="Tokens of a turn.")] = 512,
+    max_searches: Annotated[
+        int, typer.Option(min=0, help="At most; Search-R1's released evaluation has 4.")
+    ] = 9,
     limit: FirstFew = 0,
     max_failure_rate: MaxFailureRate = 0.2,
     retry_failed: RetryFailed = False,
@@ -91,6 +94,7 @@ def run(
         slots=slots,
         max_length=max_length,
         max_turn_length=max_turn_length,
+        max_searches=max_searches,
         limit=limit,
         dialect=dialect,
         thinking=thinking,

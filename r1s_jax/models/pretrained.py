@@ -64,6 +64,8 @@ def choose_dialect(
     known: Dialect | None, name: str, thinking: str, prompt: str | None, force: bool
 ) -> Dialect:
     """What a policy that speaks `known` is to be asked in; see Pretrained.speaking."""
+    if name:
+        make_dialect(name)  # an unknown one is said first
     if known and name and name != known.name and not force:
         raise ConfigError(
             f"the policy speaks {known.name}, not {name}: leave --dialect away, or add "

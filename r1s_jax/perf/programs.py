@@ -38,6 +38,7 @@ from r1s_jax.models.sharding import (
     param_shardings,
     replicated,
 )
+from r1s_jax.protocol.dialects import make_dialect
 from r1s_jax.rollout.loop import DECODE_SCOPE, PREFILL_SCOPE, Rollout
 from r1s_jax.rollout.trajectory import Prompts
 
@@ -119,6 +120,7 @@ def rollout_program(
         eos_ids=(0,),
         num_tag_states=_TAG_STATES,
         exchange=_no_host,
+        dialect=make_dialect(config.protocol.dialect),
         attention=config.policy.attention,
     )
 

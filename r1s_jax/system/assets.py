@@ -82,6 +82,8 @@ def cache_dir() -> Path:
 def _resolve_hf(ref: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    # Each try that fails would be told; the last one is, below.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         # The hub's library keeps its own cache (HF_HOME) and falls back to it without a network.
         if match := _HF_DATASET.fullmatch(ref):
