@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 
@@ -219,6 +220,15 @@ def _mean(sums: np.ndarray) -> float:
 
 
 def _interval(sums: np.ndarray) -> list[float]:
+    return [round(bound, 2) for bound in _bounds(sums)]
+
+
+def interval(values: Float[np.ndarray, " N"]) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of N questions' values."""
+    return _bounds(np.stack([values, np.ones(len(values))], axis=1))
+
+
+def _bounds(sums: np.ndarray) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean, the questions drawn: see _columns.
 
     A resample is a multinomial draw of how often each distinct row occurs, which is the same thing
@@ -228,4 +238,4 @@ def _interval(sums: np.ndarray) -> list[float]:
     draws = np.random.default_rng(0).multinomial(len(sums), counts / len(sums), size=_RESAMPLES)
     totals = draws @ distinct
     low, high = np.percentile(totals[:, 0] / totals[:, 1], [2.5, 97.5])
-    return [round(float(low), 2), round(float(high), 2)]
+    return float(low), float(high)

@@ -29,7 +29,7 @@ from r1s_jax.tracking import health
 from r1s_jax.tracking import metrics as m
 from r1s_jax.tracking.progress import Progress
 from r1s_jax.tracking.run_dir import StopRequest, check_data, open_run_dir, write_held_out
-from r1s_jax.tracking.summary import summarize
+from r1s_jax.tracking.summary import note_evaluation, summarize
 from r1s_jax.tracking.telemetry import Telemetry
 
 
@@ -145,7 +145,7 @@ class Run:
             return state
         state = self._learning_state(state.params)
         if before := self.evaluate(state):
-            progress.before = before.scores()
+            progress.before = on_main(lambda: note_evaluation(self.dir, "before", before))
         progress.phase, progress.step = "learning", 0
         self._save(state)
         return state

@@ -10,7 +10,7 @@ from r1s_jax.data.traces import read_traces
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.rollout import engine
 from r1s_jax.serving import ask
-from tests.makers import CHAT, HERMES_CHAT, run_cli, save_letters_model
+from tests.makers import HERMES_CHAT, run_cli, save_letters_model
 from tests.test_train import CORPUS
 
 RECIPE = """
@@ -49,16 +49,11 @@ def seen(monkeypatch):
     return ids
 
 
-@pytest.mark.parametrize(
-    ("dialect", "thinking", "template"),
-    [("search_r1", "template", CHAT), ("tool_call", "off", HERMES_CHAT)],
-)
-def test_one_dialect_and_prompt_everywhere(
-    dialect, thinking, template, seen, index, tmp_path, monkeypatch
-):
+def test_one_dialect_and_prompt_everywhere(seen, index, tmp_path, monkeypatch):
+    dialect, thinking = "tool_call", "off"
     mine = tmp_path / "mine"
     mine.mkdir()
-    save_letters_model(mine / "base", template, end="<|im_end|>")
+    save_letters_model(mine / "base", HERMES_CHAT, end="<|im_end|>")
     row = {"question": "What is the trade of Bakor1?", "answer": "smith"}
     other = {"question": "What is the trade of Bakor2?", "answer": "baker"}
     (mine / "q.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
@@ -95,12 +90,10 @@ def test_one_dialect_and_prompt_everywhere(
         call("ask", row["question"], "--model", model, "--index", index)
         (asked,) = seen.pop("r1s_jax.serving.ask")
         assert tuple(asked) in trained
-    other = {"search_r1": "tool_call", "tool_call": "search_r1"}[dialect]
-    words = ["ask", "Who?", "--model", "model", "--index", str(index), "--dialect", other]
+    words = ["ask", "Who?", "--model", "model", "--index", str(index), "--dialect", "search_r1"]
     refused = run_cli(*words)
     assert refused.exit_code == 1 and f"the policy speaks {dialect}" in str(refused.exception)
-    if other == "search_r1":
-        call(*words, "--force-dialect")
+    call(*words, "--force-dialect")
     assert next(read_traces(elsewhere / "run")).dialect.name == dialect
 
 

@@ -259,6 +259,7 @@ def test_memory_stays_level_over_many_steps(tmp_path):
 
 
 CORPUS = ["policy.compute_dtype=float32", "environment.encoder=hash", "environment.prompt=base"]
+CORPUS += ["cold_start.steps=0", "environment.demonstrations="]
 CORPUS += ["stage1.steps=0", "stage2.steps=2", "stage2.questions_per_step=2", "eval.questions=2"]
 CORPUS += ["algorithm.samples_per_question=2", "algorithm.updates_per_rollout=1"]
 CORPUS += ["rollout.slots=4", "rollout.prefill_rows=2", "rollout.max_length=384"]

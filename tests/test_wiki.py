@@ -18,8 +18,11 @@ def test_wiki_recipe_learns_a_step(tmp_path, monkeypatch):
     few = dict(list(summaries.items())[:64])
     path = tmp_path / "summaries_few.json"
     path.write_text(json.dumps(few))
-    changes = [f"environment.{name}={path}" for name in ("questions", "passages")]
-    changes += ["stage2.steps=1", "stage2.questions_per_step=2"]
+    named = ("questions", "passages", "demonstrations")
+    changes = [f"environment.{name}={path}" for name in named]
+    changes += ["cold_start.steps=1", "cold_start.batch_size=4", "stage1.steps=0"]
+    changes += ["stage2.steps=1", "stage2.questions_per_step=2", "eval.questions=2"]
+    changes += ["rollout.first_search=true", "rollout.max_prompt_length=320"]
     changes += ["algorithm.samples_per_question=2", "rollout.max_turn_length=16"]
     result = train(override(wiki_smollm2.config(), changes), tmp_path / "run")
     assert result["steps"] == 1 and result["searches"] >= 4

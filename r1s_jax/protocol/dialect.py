@@ -129,6 +129,11 @@ class Dialect:
         """Where in a bare text after the prompt the system wrote, as far as text can tell."""
         raise NotImplementedError
 
+    @property
+    def turn_end(self) -> str:
+        """The control token that a policy ends its turns with, where that is what acts."""
+        return ""
+
     # How a generated demonstration speaks. Its prompt opens the reasoning.
 
     @property

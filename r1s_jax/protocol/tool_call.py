@@ -163,6 +163,10 @@ class ToolCall(Dialect):
         return (block.span() for block in re.finditer(words, text, re.DOTALL))
 
     @property
+    def turn_end(self) -> str:
+        return self.frame.turn_end
+
+    @property
     def talks(self) -> bool:
         return self.reasons  # all of a last turn without reasoning is the answer
 

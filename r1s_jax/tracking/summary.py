@@ -10,10 +10,36 @@ from rich.table import Table
 from r1s_jax.data.rows import rows_so_far
 from r1s_jax.data.traces import Trace
 from r1s_jax.eval.held_out import Evaluation
+from r1s_jax.eval.score import interval
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.rewards.answer_scores import score_answer
 from r1s_jax.system.console import console
-from r1s_jax.system.files import write_json
+from r1s_jax.system.files import write_json, write_rows
 from r1s_jax.tracking.progress import Progress
 from r1s_jax.tracking.trace_view import as_text, legend
+
+
+def note_evaluation(run_dir: Path, when: str, evaluation: Evaluation) -> dict[str, float]:
+    """Writes `evaluation_before.jsonl` or `evaluation_after.jsonl`, a row a held-out question.
+
+    Returns the mean scores.
+    """
+    rolled = evaluation.rolled
+    rows = (
+        {
+            "id": question.id,
+            "question": question.question,
+            "answers": list(question.answers),
+            "f1": score_answer(solution.answer, question.answers).f1,
+            "searches": int(searches),
+            "spans": solution.spans,
+        }
+        for question, solution, searches in zip(
+            rolled.questions, rolled.solutions, rolled.trajectory.searches, strict=True
+        )
+    )
+    write_rows(run_dir / f"evaluation_{when}.jsonl", rows)
+    return evaluation.scores()
 
 
 def summarize(
@@ -42,7 +68,11 @@ def summarize(
         }
         by_hops = {"f1_one_hop_after": after.f1_one_hop, "f1_two_hop_after": after.f1_two_hop}
         summary |= {name: f1 for name, f1 in by_hops.items() if f1 is not None}
+        note_evaluation(run_dir, "after", after)
+        before, now = (_evaluated(run_dir, when) for when in ("before", "after"))
+        summary |= _gain(before, now)
         _show_evaluation(summary, after)
+        _show_trajectories(before, now, after.rolled.solutions[0].dialect)
     if rows:
         plot_learning_curve(rows, run_dir / "learning_curve.png")
         console.print(f"Learning curve: {run_dir / 'learning_curve.png'}")
@@ -81,10 +111,40 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
     for name in ("one_hop", "two_hop"):
         if (f1 := summary.get(f"f1_{name}_after")) is not None:
             table.add_row(f"F1, {name.replace('_', '-')}", "", f"{f1:.3f}")
+    if "f1_gain_low" in summary:
+        low, high = summary["f1_gain_low"], summary["f1_gain_high"]
+        table.add_row("F1 gained (95 %)", "", f"{low:+.3f} to {high:+.3f}")
     console.print(table)
-    longest = int(np.argmax(after.rolled.trajectory.searches))
-    question, solution = after.rolled.questions[longest], after.rolled.solutions[longest]
-    console.rule("One trajectory")
-    console.print(legend())
-    console.print(as_text(Trace(question.question, question.answers, solution.spans)))
+
+
+def _evaluated(run_dir: Path, when: str) -> list[dict[str, Any]]:
+    """The rows of an evaluation, by question; none in the directories of early versions."""
+    return rows_so_far(run_dir / f"evaluation_{when}.jsonl")
+
+
+def _gain(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
+    """What F1 gained, with a 95 % interval by bootstrap over the questions, each with itself."""
+    if [row["id"] for row in before] != [row["id"] for row in after]:
+        return {}
+    gains = np.array([b["f1"] - a["f1"] for a, b in zip(before, after, strict=True)])
+    low, high = interval(gains)
+    return {"f1_gain": float(gains.mean()), "f1_gain_low": low, "f1_gain_high": high}
+
+
+def _show_trajectories(
+    before: list[dict[str, Any]], after: list[dict[str, Any]], dialect: Dialect
+) -> None:
+    """The two questions that gained most, before and after; where none did, the longest one."""
+    known = {row["id"]: row for row in before}
+    gained = [row for row in after if row["id"] in known and row["f1"] > known[row["id"]]["f1"]]
+    gained.sort(key=lambda row: known[row["id"]]["f1"] - row["f1"])
+    chosen = gained[:2] or [max(after, key=lambda row: row["searches"])]
+    for row in chosen:
+        for when, shown in (("before RL", known.get(row["id"])), ("after RL", row)):
+            if shown:
+                console.rule(f"One trajectory, {when}")
+                spans = [(text, by_policy) for text, by_policy in shown["spans"]]
+                trace = Trace(row["question"], tuple(row["answers"]), spans, dialect=dialect)
+                console.print(as_text(trace))
     console.rule()
+    console.print(legend())
