@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from r1s_jax.kernels.attention.reference import MASKED, group_heads, masked_attention
+from r1s_jax.kernels.attention.reference import MASKED, group_heads
 from r1s_jax.kernels.attention.support import Support
 
 SUPPORT = Support()
 
-_BLOCK = 128
+_BLOCK = 128  # of keys in a cache
+_QUERY_BLOCK = 64
 # A long row is cut into no more than this many blocks of queries: each is a piece of program.
 _MAX_QUERY_BLOCKS = 16
 
@@ -34,16 +35,49 @@ def attention(
 
     The backward pass computes the scores of a block again, so no [T, T] array is ever kept.
     """
-    length = q.shape[1]
-    block = max(_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
-    attend = jax.checkpoint(partial(masked_attention, causal=causal, scale=scale), static_argnums=4)
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q = group_heads(q * (head_dim**-0.5 if scale is None else scale), kv_heads)
+    # Heads first: a group's queries, whatever their tokens, are the rows of one matrix product.
+    q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    block = max(_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
+    attend = jax.checkpoint(partial(_attend_block, causal=causal), static_argnums=4)
     out = []
     for first in range(0, length, block):
         queries = slice(first, min(first + block, length))
         keys = slice(0, queries.stop if causal else length)
-        ids = None if segment_ids is None else (segment_ids[:, queries], segment_ids[:, keys])
-        out.append(attend(q[:, queries], k[:, keys], v[:, keys], ids, first))
-    return jnp.concatenate(out, axis=1)
+        ids = segment_ids[:, queries], segment_ids[:, keys]
+        out.append(attend(q[:, :, :, queries], k[:, :, keys], v[:, :, keys], ids, first))
+    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+
+
+def _attend_block(
+    q: Float[Array, "B N G T K"],
+    k: Float[Array, "B N S K"],
+    v: Float[Array, "B N S K"],
+    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]],
+    first: int,
+    *,
+    causal: bool,
+) -> Float[Array, "B N G T K"]:
+    """The queries from `first` on against S keys, the scale being in them already."""
+    (batch, kv_heads, groups, length, head_dim), (of_query, of_key) = q.shape, segment_ids
+    rows = q.reshape(batch, kv_heads, groups * length, head_dim)
+    scores = jnp.einsum("bnmk,bnsk->bnms", rows, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, groups, length, -1)
+    allowed = of_query[:, :, None] == of_key[:, None, :]
+    if causal:
+        allowed &= (first + jnp.arange(length))[:, None] >= jnp.arange(k.shape[2])
+    scores = jnp.where(allowed[:, None, None], scores, MASKED)
+    peak = lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - peak)
+    total = weights.sum(-1)
+    weights = weights.reshape(batch, kv_heads, groups * length, -1).astype(v.dtype)
+    mix = jnp.einsum("bnms,bnsk->bnmk", weights, v, preferred_element_type=jnp.float32)
+    out = mix.reshape(q.shape) / total[..., None]
+    return jnp.where(of_query[:, None, None, :, None] > 0, out, 0).astype(v.dtype)
 
 
 def decode_attention(

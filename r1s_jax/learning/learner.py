@@ -35,6 +35,8 @@ from r1s_jax.system.distributed import to_host
 
 # Logits of this many tokens of a row exist at a time; the rest are recomputed when needed.
 _LOGIT_CHUNK = 128
+# Unless those of all rows together take no more than so many bytes: then they are kept.
+_KEPT_LOGITS = 2**29
 # Names in the compiled program of what runs once a chunk of logits, and once a micro-batch.
 LOGITS_SCOPE, MICRO_SCOPE = "logits_chunk", "micro_batch"
 
@@ -91,7 +93,6 @@ def token_logprobs(
     hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
     chunks = logit_chunks(length)
 
-    @jax.checkpoint
     def chunk(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         hidden, targets, wanted = args
         zeros = jnp.zeros(targets.shape, jnp.float32)
@@ -101,8 +102,10 @@ def token_logprobs(
         logits = policy.logits(hidden)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        probs = jnp.exp(logits - normalizer[..., None])
-        return chosen - normalizer, normalizer - (probs * logits).sum(-1)
+        # Measured only: its gradient would keep the probabilities beside the logits.
+        fixed, total = lax.stop_gradient((logits, normalizer))
+        entropy = total - (jnp.exp(fixed - total[..., None]) * fixed).sum(-1)
+        return chosen - normalizer, entropy
 
     def split(x: Array) -> Array:
         return x.reshape(x.shape[0], chunks, -1, *x.shape[2:]).swapaxes(0, 1)
@@ -111,8 +114,13 @@ def token_logprobs(
         x = x.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, : length - 1]
         return jnp.pad(x, ((0, 0), (1, 0)))
 
+    parts = split(hidden), split(targets), split(wanted)
     with jax.named_scope(LOGITS_SCOPE):
-        logprobs, entropies = lax.map(chunk, (split(hidden), split(targets), split(wanted)))
+        if 4 * tokens.size * policy.config.vocab_size > _KEPT_LOGITS:
+            logprobs, entropies = lax.map(jax.checkpoint(chunk), parts)
+        else:
+            each = [chunk(tuple(x[i] for x in parts)) for i in range(chunks)]
+            logprobs, entropies = map(jnp.stack, zip(*each, strict=True))
     return join(logprobs), join(entropies)
 
 
@@ -188,12 +196,14 @@ class Learner:
         return place(batch, NamedSharding(self.mesh, P(None, BATCH_AXES)))
 
     def _forward(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
+        impl = attention_impl(self.attention, self.mesh)
         policy = Policy(
             self.model,
             params,
             compute_dtype=self.compute_dtype,
             remat=self.remat,
-            attend_rows=row_attention(attention_impl(self.attention, self.mesh), self.mesh),
+            attend_rows=row_attention(impl, self.mesh),
+            unroll=impl == "xla" and self.remat == "none",
         )
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
         return token_logprobs(policy, batch.tokens, hidden, batch.weights > 0)
@@ -223,7 +233,10 @@ class Learner:
         )
         start = (jax.tree.map(jnp.zeros_like, trained), jnp.zeros(()), zeros)
         with jax.named_scope(MICRO_SCOPE):
-            grads, value, metrics = lax.fori_loop(0, micro, accumulate, start)
+            if len(batch.tokens) == 1:  # nothing to add up
+                (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained, rows)
+            else:
+                grads, value, metrics = lax.fori_loop(0, micro, accumulate, start)
         tokens = jnp.maximum(metrics["tokens"], 1)
         metrics = {
             k: v if k == "tokens" or k.endswith("max") else v / tokens for k, v in metrics.items()

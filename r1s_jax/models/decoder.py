@@ -46,7 +46,8 @@ class Policy(nnx.Module):
     cast where they are used. Inside `shard_map`, `tensor_axis` names the mesh axis over which
     heads, feed-forward and vocabulary are split; under plain jit it stays None and XLA places the
     collectives itself. `impl` names the attention backend; `attend_rows`, where given, does the
-    attention of whole rows instead (see sharding.py).
+    attention of whole rows instead (see sharding.py). `unroll` writes the layers out one by one: on
+    a CPU the gradient is faster so, on others the program would only be longer.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Policy(nnx.Module):
         remat: Remat = "none",
         impl: Impl | None = None,
         attend_rows: RowAttention | None = None,
+        unroll: bool = False,
     ):
         self.config = config
+        self.unroll = unroll
         self.compute_dtype = compute_dtype
         self.tensor_axis = tensor_axis
         self.remat = remat
@@ -178,7 +181,7 @@ class Policy(nnx.Module):
         else:
             inputs = (jnp.arange(self.config.num_layers), self.layers)
             with jax.named_scope(LAYERS_SCOPE):
-                (x, cache), _ = lax.scan(layer, (x, cache), inputs)
+                (x, cache), _ = lax.scan(layer, (x, cache), inputs, unroll=self.unroll)
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
 
     def _block(self, x: Array, w: Params, rope: tuple, attend: Callable, cache: Any):
