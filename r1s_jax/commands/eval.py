@@ -36,6 +36,9 @@ AnswersOut = Annotated[Path, typer.Option(help="File of answers to write, or to 
 How = Annotated[str, typer.Option(help="search; rag (one search, of the question); direct (none).")]
 Slots = Annotated[int, typer.Option(min=1, help="Questions answered at a time.")]
 FirstFew = Annotated[int, typer.Option(min=0, help="Only the first so many questions; 0: all.")]
+MaxSearches = Annotated[
+    int, typer.Option(min=0, help="At most; Search-R1's released evaluation has 4.")
+]
 MaxFailureRate = Annotated[
     float, typer.Option(min=0, max=1, help="Share of searches that may fail.")
 ]
@@ -67,9 +70,7 @@ def run(
     slots: Slots = 16,
     max_length: MaxLength = 4096,
     max_turn_length: Annotated[int, typer.Option(min=1, help="Tokens of a turn.")] = 512,
-    max_searches: Annotated[
-        int, typer.Option(min=0, help="At most; Search-R1's released evaluation has 4.")
-    ] = 9,
+    max_searches: MaxSearches = 9,
     limit: FirstFew = 0,
     max_failure_rate: MaxFailureRate = 0.2,
     retry_failed: RetryFailed = False,
@@ -96,9 +97,7 @@ def run(
         max_turn_length=max_turn_length,
         max_searches=max_searches,
         limit=limit,
-        dialect=dialect,
-        thinking=thinking,
-        force_dialect=force_dialect,
+        **{"dialect": dialect, "thinking": thinking, "force_dialect": force_dialect},
         samples=samples,
     )
     engine, source = None, {}
