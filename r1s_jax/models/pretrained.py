@@ -73,12 +73,12 @@ def choose_dialect(
         )
     if known is None or (name and name != known.name):
         known = make_dialect(name or R1_SEARCHER.name)
-    if thinking not in ("", known.thinking) and known.prompt_is_whole and known.prompt:
-        if prompt is None:
-            raise ConfigError(
-                f"--thinking {thinking}: the policy's own prompt was made for thinking "
-                f"{known.thinking}; name another with --prompt"
-            )
+    keeps_prompt = prompt is None and known.prompt is not None and known.prompt_is_whole
+    if keeps_prompt and thinking not in ("", known.thinking):
+        raise ConfigError(
+            f"--thinking {thinking}: the policy's own prompt was made for thinking "
+            f"{known.thinking}; name another with --prompt"
+        )
     given = {"thinking": thinking or known.thinking}
     given |= {} if prompt is None else {"prompt": prompt}
     return from_dict(known.as_dict() | given, "the dialect")
