@@ -153,6 +153,10 @@ class Dialect:
         """From the end of a thought to the end of the answer."""
         raise NotImplementedError
 
+    def _closing(self) -> str:
+        """What ends a thought, where there is any."""
+        return f" {END_THINK}" if self.reasons else ""
+
     # Files.
 
     def as_dict(self) -> dict[str, Any]:

@@ -142,9 +142,6 @@ class SearchR1(Dialect):
     def answer_turn(self, answer: str) -> str:
         return f"{self._closing()} {BEGIN_ANSWER} {answer} {END_ANSWER}"
 
-    def _closing(self) -> str:
-        return f" {END_THINK}" if self.reasons else ""
-
 
 def _document(number: int, line: str) -> str:
     """A passage line as the released code shows it: titles are quoted in its corpus."""

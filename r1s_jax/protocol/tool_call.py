@@ -176,9 +176,6 @@ class ToolCall(Dialect):
     def answer_turn(self, answer: str) -> str:
         return f"{self._closing()} {answer}"
 
-    def _closing(self) -> str:
-        return f" {END_THINK}" if self.reasons else ""
-
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"frame": list(self.frame)}
 
