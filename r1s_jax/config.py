@@ -285,11 +285,12 @@ class OptimizerConfig:
     # Of the first moment; the second, whose small numbers matter, has the parameters' dtype.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     pack_length: int = 0  # tokens of a packed row; 0: rollout.max_length
-    micro_rows: int = 1  # packed rows of one forward and backward pass, on each data shard
+    # Packed rows of one forward and backward pass, on each data shard; 0: what the memory takes.
+    micro_rows: int = 1
 
     def __post_init__(self) -> None:
         _check_numbers("optimizer", self, learning_rate=0, decay_to=0, weight_decay=0, grad_clip=0)
-        _check_numbers("optimizer", self, pack_length=0, micro_rows=1)
+        _check_numbers("optimizer", self, pack_length=0, micro_rows=0)
         _check_shares("optimizer", self, "b1", "b2")
 
 

@@ -139,7 +139,8 @@ class Run:
                 self._save(state)
             return bool(stop.requested)
 
-        batch_of = demonstrations_of(self.config, self.environment, self.engine)
+        demonstrated = self.config, self.environment, self.engine, learner, state
+        batch_of = demonstrations_of(*demonstrated)
         state = imitate(c, learner, state, progress, batch_of, after_step)
         if stop.requested:
             return state

@@ -81,6 +81,13 @@ def test_bench_decode_and_update_print_json(model):
     assert result["tokens_per_s"] > 0
 
 
+def test_bench_step_prints_json(model):
+    short = ("--model", str(model), "--samples", "2", "--new-tokens", "8", "--json")
+    result = json.loads(run("bench", "step", *short).stdout.splitlines()[-1])
+    assert result["seconds"] >= result["rollout_s"] > 0 and result["update_s"] > 0
+    assert result["tokens_per_s"] > 0 and result["dtype"] == "float32"
+
+
 def test_ask_streams_to_the_end(model, index):
     done = run("ask", "What is the trade of Bakori?", "--model", str(model), "--index", str(index))
     assert done.exit_code == 0, done.output

@@ -143,7 +143,7 @@ def test_an_absent_architecture_cannot_be_set_from_the_command_line():
         ("search.max_failure_rate=5", "search.max_failure_rate must be between 0 and 1"),
         ("optimizer.learning_rate=inf", r"optimizer.learning_rate must be at most 1e\+06, got inf"),
         ("optimizer.b1=2", "optimizer.b1 must be between 0 and 1"),
-        ("optimizer.micro_rows=0", "optimizer.micro_rows must be at least 1"),
+        ("optimizer.micro_rows=-1", "optimizer.micro_rows must be at least 0"),
         ("optimizer.pack_length=3", "must be 0 or at least rollout.max_length"),
         ("cold_start.checkpoint_every=0", "cold_start.checkpoint_every must be at least 1"),
         ("stage1.steps=-3", "stage1.steps must be at least 0"),

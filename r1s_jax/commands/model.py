@@ -45,25 +45,28 @@ def compile_(
         str, typer.Option(help="v5e:8x8, v5p:2x2x4, v6e:4x8, h100:8, ...: chips and their shape.")
     ] = "v5e:2x4",
     phase: Annotated[str, typer.Option(help="rollout, update or all.")] = "all",
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Try slots, micro_rows and remat: which are cheapest?")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile a recipe for a pod that is not here: does it fit, and what would a step cost?
 
     Uses the real TPU compiler (`pip install libtpu`); nothing is run or downloaded. Exit status 1
-    when it does not fit.
+    when it does not fit. With --fit (minutes), the last line is what to add to the recipe.
     """
-    from r1s_jax.perf.compile_report import advice, as_text, compile_recipe
+    from r1s_jax.perf import compile_report
+    from r1s_jax.perf import fit as fitting
     from r1s_jax.recipes import load_recipe
 
-    report = compile_recipe(
-        load_recipe(config, overrides or []),
-        topology,
-        phase,
-        progress=lambda what: typer.echo(what, err=True),
-    )
+    recipe = load_recipe(config, overrides or [])
+    run = fitting.fit_recipe if fit else compile_report.compile_recipe
+    report = run(recipe, topology, phase, progress=lambda what: typer.echo(what, err=True))
+    as_text = fitting.as_text if fit else compile_report.as_text
     typer.echo(json.dumps(report) if as_json else as_text(report))
     if not report["fits"]:
-        typer.secho(advice(report), fg="red", err=True)
+        if not fit:
+            typer.secho(compile_report.advice(report), fg="red", err=True)
         raise typer.Exit(1)
 
 

@@ -9,6 +9,7 @@ from r1s_jax.config import ColdStartConfig, Config
 from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.environment import Environment
 from r1s_jax.learning.learner import Learner, LearnerState
+from r1s_jax.learning.micro_rows import micro_rows
 from r1s_jax.learning.packing import PackedBatch, pack
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.protocol.dialect import Dialect
@@ -64,9 +65,16 @@ def imitate(
 
 
 def demonstrations_of(
-    config: Config, environment: Environment, engine: Engine
+    config: Config,
+    environment: Environment,
+    engine: Engine,
+    learner: Learner,
+    state: LearnerState,
 ) -> Callable[[int], tuple[PackedBatch, int]]:
     """What a run imitates at a step: demonstrations packed as its rollouts will be."""
+    rows = 1
+    if config.cold_start.steps:
+        rows = micro_rows(config, learner, state, config.cold_start.batch_size)
 
     def batch_of(step: int) -> tuple[PackedBatch, int]:
         return demonstration_batch(
@@ -76,7 +84,7 @@ def demonstrations_of(
             engine.document_tokens,
             dialect=engine.dialect,
             capacity=config.optimizer.pack_length or config.rollout.max_length,
-            micro_rows=config.optimizer.micro_rows * batch_shards(engine.mesh),
+            micro_rows=rows * batch_shards(engine.mesh),
         )
 
     return batch_of

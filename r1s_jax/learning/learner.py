@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import ModelConfig, OptimizerConfig, PolicyConfig, Remat
+from r1s_jax.kernels.token_logprobs import logprobs_and_entropies
 from r1s_jax.learning.losses import Metrics, TokenLoss
 from r1s_jax.learning.packing import PackedBatch
 from r1s_jax.models.decoder import Policy
@@ -100,6 +101,8 @@ def token_logprobs(
 
     def measure(hidden: Array, targets: Array) -> tuple[Array, Array]:
         logits = policy.logits(hidden)
+        if policy.impl == "xla":
+            return logprobs_and_entropies(logits, targets)
         normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         # Measured only: its gradient would keep the probabilities beside the logits.
@@ -188,6 +191,10 @@ class Learner:
         )
         return state, {name: float(value) for name, value in metrics.items()}
 
+    def lower(self, state: LearnerState, *shapes: Any) -> jax.stages.Lowered:
+        """The program of `update`, for a batch, `micro` and `scale` given as shapes on the mesh."""
+        return self._update.lower(self, state, *shapes)
+
     def logprobs(self, params: Params, batch: PackedBatch, micro: int) -> np.ndarray:
         """float32[M, R, T] log-probability of every token under `params`."""
         return to_host(self._logprobs(params, self._place(batch), jnp.int32(micro)))
@@ -202,8 +209,8 @@ class Learner:
             params,
             compute_dtype=self.compute_dtype,
             remat=self.remat,
+            impl=impl,
             attend_rows=row_attention(impl, self.mesh),
-            unroll=impl == "xla" and self.remat == "none",
         )
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
         return token_logprobs(policy, batch.tokens, hidden, batch.weights > 0)

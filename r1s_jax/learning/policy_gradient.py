@@ -9,6 +9,7 @@ from r1s_jax.config import Config
 from r1s_jax.learning.advantages import kl_divergence, token_advantages
 from r1s_jax.learning.collect import learnable
 from r1s_jax.learning.learner import Learner, LearnerState
+from r1s_jax.learning.micro_rows import micro_rows
 from r1s_jax.learning.packing import pack, unpack
 from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
@@ -40,6 +41,7 @@ class PolicyGradient:
 
     def __init__(self, config: Config, learner: Learner):
         self.config, self.learner = config, learner
+        self._rows: int | None = None  # of a pass, once an update has been seen
 
     def learn(
         self,
@@ -56,6 +58,9 @@ class PolicyGradient:
         Every statistic is over the whole batch and taken once, before the first of them.
         """
         a, t = self.config.algorithm, rolled.trajectory
+        if self._rows is None:
+            sequences = -(-len(t.lengths) // a.updates_per_rollout)
+            self._rows = micro_rows(self.config, self.learner, state, sequences)
         mask, old = learnable(t), t.policy_logprobs
         correction = np.ones(mask.shape)
         if a.importance_cap:
@@ -118,7 +123,7 @@ class PolicyGradient:
             t.lengths[rows],
             **values,
             capacity=c.optimizer.pack_length or c.rollout.max_length,
-            micro_rows=c.optimizer.micro_rows * batch_shards(self.learner.mesh),
+            micro_rows=self._rows * batch_shards(self.learner.mesh),
         )
 
 

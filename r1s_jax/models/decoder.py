@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.config import Impl, ModelConfig, Remat
 from r1s_jax.kernels.attention.api import attention, decode_attention
+from r1s_jax.kernels.matmul import matmul
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.lora import merge_layer
 from r1s_jax.models.params import Params
@@ -31,8 +33,12 @@ LAYERS_SCOPE = "decoder_layer"
 
 # Called as `attention` is, with q, k, v and `segment_ids=` of whole rows.
 RowAttention = Callable[..., Array]
+_PROJECTED = "projected"  # the name of a projection that the compiler does not see as a product
 _REMAT = {
-    "attention": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(_PROJECTED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 # Given layer index, q, k, v of the new tokens and the carried cache: attends, returns the cache.
@@ -46,8 +52,9 @@ class Policy(nnx.Module):
     cast where they are used. Inside `shard_map`, `tensor_axis` names the mesh axis over which
     heads, feed-forward and vocabulary are split; under plain jit it stays None and XLA places the
     collectives itself. `impl` names the attention backend; `attend_rows`, where given, does the
-    attention of whole rows instead (see sharding.py). `unroll` writes the layers out one by one: on
-    a CPU the gradient is faster so, on others the program would only be longer.
+    attention of whole rows instead (see sharding.py). With `impl` "xla", a CPU's, layers of which
+    nothing is recomputed are written out one by one, since the gradient is faster so, and matrix
+    products are what its matrix units take (kernels/matmul.py).
     """
 
     def __init__(
@@ -60,10 +67,8 @@ class Policy(nnx.Module):
         remat: Remat = "none",
         impl: Impl | None = None,
         attend_rows: RowAttention | None = None,
-        unroll: bool = False,
     ):
         self.config = config
-        self.unroll = unroll
         self.compute_dtype = compute_dtype
         self.tensor_axis = tensor_axis
         self.remat = remat
@@ -159,7 +164,11 @@ class Policy(nnx.Module):
         else:
             w, equation = self.lm_head[...], "...d,dv->...v"
         w = w.astype(self.compute_dtype)
-        out = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+        if self.impl == "xla":
+            out = matmul(x.reshape(-1, x.shape[-1]), w, self.lm_head is None)
+            out = out.reshape(*x.shape[:-1], -1)
+        else:
+            out = jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
         if self.tensor_axis:
             out = lax.all_gather(out, self.tensor_axis, axis=out.ndim - 1, tiled=True)
         return out
@@ -180,8 +189,9 @@ class Policy(nnx.Module):
                 (x, cache), _ = layer((x, cache), (jnp.int32(index), w))
         else:
             inputs = (jnp.arange(self.config.num_layers), self.layers)
+            unroll = self.impl == "xla" and self.remat == "none"
             with jax.named_scope(LAYERS_SCOPE):
-                (x, cache), _ = lax.scan(layer, (x, cache), inputs, unroll=self.unroll)
+                (x, cache), _ = lax.scan(layer, (x, cache), inputs, unroll=unroll)
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
 
     def _block(self, x: Array, w: Params, rope: tuple, attend: Callable, cache: Any):
@@ -191,18 +201,18 @@ class Policy(nnx.Module):
         w = {name: p if name.endswith("norm") else p.astype(dtype) for name, p in w.items()}
 
         y = rms_norm(x, w["attn_norm"], eps)
-        q, k, v = (_project(y, w[name]) for name in ("wq", "wk", "wv"))
+        q, k, v = (self._project(y, w[name]) for name in ("wq", "wk", "wv"))
         if self.config.qkv_bias:
             q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
         if self.config.qk_norm:
             q, k = rms_norm(q, w["q_norm"], eps), rms_norm(k, w["k_norm"], eps)
         out, cache = attend(apply_rope(q, rope), apply_rope(k, rope), v, cache)
         out = out.astype(dtype).reshape(*out.shape[:2], -1)
-        x = x + self._sum(_project(out, w["wo"].reshape(-1, w["wo"].shape[-1])))
+        x = x + self._sum(self._project(out, w["wo"].reshape(-1, w["wo"].shape[-1])))
 
         y = rms_norm(x, w["mlp_norm"], eps)
-        gate = jax.nn.silu(_project(y, w["w_gate"]))
-        x = x + self._sum(_project(gate * _project(y, w["w_up"]), w["w_down"]))
+        gate = jax.nn.silu(self._project(y, w["w_gate"]))
+        x = x + self._sum(self._project(gate * self._project(y, w["w_up"]), w["w_down"]))
         return x, cache
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -215,17 +225,22 @@ class Policy(nnx.Module):
         x = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0)
         return lax.psum(x.astype(self.compute_dtype), self.tensor_axis)
 
+    def _project(
+        self, x: Float[Array, "B T D"], w: Float[Array, "D ..."]
+    ) -> Float[Array, "B T ..."]:
+        """`x @ w`, rows and tokens as one axis.
+
+        With two, the CPU's gradient of `w` takes a slower way than a matrix product.
+        """
+        rows, columns = x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1)
+        if self.impl == "xla":
+            out = checkpoint_name(matmul(rows, columns).astype(x.dtype), _PROJECTED)
+        else:
+            out = rows @ columns
+        return out.reshape(*x.shape[:-1], *w.shape[1:])
+
     def _sum(self, x: Array) -> Array:
         return lax.psum(x, self.tensor_axis) if self.tensor_axis else x
-
-
-def _project(x: Float[Array, "B T D"], w: Float[Array, "D ..."]) -> Float[Array, "B T ..."]:
-    """`x @ w`, rows and tokens as one axis.
-
-    With two, the CPU's gradient of `w` takes a slower way than a matrix product.
-    """
-    flat = x.reshape(-1, x.shape[-1]) @ w.reshape(w.shape[0], -1)
-    return flat.reshape(*x.shape[:-1], *w.shape[1:])
 
 
 def rms_norm(x: Float[Array, "*B D"], gain: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:

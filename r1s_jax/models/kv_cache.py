@@ -27,7 +27,12 @@ class KVCache(NamedTuple):
         dtype: Any,
         impl: Impl | None = None,
     ) -> "KVCache":
-        """Zeros; C and K grow to what the attention backend `impl` wants of a cache."""
+        """Zeros; C and K grow to what the attention backend `impl` wants of a cache.
+
+        On a CPU they are float32: its compiler writes into an array of bfloat16 by turning all of
+        it into float32 and back.
+        """
+        dtype = jnp.float32 if impl == "xla" else dtype
         dims = cache_dims(capacity, config.head_dim, impl)
         shape = (config.num_layers, slots, kv_heads, *dims)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

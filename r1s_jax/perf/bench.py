@@ -15,7 +15,8 @@ from jax import lax
 
 from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from r1s_jax.data.questions import Question
-from r1s_jax.learning.learner import Learner, make_optimizer
+from r1s_jax.kernels.matmul import matmul
+from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.packing import PackedBatch
 from r1s_jax.models.decoder import Policy
@@ -24,6 +25,7 @@ from r1s_jax.models.params import unstack_layers
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
+from r1s_jax.perf.costs import traced_flops
 from r1s_jax.protocol.dialect import Call
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Hit
@@ -59,7 +61,7 @@ def bench_decode(
     result = {
         "tokens_per_s": batch * (new_tokens - 1) / min(times["decode"]),
         "prefill_tokens_per_s": batch * prompt_len / min(times["prefill"]),
-        "peak_memory_gb": _peak_memory_gb(),
+        "peak_memory_gb": peak_memory_gb(),
     }
     if peer:
         ours = batch * new_tokens / (min(times["prefill"]) + min(times["decode"]))
@@ -112,23 +114,30 @@ def _greedy(logits: jax.Array) -> jax.Array:
 
 
 def bench_update(
-    reference: str, *, batch: int = 4, length: int = 256, repeats: int = 3
+    reference: str,
+    *,
+    batch: int = 4,
+    length: int = 256,
+    dtype: str = "float32",
+    repeats: int = 3,
 ) -> dict[str, Any]:
-    """One policy update over `batch` rows of `length` tokens, float32, Adam.
+    """One policy update over `batch` rows of `length` tokens in one pass, Adam.
 
-    Where PyTorch is installed, the same update there (forward, clipped loss, backward, Adam).
+    `peak_gflops` is what a matrix product of the model's shape reaches here in `dtype`, and
+    `peak_share` what the update's products reach of it. Where PyTorch is installed, the same update
+    there (forward of all rows, clipped loss, backward, Adam).
     """
     p = load_pretrained(reference)
     mesh = make_mesh(MeshConfig())
     learner = Learner(
         p.model,
         mesh,
-        np.dtype("float32"),
+        np.dtype(dtype),
         "none",
         make_optimizer(OptimizerConfig()),
         partial(clipped_loss, 0.2),
     )
-    tokens = _random_tokens(p.model, (batch, 1, length))
+    tokens = _random_tokens(p.model, (1, batch, length))
     ones = np.ones(tokens.shape, np.float32)
     ones[..., 0] = 0
     packed = PackedBatch(
@@ -141,20 +150,26 @@ def bench_update(
         reference_logprobs=0 * ones,
         kl_weights=0 * ones,
     )
-    peer = _torch_update(p, tokens[:, 0])
+    peer = _torch_update(p, tokens[0], dtype)
     state = learner.init(shard_params(p.params, p.model, mesh))
-    state, _ = learner.update(state, packed, batch)
-    ours, other = [], []
+    flops = _flops(learner, state, packed)
+    state, _ = learner.update(state, packed, 1)
+    ours, other, peaks = [], [], []
     for _ in range(repeats):
+        peaks.append(_product_gflops(p.model, batch * length, dtype))
         begin = time.perf_counter()
-        state, _ = learner.update(state, packed, batch)
+        state, _ = learner.update(state, packed, 1)
         ours.append(time.perf_counter() - begin)
         if peer:
             other.append(_seconds(peer))
     result = {
         "tokens_per_s": batch * length / min(ours),
         "seconds": min(ours),
-        "peak_memory_gb": _peak_memory_gb(),
+        "dtype": dtype,
+        "gflops": flops / min(ours) / 1e9,
+        "peak_gflops": max(peaks),
+        "peak_share": flops / min(ours) / 1e9 / max(peaks),
+        "peak_memory_gb": peak_memory_gb(),
     }
     if peer:
         result |= {
@@ -162,6 +177,22 @@ def bench_update(
             "ratio": min(other) / min(ours),
         }
     return result
+
+
+def _flops(learner: Learner, state: LearnerState, batch: PackedBatch) -> float:
+    """Of the matrix products of one update."""
+    traced = jax.jit(learner.update_step).trace(state, batch, jnp.int32(1), jnp.float32(1))
+    return traced_flops(traced.jaxpr.jaxpr, {})
+
+
+def _product_gflops(model: ModelConfig, tokens: int, dtype: str, repeats: int = 5) -> float:
+    """What the product of the feed-forward block reaches by itself."""
+    x = jnp.ones((tokens, model.d_model), dtype)
+    w = jnp.ones((model.d_model, model.d_ff), dtype)
+    product = jax.jit(matmul)
+    jax.block_until_ready(product(x, w))
+    best = min(_seconds(lambda: jax.block_until_ready(product(x, w))) for _ in range(repeats))
+    return 2 * tokens * model.d_model * model.d_ff / best / 1e9
 
 
 class _EveryLine(R1Searcher):
@@ -219,7 +250,7 @@ def bench_rollout(
         "seconds": rolled.seconds,
         "latency_ms": latency_ms,
         "slots": slots,
-        "peak_memory_gb": _peak_memory_gb(),
+        "peak_memory_gb": peak_memory_gb(),
     }
 
 
@@ -233,7 +264,7 @@ def _seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _peak_memory_gb() -> float:
+def peak_memory_gb() -> float:
     """Peak bytes on the accelerator, or of this process where there is none."""
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
@@ -244,7 +275,7 @@ def _peak_memory_gb() -> float:
     return peak / 1e9
 
 
-def _torch_model(p: Pretrained) -> Any:
+def torch_model(p: Pretrained) -> Any:
     """The same weights in `transformers`, on as many threads as JAX uses; None without PyTorch."""
     try:
         import torch
@@ -260,7 +291,7 @@ def _torch_model(p: Pretrained) -> Any:
 def _transformers_generate(
     p: Pretrained, tokens: np.ndarray, new_tokens: int
 ) -> Callable[[], Any] | None:
-    model = _torch_model(p)
+    model = torch_model(p)
     if model is None:
         return None
     import torch
@@ -276,8 +307,8 @@ def _transformers_generate(
     )
 
 
-def _torch_update(p: Pretrained, tokens: np.ndarray) -> Callable[[], Any] | None:
-    model = _torch_model(p)
+def _torch_update(p: Pretrained, tokens: np.ndarray, dtype: str) -> Callable[[], Any] | None:
+    model = torch_model(p)
     if model is None:
         return None
     import torch
@@ -287,12 +318,12 @@ def _torch_update(p: Pretrained, tokens: np.ndarray) -> Callable[[], Any] | None
 
     def update() -> None:
         optimizer.zero_grad()
-        for row in ids:
-            logits = model(row[None]).logits[0, :-1].float()
-            logprobs = torch.log_softmax(logits, -1).gather(1, row[1:, None])[:, 0]
-            ratio = torch.exp(logprobs + 10)
-            loss = -torch.minimum(ratio, ratio.clamp(0.8, 1.2)).mean() / len(ids)
-            loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(ids).logits[:, :-1]
+        logprobs = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None])[..., 0]
+        ratio = torch.exp(logprobs + 10)
+        loss = -torch.minimum(ratio, ratio.clamp(0.8, 1.2)).mean()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from r1s_jax.config import Config, ModelConfig
 from r1s_jax.kernels.attention.api import cache_dims
@@ -26,12 +25,11 @@ from r1s_jax.learning.learner import (
     make_optimizer,
 )
 from r1s_jax.learning.losses import policy_loss
-from r1s_jax.learning.packing import PackedBatch
+from r1s_jax.learning.micro_rows import most_rows, packed_shapes
 from r1s_jax.models.decoder import LAYERS_SCOPE
 from r1s_jax.models.lora import is_adapter, merge_adapters, trainable
 from r1s_jax.models.params import ParamSpec, param_specs
 from r1s_jax.models.sharding import (
-    BATCH_AXES,
     attention_impl,
     batch_sharding,
     batch_shards,
@@ -172,21 +170,13 @@ def update_program(
     """One optimizer step over its share of the batch, packed rows full to the brim."""
     mesh = learner.mesh
     length = config.optimizer.pack_length or config.rollout.max_length
-    rows = config.optimizer.micro_rows * batch_shards(mesh)
+    shards = batch_shards(mesh)
     sequences = trajectories(config) // config.algorithm.updates_per_rollout
+    per_shard = config.optimizer.micro_rows or most_rows(config, sequences, shards)
+    rows = per_shard * shards
     tokens = workload.prompt + workload.sampled + workload.documents
     micro = math.ceil(sequences * tokens / (rows * length))
-    shape = (math.ceil(sequences / rows), rows, length)
-    sharding = NamedSharding(mesh, P(None, BATCH_AXES))
-    integers = ("tokens", "segment_ids", "positions")
-    batch = PackedBatch(
-        **{
-            name: jax.ShapeDtypeStruct(
-                shape, jnp.int32 if name in integers else jnp.float32, sharding=sharding
-            )
-            for name in PackedBatch._fields
-        }
-    )
+    batch = packed_shapes(learner, sequences, per_shard, length)
     scalar = partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
     parameters, chips = _parameters(state), mesh.devices.size
     # Weights are read in the forward, the recomputed and the backward pass; Adam reads and writes

@@ -51,11 +51,12 @@ def alone(learner):
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 4), (4, 4), (5, 4), (11, 4), (11, 128)])
+@pytest.mark.parametrize("impl", [None, "xla"])
 def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
-    params, monkeypatch, length, chunk
+    params, monkeypatch, length, chunk, impl
 ):
     monkeypatch.setattr(update, "_LOGIT_CHUNK", chunk)
-    rng, policy = np.random.default_rng(length), Policy(MODEL, params)
+    rng, policy = np.random.default_rng(length), Policy(MODEL, params, impl=impl)
     tokens = rng.integers(0, MODEL.vocab_size, (3, length))
     hidden = jnp.asarray(rng.normal(size=(3, length, MODEL.d_model)), jnp.float32)
     logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden, tokens >= 0)
@@ -106,9 +107,27 @@ def test_recomputing_layers_changes_nothing(alone, remat):
     assert_close(after, alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_learns_what_float32_does(remat, tied):
+    """Rows long enough for the matrix units of a CPU to take their products."""
+    model = ModelConfig(64, 64, 128, 2, 4, 2, 16, tie_embeddings=tied)
+    params = init_params(model, 0)
+    batch, micro = packed(make_sequences(), capacity=96, micro_rows=2)
+
+    def gradient(dtype) -> np.ndarray:
+        learner = make_learner(model=model, remat=remat, compute_dtype=dtype)
+        state, _ = learner.update(learner.init(params), batch, micro)
+        moved = jax.tree.map(lambda a, b: np.ravel(a - b), params, jax.device_get(state.params))
+        return np.concatenate(jax.tree.leaves(moved))
+
+    exact, rounded = gradient(jnp.float32), gradient(jnp.bfloat16)
+    assert np.linalg.norm(rounded - exact) < 0.03 * np.linalg.norm(exact)
+
+
 def test_recomputing_more_keeps_less():
     """Bytes that one update holds at a time, on a model whose activations are most of them."""
-    model = ModelConfig(31, 32, 64, 2, 2, 1, 16)
+    model = ModelConfig(31, 32, 64, 8, 2, 1, 16)
     params = init_params(model, 0)
     batch, micro = packed(make_sequences(), capacity=256, micro_rows=4)
 

@@ -12,6 +12,7 @@ from r1s_jax.cli import app
 from r1s_jax.models.architectures import KNOWN
 from r1s_jax.perf.compile_report import advice, as_text, compile_recipe
 from r1s_jax.perf.costs import collective_bytes, traced_flops
+from r1s_jax.perf.fit import as_text as fit_as_text
 from r1s_jax.perf.targets import CannotCompile, target_devices
 from r1s_jax.recipes import load_recipe, titles
 
@@ -134,6 +135,22 @@ def test_what_does_not_fit_is_refused_with_advice(small):
     assert not report["fits"]
     assert report["phases"]["rollout"]["peak_gib"] > report["phases"]["rollout"]["hbm_gib"]
     assert "lower rollout.slots" in result.stderr
+
+
+@pytest.mark.aot
+def test_fit_finds_the_cheapest_that_fits():
+    command = ["compile", "smollm2_135m", "--topology", "v5e:2x2", "--phase", "update", "--fit"]
+    few = ["stage1.questions_per_step=8", "stage2.questions_per_step=8"]
+    result = CliRunner().invoke(app, [*command, *few, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    fitting = [row for row in report["tried"] if row["fits"]]
+    assert {row["settings"][1] for row in report["tried"]} == {
+        f"policy.remat={remat}" for remat in ("none", "attention", "full")
+    }
+    cheapest = min(fitting, key=lambda row: row["roofline_s"])
+    assert report["best"] == cheapest["settings"]
+    assert "<- best" in fit_as_text(report) and " ".join(report["best"]) in fit_as_text(report)
 
 
 def test_advice_names_what_to_lower():

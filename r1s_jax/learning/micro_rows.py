@@ -1,0 +1,87 @@
+"""How many packed rows go through the network at a time, where a recipe leaves that open."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from r1s_jax.config import Config
+from r1s_jax.learning.learner import Learner, LearnerState
+from r1s_jax.learning.packing import PackedBatch
+from r1s_jax.models.sharding import BATCH_AXES, batch_shards, replicated
+from r1s_jax.system.console import console
+
+_MARGIN = 0.9  # of the memory may be used
+
+
+def micro_rows(config: Config, learner: Learner, state: LearnerState, sequences: int) -> int:
+    """Rows of one forward and backward pass on each data shard, for updates on `sequences`.
+
+    `optimizer.micro_rows`, or where that is 0 the most that the memory takes of the numbers worth
+    having, by the compiler's own account of the update; the log says which.
+    """
+    if config.optimizer.micro_rows:
+        return config.optimizer.micro_rows
+    rows = most_rows(config, sequences, batch_shards(learner.mesh))
+    limit, needed = _MARGIN * _memory(learner), 0.0
+    while rows > 1 and (needed := _bytes(config, learner, state, sequences, rows)) > limit:
+        rows //= 2
+    told = f" (the update takes {needed / 2**30:.1f} GiB)" if needed else ""
+    console.print(f"optimizer.micro_rows: {rows} rows at a time{told}")
+    return rows
+
+
+def most_rows(config: Config, sequences: int, shards: int) -> int:
+    """The largest number worth having: a power of two, so that eight passes take the longest batch.
+
+    More rows a pass read the weights less often, but leave more of the last pass empty.
+    """
+    tokens = sequences * config.rollout.max_length
+    rows = tokens // (config.optimizer.pack_length or config.rollout.max_length) // shards
+    return 1 << max(0, (rows // 8).bit_length() - 1)
+
+
+def packed_shapes(learner: Learner, sequences: int, rows: int, length: int) -> PackedBatch:
+    """The batch of an update as shapes: `rows` rows of `length` tokens a data shard and pass."""
+    rows *= batch_shards(learner.mesh)
+    shape = (-(-sequences // rows), rows, length)
+    sharding = NamedSharding(learner.mesh, P(None, BATCH_AXES))
+    integers = ("tokens", "segment_ids", "positions")
+    return PackedBatch(
+        **{
+            name: jax.ShapeDtypeStruct(
+                shape, jnp.int32 if name in integers else jnp.float32, sharding=sharding
+            )
+            for name in PackedBatch._fields
+        }
+    )
+
+
+def _bytes(
+    config: Config, learner: Learner, state: LearnerState, sequences: int, rows: int
+) -> float:
+    """What the update needs on a device, state included; infinite where it does not compile."""
+    length = config.optimizer.pack_length or config.rollout.max_length
+    batch = packed_shapes(learner, sequences, rows, length)
+    scalar = [
+        jax.ShapeDtypeStruct((), dtype, sharding=replicated(learner.mesh))
+        for dtype in (jnp.int32, jnp.float32)
+    ]
+    try:
+        memory = learner.lower(state, batch, *scalar).compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return np.inf
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def _memory(learner: Learner) -> float:
+    """Bytes of one device."""
+    device = learner.mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit
+    return psutil.virtual_memory().total / len(learner.mesh.local_devices)

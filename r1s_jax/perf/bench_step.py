@@ -1,0 +1,213 @@
+"""One whole step of reinforcement learning, beside TRL's GRPOTrainer where it is installed.
+
+Both sample as many answers to one question, as long and without a search, reward them alike and
+make one update of all parameters; a step of theirs and a step of ours take turns.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from r1s_jax.config import (
+    AlgorithmConfig,
+    Config,
+    MeshConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RolloutConfig,
+)
+from r1s_jax.data.questions import Question
+from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
+from r1s_jax.learning.losses import clipped_loss
+from r1s_jax.learning.policy_gradient import PolicyGradient
+from r1s_jax.models.pretrained import Pretrained, load_pretrained
+from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.perf.bench import peak_memory_gb, torch_model
+from r1s_jax.protocol.r1_searcher import R1Searcher
+from r1s_jax.retrieval.api import Hit
+from r1s_jax.rollout.engine import Engine
+
+_QUESTION = "Which rivers flow through the capital of Austria?"
+_LEARNING_RATE, _CLIP = 1e-6, 0.2
+
+
+class _Talk(R1Searcher):
+    """No tag ends anything: answers are as long as they may be."""
+
+    query_end: ClassVar = ""
+    answer_end: ClassVar = ""
+
+
+class _NothingToFind:
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        return [[] for _ in queries]
+
+
+def bench_step(
+    reference: str, *, samples: int, new_tokens: int, dtype: str, repeats: int = 3
+) -> dict[str, Any]:
+    """Seconds of a step: the rollout of `samples` answers, their rewards, advantages, an update.
+
+    The best of `repeats`; `ratio` is TRL's over ours, where TRL is installed.
+    """
+    policy = load_pretrained(reference)._replace(eos_ids=(), dialect=_Talk())
+    step = _our_step(policy, samples, new_tokens, dtype)
+    theirs: list[float] = []
+    ours: list[dict[str, float]] = []
+    step(0)  # compiles
+
+    def ours_after(seconds: float) -> None:
+        theirs.append(seconds)
+        ours.append(step(len(theirs)))
+
+    if not _trl_steps(policy, samples, new_tokens, dtype, repeats + 1, ours_after):
+        ours = [step(i + 1) for i in range(repeats)]
+    best = min(ours, key=lambda row: row["seconds"])
+    result = {
+        **best,
+        "tokens_per_s": samples * new_tokens / best["seconds"],
+        "samples": samples,
+        "new_tokens": new_tokens,
+        "dtype": dtype,
+        "peak_memory_gb": peak_memory_gb(),
+    }
+    if theirs:
+        fastest = min(theirs[1:])  # the first pays for what is set up once
+        result |= {"trl_seconds": fastest, "ratio": fastest / best["seconds"]}
+    return result
+
+
+def _our_step(
+    policy: Pretrained, samples: int, new_tokens: int, dtype: str
+) -> Callable[[int], dict[str, float]]:
+    config = _config(policy, samples, new_tokens, dtype)
+    mesh = make_mesh(MeshConfig())
+    engine = Engine(policy, config.rollout, mesh=mesh, compute_dtype=np.dtype(dtype))
+    learner = Learner.of(
+        config.policy,
+        policy.model,
+        mesh,
+        make_optimizer(config.optimizer),
+        partial(clipped_loss, _CLIP),
+    )
+    method = PolicyGradient(config, learner)
+    held: list[LearnerState] = [learner.init(shard_params(policy.params, policy.model, mesh))]
+    question = Question(0, _QUESTION, ("",))
+
+    def step(number: int) -> dict[str, float]:
+        begin = time.perf_counter()
+        rolled = engine.run(
+            held[0].params,
+            [question],
+            samples=samples,
+            seed=0,
+            step=number,
+            retriever=_NothingToFind(),
+        )
+        between = time.perf_counter()
+        texts = ["".join(text for text, _ in s.spans) for s in rolled.solutions]
+        held[0], _ = method.learn(
+            held[0],
+            rolled,
+            np.array(_rewards(texts), np.float32),
+            step=number,
+            kl_coefficient=0.0,
+            learning_rate_scale=1.0,
+        )
+        jax.block_until_ready(held[0].params)
+        end = time.perf_counter()
+        parts = {"rollout_s": between - begin, "update_s": end - between}
+        return {"seconds": end - begin, **parts}
+
+    return step
+
+
+def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: str) -> Config:
+    probe = Engine(policy, RolloutConfig(max_prompt_length=2**10, max_length=2**11))
+    prompt = len(probe.prompt_tokens(_QUESTION))
+    length = prompt + new_tokens
+    return Config(
+        name="bench",
+        policy=PolicyConfig(compute_dtype=dtype),
+        rollout=RolloutConfig(
+            slots=samples,
+            top_p=1.0,
+            max_length=length,
+            max_prompt_length=prompt,
+            max_turn_length=new_tokens,
+            prefill_rows=1,
+            prefill_chunk=prompt,
+        ),
+        algorithm=AlgorithmConfig(
+            estimator="group_norm", samples_per_question=samples, updates_per_rollout=1
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=_LEARNING_RATE, pack_length=length, micro_rows=samples
+        ),
+    )
+
+
+def _rewards(texts: Sequence[str]) -> list[float]:
+    """Any that differ from answer to answer will do: here, how many different letters it uses."""
+    return [float(len(set(text))) for text in texts]
+
+
+def _trl_steps(
+    policy: Pretrained,
+    samples: int,
+    new_tokens: int,
+    dtype: str,
+    steps: int,
+    after: Callable[[float], None],
+) -> bool:
+    """Trains `steps` steps with TRL, handing `after` the seconds of each; False without TRL."""
+    try:
+        from datasets import Dataset
+        from transformers import TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError:
+        return False
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            after(time.perf_counter() - self.begin)
+
+    prompt = Engine(policy, RolloutConfig()).render(_QUESTION)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            output_dir=str(Path(folder)),
+            use_cpu=jax.default_backend() == "cpu",
+            bf16=dtype == "bfloat16",
+            max_steps=steps,
+            per_device_train_batch_size=samples,
+            num_generations=samples,
+            max_completion_length=new_tokens,
+            generation_kwargs={"min_new_tokens": new_tokens},
+            learning_rate=_LEARNING_RATE,
+            epsilon=_CLIP,
+            beta=0.0,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        trainer = GRPOTrainer(
+            model=torch_model(policy),
+            processing_class=policy.tokenizer,
+            reward_funcs=lambda completions, **_: _rewards(completions),
+            args=settings,
+            train_dataset=Dataset.from_list([{"prompt": prompt}] * samples),
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return True

@@ -1,0 +1,115 @@
+"""`r1s compile --fit`: the settings of memory that make a recipe's step cheapest on a topology."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from r1s_jax.border.overrides import override
+from r1s_jax.config import Config
+from r1s_jax.models.sharding import batch_shards, make_mesh
+from r1s_jax.perf.compile_report import compile_recipe
+from r1s_jax.perf.programs import Workload, trajectories
+from r1s_jax.perf.targets import target_devices
+
+# Of a chip's memory: what runs beside the program wants a little too.
+_MARGIN = 0.9
+_LEAST_SLOTS = 16
+
+
+def fit_recipe(
+    config: Config,
+    topology: str,
+    phase: str = "all",
+    workload: Workload | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Compiles the phases of a recipe with every size worth trying.
+
+    Of the rollout, `rollout.slots`; of the update, `optimizer.micro_rows` with each
+    `policy.remat`; in powers of two, each until one does not fit. Returns `tried` (a row for each:
+    `phase`, `settings`, `peak_gib`, `resident_gib`, `hbm_gib`, `roofline_s`, `fits` with a tenth to
+    spare), and `best`, the settings of the lowest roofline among those that fit.
+    """
+    workload = workload or Workload()
+    shards = batch_shards(make_mesh(config.mesh, target_devices(topology)))
+    series = {"rollout": _slots(config, shards), "update": _rows(config, shards, workload)}
+    tried: list[dict[str, Any]] = []
+    for name, several in series.items():
+        if phase in (name, "all"):
+            for settings in several:
+                tried += _try(config, topology, name, settings, workload, progress)
+    best: list[str] = []
+    for name in series:
+        fitting = [row for row in tried if row["phase"] == name and row["fits"]]
+        best += min(fitting, key=lambda row: row["roofline_s"])["settings"] if fitting else []
+    phases = {row["phase"] for row in tried}
+    fits = all(any(row["fits"] for row in tried if row["phase"] == name) for name in phases)
+    told = {"recipe": config.name, "topology": topology, "fits": fits}
+    return {**told, "best": best, "tried": tried}
+
+
+def _slots(config: Config, shards: int) -> list[list[Sequence[str]]]:
+    most = trajectories(config) // shards
+    return [[[f"rollout.slots={n}"] for n in _powers(_LEAST_SLOTS, most)]]
+
+
+def _rows(config: Config, shards: int, workload: Workload) -> list[list[Sequence[str]]]:
+    length = config.optimizer.pack_length or config.rollout.max_length
+    sequences = trajectories(config) // config.algorithm.updates_per_rollout
+    tokens = sequences * (workload.prompt + workload.sampled + workload.documents)
+    most = max(1, tokens // length // shards)
+    return [
+        [[f"optimizer.micro_rows={n}", f"policy.remat={remat}"] for n in _powers(1, most)]
+        for remat in ("none", "attention", "full")
+    ]
+
+
+def _powers(least: int, most: int) -> Iterable[int]:
+    n = least
+    while n <= max(least, most):
+        yield n
+        n *= 2
+
+
+def _try(
+    config: Config,
+    topology: str,
+    phase: str,
+    several: list[Sequence[str]],
+    workload: Workload,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """A row for each of the settings, which grow, up to the first that does not fit."""
+    rows = []
+    for settings in several:
+        progress(f"compiling the {phase} with {' '.join(settings)}")
+        changed = override(config, list(settings))
+        found = compile_recipe(changed, topology, phase, workload)["phases"][phase]
+        resident = found.get("resident_gib", 0.0)
+        rows.append(
+            {
+                "phase": phase,
+                "settings": list(settings),
+                "peak_gib": found["peak_gib"],
+                "resident_gib": resident,
+                "hbm_gib": found["hbm_gib"],
+                "roofline_s": found.get("roofline_s", {}).get("total"),
+                "fits": "error" not in found
+                and found["peak_gib"] + resident <= _MARGIN * found["hbm_gib"],
+            }
+        )
+        if not rows[-1]["fits"]:
+            break
+    return rows
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A report for a reader."""
+    lines = [f"{report['recipe']} on {report['topology']}, a chip:"]
+    for row in report["tried"]:
+        needs = f"{row['peak_gib'] + row['resident_gib']:6.1f} of {row['hbm_gib']:.0f} GiB"
+        cost = f"roofline {row['roofline_s']:5.1f} s" if row["fits"] else "does not fit"
+        chosen = "  <- best" if set(row["settings"]) <= set(report["best"]) else ""
+        lines.append(f"{row['phase']:8} {' '.join(row['settings']):48} {needs}  {cost}{chosen}")
+    return "\n".join(
+        [*lines, "best: " + " ".join(report["best"]) if report["fits"] else "none fits"]
+    )
