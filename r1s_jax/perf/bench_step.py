@@ -21,6 +21,8 @@ from r1s_jax.config import (
     OptimizerConfig,
     PolicyConfig,
     RolloutConfig,
+    StageConfig,
+    TinyWorldConfig,
 )
 from r1s_jax.data.questions import Question
 from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
@@ -38,10 +40,10 @@ _LEARNING_RATE, _CLIP = 1e-6, 0.2
 
 
 class _Talk(R1Searcher):
-    """No tag ends anything: answers are as long as they may be."""
+    """Tags that nobody writes: answers are as long as they may be."""
 
-    query_end: ClassVar = ""
-    answer_end: ClassVar = ""
+    query_end: ClassVar = "<|no query ever|>"
+    answer_end: ClassVar = "<|no answer ever|>"
 
 
 class _NothingToFind:
@@ -56,7 +58,7 @@ def bench_step(
 
     The best of `repeats`; `ratio` is TRL's over ours, where TRL is installed.
     """
-    policy = load_pretrained(reference)._replace(eos_ids=(), dialect=_Talk())
+    policy = load_pretrained(reference)._replace(eos_ids=(-1,), dialect=_Talk())
     step = _our_step(policy, samples, new_tokens, dtype)
     theirs: list[float] = []
     ours: list[dict[str, float]] = []
@@ -131,10 +133,13 @@ def _our_step(
 def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: str) -> Config:
     probe = Engine(policy, RolloutConfig(max_prompt_length=2**10, max_length=2**11))
     prompt = len(probe.prompt_tokens(_QUESTION))
-    length = prompt + new_tokens
+    length, stage = prompt + new_tokens, StageConfig(steps=0, reward="stage2")
     return Config(
         name="bench",
-        policy=PolicyConfig(compute_dtype=dtype),
+        policy=PolicyConfig(architecture=policy.model, compute_dtype=dtype),
+        environment=TinyWorldConfig(),  # of no use here
+        stage1=stage,
+        stage2=stage,
         rollout=RolloutConfig(
             slots=samples,
             top_p=1.0,
