@@ -275,7 +275,7 @@ def peak_memory_gb() -> float:
     return peak / 1e9
 
 
-def torch_model(p: Pretrained) -> Any:
+def _torch_model(p: Pretrained) -> Any:
     """The same weights in `transformers`, on as many threads as JAX uses; None without PyTorch."""
     try:
         import torch
@@ -291,7 +291,7 @@ def torch_model(p: Pretrained) -> Any:
 def _transformers_generate(
     p: Pretrained, tokens: np.ndarray, new_tokens: int
 ) -> Callable[[], Any] | None:
-    model = torch_model(p)
+    model = _torch_model(p)
     if model is None:
         return None
     import torch
@@ -308,7 +308,7 @@ def _transformers_generate(
 
 
 def _torch_update(p: Pretrained, tokens: np.ndarray, dtype: str) -> Callable[[], Any] | None:
-    model = torch_model(p)
+    model = _torch_model(p)
     if model is None:
         return None
     import torch

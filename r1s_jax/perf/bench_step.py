@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
+import psutil
 
 from r1s_jax.config import (
     AlgorithmConfig,
@@ -30,7 +31,10 @@ from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
-from r1s_jax.perf.bench import peak_memory_gb, torch_model
+from r1s_jax.models.weights import save_params
+from r1s_jax.perf.bench import peak_memory_gb
+from r1s_jax.perf.trl_steps import TrlSettings, TrlSteps, rewards
+from r1s_jax.protocol.prompts import renderer
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.rollout.engine import Engine
@@ -60,16 +64,16 @@ def bench_step(
     """
     policy = load_pretrained(reference)._replace(eos_ids=(-1,), dialect=_Talk())
     step = _our_step(policy, samples, new_tokens, dtype)
+    step(0)  # compiles
     theirs: list[float] = []
     ours: list[dict[str, float]] = []
-    step(0)  # compiles
-
-    def ours_after(seconds: float) -> None:
-        theirs.append(seconds)
-        ours.append(step(len(theirs)))
-
-    if not _trl_steps(policy, samples, new_tokens, dtype, repeats + 1, ours_after):
-        ours = [step(i + 1) for i in range(repeats)]
+    with tempfile.TemporaryDirectory() as folder:
+        trl = _trl(policy, Path(folder), samples, new_tokens, dtype, repeats + 1)
+        for number in range(repeats + trl.available):  # their first pays for what is set up once
+            if trl.available:
+                theirs.append(trl.step())
+            ours.append(step(number + 1))
+        trl.close()
     best = min(ours, key=lambda row: row["seconds"])
     result = {
         **best,
@@ -80,7 +84,7 @@ def bench_step(
         "peak_memory_gb": peak_memory_gb(),
     }
     if theirs:
-        fastest = min(theirs[1:])  # the first pays for what is set up once
+        fastest = min(theirs[1:])
         result |= {"trl_seconds": fastest, "ratio": fastest / best["seconds"]}
     return result
 
@@ -117,7 +121,7 @@ def _our_step(
         held[0], _ = method.learn(
             held[0],
             rolled,
-            np.array(_rewards(texts), np.float32),
+            np.array(rewards(texts), np.float32),
             step=number,
             kl_coefficient=0.0,
             learning_rate_scale=1.0,
@@ -158,61 +162,21 @@ def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: str) -> Co
     )
 
 
-def _rewards(texts: Sequence[str]) -> list[float]:
-    """Any that differ from answer to answer will do: here, how many different letters it uses."""
-    return [float(len(set(text))) for text in texts]
-
-
-def _trl_steps(
-    policy: Pretrained,
-    samples: int,
-    new_tokens: int,
-    dtype: str,
-    steps: int,
-    after: Callable[[float], None],
-) -> bool:
-    """Trains `steps` steps with TRL, handing `after` the seconds of each; False without TRL."""
-    try:
-        from datasets import Dataset
-        from transformers import TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError:
-        return False
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begin = time.perf_counter()
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            after(time.perf_counter() - self.begin)
-
-    prompt = Engine(policy, RolloutConfig()).render(_QUESTION)
-    with tempfile.TemporaryDirectory() as folder:
-        settings = GRPOConfig(
-            output_dir=str(Path(folder)),
-            use_cpu=jax.default_backend() == "cpu",
-            bf16=dtype == "bfloat16",
-            max_steps=steps,
-            per_device_train_batch_size=samples,
-            num_generations=samples,
-            max_completion_length=new_tokens,
-            generation_kwargs={"min_new_tokens": new_tokens},
-            learning_rate=_LEARNING_RATE,
-            epsilon=_CLIP,
-            beta=0.0,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-        )
-        trainer = GRPOTrainer(
-            model=torch_model(policy),
-            processing_class=policy.tokenizer,
-            reward_funcs=lambda completions, **_: _rewards(completions),
-            args=settings,
-            train_dataset=Dataset.from_list([{"prompt": prompt}] * samples),
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    return True
+def _trl(
+    policy: Pretrained, folder: Path, samples: int, new_tokens: int, dtype: str, steps: int
+) -> TrlSteps:
+    save_params(policy.params, policy.model, folder, dtype="float32")
+    policy.tokenizer.save_pretrained(folder)
+    settings = TrlSettings(
+        folder=folder,
+        prompt=renderer(_Talk(), policy.tokenizer)(_QUESTION),
+        samples=samples,
+        new_tokens=new_tokens,
+        dtype=dtype,
+        learning_rate=_LEARNING_RATE,
+        clip=_CLIP,
+        threads=psutil.cpu_count(logical=True) or 1,
+        steps=steps,
+        on_cpu=jax.default_backend() == "cpu",
+    )
+    return TrlSteps(settings)
