@@ -138,18 +138,7 @@ def bench_update(
         partial(clipped_loss, 0.2),
     )
     tokens = _random_tokens(p.model, (1, batch, length))
-    ones = np.ones(tokens.shape, np.float32)
-    ones[..., 0] = 0
-    packed = PackedBatch(
-        tokens=tokens,
-        segment_ids=np.ones_like(tokens),
-        positions=np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
-        weights=ones / ones.sum(),
-        advantages=ones,
-        old_logprobs=-10 * ones,
-        reference_logprobs=0 * ones,
-        kl_weights=0 * ones,
-    )
+    packed = _full_rows(tokens)
     peer = _torch_update(p, tokens[0], dtype)
     state = learner.init(shard_params(p.params, p.model, mesh))
     flops = _flops(learner, state, packed)
@@ -177,6 +166,22 @@ def bench_update(
             "ratio": min(other) / min(ours),
         }
     return result
+
+
+def _full_rows(tokens: np.ndarray) -> PackedBatch:
+    """Every token but a row's first is learned from."""
+    ones = np.ones(tokens.shape, np.float32)
+    ones[..., 0] = 0
+    return PackedBatch(
+        tokens=tokens,
+        segment_ids=np.ones_like(tokens),
+        positions=np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape),
+        weights=ones / ones.sum(),
+        advantages=ones,
+        old_logprobs=-10 * ones,
+        reference_logprobs=0 * ones,
+        kl_weights=0 * ones,
+    )
 
 
 def _flops(learner: Learner, state: LearnerState, batch: PackedBatch) -> float:
