@@ -58,9 +58,7 @@ class PolicyGradient:
         Every statistic is over the whole batch and taken once, before the first of them.
         """
         a, t = self.config.algorithm, rolled.trajectory
-        if self._rows is None:
-            sequences = -(-len(t.lengths) // a.updates_per_rollout)
-            self._rows = micro_rows(self.config, self.learner, state, sequences)
+        self._rows = self._rows or self._choose_rows(state, len(t.lengths))
         mask, old = learnable(t), t.policy_logprobs
         correction = np.ones(mask.shape)
         if a.importance_cap:
@@ -104,6 +102,10 @@ class PolicyGradient:
             kl=float(kl[mask].mean()) if some else 0.0,
             importance_weight=float(correction[mask].mean()) if some else 1.0,
         )
+
+    def _choose_rows(self, state: LearnerState, trajectories: int) -> int:
+        sequences = -(-trajectories // self.config.algorithm.updates_per_rollout)
+        return micro_rows(self.config, self.learner, state, sequences)
 
     def _logprobs(
         self, params: Params, t: Trajectory, mask: Bool[np.ndarray, "N W"]
