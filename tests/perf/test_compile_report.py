@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_refused_with_advice(small):
 @pytest.mark.aot
 def test_fit_finds_the_cheapest_that_fits(small):
     command = ["compile", "smollm2_135m", "--topology", "v5e:2x2", "--phase", "update", "--fit"]
-    few = ["stage1.questions_per_step=8", "stage2.questions_per_step=8"]
+    few = ["stage1.questions_per_step=1", "stage2.questions_per_step=1", "rollout.max_length=1024"]
     result = CliRunner().invoke(app, [*command, *few, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout.splitlines()[-1])
