@@ -19,7 +19,7 @@ test: .venv/dev ## The tests, without the slow ones
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot" $(ARGS)
 
 test-aot: .venv/aot ## Compile every kernel for TPUs (and H100, with its compilers installed)
-	$(BIN)/pytest -n 2 -m aot $(ARGS)
+	$(BIN)/pytest -n 2 -m "aot and not slow" $(ARGS)
 
 fuzz: .venv/dev ## Damage everything that is read, 10,000 times
 	$(BIN)/python -m tests.fuzz --inputs 10000 $(ARGS)

@@ -137,6 +137,7 @@ def test_what_does_not_fit_is_refused_with_advice(small):
     assert "lower rollout.slots" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.aot
 def test_fit_finds_the_cheapest_that_fits(small):
     command = ["compile", "smollm2_135m", "--topology", "v5e:2x2", "--phase", "update", "--fit"]
