@@ -50,7 +50,7 @@ def summed_over_rows(
     """
     if x.dtype == jnp.float32:
         return jnp.einsum("...ma,...mc->...ac", x, y)
-    parts = 1 if x.dtype == jnp.float32 else math.gcd(x.shape[-2], _SPLIT)
+    parts = math.gcd(x.shape[-2], _SPLIT)
     x, y = (a.reshape(*a.shape[:-2], parts, -1, a.shape[-1]) for a in (x, y))
     return jnp.einsum("...pma,...pmc->...ac", x, y, preferred_element_type=jnp.float32)
 

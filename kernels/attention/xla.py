@@ -79,15 +79,10 @@ def _backward(causal: bool, kept: tuple[Array, ...], g: Float[Array, "B N G T K"
     inner = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     dq, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
     for queries, keys in _blocks(q.shape[3], causal):
-
-        def rows(x: Array, queries: slice = queries) -> Array:
-            x = x[:, :, :, queries]
-            return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
         scores, q_rows = _scores(q, k, segment_ids, queries, keys, causal)
-        weights, g_rows = jnp.exp(scores - rows(sums)[..., None]), rows(g)
+        weights, g_rows = jnp.exp(scores - _rows(sums, queries)[..., None]), _rows(g, queries)
         dv = dv.at[:, :, keys].add(summed_over_rows(weights.astype(v.dtype), g_rows))
-        change = matmul(g_rows, v[:, :, keys], True) - rows(inner)[..., None]
+        change = matmul(g_rows, v[:, :, keys], True) - _rows(inner, queries)[..., None]
         change = (weights * change).astype(q.dtype)
         dq.append(matmul(change, k[:, :, keys]).reshape(q[:, :, :, queries].shape).astype(q.dtype))
         dk = dk.at[:, :, keys].add(summed_over_rows(change, q_rows))
@@ -111,7 +106,7 @@ def _scores(
     q: Array, k: Array, segment_ids: Array, queries: slice, keys: slice, causal: bool
 ) -> tuple[Float[Array, "B N M S"], Float[Array, "B N M K"]]:
     """Masked scores of a block, its M = G * T queries as rows; and those queries."""
-    rows = q[:, :, :, queries].reshape(*q.shape[:2], -1, q.shape[-1])
+    rows = _rows(q, queries)
     scores = matmul(rows, k[:, :, keys], True)
     of_query, of_key = segment_ids[:, queries], segment_ids[:, keys]
     allowed = of_query[:, :, None] == of_key[:, None, :]
@@ -120,6 +115,12 @@ def _scores(
         allowed &= at[:, None] >= jnp.arange(keys.stop)
     grouped = scores.reshape(*q.shape[:3], *allowed.shape[1:])
     return jnp.where(allowed[:, None, None], grouped, MASKED).reshape(scores.shape), rows
+
+
+def _rows(x: Float[Array, "B N G T *K"], queries: slice) -> Float[Array, "B N M *K"]:
+    """A block's queries of all heads of a group, as the rows of one matrix."""
+    x = x[:, :, :, queries]
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _real(segment_ids: Int[Array, "B T"]) -> Array:

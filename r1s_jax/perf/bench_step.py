@@ -31,6 +31,7 @@ from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.models.tokenizer import encode_start
 from r1s_jax.models.weights import save_params
 from r1s_jax.perf.bench import peak_memory_gb
 from r1s_jax.perf.trl_steps import TrlSettings, TrlSteps, rewards
@@ -134,9 +135,12 @@ def _our_step(
     return step
 
 
+def _prompt(policy: Pretrained) -> str:
+    return renderer(policy.dialect, policy.tokenizer)(_QUESTION)
+
+
 def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: str) -> Config:
-    probe = Engine(policy, RolloutConfig(max_prompt_length=2**10, max_length=2**11))
-    prompt = len(probe.prompt_tokens(_QUESTION))
+    prompt = len(encode_start(policy.tokenizer, _prompt(policy)))
     length, stage = prompt + new_tokens, StageConfig(steps=0, reward="stage2")
     return Config(
         name="bench",
@@ -169,7 +173,7 @@ def _trl(
     policy.tokenizer.save_pretrained(folder)
     settings = TrlSettings(
         folder=folder,
-        prompt=renderer(_Talk(), policy.tokenizer)(_QUESTION),
+        prompt=_prompt(policy),
         samples=samples,
         new_tokens=new_tokens,
         dtype=dtype,

@@ -49,7 +49,7 @@ def compile_recipe(
     and optimizer state of one device) and `assumptions`. Raises CannotCompile for an unknown
     topology, ValueError for a mesh that does not divide the model.
     """
-    workload = workload or Workload()
+    workload, names = workload or Workload(), phases_named(phase)
     devices = target_devices(topology)
     mesh = make_mesh(config.mesh, devices)
     policy = config.policy
@@ -59,15 +59,12 @@ def compile_recipe(
     if chip is None:
         raise CannotCompile(f"no figures are known for a {devices[0].device_kind}")
     programs = {"rollout": rollout_program, "update": update_program}
-    if phase not in (*programs, "all"):
-        raise ConfigError(f"phase {phase!r}: take rollout, update or all")
     learner = make_learner(config, model, mesh)
     state = abstract_state(learner, config)
     phases = {}
-    for name, program in programs.items():
-        if phase in (name, "all"):
-            progress(f"compiling the {name} for {topology}")
-            phases[name] = _report(program(config, learner, state, workload), chip)
+    for name in names:
+        progress(f"compiling the {name} for {topology}")
+        phases[name] = _report(programs[name](config, learner, state, workload), chip)
     params, everything = device_bytes(state.params), device_bytes(state)
     if "rollout" in phases:  # it is handed the parameters alone; the rest waits beside it
         phases["rollout"]["resident_gib"] = (everything - params) / _GIB
@@ -84,6 +81,14 @@ def compile_recipe(
         "fits": all(p["fits"] for p in phases.values()),
         "assumptions": _assumptions(config, workload, chip),
     }
+
+
+def phases_named(phase: str) -> tuple[str, ...]:
+    """The phases that `phase` names: rollout, update, or both as "all"; raises ConfigError."""
+    both = ("rollout", "update")
+    if phase not in (*both, "all"):
+        raise ConfigError(f"phase {phase!r}: take rollout, update or all")
+    return both if phase == "all" else (phase,)
 
 
 def _report(program: Program, chip: Chip) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from r1s_jax.border.overrides import override
 from r1s_jax.config import Config
 from r1s_jax.models.sharding import batch_shards, make_mesh
-from r1s_jax.perf.compile_report import compile_recipe
+from r1s_jax.perf.compile_report import compile_recipe, phases_named
 from r1s_jax.perf.programs import Workload, trajectories
 from r1s_jax.perf.targets import target_devices
 
@@ -29,20 +29,19 @@ def fit_recipe(
     `phase`, `settings`, `peak_gib`, `resident_gib`, `hbm_gib`, `roofline_s`, `fits` with a tenth to
     spare), and `best`, the settings of the lowest roofline among those that fit.
     """
-    workload = workload or Workload()
+    workload, names = workload or Workload(), phases_named(phase)
     shards = batch_shards(make_mesh(config.mesh, target_devices(topology)))
     series = {"rollout": _slots(config, shards), "update": _rows(config, shards, workload)}
     tried: list[dict[str, Any]] = []
-    for name, several in series.items():
-        if phase in (name, "all"):
-            for settings in several:
-                tried += _try(config, topology, name, settings, workload, progress)
     best: list[str] = []
-    for name in series:
-        fitting = [row for row in tried if row["phase"] == name and row["fits"]]
+    fits = True
+    for name in names:
+        rows: list[dict[str, Any]] = []
+        for settings in series[name]:
+            rows += _try(config, topology, name, settings, workload, progress)
+        fitting = [row for row in rows if row["fits"]]
         best += min(fitting, key=lambda row: row["roofline_s"])["settings"] if fitting else []
-    phases = {row["phase"] for row in tried}
-    fits = all(any(row["fits"] for row in tried if row["phase"] == name) for name in phases)
+        fits, tried = fits and bool(fitting), tried + rows
     told = {"recipe": config.name, "topology": topology, "fits": fits}
     return {**told, "best": best, "tried": tried}
 

@@ -154,6 +154,12 @@ def test_fit_finds_the_cheapest_that_fits(small):
     assert "<- best" in fit_as_text(report) and " ".join(report["best"]) in fit_as_text(report)
 
 
+@pytest.mark.parametrize("more", [[], ["--fit"]])
+def test_a_phase_that_is_none_is_refused(more):
+    result = CliRunner().invoke(app, ["compile", "smollm2_135m", "--phase", "nonsense", *more])
+    assert result.exit_code == 1 and "take rollout, update or all" in str(result.exception)
+
+
 def test_advice_names_what_to_lower():
     phase = {"peak_gib": 20.0, "resident_gib": 1.0, "hbm_gib": 16, "fits": False}
     text = advice({"phases": {"rollout": phase, "update": dict(phase, resident_gib=0.0)}})
