@@ -14,10 +14,10 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from r1s_jax.config import ModelConfig, OptimizerConfig, PolicyConfig, Remat
-from r1s_jax.kernels.token_logprobs import logprobs_and_entropies
+from r1s_jax.learning.logprobs import token_logprobs
 from r1s_jax.learning.losses import Metrics, TokenLoss
 from r1s_jax.learning.packing import PackedBatch
 from r1s_jax.models.decoder import Policy
@@ -34,12 +34,8 @@ from r1s_jax.models.sharding import (
 )
 from r1s_jax.system.distributed import to_host
 
-# Logits of this many tokens of a row exist at a time; the rest are recomputed when needed.
-_LOGIT_CHUNK = 128
-# Unless those of all rows together take no more than so many bytes: then they are kept.
-_KEPT_LOGITS = 2**29
-# Names in the compiled program of what runs once a chunk of logits, and once a micro-batch.
-LOGITS_SCOPE, MICRO_SCOPE = "logits_chunk", "micro_batch"
+# Name in the compiled program of what runs once a micro-batch.
+MICRO_SCOPE = "micro_batch"
 
 
 class LearnerState(NamedTuple):
@@ -69,62 +65,6 @@ def make_optimizer(
             mu_dtype=config.moment_dtype,
         ),
     )
-
-
-def logit_chunks(length: int) -> int:
-    """Into how many chunks the logits of a row of `length` tokens are cut."""
-    return -(-length // min(_LOGIT_CHUNK, length))
-
-
-def token_logprobs(
-    policy: Policy,
-    tokens: Int[Array, "R T"],
-    hidden: Float[Array, "R T D"],
-    wanted: Bool[Array, "R T"],
-) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Log-probability of every token given those before it, and the entropy it was drawn with.
-
-    Column 0 has no token before it and is 0. The vocabulary-wide logits are made chunk by chunk,
-    and only for chunks with a `wanted` token: most of a trajectory is prompt and documents. What
-    is not wanted may be 0.
-    """
-    length = tokens.shape[1]
-    pad = -length % min(_LOGIT_CHUNK, length)
-    targets, wanted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1 + pad))) for x in (tokens, wanted))
-    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-    chunks = logit_chunks(length)
-
-    def chunk(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        hidden, targets, wanted = args
-        zeros = jnp.zeros(targets.shape, jnp.float32)
-        return lax.cond(wanted.any(), measure, lambda *_: (zeros, zeros), hidden, targets)
-
-    def measure(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        logits = policy.logits(hidden)
-        if policy.impl == "xla":
-            return logprobs_and_entropies(logits, targets)
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        # Measured only: its gradient would keep the probabilities beside the logits.
-        fixed, total = lax.stop_gradient((logits, normalizer))
-        entropy = total - (jnp.exp(fixed - total[..., None]) * fixed).sum(-1)
-        return chosen - normalizer, entropy
-
-    def split(x: Array) -> Array:
-        return x.reshape(x.shape[0], chunks, -1, *x.shape[2:]).swapaxes(0, 1)
-
-    def join(x: Array) -> Array:
-        x = x.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, : length - 1]
-        return jnp.pad(x, ((0, 0), (1, 0)))
-
-    parts = split(hidden), split(targets), split(wanted)
-    with jax.named_scope(LOGITS_SCOPE):
-        if 4 * tokens.size * policy.config.vocab_size > _KEPT_LOGITS:
-            logprobs, entropies = lax.map(jax.checkpoint(chunk), parts)
-        else:
-            each = [chunk(tuple(x[i] for x in parts)) for i in range(chunks)]
-            logprobs, entropies = map(jnp.stack, zip(*each, strict=True))
-    return join(logprobs), join(entropies)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,8 @@ from jax.sharding import Mesh
 
 from r1s_jax.config import Config, ModelConfig
 from r1s_jax.kernels.attention.api import cache_dims
-from r1s_jax.learning.learner import (
-    LOGITS_SCOPE,
-    MICRO_SCOPE,
-    Learner,
-    LearnerState,
-    logit_chunks,
-    make_optimizer,
-)
+from r1s_jax.learning.learner import MICRO_SCOPE, Learner, LearnerState, make_optimizer
+from r1s_jax.learning.logprobs import LOGITS_SCOPE, logit_chunks
 from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.micro_rows import most_rows, packed_shapes
 from r1s_jax.models.decoder import LAYERS_SCOPE

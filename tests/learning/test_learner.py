@@ -5,8 +5,9 @@ import optax
 import pytest
 
 from r1s_jax.config import ModelConfig, OptimizerConfig
-from r1s_jax.learning import learner as update
-from r1s_jax.learning.learner import make_optimizer, token_logprobs
+from r1s_jax.learning import logprobs as logprobs_module
+from r1s_jax.learning.learner import make_optimizer
+from r1s_jax.learning.logprobs import token_logprobs
 from r1s_jax.learning.packing import PackedBatch, pack, unpack
 from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.models.decoder import Policy
@@ -55,7 +56,7 @@ def alone(learner):
 def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
     params, monkeypatch, length, chunk, impl
 ):
-    monkeypatch.setattr(update, "_LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(logprobs_module, "_LOGIT_CHUNK", chunk)
     rng, policy = np.random.default_rng(length), Policy(MODEL, params, impl=impl)
     tokens = rng.integers(0, MODEL.vocab_size, (3, length))
     hidden = jnp.asarray(rng.normal(size=(3, length, MODEL.d_model)), jnp.float32)
@@ -66,6 +67,37 @@ def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
     np.testing.assert_allclose(logprobs[:, 1:], expected, atol=1e-5)
     np.testing.assert_allclose(entropies[:, 1:], -(np.exp(full) * full).sum(-1), atol=1e-5)
     assert not np.asarray(logprobs)[:, 0].any() and not np.asarray(entropies)[:, 0].any()
+
+
+@pytest.mark.parametrize("impl", [None, "xla"])
+def test_logits_are_made_of_wanted_tokens_only_and_the_gradient_is_theirs(
+    params, monkeypatch, impl
+):
+    monkeypatch.setattr(logprobs_module, "_LOGIT_CHUNK", 4)
+    rng, policy = np.random.default_rng(0), Policy(MODEL, params, impl=impl)
+    tokens = rng.integers(0, MODEL.vocab_size, (3, 14))
+    wanted = rng.random((3, 14)) < 0.3
+    wanted[:, 0] = False
+    hidden = jnp.asarray(rng.normal(size=(3, 14, MODEL.d_model)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=wanted.shape) * wanted)
+
+    def ours(hidden):
+        logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden, wanted)
+        return (weights * logprobs).sum(), (logprobs, entropies)
+
+    def theirs(hidden):
+        full = jax.nn.log_softmax(policy.logits(hidden))[:, :-1]
+        chosen = jnp.take_along_axis(full, tokens[:, 1:, None], -1)[..., 0]
+        return (weights[:, 1:] * chosen).sum()
+
+    (value, (logprobs, entropies)), gradient = jax.value_and_grad(ours, has_aux=True)(hidden)
+    expected, right = jax.value_and_grad(theirs)(hidden)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, right, atol=1e-5)
+    # Of 14 columns in chunks of 4, those past the fullest row's last wanted token are not made.
+    chunks = -(-int(wanted.sum(1).max()) // 4)
+    assert (np.asarray(entropies) != 0).sum(1).max() <= 4 * chunks < 14
+    assert (np.asarray(logprobs)[wanted] != 0).all()
 
 
 @jax.jit
