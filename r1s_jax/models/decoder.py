@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from r1s_jax.config import Impl, ModelConfig, Remat
 from r1s_jax.kernels.attention.api import attention, decode_attention
-from r1s_jax.kernels.matmul import matmul
+from r1s_jax.kernels.matmul import matmul, turned_matmul
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.lora import merge_layer
 from r1s_jax.models.params import Params
@@ -201,14 +201,15 @@ class Policy(nnx.Module):
         w = {name: p if name.endswith("norm") else p.astype(dtype) for name, p in w.items()}
 
         y = rms_norm(x, w["attn_norm"], eps)
-        q, k, v = (self._project(y, w[name]) for name in ("wq", "wk", "wv"))
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = (self._project(y, w[name]).reshape(heads) for name in ("wq", "wk", "wv"))
         if self.config.qkv_bias:
             q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
         if self.config.qk_norm:
             q, k = rms_norm(q, w["q_norm"], eps), rms_norm(k, w["k_norm"], eps)
         out, cache = attend(apply_rope(q, rope), apply_rope(k, rope), v, cache)
         out = out.astype(dtype).reshape(*out.shape[:2], -1)
-        x = x + self._sum(self._project(out, w["wo"].reshape(-1, w["wo"].shape[-1])))
+        x = x + self._sum(self._project(out, w["wo"]))
 
         y = rms_norm(x, w["mlp_norm"], eps)
         gate = jax.nn.silu(self._project(y, w["w_gate"]))
@@ -225,19 +226,20 @@ class Policy(nnx.Module):
         x = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0)
         return lax.psum(x.astype(self.compute_dtype), self.tensor_axis)
 
-    def _project(
-        self, x: Float[Array, "B T D"], w: Float[Array, "D ..."]
-    ) -> Float[Array, "B T ..."]:
-        """`x @ w`, rows and tokens as one axis.
+    def _project(self, x: Float[Array, "B T D"], w: Float[Array, "..."]) -> Float[Array, "B T F"]:
+        """`x @ w`, rows and tokens as one axis; `w` as it is stored, whatever its axes.
 
         With two, the CPU's gradient of `w` takes a slower way than a matrix product.
         """
-        rows, columns = x.reshape(-1, x.shape[-1]), w.reshape(w.shape[0], -1)
-        if self.impl == "xla":
+        rows = x.reshape(-1, x.shape[-1])
+        if isinstance(self.layers, list):
+            out = turned_matmul(rows, w).astype(x.dtype)
+        elif self.impl == "xla":
+            columns = w.reshape(rows.shape[1], -1)
             out = checkpoint_name(matmul(rows, columns).astype(x.dtype), _PROJECTED)
         else:
-            out = rows @ columns
-        return out.reshape(*x.shape[:-1], *w.shape[1:])
+            out = rows @ w.reshape(rows.shape[1], -1)
+        return out.reshape(*x.shape[:-1], -1)
 
     def _sum(self, x: Array) -> Array:
         return lax.psum(x, self.tensor_axis) if self.tensor_axis else x

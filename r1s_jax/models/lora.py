@@ -11,14 +11,15 @@ import jax.numpy as jnp
 
 Params = dict[str, Any]
 
-_ADAPTED = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
+# The weights of a layer that multiply; each may have adapters.
+MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 _A, _B = "_lora_a", "_lora_b"
 
 
 def adapter_entries(layer: dict[str, tuple], rank: int) -> dict[str, tuple]:
     """(shape, axes, gain) of each adapter of a layer whose weights are given so; B starts at 0."""
     entries = {}
-    for name in _ADAPTED:
+    for name in MATRICES:
         shape, axes, _ = layer[name]
         inputs = 2 if axes[0] == "heads" else 1  # wo reads heads x head width
         entries[name + _A] = ((*shape[:inputs], rank), (*axes[:inputs], None), 1.0)

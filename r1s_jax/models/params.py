@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from r1s_jax.config import ModelConfig
-from r1s_jax.models.lora import Params, adapter_entries, is_adapter
+from r1s_jax.models.lora import MATRICES, Params, adapter_entries, is_adapter
 
 
 class ParamSpec(NamedTuple):
@@ -90,11 +90,20 @@ def _draw(specs: dict[str, Any], seed: int, dtype: Any) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same parameters, each layer's in arrays of its own.
+    """The same parameters, each layer's in arrays of its own and its matrices turned: [out, in].
 
     For sampling on a CPU: there a scan copies every layer's weights out of their stack at every
-    step, and reading the weights is what a decode step costs.
+    step, and reading the weights is what a decode step costs (see `kernels.matmul.turned_matmul`).
     """
     layers = params["layers"]
+
+    def turned(name: str, w: Array) -> Array:
+        if name not in MATRICES:
+            return w
+        # wo reads heads x head width; the others the model's width, or the feed-forward's.
+        inputs = w.shape[0] * w.shape[1] if name == "wo" else w.shape[0]
+        return w.reshape(inputs, -1).T
+
     count = len(layers["attn_norm"])
-    return params | {"layers": [{name: w[i] for name, w in layers.items()} for i in range(count)]}
+    each = [{name: turned(name, w[i]) for name, w in layers.items()} for i in range(count)]
+    return params | {"layers": each}
