@@ -5,10 +5,11 @@ A recipe (`configs/<name>.py`) builds a `Config`; the command line changes singl
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from r1s_jax.border.errors import ConfigError as ConfigError
 from r1s_jax.border.overrides import override as override
+from r1s_jax.border.ranges import check, check_numbers, check_shares
 
 Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
 KlEstimator = Literal["k1", "k3"]
@@ -19,51 +20,6 @@ DialectName = Literal["r1_searcher", "search_r1", "tool_call"]
 Thinking = Literal["template", "on", "off"]
 # The backends of attention (see kernels/attention/api.py).
 Impl = Literal["xla", "tpu", "gpu", "interpret"]
-
-
-def _check(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
-# Beyond these a number is a slip of the pen; of what is not named, beyond what 31 bits hold.
-_MOST = {
-    "temperature": 100.0,
-    "learning_rate": 1e6,
-    "lora_rank": 2**16,
-    "lora_alpha": 1e6,
-    "timeout_s": 86_400.0,
-    "retries": 1000,
-    "kl_coefficient": 1e6,
-    "kl_target": 1e6,
-    "reward_clip": 1e9,
-    "grad_clip": 1e9,
-    "weight_decay": 1e3,
-    "importance_cap": 1e6,
-    "clip_high": 1e3,
-    "decay_to": 1e3,
-    "dynamic_sampling": 1000,
-    "search_weight": 1e3,
-    "guess_weight": 1e3,
-    "people": 10**6,
-    "cold_start_people": 10**6,
-    "eval_people": 10**6,
-}
-
-
-def _check_numbers(section: str, node: Any, **lowest: float) -> None:
-    """Each named field is at least so much, and no more than makes sense."""
-    for name, least in lowest.items():
-        value, most = getattr(node, name), _MOST.get(name, 2**31 - 1)
-        _check(value >= least, f"{section}.{name} must be at least {least}, got {value}")
-        _check(value <= most, f"{section}.{name} must be at most {most:g}, got {value:g}")
-
-
-def _check_shares(section: str, node: Any, *names: str) -> None:
-    """Each named field is between 0 and 1."""
-    for name in names:
-        value = getattr(node, name)
-        _check(0 <= value <= 1, f"{section}.{name} must be between 0 and 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -126,8 +82,8 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        _check_numbers("mesh", self, data=1, tensor=1)
-        _check(
+        check_numbers("mesh", self, data=1, tensor=1)
+        check(
             self.fsdp == -1 or self.fsdp >= 1,
             f"mesh.fsdp must be -1 or at least 1, got {self.fsdp}",
         )
@@ -156,11 +112,11 @@ class PolicyConfig:
     attention: Literal["auto", Impl] = "auto"
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             bool(self.model) != (self.architecture is not None),
             "policy: give either policy.model or an architecture, not both and not neither",
         )
-        _check_numbers("policy", self, lora_rank=0, lora_alpha=0)
+        check_numbers("policy", self, lora_rank=0, lora_alpha=0)
 
 
 @dataclass(frozen=True)
@@ -194,18 +150,26 @@ class RolloutConfig:
     first_search: bool = False  # the system searches the question itself before the policy starts
     prefill_rows: int = 4  # forced tokens enter the cache in chunks of rows x chunk
     prefill_chunk: int = 64
+    # Keep what is unfinished when a step has its groups, and go on with it in the next, for at most
+    # so many steps more: the slowest trajectory no longer decides how long a step takes.
+    carry_over: bool = False
+    max_age: int = 2
+    # Guess so many next tokens from the trajectory's own text and verify them in one pass: the same
+    # tokens, in fewer passes where the text repeats itself.
+    drafts: int = 0
 
     def __post_init__(self) -> None:
-        _check_numbers("rollout", self, slots=1, temperature=0, max_searches=0, max_prompt_length=1)
-        _check_numbers("rollout", self, max_turn_length=1, max_query_length=1, prefill_chunk=1)
-        _check_numbers("rollout", self, documents_per_query=1, max_documents_length=1)
-        _check(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
-        _check(
+        check_numbers("rollout", self, slots=1, temperature=0, max_searches=0, max_prompt_length=1)
+        check_numbers("rollout", self, max_turn_length=1, max_query_length=1, prefill_chunk=1)
+        check_numbers("rollout", self, documents_per_query=1, max_documents_length=1)
+        check_numbers("rollout", self, max_age=1, drafts=0)
+        check(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
+        check(
             self.max_prompt_length < self.max_length,
             f"rollout.max_prompt_length={self.max_prompt_length} leaves no room below "
             f"rollout.max_length={self.max_length}",
         )
-        _check(
+        check(
             1 <= self.prefill_rows <= self.slots,
             f"rollout.prefill_rows={self.prefill_rows} must be between 1 and "
             f"rollout.slots={self.slots}",
@@ -224,8 +188,8 @@ class SearchConfig:
     max_failure_rate: float = 0.2
 
     def __post_init__(self) -> None:
-        _check_numbers("search", self, timeout_s=0, retries=0)
-        _check_shares("search", self, "max_failure_rate")
+        check_numbers("search", self, timeout_s=0, retries=0)
+        check_shares("search", self, "max_failure_rate")
 
 
 @dataclass(frozen=True)
@@ -253,20 +217,20 @@ class AlgorithmConfig:
     dynamic_sampling: int = 0
 
     def __post_init__(self) -> None:
-        _check(0 < self.clip < 1, f"algorithm.clip must be between 0 and 1, got {self.clip}")
-        _check(
+        check(0 < self.clip < 1, f"algorithm.clip must be between 0 and 1, got {self.clip}")
+        check(
             self.dual_clip == 0 or 1 < self.dual_clip <= 1e6,
             f"algorithm.dual_clip must be 0 or more than 1, got {self.dual_clip}",
         )
-        _check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
-        _check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
-        _check_numbers("algorithm", self, kl_coefficient=0, kl_target=0, reward_clip=0)
-        _check(
+        check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
+        check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
+        check_numbers("algorithm", self, kl_coefficient=0, kl_target=0, reward_clip=0)
+        check(
             self.kl_penalty == "reward" or self.kl_estimator == "k3",
             "algorithm.kl_penalty=loss needs algorithm.kl_estimator=k3: the gradient of k1 is zero "
             "on average",
         )
-        _check(
+        check(
             self.kl_target == 0 or self.kl_coefficient > 0,
             "algorithm.kl_target adapts algorithm.kl_coefficient, which must start above 0",
         )
@@ -289,9 +253,9 @@ class OptimizerConfig:
     micro_rows: int = 1
 
     def __post_init__(self) -> None:
-        _check_numbers("optimizer", self, learning_rate=0, decay_to=0, weight_decay=0, grad_clip=0)
-        _check_numbers("optimizer", self, pack_length=0, micro_rows=0)
-        _check_shares("optimizer", self, "b1", "b2")
+        check_numbers("optimizer", self, learning_rate=0, decay_to=0, weight_decay=0, grad_clip=0)
+        check_numbers("optimizer", self, pack_length=0, micro_rows=0)
+        check_shares("optimizer", self, "b1", "b2")
 
 
 @dataclass(frozen=True)
@@ -312,8 +276,8 @@ class ColdStartConfig:
     checkpoint_every: int = 100  # steps
 
     def __post_init__(self) -> None:
-        _check_numbers("cold_start", self, steps=0, cooldown_steps=0, warmup_steps=0)
-        _check_numbers("cold_start", self, batch_size=1, learning_rate=0, checkpoint_every=1)
+        check_numbers("cold_start", self, steps=0, cooldown_steps=0, warmup_steps=0)
+        check_numbers("cold_start", self, batch_size=1, learning_rate=0, checkpoint_every=1)
 
 
 @dataclass(frozen=True)
@@ -346,10 +310,10 @@ class TinyWorldConfig:
     guess_weight: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_numbers("environment", self, people=3, cold_start_people=3, eval_people=3)
-        _check_numbers("environment", self, search_weight=0, guess_weight=0)
+        check_numbers("environment", self, people=3, cold_start_people=3, eval_people=3)
+        check_numbers("environment", self, search_weight=0, guess_weight=0)
         fractions = ("two_hop_fraction", "guess_fraction", "two_hop_guess_fraction")
-        _check_shares("environment", self, *fractions)
+        check_shares("environment", self, *fractions)
 
 
 @dataclass(frozen=True)
@@ -374,13 +338,13 @@ class CorpusConfig:
     prompt: Literal["base", "chat"] = "base"
 
     def __post_init__(self) -> None:
-        _check(bool(self.questions), "environment.questions: name at least one file")
-        _check(
+        check(bool(self.questions), "environment.questions: name at least one file")
+        check(
             len(self.mix) in (0, len(self.questions)) and all(share > 0 for share in self.mix),
             f"environment.mix={self.mix}: give a share above 0 for each of the "
             f"{len(self.questions)} files of environment.questions",
         )
-        _check(
+        check(
             bool(self.passages) + bool(self.index) + bool(self.retriever) == 1,
             "environment: give one of passages, index and retriever, and empty the others "
             "(environment.index=)",
@@ -394,7 +358,7 @@ class EvalConfig:
     questions: int = 0
 
     def __post_init__(self) -> None:
-        _check_numbers("eval", self, questions=0)
+        check_numbers("eval", self, questions=0)
 
 
 @dataclass(frozen=True)
@@ -412,7 +376,7 @@ class RunConfig:
     wandb_project: str = ""  # also log to Weights & Biases, where it is installed
 
     def __post_init__(self) -> None:
-        _check_numbers("run", self, checkpoint_every=1, keep_checkpoints=1, traces_per_step=0)
+        check_numbers("run", self, checkpoint_every=1, keep_checkpoints=1, traces_per_step=0)
 
 
 @dataclass(frozen=True)
@@ -436,19 +400,24 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {self.seed}")
-        _check(
+        check(0 <= self.seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        check(
             self.optimizer.pack_length == 0
             or self.optimizer.pack_length >= self.rollout.max_length,
             f"optimizer.pack_length={self.optimizer.pack_length} must be 0 or at least "
             f"rollout.max_length={self.rollout.max_length}: a trajectory may fill a row",
         )
+        check(
+            not (self.rollout.carry_over and self.algorithm.dynamic_sampling),
+            "rollout.carry_over and algorithm.dynamic_sampling: a step that waits for a number of "
+            "groups cannot ask for more of them; switch one off",
+        )
         for name in ("stage1", "stage2"):
             stage: StageConfig = getattr(self, name)
-            _check_numbers(name, stage, steps=0, questions_per_step=1)
-            _check_shares(name, stage, "until_format_valid")
+            check_numbers(name, stage, steps=0, questions_per_step=1)
+            check_shares(name, stage, "until_format_valid")
             samples = stage.questions_per_step * self.algorithm.samples_per_question
-            _check(
+            check(
                 samples >= self.algorithm.updates_per_rollout,
                 f"{name}: {samples} trajectories a step cannot be split into "
                 f"algorithm.updates_per_rollout={self.algorithm.updates_per_rollout} batches",

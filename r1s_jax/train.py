@@ -154,7 +154,7 @@ class Run:
     def learn(self, state: LearnerState, stop: StopRequest, trace: StepTrace) -> LearnerState:
         """Stage 1, then stage 2. Raises UnhealthyRun, with a checkpoint, where that is fatal."""
         c, progress = self.config, self.progress
-        self.environment.restore(progress.environment)
+        self.collector.restore(progress.environment, progress.carried)
         learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
         gradient = PolicyGradient(c, learner)
         with make_progress() as bar:
@@ -253,7 +253,7 @@ class Run:
     def _save(self, state: LearnerState) -> None:
         """Starts a checkpoint of where the run stands; its index grows through both phases."""
         progress, learning = self.progress, self.progress.phase == "learning"
-        progress.environment = self.environment.state()
+        progress.environment, progress.carried = self.collector.state()
         progress.seconds = time.perf_counter() - self.started
         index = progress.step + (self.config.cold_start.steps + 1 if learning else 0)
         with self.clock.time("checkpoint"):

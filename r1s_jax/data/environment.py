@@ -62,6 +62,10 @@ class Environment(Protocol):
         """Questions to learn from at a step; `draw` 1, 2, ... are further ones for the same."""
         ...
 
+    def retriever_of(self, step: int, draw: int) -> Retriever:
+        """What answers the questions of an earlier batch, in this process or one before."""
+        ...
+
     def evaluation(self, size: int) -> Batch:
         """Held-out questions, always the same."""
         ...
@@ -88,8 +92,14 @@ class TinyWorldEnvironment:
         return ()
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
+        return self._batch(self._world(step, draw), size)
+
+    def retriever_of(self, step: int, draw: int) -> Retriever:
+        return self._index(self._world(step, draw))
+
+    def _world(self, step: int, draw: int) -> TinyWorld:
         seed = (self.seed, _LEARNING, step, draw) if draw else (self.seed, _LEARNING, step)
-        return self._batch(TinyWorld(seed, self.config.people), size)
+        return TinyWorld(seed, self.config.people)
 
     def evaluation(self, size: int) -> Batch:
         return self._batch(TinyWorld((self.seed, _EVALUATION, 0), self.config.eval_people), size)
@@ -136,7 +146,10 @@ class TinyWorldEnvironment:
 
     def _batch(self, world: TinyWorld, size: int) -> Batch:
         questions = world.questions(size, self.config.two_hop_fraction)
-        return Batch(questions, build_index(world.passages, self._encoder))
+        return Batch(questions, self._index(world))
+
+    def _index(self, world: TinyWorld) -> Index:
+        return build_index(world.passages, self._encoder)
 
 
 class CorpusEnvironment:
@@ -193,6 +206,9 @@ class CorpusEnvironment:
             if self._saved.get("size") == size:
                 self._stream.restore(self._saved["stream"])
         return Batch(next(self._stream), self.retriever)
+
+    def retriever_of(self, step: int, draw: int) -> Retriever:
+        return self.retriever
 
     def evaluation(self, size: int) -> Batch:
         return Batch(self._held_out[:size], self.retriever)

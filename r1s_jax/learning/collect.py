@@ -1,6 +1,7 @@
 """A step's batch: rolled out, rewarded, and of it the trajectories that teach something."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -8,14 +9,12 @@ from jaxtyping import Bool, Float
 from r1s_jax.config import Config, StageConfig
 from r1s_jax.data.environment import Environment
 from r1s_jax.learning.advantages import has_signal
+from r1s_jax.learning.carry_over import CarryOver
 from r1s_jax.models.params import Params
 from r1s_jax.rewards.registry import BatchReward
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine, Rolled, merge
 from r1s_jax.rollout.trajectory import Finish, Trajectory
-
-# Random keys of a step's further rollouts are those of steps that no run reaches.
-_DRAWS_APART = 1 << 20
 
 
 class Collector:
@@ -31,6 +30,7 @@ class Collector:
         """`rewards` by the name of the stage, `stage1` or `stage2`."""
         self.config, self.engine, self.environment = config, engine, environment
         self.rewards = rewards
+        self.carried = CarryOver(config, engine, environment)
 
     def collect(
         self, params: Params, step: int, stage: str, settings: StageConfig
@@ -39,6 +39,9 @@ class Collector:
 
         Raises SearchFailure, RewardError or RewardServerError.
         """
+        if self.config.rollout.carry_over:
+            rolled = self.carried.roll(params, step, settings.questions_per_step)
+            return rolled, self._reward(rolled, stage)
         c, batches, rewards = self.config, [], []
         for draw in range(1 + c.algorithm.dynamic_sampling):
             batch = self.environment.batch(step, settings.questions_per_step, draw)
@@ -47,18 +50,31 @@ class Collector:
                 batch.questions,
                 samples=c.algorithm.samples_per_question,
                 seed=c.seed,
-                step=step + draw * _DRAWS_APART,
+                step=step,
+                draw=draw,
                 retriever=batch.retriever,
             )
-            prompts = [self.engine.render(q.question) for q in rolled.questions]
-            golds = [q.answers for q in rolled.questions]
-            rewards += self.rewards[stage](prompts, rolled.solutions, golds)
+            rewards += self._reward(rolled, stage)
             batches.append(rolled)
             whole, values = merge(batches), np.array([r.value for r in rewards])
             groups = whole.trajectory.groups
             if len(np.unique(groups[has_signal(values, groups)])) >= settings.questions_per_step:
                 break
         return whole, rewards
+
+    def state(self) -> tuple[dict[str, Any], str | None]:
+        """What a checkpoint keeps: the environment's cursor, and what is in flight."""
+        return self.environment.state(), self.carried.state()
+
+    def restore(self, cursor: dict[str, Any], carried: str | None) -> None:
+        """Goes on from there. Raises BadInput where it is damaged."""
+        self.environment.restore(cursor)
+        self.carried.restore(carried)
+
+    def _reward(self, rolled: Rolled, stage: str) -> list[Reward]:
+        prompts = [self.engine.render(q.question) for q in rolled.questions]
+        golds = [q.answers for q in rolled.questions]
+        return list(self.rewards[stage](prompts, rolled.solutions, golds))
 
 
 def learnable(t: Trajectory) -> Bool[np.ndarray, "N W"]:

@@ -17,6 +17,7 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Impl, MeshConfig, ModelConfig
 from r1s_jax.kernels.attention.api import attention, check_support, default_impl
 from r1s_jax.models.decoder import RowAttention
+from r1s_jax.models.lora import MATRICES
 from r1s_jax.models.params import Params, ParamSpec, param_specs
 
 BATCH_AXES = ("data", "fsdp")
@@ -77,6 +78,22 @@ def param_partition(config: ModelConfig, *, sampling: bool = False) -> dict[str,
         param_specs(config),
         is_leaf=lambda x: isinstance(x, ParamSpec),
     )
+
+
+def sampling_partition(config: ModelConfig, *, unstacked: bool = False) -> dict[str, Any]:
+    """PartitionSpec of every parameter while sampling, or of what `unstack_layers` gives."""
+    partition = param_partition(config, sampling=True)
+    if not unstacked:
+        return partition
+
+    def turned(name: str, axes: tuple) -> P:
+        if name not in MATRICES:
+            return P(*axes)
+        inputs = 2 if name == "wo" else 1
+        return P(*(next(filter(None, part), None) for part in (axes[inputs:], axes[:inputs])))
+
+    layer = {name: turned(name, spec[1:]) for name, spec in partition["layers"].items()}
+    return partition | {"layers": [layer] * config.num_layers}
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:

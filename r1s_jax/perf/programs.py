@@ -31,8 +31,9 @@ from r1s_jax.models.sharding import (
     replicated,
 )
 from r1s_jax.protocol.dialects import make_dialect
-from r1s_jax.rollout.loop import DECODE_SCOPE, PREFILL_SCOPE, Rollout
-from r1s_jax.rollout.trajectory import Prompts
+from r1s_jax.rollout.feeding import PREFILL_SCOPE
+from r1s_jax.rollout.loop import DECODE_SCOPE, Rollout
+from r1s_jax.rollout.trajectory import Position, Prompts
 
 _TAG_STATES = 64  # of the automaton that finds the ends of tags: a few dozen for any tokenizer
 
@@ -122,8 +123,12 @@ def rollout_program(
     prompts = Prompts(
         tokens=by_row(c.max_prompt_length),
         lengths=by_row(),
+        prompt_lengths=by_row(),
+        limits=by_row(),
         groups=by_row(),
         keys=by_row(dtype=jax.random.key(0).dtype),
+        live=by_row(dtype=bool),
+        at=Position(*[by_row()] * len(Position._fields)),
     )
     table = (_TAG_STATES, model.vocab_size)
     tags = jax.ShapeDtypeStruct(table, jnp.int16, sharding=replicated(mesh))

@@ -102,10 +102,15 @@ class Broker:
         self._changed = threading.Condition()
         self.begin(None)
 
-    def begin(self, retriever: Retriever | None) -> None:
-        """Starts a rollout over `retriever`; what late threads of the last one bring is dropped."""
+    def begin(
+        self, retriever: Retriever | None, by_row: Sequence[Retriever | None] | None = None
+    ) -> None:
+        """Starts a rollout over `retriever`, or over one for each of its rows.
+
+        What late threads of the last one bring is dropped.
+        """
         with self._changed:
-            self._retriever = retriever
+            self._retriever, self._by_row = retriever, by_row
             self._pending: dict[tuple[int, int], Turn] = {}
             self._ready: dict[int, deque[Turn]] = {}
             self._counts: Counter[str] = Counter()
@@ -276,8 +281,14 @@ class Broker:
         return calls
 
     def _start(self, searches: list[Search]) -> None:
+        asked: dict[int, tuple[Retriever, list[Search]]] = {}
+        for search in searches:
+            of_row = self._by_row and search.trajectory >= 0
+            retriever = self._by_row[search.trajectory] if of_row else self._retriever
+            asked.setdefault(id(retriever), (retriever, []))[1].append(search)
         # A daemon thread for each batch: one that hangs for ever must not keep the process alive.
-        threading.Thread(target=self._run, args=(self._retriever, searches), daemon=True).start()
+        for batch in asked.values():
+            threading.Thread(target=self._run, args=batch, daemon=True).start()
 
     def _run(self, retriever: Retriever, searches: list[Search]) -> None:
         deadline = searches[0].started + self.config.timeout_s

@@ -2,11 +2,11 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,7 +14,6 @@ from r1s_jax.border.errors import UserError
 from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.data.rows import DataError
-from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained, default_dtype
 from r1s_jax.models.sharding import (
@@ -37,10 +36,12 @@ from r1s_jax.protocol.automaton import build_tag_table
 from r1s_jax.protocol.prompts import bound, renderer
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.rollout.broker import FAILED, Broker, Search
+from r1s_jax.rollout.broker import Broker, Search
+from r1s_jax.rollout.flight import NOBODY, Flight, group_numbers, trajectories
 from r1s_jax.rollout.loop import Rollout
 from r1s_jax.rollout.sampler import trajectory_keys
-from r1s_jax.rollout.trajectory import Finish, Prompts, Trajectory
+from r1s_jax.rollout.session import Programs
+from r1s_jax.rollout.trajectory import Finish, Position, Prompts, Trajectory
 from r1s_jax.system.distributed import gather, to_host
 
 # Tokens that a first search's documents must have at least, their tags included.
@@ -59,6 +60,9 @@ class Rolled:
     outcomes: dict[str, int]  # searches of the batch by outcome
     seconds: float
     counters: dict[str, int]
+    slots_busy: float  # of all slots, over the decode steps: the share that sampled a token
+    ages: np.ndarray | None = None  # int32[N, W], where carried over: steps since a token was drawn
+    carried: int = 0  # trajectories begun and not ended
 
     @property
     def sampled_tokens(self) -> int:
@@ -73,6 +77,7 @@ class Rolled:
             trajectory=Trajectory(*(array[rows] for array in self.trajectory)),
             solutions=tuple(self.solutions[i] for i in rows),
             searches=tuple(self.searches[i] for i in rows),
+            ages=None if self.ages is None else self.ages[rows],
         )
 
 
@@ -95,6 +100,7 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
         outcomes=dict(sum((Counter(b.outcomes) for b in batches), Counter())),
         seconds=sum(b.seconds for b in batches),
         counters=dict(sum((Counter(b.counters) for b in batches), Counter())),
+        slots_busy=float(np.mean([b.slots_busy for b in batches])),
     )
 
 
@@ -111,18 +117,6 @@ def check_finite(t: Trajectory) -> None:
             "trajectories: its weights or its config are damaged, or training diverged (take an "
             "older checkpoint and a lower optimizer.learning_rate)"
         )
-
-
-def _with_first_searches(t: Trajectory, first: Sequence[Search], samples: int) -> Trajectory:
-    """Counts the system's own searches; a trajectory whose first one failed is a failed one."""
-    if not first:
-        return t
-    rows = [search for search in first for _ in range(samples)]
-    failed = np.array([search.outcome in FAILED for search in rows])
-    return t._replace(
-        searches=t.searches + ~failed,
-        finish=np.where(failed, Finish.SEARCH_ERROR, t.finish).astype(t.finish.dtype),
-    )
 
 
 class Engine:
@@ -182,8 +176,7 @@ class Engine:
             dialect=self.dialect,
             attention=attention,
         )
-        scale = self.model.lora_scale
-        self._rollout = jax.jit(lambda params, *rest: roll(merge_adapters(params, scale), *rest))
+        self.programs = Programs.of(roll, self.model.lora_scale)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that stands inside a sequence."""
@@ -209,37 +202,118 @@ class Engine:
         samples: int,
         seed: int,
         step: int,
+        draw: int = 0,
         retriever: Retriever,
     ) -> Rolled:
-        """Rolls out `samples` trajectories of each question.
+        """Rolls out `samples` trajectories of each question; `draw` counts further ones of a step.
 
-        Each depends on (seed, step, question.id, sample) and the parameters, not on its
+        Each depends on (seed, step, draw, question.id, sample) and the parameters, not on its
         neighbours. Raises SearchFailure when too many searches failed, ValueError when a prompt
         is longer than `rollout.max_prompt_length`.
         """
         started = time.perf_counter()
         self.broker.begin(retriever)
+        flights = self.begin(questions, samples=samples, step=step, draw=draw)
+        width = self.config.max_prompt_length
+        placed = [*flights, *[None] * (-len(flights) % batch_shards(self.mesh))]
+        prompts = self.prompts(placed, seed, width)
+        trajectory, counters = to_host(self.programs.whole(params, prompts, self.tag_table))
+        self.broker.share()
+        self.broker.check()
+        for row, flight in enumerate(flights):
+            flight.absorb(trajectory, row, step=step)
+        self.note_searches(flights)
+        return self.rolled(flights, seconds=time.perf_counter() - started, counters=counters)
+
+    def begin(
+        self, questions: Sequence[Question], *, samples: int, step: int, draw: int = 0
+    ) -> list[Flight]:
+        """`samples` trajectories of each question, of which there is nothing yet but the prompt.
+
+        Where the config asks for the system's own first search, the broker makes it here.
+        """
         first = self._first_searches(questions)
         prompts, forced = self._prompts(questions, first)
-        repeated = [q for q in questions for _ in range(samples)]
-        arrays = self._arrays(prompts, questions, samples, seed, step)
-        trajectory, counters = to_host(self._rollout(params, arrays, self.tag_table))
-        self.broker.share()
-        trajectory = Trajectory(*(a[: len(repeated)] for a in trajectory))
-        trajectory = _with_first_searches(trajectory, first, samples)
-        self.broker.check()
+        seen: Counter[int] = Counter()
+        flights = []
+        for i, question in enumerate(questions):
+            for sample in range(samples):
+                flight = Flight.begun(
+                    question,
+                    prompts[i],
+                    sample=sample,
+                    occurrence=seen[question.id],
+                    step=step,
+                    draw=draw,
+                    start=len(prompts[i]) - len(forced[i]),
+                )
+                if first:
+                    flight.note_first(first[i])
+                flights.append(flight)
+            seen[question.id] += 1
+        return flights
+
+    def prompts(self, placed: Sequence[Flight | None], seed: int, width: int) -> Prompts:
+        """What the loop starts from, on the mesh: a flight a row, None where a row is not used.
+
+        Neighbours of one question and step are a group.
+        """
+        rows = [f or NOBODY for f in placed]
+        tokens = np.zeros((len(rows), width), np.int32)
+        for i, flight in enumerate(rows):
+            tokens[i, : len(flight.tokens)] = flight.tokens
+
+        def each(values: Iterable[int]) -> np.ndarray:
+            return np.array(list(values), np.int32)
+
+        keys = trajectory_keys(
+            seed,
+            each(f.key_step for f in rows),
+            each(f.question.id & _MAX_ID for f in rows),
+            each(f.sample for f in rows),
+            each(f.occurrence for f in rows),
+        )
+        arrays = Prompts(
+            tokens=tokens,
+            lengths=each(len(f.tokens) for f in rows),
+            prompt_lengths=each(f.prompt_length for f in rows),
+            limits=each(self.config.max_length for _ in rows),
+            groups=each(group_numbers(rows)),
+            keys=keys,
+            live=np.array([f is not None for f in placed]),
+            at=Position(*map(each, zip(*(f.at for f in rows), strict=True))),
+        )
+        return place(arrays, batch_sharding(self.mesh))
+
+    def note_searches(self, placed: Sequence[Flight | None]) -> None:
+        """Gives every flight what the broker did for its row."""
+        for search in self.broker.log:
+            if 0 <= search.trajectory < len(placed):
+                placed[search.trajectory].searches.append(search)
+
+    def rolled(
+        self,
+        flights: Sequence[Flight],
+        *,
+        seconds: float,
+        counters: Mapping[str, np.ndarray],
+        **more: Any,
+    ) -> Rolled:
+        """Ended flights as a batch, groups together. Raises NotFinite."""
+        trajectory = trajectories(flights, self.config.max_length, group_numbers(flights))
         check_finite(trajectory)
-        starts = np.repeat([len(p) - len(f) for p, f in zip(prompts, forced, strict=True)], samples)
+        totals = {name: int(values.sum()) for name, values in counters.items()}
+        busy = totals.pop("busy") / max(totals.pop("room"), 1)
         return Rolled(
-            questions=tuple(repeated),
+            questions=tuple(f.question for f in flights),
             trajectory=trajectory,
-            solutions=tuple(
-                self.solution(trajectory, i, int(starts[i])) for i in range(len(repeated))
-            ),
-            searches=self._searches(len(repeated), [s for s in first for _ in range(samples)]),
+            solutions=tuple(self.solution(trajectory, i, f.start) for i, f in enumerate(flights)),
+            searches=tuple(tuple(f.searches) for f in flights),
             outcomes=self.broker.counts,
-            seconds=time.perf_counter() - started,
-            counters={name: int(values.sum()) for name, values in counters.items()},
+            seconds=seconds,
+            slots_busy=busy,
+            counters=totals,
+            **more,
         )
 
     def solution(self, trajectory: Trajectory, row: int, start: int) -> Solution:
@@ -312,43 +386,3 @@ class Engine:
                 f"the prompt of question {question.id} ({question.question[:60]!r}) {what} "
                 f"{needed} tokens: more than rollout.max_prompt_length={limit}"
             )
-
-    def _arrays(
-        self,
-        prompts: list[list[int]],
-        questions: Sequence[Question],
-        samples: int,
-        seed: int,
-        step: int,
-    ) -> Prompts:
-        """The prompts as arrays on the mesh, padded with copies to a multiple of its shards."""
-        rows = np.repeat(np.arange(len(questions)), samples)
-        sample = np.tile(np.arange(samples), len(questions))
-        extra = -len(rows) % batch_shards(self.mesh)
-        rows, sample = np.pad(rows, (0, extra), "edge"), np.pad(sample, (0, extra), "edge")
-        tokens = np.zeros((len(questions), self.config.max_prompt_length), np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = prompt
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        ids = np.array([q.id & _MAX_ID for q in questions], np.int32)
-        seen: Counter[int] = Counter()
-        occurrences = np.zeros(len(questions), np.int32)
-        for i, question in enumerate(questions):
-            occurrences[i] = seen[question.id]
-            seen[question.id] += 1
-        arrays = Prompts(
-            tokens=tokens[rows],
-            lengths=lengths[rows],
-            groups=rows.astype(np.int32),
-            keys=trajectory_keys(
-                seed, step, *map(jnp.asarray, (ids[rows], sample, occurrences[rows]))
-            ),
-        )
-        return place(arrays, batch_sharding(self.mesh))
-
-    def _searches(self, rows: int, first: Sequence[Search]) -> tuple[tuple[Search, ...], ...]:
-        by_row = [[search] for search in first] or [[] for _ in range(rows)]
-        for search in self.broker.log:
-            if 0 <= search.trajectory < rows:
-                by_row[search.trajectory].append(search)
-        return tuple(map(tuple, by_row))

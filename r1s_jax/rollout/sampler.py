@@ -14,7 +14,7 @@ _BLOCK = 128
 
 def trajectory_keys(
     seed: int,
-    step: int,
+    steps: Int[Array, " N"] | int,
     questions: Int[Array, " N"],
     samples: Int[Array, " N"],
     occurrences: Int[Array, " N"],
@@ -23,14 +23,16 @@ def trajectory_keys(
 
     A question that stands in a step again has samples of its own: its occurrence, from 0, folds in.
     """
-    base = jax.random.fold_in(jax.random.key(seed), step)
+    root = jax.random.key(seed)
 
-    def key(question: Array, sample: Array, occurrence: Array) -> Array:
+    def key(step: Array, question: Array, sample: Array, occurrence: Array) -> Array:
+        base = jax.random.fold_in(root, step)
         first = jax.random.fold_in(jax.random.fold_in(base, question), sample)
         again = jax.random.fold_in(first, occurrence)
         return jnp.where(occurrence > 0, again, first)
 
-    return jax.vmap(key)(questions, samples, occurrences)
+    steps = jnp.broadcast_to(jnp.asarray(steps, jnp.int32), questions.shape)
+    return jax.vmap(key)(steps, questions, samples, occurrences)
 
 
 def sample(

@@ -53,7 +53,23 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
         "sampled_tokens": rolled.sampled_tokens,
         "sampled_tokens_per_s": rolled.sampled_tokens / rolled.seconds,
         **{f"{name}_per_s": n / rolled.seconds for name, n in rolled.counters.items()},
+        **rolled.counters,
+        "slots_busy": rolled.slots_busy,
+        **_ages(rolled),
         **{f"finish_{name}": share for name, share in _finish_shares(t.finish).items()},
+    }
+
+
+def _ages(rolled: Rolled) -> dict[str, float]:
+    """Where trajectories are carried over: how many steps ago the tokens were drawn (shares)."""
+    if rolled.ages is None:
+        return {}
+    ages = rolled.ages[rolled.trajectory.loss_mask]
+    shares = np.bincount(ages) / max(len(ages), 1)
+    return {
+        "carried_trajectories": rolled.carried,
+        "token_age_mean": float(ages.mean()) if len(ages) else 0.0,
+        **{f"token_age_{age}": float(share) for age, share in enumerate(shares)},
     }
 
 

@@ -16,6 +16,7 @@ class Progress(Standing):
     phase: Literal["cold_start", "learning"] = "cold_start"
     before: dict[str, float] | None = None  # the evaluation before reinforcement learning
     environment: dict[str, Any] = field(default_factory=dict)  # its cursor
+    carried: str | None = None  # the trajectories in flight (see learning/carry_over.py)
     seconds: float = 0.0
     stage1_end: int | None = None  # the step at which stage 1 reached its goal
     kl_coefficient: float | None = None  # as adapted so far

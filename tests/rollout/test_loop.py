@@ -16,8 +16,11 @@ from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.broker import Broker, SearchFailure
 from r1s_jax.rollout.engine import Engine
+from r1s_jax.rollout.flight import trajectories
 from r1s_jax.rollout.host_loop import HostLoop
-from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.rollout.loop import Until
+from r1s_jax.rollout.session import Session
+from r1s_jax.rollout.trajectory import Finish, Position
 from r1s_jax.tracking.metrics import trace_rows
 from tests.fakes import EchoRetriever
 from tests.makers import MODEL, QUESTIONS, make_engine, roll, searching_params
@@ -180,6 +183,63 @@ def test_waiting_rows_do_not_stop_sampling_rows(engine, monkeypatch):
     assert met == [True]
 
 
+@pytest.mark.parametrize("until", [Until(steps=1), Until(steps=7), Until(groups=1), "random"])
+def test_leaving_and_entering_again_changes_nothing(engine, rolled, until):
+    rng = np.random.default_rng(0)
+    session, entries = open_session(engine), 0
+    while not session.over:
+        session.run(Until(steps=int(rng.integers(1, 30))) if until == "random" else until)
+        entries += 1
+        until = Until(groups=until.groups + 1) if until != "random" and until.groups < 9 else until
+    trajectory, counters = session.results()
+    assert entries > 1
+    assert_same(trajectory, rolled.trajectory)
+    assert counters["decode_steps"].sum() >= rolled.counters["decode_steps"]
+
+
+def open_session(engine: Engine) -> Session:
+    engine.broker.begin(EchoRetriever())
+    flights = engine.begin(QUESTIONS, samples=6, step=2)
+    prompts = engine.prompts(flights, 1, engine.config.max_prompt_length)
+    return Session(engine.programs, searching_params(), prompts, engine.tag_table)
+
+
+def test_the_loop_is_left_when_so_many_groups_are_complete(engine):
+    session = open_session(engine)
+    session.run(Until(groups=2))
+    t, _ = session.results()
+    ended = (t.finish > 0).reshape(4, 6).all(1)
+    assert ended.sum() >= 2 and not ended.all()
+
+
+def test_what_is_carried_into_another_rollout_ends_as_if_it_had_stayed(engine, rolled):
+    """Text fed again, in another order, with its own keys: what a later step does with it."""
+    session = open_session(engine)
+    session.run(Until(steps=9))
+    t, _ = session.results()
+    at = session.positions()
+    flights = engine.begin(QUESTIONS, samples=6, step=2)
+    for row, flight in enumerate(flights):
+        flight.absorb(t, row, step=2, at=at)
+    left = [f for f in flights if not f.ended]
+    assert any(f.loss_mask.any() for f in left)
+    assert any(Position(*f.at).asked for f in left)
+    engine.broker.begin(EchoRetriever())
+    prompts = engine.prompts(left, 1, engine.config.max_length)
+    session = Session(engine.programs, searching_params(), prompts, engine.tag_table)
+    session.run()
+    t, _ = session.results()
+    for row, flight in enumerate(left):
+        flight.absorb(t, row, step=3)
+    assert all(f.ended for f in flights)
+    assert_same(
+        trajectories(flights, CONFIG.max_length, rolled.trajectory.groups), rolled.trajectory
+    )
+    for flight in left:
+        assert set(flight.drawn[~flight.loss_mask]) == {-1}
+        assert set(flight.drawn[flight.loss_mask]) <= {2, 3}
+
+
 def test_the_limits_hold(rolled):
     t = rolled.trajectory
     assert (t.lengths <= CONFIG.max_length).all()
@@ -231,10 +291,10 @@ def test_the_cache_is_never_copied():
     model = dataclasses.replace(MODEL, num_layers=6, head_dim=32)
     config = dataclasses.replace(CONFIG, slots=8, max_length=1024, prefill_rows=2)
     engine = make_engine(config, model=model)
-    prompts, _ = engine._prompts(QUESTIONS, [])
-    arrays = engine._arrays(prompts, QUESTIONS, 2, 0, 0)
+    flights = engine.begin(QUESTIONS, samples=2, step=0)
+    arrays = engine.prompts(flights, 0, config.max_prompt_length)
     params = shard_params(init_params(model, 0), model, engine.mesh)
-    compiled = engine._rollout.lower(params, arrays, engine.tag_table).compile()
+    compiled = engine.programs.whole.lower(params, arrays, engine.tag_table).compile()
     capacity = config.max_length + config.prefill_chunk
     cache = 2 * 4 * model.num_layers * 8 * model.num_kv_heads * capacity * model.head_dim
     assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * cache

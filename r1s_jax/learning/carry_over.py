@@ -1,0 +1,236 @@
+"""Trajectories that outlive a step: a step learns from the groups that are whole, and goes on with
+the others in the next.
+
+Twice as many groups as a step learns from are in flight. What is carried is fed again under the new
+parameters, so no key or value is stale; each token keeps the log-probability under the parameters
+that drew it, so the loss compares with what sampled it.
+"""
+
+import base64
+import json
+import time
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from r1s_jax.border.errors import reading
+from r1s_jax.border.schema import check
+from r1s_jax.config import Config
+from r1s_jax.data.environment import Environment
+from r1s_jax.data.question_forms import Question
+from r1s_jax.models.params import Params
+from r1s_jax.models.sharding import batch_shards
+from r1s_jax.retrieval.api import Retriever
+from r1s_jax.rollout.broker import Search
+from r1s_jax.rollout.engine import Engine, Rolled
+from r1s_jax.rollout.flight import Flight, group_numbers
+from r1s_jax.rollout.loop import Until
+from r1s_jax.rollout.session import Session
+
+Group = list[Flight]  # the samples of one question
+_WHERE = "the checkpoint's carried trajectories"
+
+
+class CarryOver:
+    """The groups in flight between the steps of a run."""
+
+    def __init__(self, config: Config, engine: Engine, environment: Environment):
+        self.config, self.engine, self.environment = config, engine, environment
+        self.groups: list[Group] = []
+
+    def roll(self, params: Params, step: int, size: int) -> Rolled:
+        """Rolls on until `size` groups are whole, and gives up those: the oldest first.
+
+        Raises SearchFailure, NotFinite; then nothing has changed but what was drawn.
+        """
+        started = time.perf_counter()
+        self._draw(step, size)
+        wanted = size - sum(map(whole, self.groups))
+        open_groups = [group for group in self.groups if not whole(group)]
+        counters = self._roll_on(params, open_groups, step, size, wanted)
+        ready = [group for group in self.groups if whole(group)][:size]
+        self.groups = [group for group in self.groups if all(group is not r for r in ready)]
+        self._give_up_old_ones(step)
+        flights = [flight for group in ready for flight in group]
+        ages = np.zeros((len(flights), self.config.rollout.max_length), np.int32)
+        for row, flight in enumerate(flights):
+            ages[row, : len(flight.tokens)] = np.where(flight.loss_mask, step - flight.drawn, 0)
+        return self.engine.rolled(
+            flights,
+            seconds=time.perf_counter() - started,
+            counters=counters,
+            ages=ages,
+            carried=sum(f.loss_mask.any() and not f.ended for g in self.groups for f in g),
+        )
+
+    def _draw(self, step: int, size: int) -> None:
+        draw = 0
+        while len(self.groups) < 2 * size:
+            batch = self.environment.batch(step, size, draw)
+            self.engine.broker.begin(batch.retriever)
+            samples = self.config.algorithm.samples_per_question
+            flights = self.engine.begin(batch.questions, samples=samples, step=step, draw=draw)
+            self.groups += split(flights)
+            draw += 1
+
+    def _roll_on(
+        self, params: Params, groups: Sequence[Group], step: int, size: int, wanted: int
+    ) -> dict[str, np.ndarray]:
+        """Until so many of the groups are whole; returns the loop's counters."""
+        if wanted <= 0:
+            self.engine.broker.begin(None)
+            return {n: np.zeros(1, int) for n in ("decode_steps", "prefill_chunks", "busy", "room")}
+        engine, shards = self.engine, batch_shards(self.engine.mesh)
+        placed = self._places(groups, size, shards)
+        retrievers: dict[tuple[int, int], Retriever] = {}
+
+        def retriever(flight: Flight) -> Retriever:
+            drawn = flight.step, flight.draw
+            if drawn not in retrievers:
+                retrievers[drawn] = self.environment.retriever_of(*drawn)
+            return retrievers[drawn]
+
+        engine.broker.begin(None, [f and retriever(f) for f in placed])
+        prompts = engine.prompts(placed, self.config.seed, self.config.rollout.max_length)
+        session = Session(engine.programs, params, prompts, engine.tag_table)
+        session.run(Until(groups=-(-wanted // shards)))
+        engine.broker.share()
+        engine.broker.check()
+        (trajectory, counters), at = session.results(), session.positions()
+        for row, flight in enumerate(placed):
+            if flight:
+                flight.absorb(trajectory, row, step=step, at=at)
+        engine.note_searches(placed)
+        return counters
+
+    def _places(self, groups: Sequence[Group], size: int, shards: int) -> list[Flight | None]:
+        """A row for every flight that has not ended: whole groups by turns to the data shards.
+
+        As many rows at every step of a stage, or each would compile a program of its own.
+        """
+        samples = self.config.algorithm.samples_per_question
+        rows = samples * max(-(-2 * size // shards), -(-len(groups) // shards))
+        placed: list[Flight | None] = []
+        for shard in range(shards):
+            mine = [f for group in groups[shard::shards] for f in group if not f.ended]
+            placed += [*mine, *[None] * (rows - len(mine))]
+        return placed
+
+    def _give_up_old_ones(self, step: int) -> None:
+        for group in self.groups:
+            for flight in group:
+                if not flight.ended and step - flight.step >= self.config.rollout.max_age:
+                    flight.give_up()
+
+    # In a checkpoint.
+
+    def state(self) -> str | None:
+        """All that is in flight, as text: JSON, compressed; None where nothing is."""
+        if not self.groups:
+            return None
+        saved = [[_Saved.of(flight) for flight in group] for group in self.groups]
+        packed = zlib.compress(json.dumps(msgspec.to_builtins(saved)).encode())
+        return base64.b85encode(packed).decode()
+
+    def restore(self, state: str | None) -> None:
+        """What `state` gave; BadInput where it is not that."""
+        if not state:
+            self.groups = []
+            return
+        with reading(_WHERE):
+            rows = json.loads(zlib.decompress(base64.b85decode(state)))
+        saved = check(rows, list[list[_Saved]], _WHERE)
+        with reading(_WHERE):
+            self.groups = [[flight.flight() for flight in group] for group in saved]
+
+
+def whole(group: Group) -> bool:
+    """Whether every trajectory of it has ended."""
+    return all(flight.ended for flight in group)
+
+
+def split(flights: Sequence[Flight]) -> list[Group]:
+    """Neighbours of one group in a list each."""
+    groups: list[Group] = []
+    for number, flight in zip(group_numbers(flights), flights, strict=True):
+        if number == len(groups):
+            groups.append([])
+        groups[-1].append(flight)
+    return groups
+
+
+class _Saved(msgspec.Struct):
+    """A flight in a checkpoint; of what has an entry a token, only those that were sampled."""
+
+    question: Question
+    sample: int
+    occurrence: int
+    step: int
+    draw: int
+    prompt_length: int
+    start: int
+    tokens: list[int]
+    sampled: list[int]
+    sample_logprobs: list[float]
+    policy_logprobs: list[float]
+    drawn: list[int]
+    at: tuple[int, int, int, int, int, int]
+    found: int
+    finish: int
+    searches: list[dict[str, Any]]
+
+    @staticmethod
+    def of(f: Flight) -> "_Saved":
+        at = np.flatnonzero(f.loss_mask)
+        return _Saved(
+            question=f.question,
+            sample=f.sample,
+            occurrence=f.occurrence,
+            step=f.step,
+            draw=f.draw,
+            prompt_length=f.prompt_length,
+            start=f.start,
+            tokens=f.tokens.tolist(),
+            sampled=at.tolist(),
+            sample_logprobs=f.sample_logprobs[at].tolist(),
+            policy_logprobs=f.policy_logprobs[at].tolist(),
+            drawn=f.drawn[at].tolist(),
+            at=tuple(f.at),
+            found=f.found,
+            finish=f.finish,
+            searches=[
+                {n: getattr(s, n) for n in ("trajectory", "query", "outcome", "documents")}
+                | {"seconds": s.seconds, "detail": s.detail}
+                for s in f.searches
+            ],
+        )
+
+    def flight(self) -> Flight:
+        n, at = len(self.tokens), np.array(self.sampled, int)
+
+        def spread(values: Sequence[float], fill: float, dtype: Any) -> np.ndarray:
+            out = np.full(n, fill, dtype)
+            out[at] = values
+            return out
+
+        return Flight(
+            question=self.question,
+            sample=self.sample,
+            occurrence=self.occurrence,
+            step=self.step,
+            draw=self.draw,
+            prompt_length=self.prompt_length,
+            start=self.start,
+            tokens=np.array(self.tokens, np.int32),
+            loss_mask=spread([1] * len(at), 0, bool),
+            sample_logprobs=spread(self.sample_logprobs, 0, np.float32),
+            policy_logprobs=spread(self.policy_logprobs, 0, np.float32),
+            drawn=spread(self.drawn, -1, np.int32),
+            at=self.at,
+            found=self.found,
+            finish=self.finish,
+            searches=[Search(**{**s, "documents": tuple(s["documents"])}) for s in self.searches],
+        )

@@ -1,0 +1,85 @@
+"""A rollout that can be left and entered again."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from r1s_jax.models.lora import merge_adapters
+from r1s_jax.models.params import Params
+from r1s_jax.rollout.loop import Rollout, Until
+from r1s_jax.rollout.state import Phase, State
+from r1s_jax.rollout.trajectory import Position, Prompts, Trajectory
+from r1s_jax.system.distributed import to_host
+
+
+class Programs(NamedTuple):
+    """The search loop, compiled: whole, and in the parts that a session is made of."""
+
+    whole: Callable[..., Any]
+    prepare: Callable[..., Params]
+    start: Callable[..., State]
+    run: Callable[..., State]
+    results: Callable[..., Any]
+
+    @staticmethod
+    def of(roll: Rollout, lora_scale: float) -> "Programs":
+        """`whole` and `prepare` take the learner's parameters, adapters included."""
+        return Programs(
+            whole=jax.jit(lambda p, *rest: roll(merge_adapters(p, lora_scale), *rest)),
+            prepare=jax.jit(lambda p: roll.prepare(merge_adapters(p, lora_scale))),
+            start=jax.jit(roll.start),
+            run=jax.jit(roll.run, donate_argnums=3),
+            results=jax.jit(roll.results),
+        )
+
+
+class Session:
+    """One batch of prompts in the loop.
+
+    However often it is left, no token changes. What the policy asked the broker while it ran is
+    answered when it is entered again: the broker must not begin another rollout in between.
+    """
+
+    def __init__(
+        self, programs: Programs, params: Params, prompts: Prompts, tag_table: Int[Array, "Q V"]
+    ):
+        """`params` are the learner's, `prompts` on the mesh."""
+        self._programs, self._prompts, self._tag_table = programs, prompts, tag_table
+        self._params = programs.prepare(params)
+        self._state = programs.start(prompts)
+
+    def run(self, until: Until | None = None) -> None:
+        """Goes on to the end, or `until` then."""
+        until = Until() if until is None else until
+        self._state = self._programs.run(
+            self._params, self._prompts, self._tag_table, self._state, until
+        )
+
+    @property
+    def over(self) -> bool:
+        """Whether every trajectory has ended."""
+        return bool((to_host(self._state.slots.phase) == Phase.EMPTY).all())
+
+    def results(self) -> tuple[Trajectory, dict[str, np.ndarray]]:
+        """NumPy arrays: the trajectories as far as they are, and the loop's counters by shard."""
+        return to_host(self._programs.results(self._state))
+
+    def positions(self) -> Position:
+        """NumPy arrays of every trajectory that has begun and not ended; zeros for the others."""
+        slots = to_host(self._state.slots)
+        count, shards = len(self._prompts.lengths), len(self._state.next_row)
+        shard = np.repeat(np.arange(shards), len(slots.row) // shards)
+        busy = slots.phase != Phase.EMPTY
+        rows = (shard * (count // shards) + slots.row)[busy]
+
+        def by_row(values: np.ndarray) -> np.ndarray:
+            out = np.zeros(count, np.int32)
+            out[rows] = values[busy]
+            return out
+
+        asked = np.isin(slots.phase, (Phase.SUBMIT, Phase.WAIT)).astype(np.int32)
+        names = Position._fields[:-1]
+        return Position(*(by_row(getattr(slots, name)) for name in names), asked=by_row(asked))

@@ -1,0 +1,168 @@
+"""What the search loop carries from turn to turn: its slots, trajectories and KV cache.
+
+Shapes: N trajectories and S slots of one data shard, W token columns. The carry can leave the
+program and come back; outside of it, every array holds the parts of all data shards in order.
+"""
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from r1s_jax.config import RolloutConfig
+from r1s_jax.models.kv_cache import KVCache
+from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS
+from r1s_jax.rollout.trajectory import Prompts, Trajectory
+
+
+class Phase(IntEnum):
+    """What a slot is doing."""
+
+    EMPTY = 0
+    ACTIVE = 1  # has tokens to feed, or is ready to sample
+    SUBMIT = 2  # just ended a query
+    WAIT = 3  # the host is searching
+
+
+class Slots(NamedTuple):
+    """Bookkeeping of the slots, each int32[S]."""
+
+    row: Array  # the trajectory in the slot; N when empty, so that writes fall away
+    length: Array  # tokens known
+    cached: Array  # of those, how many are in the KV cache
+    turn_start: Array  # length when the policy's turn began
+    tag_state: Array  # of the automaton that looks for the end of a tag
+    searches: Array
+    replies: Array  # of the system's to its turns: searches, and turns that it could not act on
+    called: Array  # whether the turn asks for a search, in dialects that act at its end
+    phase: Array
+
+
+class State(NamedTuple):
+    """The loop's carry. The counters have one entry: outside of the program, one a data shard."""
+
+    slots: Slots
+    out: Trajectory
+    cache: KVCache
+    next_row: Int[Array, "1"]  # first trajectory that no slot has taken yet
+    decode_steps: Int[Array, "1"]
+    prefill_chunks: Int[Array, "1"]
+    busy: Int[Array, "1"]  # tokens sampled: decode steps, each counted once a slot that took part
+
+    @staticmethod
+    def partition() -> "State":
+        """The PartitionSpec of every array."""
+        batch, cache = P(BATCH_AXES), P(None, BATCH_AXES, TENSOR_AXIS)
+        return State(
+            slots=Slots(*[batch] * len(Slots._fields)),
+            out=Trajectory(*[batch] * len(Trajectory._fields)),
+            cache=KVCache(*[cache] * len(KVCache._fields)),
+            next_row=batch,
+            decode_steps=batch,
+            prefill_chunks=batch,
+            busy=batch,
+        )
+
+
+def initial(config: RolloutConfig, prompts: Prompts, cache: Callable[[int], KVCache]) -> State:
+    """Every slot empty and no trajectory begun; `cache` makes one of so many slots."""
+    c, count = config, prompts.lengths.shape[0]
+    slots = min(c.slots, count)
+    # Room for a whole chunk or document block written near the end; cut off afterwards.
+    width = c.max_length + c.max_documents_length
+    tokens = jnp.zeros((count, width), jnp.int32)
+    tokens = lax.dynamic_update_slice(tokens, prompts.tokens, (0, 0))
+    blank, zeros = jnp.zeros((count, width)), jnp.zeros(count, jnp.int32)
+    out = Trajectory(
+        tokens=tokens,
+        loss_mask=blank.astype(bool),
+        sample_logprobs=blank,
+        policy_logprobs=blank,
+        lengths=zeros,
+        prompt_lengths=prompts.prompt_lengths,
+        groups=prompts.groups,
+        searches=zeros,
+        finish=zeros,
+    )
+    nothing, none = jnp.zeros(slots, jnp.int32), jnp.zeros(1, jnp.int32)
+    free = Slots(jnp.full(slots, count), *[nothing] * (len(Slots._fields) - 1))
+    return State(free, out, cache(slots), none, none, none, none)
+
+
+def waiting_rows(prompts: Prompts) -> Int[Array, "1"]:
+    """How many trajectories there are to roll out: the first ones of a shard's rows."""
+    return prompts.live.sum(dtype=jnp.int32)[None]
+
+
+def refill(prompts: Prompts, state: State) -> State:
+    """Gives the next trajectories to the empty slots."""
+    s, count = state.slots, waiting_rows(prompts)
+    empty = s.phase == Phase.EMPTY
+    row = state.next_row + jnp.cumsum(empty) - 1
+    chosen = empty & (row < count)
+    length, at = jax.tree.map(
+        lambda x: x.at[row].get(mode="fill", fill_value=0), (prompts.lengths, prompts.at)
+    )
+    fresh = Slots(
+        row=row,
+        length=length,
+        cached=0,
+        turn_start=at.turn_start,
+        tag_state=at.tag_state,
+        searches=at.searches,
+        replies=at.replies,
+        called=at.called,
+        phase=jnp.where(at.asked > 0, Phase.SUBMIT, Phase.ACTIVE),
+    )
+    slots = Slots(*(jnp.where(chosen, new, old) for new, old in zip(fresh, s, strict=True)))
+    return state._replace(slots=slots, next_row=state.next_row + chosen.sum(dtype=jnp.int32))
+
+
+def complete_groups(prompts: Prompts, state: State) -> Int[Array, ""]:
+    """Groups of which every trajectory has ended. Those of one group are adjacent."""
+    count = prompts.groups.shape[0]
+    starts = jnp.append(True, prompts.groups[1:] != prompts.groups[:-1])
+    group = jnp.cumsum(starts) - 1
+    going = prompts.live & (state.out.finish == 0)
+    some = jax.ops.segment_max(prompts.live.astype(jnp.int32), group, count)
+    left = jax.ops.segment_sum(going.astype(jnp.int32), group, count)
+    return ((some > 0) & (left == 0)).sum(dtype=jnp.int32)
+
+
+def take(values: Int[Array, " S"], slots: Int[Array, " R"]) -> Int[Array, " R"]:
+    """`values[slots]`, compared: the TPU compiler (libtpu 0.0.42) fails on so small a gather."""
+    chosen = slots[:, None] == jnp.arange(values.shape[0])
+    return jnp.where(chosen, values, 0).sum(1, dtype=values.dtype)
+
+
+def when(condition: Array, action: Callable[[State], State], state: State) -> State:
+    """`action` if `condition`, without copying the cache.
+
+    A conditional must keep its operand for the other branch, and XLA then copies the cache at
+    every turn; a loop that runs at most once updates it in place.
+    """
+    return lax.while_loop(
+        lambda carry: carry[0],
+        lambda carry: (jnp.bool_(False), action(carry[1])),
+        (condition, state),
+    )[1]
+
+
+def finish(state: State, reason: Int[Array, " S"]) -> State:
+    """Ends the trajectories whose reason is not NONE and empties their slots."""
+    s, out = state.slots, state.out
+    done = reason > 0
+    row = jnp.where(done, s.row, out.lengths.shape[0])
+    out = out._replace(
+        lengths=out.lengths.at[row].set(s.length, mode="drop"),
+        searches=out.searches.at[row].set(s.searches, mode="drop"),
+        finish=out.finish.at[row].set(reason, mode="drop"),
+    )
+    empty = Slots(out.lengths.shape[0], *[0] * 7, Phase.EMPTY)
+    slots = Slots(*(jnp.where(done, new, old) for new, old in zip(empty, s, strict=True)))
+    return state._replace(slots=slots, out=out)
