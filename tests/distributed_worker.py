@@ -61,6 +61,20 @@ def agree(_: Path) -> None:
     print("agreed")
 
 
+def pieces(_: Path) -> None:
+    """A rollout that is left and entered again, by all processes alike."""
+    import numpy as np
+
+    from r1s_jax.config import MeshConfig
+    from r1s_jax.models.sharding import make_mesh
+    from tests import makers
+
+    engine = makers.make_engine(mesh=make_mesh(MeshConfig()))
+    whole = makers.roll(engine).trajectory
+    np.testing.assert_array_equal(makers.roll_in_pieces(engine).tokens, whole.tokens)
+    print(f"{int(whole.lengths.sum())} tokens")
+
+
 def failing_search(run_dir: Path) -> None:
     """A whole run in which the retriever of the last process never works."""
     import jax
@@ -103,7 +117,7 @@ def served(folder: Path) -> None:
 if __name__ == "__main__":
     join()
     try:
-        what = {"agree": agree, "failing_search": failing_search, "served": served}
+        what = {f.__name__: f for f in (agree, failing_search, pieces, served)}
         what[sys.argv[1]](Path(sys.argv[2]))
     except Exception:
         traceback.print_exc()

@@ -27,6 +27,9 @@ from r1s_jax.models.weights import save_params
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.rollout.engine import Engine, Rolled
+from r1s_jax.rollout.loop import Until
+from r1s_jax.rollout.session import Session
+from r1s_jax.rollout.trajectory import Trajectory
 from tests.fakes import EchoRetriever
 
 # Runs.
@@ -194,6 +197,24 @@ def roll(
     return engine.run(
         params, questions, samples=samples, seed=1, step=2, retriever=retriever or EchoRetriever()
     )
+
+
+def open_session(engine: Engine, samples: int = 6, params=None) -> Session:
+    """The rollout of `roll`, to be entered and left."""
+    params = params or searching_params(model=engine.model)
+    params = shard_params(params, engine.model, engine.mesh)
+    engine.broker.begin(EchoRetriever())
+    flights = engine.begin(QUESTIONS, samples=samples, step=2)
+    prompts = engine.prompts(flights, 1, engine.config.max_prompt_length)
+    return Session(engine.programs, params, prompts, engine.tag_table)
+
+
+def roll_in_pieces(engine: Engine, seed: int = 0) -> Trajectory:
+    """What `roll` gives, the loop being left after random numbers of decode steps."""
+    session, rng = open_session(engine), np.random.default_rng(seed)
+    while not session.over:
+        session.run(Until(steps=int(rng.integers(1, 30))))
+    return session.results()[0]
 
 
 # Updates.

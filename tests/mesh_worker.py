@@ -23,6 +23,7 @@ def on_mesh(shape: str) -> dict[str, np.ndarray]:
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     engine = makers.make_engine(model=MODEL, mesh=mesh)
     trajectory = makers.roll(engine).trajectory
+    assert (makers.roll_in_pieces(engine).tokens == trajectory.tokens).all()
     learner = makers.make_learner(optax.sgd(1.0), model=MODEL, mesh=mesh)
     batch, micro = makers.packed(makers.make_sequences(), micro_rows=8)
     params, metrics = makers.step(learner, batch, micro)

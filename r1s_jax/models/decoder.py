@@ -105,26 +105,30 @@ class Policy(nnx.Module):
         return self._stack(tokens, positions, attend, None)[0]
 
     def decode(
-        self, tokens: Int[Array, " S"], starts: Int[Array, " S"], cache: KVCache
-    ) -> tuple[Float[Array, "S D"], KVCache]:
-        """Feeds one token to every slot; `starts[s]` is how many tokens slot s holds already."""
+        self, tokens: Int[Array, "S T"], starts: Int[Array, " S"], cache: KVCache
+    ) -> tuple[Float[Array, "S T D"], KVCache]:
+        """Feeds T tokens to every slot; `starts[s]` is how many slot s holds already.
+
+        Requires `starts + T <= C`.
+        """
+        at = starts[:, None] + jnp.arange(tokens.shape[1])
 
         def write(buffer: Array, new: Array, layer: Array) -> Array:
             # Slots and heads as one axis: with heads inside the written window, the TPU compiler
             # turns the whole cache around for it, and back, at every layer.
             heads = buffer.shape[2]
             flat = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
-            rows = jnp.arange(flat.shape[1])
-            new = cache.fit(new[:, 0]).reshape(len(rows), -1)
-            return flat.at[layer, rows, jnp.repeat(starts, heads)].set(new).reshape(buffer.shape)
+            rows = jnp.repeat(jnp.arange(flat.shape[1]), at.shape[1])
+            new = cache.fit(new.swapaxes(1, 2)).reshape(len(rows), -1)
+            written = flat.at[layer, rows, jnp.repeat(at, heads, axis=0).ravel()].set(new)
+            return written.reshape(buffer.shape)
 
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
             cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
-            out = decode_attention(q, cache.k, cache.v, layer, starts + 1, impl=self.impl)
-            return out, cache
+            ends = starts + tokens.shape[1]
+            return decode_attention(q, cache.k, cache.v, layer, ends, impl=self.impl), cache
 
-        x, cache = self._stack(tokens[:, None], starts[:, None], attend, cache)
-        return x[:, 0], cache
+        return self._stack(tokens, at, attend, cache)
 
     def prefill(
         self,

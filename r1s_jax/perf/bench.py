@@ -93,8 +93,8 @@ def _decode_programs(p: Pretrained, prompt_len: int, new_tokens: int) -> tuple[C
         def step(i: jax.Array, carry: tuple) -> tuple:
             token, cache, out = carry
             starts = jnp.full(batch, prompt_len - 1, jnp.int32) + i
-            hidden, cache = policy.decode(token, starts, cache)
-            token = _greedy(policy.logits(hidden))
+            hidden, cache = policy.decode(token[:, None], starts, cache)
+            token = _greedy(policy.logits(hidden[:, 0]))
             return token, cache, out.at[:, i].set(token)
 
         out = jnp.zeros((batch, new_tokens), jnp.int32).at[:, 0].set(token)

@@ -277,13 +277,17 @@ class Engine:
             tokens=tokens,
             lengths=each(len(f.tokens) for f in rows),
             prompt_lengths=each(f.prompt_length for f in rows),
-            limits=each(self.config.max_length for _ in rows),
+            limits=each(map(self.limit, rows)),
             groups=each(group_numbers(rows)),
             keys=keys,
             live=np.array([f is not None for f in placed]),
             at=Position(*map(each, zip(*(f.at for f in rows), strict=True))),
         )
         return place(arrays, batch_sharding(self.mesh))
+
+    def limit(self, flight: Flight) -> int:
+        """Tokens that it may have in all; never more than `rollout.max_length`."""
+        return self.config.max_length
 
     def note_searches(self, placed: Sequence[Flight | None]) -> None:
         """Gives every flight what the broker did for its row."""

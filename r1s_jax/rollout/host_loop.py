@@ -146,8 +146,8 @@ def _prefill(static, params: Params, tokens, starts, cache: KVCache) -> KVCache:
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _decode(static, params: Params, tokens, starts, cache: KVCache):
     policy = Policy(static[0], params, compute_dtype=static[1])
-    hidden, cache = policy.decode(tokens, starts, cache)
-    return policy.logits(hidden), cache
+    hidden, cache = policy.decode(tokens[:, None], starts, cache)
+    return policy.logits(hidden[:, 0]), cache
 
 
 @partial(jax.jit, static_argnums=(2, 3))

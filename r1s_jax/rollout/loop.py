@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import io_callback
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import Impl, ModelConfig, RolloutConfig
 from r1s_jax.models.decoder import Policy
@@ -30,6 +30,7 @@ from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.rollout.exchange import Result, Status, exchange_shape, unpack_head, unpack_result
 from r1s_jax.rollout.feeding import behind, feed
+from r1s_jax.rollout.lookup import lookup
 from r1s_jax.rollout.sampler import sample
 from r1s_jax.rollout.state import (
     Phase,
@@ -101,7 +102,8 @@ class Rollout:
     def start(self, prompts: Prompts) -> State:
         """The loop before its first turn."""
         heads = self.model.num_kv_heads // self.mesh.shape[TENSOR_AXIS]
-        capacity = self.config.max_length + self.config.prefill_chunk
+        c = self.config
+        capacity = c.max_length + max(c.prefill_chunk, c.drafts + 1)
         dtype, impl = self.compute_dtype, self._impl
 
         def begin(prompts: Prompts) -> State:
@@ -209,16 +211,50 @@ class Rollout:
 
     @jax.named_scope(DECODE_SCOPE)
     def _decode(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
-        """Samples one token for every ready slot and acts on what it ended."""
-        c, s, out = self.config, state.slots, state.out
+        """Samples the next token of every ready slot; of its drafts, those that prove right too."""
+        s, out, drafts = state.slots, state.out, self.config.drafts
         ready = s.phase == Phase.ACTIVE
-        last = out.tokens.at[s.row, s.length - 1].get(mode="fill", fill_value=0)
+        fed = out.tokens.at[s.row, s.length - 1].get(mode="fill", fill_value=0)[:, None]
+        guesses = fed[:, :0]
+        if drafts:
+            text = out.tokens.at[s.row].get(mode="fill", fill_value=0)
+            guesses = lookup(text, s.length, drafts)
+            fed = jnp.concatenate([fed, guesses], axis=1)
         # Slots that are not ready take part too: what they write lies past their text.
-        hidden, cache = policy.decode(last, s.cached, state.cache)
+        hidden, cache = policy.decode(fed, s.cached, state.cache)
+        state = state._replace(
+            cache=cache,
+            decode_steps=state.decode_steps + 1,
+            busy=state.busy + ready.sum(dtype=jnp.int32),
+        )
+        sample_at = partial(self._sample, prompts, tag_table, policy.logits(hidden))
+        state, token = sample_at(0, ready, state)
+
+        def verify(j: Array, carry: tuple) -> tuple:
+            state, token, going = carry
+            # A guess that was right is in the cache: the logits after it are as good as any.
+            going &= (state.slots.phase == Phase.ACTIVE) & (token == guesses[:, j - 1])
+            return *sample_at(j, going, state), going
+
+        if drafts:
+            state, *_ = lax.fori_loop(1, drafts + 1, verify, (state, token, ready))
+        return state
+
+    def _sample(
+        self,
+        prompts: Prompts,
+        tag_table: Array,
+        logits: Float[Array, "S T V"],
+        column: Array | int,
+        ready: Bool[Array, " S"],
+        state: State,
+    ) -> tuple[State, Int[Array, " S"]]:
+        """Samples from a column of logits for the ready slots and acts on what the token ended."""
+        c, s, out = self.config, state.slots, state.out
         keys = prompts.keys.at[s.row].get(mode="clip")
         uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))
         token, sample_logprob, policy_logprob = sample(
-            policy.logits(hidden),
+            logits[:, column],
             uniform(keys, s.length),
             temperature=c.temperature,
             top_p=c.top_p,
@@ -236,16 +272,10 @@ class Rollout:
         s = s._replace(
             length=s.length + one,
             cached=s.cached + one,
-            tag_state=jnp.where(ready & (ended < 0), tag_state, 0),
+            tag_state=jnp.where(ready & (ended >= 0), 0, jnp.where(ready, tag_state, s.tag_state)),
         )
-        state = state._replace(
-            slots=s,
-            out=out,
-            cache=cache,
-            decode_steps=state.decode_steps + 1,
-            busy=state.busy + one.sum(),
-        )
-        return self._end_turns(prompts, state, token, ended, ready)
+        state = state._replace(slots=s, out=out)
+        return self._end_turns(prompts, state, token, ended, ready), token
 
     def _end_turns(
         self, prompts: Prompts, state: State, token: Array, ended: Array, ready: Array

@@ -55,8 +55,8 @@ def test_cached_decoding_is_the_full_forward(family, impl, stacked):
     @jax.jit
     def decode(tokens, starts, cache):
         policy = Policy(config, params, impl=impl)
-        hidden, cache = policy.decode(tokens, starts, cache)
-        return policy.logits(hidden), cache
+        hidden, cache = policy.decode(tokens[:, None], starts, cache)
+        return policy.logits(hidden[:, 0]), cache
 
     cache = KVCache.empty(config, SLOTS, 64, config.num_kv_heads, jnp.float32, impl)
     rows, fed = np.array([3, 1]), np.array([2 * CHUNK, 3 * CHUNK])  # chunks, then single tokens

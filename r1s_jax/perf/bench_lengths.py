@@ -1,0 +1,204 @@
+"""How many decode steps a rollout takes whose trajectories are of given lengths.
+
+A tiny random policy that never ends by itself is cut off at each trajectory's length: what is
+measured is the loop, its slots, and what waiting for the slowest costs.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.json import decode
+from r1s_jax.config import (
+    AlgorithmConfig,
+    Config,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    StageConfig,
+    TinyWorldConfig,
+)
+from r1s_jax.data.environment import Batch
+from r1s_jax.data.questions import Question
+from r1s_jax.data.tiny_world import build_tokenizer
+from r1s_jax.data.traces import read_traces
+from r1s_jax.learning.carry_over import CarryOver
+from r1s_jax.models.params import Params, init_params
+from r1s_jax.models.pretrained import Pretrained
+from r1s_jax.models.sharding import shard_params
+from r1s_jax.models.tokenizer import encode
+from r1s_jax.protocol.r1_searcher import R1Searcher
+from r1s_jax.retrieval.api import Hit
+from r1s_jax.rollout.engine import Engine, Rolled
+from r1s_jax.rollout.flight import Flight
+from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.system.console import make_progress
+
+_SAMPLES = 16
+_PROMPT, _LIMIT = 16, 2048
+_MODEL = ModelConfig(156, 16, 16, 1, 1, 1, 8)
+
+
+class _Talk(R1Searcher):
+    """Tags that nobody writes."""
+
+    query_end: ClassVar = "<|no query ever|>"
+    answer_end: ClassVar = "<|no answer ever|>"
+
+
+class _Questions:
+    """An environment of questions that nobody can answer."""
+
+    def batch(self, step: int, size: int, draw: int = 0) -> Batch:
+        first = (2 * step + draw) * size
+        return Batch([Question(first + i, "Who ?", ("",)) for i in range(size)], self)
+
+    def retriever_of(self, step: int, draw: int) -> "_Questions":
+        return self
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        return [[] for _ in queries]
+
+
+class _Cut(Engine):
+    """Cuts every trajectory off at the length drawn for it."""
+
+    def __init__(self, *args: Any, lengths: np.ndarray, runaway: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._lengths, self._runaway = lengths, runaway
+
+    def limit(self, flight: Flight) -> int:
+        rng = np.random.default_rng((flight.question.id, flight.sample))
+        length = _LIMIT if rng.random() < self._runaway else int(rng.choice(self._lengths))
+        return flight.prompt_length + min(length, _LIMIT)
+
+
+def bench_lengths(
+    lengths: Sequence[int],
+    *,
+    runaway: float,
+    carry_over: bool,
+    slots: int = 64,
+    batch: int = 256,
+    batches: int = 8,
+) -> dict[str, Any]:
+    """Decode steps of `batches` steps that learn from `batch` trajectories each.
+
+    Lengths are drawn from `lengths`; a share of `runaway` goes on to the limit of 2,048. With
+    `carry_over`, twice as many are in flight, and a step ends when enough of them are whole.
+    Raises ConfigError for a `batch` that is no multiple of 16, the samples of a question.
+    """
+    if batch % _SAMPLES:
+        raise ConfigError(f"--batch must be a multiple of {_SAMPLES}, got {batch}")
+    config = _config(slots, batch, carry_over)
+    tokenizer = build_tokenizer()
+    policy = Pretrained(_MODEL, {}, tokenizer, (-1,), _Talk(prompt="{question}"))
+    drawn = {"lengths": np.array(lengths), "runaway": runaway}
+    engine = _Cut(policy, config.rollout, compute_dtype=np.dtype("float32"), **drawn)
+    params = shard_params(init_params(_MODEL, 0), _MODEL, engine.mesh)
+    step = _steps(config, engine, params, batch // _SAMPLES)
+    begin, rolled = time.perf_counter(), []
+    with make_progress() as bar:
+        task = bar.add_task("Batches", total=batches, info="")
+        for number in range(batches):
+            rolled.append(step(number))
+            bar.update(task, advance=1, info=f"{rolled[-1].counters['decode_steps']} decode steps")
+    return _summary(rolled, slots, time.perf_counter() - begin) | {
+        "slots": slots,
+        "batch": batch,
+        "batches": batches,
+        "runaway": runaway,
+        "carry_over": carry_over,
+        "mean_length": float(np.mean(lengths)),
+    }
+
+
+def _steps(
+    config: Config, engine: Engine, params: Params, questions: int
+) -> Callable[[int], Rolled]:
+    world = _Questions()
+    if config.rollout.carry_over:
+        carried = CarryOver(config, engine, world)
+        return lambda step: carried.roll(params, step, questions)
+
+    def alone(step: int) -> Rolled:
+        return engine.run(
+            params,
+            world.batch(step, questions).questions,
+            samples=_SAMPLES,
+            seed=0,
+            step=step,
+            retriever=world,
+        )
+
+    return alone
+
+
+def _summary(rolled: Sequence[Rolled], slots: int, seconds: float) -> dict[str, Any]:
+    steps = [r.counters["decode_steps"] for r in rolled]
+    sampled = sum(r.slots_busy * slots * s for r, s in zip(rolled, steps, strict=True))
+    return {
+        "decode_steps": sum(steps),
+        "busy": sampled / (slots * sum(steps)),
+        "ideal_steps": math.ceil(sum(r.sampled_tokens for r in rolled) / slots),
+        "seconds": seconds,
+        "steps_by_batch": steps,
+        "cut_off": int(sum((r.trajectory.finish == Finish.TOO_OLD).sum() for r in rolled)),
+    }
+
+
+def _config(slots: int, batch: int, carry_over: bool) -> Config:
+    stage = StageConfig(steps=1, reward="stage2", questions_per_step=batch // _SAMPLES)
+    return Config(
+        name="bench",
+        policy=PolicyConfig(architecture=_MODEL),
+        environment=TinyWorldConfig(),  # of no use here
+        stage1=replace(stage, steps=0),
+        stage2=stage,
+        rollout=RolloutConfig(
+            slots=slots,
+            carry_over=carry_over,
+            max_length=_PROMPT + _LIMIT + 1,
+            max_prompt_length=_PROMPT,
+            max_turn_length=_LIMIT + 1,
+            max_documents_length=16,
+            prefill_rows=min(slots, 16),
+        ),
+        algorithm=AlgorithmConfig(samples_per_question=_SAMPLES),
+    )
+
+
+def read_lengths(path: Path, tokenizer: Callable[[], Any]) -> list[int]:
+    """Tokens that the policy wrote of each trajectory: integers, or counted in traces.
+
+    `path` is a text file of integers, or what `r1s traces` reads. Raises ConfigError for a number
+    that is none, for one below 1, and where there are none at all.
+    """
+    if path.is_dir() or {".jsonl", ".json"} & set(path.suffixes):
+        counting = tokenizer()
+        spans = [[text for text, ours in t.spans if ours] for t in read_traces(path)]
+        lengths = [sum(len(encode(counting, text)) for text in texts) for texts in spans]
+        lengths = [length for length in lengths if length]
+    else:
+        lengths = list(_integers(path))
+    if not lengths:
+        raise ConfigError(f"{path} holds no lengths")
+    return lengths
+
+
+def _integers(path: Path) -> Iterator[int]:
+    text = decode(path.read_bytes(), path, ConfigError)
+    for number, line in enumerate(text.splitlines(), start=1):
+        for word in line.split():
+            if not (word.isascii() and word.isdigit() and 1 <= int(word[:12]) <= 10**6):
+                raise ConfigError(
+                    f"{path}, line {number}: expected a number of tokens from 1 to 1000000, "
+                    f"found {word[:40]!r}"
+                )
+            yield int(word)
