@@ -92,8 +92,9 @@ def rollout(
         ),
     ] = None,
     runaway: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of those that go on to 2,048 tokens.")
+        float, typer.Option(min=0, max=1, help="Share of those that go on to --limit tokens.")
     ] = 0.0,
+    limit: Annotated[int, typer.Option(min=1, max=65536, help="Tokens that one may write.")] = 2048,
     carry_over: Annotated[
         bool, typer.Option("--carry-over", help="Keep what is unfinished for the next batch.")
     ] = False,
@@ -118,6 +119,7 @@ def rollout(
     result = bench_lengths(
         read_lengths(lengths, lambda: load_pretrained(model).tokenizer),
         runaway=runaway,
+        limit=limit,
         carry_over=carry_over,
         slots=slots or 64,
         batch=batch,

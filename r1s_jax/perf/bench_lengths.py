@@ -41,7 +41,7 @@ from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.console import make_progress
 
 _SAMPLES = 16
-_PROMPT, _LIMIT = 16, 2048
+_PROMPT = 16
 _MODEL = ModelConfig(156, 16, 16, 1, 1, 1, 8)
 
 
@@ -69,20 +69,21 @@ class _Questions:
 class _Cut(Engine):
     """Cuts every trajectory off at the length drawn for it."""
 
-    def __init__(self, *args: Any, lengths: np.ndarray, runaway: float, **kwargs: Any):
+    def __init__(self, *args: Any, lengths: np.ndarray, runaway: float, most: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._lengths, self._runaway = lengths, runaway
+        self._lengths, self._runaway, self._most = lengths, runaway, most
 
     def limit(self, flight: Flight) -> int:
         rng = np.random.default_rng((flight.question.id, flight.sample))
-        length = _LIMIT if rng.random() < self._runaway else int(rng.choice(self._lengths))
-        return flight.prompt_length + min(length, _LIMIT)
+        length = self._most if rng.random() < self._runaway else int(rng.choice(self._lengths))
+        return flight.prompt_length + min(length, self._most)
 
 
 def bench_lengths(
     lengths: Sequence[int],
     *,
     runaway: float,
+    limit: int = 2048,
     carry_over: bool,
     slots: int = 64,
     batch: int = 256,
@@ -90,16 +91,16 @@ def bench_lengths(
 ) -> dict[str, Any]:
     """Decode steps of `batches` steps that learn from `batch` trajectories each.
 
-    Lengths are drawn from `lengths`; a share of `runaway` goes on to the limit of 2,048. With
+    Lengths are drawn from `lengths`; a share of `runaway` goes on to `limit`. With
     `carry_over`, twice as many are in flight, and a step ends when enough of them are whole.
     Raises ConfigError for a `batch` that is no multiple of 16, the samples of a question.
     """
     if batch % _SAMPLES:
         raise ConfigError(f"--batch must be a multiple of {_SAMPLES}, got {batch}")
-    config = _config(slots, batch, carry_over)
+    config = _config(slots, batch, limit, carry_over)
     tokenizer = build_tokenizer()
     policy = Pretrained(_MODEL, {}, tokenizer, (-1,), _Talk(prompt="{question}"))
-    drawn = {"lengths": np.array(lengths), "runaway": runaway}
+    drawn = {"lengths": np.array(lengths), "runaway": runaway, "most": limit}
     engine = _Cut(policy, config.rollout, compute_dtype=np.dtype("float32"), **drawn)
     params = shard_params(init_params(_MODEL, 0), _MODEL, engine.mesh)
     step = _steps(config, engine, params, batch // _SAMPLES)
@@ -114,6 +115,7 @@ def bench_lengths(
         "batch": batch,
         "batches": batches,
         "runaway": runaway,
+        "limit": limit,
         "carry_over": carry_over,
         "mean_length": float(np.mean(lengths)),
     }
@@ -153,7 +155,7 @@ def _summary(rolled: Sequence[Rolled], slots: int, seconds: float) -> dict[str, 
     }
 
 
-def _config(slots: int, batch: int, carry_over: bool) -> Config:
+def _config(slots: int, batch: int, limit: int, carry_over: bool) -> Config:
     stage = StageConfig(steps=1, reward="stage2", questions_per_step=batch // _SAMPLES)
     return Config(
         name="bench",
@@ -164,9 +166,9 @@ def _config(slots: int, batch: int, carry_over: bool) -> Config:
         rollout=RolloutConfig(
             slots=slots,
             carry_over=carry_over,
-            max_length=_PROMPT + _LIMIT + 1,
+            max_length=_PROMPT + limit + 1,
             max_prompt_length=_PROMPT,
-            max_turn_length=_LIMIT + 1,
+            max_turn_length=limit + 1,
             max_documents_length=16,
             prefill_rows=min(slots, 16),
         ),
