@@ -54,6 +54,7 @@ def published(
             max_documents_length=768,
             prefill_rows=4,
             prefill_chunk=128,
+            carry_over=True,
         ),
         algorithm=AlgorithmConfig(
             estimator=estimator,

@@ -87,8 +87,7 @@ def rollout(
         Path | None,
         typer.Option(
             help="Instead: decode steps with trajectories of these lengths, a file of integers or "
-            "of traces.",
-            exists=True,
+            "of traces."
         ),
     ] = None,
     runaway: Annotated[

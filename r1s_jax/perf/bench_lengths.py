@@ -182,6 +182,8 @@ def read_lengths(path: Path, tokenizer: Callable[[], Any]) -> list[int]:
     `path` is a text file of integers, or what `r1s traces` reads. Raises ConfigError for a number
     that is none, for one below 1, and where there are none at all.
     """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: give a file of integers, or of traces")
     if path.is_dir() or {".jsonl", ".json"} & set(path.suffixes):
         counting = tokenizer()
         spans = [[text for text, ours in t.spans if ours] for t in read_traces(path)]

@@ -117,11 +117,14 @@ def rollout_program(
         attention=config.policy.attention,
     )
 
+    # Carried over, twice as many are in flight as a step learns from, with their text so far.
+    rows, columns = (2 * count, c.max_length) if c.carry_over else (count, c.max_prompt_length)
+
     def by_row(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=batch_sharding(mesh))
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
 
     prompts = Prompts(
-        tokens=by_row(c.max_prompt_length),
+        tokens=by_row(columns),
         lengths=by_row(),
         prompt_lengths=by_row(),
         limits=by_row(),
@@ -132,8 +135,9 @@ def rollout_program(
     )
     table = (_TAG_STATES, model.vocab_size)
     tags = jax.ShapeDtypeStruct(table, jnp.int16, sharding=replicated(mesh))
-    slots = min(c.slots, count // shards)
-    decode_steps = math.ceil(count / shards / slots) * workload.sampled
+    slots = min(c.slots, rows // shards)
+    turns = count / shards / slots  # of each slot; carried over, none waits for the others' last
+    decode_steps = (turns if c.carry_over else math.ceil(turns)) * workload.sampled
     # Samples of a question share its prompt; a chunk takes `prefill_rows` rows.
     forced = workload.documents + workload.prompt / config.algorithm.samples_per_question
     chunks = count / shards * forced / (c.prefill_rows * c.prefill_chunk)

@@ -44,6 +44,7 @@ _GROUPS = {
     },
     "Speed": {
         "sampled_tokens_per_s": "Sampled tokens/s",
+        "slots_busy": "Slots that sample, share",
         "trained_tokens_per_s": "Trained tokens/s",
         "seconds_rollout": "Seconds: rollout",
         "seconds_reward": "Seconds: reward",
