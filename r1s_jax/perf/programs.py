@@ -117,25 +117,10 @@ def rollout_program(
         attention=config.policy.attention,
     )
 
-    # Carried over, twice as many are in flight as a step learns from, with their text so far.
-    rows, columns = (2 * count, c.max_length) if c.carry_over else (count, c.max_prompt_length)
-
-    def by_row(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
-
-    prompts = Prompts(
-        tokens=by_row(columns),
-        lengths=by_row(),
-        prompt_lengths=by_row(),
-        limits=by_row(),
-        groups=by_row(),
-        keys=by_row(dtype=jax.random.key(0).dtype),
-        live=by_row(dtype=bool),
-        at=Position(*[by_row()] * len(Position._fields)),
-    )
+    prompts = _prompts(config, mesh)
     table = (_TAG_STATES, model.vocab_size)
     tags = jax.ShapeDtypeStruct(table, jnp.int16, sharding=replicated(mesh))
-    slots = min(c.slots, rows // shards)
+    slots = min(c.slots, prompts.lengths.shape[0] // shards)
     turns = count / shards / slots  # of each slot; carried over, none waits for the others' last
     decode_steps = (turns if c.carry_over else math.ceil(turns)) * workload.sampled
     # Samples of a question share its prompt; a chunk takes `prefill_rows` rows.
@@ -160,6 +145,27 @@ def rollout_program(
         chips=1,  # inside shard_map the shapes are those of one device
         memory_bytes=(decode_steps + chunks) * weights + decode_steps * cache * tokens,
         cache_bytes=cache * capacity,
+    )
+
+
+def _prompts(config: Config, mesh: Mesh) -> Prompts:
+    """What a rollout starts from, as shapes on the mesh."""
+    c, count = config.rollout, trajectories(config)
+    # Carried over, twice as many are in flight as a step learns from, with their text so far.
+    rows, columns = (2 * count, c.max_length) if c.carry_over else (count, c.max_prompt_length)
+
+    def by_row(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
+
+    return Prompts(
+        tokens=by_row(columns),
+        lengths=by_row(),
+        prompt_lengths=by_row(),
+        limits=by_row(),
+        groups=by_row(),
+        keys=by_row(dtype=jax.random.key(0).dtype),
+        live=by_row(dtype=bool),
+        at=Position(*[by_row()] * len(Position._fields)),
     )
 
 
