@@ -157,6 +157,8 @@ class RolloutConfig:
     # Guess so many next tokens from the trajectory's own text and verify them in one pass: the same
     # tokens, in fewer passes where the text repeats itself.
     drafts: int = 0
+    # Of the keys and values kept: as computed (float32 on a CPU), or int8 with a scale a token.
+    cache_dtype: Literal["auto", "int8"] = "auto"
 
     def __post_init__(self) -> None:
         check_numbers("rollout", self, slots=1, temperature=0, max_searches=0, max_prompt_length=1)

@@ -53,6 +53,7 @@ def finish(processes, timeout=240):
 def learned(run_dir):
     """What a run left behind, less what it took."""
     timed = ("seconds", "_per_s", "compilations", "host_memory")
+    timed += ("decode_steps", "prefill_chunks", "slots_busy")  # while a search is out, others go on
     metrics = [
         {k: v for k, v in row.items() if not any(t in k for t in timed)}
         for row in rows_so_far(run_dir / "metrics.jsonl")

@@ -1,5 +1,6 @@
 """Whole runs of the tiny world, cut short: files, resuming, stopping, bad input."""
 
+import contextlib
 import json
 import os
 import random
@@ -27,6 +28,8 @@ from tests.makers import SHORT, run_cli
 
 # What the clock decides; everything else of a row must not depend on when a run was stopped.
 TIMES = ("seconds", "_per_s", "compilations", "host_memory")
+# While a search is out, others go on: how many turns the loop takes depends on how long it took.
+TIMES += ("decode_steps", "prefill_chunks", "slots_busy")
 
 
 def command(run_dir: Path, *options: str) -> list[str]:
@@ -138,6 +141,29 @@ def wait_until(happened: Callable[[], object], run: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
+def test_carrying_over_is_the_same_run_when_killed_and_resumed(tmp_path):
+    """What is in flight is in the checkpoint, and no clock decides what a step waits for."""
+    paths = tmp_path / "whole", tmp_path / "killed"
+    for path in paths:
+        carry = "rollout.carry_over=true"
+        run = begin(command(path, carry))
+        if path is paths[1]:
+            wait_until(lambda: len(rows_so_far(paths[1] / "metrics.jsonl")) >= 3, run)
+            run.kill()
+            run.wait()
+            run = begin(command(path, carry, "--resume"))
+        out, _ = run.communicate(timeout=900)
+        assert run.returncode == 0, out
+    rows = rows_so_far(paths[0] / "metrics.jsonl")
+    assert sum(row["carried_trajectories"] for row in rows) > 0
+    assert max(row["token_age_mean"] for row in rows) > 0
+    assert [row["decode_steps"] for row in rows] == [
+        row["decode_steps"] for row in rows_so_far(paths[1] / "metrics.jsonl")
+    ]
+    assert_same_run(*paths)
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_path):
     path = tmp_path / "damaged"
     shutil.copytree(whole, path)
@@ -234,16 +260,27 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     with (tmp_path / "log").open("w") as log:
         loop = subprocess.Popen(["bash", str(script), *longer], env=env, stdout=log, stderr=log)
         for _ in range(20):
-            while not (runs := psutil.Process(loop.pid).children()) and loop.poll() is None:
+            while not (runs := trainings(loop.pid)) and loop.poll() is None:
                 time.sleep(0.01)
             assert loop.poll() is None, "the run ended before it was killed twenty times"
             time.sleep(rng.uniform(0, 20))
+            assert all(run.is_running() for run in runs), "it ended by itself"
             for run in runs:
                 run.kill()
             psutil.wait_procs(runs)
         assert loop.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
     assert (tmp_path / "log").read_text().count("stopped with status 137") == 20
     assert_same_run(tmp_path / "whole", path)
+
+
+def trainings(script: int) -> list[psutil.Process]:
+    """The runs that a script has begun, and not what else it calls in between."""
+    found = []
+    for process in psutil.Process(script).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "train" in process.cmdline():
+                found.append(process)
+    return found
 
 
 @pytest.mark.slow

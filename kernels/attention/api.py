@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention import gpu, interpret, tpu, xla
+from r1s_jax.kernels.attention.reference import Scales
 
 # Each has `attention`, `decode_attention` and SUPPORT, what it serves.
 BACKENDS = {"xla": xla, "tpu": tpu, "gpu": gpu, "interpret": interpret}
@@ -73,6 +74,7 @@ def decode_attention(
     rows: Int[Array, " B"] | None = None,
     *,
     scale: float | None = None,
+    scales: Scales | None = None,
     impl: Impl | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attention of each row's last T tokens to its cache; see `reference.decode_attention`.
@@ -83,7 +85,9 @@ def decode_attention(
     impl = _resolve(impl)
     batch, new, _, head_dim = q.shape
     kv_heads, capacity, width = k_cache.shape[2:]
-    _check_heads(q, k_cache, v_cache, kv_heads, impl)
+    _check_heads(q, k_cache, v_cache, kv_heads, impl, quantized=scales is not None)
+    if scales is not None and any(x.shape != k_cache.shape[:-1] for x in scales):
+        raise ValueError(f"scales must have the shape {k_cache.shape[:-1]} of the cache's tokens")
     if rows is None and k_cache.shape[1] != batch:
         raise ValueError(f"q has {batch} rows, the cache {k_cache.shape[1]}: name them with `rows`")
     for name, x in (("lengths", lengths), ("rows", rows)):
@@ -103,7 +107,8 @@ def decode_attention(
     if width > head_dim:
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
     decode = BACKENDS[impl].decode_attention
-    return decode(q, k_cache, v_cache, layer, lengths, rows, scale=scale)[..., :head_dim]
+    operands = q, k_cache, v_cache, layer, lengths, rows
+    return decode(*operands, scale=scale, scales=scales)[..., :head_dim]
 
 
 def _resolve(impl: Impl | None) -> Impl:
@@ -114,7 +119,9 @@ def _resolve(impl: Impl | None) -> Impl:
     return impl
 
 
-def _check_heads(q: Array, k: Array, v: Array, kv_heads: int, impl: Impl) -> None:
+def _check_heads(
+    q: Array, k: Array, v: Array, kv_heads: int, impl: Impl, *, quantized: bool = False
+) -> None:
     """What holds for whole rows and for a cache alike."""
     heads, head_dim = q.shape[2:]
     if k.shape != v.shape:
@@ -123,4 +130,5 @@ def _check_heads(q: Array, k: Array, v: Array, kv_heads: int, impl: Impl) -> Non
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
     if k.shape[-1] < head_dim:
         raise ValueError(f"head width: q has {head_dim}, k and v have {k.shape[-1]}")
-    check_support(impl, head_dim, {"q": q.dtype.name, "k": k.dtype.name, "v": v.dtype.name})
+    cached = {} if quantized else {"k": k.dtype.name, "v": v.dtype.name}
+    check_support(impl, head_dim, {"q": q.dtype.name, **cached})

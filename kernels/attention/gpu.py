@@ -27,6 +27,7 @@ from r1s_jax.kernels.attention.flash import (
     _dot,
     flash_rows,
 )
+from r1s_jax.kernels.attention.reference import Scales
 from r1s_jax.kernels.attention.support import KERNEL_DTYPES, Support
 
 # (queries, keys, warps, stages) that compile for an H100 without spilling registers.
@@ -94,6 +95,7 @@ def decode_attention(
     rows: Int[Array, " B"] | None = None,
     *,
     scale: float,
+    scales: Scales | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B T H K"]:
     """`reference.decode_attention` as a Triton kernel; S must be a multiple of 64.
@@ -103,14 +105,15 @@ def decode_attention(
     """
     new = q.shape[1]
     rows = jnp.arange(len(q)) if rows is None else rows
-    q = group_queries(q, k_cache.shape[2], k_cache.dtype)
+    q = group_queries(q, k_cache.shape[2], q.dtype if scales else k_cache.dtype)
     queries = q.shape[2]
-    most = _DECODE_ROWS_FLOAT32 if k_cache.dtype == jnp.float32 else _DECODE_ROWS
+    most = _DECODE_ROWS_FLOAT32 if q.dtype == jnp.float32 else _DECODE_ROWS
     block = min(most, max(16, pl.next_power_of_2(queries)))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, -queries % block), (0, 0)))
     scalars = as_scalars(layer, lengths, rows)
     kernel = partial(_decode_kernel, scale * LOG2_E, new, queries // new)
-    partials = _decode_partials(kernel, block, scalars, q, k_cache, v_cache, interpret)
+    cache = k_cache, v_cache, *(scales or ())
+    partials = _decode_partials(kernel, block, scalars, q, cache, interpret)
     return ungroup_queries(_merge(*partials)[:, :, :queries].astype(q.dtype), new)
 
 
@@ -119,13 +122,15 @@ def _decode_partials(
     block: int,
     scalars: tuple[Array, Array, Array],
     q: Float[Array, "B N M K"],
-    k_cache: Float[Array, "L R N S K"],
-    v_cache: Float[Array, "L R N S K"],
+    cache: tuple[Array, ...],
     interpret: Any,
 ) -> tuple[Float[Array, "B N P M"], Float[Array, "B N P M"], Float[Array, "B N P M K"]]:
-    """Peak, sum and weighted values of the softmax over each of P shares of a row's cache."""
+    """Peak, sum and weighted values of the softmax over each of P shares of a row's cache.
+
+    `cache` holds keys [L, R, N, S, K], values, and of int8 ones the scales.
+    """
     batch, kv_heads, padded, head_dim = q.shape
-    key_blocks = k_cache.shape[3] // _DECODE_KEYS
+    key_blocks = cache[0].shape[3] // _DECODE_KEYS
     programs = batch * kv_heads * (padded // block)
     splits = max(1, min(key_blocks, _PROGRAMS // programs))
     whole = pl.no_block_spec
@@ -136,7 +141,7 @@ def _decode_partials(
     return pl.pallas_call(
         partial(kernel, math.ceil(key_blocks / splits)),
         grid=(batch * kv_heads, splits, padded // block),
-        in_specs=[whole, whole, whole, queries, whole, whole],
+        in_specs=[whole, whole, whole, queries, *[whole] * len(cache)],
         out_specs=[
             _partial_spec(kv_heads, (block,)),
             _partial_spec(kv_heads, (block,)),
@@ -149,9 +154,9 @@ def _decode_partials(
         ],
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=3),
         interpret=interpret,
-        cost_estimate=decode_cost(q.shape, k_cache),
+        cost_estimate=decode_cost(q.shape, cache[0]),
         name="decode_attention_gpu",
-    )(*scalars, q, k_cache, v_cache)
+    )(*scalars, q, *cache)
 
 
 def _partial_spec(kv_heads: int, block: tuple[int, ...]) -> pl.BlockSpec:
@@ -173,11 +178,10 @@ def _decode_kernel(
     q_ref,
     k_ref,
     v_ref,
-    peak_ref,
-    total_ref,
-    acc_ref,
+    *refs,
 ):
     """A block of query rows of one head against one share of its cache."""
+    *scale_refs, peak_ref, total_ref, acc_ref = refs
     kv_heads = k_ref.shape[2]
     b, n = pl.program_id(0) // kv_heads, pl.program_id(0) % kv_heads
     layer, length, row = layer_ref[0], lengths_ref[b], rows_ref[b]
@@ -191,14 +195,19 @@ def _decode_kernel(
     def attend(j: Array, carry: tuple) -> tuple:
         peak, total, acc = carry
         here = pl.ds(j * _DECODE_KEYS, _DECODE_KEYS)
-        scores = _dot(q, k_ref[layer, row, n, here, :], (1, 1)) * scale
+        scores = _dot(q, k_ref[layer, row, n, here, :].astype(q.dtype), (1, 1)) * scale
+        if scale_refs:  # of a key's numbers, all alike: its score's
+            scores = scores * scale_refs[0][layer, row, n, here][None, :]
         scores = jnp.where(key + j * _DECODE_KEYS <= last, scores, MASKED)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
         probs = jnp.exp2(scores - new_peak[:, None])
         shrink = jnp.exp2(peak - new_peak)
-        v = v_ref[layer, row, n, here, :]
+        total = total * shrink + jnp.sum(probs, axis=1)
+        if scale_refs:
+            probs = probs * scale_refs[1][layer, row, n, here][None, :]
+        v = v_ref[layer, row, n, here, :].astype(q.dtype)
         acc = acc * shrink[:, None] + _dot(probs.astype(v.dtype), v, (1, 0))
-        return new_peak, total * shrink + jnp.sum(probs, axis=1), acc
+        return new_peak, total, acc
 
     begin = pl.program_id(1) * per_split
     end = jnp.minimum(begin + per_split, (length + _DECODE_KEYS - 1) // _DECODE_KEYS)

@@ -8,6 +8,10 @@ from jaxtyping import Array, Float, Int
 MASKED = -1e30
 
 
+# float32[L, R, N, S] each: what the int8 keys, and the values, of a cache are multiplied by.
+Scales = tuple[Array, Array]
+
+
 def attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T N K"],
@@ -64,16 +68,23 @@ def decode_attention(
     rows: Int[Array, " B"] | None = None,
     *,
     scale: float | None = None,
+    scales: Scales | None = None,
 ) -> Float[Array, "B T H K"]:
     """Attention of each row's last T tokens to one layer of its cache, softmax in float32.
 
     The cache already holds the keys and values of the T tokens: row `b` has `lengths[b]` valid
     entries and query `t` stands at position `lengths[b] - T + t`. Rows of length 0 give zeros.
-    Row `b` of the queries reads row `rows[b]` of the cache (None: row `b`).
+    Row `b` of the queries reads row `rows[b]` of the cache (None: row `b`). A cache of int8 comes
+    with the `scales` that its keys and values are multiplied by, one a token and head.
     """
     head_dim, new = q.shape[3], q.shape[1]
     rows = jnp.arange(q.shape[0]) if rows is None else rows
     k_cache, v_cache = k_cache[layer, rows], v_cache[layer, rows]
+    if scales is not None:
+        k_cache, v_cache = (
+            (x * scale[layer, rows][..., None]).astype(q.dtype)
+            for x, scale in zip((k_cache, v_cache), scales, strict=True)
+        )
     scale = head_dim**-0.5 if scale is None else scale
     q = group_heads(q, k_cache.shape[1])
     scores = jnp.einsum("btngk,bnsk->bntgs", q, k_cache, preferred_element_type=jnp.float32)

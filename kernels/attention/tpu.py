@@ -25,6 +25,7 @@ from r1s_jax.kernels.attention.flash import (
     _dot,
     flash_rows,
 )
+from r1s_jax.kernels.attention.reference import Scales
 from r1s_jax.kernels.attention.support import KERNEL_DTYPES, Support
 
 LANES = 128
@@ -88,6 +89,7 @@ def decode_attention(
     rows: Int[Array, " B"] | None = None,
     *,
     scale: float,
+    scales: Scales | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B T H K"]:
     """`reference.decode_attention` as a Mosaic kernel; S must be a multiple of 128.
@@ -97,7 +99,7 @@ def decode_attention(
     """
     new, capacity = q.shape[1], k_cache.shape[3]
     rows = jnp.arange(len(q)) if rows is None else rows
-    q = group_queries(q, k_cache.shape[2], k_cache.dtype)
+    q = group_queries(q, k_cache.shape[2], q.dtype if scales else k_cache.dtype)
     batch, kv_heads, queries, head_dim = q.shape
     size = _decode_block(capacity, queries, kv_heads * head_dim * k_cache.dtype.itemsize)
 
@@ -107,12 +109,14 @@ def decode_attention(
 
     by_row = pl.BlockSpec((None, kv_heads, queries, head_dim), lambda b, s, *_: (b, 0, 0, 0))
     by_block = pl.BlockSpec((None, None, kv_heads, size, head_dim), cache_block)
+    by_token = pl.BlockSpec((None, None, kv_heads, size), lambda *at: cache_block(*at)[:-1])
+    scales = tuple(scales or ())
     out = pl.pallas_call(
         partial(_decode_kernel, scale * LOG2_E, new, queries // new),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, capacity // size),
-            in_specs=[by_row, by_block, by_block],
+            in_specs=[by_row, by_block, by_block, *[by_token] * len(scales)],
             out_specs=by_row,
             scratch_shapes=[
                 pltpu.VMEM((kv_heads, queries, 1), jnp.float32),
@@ -127,7 +131,7 @@ def decode_attention(
         interpret=interpret,
         cost_estimate=decode_cost(q.shape, k_cache),
         name="decode_attention_tpu",
-    )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache)
+    )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache, *scales)
     return ungroup_queries(out, new)
 
 
@@ -148,12 +152,10 @@ def _decode_kernel(
     q_ref,
     k_ref,
     v_ref,
-    o_ref,
-    peak,
-    total,
-    acc,
+    *refs,
 ):
     """One block of the cache of one row, all its heads; the scratch carries the softmax on."""
+    *scale_refs, o_ref, peak, total, acc = refs
     b, s = pl.program_id(0), pl.program_id(1)
     kv_heads, size, _ = k_ref.shape
     length = lengths_ref[b]
@@ -171,12 +173,17 @@ def _decode_kernel(
         token = jax.lax.broadcasted_iota(jnp.int32, shape, 0) // per_group if new > 1 else 0
         allowed = key <= length - new + token
         for n in range(kv_heads):
-            scores = jnp.where(allowed, _dot(q_ref[n], k_ref[n], (1, 1)) * scale, MASKED)
+            scores = _dot(q_ref[n], k_ref[n].astype(q_ref.dtype), (1, 1)) * scale
+            if scale_refs:  # of a key's numbers, all alike: its score's
+                scores = scores * scale_refs[0][pl.ds(n, 1), :]
+            scores = jnp.where(allowed, scores, MASKED)
             new_peak = jnp.maximum(peak[n], jnp.max(scores, axis=1, keepdims=True))
             probs = jnp.exp2(scores - new_peak)
             shrink = jnp.exp2(peak[n] - new_peak)
             total[n] = total[n] * shrink + jnp.sum(probs, axis=1, keepdims=True)
-            v = v_ref[n]
+            if scale_refs:
+                probs = probs * scale_refs[1][pl.ds(n, 1), :]
+            v = v_ref[n].astype(q_ref.dtype)
             acc[n] = acc[n] * shrink + _dot(probs.astype(v.dtype), v, (1, 0))
             peak[n] = new_peak
 

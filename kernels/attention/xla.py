@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from r1s_jax.kernels.attention.reference import MASKED, group_heads
+from r1s_jax.kernels.attention.reference import MASKED, Scales, group_heads
 from r1s_jax.kernels.attention.support import Support
 from r1s_jax.kernels.matmul import matmul, summed_over_rows
 
@@ -137,6 +137,7 @@ def decode_attention(
     rows: Int[Array, " B"] | None = None,
     *,
     scale: float | None = None,
+    scales: Scales | None = None,
 ) -> Float[Array, "B T H K"]:
     """Same meaning as `reference.decode_attention`, by online softmax over blocks of keys.
 
@@ -154,11 +155,13 @@ def decode_attention(
     position = jnp.repeat(lengths[:, None] - new + jnp.arange(new), groups, axis=1)
 
     def read(cache: Array, first: Array) -> Array:
+        width = cache.shape[4:]
+        rest = (0,) * len(width)
         if rows is None:
-            size = (1, batch, kv_heads, block, head_dim)
-            return lax.dynamic_slice(cache, (layer, 0, 0, first, 0), size)[0]
-        size = (1, 1, kv_heads, block, head_dim)
-        each = [lax.dynamic_slice(cache, (layer, row, 0, first, 0), size)[0] for row in rows]
+            size = (1, batch, kv_heads, block, *width)
+            return lax.dynamic_slice(cache, (layer, 0, 0, first, *rest), size)[0]
+        size = (1, 1, kv_heads, block, *width)
+        each = [lax.dynamic_slice(cache, (layer, row, 0, first, *rest), size)[0] for row in rows]
         return jnp.concatenate(each)
 
     def attend_block(i: Array, carry: tuple) -> tuple:
@@ -166,6 +169,9 @@ def decode_attention(
         # The last block of a capacity that is no multiple slides back; its overlap is masked.
         first = jnp.minimum(i * block, capacity - block)
         k, v = read(k_cache, first), read(v_cache, first)
+        if scales is not None:
+            k_scale, v_scale = (read(x, first)[..., None] for x in scales)
+            k, v = (k * k_scale).astype(q.dtype), (v * v_scale).astype(q.dtype)
         key_index = first + jnp.arange(block)
         allowed = (key_index <= position[:, :, None]) & (key_index >= i * block)
         allowed = allowed[:, None]

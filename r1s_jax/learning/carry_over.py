@@ -93,7 +93,7 @@ class CarryOver:
                 retrievers[drawn] = self.environment.retriever_of(*drawn)
             return retrievers[drawn]
 
-        engine.broker.begin(None, [f and retriever(f) for f in placed])
+        engine.broker.begin(None, [f and retriever(f) for f in placed], steady=True)
         prompts = engine.prompts(placed, self.config.seed, self.config.rollout.max_length)
         session = Session(engine.programs, params, prompts, engine.tag_table)
         session.run(Until(groups=-(-wanted // shards)))

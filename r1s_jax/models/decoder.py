@@ -113,20 +113,19 @@ class Policy(nnx.Module):
         """
         at = starts[:, None] + jnp.arange(tokens.shape[1])
 
-        def write(buffer: Array, new: Array, layer: Array) -> Array:
+        def write(layer: Array, buffer: Array, new: Array) -> Array:
             # Slots and heads as one axis: with heads inside the written window, the TPU compiler
             # turns the whole cache around for it, and back, at every layer.
-            heads = buffer.shape[2]
-            flat = buffer.reshape(buffer.shape[0], -1, *buffer.shape[3:])
+            heads, rest = buffer.shape[2], buffer.shape[3:]
+            flat = buffer.reshape(buffer.shape[0], -1, *rest)
             rows = jnp.repeat(jnp.arange(flat.shape[1]), at.shape[1])
-            new = cache.fit(new.swapaxes(1, 2)).reshape(len(rows), -1)
-            written = flat.at[layer, rows, jnp.repeat(at, heads, axis=0).ravel()].set(new)
+            where = jnp.repeat(at, heads, axis=0).ravel()
+            written = flat.at[layer, rows, where].set(new.reshape(len(rows), *rest[1:]))
             return written.reshape(buffer.shape)
 
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
-            cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
-            ends = starts + tokens.shape[1]
-            return decode_attention(q, cache.k, cache.v, layer, ends, impl=self.impl), cache
+            cache = cache.written(k, v, partial(write, layer))
+            return self._attend_cache(q, cache, layer, starts + tokens.shape[1]), cache
 
         return self._stack(tokens, at, attend, cache)
 
@@ -145,18 +144,17 @@ class Policy(nnx.Module):
         length = tokens.shape[1]
         positions = starts[:, None] + jnp.arange(length)
 
-        def write(buffer: Array, new: Array, layer: Array) -> Array:
+        def write(layer: Array, buffer: Array, new: Array) -> Array:
             # One slice a row keeps the update in place; a gather over rows copies the cache.
-            new = cache.fit(new.swapaxes(1, 2))
+            rest = (0,) * (buffer.ndim - 4)
             for r in range(tokens.shape[0]):
-                at = (layer, rows[r], 0, starts[r], 0)
+                at = (layer, rows[r], 0, starts[r], *rest)
                 buffer = lax.dynamic_update_slice(buffer, new[r][None, None], at)
             return buffer
 
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: KVCache):
-            cache = KVCache(write(cache.k, k, layer), write(cache.v, v, layer))
-            ends = starts + length
-            return decode_attention(q, cache.k, cache.v, layer, ends, rows, impl=self.impl), cache
+            cache = cache.written(k, v, partial(write, layer))
+            return self._attend_cache(q, cache, layer, starts + length, rows), cache
 
         return self._stack(tokens, positions, attend, cache)
 
@@ -176,6 +174,12 @@ class Policy(nnx.Module):
         if self.tensor_axis:
             out = lax.all_gather(out, self.tensor_axis, axis=out.ndim - 1, tiled=True)
         return out
+
+    def _attend_cache(
+        self, q: Array, cache: KVCache, layer: Array, ends: Array, rows: Array | None = None
+    ) -> Array:
+        operands = q, cache.k, cache.v, layer, ends, rows
+        return decode_attention(*operands, scales=cache.scales, impl=self.impl)
 
     def _stack(self, tokens: Array, positions: Array, attend: Attend, cache: Any):
         """Embedding, all layers (under one scan where they are stacked), final norm."""

@@ -3,20 +3,31 @@
 Shapes: L layers, S slots, N key/value heads, C capacity in tokens, K head width.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from r1s_jax.config import Impl, ModelConfig
 from r1s_jax.kernels.attention.api import cache_dims
 
+_MOST = 127  # of int8
+# Puts the new entries [B, N, T, ...] of some slots into a buffer [L, S, N, C, ...].
+Write = Callable[[Array, Array], Array]
+
 
 class KVCache(NamedTuple):
-    """Keys and values of every layer, updated in place as the layer scan's carry."""
+    """Keys and values of every layer, updated in place as the layer scan's carry.
 
-    k: Float[Array, "L S N C K"]
-    v: Float[Array, "L S N C K"]
+    Kept in int8, each token and head has a scale that its numbers are multiplied by: about half the
+    bytes of bfloat16.
+    """
+
+    k: Float[Array, "L S N C K"] | Int[Array, "L S N C K"]
+    v: Float[Array, "L S N C K"] | Int[Array, "L S N C K"]
+    k_scale: Float[Array, "L S N C"] | None = None
+    v_scale: Float[Array, "L S N C"] | None = None
 
     @staticmethod
     def empty(
@@ -26,18 +37,48 @@ class KVCache(NamedTuple):
         kv_heads: int,
         dtype: Any,
         impl: Impl | None = None,
+        *,
+        quantized: bool = False,
     ) -> "KVCache":
         """Zeros; C and K grow to what the attention backend `impl` wants of a cache.
 
-        On a CPU they are float32: its compiler writes into an array of bfloat16 by turning all of
-        it into float32 and back.
+        On a CPU they are float32, where not int8: its compiler writes into an array of bfloat16 by
+        turning all of it into float32 and back.
         """
-        dtype = jnp.float32 if impl == "xla" else dtype
+        dtype = jnp.int8 if quantized else jnp.float32 if impl == "xla" else dtype
         dims = cache_dims(capacity, config.head_dim, impl)
         shape = (config.num_layers, slots, kv_heads, *dims)
-        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        scale = jnp.zeros(shape[:-1], jnp.float32) if quantized else None
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), scale, scale)
 
-    def fit(self, x: Float[Array, "*B k"]) -> Float[Array, "*B K"]:
-        """New keys or values as the cache stores them."""
-        pad = [(0, 0)] * (x.ndim - 1) + [(0, self.k.shape[-1] - x.shape[-1])]
-        return jnp.pad(x.astype(self.k.dtype), pad)
+    @property
+    def scales(self) -> tuple[Array, Array] | None:
+        """What the attention backends take beside keys and values of int8."""
+        return None if self.k_scale is None else (self.k_scale, self.v_scale)
+
+    def written(
+        self, k: Float[Array, "B T N k"], v: Float[Array, "B T N k"], write: Write
+    ) -> "KVCache":
+        """The cache after `write` has put new keys and values where they belong."""
+        k, v = (self._padded(x.swapaxes(1, 2)) for x in (k, v))
+        if self.k_scale is None:
+            k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
+            return KVCache(write(self.k, k), write(self.v, v))
+        (k, k_scale), (v, v_scale) = quantize(k), quantize(v)
+        return KVCache(
+            write(self.k, k),
+            write(self.v, v),
+            write(self.k_scale, k_scale),
+            write(self.v_scale, v_scale),
+        )
+
+    def _padded(self, x: Float[Array, "*B k"]) -> Float[Array, "*B K"]:
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, self.k.shape[-1] - x.shape[-1])])
+
+
+def quantize(x: Float[Array, "*B K"]) -> tuple[Int[Array, "*B K"], Float[Array, "*B"]]:
+    """int8 numbers and the float32 scale of each row: `x` is about their product."""
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(-1) / _MOST
+    rounded = jnp.round(x / jnp.maximum(scale, 1e-30)[..., None])
+    return rounded.astype(jnp.int8), scale

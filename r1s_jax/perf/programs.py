@@ -130,7 +130,9 @@ def rollout_program(
     impl = attention_impl(config.policy.attention, mesh)
     capacity, width = cache_dims(c.max_length + c.prefill_chunk, model.head_dim, impl)
     heads = model.num_layers * model.num_kv_heads / tensor
-    cache = 2 * heads * width * learner.compute_dtype.itemsize * slots  # bytes a token of each slot
+    # Of int8, each token and head has a float32 scale besides.
+    numbers = width + 4 if c.cache_dtype == "int8" else width * learner.compute_dtype.itemsize
+    cache = 2 * heads * numbers * slots  # bytes a token of each slot
     tokens = workload.prompt + workload.documents / 2 + workload.sampled / 2
     weights = _parameters(state) / tensor * learner.compute_dtype.itemsize
     return Program(

@@ -30,6 +30,8 @@ _IDLE_WAIT_S = 0.02
 # What becomes of a search: these are the retriever's doing, those the policy's. A turn that is told
 # what is wrong with it is invalid; where a dialect tells nothing, its query is bad.
 FAILED, VOID = ("timeout", "error"), ("bad_query", "long_query", "invalid_turn")
+# Where a rollout may be left early: documents arrive so many turns of the loop after their query.
+_LAG = 8
 # A retriever that finds nothing in so many searches of a rollout, and nothing else, is broken.
 _ALL_EMPTY = 64
 _CHARACTERS_A_TOKEN = 32  # more than any text takes, runs of white space apart
@@ -68,6 +70,8 @@ class Turn:
     slot: int
     shard: int
     searches: list[Search] = field(default_factory=list)
+    delivered: bool = False
+    due: int = 0  # the turn of the shard's loop at which its reply is delivered, where that is set
 
     @property
     def settled(self) -> bool:
@@ -103,14 +107,22 @@ class Broker:
         self.begin(None)
 
     def begin(
-        self, retriever: Retriever | None, by_row: Sequence[Retriever | None] | None = None
+        self,
+        retriever: Retriever | None,
+        by_row: Sequence[Retriever | None] | None = None,
+        *,
+        steady: bool = False,
     ) -> None:
         """Starts a rollout over `retriever`, or over one for each of its rows.
 
-        What late threads of the last one bring is dropped.
+        Documents are delivered when they are there; `steady`: a fixed number of the loop's turns
+        after their query, waiting for them where need be, so that how far each trajectory has come
+        after so many turns does not depend on the clock. What late threads of the last rollout
+        bring is dropped.
         """
         with self._changed:
             self._retriever, self._by_row = retriever, by_row
+            self._steady, self._turns = steady, Counter[int]()
             self._pending: dict[tuple[int, int], Turn] = {}
             self._ready: dict[int, deque[Turn]] = {}
             self._counts: Counter[str] = Counter()
@@ -179,9 +191,12 @@ class Broker:
         try:
             if submit.any():
                 self._submit(shard, np.asarray(rows), np.flatnonzero(submit), np.asarray(query))
-            done = self._collect(shard, wait=bool(idle))
+            collect = self._collect_due if self._steady else self._collect
+            done = collect(shard, bool(idle))
             self._stopped |= self._past_limit()
             results = [(turn.slot, *self._result(turn.searches)) for turn in done]
+            for turn in done:
+                turn.delivered = True
             return pack_results(results, self._stopped, self._width)
         except Exception as error:  # a bug here must end the rollout, not hang its devices
             self._counts["error"] += 1
@@ -255,7 +270,7 @@ class Broker:
         for slot in slots:
             ids = query[slot][query[slot] >= 0].tolist()
             calls = self._calls(ids, full=len(ids) == query.shape[1])
-            turn = Turn(int(slot), shard)
+            turn = Turn(int(slot), shard, due=self._turns[shard] + _LAG)
             turn.searches = [Search(int(rows[slot]), call.query, turn=turn) for call, _ in calls]
             with self._changed:
                 self._pending[shard, turn.slot] = turn
@@ -336,11 +351,31 @@ class Broker:
             ready = self._ready.setdefault(shard, deque())
             if wait and not ready:
                 self._changed.wait(_IDLE_WAIT_S)
-            now = time.monotonic()
-            for search in [s for turn in self._pending.values() for s in turn.searches]:
-                if now - search.started > self.config.timeout_s:
-                    self._close(search, "timeout", detail=self._timeout_text(search))
+            self._give_up_late_ones()
             return [ready.popleft() for _ in range(min(len(ready), RESULTS))]
+
+    def _collect_due(self, shard: int, idle: bool) -> list[Turn]:
+        """The turns whose time has come; with nothing else to do, that of the next one has."""
+        with self._changed:
+            ready = self._ready.setdefault(shard, deque())
+            pending = [turn for turn in self._pending.values() if turn.shard == shard]
+            out = sorted([*ready, *pending], key=lambda turn: (turn.due, turn.slot))
+            self._turns[shard] += 1
+            if idle and out:
+                self._turns[shard] = max(self._turns[shard], out[0].due)
+            due = [turn for turn in out if turn.due <= self._turns[shard]][:RESULTS]
+            while not all(turn.settled for turn in due):
+                self._changed.wait(_IDLE_WAIT_S)
+                self._give_up_late_ones()
+            for turn in due:
+                ready.remove(turn)
+            return due
+
+    def _give_up_late_ones(self) -> None:
+        now = time.monotonic()
+        for search in [s for turn in self._pending.values() for s in turn.searches]:
+            if now - search.started > self.config.timeout_s:
+                self._close(search, "timeout", detail=self._timeout_text(search))
 
     def _result(self, searches: Sequence[Search]) -> tuple[Status, int, list[int]]:
         """What a turn comes to: its status, the searches made, the tokens of the reply."""

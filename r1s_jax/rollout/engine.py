@@ -290,9 +290,10 @@ class Engine:
         return self.config.max_length
 
     def note_searches(self, placed: Sequence[Flight | None]) -> None:
-        """Gives every flight what the broker did for its row."""
+        """Gives every flight the searches whose outcome reached it; the others are made again."""
         for search in self.broker.log:
-            if 0 <= search.trajectory < len(placed):
+            reached = search.turn is None or search.turn.delivered
+            if 0 <= search.trajectory < len(placed) and reached:
                 placed[search.trajectory].searches.append(search)
 
     def rolled(

@@ -9,7 +9,6 @@ from jaxtyping import Array
 
 from r1s_jax.config import RolloutConfig
 from r1s_jax.models.decoder import Policy
-from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.rollout.state import Phase, Slots, State, take, when
 from r1s_jax.rollout.trajectory import Prompts
 
@@ -58,14 +57,15 @@ def _copy_prompt(prompts: Prompts, state: State) -> State:
     s, cache = state.slots, state.cache
     leader, can_copy, _ = _prompt_leaders(prompts, s)
     slot = jnp.argmax(can_copy)
-    size = (cache.k.shape[0], 1, *cache.k.shape[2:])
 
     def copy(buffer: Array) -> Array:
-        taken = lax.dynamic_slice(buffer, (0, leader[slot], 0, 0, 0), size)
-        return lax.dynamic_update_slice(buffer, taken, (0, slot, 0, 0, 0))
+        rest = (0,) * (buffer.ndim - 2)
+        size = (buffer.shape[0], 1, *buffer.shape[2:])
+        taken = lax.dynamic_slice(buffer, (0, leader[slot], *rest), size)
+        return lax.dynamic_update_slice(buffer, taken, (0, slot, *rest))
 
     cached = s.cached.at[slot].set(prompts.prompt_lengths[s.row[slot]] - 1)
-    cache = KVCache(copy(cache.k), copy(cache.v))
+    cache = jax.tree.map(copy, cache)
     return state._replace(slots=s._replace(cached=cached), cache=cache)
 
 

@@ -104,15 +104,13 @@ class Rollout:
         heads = self.model.num_kv_heads // self.mesh.shape[TENSOR_AXIS]
         c = self.config
         capacity = c.max_length + max(c.prefill_chunk, c.drafts + 1)
-        dtype, impl = self.compute_dtype, self._impl
+
+        def cache(slots: int) -> KVCache:
+            sizes = self.model, slots, capacity, heads, self.compute_dtype, self._impl
+            return KVCache.empty(*sizes, quantized=c.cache_dtype == "int8")
 
         def begin(prompts: Prompts) -> State:
-            state = initial(
-                self.config,
-                prompts,
-                lambda slots: KVCache.empty(self.model, slots, capacity, heads, dtype, impl),
-            )
-            return refill(prompts, state)
+            return refill(prompts, initial(c, prompts, cache))
 
         return self._on_shards(begin, (P(BATCH_AXES),), State.partition())(prompts)
 

@@ -61,7 +61,7 @@ class State(NamedTuple):
         return State(
             slots=Slots(*[batch] * len(Slots._fields)),
             out=Trajectory(*[batch] * len(Trajectory._fields)),
-            cache=KVCache(*[cache] * len(KVCache._fields)),
+            cache=cache,
             next_row=batch,
             decode_steps=batch,
             prefill_chunks=batch,

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from r1s_jax.config import Impl
 from r1s_jax.kernels.attention import api, reference, xla
+from r1s_jax.models.kv_cache import quantize
 from tests.kernels.oracle import attention_oracle, decode_oracle, random_cache, random_qkv
 
 DECODE = {
@@ -75,6 +76,18 @@ def test_decode_over_ragged_lengths(backend, capacity, new):
         expected = decode_oracle(q, k, v, layer, lengths, 8**-0.5)
         np.testing.assert_allclose(got, expected, atol=3e-6)
         assert not np.asarray(got)[0].any()
+
+
+@pytest.mark.parametrize("backend", DECODE)
+@pytest.mark.parametrize("new", [1, 3])
+def test_decode_of_an_int8_cache_is_that_of_its_numbers_times_their_scales(backend, new):
+    lengths = np.array([0, new, 120, 199, 200], np.int32)
+    q, k, v = random_cache(2, len(lengths), 2, 200, 8, new, 6)
+    (k, k_scale), (v, v_scale) = (tuple(map(np.asarray, quantize(x))) for x in (k, v))
+    assert k.dtype == np.int8 and np.abs(k).max() == 127
+    got = DECODE[backend](q, k, v, 1, lengths, scales=(k_scale, v_scale))
+    real = k * k_scale[..., None], v * v_scale[..., None]
+    np.testing.assert_allclose(got, decode_oracle(q, *real, 1, lengths, 8**-0.5), atol=3e-6)
 
 
 @pytest.mark.parametrize("backend", DECODE)

@@ -10,6 +10,7 @@ import pytest
 
 from r1s_jax.config import SearchConfig
 from r1s_jax.data.questions import Question
+from r1s_jax.models.decoder import Policy
 from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.protocol import r1_searcher as protocol
@@ -83,8 +84,6 @@ def test_mask_selects_exactly_the_sampled_tokens(engine, rolled):
 
 def test_log_probabilities_are_those_of_the_policy(rolled):
     """Against one uncached forward pass over the finished trajectories."""
-    from r1s_jax.models.decoder import Policy
-
     t = rolled.trajectory
     logits = jax.jit(lambda p, x: Policy(MODEL, p)(x))(searching_params(), t.tokens)
     logprobs = jax.nn.log_softmax(np.asarray(logits, np.float64), axis=-1)[:, :-1]
@@ -170,6 +169,18 @@ def test_drafts_give_the_same_tokens_in_fewer_passes(temperature):
     drafted = roll(make_engine(dataclasses.replace(config, drafts=4)))
     assert_same(drafted.trajectory, plain.trajectory)
     assert drafted.counters["decode_steps"] < plain.counters["decode_steps"]
+
+
+def test_an_int8_cache_draws_from_what_it_computes():
+    """Nearly the same policy, log-probabilities near the exact ones."""
+    rolled = roll(make_engine(dataclasses.replace(CONFIG, cache_dtype="int8")))
+    t = rolled.trajectory
+    logits = jax.jit(lambda p, x: Policy(MODEL, p)(x))(searching_params(), t.tokens)
+    exact = jax.nn.log_softmax(logits)[:, :-1]
+    exact = np.take_along_axis(np.asarray(exact), t.tokens[:, 1:, None], -1)[..., 0]
+    mask = t.loss_mask[:, 1:]
+    gap = np.abs(t.policy_logprobs[:, 1:][mask] - exact[mask])
+    assert 1e-5 < gap.max() < 0.05
 
 
 def test_a_trajectory_alone_is_the_same(engine, rolled):
