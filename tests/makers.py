@@ -199,12 +199,11 @@ def roll(
     )
 
 
-def open_session(engine: Engine, samples: int = 6, params=None) -> Session:
+def open_session(engine: Engine, retriever=None, *, steady: bool = False) -> Session:
     """The rollout of `roll`, to be entered and left."""
-    params = params or searching_params(model=engine.model)
-    params = shard_params(params, engine.model, engine.mesh)
-    engine.broker.begin(EchoRetriever())
-    flights = engine.begin(QUESTIONS, samples=samples, step=2)
+    params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)
+    engine.broker.begin(retriever or EchoRetriever(), steady=steady)
+    flights = engine.begin(QUESTIONS, samples=6, step=2)
     prompts = engine.prompts(flights, 1, engine.config.max_prompt_length)
     return Session(engine.programs, params, prompts, engine.tag_table)
 

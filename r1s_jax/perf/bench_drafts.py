@@ -11,18 +11,19 @@ from r1s_jax.data.questions import Question
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.models.tokenizer import encode_start
 from r1s_jax.perf.bench import peak_memory_gb
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.rollout.engine import Engine, Rolled
 
-_DOCUMENTS = (
+DOCUMENTS = (
     "Vienna is the capital of Austria. It lies in the east of the country, on the river Danube, "
-    "and about two million people live there. ",
+    "and about two million people live there. "
     "The Wien is a river of Austria. It is 34 kilometres long, of which 15 are within Vienna, "
-    "where it flows into the Danube canal. ",
+    "where it flows into the Danube canal. "
     "The Danube is the second longest river of Europe, after the Volga. It rises in the Black "
-    "Forest of Germany and flows into the Black Sea. ",
+    "Forest of Germany and flows into the Black Sea. "
 )
 _ASK = "Which rivers flow through Vienna? Answer with the sentences of the documents."
 
@@ -48,11 +49,14 @@ def bench_drafts(
     the same.
     """
     policy = load_pretrained(reference)
-    prompt = "".join(_DOCUMENTS) + "\n\nQuestion: {question}\n\nAnswer:"
+    prompt = DOCUMENTS + "\n\nQuestion: {question}\n\nAnswer:"
     policy = policy._replace(eos_ids=(-1,), dialect=_Quote(prompt=prompt))
     params = shard_params(policy.params, policy.model, make_mesh(MeshConfig()))
+    asked = [Question(i, f"{_ASK}{'!' * i}", ("",)) for i in range(batch)]
+    longest = prompt.replace("{question}", asked[-1].question)
+    length = len(encode_start(policy.tokenizer, longest))
     runs = {
-        count: _runner(Engine(policy, _config(count, batch, new_tokens)), params, batch)
+        count: _runner(Engine(policy, _config(count, batch, length, new_tokens)), params, asked)
         for count in (0, drafts)
     }
     times: dict[int, list[float]] = {count: [] for count in runs}
@@ -79,17 +83,14 @@ def bench_drafts(
     }
 
 
-def _runner(engine: Engine, params: Params, batch: int) -> Callable[[], Rolled]:
-    asked = [Question(i, f"{_ASK}{'!' * i}", ("",)) for i in range(batch)]
-
+def _runner(engine: Engine, params: Params, asked: list[Question]) -> Callable[[], Rolled]:
     def run() -> Rolled:
         return engine.run(params, asked, samples=1, seed=0, step=0, retriever=_NothingToFind())
 
     return run
 
 
-def _config(drafts: int, batch: int, new_tokens: int) -> RolloutConfig:
-    prompt = 192
+def _config(drafts: int, batch: int, prompt: int, new_tokens: int) -> RolloutConfig:
     return RolloutConfig(
         slots=batch,
         temperature=0.0,

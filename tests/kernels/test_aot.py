@@ -1,7 +1,5 @@
 """Every kernel as the recipes use it, through the compilers of hardware that is not here."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -66,7 +64,7 @@ def test_forward_and_backward(device, name, dtype, length):
         assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "dtype"), [*CASES, *((name, "int8") for name in SHAPES)])
 @pytest.mark.parametrize("new", [1, CHUNK])
 def test_decode(device, name, dtype, new):
     impl, options = impl_and_options(device)
@@ -74,14 +72,20 @@ def test_decode(device, name, dtype, new):
     capacity, width_stored = api.cache_dims(8192, width, impl)
     cache = shape(2, SLOTS, kv_heads, capacity, width_stored, dtype=dtype)
     arguments = (
-        shape(SLOTS, new, heads, width, dtype=dtype),
+        shape(SLOTS, new, heads, width, dtype="bfloat16" if dtype == "int8" else dtype),
         cache,
         cache,
         shape(dtype="int32"),
         shape(SLOTS, dtype="int32"),
         shape(SLOTS, dtype="int32"),
     )
-    compiled = compile_for(device, partial(api.decode_attention, impl=impl), *arguments, **options)
+    one_a_token = shape(*cache.shape[:-1], dtype="float32")
+    scales = (one_a_token, one_a_token) if dtype == "int8" else None
+
+    def attend(scales, *operands):
+        return api.decode_attention(*operands, scales=scales, impl=impl)
+
+    compiled = compile_for(device, attend, scales, *arguments, **options)
     cache_bytes = 2 * jnp.dtype(dtype).itemsize * jnp.prod(jnp.array(cache.shape))
     assert compiled.memory_analysis().temp_size_in_bytes < 0.25 * cache_bytes
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from r1s_jax.kernels.attention import api, flash, gpu, reference, tpu, xla
+from r1s_jax.models.kv_cache import quantize
 from tests.kernels.oracle import (
     attention_oracle,
     decode_oracle,
@@ -30,10 +31,11 @@ STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("scale", "interpret"))
-def decode(backend, q, k, v, layer, lengths, rows=None, *, scale, interpret=True):
+def decode(backend, q, k, v, layer, lengths, rows=None, *, scale, scales=None, interpret=True):
     rows = np.arange(len(lengths), dtype=np.int32) if rows is None else rows
     run = MODULES[backend].decode_attention
-    return run(q, k, v, layer, lengths, rows, scale=scale, interpret=interpret)
+    operands = q, k, v, layer, lengths, rows
+    return run(*operands, scale=scale, scales=scales, interpret=interpret)
 
 
 def rows(backend, q, k, v, segments, causal=True, scale=None):
@@ -181,6 +183,17 @@ def test_decode_over_ragged_lengths(backend, capacity, new):
     got = decode(backend, q, k, v, 1, lengths, scale=0.25)
     np.testing.assert_allclose(got, decode_oracle(q, k, v, 1, lengths, 0.25), atol=5e-6)
     assert not np.asarray(got)[0].any()
+
+
+@pytest.mark.parametrize("backend", MODULES)
+@pytest.mark.parametrize("new", [1, 5])
+def test_decode_of_an_int8_cache(backend, new):
+    lengths = np.array([0, new, 128, 129, 255, 256], np.int32)
+    q, k, v = random_cache(2, len(lengths), 2, 256, 16, new, 6)
+    (k, k_scale), (v, v_scale) = (tuple(map(np.asarray, quantize(x))) for x in (k, v))
+    got = decode(backend, q, k, v, 1, lengths, scale=0.25, scales=(k_scale, v_scale))
+    real = k * k_scale[..., None], v * v_scale[..., None]
+    np.testing.assert_allclose(got, decode_oracle(q, *real, 1, lengths, 0.25), atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", MODULES)

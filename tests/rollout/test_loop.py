@@ -224,6 +224,23 @@ def test_leaving_and_entering_again_changes_nothing(engine, rolled, seed):
     assert_same(roll_in_pieces(engine, seed), rolled.trajectory)
 
 
+def test_no_clock_decides_how_far_a_steady_rollout_has_come(engine, rolled):
+    """Slow or fast, documents arrive at the same turn: the same tokens when the loop is left."""
+    rng, cuts = np.random.default_rng(0), []
+    slow = EchoRetriever(delay=lambda: time.sleep(rng.uniform(0, 0.1)))
+    for retriever in (EchoRetriever(), slow):
+        session = open_session(engine, retriever, steady=True)
+        for steps in (9, 14, 11):
+            session.run(Until(steps=steps))
+            cuts.append((*session.results()[0], *session.positions()))
+        session.run()
+        assert_same(session.results()[0], rolled.trajectory)
+    for fast, slow in zip(cuts[:3], cuts[3:], strict=True):
+        for a, b in zip(fast, slow, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert cuts[0][-1].any() or cuts[1][-1].any(), "no query was out when the loop was left"
+
+
 def test_the_loop_is_left_when_so_many_groups_are_complete(engine):
     session = open_session(engine)
     session.run(Until(groups=2))
