@@ -73,6 +73,7 @@ def others(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_does_its_job(others):
     done = 0
     for words in commands(ROOT / "docs" / "coming_from.md"):

@@ -64,7 +64,7 @@ def test_forward_and_backward(device, name, dtype, length):
         assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*CASES, *((name, "int8") for name in SHAPES)])
+@pytest.mark.parametrize(("name", "dtype"), [*CASES, ("qwen2_5_7b over 4", "int8")])
 @pytest.mark.parametrize("new", [1, CHUNK])
 def test_decode(device, name, dtype, new):
     impl, options = impl_and_options(device)
