@@ -60,7 +60,7 @@ class Rolled:
     outcomes: dict[str, int]  # searches of the batch by outcome
     seconds: float
     counters: dict[str, int]
-    slots_busy: float  # of all slots, over the decode steps: the share that sampled a token
+    slots_busy: float = 0.0  # of all slots, over the decode steps: the share that sampled a token
     ages: np.ndarray | None = None  # int32[N, W], where carried over: steps since a token was drawn
     carried: int = 0  # trajectories begun and not ended
 
