@@ -85,7 +85,7 @@ def test_bench_step_prints_json(model):
     short = ("--model", str(model), "--samples", "2", "--new-tokens", "8", "--json")
     result = json.loads(run("bench", "step", *short).stdout.splitlines()[-1])
     assert result["seconds"] >= result["rollout_s"] > 0 and result["update_s"] > 0
-    assert result["tokens_per_s"] > 0 and result["dtype"] == "float32"
+    assert result["tokens_per_s"] > 0 and result["dtype"] == "bfloat16"
 
 
 def test_ask_streams_to_the_end(model, index):

@@ -12,7 +12,7 @@ def check(ok: bool, message: str) -> None:
 
 
 # Beyond these a number is a slip of the pen; of what is not named, beyond what 31 bits hold.
-_MOST = {
+MOST = {
     "temperature": 100.0,
     "learning_rate": 1e6,
     "lora_rank": 2**16,
@@ -41,7 +41,7 @@ _MOST = {
 def check_numbers(section: str, node: Any, **lowest: float) -> None:
     """Each named field is at least so much, and no more than makes sense."""
     for name, least in lowest.items():
-        value, most = getattr(node, name), _MOST.get(name, 2**31 - 1)
+        value, most = getattr(node, name), MOST.get(name, 2**31 - 1)
         check(value >= least, f"{section}.{name} must be at least {least}, got {value}")
         check(value <= most, f"{section}.{name} must be at most {most:g}, got {value:g}")
 

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from r1s_jax import train as training
-from r1s_jax.config import _MOST as limits
+from r1s_jax.border.ranges import MOST as limits
 from r1s_jax.config import Config, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch, TinyWorldEnvironment
