@@ -155,14 +155,7 @@ def decode_attention(
     position = jnp.repeat(lengths[:, None] - new + jnp.arange(new), groups, axis=1)
 
     def read(cache: Array, first: Array) -> Array:
-        width = cache.shape[4:]
-        rest = (0,) * len(width)
-        if rows is None:
-            size = (1, batch, kv_heads, block, *width)
-            return lax.dynamic_slice(cache, (layer, 0, 0, first, *rest), size)[0]
-        size = (1, 1, kv_heads, block, *width)
-        each = [lax.dynamic_slice(cache, (layer, row, 0, first, *rest), size)[0] for row in rows]
-        return jnp.concatenate(each)
+        return _read(cache, layer, rows, batch, first, block)
 
     def attend_block(i: Array, carry: tuple) -> tuple:
         peak, total, out = carry
@@ -192,3 +185,22 @@ def decode_attention(
     out = out / jnp.maximum(total, 1e-30)[..., None]
     out = out.reshape(batch, kv_heads, new, groups, head_dim).transpose(0, 2, 1, 3, 4)
     return out.reshape(batch, new, -1, head_dim).astype(dtype)
+
+
+def _read(
+    cache: Float[Array, "L R N S *K"],
+    layer: Array,
+    rows: Array | None,
+    batch: int,
+    first: Array,
+    block: int,
+) -> Float[Array, "B N M *K"]:
+    """M = `block` tokens of the rows of one layer, from `first` on."""
+    kv_heads, width = cache.shape[2], cache.shape[4:]
+    rest = (0,) * len(width)
+    if rows is None:
+        size = (1, batch, kv_heads, block, *width)
+        return lax.dynamic_slice(cache, (layer, 0, 0, first, *rest), size)[0]
+    size = (1, 1, kv_heads, block, *width)
+    each = [lax.dynamic_slice(cache, (layer, row, 0, first, *rest), size)[0] for row in rows]
+    return jnp.concatenate(each)
