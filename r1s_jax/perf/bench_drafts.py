@@ -1,8 +1,8 @@
 """Greedy decoding with drafts from the text itself, beside decoding without them."""
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +13,7 @@ from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.tokenizer import encode_start
 from r1s_jax.perf.bench import peak_memory_gb
-from r1s_jax.protocol.r1_searcher import R1Searcher
-from r1s_jax.retrieval.api import Hit
+from r1s_jax.perf.endless import Endless, NothingToFind
 from r1s_jax.rollout.engine import Engine, Rolled
 
 DOCUMENTS = (
@@ -28,18 +27,6 @@ DOCUMENTS = (
 _ASK = "Which rivers flow through Vienna? Answer with the sentences of the documents."
 
 
-class _Quote(R1Searcher):
-    """A prompt that ends in documents and a question about them; tags that nobody writes."""
-
-    query_end: ClassVar = "<|no query ever|>"
-    answer_end: ClassVar = "<|no answer ever|>"
-
-
-class _NothingToFind:
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        return [[] for _ in queries]
-
-
 def bench_drafts(
     reference: str, *, drafts: int, batch: int, new_tokens: int, repeats: int = 3
 ) -> dict[str, Any]:
@@ -50,7 +37,7 @@ def bench_drafts(
     """
     policy = load_pretrained(reference)
     prompt = DOCUMENTS + "\n\nQuestion: {question}\n\nAnswer:"
-    policy = policy._replace(eos_ids=(-1,), dialect=_Quote(prompt=prompt))
+    policy = policy._replace(eos_ids=(-1,), dialect=Endless(prompt=prompt))
     params = shard_params(policy.params, policy.model, make_mesh(MeshConfig()))
     asked = [Question(i, f"{_ASK}{'!' * i}", ("",)) for i in range(batch)]
     longest = prompt.replace("{question}", asked[-1].question)
@@ -85,7 +72,7 @@ def bench_drafts(
 
 def _runner(engine: Engine, params: Params, asked: list[Question]) -> Callable[[], Rolled]:
     def run() -> Rolled:
-        return engine.run(params, asked, samples=1, seed=0, step=0, retriever=_NothingToFind())
+        return engine.run(params, asked, samples=1, seed=0, step=0, retriever=NothingToFind())
 
     return run
 

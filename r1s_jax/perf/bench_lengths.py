@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +33,7 @@ from r1s_jax.models.params import Params, init_params
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.models.tokenizer import encode
-from r1s_jax.protocol.r1_searcher import R1Searcher
-from r1s_jax.retrieval.api import Hit
+from r1s_jax.perf.endless import Endless, NothingToFind
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.flight import Flight
 from r1s_jax.rollout.trajectory import Finish
@@ -45,14 +44,7 @@ _PROMPT = 16
 _MODEL = ModelConfig(156, 16, 16, 1, 1, 1, 8)
 
 
-class _Talk(R1Searcher):
-    """Tags that nobody writes."""
-
-    query_end: ClassVar = "<|no query ever|>"
-    answer_end: ClassVar = "<|no answer ever|>"
-
-
-class _Questions:
+class _Questions(NothingToFind):
     """An environment of questions that nobody can answer."""
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
@@ -61,9 +53,6 @@ class _Questions:
 
     def retriever_of(self, step: int, draw: int) -> "_Questions":
         return self
-
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        return [[] for _ in queries]
 
 
 class _Cut(Engine):
@@ -99,7 +88,7 @@ def bench_lengths(
         raise ConfigError(f"--batch must be a multiple of {_SAMPLES}, got {batch}")
     config = _config(slots, batch, limit, carry_over)
     tokenizer = build_tokenizer()
-    policy = Pretrained(_MODEL, {}, tokenizer, (-1,), _Talk(prompt="{question}"))
+    policy = Pretrained(_MODEL, {}, tokenizer, (-1,), Endless(prompt="{question}"))
     drawn = {"lengths": np.array(lengths), "runaway": runaway, "most": limit}
     engine = _Cut(policy, config.rollout, compute_dtype=np.dtype("float32"), **drawn)
     params = shard_params(init_params(_MODEL, 0), _MODEL, engine.mesh)

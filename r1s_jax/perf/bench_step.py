@@ -6,10 +6,10 @@ make one update of all parameters; a step of theirs and a step of ours take turn
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,26 +34,13 @@ from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.tokenizer import encode_start
 from r1s_jax.models.weights import save_params
 from r1s_jax.perf.bench import peak_memory_gb
+from r1s_jax.perf.endless import Endless, NothingToFind
 from r1s_jax.perf.trl_steps import TrlSettings, TrlSteps, rewards
 from r1s_jax.protocol.prompts import renderer
-from r1s_jax.protocol.r1_searcher import R1Searcher
-from r1s_jax.retrieval.api import Hit
 from r1s_jax.rollout.engine import Engine
 
 _QUESTION = "Which rivers flow through the capital of Austria?"
 _LEARNING_RATE, _CLIP = 1e-6, 0.2
-
-
-class _Talk(R1Searcher):
-    """Tags that nobody writes: answers are as long as they may be."""
-
-    query_end: ClassVar = "<|no query ever|>"
-    answer_end: ClassVar = "<|no answer ever|>"
-
-
-class _NothingToFind:
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        return [[] for _ in queries]
 
 
 def bench_step(
@@ -63,7 +50,7 @@ def bench_step(
 
     The best of `repeats`; `ratio` is TRL's over ours, where TRL is installed.
     """
-    policy = load_pretrained(reference)._replace(eos_ids=(-1,), dialect=_Talk())
+    policy = load_pretrained(reference)._replace(eos_ids=(-1,), dialect=Endless())
     step = _our_step(policy, samples, new_tokens, dtype)
     step(0)  # compiles
     theirs: list[float] = []
@@ -115,7 +102,7 @@ def _our_step(
             samples=samples,
             seed=0,
             step=number,
-            retriever=_NothingToFind(),
+            retriever=NothingToFind(),
         )
         between = time.perf_counter()
         texts = ["".join(text for text, _ in s.spans) for s in rolled.solutions]
