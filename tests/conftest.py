@@ -1,12 +1,19 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise; a TPU compiler is no TPU."""
 
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import pytest
 
 from tests import makers
+
+# Linux allows a process 65,530 memory maps by default, and each compiled program takes several: a
+# worker that keeps the programs of all its tests dies of them.
+_MANY_MAPS = 25_000
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +26,16 @@ def model(tmp_path_factory):
 def index(tmp_path_factory):
     """An index of a tiny world."""
     return makers.save_small_index(tmp_path_factory.mktemp("indexes"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs when there are very many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(items):
