@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from r1s_jax.border.errors import UserError, shorten
-from r1s_jax.commands import bench, corpus, data, index, look, model, train
+from r1s_jax.commands import bench, corpus, data, index, look, model, serve, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.system.chips import hide_tpu_runtime
 
@@ -40,6 +40,7 @@ for name, command in {
     "sft": train.sft,
     "configs": train.configs,
     "ask": model.ask,
+    "serve": serve.serve,
     "compile": model.compile_,
     "export": model.export,
     "traces": look.traces,

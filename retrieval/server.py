@@ -13,7 +13,6 @@ with `Retry-After` while too much is waiting, 500 where the search fails.
 import asyncio
 import json
 import logging
-import signal
 import socket
 import threading
 import time
@@ -24,25 +23,20 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import h11
-import uvicorn
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from r1s_jax.border import listen
+from r1s_jax.border.listen import bind
 from r1s_jax.retrieval.api import Hit, Retriever
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_K = 3
-_DRAIN_S = 30  # for what is in flight when the server is told to stop
-_KEEP_ALIVE_S = 75
-_STARTUP_S = 60
-_REQUEST_S = 90  # from the connection, or the answer before, to a whole request
 _SIZES = [2**i for i in range(13)]
 
 
@@ -188,7 +182,8 @@ class _Service:
     ) -> Response:
         started, headers = time.perf_counter(), {}
         try:
-            body = _parse(await self._read(request), k_name, self._limits)
+            raw = await listen.read_body(request, self._limits.body_bytes)
+            body = _parse(raw, k_name, self._limits)
             found = self.batcher.submit(body["queries"], body[k_name])
             hits = await asyncio.wrap_future(found)
             self._queries.inc(len(hits))
@@ -196,6 +191,8 @@ class _Service:
         except Refused as error:
             status, content = error.status, {"error": str(error)}
             headers = {"Retry-After": "1"} if status == 503 else {}
+        except listen.TooLarge as error:
+            status, content = 413, {"error": str(error)}
         except ClientDisconnect:
             status, content = 400, {"error": "the client went away"}
         except Exception as error:
@@ -205,19 +202,6 @@ class _Service:
         self._requests.labels(request.url.path, status).inc()
         self._seconds.labels(request.url.path).observe(time.perf_counter() - started)
         return JSONResponse(content, status, headers)
-
-    async def _read(self, request: Request) -> bytes:
-        """The body. One that is too large is read on for a while, or its sender sees no answer."""
-        limit, size, parts = self._limits.body_bytes, 0, []
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= limit:
-                parts.append(chunk)
-            elif size > 16 * limit:
-                break
-        if size > limit:
-            raise Refused(413, f"the request has more than {limit:,} bytes")
-        return b"".join(parts)
 
 
 def _parse(raw: bytes, k_name: str, limits: Limits) -> dict[str, Any]:
@@ -292,66 +276,6 @@ def make_app(retriever: Served, limits: Limits) -> Starlette:
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: error})
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket of a port (0: any that is free), not yet listening.
-
-    Raises OSError that says what to do where the port is taken or the host is not this machine's.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        )[0]
-        bound = socket.socket(family, kind, protocol)
-        try:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(address)
-        except OSError:
-            bound.close()
-            raise
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port or --host"
-        ) from error
-    return bound
-
-
-class _Patient(H11Protocol):
-    """Closes a connection whose request is not whole in time: slow clients hold no place."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._expect_request()
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._slow.cancel()
-        self._expect_request()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._slow.cancel()
-        super().connection_lost(exc)
-
-    def _expect_request(self) -> None:
-        self._slow = self.loop.call_later(_REQUEST_S, self._close_if_slow)
-
-    def _close_if_slow(self) -> None:
-        whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
-        if not whole and not self.transport.is_closing():
-            self.transport.close()
-
-
-class _Server(uvicorn.Server):
-    """Says when it listens."""
-
-    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]):
-        super().__init__(config)
-        self._listening = listening
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._listening()
-
-
 def serve(
     retriever: Served,
     bound: socket.socket,
@@ -363,39 +287,9 @@ def serve(
 
     `announce` is told the address once connections are taken. Call it on the main thread.
     """
-    host, port = bound.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    config = uvicorn.Config(
-        make_app(retriever, limits or Limits()),
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        http=_Patient,
-        timeout_graceful_shutdown=_DRAIN_S,
-    )
-    server = _Server(config, lambda: announce(address))
-
-    # uvicorn drains on these signals, then raises them again: here that is no reason to die.
-    def stop(*_: object) -> None:
-        server.should_exit = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    server.run(sockets=[bound])
+    listen.serve(make_app(retriever, limits or Limits()), bound, announce)
 
 
 def serve_in_background(retriever: Served, host: str) -> str:
     """Serves on a free port of `host` while this process lives; returns the address."""
-    bound, up = bind(host, 0), threading.Event()
-    config = uvicorn.Config(
-        make_app(retriever, Limits()),
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        http=_Patient,
-    )
-    server = _Server(config, up.set)
-    threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()
-    if not up.wait(_STARTUP_S):
-        raise OSError(f"the search server did not start on {host} within {_STARTUP_S} s")
-    return f"http://{host}:{bound.getsockname()[1]}"
+    return listen.serve_in_background(make_app(retriever, Limits()), bind(host, 0))

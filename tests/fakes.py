@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from r1s_jax.retrieval.api import Hit
+
 
 @dataclass(frozen=True)
 class FakeHit:
@@ -28,6 +30,17 @@ class EchoRetriever:
 def echo_lines(query: str, k: int) -> list[str]:
     """What EchoRetriever finds."""
     return [f"{query} {i}" for i in range(1, k + 1)]
+
+
+class WebRetriever(EchoRetriever):
+    """Finds pages of the web: titles, texts and addresses."""
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        super().search(queries, k)
+        return [
+            [Hit(f"https://pages/{q}/{i}", 0.5, f"{q}   the {i}") for i in range(1, k + 1)]
+            for q in queries
+        ]
 
 
 class FlakyRetriever(EchoRetriever):

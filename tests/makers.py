@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from r1s_jax import cli
 from r1s_jax.config import MeshConfig, ModelConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
-from r1s_jax.data.tiny_world import PROMPT, TinyWorld, build_tokenizer
+from r1s_jax.data.tiny_world import PROMPT, TRADES, TinyWorld, build_tokenizer
 from r1s_jax.learning.learner import Learner
 from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.packing import PackedBatch, pack
@@ -165,6 +165,37 @@ def searching_params(seed: int = 0, model: ModelConfig = MODEL):
     for tag, preference in tags.items():
         head = head.at[0, tokenizer.encode(tag)[0]].set(preference)
     return params | {"embed": embed, "lm_head": head}
+
+
+# Each of the tokens on the left is followed by one of those on the right.
+_SCRIPT = {
+    "<think>": ("teacher", "birthplace", "trade"),
+    "teacher birthplace trade": (protocol.BEGIN_QUERY,),
+    protocol.BEGIN_QUERY: TRADES[:3],
+    " ".join(TRADES[:3]): (protocol.END_QUERY,),
+    protocol.END_DOCUMENTS: ("</think>",),
+    "</think>": ("<answer>",),
+    "<answer>": TRADES[3:9],
+    " ".join(TRADES[3:9]): ("</answer>",),
+}
+
+
+def scripted_policy() -> Pretrained:
+    """One that always thinks a word, searches another and answers with a third, drawn evenly."""
+    tokenizer, params = build_tokenizer(), jax.tree.map(np.array, init_params(MODEL, 0))
+    for name in ("wo", "w_down"):
+        params["layers"][name][:] = 0  # what comes next depends on the last token alone
+    params["embed"][:], params["lm_head"][:] = 0, 0
+    params["embed"][:, -1] = 1
+    for feature, (left, right) in enumerate(_SCRIPT.items()):
+        for token in tokenizer.encode(left):
+            params["embed"][token] = np.eye(MODEL.d_model)[feature]
+        for word in right:
+            (token,) = tokenizer.encode(word)
+            params["lm_head"][feature, token] = 5
+    return Pretrained(
+        MODEL, params, tokenizer, (tokenizer.eos_token_id,), R1Searcher(prompt=PROMPT)
+    )
 
 
 def make_engine(

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from r1s_jax.border.errors import ConfigError, reason
-from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.protocol.dialect import Dialect, Message
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.protocol.tool_call import ToolCall
 
@@ -102,3 +102,41 @@ def _within(seconds: float, action: Callable[[], str]) -> str:
     if not isinstance(result[0], str):
         raise ConfigError("the tokenizer's chat template gives no text")
     return result[0]
+
+
+def conversation(dialect: Dialect, tokenizer: Any) -> Callable[[list[Message]], str]:
+    """Makes the prompt of messages {"role": system, user or assistant; "content"}.
+
+    The last, the user's, is asked as a question alone would be; the others stand before it, those
+    of the system beside the dialect's own. Without a chat template, or with a prompt of the
+    policy's own, they are lines of one text. Raises as `renderer` does.
+    """
+    alone = renderer(dialect, tokenizer)
+    whole = dialect.prompt is not None and dialect.prompt_is_whole
+
+    def render(messages: list[Message]) -> str:
+        *before, last = messages
+        if not before:
+            return alone(last["content"])
+        if whole or not tokenizer.chat_template:
+            return alone(_as_lines(before, last["content"]))
+        *frame, question = dialect.messages(last["content"])
+        system = [m["content"] for m in [*frame, *before] if m["role"] == "system"]
+        turns = [m for m in before if m["role"] != "system"]
+        if system:
+            turns = [{"role": "system", "content": "\n\n".join(system)}, *turns]
+        text = chat_text(tokenizer, dialect, [*turns, question], dialect.tools)
+        return dialect.finish_prompt(text)
+
+    return render
+
+
+def _as_lines(before: list[Message], question: str) -> str:
+    """Earlier messages and the question as one, in the form of a prompt that ends with `User: `."""
+    names = {"user": "User: ", "assistant": "Assistant: "}
+    system = [m["content"] for m in before if m["role"] == "system"]
+    turns = [m for m in before if m["role"] != "system"] + [{"role": "user", "content": question}]
+    lines = [names[m["role"]] + m["content"] for m in turns]
+    if not system:
+        lines[0] = turns[0]["content"] if turns[0]["role"] == "user" else lines[0]
+    return "\n".join([*system, *lines])

@@ -10,7 +10,7 @@ import itertools
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from r1s_jax.border.text import whole
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol.dialect import Call, Dialect, Found
 from r1s_jax.protocol.solution import R1_SEARCHER
-from r1s_jax.retrieval.api import Retriever
+from r1s_jax.retrieval.api import Hit, Retriever
 from r1s_jax.rollout.exchange import RESULTS, Status, pack_results
 from r1s_jax.system.distributed import gather
 
@@ -56,6 +56,7 @@ class Search:
     query: str
     outcome: str = "pending"  # found, empty, one of FAILED, one of VOID
     documents: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()  # of the documents; "" where a retriever tells none
     seconds: float = 0.0
     detail: str = ""
     tried: str = ""  # how the last try failed
@@ -95,10 +96,12 @@ class Broker:
         dialect: Dialect = R1_SEARCHER,
         evaluation: bool = False,
         clean: Callable[[str], str] = whole,
+        forgiving: bool = False,
     ):
         """`clean` makes the text of documents harmless to the tokenizer (see tokenizer.foreign);
-        `evaluation` reads queries as the published evaluation does."""
-        self.config, self._clean = config, clean
+        `evaluation` reads queries as the published evaluation does; `forgiving`: to the policy, a
+        search that failed is one that found nothing, which only who asks may be told otherwise."""
+        self.config, self._clean, self._forgiving = config, clean, forgiving
         self.dialect, self._evaluation = dialect, evaluation
         self._decode, self._encode = decode, encode
         self._k, self._width = documents_per_query, max_documents_length
@@ -165,6 +168,34 @@ class Broker:
                 f"is search.max_failure_rate={self.config.max_failure_rate}. Check the retriever, "
                 "then resume."
             )
+
+    def take_log(self) -> list[Search]:
+        """The searches that ended since the last call, now forgotten: for loops without end."""
+        with self._changed:
+            taken, self.log = self.log, []
+            return taken
+
+    def pending(self) -> list[Search]:
+        """The searches that are being made."""
+        with self._changed:
+            searches = [s for turn in self._pending.values() for s in turn.searches]
+        return [search for search in searches if search.outcome == "pending"]
+
+    def forget(self, rows: Collection[int]) -> None:
+        """Between two entries of the loop: nobody waits for what these rows asked any more."""
+
+        def kept(turn: Turn) -> bool:
+            return turn.searches[0].trajectory not in rows
+
+        with self._changed:
+            self._pending = {at: turn for at, turn in self._pending.items() if kept(turn)}
+            self._ready = {at: deque(filter(kept, turns)) for at, turns in self._ready.items()}
+            self.log = [search for search in self.log if search.trajectory not in rows]
+
+    def wake(self) -> None:
+        """Ends the wait of a loop that has nothing to do but wait for documents."""
+        with self._changed:
+            self._changed.notify_all()
 
     def common_failures(self) -> str:
         """The most frequent reasons, for a message."""
@@ -312,29 +343,30 @@ class Broker:
             if time.monotonic() > deadline:
                 return  # already given up on
             try:
-                lines = _passage_lines(retriever.search(queries, self._k), len(queries))
+                hits = _checked(retriever.search(queries, self._k), len(queries))
             except Exception as error:
                 detail = reason(error)
                 for search in searches:  # what a time-out will say came before it
                     search.tried = detail
                 time.sleep(min(0.05 * 2**attempt, max(0.0, deadline - time.monotonic())))
                 continue
-            lines = [[line[: self._most_characters] for line in row] for row in lines]
             with self._changed:
-                for search, documents in zip(searches, lines, strict=True):
-                    self._close(search, "found" if documents else "empty", documents)
+                for search, found in zip(searches, hits, strict=True):
+                    self._close(search, "found" if found else "empty", found)
             return
         with self._changed:
             for search in searches:
                 self._close(search, "error", detail=detail)
 
     def _close(
-        self, search: Search, outcome: str, documents: Sequence[str] = (), detail: str = ""
+        self, search: Search, outcome: str, hits: Sequence[Hit] = (), detail: str = ""
     ) -> None:
         """Settles a search, once; the lock is held."""
         if search.outcome != "pending":
             return
-        search.outcome, search.documents, search.detail = outcome, tuple(documents), detail
+        search.outcome, search.detail = outcome, detail
+        search.documents = tuple(hit.line[: self._most_characters] for hit in hits)
+        search.ids = tuple(str(getattr(hit, "id", "")) for hit in hits)
         search.seconds = time.monotonic() - search.started
         if turn := search.turn:
             if self._pending.get((turn.shard, turn.slot)) is not turn:
@@ -380,7 +412,7 @@ class Broker:
     def _result(self, searches: Sequence[Search]) -> tuple[Status, int, list[int]]:
         """What a turn comes to: its status, the searches made, the tokens of the reply."""
         outcomes = {search.outcome for search in searches}
-        if not outcomes.isdisjoint(FAILED):
+        if not outcomes.isdisjoint(FAILED) and not self._forgiving:
             return Status.ERROR, 0, []
         if not outcomes.isdisjoint(VOID) and not self.dialect.tells_invalid:
             return Status.BAD_QUERY, 0, []
@@ -398,15 +430,14 @@ class Broker:
         return f"no answer within search.timeout_s={self.config.timeout_s}{before}"
 
 
-def _passage_lines(results: Any, queries: int) -> list[list[str]]:
-    """Checks what a retriever returned; anything else than passages for each query raises."""
+def _checked(results: Any, queries: int) -> Sequence[Sequence[Hit]]:
+    """What a retriever returned; anything else than passages for each query raises."""
     if not isinstance(results, Sequence) or len(results) != queries:
         found = len(results) if isinstance(results, Sequence) else type(results).__name__
         raise TypeError(f"the retriever returned {found} results for {queries} queries")
-    lines = [[getattr(hit, "line", None) for hit in hits] for hits in results]
-    if not all(isinstance(line, str) for row in lines for line in row):
+    if not all(isinstance(getattr(hit, "line", None), str) for hits in results for hit in hits):
         raise TypeError("the retriever returned something else than passages with a text line")
-    return lines
+    return results
 
 
 def _refilled(texts: Sequence[Found], lines: Sequence[str]) -> list[Found]:

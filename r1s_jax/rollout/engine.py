@@ -132,10 +132,12 @@ class Engine:
         compute_dtype: np.dtype | None = None,
         attention: str = "auto",
         evaluation: bool = False,
+        forgiving: bool = False,
     ):
         """Of `policy` everything but its parameters, which `run` is given, on `mesh`.
 
-        `evaluation` reads queries as the published evaluation does.
+        `evaluation` reads queries as the published evaluation does; `forgiving`: a search that
+        failed is to the policy one that found nothing.
 
         By default the mesh is all devices, and the dtype what this backend computes in best.
         Raises ConfigError where the attention backend does not serve the policy, or its chat
@@ -162,6 +164,7 @@ class Engine:
             dialect=self.dialect,
             evaluation=evaluation,
             clean=self.foreign,
+            forgiving=forgiving,
             documents_per_query=config.documents_per_query,
             max_documents_length=config.max_documents_length,
         )
@@ -184,7 +187,11 @@ class Engine:
 
     def prompt_tokens(self, question: str) -> list[int]:
         """Token ids of a question's prompt; what the question spells is never a control token."""
-        return encode_start(self.tokenizer, self.render(self.foreign(question)))
+        return self.start_tokens(self.render(self.foreign(question)))
+
+    def start_tokens(self, text: str) -> list[int]:
+        """Token ids of a text that begins a sequence."""
+        return encode_start(self.tokenizer, text)
 
     def document_tokens(self, lines: Sequence[str]) -> list[int]:
         """Token ids of the block that a search which found these passage lines would insert."""

@@ -31,10 +31,11 @@ from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.rollout.exchange import Result, Status, exchange_shape, unpack_head, unpack_result
 from r1s_jax.rollout.feeding import behind, feed
 from r1s_jax.rollout.lookup import lookup
-from r1s_jax.rollout.sampler import sample
+from r1s_jax.rollout.sampler import sample, sample_each
 from r1s_jax.rollout.state import (
     Phase,
     State,
+    admit,
     complete_groups,
     finish,
     initial,
@@ -54,11 +55,13 @@ _NEVER = 2**30
 class Until(NamedTuple):
     """When to leave the loop before its end: each data shard for itself, at whichever comes first.
 
-    int32[] each: decode steps of this entry, and groups that are complete.
+    int32[] each: decode steps of this entry; groups that are complete; turns of this entry, some of
+    which sample nothing, where every slot waits for documents.
     """
 
     steps: Array | int = _NEVER
     groups: Array | int = _NEVER
+    turns: Array | int = _NEVER
 
 
 _TO_THE_END = Until()
@@ -133,6 +136,18 @@ class Rollout:
             self._shard, (self._partition, batch, P(), State.partition(), P()), State.partition()
         )(params, prompts, tag_table, state, until)
 
+    def admit(
+        self, prompts: Prompts, state: State, begun: Bool[Array, " N"], ended: Bool[Array, " N"]
+    ) -> State:
+        """Between two entries: begins rows of `prompts`, each in the slot of its number.
+
+        For loops with a slot for every trajectory. What was in the slots is gone, and what is in
+        those of the rows `ended`.
+        """
+        batch = P(BATCH_AXES)
+        inputs = batch, State.partition(), batch, batch
+        return self._on_shards(admit, inputs, State.partition())(prompts, state, begun, ended)
+
     def results(self, state: State) -> tuple[Trajectory, dict[str, Array]]:
         """The trajectories, those that have not ended as far as they are, and the counters."""
 
@@ -173,12 +188,16 @@ class Rollout:
         )
         last_step = state.decode_steps + until.steps
 
-        def going(s: State) -> Array:
-            some = jnp.any(s.slots.phase != Phase.EMPTY)
+        def going(carry: tuple[Array, State]) -> Array:
+            turn, s = carry
+            some = jnp.any(s.slots.phase != Phase.EMPTY) & (turn < until.turns)
             early = (s.decode_steps >= last_step) | (complete_groups(prompts, s) >= until.groups)
             return some & ~early[0]
 
-        return lax.while_loop(going, partial(self._turn, policy, prompts, tag_table), state)
+        def go(carry: tuple[Array, State]) -> tuple[Array, State]:
+            return carry[0] + 1, self._turn(policy, prompts, tag_table, carry[1])
+
+        return lax.while_loop(going, go, (jnp.int32(0), state))[1]
 
     @property
     def _partition(self) -> Params:
@@ -251,12 +270,13 @@ class Rollout:
         c, s, out = self.config, state.slots, state.out
         keys = prompts.keys.at[s.row].get(mode="clip")
         uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))
-        token, sample_logprob, policy_logprob = sample(
-            logits[:, column],
-            uniform(keys, s.length),
-            temperature=c.temperature,
-            top_p=c.top_p,
-        )
+        now, drawn_at = logits[:, column], uniform(keys, s.length)
+        if prompts.settings is None:
+            drawn = sample(now, drawn_at, temperature=c.temperature, top_p=c.top_p)
+        else:
+            of_row = jax.tree.map(lambda x: x.at[s.row].get(mode="clip"), prompts.settings)
+            drawn = sample_each(now, drawn_at, *of_row)
+        token, sample_logprob, policy_logprob = drawn
         at = (jnp.where(ready, s.row, out.tokens.shape[0]), s.length)
         out = out._replace(
             tokens=out.tokens.at[at].set(token, mode="drop"),

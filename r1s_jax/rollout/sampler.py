@@ -50,15 +50,51 @@ def sample(
         return token, jnp.zeros(logits.shape[0]), _logprob(logits, token)
     probs = jax.nn.softmax(logits / temperature, axis=-1)
     if top_p < 1:
-        threshold = nucleus_threshold(probs, top_p)
-        probs = jnp.where(probs >= threshold[:, None], probs, 0)
+        probs = _nucleus(probs, top_p)
+    return _draw(logits, probs, uniform)
+
+
+def sample_each(
+    logits: Float[Array, "S V"],
+    uniform: Float[Array, " S"],
+    temperature: Float[Array, " S"],
+    top_p: Float[Array, " S"],
+) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
+    """`sample` with a temperature and a top-p of each row's own."""
+    greedy = temperature == 0
+    probs = jax.nn.softmax(logits / jnp.where(greedy, 1, temperature)[:, None], axis=-1)
+    cut = top_p < 1
+    probs = lax.cond(
+        jnp.any(cut & ~greedy),
+        lambda: jnp.where(cut[:, None], _nucleus(probs, top_p), probs),
+        lambda: probs,
+    )
+    token, drawn, plain = _draw(logits, probs, uniform)
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return (
+        jnp.where(greedy, best, token),
+        jnp.where(greedy, 0, drawn),
+        jnp.where(greedy, _logprob(logits, best), plain),
+    )
+
+
+def _draw(
+    logits: Float[Array, "S V"], probs: Float[Array, "S V"], uniform: Float[Array, " S"]
+) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
+    """See `sample`; `probs` are tempered and cut, but not renormalised."""
     token = invert_cdf(probs, uniform)
     drawn = jnp.take_along_axis(probs, token[:, None], axis=-1)[:, 0]
     sample_logprob = jnp.log(drawn) - jnp.log(probs.sum(-1))
     return token, sample_logprob, _logprob(logits, token)
 
 
-def nucleus_threshold(probs: Float[Array, "S V"], top_p: float) -> Float[Array, " S"]:
+def _nucleus(probs: Float[Array, "S V"], top_p: Float[Array, " S"] | float) -> Float[Array, "S V"]:
+    return jnp.where(probs >= nucleus_threshold(probs, top_p)[:, None], probs, 0)
+
+
+def nucleus_threshold(
+    probs: Float[Array, "S V"], top_p: Float[Array, " S"] | float
+) -> Float[Array, " S"]:
     """The largest t such that the tokens of probability >= t hold at least `top_p` of the mass.
 
     Bisects on the bits of t, since positive floats order like their bits: at most 31 passes
@@ -66,8 +102,8 @@ def nucleus_threshold(probs: Float[Array, "S V"], top_p: float) -> Float[Array, 
     """
     bits = lax.bitcast_convert_type(probs.astype(jnp.float32), jnp.int32)
     # Tokens below (1 - top_p) / V cannot together hold 1 - top_p: a floor for the search.
-    floor = jnp.float32((1 - top_p) / probs.shape[-1])
-    low = jnp.full(probs.shape[0], lax.bitcast_convert_type(floor, jnp.int32))
+    floor = jnp.maximum(jnp.float32((1 - top_p) / probs.shape[-1]), 0)
+    low = jnp.broadcast_to(lax.bitcast_convert_type(floor, jnp.int32), probs.shape[:1])
     high = bits.max(-1)
 
     def narrow(bounds: tuple[Array, Array]) -> tuple[Array, Array]:

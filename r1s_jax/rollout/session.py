@@ -23,6 +23,7 @@ class Programs(NamedTuple):
     start: Callable[..., State]
     run: Callable[..., State]
     results: Callable[..., Any]
+    admit: Callable[..., State]
 
     @staticmethod
     def of(roll: Rollout, lora_scale: float) -> "Programs":
@@ -33,6 +34,7 @@ class Programs(NamedTuple):
             start=jax.jit(roll.start),
             run=jax.jit(roll.run, donate_argnums=3),
             results=jax.jit(roll.results),
+            admit=jax.jit(roll.admit, donate_argnums=1),
         )
 
 

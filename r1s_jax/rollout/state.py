@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from r1s_jax.config import RolloutConfig
 from r1s_jax.models.kv_cache import KVCache
@@ -74,12 +74,19 @@ def initial(config: RolloutConfig, prompts: Prompts, cache: Callable[[int], KVCa
     c, count = config, prompts.lengths.shape[0]
     slots = min(c.slots, count)
     # Room for a whole chunk or document block written near the end; cut off afterwards.
-    width = c.max_length + c.max_documents_length
+    out = _untouched(prompts, c.max_length + c.max_documents_length)
+    nothing, none = jnp.zeros(slots, jnp.int32), jnp.zeros(1, jnp.int32)
+    free = Slots(jnp.full(slots, count), *[nothing] * (len(Slots._fields) - 1))
+    return State(free, out, cache(slots), none, none, none, none)
+
+
+def _untouched(prompts: Prompts, width: int) -> Trajectory:
+    """Of which there is nothing yet but what is given."""
+    count = prompts.lengths.shape[0]
     tokens = jnp.zeros((count, width), jnp.int32)
-    tokens = lax.dynamic_update_slice(tokens, prompts.tokens, (0, 0))
     blank, zeros = jnp.zeros((count, width)), jnp.zeros(count, jnp.int32)
-    out = Trajectory(
-        tokens=tokens,
+    return Trajectory(
+        tokens=lax.dynamic_update_slice(tokens, prompts.tokens, (0, 0)),
         loss_mask=blank.astype(bool),
         sample_logprobs=blank,
         policy_logprobs=blank,
@@ -89,9 +96,6 @@ def initial(config: RolloutConfig, prompts: Prompts, cache: Callable[[int], KVCa
         searches=zeros,
         finish=zeros,
     )
-    nothing, none = jnp.zeros(slots, jnp.int32), jnp.zeros(1, jnp.int32)
-    free = Slots(jnp.full(slots, count), *[nothing] * (len(Slots._fields) - 1))
-    return State(free, out, cache(slots), none, none, none, none)
 
 
 def waiting_rows(prompts: Prompts) -> Int[Array, "1"]:
@@ -105,13 +109,34 @@ def refill(prompts: Prompts, state: State) -> State:
     empty = s.phase == Phase.EMPTY
     row = state.next_row + jnp.cumsum(empty) - 1
     chosen = empty & (row < count)
+    slots = _where(chosen, _begun(prompts, row), s)
+    return state._replace(slots=slots, next_row=state.next_row + chosen.sum(dtype=jnp.int32))
+
+
+def admit(
+    prompts: Prompts, state: State, begun: Bool[Array, " N"], ended: Bool[Array, " N"]
+) -> State:
+    """Empties the slots of the rows `ended` and begins the rows `begun` anew; a slot a row."""
+    count, out = prompts.lengths.shape[0], state.out
+    slots = _where(ended, _empty(count), state.slots)
+    slots = _where(begun, _begun(prompts, jnp.arange(count)), slots)
+    blank = _untouched(prompts, out.tokens.shape[1])
+
+    def chosen(new: Array, old: Array) -> Array:
+        return jnp.where(begun.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return state._replace(slots=slots, out=Trajectory(*map(chosen, blank, out)))
+
+
+def _begun(prompts: Prompts, row: Int[Array, " S"]) -> Slots:
+    """Slots that are about to go on with these rows."""
     length, at = jax.tree.map(
         lambda x: x.at[row].get(mode="fill", fill_value=0), (prompts.lengths, prompts.at)
     )
-    fresh = Slots(
+    return Slots(
         row=row,
         length=length,
-        cached=0,
+        cached=jnp.zeros_like(row),
         turn_start=at.turn_start,
         tag_state=at.tag_state,
         searches=at.searches,
@@ -119,8 +144,14 @@ def refill(prompts: Prompts, state: State) -> State:
         called=at.called,
         phase=jnp.where(at.asked > 0, Phase.SUBMIT, Phase.ACTIVE),
     )
-    slots = Slots(*(jnp.where(chosen, new, old) for new, old in zip(fresh, s, strict=True)))
-    return state._replace(slots=slots, next_row=state.next_row + chosen.sum(dtype=jnp.int32))
+
+
+def _empty(rows: int) -> Slots:
+    return Slots(rows, *[0] * (len(Slots._fields) - 2), Phase.EMPTY)
+
+
+def _where(chosen: Bool[Array, " S"], new: Slots, old: Slots) -> Slots:
+    return Slots(*(jnp.where(chosen, n, o) for n, o in zip(new, old, strict=True)))
 
 
 def complete_groups(prompts: Prompts, state: State) -> Int[Array, ""]:
@@ -163,6 +194,4 @@ def finish(state: State, reason: Int[Array, " S"]) -> State:
         searches=out.searches.at[row].set(s.searches, mode="drop"),
         finish=out.finish.at[row].set(reason, mode="drop"),
     )
-    empty = Slots(out.lengths.shape[0], *[0] * 7, Phase.EMPTY)
-    slots = Slots(*(jnp.where(done, new, old) for new, old in zip(empty, s, strict=True)))
-    return state._replace(slots=slots, out=out)
+    return state._replace(slots=_where(done, _empty(out.lengths.shape[0]), s), out=out)

@@ -34,6 +34,13 @@ class Position(NamedTuple):
     asked: Array  # whether the turn has ended in a query that nobody has answered yet
 
 
+class Settings(NamedTuple):
+    """How each trajectory is sampled."""
+
+    temperature: Float[Array, " N"]
+    top_p: Float[Array, " N"]
+
+
 class Prompts(NamedTuple):
     """What a rollout starts from. `N` trajectories, those of one group adjacent.
 
@@ -48,6 +55,7 @@ class Prompts(NamedTuple):
     keys: Array  # one random key a trajectory
     live: Bool[Array, " N"]  # the others only fill a data shard's rows, after the live ones
     at: Position
+    settings: Settings | None = None  # None: all as the config says
 
     @staticmethod
     def fresh(

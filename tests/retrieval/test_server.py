@@ -332,7 +332,7 @@ def test_one_bad_request_does_not_spoil_its_neighbours(index):
 
 
 def test_a_client_that_never_finishes_its_request_is_let_go(index, monkeypatch):
-    monkeypatch.setattr("r1s_jax.retrieval.server._REQUEST_S", 0.3)
+    monkeypatch.setattr("r1s_jax.border.listen._REQUEST_S", 0.3)
     address = serve_in_background(index, "127.0.0.1")
     port = int(address.rpartition(":")[2])
     for begun in (

@@ -1,0 +1,153 @@
+"""Serving HTTP to strangers: sockets, slow clients, large bodies, and an end in good order.
+
+Of the extra `serve`; every server of ours listens through this.
+"""
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.requests import Request
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+DRAIN_S = 30  # for what is in flight when a server is told to stop
+_KEEP_ALIVE_S = 75
+_STARTUP_S = 60
+_REQUEST_S = 90  # from the connection, or the answer before, to a whole request
+
+
+class TooLarge(Exception):
+    """A request with a larger body than is read."""
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body, at most `limit` bytes; raises TooLarge.
+
+    One that is too large is read on for a while, or its sender sees no answer.
+    """
+    size, parts = 0, []
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size <= limit:
+            parts.append(chunk)
+        elif size > 16 * limit:
+            break
+    if size > limit:
+        raise TooLarge(f"the request has more than {limit:,} bytes")
+    return b"".join(parts)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket of a port (0: any that is free), not yet listening.
+
+    Raises OSError that says what to do where the port is taken or the host is not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except OSError:
+            bound.close()
+            raise
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port or --host"
+        ) from error
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """http://HOST:PORT of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def serve(
+    app: ASGIApp,
+    bound: socket.socket,
+    announce: Callable[[str], None],
+    stopping: Callable[[], None] = lambda: None,
+) -> None:
+    """Serves until SIGTERM or SIGINT; requests in flight are answered first.
+
+    `announce` is told the address once connections are taken, and `stopping` called when the
+    signal comes. Call it on the main thread.
+    """
+    server = _server(app, lambda: announce(address_of(bound)))
+
+    # uvicorn drains on these signals, then raises them again: here that is no reason to die.
+    def stop(*_: object) -> None:
+        stopping()
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    server.run(sockets=[bound])
+
+
+def serve_in_background(app: ASGIApp, bound: socket.socket) -> str:
+    """Serves while this process lives; returns the address."""
+    up = threading.Event()
+    server = _server(app, up.set)
+    threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()
+    if not up.wait(_STARTUP_S):
+        raise OSError(f"nothing listens on {address_of(bound)} after {_STARTUP_S} s")
+    return address_of(bound)
+
+
+def _server(app: ASGIApp, listening: Callable[[], None]) -> "_Server":
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        http=_Patient,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    return _Server(config, listening)
+
+
+class _Server(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listening: Callable[[], None]):
+        super().__init__(config)
+        self._listening = listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening()
+
+
+class _Patient(H11Protocol):
+    """Closes a connection whose request is not whole in time: slow clients hold no place."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._slow.cancel()
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._slow.cancel()
+        super().connection_lost(exc)
+
+    def _expect_request(self) -> None:
+        self._slow = self.loop.call_later(_REQUEST_S, self._close_if_slow)
+
+    def _close_if_slow(self) -> None:
+        whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
+        if not whole and not self.transport.is_closing():
+            self.transport.close()

@@ -1,0 +1,184 @@
+"""One answer of the server as it grows: what OpenAI's clients are told of it."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.retrieval.api import split_line
+from r1s_jax.rollout.broker import VOID, Search
+from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.serving.pieces import Pieces
+from r1s_jax.serving.searcher import Update
+
+Delta = dict[str, Any]
+_FULL = (Finish.LENGTH, Finish.SEARCH_LIMIT)
+_FAILED = {"timeout": "the search took too long", "error": "the search failed"}
+
+
+class Failed(Exception):
+    """The policy or the loop failed: there is no answer."""
+
+
+class Answer:
+    """Takes what the searcher tells of one job, and tells what is new of the answer."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        prompt: str,
+        decode: Callable[[Sequence[int]], str],
+        eos_ids: Sequence[int],
+        stops: Sequence[str] = (),
+        first: Sequence[Search] = (),
+    ):
+        """`prompt` is all that stands before the policy's first token, with the documents of the
+        searches `first` that the system made."""
+        self._pieces = Pieces(dialect, prompt)
+        self._decode, self._eos_ids = decode, eos_ids
+        self._cut = _Cut(stops)
+        self._turn: list[int] = []
+        self._searches = list(first)
+        self.content = self.reasoning = ""
+        self.finish_reason: str | None = None
+        self.written = self.documents = 0  # tokens
+
+    @property
+    def over(self) -> bool:
+        return self.finish_reason is not None
+
+    def feed(self, update: Update) -> list[Delta]:
+        """What a client is to be told; raises Failed."""
+        if update.finish == Finish.ABORTED:
+            raise Failed(update.error or "the searches failed")
+        deltas = self._note(update.searches)
+        pairs = list(zip(update.tokens, update.mask, strict=True))
+        self.written += sum(update.mask)
+        self.documents += len(pairs) - sum(update.mask)
+        if update.finish and pairs and pairs[-1][1] and pairs[-1][0] in self._eos_ids:
+            pairs.pop()
+        pieces = []
+        for by_policy, run in groupby(pairs, key=lambda pair: pair[1]):
+            tokens = [token for token, _ in run]
+            if by_policy:
+                self._turn += tokens
+            else:
+                pieces += self._pieces.write(self._decode(self._turn), over=True)
+                pieces += self._pieces.reply(self._decode(tokens))
+                self._turn = []
+        over = bool(update.finish)
+        pieces += self._pieces.write(self._decode(self._turn), over=over)
+        for kind, text in pieces:
+            deltas += self._tell(kind, text)
+        if over and not self.over:
+            deltas += self._say(self._cut.rest())
+            self.finish_reason = "length" if update.finish in _FULL else "stop"
+        return deltas
+
+    def message(self) -> dict[str, Any]:
+        """The whole of it, as far as it is."""
+        return {
+            "role": "assistant",
+            "content": self.content,
+            "reasoning_content": self.reasoning,
+            "searches": [search_json(search) for search in self._searches],
+            "annotations": self.annotations(),
+            "refusal": None,
+        }
+
+    def annotations(self) -> list[dict[str, Any]]:
+        """The pages that were read, each once; they stand for all of the answer."""
+        found: dict[str, str] = {}
+        for search in self._searches:
+            for document in search_json(search)["documents"]:
+                if "url" in document:
+                    found.setdefault(document["url"], document["title"])
+        span = {"start_index": 0, "end_index": len(self.content)}
+        return [
+            {"type": "url_citation", "url_citation": {"url": url, "title": title, **span}}
+            for url, title in found.items()
+        ]
+
+    def first_deltas(self) -> list[Delta]:
+        """What is told before the policy has begun."""
+        known, self._searches = self._searches, []
+        return [{"role": "assistant", "content": ""}, *self._note(known)]
+
+    def _note(self, searches: Sequence[Search]) -> list[Delta]:
+        deltas = []
+        for search in searches:
+            places = [i for i, known in enumerate(self._searches) if known is search]
+            index = places[0] if places else len(self._searches)
+            if not places:
+                self._searches.append(search)
+            deltas.append({"searches": [{"index": index, **search_json(search)}]})
+        return deltas
+
+    def _tell(self, kind: str, text: str) -> list[Delta]:
+        if self.over:
+            return []
+        if kind == "reasoning":
+            self.reasoning += text
+            return [{"reasoning_content": text}]
+        deltas = self._say(self._cut.feed(text))
+        if self._cut.found:
+            self.finish_reason = "stop"
+        return deltas
+
+    def _say(self, text: str) -> list[Delta]:
+        self.content += text
+        return [{"content": text}] if text else []
+
+
+class _Cut:
+    """Lets a text through up to the first of the texts that end it."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops, self._held, self.found = stops, "", False
+
+    def feed(self, text: str) -> str:
+        """What may be told; an end that may become a stop is held back."""
+        self._held += text
+        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            told, self._held = self._held[: min(places)], ""
+            return told
+        held = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        end = len(self._held) - held
+        told, self._held = self._held[:end], self._held[end:]
+        return told
+
+    def rest(self) -> str:
+        """What is held back, now that nothing follows."""
+        told, self._held = self._held, ""
+        return told
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` with which `stop` begins."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+def search_json(search: Search) -> dict[str, Any]:
+    """A search as clients see it. Why one failed stays with the server: it may name addresses."""
+    if search.outcome in VOID:
+        status, error = "invalid", search.detail or "no query"
+    elif search.outcome in _FAILED:
+        status, error = "failed", _FAILED[search.outcome]
+    else:
+        status, error = {"pending": "searching"}.get(search.outcome, search.outcome), None
+    ids = search.ids or [""] * len(search.documents)
+    told = {
+        "query": search.query,
+        "status": status,
+        "documents": list(map(_document, ids, search.documents)),
+    }
+    return told | ({"error": error} if error else {})
+
+
+def _document(id: str, line: str) -> dict[str, str]:
+    title, text = split_line(line)
+    url = {"url": id} if id.startswith(("https://", "http://")) else {}
+    return {"id": id, "title": title, "text": text, **url}

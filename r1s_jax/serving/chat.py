@@ -1,0 +1,170 @@
+"""Requests for chat completions as OpenAI's clients send them: read and checked."""
+
+import os
+from typing import Any
+
+import msgspec
+
+from r1s_jax.border.errors import BadInput
+from r1s_jax.border.json import parse_object
+from r1s_jax.border.schema import check
+from r1s_jax.protocol.dialect import Message
+
+MOST_ANSWERS = 16
+_MOST_STOPS = 4  # OpenAI's limit
+# Fields of OpenAI's that say nothing about the answer, or only how others would make it.
+_IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity"),
+    *("web_search_options", "prediction", "modalities"),
+}
+# Fields of OpenAI's that would change the answer and are not served, with what asks for nothing.
+_NOT_SERVED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "audio": (),
+}
+
+
+class Refused(Exception):
+    """A request that is not answered, as OpenAI's server would say it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.kind = status, param, code, kind
+
+    def json(self) -> dict[str, Any]:
+        """The body of the reply."""
+        told = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": told}
+
+
+class _Part(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[_Part] | None = None
+
+
+class _StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class ChatRequest(msgspec.Struct, kw_only=True):
+    """What is read of a request; None where the client leaves it to the server."""
+
+    messages: list[_Message]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+
+    @property
+    def samples(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end the answer."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [text for text in given if text]
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens that the policy may write."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def drawn_seed(self) -> int:
+        """The request's seed, or one of nobody's choosing."""
+        return int.from_bytes(os.urandom(4)) if self.seed is None else self.seed
+
+    def conversation(self) -> list[Message]:
+        """The messages as {"role": system, user or assistant, "content"}; raises Refused."""
+        if not self.messages:
+            raise Refused(400, "messages: expected at least one", param="messages")
+        told = [_message(i, message) for i, message in enumerate(self.messages)]
+        if told[-1]["role"] != "user":
+            raise Refused(400, "messages: the last one must be the user's", param="messages")
+        return told
+
+
+def read_request(raw: bytes) -> ChatRequest:
+    """The body of a request; raises Refused for what is wrong with it or is not served."""
+    try:
+        body = parse_object(raw, "the request")
+        body = {name: value for name, value in body.items() if value is not None}
+        asked = check(body, ChatRequest, "the request")
+    except BadInput as error:
+        raise Refused(400, str(error)) from None
+    known = {*ChatRequest.__struct_fields__, *_IGNORED, *_NOT_SERVED}
+    for name in body:
+        if name not in known:
+            raise Refused(400, f"Unrecognized request argument: {name[:60]}", param=name[:60])
+        if name in _NOT_SERVED and body[name] not in _NOT_SERVED[name]:
+            raise Refused(400, f"{name} is not supported by this server", param=name)
+    _check_ranges(asked)
+    return asked
+
+
+def _check_ranges(asked: ChatRequest) -> None:
+    def within(name: str, low: float, high: float) -> None:
+        value = getattr(asked, name)
+        if value is not None and not low <= value <= high:
+            raise Refused(400, f"{name} must be from {low:g} to {high:g}, got {value}", param=name)
+
+    within("temperature", 0, 2)
+    within("top_p", 0, 1)
+    within("max_tokens", 1, 2**31)
+    within("max_completion_tokens", 1, 2**31)
+    within("n", 1, MOST_ANSWERS)
+    within("seed", -(2**63), 2**63 - 1)
+    if isinstance(asked.stop, list) and len(asked.stop) > _MOST_STOPS:
+        raise Refused(400, f"stop: at most {_MOST_STOPS} texts", param="stop")
+    if asked.stream_options is not None and not asked.stream:
+        raise Refused(400, "stream_options is only for stream: true", param="stream_options")
+
+
+def _message(place: int, message: _Message) -> Message:
+    where = f"messages[{place}]"
+    role = "system" if message.role == "developer" else message.role
+    if role not in ("system", "user", "assistant"):
+        raise Refused(
+            400, f"{where}.role: {message.role[:40]!r} is not supported", param=f"{where}.role"
+        )
+    content = message.content
+    if isinstance(content, list):
+        if any(part.type != "text" or part.text is None for part in content):
+            raise Refused(400, f"{where}.content: only text is read", param=f"{where}.content")
+        content = "\n".join(part.text or "" for part in content)
+    if content is None and role != "assistant":
+        raise Refused(400, f"{where}.content: expected a text", param=f"{where}.content")
+    return {"role": role, "content": content or ""}

@@ -1,0 +1,79 @@
+"""What a server counts, in Prometheus' form."""
+
+import time
+from collections import deque
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from r1s_jax.serving.searcher import Searcher
+
+_WINDOW_S = 10.0
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Meters:
+    """Requests, tokens, searches, slots and times of one searcher."""
+
+    def __init__(self, searcher: Searcher):
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "r1s_requests", "Requests answered.", ["status"], registry=registry
+        )
+        self._first = Histogram(
+            "r1s_first_token_seconds",
+            "From request to the policy's first token.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "r1s_answer_seconds",
+            "From request to the end of its answer.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._begun: set[int] = set()
+        self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self._searcher = searcher
+        read = {
+            "r1s_tokens_written": ("Tokens that the policy wrote.", lambda: searcher.tokens),
+            "r1s_tokens_given": ("Tokens of documents.", lambda: searcher.documents),
+            "r1s_queue": ("Answers that wait for a slot.", lambda: searcher.queued),
+            "r1s_slots_busy": ("Slots with an answer.", lambda: searcher.slots_busy),
+            "r1s_slots": ("Slots.", lambda: searcher.rows),
+            "r1s_tokens_per_second": (f"Written, over {_WINDOW_S:.0f} s.", self._rate),
+        }
+        for name, (text, value) in read.items():
+            Gauge(name, text, registry=registry).set_function(value)
+        self._searches = Gauge(
+            "r1s_searches", "Searches by what became of them.", ["outcome"], registry=registry
+        )
+
+    def request(self, status: int) -> None:
+        """One more was answered."""
+        self._requests.labels(status).inc()
+
+    def first_token(self, exchange: object, seconds: float) -> None:
+        """Of an exchange, the first time that it is told."""
+        if id(exchange) not in self._begun:
+            self._begun.add(id(exchange))
+            self._first.observe(seconds)
+
+    def answered(self, exchange: object, seconds: float) -> None:
+        """An exchange is over."""
+        self._begun.discard(id(exchange))
+        self._seconds.observe(seconds)
+
+    def text(self) -> bytes:
+        """Everything, for a scraper."""
+        for outcome, count in self._searcher.engine.broker.counts.items():
+            self._searches.labels(outcome).set(count)
+        return generate_latest(self._registry)
+
+    def _rate(self) -> float:
+        """Tokens a second since about ten seconds ago, or the scrape before."""
+        now, tokens = time.monotonic(), self._searcher.tokens
+        self._samples.append((now, tokens))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= _WINDOW_S:
+            self._samples.popleft()
+        then, before = self._samples[0]
+        return (tokens - before) / max(now - then, 1e-3)

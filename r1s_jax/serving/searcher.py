@@ -1,0 +1,292 @@
+"""Answering while it searches: the search loop of training, entered for a few turns at a time.
+
+Between two entries answers that are over leave their slots and new ones take them, so that answers
+begin and end at any time and searches overlap. An answer depends on its prompt, seed and settings
+alone, not on what is answered beside it.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r1s_jax.config import RolloutConfig, SearchConfig
+from r1s_jax.models.pretrained import Pretrained
+from r1s_jax.models.sharding import batch_sharding, batch_shards, place, shard_params
+from r1s_jax.retrieval.api import Retriever
+from r1s_jax.rollout.broker import Search
+from r1s_jax.rollout.engine import Engine
+from r1s_jax.rollout.loop import Until
+from r1s_jax.rollout.trajectory import Finish, Prompts, Settings
+from r1s_jax.system.distributed import to_host
+
+logger = logging.getLogger(__name__)
+
+# Turns of the loop in one entry: fewer answer new requests sooner, more leave the program less.
+_TURNS = 4
+_BITS = 0xFFFFFFFF
+
+
+class Busy(Exception):
+    """As much is waiting as may wait, or the server is stopping."""
+
+
+class Update(NamedTuple):
+    """What has become of an answer since the update before."""
+
+    tokens: list[int]
+    mask: list[bool]  # which of them the policy wrote
+    searches: list[Search]  # that began or ended
+    finish: Finish
+    error: str = ""
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer to make. Those of one `group` have one prompt, which is computed once."""
+
+    prompt: Sequence[int]
+    seed: int
+    update: Callable[[Update], None]  # called on the searcher's thread
+    sample: int = 0
+    group: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int | None = None  # that the policy writes
+
+    seen: int = 0  # tokens told, the prompt's included
+    wrote: int = 0
+    told: list[tuple[Search, str]] = field(default_factory=list)  # with the outcome last told
+    cancelled: bool = False
+
+
+class Searcher:
+    """One policy with its search engine, in slots of its own thread."""
+
+    def __init__(
+        self,
+        policy: Pretrained,
+        retriever: Retriever,
+        config: RolloutConfig,
+        *,
+        search: SearchConfig | None = None,
+        waiting: int = 256,
+        attention: str = "auto",
+        compute_dtype: np.dtype | None = None,
+    ):
+        """At most `waiting` answers wait for a slot. Compiles, which may take a minute."""
+        self.engine = Engine(
+            policy,
+            config,
+            search=search or SearchConfig(max_failure_rate=1.0),
+            attention=attention,
+            compute_dtype=compute_dtype,
+            forgiving=True,
+        )
+        self.config, self.waiting = config, waiting
+        mesh, programs = self.engine.mesh, self.engine.programs
+        self.rows = config.slots * batch_shards(mesh)
+        self._params = programs.prepare(shard_params(policy.params, policy.model, mesh))
+        self._prompts = _nothing(self.rows, config.max_length)
+        self._state = programs.start(self._placed())
+        self.engine.broker.begin(retriever)
+        self._jobs: dict[int, Job] = {}  # by row
+        self._queue: deque[Job] = deque()
+        self._changed, self._closed, self.failed = threading.Condition(), False, ""
+        self.tokens = self.documents = 0  # written by the policy, given to it
+        self._thread = threading.Thread(target=self._work, name="searcher", daemon=True)
+        self._thread.start()
+        self._warm_up()
+
+    @property
+    def slots_busy(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Takes all of them or none; raises Busy. ValueError for a prompt that is too long."""
+        if any(len(job.prompt) >= self.config.max_length for job in jobs):
+            raise ValueError("the prompt leaves no room for an answer")
+        with self._changed:
+            if self._closed or self.failed:
+                raise Busy(self.failed or "the server is stopping")
+            free = self.rows - len(self._jobs)
+            if len(self._queue) + len(jobs) > self.waiting + free:
+                raise Busy(f"{len(self._queue)} answers are waiting")
+            self._queue.extend(jobs)
+            self._changed.notify_all()
+        self.engine.broker.wake()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these any more: their slots are free at the next entry."""
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+            self._queue = deque(job for job in self._queue if not job.cancelled)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Finishes what was taken, and takes no more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # On the thread.
+
+    def _work(self) -> None:
+        try:
+            while self._wait():
+                begun, ended = self._exchange_rows()
+                if begun or ended:
+                    self._admit(begun, ended)
+                if self._jobs:
+                    self._state = self.engine.programs.run(
+                        self._params,
+                        self._on_mesh,
+                        self.engine.tag_table,
+                        self._state,
+                        Until(turns=_TURNS),
+                    )
+                    self._tell()
+        except Exception as error:
+            logger.exception("the searcher stopped")
+            with self._changed:
+                self.failed = f"the policy failed: {type(error).__name__}"
+                left = [*self._jobs.values(), *self._queue]
+                self._jobs, self._queue = {}, deque()
+            for job in left:
+                job.update(Update([], [], [], Finish.ABORTED, self.failed))
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False once closed and done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._queue or self._closed)
+            return bool(self._jobs or self._queue)
+
+    def _exchange_rows(self) -> tuple[list[int], list[int]]:
+        """Rows whose answer begins, and rows that nobody waits for any more."""
+        with self._changed:
+            ended = [row for row, job in self._jobs.items() if job.cancelled]
+            for row in ended:
+                del self._jobs[row]
+            free = [row for row in range(self.rows) if row not in self._jobs]
+            begun = free[: len(self._queue)]
+            for row in begun:
+                self._jobs[row] = self._queue.popleft()
+        return begun, ended
+
+    def _admit(self, begun: list[int], ended: list[int]) -> None:
+        self.engine.broker.forget({*begun, *ended})
+        p = self._prompts
+        for row in begun:
+            job, length = self._jobs[row], len(self._jobs[row].prompt)
+            job.seen = length
+            p.tokens[row, :length] = job.prompt
+            p.lengths[row] = p.prompt_lengths[row] = p.at.turn_start[row] = length
+            p.groups[row] = job.group
+            p.keys[row] = _key_data(job.seed, job.sample)
+            p.settings.temperature[row], p.settings.top_p[row] = job.temperature, job.top_p
+        chosen = [np.isin(np.arange(self.rows), rows) for rows in (begun, ended)]
+        masks = place(chosen, batch_sharding(self.engine.mesh))
+        self._state = self.engine.programs.admit(self._placed(), self._state, *masks)
+
+    def _placed(self) -> Prompts:
+        p = jax.tree.map(np.copy, self._prompts)  # what was placed may be read later
+        p = p._replace(keys=jax.random.wrap_key_data(jnp.asarray(p.keys)))
+        self._on_mesh = place(p, batch_sharding(self.engine.mesh))
+        return self._on_mesh
+
+    def _tell(self) -> None:
+        """Gives every answer what is new of it, and frees the slots of those that are over."""
+        t, _ = to_host(self.engine.programs.results(self._state))
+        searches: dict[int, list[Search]] = {}
+        for search in [*self.engine.broker.take_log(), *self.engine.broker.pending()]:
+            of_turn = search.turn.searches if search.turn else [search]  # in their order
+            searches.setdefault(search.trajectory, []).extend(of_turn)
+        over = []
+        for row, job in list(self._jobs.items()):
+            if job.cancelled:
+                continue
+            new = slice(job.seen, max(job.seen, int(t.lengths[row])))
+            finish = Finish(int(t.finish[row]))
+            update = self._new(job, t.tokens[row, new], t.loss_mask[row, new], finish)
+            update = update._replace(searches=_untold(job, searches.get(row, [])))
+            if update.finish:
+                over.append(row)
+                if not finish:
+                    job.cancelled = True  # the loop does not know that it is over
+            if update.tokens or update.searches or update.finish:
+                job.update(update)
+        with self._changed:
+            for row in over:
+                if not self._jobs[row].cancelled:
+                    del self._jobs[row]
+
+    def _new(self, job: Job, tokens: np.ndarray, mask: np.ndarray, finish: Finish) -> Update:
+        """The new tokens, as far as the job's own limit goes."""
+        if job.max_tokens is not None:
+            wrote = job.wrote + np.cumsum(mask)
+            if (full := np.flatnonzero(mask & (wrote == job.max_tokens))).size:
+                last = full[0] + 1
+                finish = finish if finish and last == len(tokens) else Finish.LENGTH
+                tokens, mask = tokens[:last], mask[:last]
+        job.seen += len(tokens)
+        job.wrote += int(mask.sum())
+        self.tokens += int(mask.sum())
+        self.documents += int((~mask).sum())
+        return Update(tokens.tolist(), mask.tolist(), [], finish)
+
+    def _warm_up(self) -> None:
+        done = threading.Event()
+        prompt = self.engine.prompt_tokens("?")[: self.config.max_length - 1]
+
+        def update(new: Update) -> None:
+            if new.finish:
+                done.set()
+
+        self.submit([Job(prompt, 0, update, max_tokens=1)])
+        done.wait()
+        self.tokens = self.documents = 0
+
+
+def _untold(job: Job, searches: Sequence[Search]) -> list[Search]:
+    """Those of which the job was told nothing, or another outcome; now it is."""
+    known, news = {id(search): outcome for search, outcome in job.told}, []
+    for search in searches:
+        if known.get(id(search)) != search.outcome:
+            job.told.append((search, search.outcome))
+            known[id(search)] = search.outcome
+            news.append(search)
+    return news
+
+
+def _key_data(seed: int, sample: int) -> np.ndarray:
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        key = jax.random.fold_in(jax.random.key(seed & _BITS), sample)
+        return np.asarray(jax.random.key_data(key))
+
+
+def _nothing(rows: int, width: int) -> Prompts:
+    """NumPy arrays of rows that are not used, to be written into."""
+    zeros = np.zeros(rows, np.int32)
+    prompts = Prompts.fresh(
+        tokens=np.zeros((rows, width), np.int32),
+        lengths=np.ones(rows, np.int32),
+        groups=-1 - np.arange(rows, dtype=np.int32),
+        keys=np.stack([_key_data(0, 0)] * rows),
+        live=np.zeros(rows, bool),
+        limits=np.full(rows, width, np.int32),
+    )
+    settings = Settings(np.zeros(rows, np.float32), np.ones(rows, np.float32))
+    copies = jax.tree.map(np.copy, prompts._replace(settings=settings))
+    return copies._replace(at=type(copies.at)(*(zeros.copy() for _ in copies.at)))

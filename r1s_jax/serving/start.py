@@ -1,0 +1,64 @@
+"""From a model's reference to a server of it."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from r1s_jax.border import listen
+from r1s_jax.config import RolloutConfig
+from r1s_jax.models.pretrained import default_dtype, load_pretrained
+from r1s_jax.retrieval.api import Retriever
+from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.server import Limits, Service, make_app
+from r1s_jax.system.console import console
+
+
+def start(
+    model: str,
+    retriever: Retriever,
+    *,
+    name: str = "",
+    key: str = "",
+    slots: int = 16,
+    waiting: int = 64,
+    k: int = 3,
+    max_length: int = 4096,
+    max_searches: int = 8,
+    first_search: bool = False,
+    deadline_s: float = 300.0,
+    dialect: str = "",
+    thinking: str = "",
+    force_dialect: bool = False,
+) -> Service:
+    """Loads and compiles; what is returned answers at once.
+
+    Raises what `load_pretrained` and `Pretrained.speaking` raise.
+    """
+    policy = load_pretrained(model, default_dtype()).speaking(
+        dialect, thinking, force=force_dialect
+    )
+    length = min(max_length, policy.model.max_position)
+    config = RolloutConfig(
+        slots=slots,
+        prefill_rows=min(4, slots),
+        max_length=length,
+        max_prompt_length=length - 1,
+        max_turn_length=min(2048, length),
+        max_documents_length=min(768, length),
+        max_searches=max_searches,
+        documents_per_query=k,
+    )
+    console.print("Compiling")
+    searcher = Searcher(policy, retriever, config, waiting=waiting)
+    told = name or Path(model.partition("==")[0].rpartition(":")[2]).name
+    limits = Limits(deadline_s=deadline_s)
+    return Service(searcher, told, key=key, first_search=first_search, limits=limits)
+
+
+def serve(service: Service, bound: socket.socket, announce: Callable[[str], None]) -> None:
+    """Until SIGTERM or SIGINT. Answers in flight are finished, new requests refused."""
+
+    def stopping() -> None:
+        service.stopping = True
+
+    listen.serve(make_app(service), bound, announce, stopping)

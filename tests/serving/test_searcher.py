@@ -1,0 +1,180 @@
+"""Answers made in shared slots, against the same made alone and against the loop of the host."""
+
+import dataclasses
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from r1s_jax.data.tiny_world import PROMPT, build_tokenizer
+from r1s_jax.models.pretrained import Pretrained
+from r1s_jax.protocol.r1_searcher import R1Searcher
+from r1s_jax.rollout.host_loop import HostLoop
+from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.serving.searcher import Busy, Job, Searcher, Update
+from tests.fakes import EchoRetriever, GatedRetriever, RaisingRetriever
+from tests.makers import MODEL, QUESTIONS, ROLLOUT, scripted_policy, searching_params
+
+CONFIG = dataclasses.replace(ROLLOUT, slots=4, prefill_rows=2)
+FLOAT32 = np.dtype("float32")
+
+
+def random_policy() -> Pretrained:
+    tokenizer = build_tokenizer()
+    ends = (tokenizer.eos_token_id,)
+    return Pretrained(MODEL, searching_params(), tokenizer, ends, R1Searcher(prompt=PROMPT))
+
+
+@pytest.fixture(scope="module")
+def searcher():
+    made = Searcher(random_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
+    yield made
+    made.close()
+
+
+class Heard:
+    """What a job's listener heard."""
+
+    def __init__(self):
+        self.tokens, self.mask, self.searches = [], [], []
+        self.finish, self.over = Finish.NONE, threading.Event()
+
+    def __call__(self, update: Update) -> None:
+        self.tokens += update.tokens
+        self.mask += update.mask
+        self.searches += [(s.query, s.outcome) for s in update.searches]
+        if update.finish:
+            self.finish = update.finish
+            self.over.set()
+
+
+def wanted(searcher: Searcher, count: int = 16) -> list[dict]:
+    """Requests of every kind of sampling."""
+    prompts = [searcher.engine.prompt_tokens(q.question) for q in QUESTIONS]
+    return [
+        {
+            "prompt": prompts[i % len(prompts)],
+            "seed": i,
+            "temperature": (0.0, 1.0, 0.7)[i % 3],
+            "top_p": (1.0, 0.9)[i % 2],
+        }
+        for i in range(count)
+    ]
+
+
+def answered(searcher: Searcher, wishes: list[dict], group: int) -> list[Heard]:
+    heard = [Heard() for _ in wishes]
+    both = enumerate(zip(heard, wishes, strict=True), start=group)
+    searcher.submit([Job(update=h, group=number, **wish) for number, (h, wish) in both])
+    for h in heard:
+        assert h.over.wait(60)
+    return heard
+
+
+def test_sixteen_at_once_say_what_each_says_alone(searcher):
+    wishes = wanted(searcher)
+    together = answered(searcher, wishes, group=100)
+    alone = [answered(searcher, [wish], group=200 + i)[0] for i, wish in enumerate(wishes)]
+    for a, b in zip(together, alone, strict=True):
+        assert (a.tokens, a.mask, a.finish) == (b.tokens, b.mask, b.finish)
+    assert any(h.searches for h in together)
+    assert len({h.finish for h in together}) > 1
+
+
+def test_what_is_said_is_what_the_loop_of_the_host_says(searcher):
+    wishes = wanted(searcher)
+    for wish, heard in zip(wishes, answered(searcher, wishes, group=300), strict=True):
+        how = {"temperature": wish["temperature"], "top_p": wish["top_p"]}
+        loop = HostLoop(
+            MODEL,
+            searching_params(),
+            dataclasses.replace(CONFIG, **how),
+            FLOAT32,
+            searcher.engine.eos_ids,
+            searcher.engine.broker,
+            searcher.engine.decode,
+        )
+        list(loop.run(wish["prompt"], jax.random.fold_in(jax.random.key(wish["seed"]), 0)))
+        assert loop.tokens[len(wish["prompt"]) :] == heard.tokens
+        assert loop.finish == heard.finish
+
+
+def test_samples_of_one_group_differ_and_the_seed_decides(searcher):
+    prompt = searcher.engine.prompt_tokens(QUESTIONS[0].question)
+
+    def samples(group: int) -> list[list[int]]:
+        heard = [Heard() for _ in range(6)]
+        searcher.submit([Job(prompt, 5, h, sample=i, group=group) for i, h in enumerate(heard)])
+        for h in heard:
+            assert h.over.wait(60)
+        return [h.tokens for h in heard]
+
+    first = samples(400)
+    assert first == samples(401)
+    assert len({tuple(tokens) for tokens in first}) > 1
+
+
+def test_a_limit_cuts_what_would_have_come(searcher):
+    wishes = wanted(searcher, 6)
+    whole = answered(searcher, wishes, group=500)
+    cut = answered(searcher, [{**wish, "max_tokens": 5} for wish in wishes], group=510)
+    for a, b in zip(whole, cut, strict=True):
+        assert sum(b.mask) == min(5, sum(a.mask))
+        assert a.tokens[: len(b.tokens)] == b.tokens
+        assert b.finish == (a.finish if a.tokens == b.tokens else Finish.LENGTH)
+
+
+def test_what_does_not_fit_is_refused(searcher):
+    with pytest.raises(ValueError, match="no room"):
+        searcher.submit([Job([5] * CONFIG.max_length, 0, Heard())])
+
+
+@pytest.fixture
+def gated():
+    retriever = GatedRetriever()
+    made = Searcher(scripted_policy(), retriever, CONFIG, waiting=2, compute_dtype=FLOAT32)
+    yield made, retriever
+    retriever.gate.set()
+    made.close()
+
+
+def until(condition) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it never came to be")
+
+
+def test_who_waits_for_documents_stops_nobody_and_a_full_queue_refuses(gated):
+    searcher, retriever = gated
+    prompt = searcher.engine.prompt_tokens(QUESTIONS[0].question)
+    heard = [Heard() for _ in range(6)]
+    jobs = [Job(prompt, i, h, group=i + 1) for i, h in enumerate(heard)]
+    searcher.submit(jobs)
+    with pytest.raises(Busy, match="waiting"):
+        searcher.submit([Job(prompt, 9, Heard())])
+    until(lambda: all(h.searches for h in heard[:4]))
+    assert [h.searches[0][1] for h in heard[:4]] == ["pending"] * 4
+    assert searcher.slots_busy == 4 and searcher.queued == 2
+
+    searcher.cancel(jobs[:2])  # their slots go to those that wait, their documents to nobody
+    until(lambda: all(h.searches for h in heard[4:]))
+    assert searcher.queued == 0
+    retriever.gate.set()
+    for h in heard[2:]:
+        assert h.over.wait(30) and h.finish == Finish.FINISHED
+        assert [outcome for _, outcome in h.searches] == ["pending", "found"]
+        assert h.searches[0][0] in searcher.engine.decode(h.tokens)
+    assert not any(h.finish for h in heard[:2])
+
+
+def test_a_search_that_fails_is_told_and_the_answer_goes_on():
+    searcher = Searcher(scripted_policy(), RaisingRetriever(), CONFIG, compute_dtype=FLOAT32)
+    (heard,) = answered(searcher, wanted(searcher, 1), group=1)
+    searcher.close()
+    assert heard.finish == Finish.FINISHED and heard.searches[-1][1] == "error"
+    assert "None" in searcher.engine.decode(heard.tokens)
+    with pytest.raises(Busy, match="stopping"):
+        searcher.submit([Job([5], 0, Heard())])

@@ -1,0 +1,342 @@
+"""The chat API over real sockets, asked by OpenAI's own client."""
+
+import asyncio
+import dataclasses
+import http.client
+import json
+import socket
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import numpy as np
+import openai
+import pytest
+
+from r1s_jax.border import listen
+from r1s_jax.data.tiny_world import TRADES
+from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.server import Limits, Service, make_app
+from tests.fakes import GatedRetriever, RaisingRetriever, WebRetriever
+from tests.makers import ROLLOUT, scripted_policy
+
+CONFIG = dataclasses.replace(ROLLOUT, slots=4, prefill_rows=2)
+ASK = [{"role": "user", "content": "What is the trade of Bakori?"}]
+CHAT = "/v1/chat/completions"
+
+
+@contextmanager
+def serving(retriever, *, waiting: int = 64, **how):
+    searcher = Searcher(
+        scripted_policy(), retriever, CONFIG, waiting=waiting, compute_dtype=np.dtype("float32")
+    )
+    service = Service(searcher, "tiny", **how)
+    try:
+        yield listen.serve_in_background(make_app(service), listen.bind("127.0.0.1", 0)), searcher
+    finally:
+        searcher.close()
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving(WebRetriever()) as (url, searcher):
+        yield url, searcher
+
+
+@pytest.fixture(scope="module")
+def url(served):
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+
+
+def streamed(chunks) -> tuple[dict, list]:
+    """A stream put together again, by answer, and the usage that came last."""
+    answers, usage = {}, None
+    for chunk in chunks:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            a = answers.setdefault(
+                choice.index, {"content": "", "thoughts": "", "searches": {}, "annotations": []}
+            )
+            more = choice.delta.model_extra
+            a["content"] += choice.delta.content or ""
+            a["thoughts"] += more.get("reasoning_content", "")
+            a["annotations"] += more.get("annotations", [])
+            for search in more.get("searches", []):
+                a["searches"][search.pop("index")] = search
+            a["finish"] = choice.finish_reason or a.get("finish")
+    return answers, usage
+
+
+def post(url: str, body, headers: dict | None = None):
+    """(status, reply, headers) of a request that need not be a right one."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url + CHAT, data, headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, json.loads(reply.read()), reply.headers
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read()), error.headers
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        return reply.read().decode()
+
+
+def until(condition) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came to be")
+
+
+def test_the_openai_client_gets_answer_thoughts_and_searches(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    whole = client.chat.completions.create(model="tiny", messages=ASK, seed=3)
+    message, (choice,) = whole.choices[0].message, whole.choices
+    assert choice.finish_reason == "stop" and message.role == "assistant"
+    assert message.content in TRADES[3:9]
+    assert message.reasoning_content in ("teacher", "birthplace", "trade")
+    (search,) = message.searches
+    assert search["query"] in TRADES[:3] and search["status"] == "found"
+    assert search["documents"][1] == {
+        "id": f"https://pages/{search['query']}/2",
+        "title": search["query"],
+        "text": "the 2",
+        "url": f"https://pages/{search['query']}/2",
+    }
+    cited = [note.url_citation for note in message.annotations]
+    assert [note.url for note in cited] == [d["url"] for d in search["documents"]]
+    assert {(note.start_index, note.end_index) for note in cited} == {(0, len(message.content))}
+    usage = whole.usage
+    assert usage.completion_tokens == 8
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_a_stream_says_what_the_whole_says(client):
+    for seed in range(5):
+        how = {"model": "tiny", "messages": ASK, "seed": seed, "n": 3}
+        whole = client.chat.completions.create(**how)
+        answers, usage = streamed(
+            client.chat.completions.create(
+                **how, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        assert usage == whole.usage
+        for choice in whole.choices:
+            a, message = answers[choice.index], choice.message
+            assert (a["content"], a["thoughts"]) == (message.content, message.reasoning_content)
+            assert [a["searches"][i] for i in sorted(a["searches"])] == message.searches
+            assert a["annotations"] == [note.model_dump() for note in message.annotations]
+            assert a["finish"] == choice.finish_reason
+    assert len({(c.message.content, c.message.reasoning_content) for c in whole.choices}) > 1
+
+
+def test_equal_requests_get_equal_answers_whatever_is_beside_them(url):
+    asked = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+
+    async def ask(seed: int):
+        how = {"temperature": 0} if seed % 4 == 0 else {"seed": seed}
+        done = await asked.chat.completions.create(model="tiny", messages=ASK, **how)
+        return done.choices[0].message.model_dump()
+
+    async def both():
+        together = await asyncio.gather(*map(ask, range(16)))
+        return together, [await ask(seed) for seed in range(16)]
+
+    together, alone = asyncio.run(both())
+    assert together == alone
+
+
+def test_limits_and_stops(client):
+    def ask(**how):
+        done = client.chat.completions.create(model="tiny", messages=ASK, temperature=0, **how)
+        return done.choices[0].finish_reason, done.choices[0].message, done.usage
+
+    _, whole, _ = ask()
+    finish, message, usage = ask(max_tokens=6)
+    assert (finish, usage.completion_tokens) == ("length", 6) and message.searches == whole.searches
+    stop = whole.content[1:]
+    finish, message, _ = ask(stop=[stop, "never"])
+    assert (finish, message.content) == ("stop", whole.content[0])
+    answers, _ = streamed(
+        client.chat.completions.create(
+            model="tiny", messages=ASK, temperature=0, stop=stop, stream=True
+        )
+    )
+    assert answers[0]["content"] == whole.content[0]
+
+
+def test_messages_of_several_turns_are_asked_in_one_prompt(served, client):
+    earlier = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "What is the trade?"}]},
+        {"role": "assistant", "content": "smith"},
+    ]
+    done = client.chat.completions.create(model="tiny", messages=[*earlier, *ASK], temperature=0)
+    alone = client.chat.completions.create(model="tiny", messages=ASK, temperature=0)
+    assert done.choices[0].message.content == alone.choices[0].message.content
+    assert done.usage.prompt_tokens > alone.usage.prompt_tokens
+
+
+WRONG = [
+    (b"{", 400, "no JSON"),
+    (b"[1]", 400, "object"),
+    (b'{"messages": [{"role": "user", "content": "\xff"}]}', 400, "UTF-8"),
+    (b"[" * 100_000, 400, "deep"),
+    ({}, 400, "messages"),
+    ({"messages": []}, 400, "at least one"),
+    ({"messages": "x"}, 400, "messages"),
+    ({"messages": [{"role": "user"}]}, 400, "content"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
+    ({"messages": [*ASK, {"role": "assistant", "content": "x"}]}, 400, "last one"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text"),
+    ({"messages": [{"role": "user", "content": "Bakori " * 200}]}, 400, "tokens"),
+    ({"messages": ASK, "temperature": "hot"}, 400, "temperature"),
+    ({"messages": ASK, "temperature": 3}, 400, "temperature"),
+    ({"messages": ASK, "top_p": -1}, 400, "top_p"),
+    ({"messages": ASK, "max_tokens": 0}, 400, "max_tokens"),
+    ({"messages": ASK, "n": 1000}, 400, "n must"),
+    ({"messages": ASK, "seed": 2**70}, 400, "seed"),
+    ({"messages": ASK, "stop": list("abcde")}, 400, "stop"),
+    ({"messages": ASK, "stream_options": {}}, 400, "stream"),
+    ({"messages": ASK, "tools": [{"type": "function"}]}, 400, "tools"),
+    ({"messages": ASK, "logprobs": True}, 400, "logprobs"),
+    ({"messages": ASK, "response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"messages": ASK, "frobnicate": 1}, 400, "Unrecognized request argument: frobnicate"),
+    ({"messages": ASK, "model": "gpt-5"}, 404, "does not exist"),
+    (b" " * 2_000_000, 413, "bytes"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_what_is_wrong_is_refused_in_openais_form(url, case):
+    body, status, words = WRONG[case]
+    got, reply, _ = post(url, body)
+    assert got == status and set(reply) == {"error"}
+    assert words in reply["error"]["message"] and len(reply["error"]["message"]) < 400
+    assert set(reply["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_says_nothing_of_the_answer_is_let_pass(url):
+    more = {"user": "me", "metadata": {}, "tools": [], "presence_penalty": 0, "logprobs": None}
+    status, reply, _ = post(url, {"messages": ASK, **more})
+    assert status == 200 and reply["choices"][0]["message"]["content"]
+    status, reply, _ = post(url, {"messages": [{"role": "user", "content": "\ud800?"}]})
+    assert status == 200
+
+
+def test_paths_and_methods_that_are_not_there(url):
+    for path in ("/v1/nothing", CHAT):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            get(url + path)
+        assert json.loads(refused.value.read())["error"]["message"]
+
+
+def test_health_metrics_and_the_page(url):
+    assert json.loads(get(f"{url}/health"))["status"] == "ok"
+    lines = dict(
+        line.rsplit(" ", 1) for line in get(f"{url}/metrics").splitlines() if line[0] != "#"
+    )
+    assert float(lines['r1s_requests_total{status="200"}']) >= 1
+    assert float(lines["r1s_tokens_written"]) >= 8 and float(lines["r1s_slots"]) == 4
+    assert float(lines['r1s_searches{outcome="found"}']) >= 1
+    assert float(lines["r1s_first_token_seconds_count"]) >= 1
+    page = get(url)
+    assert "<script src=" in page and "innerHTML" not in page + get(f"{url}/page.js")
+
+
+def test_a_key_where_one_is_set():
+    with serving(WebRetriever(), key="secret") as (url, _):
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Bearer schlüssel"},
+        ):
+            sent = {name: value.encode().decode("latin-1") for name, value in headers.items()}
+            status, reply, _ = post(url, {"messages": ASK}, sent)
+            assert status == 401 and reply["error"]["code"] == "invalid_api_key"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
+        assert client.chat.completions.create(model="tiny", messages=ASK).choices[0].message.content
+
+
+def half_asked(url: str, **more) -> socket.socket:
+    """A connection that sent a request and reads nothing yet."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    body = json.dumps({"messages": ASK, **more}).encode()
+    sock = socket.create_connection((host, port))
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    sock.sendall(head.encode() + body)
+    return sock
+
+
+def test_clients_that_leave_free_their_slots_and_a_full_queue_says_when_to_come_back():
+    retriever = GatedRetriever()
+    with serving(retriever, waiting=1) as (url, searcher):
+        gone = [half_asked(url, stream=i % 2 == 0) for i in range(4)]
+        until(lambda: searcher.slots_busy == 4)
+        waits = half_asked(url)
+        until(lambda: searcher.queued == 1)
+        status, reply, headers = post(url, {"messages": ASK})
+        assert status == 429 and headers["Retry-After"]
+        assert reply["error"]["code"] == "rate_limit_exceeded"
+        for sock in gone:
+            sock.close()
+        until(lambda: searcher.slots_busy == 1 and searcher.queued == 0)
+        retriever.gate.set()
+        reply = http.client.HTTPResponse(waits)
+        reply.begin()
+        assert json.loads(reply.read())["choices"][0]["message"]["content"] in TRADES
+        until(lambda: searcher.slots_busy == 0)
+
+
+def test_an_answer_that_takes_too_long_is_given_up():
+    retriever = GatedRetriever()
+    with serving(retriever, limits=Limits(deadline_s=0.5)) as (url, searcher):
+        status, reply, _ = post(url, {"messages": ASK})
+        assert status == 504 and reply["error"]["code"] == "deadline"
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        with pytest.raises(openai.APIError, match="no whole answer"):
+            list(client.chat.completions.create(model="tiny", messages=ASK, stream=True))
+        until(lambda: searcher.slots_busy == 0)
+        retriever.gate.set()
+
+
+def test_a_retriever_that_fails_is_told_and_takes_nothing_down():
+    with serving(RaisingRetriever()) as (url, _):
+        status, reply, _ = post(url, {"messages": ASK, "temperature": 0})
+        message = reply["choices"][0]["message"]
+        assert status == 200 and message["content"] in TRADES
+        (search,) = message["searches"]
+        assert search["query"] in TRADES and not search["documents"]
+        assert (search["status"], search["error"]) == ("failed", "the search failed")
+        assert 'r1s_searches{outcome="error"} 1.0' in get(f"{url}/metrics")
+
+
+def test_the_system_may_search_the_question_itself_first():
+    with serving(WebRetriever(), first_search=True) as (url, _):
+        asked = {"messages": ASK, "temperature": 0}
+        message = post(url, asked)[1]["choices"][0]["message"]
+        (search,) = message["searches"]  # the policy has what it needs
+        assert search["query"] == ASK[0]["content"] and len(search["documents"]) == 2
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+        answers, _ = streamed(client.chat.completions.create(model="tiny", stream=True, **asked))
+        assert answers[0]["searches"][0] == search
+        assert answers[0]["content"] == message["content"]
+
+
+def test_a_policy_that_breaks_is_said_and_the_server_is_not_well():
+    with serving(WebRetriever()) as (url, searcher):
+        searcher.engine.programs = None
+        status, reply, _ = post(url, {"messages": ASK})
+        assert status == 500 and "policy failed" in reply["error"]["message"]
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            get(f"{url}/health")
