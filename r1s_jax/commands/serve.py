@@ -1,6 +1,6 @@
 """`r1s serve`: a trained policy for others to ask."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -38,6 +38,10 @@ def serve(
         bool, typer.Option(help="Search the question itself before the model starts.")
     ] = False,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds for one answer.")] = 300.0,
+    engine: Annotated[
+        Literal["r1s", "jetstream"],
+        typer.Option(help="jetstream: greedy, one device; the extra `jetstream`."),
+    ] = "r1s",
     dialect: DialectOption = "",
     thinking: ThinkingOption = "",
     force_dialect: ForceDialect = False,
@@ -58,11 +62,12 @@ def serve(
         raise ConfigError(
             "serving needs the extra `serve`: pip install 'r1s-jax[serve]'"
         ) from error
-    engine, _ = open_search_engine(index, retriever, site if online else None)
+    found, _ = open_search_engine(index, retriever, site if online else None)
     with listen.bind(host, port) as bound:
         service = start.start(
             model,
-            engine,
+            found,
+            engine=engine,
             name=name,
             key=api_key,
             slots=slots,

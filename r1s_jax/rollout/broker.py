@@ -235,8 +235,12 @@ class Broker:
             self._stopped = True
             return pack_results([], stop=True, width=self._width)
 
-    def answer_now(self, turn: Sequence[int], full: bool) -> tuple[Status, int, list[int]]:
-        """What becomes of a turn outside of the program: (Status, searches made, reply's tokens).
+    def answer_now(
+        self, turn: Sequence[int], full: bool
+    ) -> tuple[Status, int, list[int], list[Search]]:
+        """What becomes of a turn outside of the program.
+
+        Returns its Status, how many searches were made, the tokens of the reply, and the searches.
 
         `full`: the tokens of the turn are all that fit into the window of a query.
         """
@@ -246,7 +250,7 @@ class Broker:
             Search(-1, call.query, void, detail=call.problem) if void else next(made)
             for call, void in calls
         ]
-        return self._result(searches)
+        return *self._result(searches), searches
 
     def search_now(self, queries: Sequence[str]) -> list[Search]:
         """Searches outside of the program (the system's own first search) under the same rules."""

@@ -168,7 +168,7 @@ class Engine:
             documents_per_query=config.documents_per_query,
             max_documents_length=config.max_documents_length,
         )
-        roll = Rollout(
+        self.roll = Rollout(
             model=self.model.without_lora(),
             config=config,
             mesh=self.mesh,
@@ -179,7 +179,7 @@ class Engine:
             dialect=self.dialect,
             attention=attention,
         )
-        self.programs = Programs.of(roll, self.model.lora_scale)
+        self.programs = Programs.of(self.roll, self.model.lora_scale)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that stands inside a sequence."""

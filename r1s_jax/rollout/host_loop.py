@@ -4,6 +4,7 @@ What `r1s ask` streams, and the oracle of the loop inside the program (loop.py):
 policy and sampler, but tags found in decoded text and control flow in Python.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from r1s_jax.config import ModelConfig, RolloutConfig
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
-from r1s_jax.rollout.broker import Broker
+from r1s_jax.rollout.broker import Broker, Search
 from r1s_jax.rollout.exchange import Status
 from r1s_jax.rollout.sampler import sample
 from r1s_jax.rollout.trajectory import Finish
@@ -31,16 +32,14 @@ class Event:
 
     kind: Literal["policy", "documents"]
     tokens: list[int]
+    searches: Sequence[Search] = ()
 
 
-@dataclass
-class HostLoop:
-    """Rolls out one trajectory; its fields tell afterwards what happened."""
+@dataclass(kw_only=True)
+class Turns(ABC):
+    """Rolls out one trajectory, whoever samples it; its fields tell afterwards what happened."""
 
-    model: ModelConfig
-    params: Params
     config: RolloutConfig
-    compute_dtype: Any
     eos_ids: Sequence[int]
     broker: Broker
     decode: Any  # token ids -> text
@@ -54,24 +53,19 @@ class HostLoop:
 
     def run(self, prompt: Sequence[int], key: Any) -> Iterator[Event]:
         """Yields what the policy writes, token by token, and each document block."""
-        c = self.config
         self._force(list(prompt))
-        self._cached = 0
-        capacity = c.max_length + c.prefill_chunk
-        self._cache = KVCache.empty(
-            self.model, 1, capacity, self.model.num_kv_heads, self.compute_dtype
-        )
         turn: list[int] = []
         while self.finish == Finish.NONE:
-            token = self._sample(key)
-            turn.append(token)
-            yield Event("policy", [token])
+            turn.append(self._sample(key))
+            yield Event("policy", turn[-1:])
             self.finish, asks = self._end_of_turn(turn)
             if asks:
-                reply = self._search(turn)
-                if reply:
-                    yield Event("documents", reply)
+                yield self._search(turn)
                 turn = []
+
+    @abstractmethod
+    def _sample(self, key: Any) -> int:
+        """Draws the next token and appends it to `tokens`, `mask` and `policy_logprobs`."""
 
     def _end_of_turn(self, turn: list[int]) -> tuple[Finish, bool]:
         """How the trajectory ends with this token, and whether the system is to reply to it."""
@@ -91,28 +85,45 @@ class HostLoop:
             return Finish.FINISHED, False
         return (Finish.LENGTH if full else Finish.NONE), False
 
-    def _search(self, turn: list[int]) -> list[int]:
+    def _search(self, turn: list[int]) -> Event:
+        """Appends the reply, or ends the trajectory that cannot have it."""
         c = self.config
         width = c.max_turn_length if self.broker.dialect.reads_whole_turn else c.max_query_length
-        status, searches, reply = self.broker.answer_now(turn[-width:], len(turn) >= width)
+        full = len(turn) >= width
+        status, count, reply, searches = self.broker.answer_now(turn[-width:], full)
         if status in _ENDS:
-            self.finish = _ENDS[status]
-            return []
-        if len(self.tokens) + len(reply) >= c.max_length:
-            self.finish = Finish.LENGTH
-            return []
-        self._force(reply)
-        self.searches += searches
-        self.replies += 1
-        return reply
+            self.finish, reply = _ENDS[status], []
+        elif len(self.tokens) + len(reply) >= c.max_length:
+            self.finish, reply = Finish.LENGTH, []
+        else:
+            self._force(reply)
+            self.searches += count
+            self.replies += 1
+        return Event("documents", reply, searches)
 
     def _force(self, tokens: list[int]) -> None:
         self.tokens += tokens
         self.mask += [False] * len(tokens)
         self.policy_logprobs += [0.0] * len(tokens)
 
+
+@dataclass(kw_only=True)
+class HostLoop(Turns):
+    """A trajectory sampled from a policy here, with a KV cache of its own."""
+
+    model: ModelConfig
+    params: Params
+    compute_dtype: Any
+
+    def run(self, prompt: Sequence[int], key: Any) -> Iterator[Event]:
+        self._cached = 0
+        capacity = self.config.max_length + self.config.prefill_chunk
+        heads = self.model.num_kv_heads
+        self._cache = KVCache.empty(self.model, 1, capacity, heads, self.compute_dtype)
+        return super().run(prompt, key)
+
     def _sample(self, key: Any) -> int:
-        """Feeds what is not in the cache yet, then draws the next token."""
+        """Feeds what is not in the cache yet first."""
         chunk = self.config.prefill_chunk
         while len(self.tokens) - self._cached > 1:
             new = self.tokens[self._cached : -1][:chunk]

@@ -105,13 +105,13 @@ def _prepare(
         console.print(Text(printable(to_text(tokens)), STYLES["documents"]), end="")
         prompt += to_ids(query) + tokens
     loop = HostLoop(
-        policy.model,
-        jax.device_put(policy.params),
-        config,
-        np.dtype("float32"),
-        policy.eos_ids,
-        broker,
-        to_text,
+        model=policy.model,
+        params=jax.device_put(policy.params),
+        config=config,
+        compute_dtype=np.dtype("float32"),
+        eos_ids=policy.eos_ids,
+        broker=broker,
+        decode=to_text,
     )
     return loop, prompt
 

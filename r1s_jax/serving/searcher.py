@@ -69,6 +69,8 @@ class Job:
 class Searcher:
     """One policy with its search engine, in slots of its own thread."""
 
+    greedy_only = False
+
     def __init__(
         self,
         policy: Pretrained,

@@ -81,7 +81,7 @@ class Service:
             if self.stopping:
                 raise Refused(503, "the server is stopping", kind="server_error")
             asked = read_request(await self._body(request))
-            self._check_model(asked)
+            self._check(asked)
             exchange = await self._begin(asked, started)
         except Refused as refused:
             return self._refusal(refused)
@@ -132,7 +132,9 @@ class Service:
         except listen.TooLarge as error:
             raise Refused(413, str(error)) from None
 
-    def _check_model(self, asked: ChatRequest) -> None:
+    def _check(self, asked: ChatRequest) -> None:
+        if self._searcher.greedy_only and asked.temperature:
+            raise Refused(400, "this server decodes greedily: temperature 0", param="temperature")
         if asked.model not in (None, self._name):
             message = f"The model {asked.model[:80]!r} does not exist: there is {self._name!r}"
             raise Refused(404, message, param="model", code="model_not_found")

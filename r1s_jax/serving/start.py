@@ -3,8 +3,10 @@
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from r1s_jax.border import listen
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import RolloutConfig
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
 from r1s_jax.retrieval.api import Retriever
@@ -17,6 +19,7 @@ def start(
     model: str,
     retriever: Retriever,
     *,
+    engine: str = "r1s",
     name: str = "",
     key: str = "",
     slots: int = 16,
@@ -49,10 +52,23 @@ def start(
         documents_per_query=k,
     )
     console.print("Compiling")
-    searcher = Searcher(policy, retriever, config, waiting=waiting)
+    searcher = _kind(engine)(policy, retriever, config, waiting=waiting)
     told = name or Path(model.partition("==")[0].rpartition(":")[2]).name
     limits = Limits(deadline_s=deadline_s)
     return Service(searcher, told, key=key, first_search=first_search, limits=limits)
+
+
+def _kind(engine: str) -> Callable[..., Any]:
+    if engine != "jetstream":
+        return Searcher
+    try:
+        from r1s_jax.serving.jetstream import JetStreamSearcher
+    except ImportError as error:
+        raise ConfigError(
+            f"--engine jetstream needs the extra `jetstream` (pip install 'r1s-jax[jetstream]'): "
+            f"{error}"
+        ) from error
+    return JetStreamSearcher
 
 
 def serve(service: Service, bound: socket.socket, announce: Callable[[str], None]) -> None:

@@ -378,4 +378,12 @@ def host_loop(engine, model, params, config) -> HostLoop:
     )
     broker.begin(EchoRetriever())
     dtype = np.dtype("float32")
-    return HostLoop(model, params, config, dtype, engine.eos_ids, broker, engine.decode)
+    return HostLoop(
+        model=model,
+        params=params,
+        config=config,
+        compute_dtype=dtype,
+        eos_ids=engine.eos_ids,
+        broker=broker,
+        decode=engine.decode,
+    )

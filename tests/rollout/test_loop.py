@@ -143,7 +143,15 @@ def host_loop(engine: Engine, params) -> HostLoop:
     )
     broker.begin(EchoRetriever())
     dtype = np.dtype("float32")
-    return HostLoop(MODEL, params, engine.config, dtype, engine.eos_ids, broker, engine.decode)
+    return HostLoop(
+        model=MODEL,
+        params=params,
+        config=engine.config,
+        compute_dtype=dtype,
+        eos_ids=engine.eos_ids,
+        broker=broker,
+        decode=engine.decode,
+    )
 
 
 @pytest.mark.parametrize(

