@@ -12,6 +12,7 @@ from r1s_jax.border.overrides import override as override
 from r1s_jax.border.ranges import check, check_numbers, check_shares
 
 Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
+Loss = Literal["clip", "gspo", "cispo", "gmpo", "reinforce"]
 KlEstimator = Literal["k1", "k3"]
 # What the backward pass recomputes of each layer (see PolicyConfig.remat).
 Remat = Literal["none", "attention", "full"]
@@ -199,13 +200,22 @@ class AlgorithmConfig:
     """Reinforce++ and its relatives: see advantages.py and losses.py."""
 
     estimator: Estimator = "reinforce_baseline"
+    loss: Loss = "clip"
     samples_per_question: int = 16
     updates_per_rollout: int = 4
     clip: float = 0.2
     clip_high: float = 0.0  # the bound above 1, where it differs; 0: as clip
     dual_clip: float = 0.0  # bound on the cost of a bad token, in advantages (3 is usual); 0: none
-    # Mean over a sequence's tokens and then over sequences, or over all tokens alike.
-    loss_average: Literal["sequence", "token"] = "sequence"
+    # Mean over a sequence's tokens, then over sequences; over all tokens alike; or over sequences
+    # of their sums, divided by one length for all (rollout.max_length).
+    loss_average: Literal["sequence", "token", "constant"] = "sequence"
+    # Price of the likelihood that trajectories of no negative advantage lose (LLDS); 0: none.
+    likelihood_coefficient: float = 0.0
+    # Trajectories that ran out of tokens or searches, or grew too old, are in no loss and in no
+    # statistic of their group.
+    mask_truncated: bool = False
+    # Nor are those that end without a whole search or answer.
+    mask_void: bool = False
     # Weigh each token by how much likelier it is to the program that learns than it was to the one
     # that sampled, at most by this (2 is usual; costs one more forward pass); 0: no correction.
     importance_cap: float = 0.0
@@ -226,6 +236,7 @@ class AlgorithmConfig:
         )
         check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
         check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
+        check_numbers("algorithm", self, likelihood_coefficient=0)
         check_numbers("algorithm", self, kl_coefficient=0, kl_target=0, reward_clip=0)
         check(
             self.kl_penalty == "reward" or self.kl_estimator == "k3",

@@ -12,7 +12,7 @@ from r1s_jax.config import Config, RolloutConfig
 from r1s_jax.data.environment import dialect_of, open_environment
 from r1s_jax.eval.held_out import Evaluation, evaluate
 from r1s_jax.learning.cold_start import demonstrations_of, imitate
-from r1s_jax.learning.collect import Collector, rows_with_signal
+from r1s_jax.learning.collect import Collector
 from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
@@ -198,7 +198,7 @@ class Run:
         with clock.time("collect"):
             rolled, rewards = self.collector.collect(state.params, step, name, stage)
             values = np.array([r.value for r in rewards], np.float32)
-            rows = rows_with_signal(rolled.trajectory, values, stage.questions_per_step)
+            rows = self.collector.teaching_rows(rolled, values, stage.questions_per_step)
             kept, kept_rewards = rolled.take(rows), [rewards[i] for i in rows]
         with clock.time("update"):
             state, learned = gradient.learn(

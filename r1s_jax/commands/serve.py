@@ -12,36 +12,52 @@ from r1s_jax.commands.options import (
     ThinkingOption,
 )
 
+Served = Annotated[
+    str, typer.Argument(help="A run's directory, or a path, hf:org/name, wheel:name==version.")
+]
+Online = Annotated[bool, typer.Option("--online", help="Or the live web.")]
+Site = Annotated[str, typer.Option(help="With --online: pages of this site alone.")]
+Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+ApiKey = Annotated[
+    str, typer.Option(envvar="R1S_API_KEY", help="That clients must send; none: anybody may.")
+]
+Name = Annotated[str, typer.Option(help="Of the model, to clients. [default: MODEL's]")]
+Slots = Annotated[int, typer.Option(min=1, help="Answers made at once.")]
+Waiting = Annotated[int, typer.Option(min=0, help="More that may wait; then 429.")]
+Documents = Annotated[int, typer.Option(min=1, help="Documents a search.")]
+Longest = Annotated[
+    int, typer.Option(min=16, help="Tokens of a question, its documents and its answer.")
+]
+Searches = Annotated[int, typer.Option(min=0, help="Of one answer.")]
+FirstSearch = Annotated[
+    bool, typer.Option(help="Search the question itself before the model starts.")
+]
+Deadline = Annotated[float, typer.Option(min=1, help="Seconds for one answer.")]
+EngineName = Annotated[
+    Literal["r1s", "jetstream"],
+    typer.Option(help="jetstream: greedy, one device; the extra `jetstream`."),
+]
+
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="A run's directory, or a path, hf:org/name, wheel:name==version.")
-    ],
+    model: Served,
     index: SearchedIndex = None,
     retriever: SearchUrl = "",
-    online: Annotated[bool, typer.Option("--online", help="Or the live web.")] = False,
-    site: Annotated[str, typer.Option(help="With --online: pages of this site alone.")] = "",
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    api_key: Annotated[
-        str, typer.Option(envvar="R1S_API_KEY", help="That clients must send; none: anybody may.")
-    ] = "",
-    name: Annotated[str, typer.Option(help="Of the model, to clients. [default: MODEL's]")] = "",
-    slots: Annotated[int, typer.Option(min=1, help="Answers made at once.")] = 16,
-    waiting: Annotated[int, typer.Option(min=0, help="More that may wait; then 429.")] = 64,
-    k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 3,
-    max_length: Annotated[
-        int, typer.Option(min=16, help="Tokens of a question, its documents and its answer.")
-    ] = 4096,
-    max_searches: Annotated[int, typer.Option(min=0, help="Of one answer.")] = 8,
-    first_search: Annotated[
-        bool, typer.Option(help="Search the question itself before the model starts.")
-    ] = False,
-    deadline: Annotated[float, typer.Option(min=1, help="Seconds for one answer.")] = 300.0,
-    engine: Annotated[
-        Literal["r1s", "jetstream"],
-        typer.Option(help="jetstream: greedy, one device; the extra `jetstream`."),
-    ] = "r1s",
+    online: Online = False,
+    site: Site = "",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    api_key: ApiKey = "",
+    name: Name = "",
+    slots: Slots = 16,
+    waiting: Waiting = 64,
+    k: Documents = 3,
+    max_length: Longest = 4096,
+    max_searches: Searches = 8,
+    first_search: FirstSearch = False,
+    deadline: Deadline = 300.0,
+    engine: EngineName = "r1s",
     dialect: DialectOption = "",
     thinking: ThinkingOption = "",
     force_dialect: ForceDialect = False,
@@ -63,20 +79,10 @@ def serve(
             "serving needs the extra `serve`: pip install 'r1s-jax[serve]'"
         ) from error
     found, _ = open_search_engine(index, retriever, site if online else None)
+    limits = {"slots": slots, "waiting": waiting, "k": k, "max_length": max_length}
+    limits |= {"max_searches": max_searches, "first_search": first_search, "deadline_s": deadline}
+    how = {"dialect": dialect, "thinking": thinking, "force_dialect": force_dialect}
     with listen.bind(host, port) as bound:
-        service = start.start(
-            model,
-            found,
-            engine=engine,
-            name=name,
-            key=api_key,
-            slots=slots,
-            waiting=waiting,
-            k=k,
-            max_length=max_length,
-            max_searches=max_searches,
-            first_search=first_search,
-            deadline_s=deadline,
-            **{"dialect": dialect, "thinking": thinking, "force_dialect": force_dialect},
-        )
+        names = {"engine": engine, "name": name, "key": api_key}
+        service = start.start(model, found, **names, **limits, **how)
         start.serve(service, bound, announce=typer.echo)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from r1s_jax.config import Config, StageConfig
+from r1s_jax.config import AlgorithmConfig, Config, StageConfig
 from r1s_jax.data.environment import Environment
 from r1s_jax.learning.advantages import has_signal
 from r1s_jax.learning.carry_over import CarryOver
@@ -62,6 +62,14 @@ class Collector:
                 break
         return whole, rewards
 
+    def teaching_rows(
+        self, rolled: Rolled, rewards: Float[np.ndarray, " N"], groups: int
+    ) -> np.ndarray:
+        """The rows to learn from; see rows_with_signal."""
+        t = rolled.trajectory
+        mask = learnable(t, self.config.algorithm, rolled.void)
+        return rows_with_signal(mask, t.groups, rewards, groups)
+
     def state(self) -> tuple[dict[str, Any], str | None]:
         """What a checkpoint keeps: the environment's cursor, and what is in flight."""
         return self.environment.state(), self.carried.state()
@@ -77,23 +85,35 @@ class Collector:
         return list(self.rewards[stage](prompts, rolled.solutions, golds))
 
 
-def learnable(t: Trajectory) -> Bool[np.ndarray, "N W"]:
+# Ends for want of tokens, searches or time: what would have come is not known.
+_TRUNCATED = (Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD)
+
+
+def learnable(
+    t: Trajectory, algorithm: AlgorithmConfig, void: Bool[np.ndarray, " N"]
+) -> Bool[np.ndarray, "N W"]:
     """The tokens to learn from: sampled, and not in a trajectory that a failed search ended.
 
-    That a search failed is not the policy's doing.
+    That a search failed is not the policy's doing. `void` trajectories and those cut off are left
+    out too, where the algorithm says so.
     """
-    return t.loss_mask & ~np.isin(t.finish, (Finish.SEARCH_ERROR, Finish.ABORTED))[:, None]
+    ends = [Finish.SEARCH_ERROR, Finish.ABORTED, *_TRUNCATED * algorithm.mask_truncated]
+    out = np.isin(t.finish, ends) | (void & algorithm.mask_void)
+    return t.loss_mask & ~out[:, None]
 
 
 def rows_with_signal(
-    t: Trajectory, rewards: Float[np.ndarray, " N"], groups_wanted: int
+    mask: Bool[np.ndarray, "N W"],
+    groups_of: Int[np.ndarray, " N"],
+    rewards: Float[np.ndarray, " N"],
+    groups_wanted: int,
 ) -> np.ndarray:
     """Rows of the first `groups_wanted` groups whose rewards differ, in order.
 
     Where there are too few, groups that are all alike make up the number: they teach nothing, and
-    the batch keeps its shape. Rows in which nothing can be learned have no say.
+    the batch keeps its shape. Rows of which the `mask` (see learnable) has nothing have no say.
     """
-    valid = learnable(t).any(-1)
-    with_signal = set(t.groups[valid][has_signal(rewards[valid], t.groups[valid])].tolist())
-    groups = sorted(np.unique(t.groups).tolist(), key=lambda g: (g not in with_signal, g))
-    return np.flatnonzero(np.isin(t.groups, groups[:groups_wanted]))
+    valid = mask.any(-1)
+    with_signal = set(groups_of[valid][has_signal(rewards[valid], groups_of[valid])].tolist())
+    groups = sorted(np.unique(groups_of).tolist(), key=lambda g: (g not in with_signal, g))
+    return np.flatnonzero(np.isin(groups_of, groups[:groups_wanted]))

@@ -8,7 +8,9 @@ the mean over all tokens. Either way the packing changes nothing.
 from collections.abc import Callable
 from functools import partial
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from r1s_jax.config import AlgorithmConfig
@@ -22,9 +24,17 @@ TokenLoss = Callable[[Array, PackedBatch], tuple[Array, Metrics]]
 
 def policy_loss(config: AlgorithmConfig) -> TokenLoss:
     """The loss that a config's algorithm asks for."""
-    return partial(
-        clipped_loss, config.clip, clip_high=config.clip_high, dual_clip=config.dual_clip
-    )
+    a, limits = config, {"clip_high": config.clip_high}
+    loss: TokenLoss = {
+        "clip": partial(clipped_loss, a.clip, dual_clip=a.dual_clip, **limits),
+        "gspo": partial(gspo_loss, a.clip, **limits),
+        "cispo": partial(cispo_loss, a.clip, **limits),
+        "gmpo": partial(gmpo_loss, a.clip, **limits),
+        "reinforce": reinforce_loss,
+    }[a.loss]
+    if a.likelihood_coefficient:
+        loss = partial(_preserving, a.likelihood_coefficient, loss)
+    return loss
 
 
 def clipped_loss(
@@ -44,26 +54,132 @@ def clipped_loss(
         (arXiv 1912.09729, eq. 5); 0: none.
       batch: `kl_weights` are a token's share of the KL, times its coefficient.
     """
-    trained = batch.weights > 0
-    log_ratio = jnp.where(trained, logprobs - batch.old_logprobs, 0.0)
+    log_ratio = _log_ratio(logprobs, batch)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip, 1 + (clip_high or clip))
-    objective = jnp.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    objective, outside = _clipped(ratio, batch.advantages, clip, clip_high or clip)
     if dual_clip:
         bound = dual_clip * batch.advantages
         objective = jnp.where(batch.advantages < 0, jnp.maximum(objective, bound), objective)
-    mask = trained.astype(jnp.float32)
-    outside = (ratio * batch.advantages > clipped * batch.advantages).astype(jnp.float32)
+    return _loss(objective, logprobs, batch), _metrics(log_ratio, ratio, outside, batch)
+
+
+def gspo_loss(
+    clip: float, logprobs: Float[Array, "R T"], batch: PackedBatch, *, clip_high: float = 0.0
+) -> tuple[Array, Metrics]:
+    """One ratio a sequence, the geometric mean of its tokens' (GSPO, arXiv 2507.18071, eq. 5-7).
+
+    Such ratios stay near 1: the paper clips at 3e-4 below and 4e-4 above. Its length is that of
+    what the policy wrote. Goes with a loss averaged by sequence.
+    """
+    log_ratio = _sequence_means(_log_ratio(logprobs, batch), batch)
+    ratio = jnp.exp(log_ratio)
+    objective, outside = _clipped(ratio, batch.advantages, clip, clip_high or clip)
+    return _loss(objective, logprobs, batch), _metrics(log_ratio, ratio, outside, batch)
+
+
+def cispo_loss(
+    clip: float, logprobs: Float[Array, "R T"], batch: PackedBatch, *, clip_high: float = 0.0
+) -> tuple[Array, Metrics]:
+    """REINFORCE weighed by the ratio, which is cut above and not differentiated (CISPO,
+    arXiv 2506.13585, eq. 4-5): no token ever drops out of the gradient.
+
+    As in the paper there is no bound below. Goes with a loss averaged by token.
+    """
+    log_ratio = _log_ratio(logprobs, batch)
+    ratio, most = jnp.exp(log_ratio), 1 + (clip_high or clip)
+    weight = lax.stop_gradient(jnp.minimum(ratio, most))
+    objective = weight * batch.advantages * logprobs
+    return _loss(objective, logprobs, batch), _metrics(log_ratio, ratio, ratio > most, batch)
+
+
+def gmpo_loss(
+    clip: float, logprobs: Float[Array, "R T"], batch: PackedBatch, *, clip_high: float = 0.0
+) -> tuple[Array, Metrics]:
+    """The geometric mean of a sequence's ratios, each clipped by itself (GMPO, arXiv 2507.20673,
+    eq. 4).
+
+    `clip` and `clip_high` bound the logarithm of a ratio on the side that the advantage pushes it
+    to; the paper takes 0.4. Goes with a loss averaged by sequence.
+    """
+    log_ratio, up = _log_ratio(logprobs, batch), batch.advantages > 0
+    limited = jnp.where(
+        up, jnp.minimum(log_ratio, clip_high or clip), jnp.maximum(log_ratio, -clip)
+    )
+    objective = jnp.exp(_sequence_means(limited, batch)) * batch.advantages
+    ratio, outside = jnp.exp(log_ratio), limited != log_ratio
+    return _loss(objective, logprobs, batch), _metrics(log_ratio, ratio, outside, batch)
+
+
+def reinforce_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[Array, Metrics]:
+    """Williams' REINFORCE (1992): log-likelihood times advantage, no ratio and no bound.
+
+    Right only while the policy that learns is the one that sampled: one update a rollout.
+    """
+    log_ratio = _log_ratio(logprobs, batch)
+    objective, nothing = batch.advantages * logprobs, jnp.zeros(logprobs.shape, bool)
+    metrics = _metrics(log_ratio, jnp.exp(log_ratio), nothing, batch)
+    return _loss(objective, logprobs, batch), metrics
+
+
+def _preserving(
+    coefficient: float, loss: TokenLoss, logprobs: Float[Array, "R T"], batch: PackedBatch
+) -> tuple[Array, Metrics]:
+    """`loss`, and a price on likelihood that good trajectories lose (LLDS, arXiv 2512.04220).
+
+    Of trajectories whose advantage is not negative and which have become less likely as a whole,
+    the tokens that did pay what they lost.
+    """
+    value, metrics = loss(logprobs, batch)
+    log_ratio = _log_ratio(logprobs, batch)
+    lost = jnp.maximum(-log_ratio, 0) * (batch.advantages >= 0)
+    lost = jnp.where(_sequence_means(log_ratio, batch) < 0, lost, 0.0)
+    mask = (batch.weights > 0).astype(jnp.float32)
+    metrics = metrics | {"likelihood_lost": (mask * lost).sum()}
+    return value + coefficient * (batch.weights * lost).sum(), metrics
+
+
+def _log_ratio(logprobs: Array, batch: PackedBatch) -> Float[Array, "R T"]:
+    """Of every trained token; 0 elsewhere."""
+    return jnp.where(batch.weights > 0, logprobs - batch.old_logprobs, 0.0)
+
+
+def _clipped(ratio: Array, advantages: Array, low: float, high: float) -> tuple[Array, Array]:
+    """The objective, and where the bound holds."""
+    clipped = jnp.clip(ratio, 1 - low, 1 + high) * advantages
+    return jnp.minimum(ratio * advantages, clipped), ratio * advantages > clipped
+
+
+def _sequence_means(values: Float[Array, "R T"], batch: PackedBatch) -> Float[Array, "R T"]:
+    """Mean over the trained tokens of each token's sequence. A sequence lies in one row whole."""
+    ids = batch.segment_ids
+    first = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    place, mask = jnp.cumsum(first, axis=1), (batch.weights > 0).astype(values.dtype)
+
+    def row(values: Array, mask: Array, place: Array) -> Array:
+        total, count = (
+            jax.ops.segment_sum(x, place, values.shape[0]) for x in (values * mask, mask)
+        )
+        return (total / jnp.maximum(count, 1))[place]
+
+    return jax.vmap(row)(values, mask, place)
+
+
+def _loss(objective: Array, logprobs: Array, batch: PackedBatch) -> Float[Array, ""]:
+    """Less the objective, each token by its weight, with the KL to the reference (k3)."""
     # Where there is no KL there may be no reference either: its zeros must not reach exp.
     gap = jnp.where(batch.kl_weights > 0, batch.reference_logprobs - logprobs, 0.0)
-    metrics = {
+    objective = jnp.where(batch.weights > 0, objective, 0.0)
+    return -(batch.weights * objective).sum() + (batch.kl_weights * (jnp.expm1(gap) - gap)).sum()
+
+
+def _metrics(log_ratio: Array, ratio: Array, outside: Array, batch: PackedBatch) -> Metrics:
+    mask = (batch.weights > 0).astype(jnp.float32)
+    return {
         "clip_fraction": (mask * outside).sum(),
         "ratio": (mask * ratio).sum(),
         "logprob_gap_mean": (mask * jnp.abs(log_ratio)).sum(),
         "logprob_gap_max": jnp.abs(log_ratio).max(),
     }
-    loss = -(batch.weights * objective).sum() + (batch.kl_weights * (jnp.expm1(gap) - gap)).sum()
-    return loss, metrics
 
 
 def likelihood_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[Array, Metrics]:

@@ -28,10 +28,18 @@ class Learned:
     importance_weight: float  # mean over sampled tokens; 1 without the correction
 
 
-def token_weights(mask: Bool[np.ndarray, "N W"], average: str) -> Float[np.ndarray, "N W"]:
-    """Each token's share of the loss, adding up to 1: see `AlgorithmConfig.loss_average`."""
+def token_weights(
+    mask: Bool[np.ndarray, "N W"], average: str, longest: int = 0
+) -> Float[np.ndarray, "N W"]:
+    """Each token's share of the loss: see `AlgorithmConfig.loss_average`.
+
+    They add up to 1, but "constant" ones, which are 1 / (`longest` x sequences) whatever a
+    sequence's length (Dr. GRPO, arXiv 2503.20783).
+    """
     if average == "token":
         return mask / max(1, mask.sum())
+    if average == "constant":
+        return mask / (longest * max(1, int(mask.any(-1).sum())))
     counts = mask.sum(-1, keepdims=True)
     return mask / (np.maximum(counts, 1) * max(1, int((counts > 0).sum())))
 
@@ -59,7 +67,7 @@ class PolicyGradient:
         """
         a, t = self.config.algorithm, rolled.trajectory
         self._rows = self._rows or self._choose_rows(state, len(t.lengths))
-        mask, old = learnable(t), t.policy_logprobs
+        mask, old = learnable(t, a, rolled.void), t.policy_logprobs
         correction = np.ones(mask.shape)
         if a.importance_cap:
             old = self._logprobs(state.params, t, mask)
@@ -83,7 +91,7 @@ class PolicyGradient:
         rows = []
         order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
         for part in np.array_split(order, a.updates_per_rollout):
-            weights = token_weights(mask[part], a.loss_average)
+            weights = token_weights(mask[part], a.loss_average, self.config.rollout.max_length)
             batch, _, micro = self._pack(
                 t,
                 part,

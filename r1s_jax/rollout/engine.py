@@ -69,6 +69,12 @@ class Rolled:
         """Tokens the policy wrote."""
         return int(self.trajectory.loss_mask.sum())
 
+    @property
+    def void(self) -> np.ndarray:
+        """bool[N]: ended by themselves, and not with an answer."""
+        ended = self.trajectory.finish == Finish.FINISHED
+        return ended & np.array([solution.answer is None for solution in self.solutions])
+
     def take(self, rows: np.ndarray) -> "Rolled":
         """Only these rows; what was counted over the batch stays as it was."""
         return replace(

@@ -111,3 +111,121 @@ def test_likelihood_loss_is_the_weighted_negative_log_likelihood():
     logprobs, batch = random_rows()
     expected = -(batch.weights.astype(np.float64) * logprobs).sum()
     np.testing.assert_allclose(likelihood_loss(logprobs, batch)[0], expected, rtol=1e-5)
+
+
+# Each other loss in a few lines of float64, sequence by sequence.
+
+
+def sequences(batch: PackedBatch):
+    """The trained tokens of every sequence: (row, places)."""
+    for row, ids in enumerate(batch.segment_ids):
+        for number in np.unique(ids[ids > 0]):
+            places = np.flatnonzero((ids == number) & (batch.weights[row] > 0))
+            if len(places):
+                yield row, places
+
+
+def gain_of(config: AlgorithmConfig, log_ratio, advantage, logprob):
+    """The objective of a sequence's tokens."""
+    low, high = config.clip, config.clip_high or config.clip
+    if config.loss == "gspo":
+        s = np.exp(log_ratio.mean())
+        return np.minimum(s * advantage, np.clip(s, 1 - low, 1 + high) * advantage)
+    if config.loss == "cispo":
+        return np.minimum(np.exp(log_ratio), 1 + high) * advantage * logprob
+    if config.loss == "gmpo":
+        limited = np.where(advantage > 0, np.minimum(log_ratio, high), np.maximum(log_ratio, -low))
+        return np.exp(limited.mean()) * advantage
+    return advantage * logprob
+
+
+def sequence_oracle(config: AlgorithmConfig, logprobs, batch, fixed=None) -> float:
+    """`fixed` are the log-probabilities of what CISPO does not differentiate."""
+
+    def wide(array):
+        return np.asarray(array, np.float64)
+
+    loss = 0.0
+    for row, at in sequences(batch):
+        weights, new = wide(batch.weights[row, at]), wide(logprobs[row, at])
+        log_ratio = new - wide(batch.old_logprobs[row, at])
+        ratios = log_ratio
+        if config.loss == "cispo" and fixed is not None:
+            ratios = wide(fixed[row, at]) - wide(batch.old_logprobs[row, at])
+        advantage = wide(batch.advantages[row, at])
+        loss -= (weights * gain_of(config, ratios, advantage, new)).sum()
+        if config.likelihood_coefficient and log_ratio.mean() < 0:
+            lost = np.maximum(-log_ratio, 0) * (advantage >= 0)
+            loss += config.likelihood_coefficient * (weights * lost).sum()
+    return loss
+
+
+SEQUENCE_CONFIGS = {
+    "gspo": AlgorithmConfig(loss="gspo", clip=0.05, clip_high=0.08),
+    "cispo": AlgorithmConfig(loss="cispo", clip=0.2, clip_high=0.3),
+    "gmpo": AlgorithmConfig(loss="gmpo", clip=0.2, clip_high=0.4),
+    "reinforce": AlgorithmConfig(loss="reinforce"),
+    "preserving": AlgorithmConfig(loss="reinforce", likelihood_coefficient=0.7),
+}
+
+
+def packed_rows(seed: int) -> tuple[np.ndarray, PackedBatch]:
+    """Two rows of three sequences of one advantage each, the rest of a row being padding."""
+    logprobs, batch = random_rows(seed=seed)
+    ids = np.repeat(np.array([[1, 2, 3, 0], [4, 5, 6, 0]]), [7, 13, 15, 5], axis=1)
+    advantages = np.random.default_rng(seed).normal(size=7).astype(np.float32)[ids]
+    weights = np.where(ids > 0, batch.weights, 0).astype(np.float32)
+    return logprobs, batch._replace(
+        segment_ids=ids.astype(np.int32), advantages=advantages, weights=weights
+    )
+
+
+@pytest.mark.parametrize("name", SEQUENCE_CONFIGS)
+def test_other_losses_against_float64_and_finite_differences(name):
+    config = SEQUENCE_CONFIGS[name]
+    loss_of = policy_loss(config)
+    for seed in range(5):
+        logprobs, batch = packed_rows(seed)
+        loss, metrics = loss_of(logprobs, batch)
+        np.testing.assert_allclose(loss, sequence_oracle(config, logprobs, batch), rtol=2e-5)
+        assert {"clip_fraction", "ratio", "logprob_gap_mean", "logprob_gap_max"} <= set(metrics)
+        slope = np.asarray(jax.grad(lambda p, b: loss_of(p, b)[0])(logprobs, batch))
+        rng = np.random.default_rng(seed)
+        for row, column in zip(rng.integers(0, 2, 12), rng.integers(0, 35, 12), strict=True):
+            step = np.zeros(logprobs.shape)
+            step[row, column] = 1e-5
+            wide = logprobs.astype(np.float64)
+            up, down = (sequence_oracle(config, wide + s, batch, logprobs) for s in (step, -step))
+            assert slope[row, column] == pytest.approx((up - down) / 2e-5, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", SEQUENCE_CONFIGS)
+def test_packing_changes_no_loss(name):
+    """The same sequences, one a row."""
+    loss = policy_loss(SEQUENCE_CONFIGS[name])
+    logprobs, batch = packed_rows(1)
+    rows = [(row, batch.segment_ids[row] == i) for row in (0, 1) for i in range(1, 7)]
+    rows = [(row, mine) for row, mine in rows if mine.any()]
+    assert len(rows) == 6
+
+    def alone(array: np.ndarray) -> np.ndarray:
+        return np.stack([np.where(mine, array[row], 0) for row, mine in rows])
+
+    apart = PackedBatch(*map(alone, batch))
+    np.testing.assert_allclose(loss(alone(logprobs), apart)[0], loss(logprobs, batch)[0], rtol=1e-5)
+
+
+def test_losses_agree_where_the_policy_has_not_moved():
+    """At the policy that sampled, every objective has the gradient of REINFORCE."""
+    _, batch = packed_rows(2)
+    # One weight a sequence, as averages by sequence have it.
+    batch = batch._replace(weights=(batch.weights > 0).astype(np.float32))
+
+    def slope(config: AlgorithmConfig) -> np.ndarray:
+        return np.asarray(jax.grad(lambda p: policy_loss(config)(p, batch)[0])(batch.old_logprobs))
+
+    plain = slope(AlgorithmConfig(loss="reinforce"))
+    for name in ("clip", "gspo", "cispo", "gmpo"):
+        np.testing.assert_allclose(
+            slope(AlgorithmConfig(loss=name)), plain, rtol=1e-4, atol=1e-7, err_msg=name
+        )

@@ -14,11 +14,12 @@ import pytest
 
 from r1s_jax.config import AlgorithmConfig, MeshConfig, override
 from r1s_jax.configs import tiny_world
-from r1s_jax.learning.collect import rows_with_signal
+from r1s_jax.learning.collect import learnable, rows_with_signal
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient, importance_weights
 from r1s_jax.models.sharding import make_mesh, place, replicated
+from r1s_jax.protocol.solution import Solution
 from r1s_jax.rollout.engine import Rolled, merge
 from r1s_jax.rollout.trajectory import Finish, Trajectory
 from tests.learning.test_advantages import ESTIMATORS
@@ -64,8 +65,8 @@ def make_batch(seed: int) -> tuple[Trajectory, np.ndarray]:
 
 
 def rolled_of(trajectory: Trajectory) -> Rolled:
-    nothing = ((),) * N
-    return Rolled(nothing, trajectory, nothing, nothing, {}, 0.0, {})
+    nothing, said = ((),) * N, (Solution.of_text("<answer> a </answer>"),) * N
+    return Rolled(nothing, trajectory, said, nothing, {}, 0.0, {})
 
 
 def oracle(a, t, rewards, table, reference, seed, step, rate):
@@ -182,11 +183,38 @@ def test_groups_without_signal_give_way_and_the_number_stays():
         groups=groups, loss_mask=np.ones((N, W), bool), finish=np.full(N, Finish.FINISHED)
     )
     rewards = np.array([0, 0, 0, 1, 1, 1, 1, 0, 2, 2.0])
-    assert groups[rows_with_signal(t, rewards, 2)].tolist() == [1, 1, 3, 3]
-    assert groups[rows_with_signal(t, rewards, 3)].tolist() == [0, 0, 1, 1, 3, 3]
-    assert rows_with_signal(t, rewards, 5).tolist() == list(range(N))
-    failed = t._replace(finish=np.where(groups == 3, Finish.SEARCH_ERROR, Finish.FINISHED))
-    assert groups[rows_with_signal(failed, rewards, 1)].tolist() == [1, 1], "nothing to learn there"
+
+    def chosen(wanted: int, *, void=False, **finish) -> np.ndarray:
+        a = AlgorithmConfig(mask_truncated=True, mask_void=True)
+        mask = learnable(t._replace(**finish), a, np.full(N, False) | void)
+        return rows_with_signal(mask, groups, rewards, wanted)
+
+    assert groups[chosen(2)].tolist() == [1, 1, 3, 3]
+    assert groups[chosen(3)].tolist() == [0, 0, 1, 1, 3, 3]
+    assert chosen(5).tolist() == list(range(N))
+    for reason in (Finish.SEARCH_ERROR, Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD):
+        ended = np.where(groups == 3, reason, Finish.FINISHED)
+        assert groups[chosen(1, finish=ended)].tolist() == [1, 1], "nothing to learn there"
+    assert groups[chosen(1, void=groups == 1)].tolist() == [3, 3]
+
+
+def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
+    t, _ = make_batch(0)
+    ends = [Finish.FINISHED, Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD, Finish.BAD_QUERY]
+    ends += [Finish.SEARCH_ERROR, Finish.ABORTED]
+    t = t._replace(
+        finish=np.resize(ends, N), loss_mask=np.ones((N, W), bool), groups=np.zeros(N, int)
+    )
+    void = t.finish == Finish.FINISHED
+
+    def kept(**options) -> set[int]:
+        mask = learnable(t, AlgorithmConfig(**options), void)
+        assert (mask.all(-1) == mask.any(-1)).all()
+        return set(t.finish[mask.any(-1)].tolist())
+
+    assert kept() == set(ends[:5])
+    assert kept(mask_truncated=True) == {Finish.FINISHED, Finish.BAD_QUERY}
+    assert kept(mask_void=True) == set(ends[1:5])
 
 
 def test_merged_batches_keep_their_groups_apart():
