@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from r1s_jax.border.errors import UserError
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards import released, released_search_r1, rules
+from r1s_jax.rewards.composed import TERMS, composed, is_composed
 from r1s_jax.rewards.http import HttpReward
 from r1s_jax.rewards.rules import Reward, RewardRule, reward_parts
 
@@ -51,7 +52,7 @@ def batch_reward(name: str) -> BatchReward:
 
 
 def reward_rule(name: str) -> RewardRule:
-    """The rule of that name, or a function of the user's own as `module:function`.
+    """The rule of that name, a function of the user's own as `module:function`, or a sum of such.
 
     A user's function takes (solution, golds) and returns a Reward or a number; the usual parts
     (format, searched, answer_f1, ...) stand beside its own. Raises RewardError
@@ -59,7 +60,7 @@ def reward_rule(name: str) -> RewardRule:
     """
     if name.startswith(("http://", "https://")):
         raise RewardError(f"{name}: a reward server is for recipes (stage2.reward={name})")
-    rule = RULES.get(name) or _load(name)
+    rule = composed(name, _rule, RewardError) if is_composed(name) else _rule(name)
 
     def checked(solution: Solution, golds: str | Sequence[str]) -> Reward:
         try:
@@ -78,11 +79,16 @@ def reward_rule(name: str) -> RewardRule:
     return checked
 
 
+def _rule(name: str) -> RewardRule:
+    return RULES.get(name) or _load(name)
+
+
 def _load(name: str) -> RewardRule:
     """A function of the user's own."""
     module, colon, function = name.partition(":")
     if not colon:
-        raise RewardError(f"no reward {name!r}: take one of {', '.join(RULES)}, or module:function")
+        known = ", ".join((*RULES, *TERMS))
+        raise RewardError(f"no reward {name!r}: take one of {known}, a sum, or module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")  # a user's module lies where the command was typed
     try:

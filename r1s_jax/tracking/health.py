@@ -106,6 +106,19 @@ def _reward_without_f1(h: History) -> float:
     return stage.recent("reward") - stage.first("reward") if gained < 0.01 else 0.0
 
 
+def _likelihood_lost(h: History) -> float:
+    """How far the likelihood of right answers has fallen in this stage while the reward has not."""
+    stage = h.stage()
+    if len(stage.rows) < 2 * _WINDOW:
+        return math.nan
+    best = max(
+        (History(stage.rows[:end]).recent("correct_logprob") for end in range(4, len(stage.rows))),
+        default=math.nan,
+    )
+    rose = stage.recent("reward") >= stage.first("reward")
+    return best - stage.recent("correct_logprob") if rose else math.nan
+
+
 def _not_finite(h: History) -> float:
     names = ("loss", "grad_norm", "entropy", "reward")
     return float(not all(math.isfinite(h.rows[-1].get(name, 0.0)) for name in names))
@@ -201,6 +214,56 @@ SIGNALS = (
         0.2,
         "the policy may have found a way round the reward: read its best ones with "
         "`r1s traces RUN --min-reward 1`",
+    ),
+    Signal(
+        "likelihood_displaced",
+        "nats a token that right answers have lost of their best likelihood while the reward does "
+        "not fall (arXiv 2512.04220)",
+        _likelihood_lost,
+        0.5,
+        "the early sign of a collapse: set algorithm.likelihood_coefficient=0.1, lower "
+        "optimizer.learning_rate or algorithm.updates_per_rollout, or take "
+        "algorithm.estimator=reinforce_baseline",
+    ),
+    Signal(
+        "thoughts_vanish",
+        "words of reasoning a turn lost since their most (arXiv 2602.19526)",
+        _fallen("thought_words", 5.0),
+        0.8,
+        "the policy stops reasoning between its searches: take a reward that asks for the format "
+        "(stage2), lower optimizer.learning_rate or raise algorithm.kl_coefficient",
+    ),
+    Signal(
+        "answers_avoided",
+        "share of trajectories with an answer lost since its best (arXiv 2602.19526)",
+        _fallen("answered", 0.3),
+        0.4,
+        "the policy learns not to answer: check that no reward is better than a wrong answer's, "
+        "or set algorithm.mask_void=true",
+    ),
+    Signal(
+        "repeated_queries",
+        "share of searches that a trajectory had made before",
+        lambda h: h.recent("repeated_query_share"),
+        0.3,
+        "the policy asks again what it was told: add -0.1*repeated_queries to the reward, and look "
+        "at the documents in `r1s traces`",
+    ),
+    Signal(
+        "truncated",
+        "share of trajectories cut off for want of tokens, searches or time",
+        lambda h: h.recent("truncated"),
+        0.5,
+        "most of what is learned from has no end: raise rollout.max_length or "
+        "rollout.max_turn_length, or set algorithm.mask_truncated=true",
+    ),
+    Signal(
+        "no_signal",
+        "share of trajectories whose group has but one reward, while most answers are wrong",
+        _while_wrong(lambda h: h.recent("groups_without_signal")),
+        0.95,
+        "nothing tells good from bad: take easier questions (r1s data select), more "
+        "algorithm.samples_per_question, or algorithm.dynamic_sampling",
     ),
     Signal(
         "length_blow_up",

@@ -16,6 +16,7 @@ from r1s_jax.rollout.broker import FAILED
 from r1s_jax.rollout.engine import Rolled
 from r1s_jax.rollout.trajectory import Finish, Trajectory
 from r1s_jax.system.profiling import Compilations, host_memory_gib, model_flops_utilization
+from r1s_jax.tracking.behaviour import behaviour_metrics
 
 # How the parts of a reward are called in `metrics.jsonl`.
 _PART_NAMES = {"format": "format_valid"}
@@ -55,6 +56,7 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
         **{f"{name}_per_s": n / rolled.seconds for name, n in rolled.counters.items()},
         **rolled.counters,
         "slots_busy": rolled.slots_busy,
+        **behaviour_metrics(rolled, rewards),
         **_ages(rolled),
         **{f"finish_{name}": share for name, share in _finish_shares(t.finish).items()},
     }

@@ -38,6 +38,12 @@ HEALTHY = {
     "searches_failed": 0,
     "identical_responses": 0.2,
     "response_length": 100.0,
+    "correct_logprob": -0.2,
+    "thought_words": 12.0,
+    "answered": 0.9,
+    "repeated_query_share": 0.02,
+    "truncated": 0.05,
+    "groups_without_signal": 0.3,
     "rewards_answers": True,
 }
 # What the last steps of an unhealthy run look like, and how bad that is.
@@ -54,6 +60,12 @@ SICK = {
     "identical_responses": ({"identical_responses": 0.95}, "warning"),
     "reward_without_f1": ({"reward": 0.9}, "warning"),
     "length_blow_up": ({"response_length": 400.0}, "warning"),
+    "likelihood_displaced": ({"correct_logprob": -0.9}, "warning"),
+    "thoughts_vanish": ({"thought_words": 1.0}, "warning"),
+    "answers_avoided": ({"answered": 0.4}, "warning"),
+    "repeated_queries": ({"repeated_query_share": 0.5}, "warning"),
+    "truncated": ({"truncated": 0.7}, "warning"),
+    "no_signal": ({"groups_without_signal": 1.0}, "warning"),
 }
 
 

@@ -1,0 +1,111 @@
+"""Rewards that are sums: read strictly, each term by hand, every value in the parts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from r1s_jax.protocol.r1_searcher import R1Searcher
+from r1s_jax.protocol.solution import Solution
+from r1s_jax.rewards.composed import TERMS, Term, parse
+from r1s_jax.rewards.registry import RULES, RewardError, reward_rule
+
+R1 = R1Searcher()
+FOUND = R1.reply([["Dune   Frank Herbert wrote it"]])
+NOTHING = R1.reply([[]])
+
+
+def query(text: str) -> str:
+    return f" <|begin_of_query|> {text} <|end_of_query|>"
+
+
+GOOD = Solution(
+    (
+        (f" I look{query('who wrote Dune')}", True),
+        (FOUND, False),
+        (f" again{query('Who wrote  Dune')}", True),
+        (NOTHING, False),
+        (" so </think> <answer> Frank Herbert </answer>", True),
+    ),
+    R1,
+)
+GUESS = Solution(((" well </think> <answer> Asimov </answer>", True),), R1)
+SILENT = Solution(((" well", True),), R1, complete=False)
+GOLD = ["Frank Herbert"]
+
+# (reward, of GOOD, of GUESS, of SILENT); 13, 5 and 1 words were written.
+CASES = [
+    ("stage2", 1.0, 0.0, -2.0),
+    ("f1 + 0.5*searched", 1.5, 0.0, 0.0),
+    ("em-0.25*no_search", 1.0, -0.25, -0.25),
+    ("stage2 + 0.2*retrieved_gold - 0.1*repeated_queries", 1.1, 0.0, -2.0),
+    ("-1*unanswered", 0.0, 0.0, -1.0),
+    ("format", 1.0, 1.0, 0.0),
+    ("2*cover_em - 0.5*searches_over(1)", 1.5, 0.0, 0.0),
+    ("-1e-1 * words", -0.001 * 19, -0.001 * 5, -0.001),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
+def test_a_sum_is_what_its_terms_add_up_to(case):
+    rule, *expected = reward_rule(case[0]), *case[1:]
+    for solution, value in zip((GOOD, GUESS, SILENT), expected, strict=True):
+        reward = rule(solution, GOLD)
+        assert reward.value == pytest.approx(value)
+        assert {"answer_f1", "format", "searched"} <= set(reward.parts)
+
+
+def test_every_terms_value_is_in_the_parts():
+    rule = reward_rule("stage2 + 0.2*retrieved_gold - 0.1*repeated_queries - 3*searches_over(1)")
+    parts = rule(GOOD, "Frank Herbert").parts
+    assert parts["stage2"] == 1.0 and parts["retrieved_gold"] == 1.0
+    assert parts["repeated_queries"] == 1.0 and parts["searches_over"] == 1.0
+
+
+def test_a_word_of_the_gold_answer_is_not_the_answer():
+    rule = reward_rule("retrieved_gold")
+    assert rule(GOOD, ["Frank"]).value == 1.0
+    assert rule(GOOD, ["Fran"]).value == 0.0 and rule(GOOD, [""]).value == 0.0
+    assert rule(GOOD, ["the Frank Herbert!"]).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stage2 +", "expected WEIGHT"),
+        ("stage2 + f1 stage1", "at 'stage1'"),
+        ("0.2**f1", "expected WEIGHT"),
+        ("f1 * 0.2", "expected WEIGHT"),
+        ("stage2 + nonsense", "no reward 'nonsense'"),
+        ("searches_over + 1*f1", "needs a number"),
+        ("words(3)", "takes no number"),
+        ("f1 + __import__('os').system('x')", "expected WEIGHT"),
+        ("f1 + " + "f1 + " * 40 + "f1", "terms"),
+        ("", "no reward"),
+    ],
+)
+def test_what_cannot_be_read_is_said(text, words):
+    with pytest.raises(RewardError, match=words.replace("*", r"\*").replace("(", r"\(")):
+        reward_rule(text)(GOOD, GOLD)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 9, allow_subnormal=False).map(lambda x: round(x, 3)),
+            st.sampled_from([*RULES, *(t for t in TERMS if t != "searches_over")]),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_what_is_written_is_what_is_read(terms):
+    text = " ".join(f"{'-' if minus else '+'} {weight} * {name}" for weight, name, minus in terms)
+    expected = [Term(-weight if minus else weight, name, None) for weight, name, minus in terms]
+    assert parse(text, RewardError) == expected
+
+
+def test_a_users_function_may_be_a_term(tmp_path, monkeypatch):
+    (tmp_path / "my_terms.py").write_text("def short(solution, golds):\n    return 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    assert reward_rule("f1 - 2*my_terms:short")(GOOD, GOLD).value == pytest.approx(0.0)

