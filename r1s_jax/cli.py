@@ -6,7 +6,7 @@ import traceback
 import typer
 
 from r1s_jax.border.errors import UserError, shorten
-from r1s_jax.commands import bench, corpus, data, index, look, model, serve, train
+from r1s_jax.commands import bench, corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.system.chips import hide_tpu_runtime
 
@@ -39,6 +39,7 @@ for name, command in {
     "train": train.train,
     "sft": train.sft,
     "configs": train.configs,
+    "lab": lab.lab,
     "ask": model.ask,
     "serve": serve.serve,
     "compile": model.compile_,

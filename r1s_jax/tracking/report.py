@@ -161,9 +161,9 @@ def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
     return RunData(
         letter,
         name,
-        _flat(_read_json(path / "config.json")),
-        _read_json(path / "versions.json"),
-        _read_json(path / "summary.json"),
+        _flat(read_json(path / "config.json")),
+        read_json(path / "versions.json"),
+        read_json(path / "summary.json"),
         _read_steps(path / "metrics.jsonl"),
         _read_steps(path / "cold_start.jsonl"),
         shown,
@@ -171,7 +171,7 @@ def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; {} where there is no file."""
     return read_object(path, DataError) if path.exists() else {}
 

@@ -1,0 +1,158 @@
+"""Runs of several settings, each over several seeds, side by side: a table and their curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from r1s_jax.data.rows import rows_so_far
+from r1s_jax.tracking.report import read_json
+
+GOOD = 0.9  # F1 of a rollout, mean over the window, that a run is timed to
+_WINDOW = 4  # steps
+# 97.5 % points of Student's t by degrees of freedom; beyond them, of the normal distribution.
+_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_NORMAL = 1.96
+
+
+class Arm(NamedTuple):
+    """One setting: a name, and what differs from the recipe."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+def run_result(folder: Path) -> dict[str, Any]:
+    """What one run came to; `stopped` says why it ended early.
+
+    `steps_to_good` and `seconds_to_good` are those of reinforcement learning until the F1 of
+    rollouts reached GOOD, None where it never did; `signals` the health signals that fired, with
+    the first step of each.
+    """
+    summary = read_json(folder / "summary.json")
+    rows = rows_so_far(folder / "metrics.jsonl")
+    f1 = np.array([row["answer_f1"] for row in rows])
+    means = np.convolve(f1, np.ones(_WINDOW) / _WINDOW, "valid") if len(f1) >= _WINDOW else f1[:0]
+    reached = np.flatnonzero(means >= GOOD)
+    steps = int(reached[0]) + _WINDOW if len(reached) else None
+    spent = np.cumsum([row["seconds_rollout"] + row["seconds_update"] for row in rows])
+    signals: dict[str, int] = {}
+    for row in rows:
+        for fired in row.get("health", ()):
+            signals.setdefault(fired["signal"], row["step"])
+    return {
+        "f1_before": summary.get("f1_before"),
+        "f1_after": summary.get("f1_after"),
+        "searches_after": summary.get("searches_after"),
+        "steps_to_good": steps,
+        "seconds_to_good": float(spent[steps - 1]) if steps else None,
+        "signals": signals,
+        "stopped": summary.get("stopped_unhealthy"),
+    }
+
+
+def table_of(results: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row an arm, of the results of its seeds: means with 95 % intervals (Student's t)."""
+    rows = []
+    for name, runs in results.items():
+        signals = sorted({signal for run in runs for signal in run["signals"]})
+        rows.append(
+            {
+                "arm": name,
+                "seeds": len(runs),
+                **{key: _mean([run[key] for run in runs]) for key in ("f1_before", "f1_after")},
+                "f1_after_interval": _interval([run["f1_after"] for run in runs]),
+                "searches_after": _mean([run["searches_after"] for run in runs]),
+                "reached_good": sum(run["steps_to_good"] is not None for run in runs),
+                "steps_to_good": _mean([run["steps_to_good"] for run in runs]),
+                "seconds_to_good": _mean([run["seconds_to_good"] for run in runs]),
+                "stopped": sum(run["stopped"] is not None for run in runs),
+                "signals": {s: sum(s in run["signals"] for run in runs) for s in signals},
+            }
+        )
+    return rows
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table for a page."""
+    head = "| " + " | ".join(_HEADINGS) + " |\n|" + " --- |" * len(_HEADINGS)
+    return "\n".join([head, *("| " + " | ".join(_cells(row)) + " |" for row in rows)]) + "\n"
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The table for a terminal."""
+    table = Table()
+    for heading in _HEADINGS:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+_HEADINGS = ("arm", "F1 before", "F1 after (95 %)", f"steps to {GOOD}", "s", "searches", "signals")
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    low, high = row["f1_after_interval"] or (None, None)
+    spread = f" ({low:.2f} to {high:.2f})" if low is not None else ""
+    reached = f"{_number(row['steps_to_good'], 0)} ({row['reached_good']}/{row['seeds']})"
+    signals = ", ".join(f"{name} {count}x" for name, count in row["signals"].items())
+    return [
+        row["arm"],
+        _number(row["f1_before"]),
+        _number(row["f1_after"]) + spread,
+        reached,
+        _number(row["seconds_to_good"], 0),
+        _number(row["searches_after"]),
+        signals or "-",
+    ]
+
+
+def _number(value: float | None, places: int = 2) -> str:
+    return "-" if value is None else f"{value:.{places}f}"
+
+
+def plot_arms(folders: Mapping[str, Sequence[Path]], out: Path) -> None:
+    """F1 of rollouts by step: the mean of an arm's seeds, and a band from the least to the most."""
+    from matplotlib.figure import Figure  # slow to import, and needed once
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, runs in folders.items():
+        curves = [[row["answer_f1"] for row in rows_so_far(r / "metrics.jsonl")] for r in runs]
+        longest = max(map(len, curves), default=0)
+        if not longest:
+            continue
+        padded = np.full((len(curves), longest), np.nan)
+        for i, curve in enumerate(curves):
+            padded[i, : len(curve)] = curve
+        steps = np.arange(1, longest + 1)
+        (line,) = axes.plot(steps, np.nanmean(padded, axis=0), label=name)
+        low, high = np.nanmin(padded, axis=0), np.nanmax(padded, axis=0)
+        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
+    axes.set(xlabel="step", ylabel="answer F1 (mean of a rollout)", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    figure.savefig(out, dpi=120)
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = _known(values)
+    return float(np.mean(known)) if known else None
+
+
+def _interval(values: Sequence[float | None]) -> tuple[float, float] | None:
+    """Of the mean over seeds; None for fewer than two."""
+    known = _known(values)
+    if len(known) < 2:
+        return None
+    t = _T[len(known) - 2] if len(known) - 2 < len(_T) else _NORMAL
+    half = t * float(np.std(known, ddof=1)) / len(known) ** 0.5
+    mean = float(np.mean(known))
+    return max(0.0, mean - half), min(1.0, mean + half)

@@ -1,0 +1,72 @@
+"""`r1s lab`: what it refuses, and that a kill in the middle changes nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.makers import SHORT, run_cli
+
+ARMS = ["--arm", "a:", "--arm", "b: optimizer.learning_rate=1e-3"]
+TINY = [*SHORT, "stage1.steps=0", "stage2.steps=3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name the arms"),
+        (["--arm", "a:", "--arm", "a: seed=1"], "differently"),
+        (["--arm", "no colon"], "NAME: CHANGES"),
+        (["--arm", "../x: seed=1"], "NAME: CHANGES"),
+        (["--arm", "a: nonsense.field=1"], "--arm a"),
+        (["--arm", "a: 'open"], "quotation"),
+    ],
+)
+def test_bad_input_is_one_message_and_nothing_begins(tmp_path, arguments, words):
+    done = run_cli("lab", "tiny_world", *arguments, "--out", str(tmp_path / "lab"))
+    assert done.exit_code and words in str(done.exception)
+    assert not (tmp_path / "lab").exists()
+
+
+def test_a_directory_is_of_one_comparison(tmp_path):
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"recipe": "tiny_world", "overrides": [], "arms": {"a": ["seed=1"]}})
+    )
+    for changed in (["--arm", "a:"], ["stage2.steps=1", "--arm", "a: seed=1"]):
+        done = run_cli("lab", "tiny_world", *changed, "--out", str(tmp_path))
+        assert done.exit_code and "another comparison" in str(done.exception)
+
+
+def without_times(folder: Path) -> dict:
+    told = json.loads((folder / "lab.json").read_text())
+    for row in [*told["arms"], *(run for runs in told["runs"].values() for run in runs)]:
+        row.pop("seconds_to_good")
+    return told
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_changes_nothing(tmp_path):
+    command = [sys.executable, "-m", "r1s_jax.cli", "lab", "tiny_world", *TINY, *ARMS]
+    command += ["--seeds", "2", "--out"]
+    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    last = json.loads(whole.stdout.splitlines()[-1])
+    assert [row["arm"] for row in last["arms"]] == ["a", "b"]
+    assert len(list((tmp_path / "whole/cold_starts").glob("*.done"))) == 2  # one a seed
+
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "killed/runs/b-0/metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = subprocess.run([*command, str(tmp_path / "killed")], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
+    for name in ("table.md", "curves.png", "report.html"):
+        assert (tmp_path / "killed" / name).stat().st_size > 100

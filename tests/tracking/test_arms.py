@@ -1,0 +1,63 @@
+"""Comparisons of settings: what a run comes to, and the table over seeds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from r1s_jax.tracking.arms import as_markdown, plot_arms, run_result, table_of
+
+
+def write_run(folder: Path, f1: list[float], after: float | None, signal_at: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "step": i,
+            "answer_f1": value,
+            "seconds_rollout": 1.0,
+            "seconds_update": 0.5,
+            "health": [{"signal": "truncated"}] if signal_at and i >= signal_at else [],
+        }
+        for i, value in enumerate(f1, start=1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = {"stopped_unhealthy": "lost"}
+    if after is not None:
+        summary = {"f1_before": 0.1, "f1_after": after, "searches_after": 1.5}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_a_run_comes_to_what_its_files_say(tmp_path):
+    rising = [0.1, 0.5, 0.8, 0.9, 0.95, 0.95, 0.95]
+    got = run_result(write_run(tmp_path / "a", rising, 0.97, signal_at=3))
+    # The first four steps whose mean is .9 end with the sixth.
+    assert got["steps_to_good"] == 6 and got["seconds_to_good"] == 9.0
+    assert got["f1_after"] == 0.97 and got["signals"] == {"truncated": 3}
+    assert got["stopped"] is None
+    got = run_result(write_run(tmp_path / "b", [0.1] * 3, None))
+    assert got["steps_to_good"] is None and got["stopped"] == "lost" and got["f1_after"] is None
+
+
+def test_a_row_holds_means_and_intervals_over_seeds(tmp_path):
+    after = [0.8, 0.9, 0.97]
+    runs = [
+        run_result(write_run(tmp_path / str(i), [0.95] * (4 + i), f1)) for i, f1 in enumerate(after)
+    ]
+    (row,) = table_of({"a": runs})
+    low, high = stats.t.interval(0.95, 2, np.mean(after), stats.sem(after))
+    assert row["f1_after"] == pytest.approx(np.mean(after))
+    assert row["f1_after_interval"] == (pytest.approx(low, abs=1e-3), min(1.0, high))
+    assert row["reached_good"] == 3 and row["steps_to_good"] == 4
+    (alone,) = table_of({"a": runs[:1]})
+    assert alone["f1_after_interval"] is None
+    page = as_markdown([row, alone])
+    assert page.count("\n") == 4 and "0.89 (" in page and "4 (3/3)" in page
+
+
+def test_the_picture_is_drawn_of_runs_of_several_lengths(tmp_path):
+    runs = [write_run(tmp_path / str(n), [0.1 * n] * n, 0.5) for n in (2, 5, 0)]
+    plot_arms({"a": runs[:2], "b": runs[2:]}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
