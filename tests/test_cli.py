@@ -81,6 +81,7 @@ def test_bench_decode_and_update_print_json(model):
     assert result["tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_bench_step_prints_json(model):
     short = ("--model", str(model), "--samples", "2", "--new-tokens", "8", "--json")
     result = json.loads(run("bench", "step", *short).stdout.splitlines()[-1])

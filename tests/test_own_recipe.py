@@ -49,6 +49,7 @@ def seen(monkeypatch):
     return ids
 
 
+@pytest.mark.slow
 def test_one_dialect_and_prompt_everywhere(seen, index, tmp_path, monkeypatch):
     dialect, thinking = "tool_call", "off"
     mine = tmp_path / "mine"

@@ -307,6 +307,7 @@ CORPUS += [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_carries_what_it_needs_and_knows_its_data(model, index, tmp_path, monkeypatch):
     """From another folder, and after its base model is gone; and no data changes under it."""
     monkeypatch.chdir(tmp_path)

@@ -138,6 +138,7 @@ def test_documents_of_the_first_search_need_no_room_of_the_prompts(questions, se
     assert row["searches"] == 1 and row["prompt_tokens"] > 192 // 2
 
 
+@pytest.mark.slow
 def test_several_samples_a_question(questions, searcher, tmp_path):
     run = make_run(questions, searcher, samples=3, slots=4)
     whole = answer_file(run, EchoRetriever(), {}, tmp_path / "whole.jsonl")
@@ -182,6 +183,7 @@ def test_of_several_samples_only_those_that_failed_are_asked_again(questions, se
     assert strip(rows_of(out)) == strip([*whole[:4], whole[4] | {"pred_ans": "kept"}, *whole[5:]])
 
 
+@pytest.mark.slow
 def test_names_and_supporting_pages_come_back(questions, searcher, tmp_path):
     facts = [["Bakori", 0], ["nobody", 1]]
     rows = [

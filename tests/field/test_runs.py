@@ -88,6 +88,7 @@ def train(model, questions, url, out):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_over_a_hostile_server_goes_on_and_counts(model, questions, tmp_path, little_memory):
     with Hostile("fhd5s") as server:
         done = train(model, questions, server.url, tmp_path / "run")

@@ -1,6 +1,9 @@
+import pytest
+
 from r1s_jax.kernels.attention import bench
 
 
+@pytest.mark.slow
 def test_every_case_is_right_and_compared():
     heard = []
     result = bench.bench_attention(bench.QUICK, heard.append)

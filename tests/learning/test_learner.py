@@ -157,6 +157,7 @@ def test_bfloat16_learns_what_float32_does(remat, tied):
     assert np.linalg.norm(rounded - exact) < 0.03 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 def test_recomputing_more_keeps_less():
     """Bytes that one update holds at a time, on a model whose activations are most of them."""
     model = ModelConfig(31, 32, 64, 8, 2, 1, 16)

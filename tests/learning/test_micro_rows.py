@@ -23,6 +23,7 @@ def test_eight_passes_take_the_longest_batch(sequences, pack_length, shards, row
     assert most_rows(config, sequences, shards) == rows
 
 
+@pytest.mark.slow
 def test_memory_decides(monkeypatch, capsys):
     learner = makers.make_learner()
     state = learner.init(makers.make_params())

@@ -66,6 +66,7 @@ def test_sampling_is_the_same(plain_tokens):
     np.testing.assert_array_equal(sampled("interpret"), plain_tokens)
 
 
+@pytest.mark.slow
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(plain, plain_tokens, tmp_path):
     code = (
         f"import sys, numpy as np, {__name__} as t\n"

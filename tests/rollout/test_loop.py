@@ -331,6 +331,7 @@ def test_a_prompt_that_is_too_long_is_named(engine):
         roll(engine, questions=[Question(5, "What is the trade of " * 9, ("x",))])
 
 
+@pytest.mark.slow
 def test_the_cache_is_never_copied():
     """The compiled loop keeps one cache: all else it holds at a time is small beside it."""
     model = dataclasses.replace(MODEL, num_layers=6, head_dim=32)
