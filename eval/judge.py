@@ -4,43 +4,31 @@ Verdicts are kept in a journal as they arrive, so that a stopped or half failed 
 there; the judged file is written whole at the end, its rows in their order.
 """
 
-import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 from r1s_jax.border.errors import shorten
 from r1s_jax.border.http import without_credentials
-from r1s_jax.border.schema import check
 from r1s_jax.data.results import VERDICTS, header_path, read_header, read_results
-from r1s_jax.data.rows import DataError, gold_answers, journal_rows
-from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, ask_all, check_installed
+from r1s_jax.data.rows import DataError, gold_answers
+from r1s_jax.learning.judged import (
+    PROMPT as PROMPT,
+)
+from r1s_jax.learning.judged import (
+    Verdict,
+    ask_judge,
+    judge_prompt,
+    read_verdicts,
+    verdict_key,
+)
+from r1s_jax.learning.judged import (
+    parse_verdict as parse_verdict,
+)
+from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, check_installed
 from r1s_jax.system.files import write_json, write_rows
 from r1s_jax.system.locks import only_one
-
-Verdict = Literal["True", "False", "unparsable"]
-
-PROMPT = """\
-A question was answered by a model. Decide whether its answer means the same as one of the \
-correct answers; wording, spelling variants and extra detail that is not wrong do not matter.
-
-Question: {question}
-Correct answers: {golds}
-Answer of the model: {predicted}
-
-Reply with one word: True if the answer of the model is correct, False if not."""
-
-_VERDICT = re.compile(r"\b(true|false)\b", re.IGNORECASE)
-
-
-class _VerdictRow(TypedDict):
-    """A row of the journal."""
-
-    key: str
-    verdict: Verdict
 
 
 class JudgeError(ChatApiError):
@@ -70,25 +58,20 @@ def _judge_file(
 ) -> dict[str, int]:
     rows = read_results(path)
     check_installed()
-    keys = [_key(judge, _prompt(row)) for row in rows]
+    keys = [verdict_key(judge.model, _prompt(row)) for row in rows]
     prompts = dict(zip(keys, map(_prompt, rows), strict=True))
-    out.parent.mkdir(parents=True, exist_ok=True)
     journal = out.with_name(out.name + ".verdicts.jsonl")
-    verdicts = _read_journal(journal)
+    verdicts = read_verdicts(journal, DataError)
     missing = {key: prompt for key, prompt in prompts.items() if key not in verdicts}
     said = ""
     try:
-        with journal.open("a", encoding="utf-8") as file:
 
-            def record(key: str, reply: str) -> None:
-                verdicts[key] = parse_verdict(reply)
-                line = {"key": key, "verdict": verdicts[key], "reply": reply}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                missing.pop(key)
-                progress(len(prompts) - len(missing), len(prompts))
+        def note(key: str, verdict: Verdict) -> None:
+            verdicts[key] = verdict
+            missing.pop(key)
+            progress(len(prompts) - len(missing), len(prompts))
 
-            said = ask_all(judge, dict(missing), record)
+        said = ask_judge(judge, dict(missing), journal, note)
     finally:
         # With no verdict at all there is nothing to write, and maybe another judge's file to lose.
         if any(key in verdicts for key in keys):
@@ -109,25 +92,8 @@ def _judged(row: dict[str, Any], verdict: Verdict | None) -> dict[str, Any]:
     return row if verdict is None else row | {"judge": verdict}
 
 
-def parse_verdict(reply: str) -> Verdict:
-    """The one verdict that a reply names, after any thoughts; both or neither is no verdict."""
-    said = {word.lower() for word in _VERDICT.findall(reply.rpartition("</think>")[2])}
-    return said.pop().capitalize() if len(said) == 1 else "unparsable"
-
-
 def _prompt(row: Mapping[str, Any]) -> str:
-    golds = " | ".join(gold_answers(row))
-    return PROMPT.format(question=row["question"], golds=golds, predicted=row["pred_ans"])
-
-
-def _key(judge: ChatEndpoint, prompt: str) -> str:
-    return hashlib.sha256(json.dumps([judge.model, prompt]).encode()).hexdigest()
-
-
-def _read_journal(path: Path) -> dict[str, Verdict]:
-    """Verdicts by key; a last line that a crash cut off is forgotten."""
-    rows = (check(row, _VerdictRow, path, DataError) for row in journal_rows(path))
-    return {row["key"]: row["verdict"] for row in rows}
+    return judge_prompt(row["question"], gold_answers(row), row["pred_ans"])
 
 
 def _write(path: Path, judge: ChatEndpoint, out: Path, rows: list[dict[str, Any]]) -> None:

@@ -393,6 +393,25 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class JudgeConfig:
+    """The model that a reward's term `judge` asks (any OpenAI-compatible endpoint)."""
+
+    url: str = ""  # base of the API, such as http://localhost:8000/v1
+    model: str = ""
+    concurrency: int = 16
+    requests_per_minute: int = 0  # 0: no limit
+    most_requests: int = 0  # of a process; 0: no limit
+    timeout_s: float = 120.0
+    retries: int = 6
+    max_failure_rate: float = 0.2  # share of answers that may get no verdict before the run stops
+
+    def __post_init__(self) -> None:
+        check_numbers("judge", self, concurrency=1, requests_per_minute=0, most_requests=0)
+        check_numbers("judge", self, timeout_s=0, retries=0)
+        check_shares("judge", self, "max_failure_rate")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run: cold start, stage 1 (learn to search), stage 2 (learn to answer)."""
 
@@ -410,6 +429,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

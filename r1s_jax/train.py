@@ -13,13 +13,14 @@ from r1s_jax.data.environment import dialect_of, open_environment
 from r1s_jax.eval.held_out import Evaluation, evaluate
 from r1s_jax.learning.cold_start import demonstrations_of, imitate
 from r1s_jax.learning.collect import Collector
+from r1s_jax.learning.judged import stage_rewards
 from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
 from r1s_jax.models.pretrained import make_policy, save_policy, saved_dialect
 from r1s_jax.models.sharding import make_mesh, shard_params
-from r1s_jax.rewards.registry import FORMAT_REWARDS, batch_reward
+from r1s_jax.rewards.registry import FORMAT_REWARDS
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.system.console import console, make_progress, warn
 from r1s_jax.system.distributed import on_main, together
@@ -90,8 +91,7 @@ class Run:
     def __init__(self, config: Config, run_dir: Path, resume: bool, accept_changed_data: bool):
         self.config, self.started = config, time.perf_counter()
         # A name that is no reward must not be found out hours later.
-        stages = {"stage1": config.stage1, "stage2": config.stage2}
-        rewards = {name: batch_reward(s.reward) for name, s in stages.items() if s.steps}
+        rewards = stage_rewards(config, run_dir)
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         on_main(lambda: check_data(self.dir, config, accept_changed_data))
         self.mesh = make_mesh(config.mesh)

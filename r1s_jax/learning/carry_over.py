@@ -63,7 +63,7 @@ class CarryOver:
             seconds=time.perf_counter() - started,
             counters=counters,
             ages=ages,
-            carried=sum(f.loss_mask.any() and not f.ended for g in self.groups for f in g),
+            carried=sum(bool(f.loss_mask.any()) and not f.ended for g in self.groups for f in g),
         )
 
     def _draw(self, step: int, size: int) -> None:

@@ -67,7 +67,7 @@ class Collector:
     ) -> np.ndarray:
         """The rows to learn from; see rows_with_signal."""
         t = rolled.trajectory
-        mask = learnable(t, self.config.algorithm, rolled.void)
+        mask = learnable(t, self.config.algorithm, rolled.void, rewards)
         return rows_with_signal(mask, t.groups, rewards, groups)
 
     def state(self) -> tuple[dict[str, Any], str | None]:
@@ -80,9 +80,11 @@ class Collector:
         self.carried.restore(carried)
 
     def _reward(self, rolled: Rolled, stage: str) -> list[Reward]:
-        prompts = [self.engine.render(q.question) for q in rolled.questions]
+        reward, asked = self.rewards[stage], [q.question for q in rolled.questions]
+        if not getattr(reward, "reads_questions", False):
+            asked = list(map(self.engine.render, asked))
         golds = [q.answers for q in rolled.questions]
-        return list(self.rewards[stage](prompts, rolled.solutions, golds))
+        return list(reward(asked, rolled.solutions, golds))
 
 
 # Ends for want of tokens, searches or time: what would have come is not known.
@@ -90,15 +92,19 @@ _TRUNCATED = (Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD)
 
 
 def learnable(
-    t: Trajectory, algorithm: AlgorithmConfig, void: Bool[np.ndarray, " N"]
+    t: Trajectory,
+    algorithm: AlgorithmConfig,
+    void: Bool[np.ndarray, " N"],
+    rewards: Float[np.ndarray, " N"],
 ) -> Bool[np.ndarray, "N W"]:
-    """The tokens to learn from: sampled, and not in a trajectory that a failed search ended.
+    """The tokens to learn from: sampled, and not in a trajectory that a failed search ended, or
+    which no judge would judge (a reward that is not a number).
 
-    That a search failed is not the policy's doing. `void` trajectories and those cut off are left
+    Neither is the policy's doing. `void` trajectories and those cut off are left
     out too, where the algorithm says so.
     """
     ends = [Finish.SEARCH_ERROR, Finish.ABORTED, *_TRUNCATED * algorithm.mask_truncated]
-    out = np.isin(t.finish, ends) | (void & algorithm.mask_void)
+    out = np.isin(t.finish, ends) | (void & algorithm.mask_void) | np.isnan(rewards)
     return t.loss_mask & ~out[:, None]
 
 

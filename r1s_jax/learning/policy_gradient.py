@@ -67,7 +67,7 @@ class PolicyGradient:
         """
         a, t = self.config.algorithm, rolled.trajectory
         self._rows = self._rows or self._choose_rows(state, len(t.lengths))
-        mask, old = learnable(t, a, rolled.void), t.policy_logprobs
+        mask, old = learnable(t, a, rolled.void, rewards), t.policy_logprobs
         correction = np.ones(mask.shape)
         if a.importance_cap:
             old = self._logprobs(state.params, t, mask)

@@ -102,6 +102,17 @@ def parse(text: str, error: type[UserError]) -> list[Term]:
     return terms
 
 
+def without(terms: Sequence[Term], name: str) -> str:
+    """The sum of the other terms, written out."""
+
+    def written(term: Term) -> str:
+        argument = "" if term.argument is None else f"({term.argument})"
+        sign = "-" if term.weight < 0 else "+"
+        return f"{sign} {abs(term.weight)} * {term.name}{argument}"
+
+    return " ".join(written(term) for term in terms if term.name != name)
+
+
 def composed(text: str, rule: Callable[[str], RewardRule], error: type[UserError]) -> RewardRule:
     """The rule that a sum stands for; `rule` finds those that are no terms of this module.
 

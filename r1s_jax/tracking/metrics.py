@@ -1,5 +1,6 @@
 """The numbers of one step, and the trajectories worth keeping."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,19 +27,21 @@ _BEFORE_UPDATES = ("logprob_gap_mean", "logprob_gap_max")
 
 def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, float]:
     """Rewards and their parts, searches and lengths of one rollout batch (means over it)."""
-    values = np.array([r.value for r in rewards])
-    t = rolled.trajectory
+    t, judged = rolled.trajectory, [r for r in rewards if not math.isnan(r.value)]
+    values = np.array([r.value for r in judged])
+    groups = t.groups[[not math.isnan(r.value) for r in rewards]]
     outcomes = rolled.outcomes
     failed = sum(outcomes.get(name, 0) for name in FAILED)
     waits = [s.seconds for searches in rolled.searches for s in searches]
     parts = {
-        _PART_NAMES.get(name, name): float(np.mean([r.parts[name] for r in rewards]))
+        _PART_NAMES.get(name, name): float(np.mean([r.parts[name] for r in judged]))
         for name in rewards[0].parts
     }
     return {
         "reward": float(values.mean()),
         "reward_std": float(values.std()),
-        "groups_without_signal": float(1 - has_signal(values, t.groups).mean()),
+        "groups_without_signal": float(1 - has_signal(values, groups).mean()),
+        "rewards_missing": len(rewards) - len(judged),
         "identical_responses": _identical(rolled),
         **parts,
         "searches": int(t.searches.sum()),
@@ -143,10 +146,13 @@ def trace_rows(
 ) -> Iterator[TraceRow]:
     """The trajectories of a step that go into `traces.jsonl`: spread over the batch.
 
+    Those without a reward, which no judge would judge, are left out.
+
     `token_texts` gives the text of each token that the policy wrote (see Engine).
     """
-    rows = len(rewards)
-    for i in np.unique(np.linspace(0, rows - 1, min(count, rows)).round().astype(int)):
+    rows = [i for i, reward in enumerate(rewards) if not math.isnan(reward.value)]
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    for i in (rows[place] for place in np.unique(places)):
         question, t = rolled.questions[i], rolled.trajectory
         mask = t.loss_mask[i]
         texts = zip(token_texts(t, i), advantages[i][mask], strict=True)

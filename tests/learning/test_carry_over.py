@@ -1,6 +1,7 @@
 """Trajectories that outlive a step: whole groups, their own keys and worlds, and a checkpoint."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from r1s_jax.data.questions import Question
 from r1s_jax.learning.carry_over import CarryOver
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Hit
+from r1s_jax.rewards.registry import reward_rule
 from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.tracking.metrics import rollout_metrics
 from tests.makers import ROLLOUT, make_engine, searching_params
 
 SAMPLES, SIZE, STEPS = 3, 2, 6
@@ -82,6 +85,15 @@ def test_every_step_learns_from_whole_groups(batches):
         drawn |= set(ids)
     assert sum(b.carried for b in batches) > 0
     assert max(b.ages.max() for b in batches) >= 1
+
+
+def test_a_steps_metrics_can_be_written(batches):
+    rule = reward_rule("stage2")
+    for rolled in batches:
+        asked = zip(rolled.solutions, rolled.questions, strict=True)
+        rewards = [rule(solution, question.answers) for solution, question in asked]
+        assert json.loads(json.dumps(rollout_metrics(rolled, rewards)))["carried_trajectories"] >= 0
+    assert any(rolled.carried for rolled in batches)
 
 
 def test_with_one_policy_the_tokens_are_those_of_a_rollout_that_nobody_left(batches, engine):

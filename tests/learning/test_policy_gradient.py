@@ -186,7 +186,7 @@ def test_groups_without_signal_give_way_and_the_number_stays():
 
     def chosen(wanted: int, *, void=False, **finish) -> np.ndarray:
         a = AlgorithmConfig(mask_truncated=True, mask_void=True)
-        mask = learnable(t._replace(**finish), a, np.full(N, False) | void)
+        mask = learnable(t._replace(**finish), a, np.full(N, False) | void, rewards)
         return rows_with_signal(mask, groups, rewards, wanted)
 
     assert groups[chosen(2)].tolist() == [1, 1, 3, 3]
@@ -208,7 +208,7 @@ def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
     void = t.finish == Finish.FINISHED
 
     def kept(**options) -> set[int]:
-        mask = learnable(t, AlgorithmConfig(**options), void)
+        mask = learnable(t, AlgorithmConfig(**options), void, np.zeros(N))
         assert (mask.all(-1) == mask.any(-1)).all()
         return set(t.finish[mask.any(-1)].tolist())
 
