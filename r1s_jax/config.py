@@ -298,7 +298,8 @@ class StageConfig:
     """One stage of reinforcement learning; 0 steps skips it."""
 
     steps: int
-    # A name (rewards/registry.py), module:function of your own, or http://... of a reward server.
+    # A name (rewards/registry.py), module:function of your own, a sum of such with weights
+    # (rewards/composed.py), or http://... of a reward server.
     reward: str
     questions_per_step: int = 64
     # The stage also ends after a step in which this share of answers kept the format; 0: it does
