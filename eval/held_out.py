@@ -1,10 +1,11 @@
 """Evaluating a policy on held-out questions, with the rollout engine that training uses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from r1s_jax.data.environment import Batch
+from r1s_jax.eval.score import interval
 from r1s_jax.models.params import Params
 from r1s_jax.rewards.answer_scores import score_answer
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -19,15 +20,53 @@ class Evaluation:
     f1_one_hop: float | None  # None: no question is known to be of that kind
     f1_two_hop: float | None
     searches: float  # a question
+    # Shares of all questions: answered right after a search, and without one.
+    solved_with_search: float
+    solved_without_search: float
     rolled: Rolled
+    sampled: dict[str, float] = field(default_factory=dict)  # see evaluate_samples
 
     def scores(self) -> dict[str, float]:
         """What is compared before and after learning."""
-        return {"f1": self.f1, "cover_em": self.cover_em, "searches": self.searches}
+        names = ("f1", "cover_em", "searches", "solved_with_search", "solved_without_search")
+        return {name: getattr(self, name) for name in names} | self.sampled
 
 
-def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
-    """Answers every question once; `engine` should sample at temperature 0."""
+def evaluate_samples(
+    engine: Engine, params: Params, batch: Batch, samples: int
+) -> dict[str, float]:
+    """F1 and exact match of `samples` drawn answers a question, with 95 % intervals.
+
+    `avg_at_k_f1` is the mean over all of them, `pass_at_k` the share of questions of which one is
+    right; `_low` and `_high` of each by bootstrap over the questions.
+    """
+    rolled = engine.run(
+        params, batch.questions, samples=samples, seed=0, step=1, retriever=batch.retriever
+    )
+    scores = [
+        score_answer(solution.answer, question.answers)
+        for solution, question in zip(rolled.solutions, rolled.questions, strict=True)
+    ]
+    f1 = np.array([score.f1 for score in scores]).reshape(-1, samples).mean(-1)
+    right = np.array([score.exact_match for score in scores]).reshape(-1, samples).any(-1)
+    told = {}
+    for name, values in {"avg_at_k_f1": f1, "pass_at_k": right.astype(float)}.items():
+        low, high = interval(values)
+        told |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+    return told
+
+
+def evaluate(
+    engine: Engine,
+    params: Params,
+    batch: Batch,
+    sampler: Engine | None = None,
+    samples: int = 0,
+) -> Evaluation:
+    """Answers every question once; `engine` should sample at temperature 0.
+
+    With `samples`, `sampler` answers each as often besides, at its own temperature.
+    """
     rolled = engine.run(
         params, batch.questions, samples=1, seed=0, step=0, retriever=batch.retriever
     )
@@ -36,6 +75,8 @@ def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
         for solution, question in zip(rolled.solutions, rolled.questions, strict=True)
     ]
     f1 = np.array([score.f1 for score in scores])
+    right = np.array([score.exact_match for score in scores])
+    searched = rolled.trajectory.searches > 0
     hops = np.array([question.hops for question in rolled.questions])
     return Evaluation(
         f1=float(f1.mean()),
@@ -43,7 +84,10 @@ def evaluate(engine: Engine, params: Params, batch: Batch) -> Evaluation:
         f1_one_hop=_mean(f1[hops == 1]),
         f1_two_hop=_mean(f1[hops == 2]),
         searches=float(rolled.trajectory.searches.mean()),
+        solved_with_search=float((right & searched).mean()),
+        solved_without_search=float((right & ~searched).mean()),
         rolled=rolled,
+        sampled=evaluate_samples(sampler, params, batch, samples) if sampler and samples else {},
     )
 
 

@@ -370,9 +370,10 @@ class EvalConfig:
     """Greedy evaluation on held-out questions before and after learning; 0 questions: none."""
 
     questions: int = 0
+    samples: int = 0  # besides, so many answers at the rollout's temperature: avg@k, pass@k
 
     def __post_init__(self) -> None:
-        check_numbers("eval", self, questions=0)
+        check_numbers("eval", self, questions=0, samples=0)
 
 
 @dataclass(frozen=True)

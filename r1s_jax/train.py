@@ -224,11 +224,11 @@ class Run:
         }
 
     def evaluate(self, state: LearnerState) -> Evaluation | None:
-        """Greedy on held-out questions; None when the config asks for none."""
-        count = self.config.eval.questions
-        if not count:
+        """Greedy on held-out questions, and sampled where asked for; None without questions."""
+        if not (count := self.config.eval.questions):
             return None
-        return evaluate(self.examiner, state.params, self.environment.evaluation(count))
+        batch, drawn = self.environment.evaluation(count), (self.engine, self.config.eval.samples)
+        return evaluate(self.examiner, state.params, batch, *drawn)
 
     def _engine(self, rollout: RolloutConfig) -> Engine:
         p = self.config.policy

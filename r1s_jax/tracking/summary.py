@@ -58,14 +58,9 @@ def summarize(
         "best_checkpoint": str(best) if best else None,
     }
     if after:
-        summary |= {
-            "f1_before": progress.before["f1"],
-            "f1_after": after.f1,
-            "cover_em_before": progress.before["cover_em"],
-            "cover_em_after": after.cover_em,
-            "searches_before": progress.before["searches"],
-            "searches_after": after.searches,
-        }
+        for name, value in after.scores().items():
+            if name in progress.before:  # of what an earlier version began, not all is known
+                summary |= {f"{name}_before": progress.before[name], f"{name}_after": value}
         by_hops = {"f1_one_hop_after": after.f1_one_hop, "f1_two_hop_after": after.f1_two_hop}
         summary |= {name: f1 for name, f1 in by_hops.items() if f1 is not None}
         note_evaluation(run_dir, "after", after)
