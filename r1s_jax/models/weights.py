@@ -266,10 +266,15 @@ def save_params(
 
 
 def _name_tokenizer_for_all(file: Path) -> None:
-    """The class that transformers 5 writes is unknown to transformers 4; both know this one."""
+    """The class that transformers 5 writes is unknown to transformers 4; both know this one.
+
+    To transformers 4 its texts have token types, which none of our models takes.
+    """
     described = read_object(file, WeightsError)
     if described.get("tokenizer_class") == "TokenizersBackend":
-        _write_json(file, described | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        described["tokenizer_class"] = "PreTrainedTokenizerFast"
+        described.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        _write_json(file, described)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

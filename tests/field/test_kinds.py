@@ -120,6 +120,7 @@ def test_an_export_is_read_by_older_transformers(model, tmp_path):
     out = save_params(policy.params, policy.model, tmp_path / "out", policy.tokenizer)
     described = json.loads((out / "tokenizer_config.json").read_text())
     assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert described["model_input_names"] == ["input_ids", "attention_mask"]
     assert json.loads((out / "config.json").read_text())["transformers_version"]
     again = load_pretrained(str(out))
     assert again.tokenizer.encode("What is") == policy.tokenizer.encode("What is")
