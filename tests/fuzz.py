@@ -94,9 +94,10 @@ def _verdicts(folder: Path) -> None:
 
 
 def _read_verdicts(folder: Path) -> Any:
-    from r1s_jax.eval.judge import _read_journal
+    from r1s_jax.border.errors import BadInput
+    from r1s_jax.learning.judged import read_verdicts
 
-    return _read_journal(folder / "v.jsonl")
+    return read_verdicts(folder / "v.jsonl", BadInput)
 
 
 def _run(folder: Path) -> None:
@@ -338,6 +339,49 @@ def _override(folder: Path) -> Any:
         raise
 
 
+def _chat(folder: Path) -> None:
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Who wrote Dune?"}]}],
+        "temperature": 0.5,
+        "stop": ["x"],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "seed": 3,
+    }
+    (folder / "chat.json").write_text(json.dumps(body))
+
+
+def _read_chat(folder: Path) -> Any:
+    from r1s_jax.serving.chat import Refused, read_request
+
+    try:
+        asked = read_request((folder / "chat.json").read_bytes())
+        return asked.conversation(), asked.stops, asked.limit, asked.temperature, asked.seed
+    except Refused as refused:
+        assert refused.status == 400 and json.dumps(refused.json())
+        raise Refused(400, f"chat.json: {refused}") from None
+
+
+def _sums(folder: Path) -> None:
+    texts = ["stage2 + 0.2*retrieved_gold - 0.1*repeated_queries", "f1 - 2*searches_over(3)"]
+    (folder / "sums.json").write_text(json.dumps(texts))
+
+
+def _read_sums(folder: Path) -> Any:
+    from r1s_jax.border.json import parse
+    from r1s_jax.rewards.composed import parse as read_sum
+    from r1s_jax.rewards.registry import RewardError
+
+    texts = parse((folder / "sums.json").read_bytes(), "sums.json")
+    try:
+        return [read_sum(text, RewardError) for text in texts if isinstance(text, str)]
+    except RewardError as error:
+        raise RewardError(f"sums.json: {error}"[:MOST_CHARACTERS]) from error
+    except TypeError:  # no list: not what is read here
+        return None
+
+
 READERS = {
     "questions": Reader(_questions, _read_questions("q.jsonl")),
     "questions published": Reader(
@@ -373,6 +417,8 @@ READERS = {
     "dialect": Reader(_dialect, _read_dialect),
     "calls": Reader(_calls, _read_calls),
     "overrides": Reader(_overrides, _override, weight=4),
+    "chat request": Reader(_chat, _read_chat),
+    "reward sums": Reader(_sums, _read_sums, weight=4),
 }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import msgspec
 
-from r1s_jax.border.errors import BadInput
+from r1s_jax.border.errors import BadInput, UserError
 from r1s_jax.border.json import parse_object
 from r1s_jax.border.schema import check
 from r1s_jax.protocol.dialect import Message
@@ -34,7 +34,7 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Refused(Exception):
+class Refused(UserError):
     """A request that is not answered, as OpenAI's server would say it."""
 
     def __init__(

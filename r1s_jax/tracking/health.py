@@ -228,7 +228,7 @@ SIGNALS = (
     Signal(
         "thoughts_vanish",
         "words of reasoning a turn lost since their most (arXiv 2602.19526)",
-        _fallen("thought_words", 5.0),
+        _fallen("thought_words", 3.0),
         0.8,
         "the policy stops reasoning between its searches: take a reward that asks for the format "
         "(stage2), lower optimizer.learning_rate or raise algorithm.kl_coefficient",
