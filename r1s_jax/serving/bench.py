@@ -16,10 +16,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from r1s_jax.config import CorpusConfig
-from r1s_jax.data.corpora import open_retriever
 from r1s_jax.retrieval.corpus import wiki_summaries
-from r1s_jax.serving.bench_target import PASSAGES
+from r1s_jax.serving.bench_target import PASSAGES, open_summaries
 from r1s_jax.system.assets import resolve
 
 _START_S, _STOP_S, _ANSWER_S = 600, 60, 300
@@ -41,7 +39,7 @@ def bench_serve(
 
     `ratio` is of tokens a second, ours over JetStream's; None where that is not installed.
     """
-    open_retriever(CorpusConfig(passages=(PASSAGES,), encoder="hash"))  # built once, for both
+    open_summaries()  # built once, for both
     questions = _questions()
     engines = ["ours"]
     engines += ["jetstream"] if importlib.util.find_spec("jetstream") else []
@@ -49,9 +47,10 @@ def bench_serve(
     for engine in engines:
         say(f"{engine}: starting")
         with _server(engine, model, slots=clients) as url:
-            _ask_all(url, questions[:clients], clients, 0)  # compiles what is not yet
+            _ask_all(url, questions[:1], 1, 0)  # compiles what is not yet
             say(f"{engine}: {clients} clients for {seconds:g} s")
             told[engine] = _ask_all(url, questions, clients, seconds)
+            say(f"{engine}: {told[engine]['tokens_per_s']:.1f} tokens/s")
     theirs = told["jetstream"]
     ratio = theirs and told["ours"]["tokens_per_s"] / theirs["tokens_per_s"]
     return told | {"ratio": ratio, "errors": sum(told[engine]["errors"] for engine in engines)}

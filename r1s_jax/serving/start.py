@@ -14,6 +14,9 @@ from r1s_jax.serving.searcher import Searcher
 from r1s_jax.serving.server import Limits, Service, make_app
 from r1s_jax.system.console import console
 
+# Answers seldom get their documents at the same moment: a chunk of one of them, and a long one.
+PREFILL: dict[str, Any] = {"prefill_rows": 1, "prefill_chunk": 128}
+
 
 def start(
     model: str,
@@ -43,7 +46,7 @@ def start(
     length = min(max_length, policy.model.max_position)
     config = RolloutConfig(
         slots=slots,
-        prefill_rows=min(4, slots),
+        **PREFILL,
         max_length=length,
         max_prompt_length=length - 1,
         max_turn_length=min(2048, length),

