@@ -67,6 +67,7 @@ def test_index_encode_build_info_and_plan(tmp_path):
     assert "36,000,000 passages" in run("index", "plan", *size).stdout
 
 
+@pytest.mark.slow
 def test_bench_decode_and_update_print_json(model):
     short = ("--batch", "2", "--prompt-len", "16", "--new-tokens", "8", "--json")
     result = json.loads(

@@ -114,6 +114,7 @@ def test_they_tell_each_other_values_and_errors(tmp_path):
     assert told == [(0, "agreed")] * 2, ended[1][2]
 
 
+@pytest.mark.slow
 def test_a_rollout_may_be_left_and_entered_again(tmp_path):
     ended = finish(start(2, [*WORKER, "pieces", str(tmp_path)]))
     one, two = [(status, out.splitlines()[-1:]) for status, out, _ in ended]

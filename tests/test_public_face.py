@@ -180,6 +180,7 @@ KEYS = {
 }
 
 
+@pytest.mark.slow
 def test_keys_of_output_are_as_before(model, index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row = {"question": "q", "answer": "Rome", "solution": "so </think> <answer> Rome </answer>"}

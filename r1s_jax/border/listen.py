@@ -3,6 +3,7 @@
 Of the extra `serve`; every server of ours listens through this.
 """
 
+import math
 import signal
 import socket
 import threading
@@ -76,17 +77,19 @@ def serve(
     bound: socket.socket,
     announce: Callable[[str], None],
     stopping: Callable[[], None] = lambda: None,
+    drain_s: float = DRAIN_S,
 ) -> None:
-    """Serves until SIGTERM or SIGINT; requests in flight are answered first.
+    """Serves until SIGTERM or SIGINT; requests in flight are answered first, within `drain_s`.
 
     `announce` is told the address once connections are taken, and `stopping` called when the
-    signal comes. Call it on the main thread.
+    signal comes; a second signal waits for nobody. Call it on the main thread.
     """
-    server = _server(app, lambda: announce(address_of(bound)))
+    server = _server(app, lambda: announce(address_of(bound)), drain_s)
 
     # uvicorn drains on these signals, then raises them again: here that is no reason to die.
     def stop(*_: object) -> None:
         stopping()
+        server.force_exit = server.should_exit
         server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -104,14 +107,14 @@ def serve_in_background(app: ASGIApp, bound: socket.socket) -> str:
     return address_of(bound)
 
 
-def _server(app: ASGIApp, listening: Callable[[], None]) -> "_Server":
+def _server(app: ASGIApp, listening: Callable[[], None], drain_s: float = DRAIN_S) -> "_Server":
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
         http=_Patient,
-        timeout_graceful_shutdown=DRAIN_S,
+        timeout_graceful_shutdown=math.ceil(drain_s),
     )
     return _Server(config, listening)
 

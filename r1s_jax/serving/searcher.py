@@ -273,9 +273,8 @@ def _untold(job: Job, searches: Sequence[Search]) -> list[Search]:
 
 
 def _key_data(seed: int, sample: int) -> np.ndarray:
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        key = jax.random.fold_in(jax.random.key(seed & _BITS), sample)
-        return np.asarray(jax.random.key_data(key))
+    key = jax.random.fold_in(jax.random.key(seed & _BITS), sample)
+    return np.asarray(jax.random.key_data(key))
 
 
 def _nothing(rows: int, width: int) -> Prompts:

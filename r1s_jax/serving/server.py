@@ -65,7 +65,7 @@ class Service:
     ):
         """`name` is the model's to clients; `key`, where given, has to be sent by them."""
         self._searcher, self._name, self._key = searcher, name, key
-        self._first_search, self._limits = first_search, limits or Limits()
+        self._first_search, self.limits = first_search, limits or Limits()
         engine = searcher.engine
         self._render = conversation(engine.dialect, engine.tokenizer)
         self._groups = itertools.count(1)
@@ -78,8 +78,8 @@ class Service:
         started = time.monotonic()
         try:
             self._check_key(request)
-            if self.stopping:
-                raise Refused(503, "the server is stopping", kind="server_error")
+            if why := self._searcher.failed or ("the server is stopping" if self.stopping else ""):
+                raise Refused(503, why, kind="server_error")
             asked = read_request(await self._body(request))
             self._check(asked)
             exchange = await self._begin(asked, started)
@@ -128,7 +128,7 @@ class Service:
 
     async def _body(self, request: Request) -> bytes:
         try:
-            return await listen.read_body(request, self._limits.body_bytes)
+            return await listen.read_body(request, self.limits.body_bytes)
         except listen.TooLarge as error:
             raise Refused(413, str(error)) from None
 
@@ -163,7 +163,7 @@ class Service:
             Answer(engine.dialect, prompt, engine.decode, engine.eos_ids, asked.stops, first)
             for _ in range(asked.samples)
         ]
-        exchange = Exchange(self, asked, tokens, answers, started + self._limits.deadline_s)
+        exchange = Exchange(self, asked, tokens, answers, started + self.limits.deadline_s)
         try:
             self._searcher.submit(exchange.jobs(next(self._groups)))
         except Busy as busy:

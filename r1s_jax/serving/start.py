@@ -80,4 +80,4 @@ def serve(service: Service, bound: socket.socket, announce: Callable[[str], None
     def stopping() -> None:
         service.stopping = True
 
-    listen.serve(make_app(service), bound, announce, stopping)
+    listen.serve(make_app(service), bound, announce, stopping, service.limits.deadline_s)

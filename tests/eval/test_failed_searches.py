@@ -47,10 +47,10 @@ def without_times(path):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_so_far(path)]
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in BROKEN if kind != "lies"]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in BROKEN]
 
 
-@pytest.mark.parametrize("kind", ["dead", "lies", *SLOW])
+@pytest.mark.parametrize("kind", ["dead", *SLOW])
 def test_failures_end_an_evaluation_and_can_be_mended(kind, model, questions, tmp_path):
     out, state = tmp_path / "out.jsonl", {"broken": True}
 

@@ -26,6 +26,8 @@ from tests.kernels.oracle import (
 
 BACKENDS = {"tpu": tpu.backend(True), "gpu": gpu.backend(True)}
 MODULES = {"tpu": tpu, "gpu": gpu}
+# The longest tests, of which `make test` runs one backend.
+GPU_SLOW = ["tpu", pytest.param("gpu", marks=pytest.mark.slow)]
 # Numbers of a kernel run as on the machine: races found, memory never written reads as NaN.
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
@@ -64,13 +66,13 @@ def check_rows(backend, *, length=300, heads=4, kv_heads=2, head_dim=16, causal=
         np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GPU_SLOW)
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_rows_and_their_gradients(backend, causal):
     check_rows(BACKENDS[backend], causal=causal)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GPU_SLOW)
 @given(
     length=st.integers(1, 400),
     kv_heads=st.integers(1, 2),
@@ -97,7 +99,7 @@ def test_without_segments_and_of_its_own_scale(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GPU_SLOW)
 def test_a_change_in_one_segment_reaches_no_other(backend):
     q, k, v = random_qkv(1, 260, 2, 1, 16)
     segments = np.repeat([[1, 2, 3, 0]], [70, 90, 60, 40], axis=1).astype(np.int32)
@@ -240,7 +242,7 @@ def test_decoding_a_token_is_the_row_of_its_prefill(backend):
         np.testing.assert_allclose(got[:, 0], whole[:, t], atol=5e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", GPU_SLOW)
 def test_bfloat16_stays_near_float64(backend):
     q, k, v = random_qkv(1, 200, 4, 2, 64)
     half = [jnp.asarray(x, "bfloat16") for x in (q, k, v)]

@@ -338,5 +338,7 @@ def test_a_policy_that_breaks_is_said_and_the_server_is_not_well():
         searcher.engine.programs = None
         status, reply, _ = post(url, {"messages": ASK})
         assert status == 500 and "policy failed" in reply["error"]["message"]
+        status, reply, _ = post(url, {"messages": ASK})
+        assert status == 503 and "policy failed" in reply["error"]["message"]
         with pytest.raises(urllib.error.HTTPError, match="503"):
             get(f"{url}/health")
