@@ -14,21 +14,19 @@ from r1s_jax.border.http import without_credentials
 from r1s_jax.data.results import VERDICTS, header_path, read_header, read_results
 from r1s_jax.data.rows import DataError, gold_answers
 from r1s_jax.learning.judged import (
-    PROMPT as PROMPT,
-)
-from r1s_jax.learning.judged import (
+    PROMPT,
     Verdict,
     ask_judge,
     judge_prompt,
+    parse_verdict,
     read_verdicts,
     verdict_key,
-)
-from r1s_jax.learning.judged import (
-    parse_verdict as parse_verdict,
 )
 from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, check_installed
 from r1s_jax.system.files import write_json, write_rows
 from r1s_jax.system.locks import only_one
+
+__all__ = ["PROMPT", "JudgeError", "Verdict", "judge_file", "parse_verdict"]
 
 
 class JudgeError(ChatApiError):

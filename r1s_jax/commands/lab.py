@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shlex
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,7 +38,7 @@ def lab(
     Called again after a stop or a kill it goes on. Writes lab.json, table.md, curves.png and
     report.html to the directory, and prints the table. CONFIG's overrides are for all arms.
     """
-    from r1s_jax.system.console import console, make_progress
+    from r1s_jax.system.console import console
     from r1s_jax.tracking.arms import as_table
 
     arms = [_arm(text) for text in arm or []]
@@ -46,14 +47,17 @@ def lab(
     runs = [(a, seed) for seed in range(seeds) for a in arms]
     planned = {(a, seed): _planned(config, overrides, a, seed) for a, seed in runs}
     _check_same_lab(out, config, overrides or [], arms)
-    with make_progress() as bar:
-        task = bar.add_task("Arms", total=len(planned), info="")
-        for (a, seed), recipe in planned.items():
-            bar.update(task, info=f"{a.name}, seed {seed}")
-            if stopped := _run(recipe, out, a, seed):
-                typer.echo(json.dumps(stopped | {"out": str(out)}))
-                return
-            bar.update(task, advance=1)
+    started, made = time.monotonic(), 0
+    for number, ((a, seed), recipe) in enumerate(planned.items()):
+        if _is_done(out, a, seed):
+            continue
+        left = (time.monotonic() - started) / made * (len(planned) - number) if made else 0
+        told = f", about {left / 60:.0f} min left" if made else ""
+        console.rule(f"{a.name}, seed {seed}: run {number + 1} of {len(planned)}{told}")
+        if stopped := _run(recipe, out, a, seed):
+            typer.echo(json.dumps(stopped | {"out": str(out)}))
+            return
+        made += 1
     rows = _write_results(out, arms, seeds)
     console.print(as_table(rows))
     typer.echo(json.dumps({"out": str(out), "arms": rows}))
@@ -100,16 +104,18 @@ def _check_same_lab(out: Path, recipe: str, overrides: list[str], arms: list["Ar
     write_json(file, plan | {"arms": before | told})
 
 
+def _is_done(out: Path, arm: "Arm", seed: int) -> bool:
+    return (run_folder(out, arm.name, seed) / "summary.json").exists()
+
+
 def _run(config: "Config", out: Path, arm: "Arm", seed: int) -> dict[str, Any] | None:
-    """One run to its end, if it has not come there yet; what stopped it, where a signal did."""
+    """One run to its end; what stopped it before, where a signal did."""
     from r1s_jax.config import override
     from r1s_jax.system.files import write_json
     from r1s_jax.tracking.health import UnhealthyRun
     from r1s_jax.train import train
 
     folder = run_folder(out, arm.name, seed)
-    if (folder / "summary.json").exists():
-        return None
     if config.cold_start.steps:
         cold, stopped = _cold_start(config, out)
         if stopped:
