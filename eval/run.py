@@ -70,6 +70,7 @@ class EvalRun:
     thinking: str = ""
     force_dialect: bool = False  # ask a policy in a dialect that it was not trained in
     samples: int = 1  # answers to each question
+    drafts: int = 0  # next tokens guessed from the text: the same answers, in fewer passes
 
     def __post_init__(self) -> None:
         if self.mode not in ("search", "rag", "direct"):
@@ -267,6 +268,7 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
         first_search=rag,
         prefill_rows=1,
         prefill_chunk=128,
+        drafts=run.drafts,
     )
     return Engine(
         policy,
@@ -310,9 +312,9 @@ def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
     described = dataclasses.asdict(run)
     if (file := Path(run.questions)).exists():
         described["questions"] = file.name
-    # How many are answered at a time, and how many in all, changes no answer.
+    # How many are answered at a time, and how many in all, changes no answer; nor do drafts.
     # What it is asked in stands under `dialect`.
-    for name in ("slots", "limit", "dialect", "thinking", "force_dialect"):
+    for name in ("slots", "limit", "drafts", "dialect", "thinking", "force_dialect"):
         del described[name]
     for name, usual in (("samples", 1), ("max_searches", 9)):  # as in headers of earlier files
         if described[name] == usual:

@@ -9,6 +9,7 @@ import typer
 
 from r1s_jax.commands.options import (
     DialectOption,
+    Drafts,
     ForceDialect,
     MaxLength,
     Model,
@@ -67,6 +68,7 @@ def run(
     k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 5,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     samples: Samples = 1,
+    drafts: Drafts = 0,
     slots: Slots = 16,
     max_length: MaxLength = 4096,
     max_turn_length: Annotated[int, typer.Option(min=1, help="Tokens of a turn.")] = 512,
@@ -98,7 +100,7 @@ def run(
         max_searches=max_searches,
         limit=limit,
         **{"dialect": dialect, "thinking": thinking, "force_dialect": force_dialect},
-        samples=samples,
+        **{"samples": samples, "drafts": drafts},
     )
     engine, source = None, {}
     if mode != "direct":

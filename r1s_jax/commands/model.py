@@ -9,6 +9,7 @@ import typer
 from r1s_jax.commands.options import (
     AsJson,
     DialectOption,
+    Drafts,
     ForceDialect,
     Model,
     Overrides,
@@ -26,6 +27,7 @@ def ask(
     first_search: Annotated[
         bool, typer.Option(help="Search the question itself before the model starts.")
     ] = False,
+    drafts: Drafts = 4,
     dialect: DialectOption = "",
     thinking: ThinkingOption = "",
     force_dialect: ForceDialect = False,
@@ -35,6 +37,7 @@ def ask(
 
     asked = {"dialect": dialect, "thinking": thinking, "force_dialect": force_dialect}
     how = {"k": k, "temperature": temperature, "first_search": first_search}
+    how["drafts"] = drafts
     stream_answer(question, model, index, **how, **asked)
 
 

@@ -7,6 +7,12 @@ import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str, typer.Option(help="Path, hf:org/name or wheel:name==version.")]
+Drafts = Annotated[
+    int,
+    typer.Option(
+        min=0, max=64, help="Guess so many next tokens from the text: the same, in fewer passes."
+    ),
+]
 MaxLength = Annotated[int, typer.Option(min=16, help="Tokens of a trajectory.")]
 Prompt = Annotated[
     Path | None, typer.Option(help="Template with {question}, for models trained on their own.")

@@ -20,6 +20,7 @@ from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
 from r1s_jax.rollout.broker import Broker, Search
 from r1s_jax.rollout.exchange import Status
+from r1s_jax.rollout.lookup import lookup
 from r1s_jax.rollout.sampler import sample
 from r1s_jax.rollout.trajectory import Finish
 
@@ -109,15 +110,18 @@ class Turns(ABC):
 
 @dataclass(kw_only=True)
 class HostLoop(Turns):
-    """A trajectory sampled from a policy here, with a KV cache of its own."""
+    """A trajectory sampled from a policy here, with a KV cache of its own.
+
+    With `config.drafts` a pass verifies guesses (see lookup.py); its tokens are the same.
+    """
 
     model: ModelConfig
     params: Params
     compute_dtype: Any
 
     def run(self, prompt: Sequence[int], key: Any) -> Iterator[Event]:
-        self._cached = 0
-        capacity = self.config.max_length + self.config.prefill_chunk
+        self._cached, self._drawn = 0, []
+        capacity = self.config.max_length + max(self.config.prefill_chunk, self.config.drafts + 1)
         heads = self.model.num_kv_heads
         self._cache = KVCache.empty(self.model, 1, capacity, heads, self.compute_dtype)
         return super().run(prompt, key)
@@ -132,15 +136,35 @@ class HostLoop(Turns):
             start = jnp.array([self._cached])
             self._cache = _prefill(self._static, self.params, padded, start, self._cache)
             self._cached += len(new)
-        last, start = jnp.array(self.tokens[-1:]), jnp.array([self._cached])
-        logits, self._cache = _decode(self._static, self.params, last, start, self._cache)
-        uniform = jax.random.uniform(jax.random.fold_in(key, len(self.tokens)))[None]
-        token, _, logprob = _draw(logits, uniform, self.config.temperature, self.config.top_p)
-        self.tokens.append(int(token[0]))
+        if not self._drawn:
+            self._drawn = self._draw(key)
+        token, logprob = self._drawn.pop(0)
+        self.tokens.append(token)
         self.mask.append(True)
-        self.policy_logprobs.append(float(logprob[0]))
-        self._cached += 1
-        return self.tokens[-1]
+        self.policy_logprobs.append(logprob)
+        self._cached += 1  # the token before, or a guess that was right
+        return token
+
+    def _search(self, turn: list[int]) -> Event:
+        self._drawn = []  # what was drawn behind the turn follows something else now
+        return super()._search(turn)
+
+    def _draw(self, key: Any) -> list[tuple[int, float]]:
+        """The next token, and those after it whose guesses prove right, with log-probabilities."""
+        c, known = self.config, len(self.tokens)
+        fed = np.array(self.tokens[-1:], np.int32)
+        if c.drafts:
+            text = np.zeros((1, c.max_length + c.max_documents_length), np.int32)
+            text[0, :known] = self.tokens
+            guesses = _lookup(text, jnp.array([known]), c.drafts)[0]
+            fed = np.concatenate([fed, np.asarray(guesses)])
+        start = jnp.array([self._cached])
+        logits, self._cache = _decode(self._static, self.params, fed, start, self._cache)
+        places = known + jnp.arange(len(fed))
+        uniform = jax.vmap(lambda at: jax.random.uniform(jax.random.fold_in(key, at)))(places)
+        tokens, _, logprobs = map(np.asarray, _sample(logits, uniform, c.temperature, c.top_p))
+        right = next((n for n, guess in enumerate(fed[1:]) if guess != tokens[n]), len(fed) - 1)
+        return [(int(tokens[n]), float(logprobs[n])) for n in range(right + 1)]
 
     @property
     def _static(self) -> tuple[ModelConfig, Any]:
@@ -157,10 +181,13 @@ def _prefill(static, params: Params, tokens, starts, cache: KVCache) -> KVCache:
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _decode(static, params: Params, tokens, starts, cache: KVCache):
     policy = Policy(static[0], params, compute_dtype=static[1])
-    hidden, cache = policy.decode(tokens[:, None], starts, cache)
-    return policy.logits(hidden[:, 0]), cache
+    hidden, cache = policy.decode(tokens[None], starts, cache)
+    return policy.logits(hidden[0]), cache
+
+
+_lookup = jax.jit(lookup, static_argnums=2)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _draw(logits, uniform, temperature: float, top_p: float):
+def _sample(logits, uniform, temperature: float, top_p: float):
     return sample(logits, uniform, temperature=temperature, top_p=top_p)

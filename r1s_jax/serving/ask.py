@@ -39,6 +39,7 @@ def ask(
     k: int,
     temperature: float,
     first_search: bool,
+    drafts: int = 0,
     dialect: str = "",
     thinking: str = "",
     force_dialect: bool = False,
@@ -56,6 +57,7 @@ def ask(
         max_prompt_length=min(4096, policy.model.max_position) - 1,
         documents_per_query=k,
         prefill_chunk=128,
+        drafts=drafts,
     )
     loop, prompt = _prepare(policy, config, question, index, first_search)
     seed = int.from_bytes(os.urandom(4)) >> 1

@@ -248,3 +248,16 @@ def test_the_command(questions, searcher, index, tmp_path):
     assert len(rows_of(out)) == 5
     header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
     assert header["source"]["encoder"]["fingerprint"]
+
+
+def test_drafts_change_no_answer(questions, searcher, tmp_path):
+    def answers(drafts: int) -> list[dict]:
+        run = make_run(questions, searcher, slots=2, drafts=drafts)
+        return rows_of(answer_file(run, EchoRetriever(), {}, tmp_path / f"{drafts}.jsonl"))
+
+    plain, drafted = (
+        [{k: v for k, v in row.items() if k != "seconds"} for row in answers(drafts)]
+        for drafts in (0, 3)
+    )
+    assert plain == drafted
+    assert read_header(tmp_path / "0.jsonl") == read_header(tmp_path / "3.jsonl")

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 import time
+from functools import partial
 
 import jax
 import numpy as np
@@ -95,22 +96,33 @@ def test_log_probabilities_are_those_of_the_policy(rolled):
     assert (t.sample_logprobs[t.loss_mask] <= 1e-6).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.0])
-def test_the_host_driven_loop_agrees(temperature):
+@pytest.mark.parametrize(("temperature", "drafts"), [(1.0, 0), (0.0, 0), (1.0, 3)])
+def test_the_host_driven_loop_agrees(temperature, drafts):
+    """`drafts` are those of the host's loop alone."""
     engine = make_engine(dataclasses.replace(CONFIG, temperature=temperature))
     params = searching_params()
     rolled = roll(engine, params=params)
+    passes, draw = [], HostLoop._draw
+
+    def counted(loop: HostLoop, key) -> list:
+        drawn = draw(loop, key)
+        passes.append(len(drawn))
+        return drawn
+
     base = jax.random.fold_in(jax.random.key(1), 2)
     for row in range(len(rolled.questions)):
         question, sample = rolled.questions[row], row % 6
         key = jax.random.fold_in(jax.random.fold_in(base, question.id), sample)
         loop = host_loop(engine, params)
+        loop.config = dataclasses.replace(loop.config, drafts=drafts)
+        loop._draw = partial(counted, loop)
         list(loop.run(engine.encode(engine.render(question.question)), key))
         t, length = rolled.trajectory, len(loop.tokens)
         assert loop.tokens == t.tokens[row, : t.lengths[row]].tolist()
         assert loop.mask == t.loss_mask[row, :length].tolist()
         assert (loop.finish, loop.searches) == (t.finish[row], t.searches[row])
         np.testing.assert_allclose(loop.policy_logprobs, t.policy_logprobs[row, :length], atol=2e-5)
+    assert (max(passes) > 1) == (drafts > 0)
 
 
 def test_traces_name_every_token_and_its_advantage(engine, rolled):
