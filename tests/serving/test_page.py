@@ -52,7 +52,7 @@ def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_
         page.until("document.querySelector('.query')?.textContent.includes('searching')")
         page.value("form.requestSubmit()")  # the button says Stop
         page.until("document.querySelector('main').textContent.includes('Stopped.')")
-        for _ in range(200):
+        for _ in range(3000):
             if not searcher.slots_busy:
                 return
             time.sleep(0.02)

@@ -140,7 +140,7 @@ def gated():
 
 
 def until(condition) -> None:
-    for _ in range(1000):
+    for _ in range(6000):
         if condition():
             return
         threading.Event().wait(0.01)

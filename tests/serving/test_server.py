@@ -91,7 +91,7 @@ def get(url: str) -> str:
 
 
 def until(condition) -> None:
-    for _ in range(1000):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.01)
