@@ -31,7 +31,7 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.protocol.prompts import conversation
 from r1s_jax.serving.answer import Answer, Delta, Failed
 from r1s_jax.serving.chat import ChatRequest, Refused, read_request
-from r1s_jax.serving.events import EventStream
+from r1s_jax.serving.events import EventStream, disconnected
 from r1s_jax.serving.meters import Meters
 from r1s_jax.serving.searcher import Busy, Job, Searcher, Update
 
@@ -181,7 +181,7 @@ class Service:
 
     async def _whole(self, exchange: "Exchange", request: Request) -> Response:
         work = asyncio.ensure_future(exchange.finish())
-        gone = asyncio.ensure_future(_gone(request))
+        gone = asyncio.ensure_future(disconnected(request.receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
@@ -357,12 +357,6 @@ def _event(value: Any) -> bytes:
 
 def _bytes(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the client goes away."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def make_app(service: Service) -> Starlette:
