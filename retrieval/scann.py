@@ -79,17 +79,26 @@ class ScannSearcher:
         return top_k(*map(np.hstack, zip(*parts, strict=True)), k)
 
     def _search_shard(self, i: int, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
-        shard, k = self._shards[i], min(k, self._shards[i].size())
-        options: dict[str, Any] = {"final_num_neighbors": k}
+        k = min(k, self._shards[i].size())
+        ids, scores = self._read_leaves(i, queries, k, None)
+        # The leaves that are read may hold fewer than k passages: rows cut short read more of them.
+        leaves, most = self.parameters.get("leaves_searched", 0), self.parameters.get("leaves", 0)
+        while leaves < most and (short := np.isnan(scores).any(axis=1)).any():
+            leaves = min(4 * leaves, most)
+            ids[short], scores[short] = self._read_leaves(i, queries[short], k, leaves)
+        return ids.astype(np.int64) + self._starts[i], scores
+
+    def _read_leaves(
+        self, i: int, queries: Float[np.ndarray, "queries dims"], k: int, leaves: int | None
+    ) -> Found:
+        options: dict[str, Any] = {"final_num_neighbors": k, "leaves_to_search": leaves}
         if "reorder" in self.parameters:
             # A reorder that is narrower than k would leave the rest of the row unranked.
             options["pre_reorder_num_neighbors"] = max(k, self.parameters["reorder"])
         if len(queries) < _PARALLEL_ROWS or self._threads:
-            ids, scores = shard.search_batched(queries, **options)
-        else:
-            rows = max(8, -(-len(queries) // (os.cpu_count() or 1)))
-            ids, scores = shard.search_batched_parallel(queries, batch_size=rows, **options)
-        return ids.astype(np.int64) + self._starts[i], scores
+            return self._shards[i].search_batched(queries, **options)
+        rows = max(8, -(-len(queries) // (os.cpu_count() or 1)))
+        return self._shards[i].search_batched_parallel(queries, batch_size=rows, **options)
 
     def save(self, directory: Path) -> None:
         for i, shard in enumerate(self._shards):
