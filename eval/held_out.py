@@ -1,10 +1,13 @@
 """Evaluating a policy on held-out questions, with the rollout engine that training uses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from r1s_jax.data.environment import Batch
+from r1s_jax.data.question_forms import Question
 from r1s_jax.eval.score import interval
 from r1s_jax.models.params import Params
 from r1s_jax.rewards.answer_scores import score_answer
@@ -25,11 +28,12 @@ class Evaluation:
     solved_without_search: float
     rolled: Rolled
     sampled: dict[str, float] = field(default_factory=dict)  # see evaluate_samples
+    by_need: dict[str, float] = field(default_factory=dict)  # see search_by_need
 
     def scores(self) -> dict[str, float]:
         """What is compared before and after learning."""
         names = ("f1", "cover_em", "searches", "solved_with_search", "solved_without_search")
-        return {name: getattr(self, name) for name in names} | self.sampled
+        return {name: getattr(self, name) for name in names} | self.sampled | self.by_need
 
 
 def evaluate_samples(
@@ -88,7 +92,25 @@ def evaluate(
         solved_without_search=float((right & ~searched).mean()),
         rolled=rolled,
         sampled=evaluate_samples(sampler, params, batch, samples) if sampler and samples else {},
+        by_need=search_by_need(rolled.questions, searched, f1),
     )
+
+
+def search_by_need(
+    questions: Sequence[Question],
+    searched: Bool[np.ndarray, " N"],
+    f1: Float[np.ndarray, " N"],
+) -> dict[str, float]:
+    """Whether a policy searches where it must: shares of questions for which it searched, and F1,
+    apart for those whose facts it cannot know (`needed`) and those it may know by heart
+    (`by_heart`). Empty where there are not both kinds.
+    """
+    known = np.array([question.by_heart for question in questions])
+    if known.all() or not known.any():
+        return {}
+    kinds = {"needed": ~known, "by_heart": known}
+    of_searches = {f"searched_{kind}": float(searched[at].mean()) for kind, at in kinds.items()}
+    return of_searches | {f"f1_{kind}": float(f1[at].mean()) for kind, at in kinds.items()}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -84,10 +84,8 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_numbers("mesh", self, data=1, tensor=1)
-        check(
-            self.fsdp == -1 or self.fsdp >= 1,
-            f"mesh.fsdp must be -1 or at least 1, got {self.fsdp}",
-        )
+        valid = self.fsdp == -1 or self.fsdp >= 1
+        check(valid, f"mesh.fsdp must be -1 or at least 1, got {self.fsdp}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +162,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         check_numbers("rollout", self, slots=1, temperature=0, max_searches=0, max_prompt_length=1)
         check_numbers("rollout", self, max_turn_length=1, max_query_length=1, prefill_chunk=1)
-        check_numbers("rollout", self, documents_per_query=1, max_documents_length=1)
-        check_numbers("rollout", self, max_age=1, drafts=0)
+        check_numbers("rollout", self, documents_per_query=1, max_documents_length=1, drafts=0)
+        check_numbers("rollout", self, max_age=1)
         check(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
         check(
             self.max_prompt_length < self.max_length,
@@ -236,8 +234,8 @@ class AlgorithmConfig:
         )
         check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
         check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
-        check_numbers("algorithm", self, likelihood_coefficient=0)
-        check_numbers("algorithm", self, kl_coefficient=0, kl_target=0, reward_clip=0)
+        check_numbers("algorithm", self, likelihood_coefficient=0, kl_coefficient=0)
+        check_numbers("algorithm", self, kl_target=0, reward_clip=0)
         check(
             self.kl_penalty == "reward" or self.kl_estimator == "k3",
             "algorithm.kl_penalty=loss needs algorithm.kl_estimator=k3: the gradient of k1 is zero "
@@ -302,8 +300,7 @@ class StageConfig:
     # (rewards/composed.py), or http://... of a reward server.
     reward: str
     questions_per_step: int = 64
-    # The stage also ends after a step in which this share of answers kept the format; 0: it does
-    # not.
+    # The stage also ends after a step in which this share of answers kept the format; 0: never.
     until_format_valid: float = 0.0
 
 
@@ -315,6 +312,9 @@ class TinyWorldConfig:
     cold_start_people: int = 60
     eval_people: int = 200
     two_hop_fraction: float = 0.5
+    # People to know by heart, the same in every world; their share of questions, demonstrations.
+    known_people: int = 0
+    known_fraction: float = 0.3
     # Shares of the cold start's demonstrations: see TinyWorld.demonstration.
     guess_fraction: float = 0.2
     two_hop_guess_fraction: float = 0.5
@@ -325,9 +325,11 @@ class TinyWorldConfig:
 
     def __post_init__(self) -> None:
         check_numbers("environment", self, people=3, cold_start_people=3, eval_people=3)
-        check_numbers("environment", self, search_weight=0, guess_weight=0)
-        fractions = ("two_hop_fraction", "guess_fraction", "two_hop_guess_fraction")
-        check_shares("environment", self, *fractions)
+        check_numbers("environment", self, search_weight=0, guess_weight=0, known_people=0)
+        check_shares("environment", self, "two_hop_fraction", "known_fraction")
+        check_shares("environment", self, "guess_fraction", "two_hop_guess_fraction")
+        ring = self.known_people not in (1, 2)
+        check(ring, f"environment.known_people={self.known_people} must be 0 or at least 3")
 
 
 @dataclass(frozen=True)
@@ -385,9 +387,8 @@ class RunConfig:
     # Another place for checkpoints, gs://bucket/path say; none: in the run's directory.
     checkpoint_dir: str = ""
     traces_per_step: int = 4
-    stop_when_unhealthy: bool = (
-        True  # at a fatal signal (see tracking/health.py), with a checkpoint
-    )
+    # At a fatal signal (see tracking/health.py), with a checkpoint.
+    stop_when_unhealthy: bool = True
     wandb_project: str = ""  # also log to Weights & Biases, where it is installed
 
     def __post_init__(self) -> None:

@@ -138,6 +138,7 @@ def test_an_absent_architecture_cannot_be_set_from_the_command_line():
         ("rollout.max_searches=-1", "max_searches must be at least 0"),
         ("mesh.data=0", "mesh.data must be at least 1"),
         ("mesh.fsdp=0", "mesh.fsdp must be -1 or at least 1"),
+        ("environment.known_people=2", "known_people=2 must be 0 or at least 3"),
         ("policy.lora_rank=-4", "policy.lora_rank must be at least 0"),
         ("search.timeout_s=nan", "search.timeout_s must be at least 0, got nan"),
         ("search.max_failure_rate=5", "search.max_failure_rate must be between 0 and 1"),

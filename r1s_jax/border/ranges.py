@@ -33,6 +33,7 @@ MOST = {
     "people": 10**6,
     "cold_start_people": 10**6,
     "eval_people": 10**6,
+    "known_people": 10**5,
     "max_age": 1000,
     "drafts": 64,
 }

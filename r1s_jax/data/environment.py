@@ -99,26 +99,34 @@ class TinyWorldEnvironment:
 
     def _world(self, step: int, draw: int) -> TinyWorld:
         seed = (self.seed, _LEARNING, step, draw) if draw else (self.seed, _LEARNING, step)
-        return TinyWorld(seed, self.config.people)
+        return TinyWorld(seed, self.config.people, self.config.known_people)
 
     def evaluation(self, size: int) -> Batch:
-        return self._batch(TinyWorld((self.seed, _EVALUATION, 0), self.config.eval_people), size)
+        c = self.config
+        world = TinyWorld((self.seed, _EVALUATION, 0), c.eval_people, c.known_people)
+        return self._batch(world, size)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
         """A fifth guesses at once; the others look up one fact or set out for two, half each.
 
         Half of those set out for two guess after the first, which leaves something to learn. The
-        decision to search has little weight, so that only a minority of samples searches.
+        decision to search has little weight, so that only a minority of samples searches. Those
+        about known people, where there are any, guess as often, and guess right.
         """
         c = self.config
-        world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people)
+        world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people, c.known_people)
         rng = np.random.default_rng((self.seed, _COLD_START, step))
         one_hop = world.questions(3 * c.cold_start_people, 0.0)
         two_hop = world.questions(3 * c.cold_start_people, 1.0)
+        known = world.known_questions()
+        of_known = min(round(size * c.known_fraction), len(known))
+        size -= of_known
+        recalled = round(of_known * c.guess_fraction)
         guesses = round(size * c.guess_fraction)
         twice = (size - guesses) // 2
         picks = [(one_hop, size - guesses - twice, "search"), (two_hop, twice, "search")]
         picks += [(one_hop, guesses - guesses // 2, "guess"), (two_hop, guesses // 2, "guess")]
+        picks += [(known, recalled, "guess"), (known, of_known - recalled, "search")]
         out = []
         for questions, count, style in picks:
             for i in rng.choice(len(questions), count, replace=False):
@@ -132,8 +140,9 @@ class TinyWorldEnvironment:
     def _demonstration(self, world: TinyWorld, question: Question, style: Style) -> Demonstration:
         """Decisions to search and random answers count less; see TinyWorldConfig."""
         c = self.config
+        of_guess = 1.0 if question.by_heart else c.guess_weight
         spans = tuple(
-            (text, c.guess_weight if text.startswith(GUESS) else float(trained))
+            (text, of_guess if text.startswith(GUESS) else float(trained))
             for text, trained in world.demonstration(question, style, self.dialect)
         )
         return Demonstration(question.question, spans, 1.0 if style == "guess" else c.search_weight)
@@ -145,7 +154,8 @@ class TinyWorldEnvironment:
         pass
 
     def _batch(self, world: TinyWorld, size: int) -> Batch:
-        questions = world.questions(size, self.config.two_hop_fraction)
+        c = self.config
+        questions = world.questions(size, c.two_hop_fraction, c.known_fraction)
         return Batch(questions, self._index(world))
 
     def _index(self, world: TinyWorld) -> Index:

@@ -13,12 +13,16 @@ _SOURCE_IDS = ("_id", "id", "question_id", "idx")
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `answers` are equally good, `hops` is how many facts it takes (0: unknown)."""
+    """One question; `answers` are equally good, `hops` is how many facts it takes (0: unknown).
+
+    `by_heart`: its facts never change, so a policy may know the answer without a search.
+    """
 
     id: int
     question: str
     answers: tuple[str, ...]
     hops: int = 0
+    by_heart: bool = False
     source_id: str = ""  # its name in its file, where that is no number
     supporting: tuple[str, ...] = ()  # titles of the pages that hold its facts, where known
 

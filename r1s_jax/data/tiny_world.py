@@ -6,6 +6,7 @@ said in any world, and a name is the same few tokens wherever it stands, so that
 """
 
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -47,6 +48,8 @@ LAST_SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "euy")))
 _WORD_START = "▁"  # the customary mark of a piece that begins a word
 
 GUESS = " I guess."
+
+_KNOWN = (2**32 - 1,)  # the key of the world that the people known everywhere come from
 
 Style = Literal["guess", "search", "search_then_guess"]
 Spans = tuple[tuple[str, bool], ...]
@@ -159,16 +162,20 @@ class TinyWorld:
     """People with a birthplace, a trade and a teacher; the teachers form one ring.
 
     A ring of three or more makes nobody their own teacher, nor their teacher's. Everything follows
-    from `seed_key` (say, seed, split and index) and `num_people`; no method changes the world.
+    from `seed_key` (say, seed, split and index) and the numbers of people; no method changes the
+    world. Beside them live `known_people` who are the same, with the same facts, in every world,
+    and have nothing to do with the others.
     """
 
-    def __init__(self, seed_key: tuple[int, ...], num_people: int):
+    def __init__(self, seed_key: tuple[int, ...], num_people: int, known_people: int = 0):
         if num_people < 3:
             raise ConfigError(f"a world needs at least 3 people, not {num_people}")
         self.seed_key = seed_key
+        known = TinyWorld(_KNOWN, known_people) if known_people else None
+        self.known = known.people if known else []
         rng = self._rng("facts")
         # As many places as people: a few that recur would be remembered rather than read.
-        names = _draw_names(rng, 2 * num_people)
+        names = _draw_names(rng, 2 * num_people, known.names if known else ())
         people, self.places = names[:num_people], names[num_people:]
         self.people = [
             Person(
@@ -184,7 +191,12 @@ class TinyWorld:
             )
             for i, name in enumerate(people)
         ]
-        self._by_name = {person.name: person for person in self.people}
+        self._by_name = {person.name: person for person in (*self.people, *self.known)}
+
+    @property
+    def names(self) -> list[str]:
+        """Of all people and places, the known ones left out."""
+        return [person.name for person in self.people] + self.places
 
     def _rng(
         self, purpose: Literal["facts", "questions", "guesses"], *key: int
@@ -196,13 +208,20 @@ class TinyWorld:
     @property
     def passages(self) -> list[Passage]:
         """The corpus: one passage a person."""
-        return [Passage(str(i), person.passage) for i, person in enumerate(self.people)]
+        people = (*self.people, *self.known)
+        return [Passage(str(i), person.passage) for i, person in enumerate(people)]
 
-    def questions(self, n: int, two_hop_fraction: float) -> list[Question]:
-        """`n` different questions in random order, that share of them with two hops.
+    def questions(
+        self, n: int, two_hop_fraction: float, known_fraction: float = 0.0
+    ) -> list[Question]:
+        """`n` different questions in random order, that share of them about the known people, or
+        all about them that there are, and that share of the others with two hops.
 
         Their ids name them within this world. Raises ValueError when there are not so many.
         """
+        by_heart = self.known_questions()
+        of_known = min(round(n * known_fraction), len(by_heart))
+        n -= of_known
         two_hop = round(n * two_hop_fraction)
         rng, each = self._rng("questions"), len(self.people) * len(RELATIONS)
         if not 0 <= two_hop <= n or max(two_hop, n - two_hop) > each:
@@ -211,7 +230,14 @@ class TinyWorld:
             )
         one_hop_ids = rng.permutation(each)[: n - two_hop]
         two_hop_ids = rng.permutation(each)[:two_hop] + each
-        return [self._question(int(i)) for i in rng.permutation([*one_hop_ids, *two_hop_ids])]
+        known_ids = rng.permutation([q.id for q in by_heart])[:of_known] if of_known else []
+        ids = rng.permutation([*one_hop_ids, *two_hop_ids, *known_ids])
+        return [self._question(int(i)) for i in ids]
+
+    def known_questions(self) -> list[Question]:
+        """All about the people whose facts never change; each takes one of them."""
+        first = 2 * len(self.people) * len(RELATIONS)
+        return [self._question(first + i) for i in range(len(self.known) * len(RELATIONS))]
 
     def _question(self, id: int) -> Question:
         name, relations = self._hops(id)
@@ -219,10 +245,17 @@ class TinyWorld:
         answer = name
         for relation in relations:
             answer = self._by_name[answer].facts[relation]
-        return Question(id, f"What is {chain} of {name}?", (answer,), hops=len(relations))
+        text, by_heart = f"What is {chain} of {name}?", id >= 2 * len(self.people) * len(RELATIONS)
+        # Neither of one hop nor of two: scores by hops are of what has to be looked up.
+        hops = 0 if by_heart else len(relations)
+        return Question(id, text, (answer,), hops=hops, by_heart=by_heart)
 
     def _hops(self, id: int) -> tuple[str, tuple[str, ...]]:
         """Whom question `id` starts from and the relations to follow, the first hop first."""
+        each = len(self.people) * len(RELATIONS)
+        if id >= 2 * each:
+            which, who = divmod(id - 2 * each, len(self.known))
+            return self.known[who].name, (RELATIONS[which],)
         rest, who = divmod(id, len(self.people))
         two_hop, which = divmod(rest, len(RELATIONS))
         last = RELATIONS[which]
@@ -234,7 +267,8 @@ class TinyWorld:
         """A worked solution, as (text, trained?) spans that follow the prompt.
 
         `search` looks every hop up, `guess` none, `search_then_guess` the first alone. A guess is
-        a random value of the right kind, seldom the right one; its span begins with `GUESS`.
+        a random value of the right kind, seldom the right one, and the right one about the known
+        people; its span begins with `GUESS`.
         Documents are not trained on: the one passage of the person asked for, as the search engine
         would insert it. The first word of a thought, `Let` or `I`, is the decision to search or to
         guess.
@@ -257,7 +291,9 @@ class TinyWorld:
                 spans.append((f"{dialect.opening()} Found {relation} {value}.", True))
         thought = ""
         if style != "search":
-            value = self._guess(question.id, relations[-1])
+            value = question.answers[0]
+            if not question.by_heart:
+                value = self._guess(question.id, relations[-1])
             thought = GUESS if dialect.talks else ""
         answer = dialect.answer_turn(value) + _FORMS[dialect.name].end
         spans.append((thought + answer, True))
@@ -273,10 +309,10 @@ class TinyWorld:
 
         Then, and only then, each question has exactly one answer in the passages.
         """
-        names = [person.name for person in self.people] + self.places
+        names = self.names + [person.name for person in self.known]
         if len({*names, *TRADES}) != len(names) + len(TRADES):
             raise ValueError("a name stands for two things in this world")
-        for person in self.people:
+        for person in (*self.people, *self.known):
             if set(person.facts) != set(RELATIONS) or person.facts[TEACHER] not in self._by_name:
                 raise ValueError(f"the facts of {person.name} are not one value a relation")
 
@@ -288,12 +324,14 @@ def _in_any_order(rng: np.random.Generator, facts: dict[str, str]) -> dict[str, 
     return {relations[i]: facts[relations[i]] for i in rng.permutation(len(relations))}
 
 
-def _draw_names(rng: np.random.Generator, n: int) -> list[str]:
-    """`n` different names, e.g. Bakory."""
+def _draw_names(rng: np.random.Generator, n: int, taken: Container[str]) -> list[str]:
+    """`n` different names, e.g. Bakory, none of them taken."""
     drawn: dict[str, None] = {}  # a set that keeps its order
     while len(drawn) < n:
         first, second = rng.choice(SYLLABLES, 2)
-        drawn[f"{first}{second}{rng.choice(LAST_SYLLABLES)}".capitalize()] = None
+        name = f"{first}{second}{rng.choice(LAST_SYLLABLES)}".capitalize()
+        if name not in taken:
+            drawn[name] = None
     return list(drawn)
 
 

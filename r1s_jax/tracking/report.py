@@ -240,6 +240,8 @@ def _facts(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
         row("Held-out F1 of one-hop, after", "f1_one_hop_after"),
         row("Held-out F1 of two-hop, after", "f1_two_hop_after"),
         row("Searches a question, before → after", "searches_before", "searches_after"),
+        row("Searched where it must", "searched_needed_before", "searched_needed_after"),
+        row("Searched where it need not", "searched_by_heart_before", "searched_by_heart_after"),
         row("Mean reward of all steps", "mean_reward"),
         last("Reward, last step", "reward"),
         last("Answer F1, last step", "answer_f1"),

@@ -101,8 +101,12 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
         ("answer F1", "f1"),
         ("cover-EM", "cover_em"),
         ("searches a question", "searches"),
+        ("searched where it must", "searched_needed"),
+        ("searched where it need not", "searched_by_heart"),
     ):
-        table.add_row(name, *(f"{summary[f'{key}_{when}']:.3f}" for when in ("before", "after")))
+        if f"{key}_after" in summary:
+            values = (summary[f"{key}_{when}"] for when in ("before", "after"))
+            table.add_row(name, *(f"{value:.3f}" for value in values))
     for name in ("one_hop", "two_hop"):
         if (f1 := summary.get(f"f1_{name}_after")) is not None:
             table.add_row(f"F1, {name.replace('_', '-')}", "", f"{f1:.3f}")

@@ -89,6 +89,33 @@ def test_all_questions_of_a_small_world(num_people):
         world.questions(len(questions) + 2, two_hop_fraction=0.5)
 
 
+def test_known_people_are_the_same_everywhere_and_disturb_nobody():
+    worlds = [TinyWorld((0, 1, step), 60, known_people=5) for step in (2, 3)]
+    for world in worlds:
+        world.check()
+        for question in (asked := world.questions(40, 0.5, known_fraction=0.3)):
+            assert read_answer(world, question) == list(question.answers)
+            assert (question.hops == 0) == question.by_heart
+        assert sum(q.by_heart for q in asked) == 12
+        assert [q.hops for q in asked].count(2) == 14
+        known = world.known_questions()
+        assert len(known) == 5 * len(RELATIONS) and all(q.by_heart for q in known)
+        assert sum(q.by_heart for q in world.questions(100, 0.5, known_fraction=0.5)) == len(known)
+        for question in known:
+            told = world.demonstration(question, "guess")
+            assert rewards.stage2(rewards.Solution(told), question.answers).value == 1.0
+            looked_up = rewards.Solution(world.demonstration(question, "search"))
+            assert rewards.searches_answered(looked_up) == 1
+            assert rewards.stage2(looked_up, question.answers).value == 1.0
+    first, second = worlds
+    assert [(q.question, q.answers) for q in first.known_questions()] == [
+        (q.question, q.answers) for q in second.known_questions()
+    ]
+    assert {p.line for p in first.passages} & {p.line for p in second.passages} == {
+        person.passage for person in first.known
+    }
+
+
 def test_check_finds_a_clash():
     world = TinyWorld((7,), 5)
     world.places[0] = world.people[0].name

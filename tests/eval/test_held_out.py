@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from r1s_jax.data.environment import Batch
-from r1s_jax.eval.held_out import evaluate
+from r1s_jax.eval.held_out import evaluate, search_by_need
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.rewards.answer_scores import exact_match, f1_score
 from tests.fakes import EchoRetriever
@@ -32,6 +32,19 @@ def test_what_is_solved_is_told_with_and_without_a_search(told):
     assert got.solved_with_search == np.mean(right)  # this policy always searches
     assert got.solved_without_search == 0
     assert set(got.scores()) >= {"f1", "cover_em", "searches", "solved_with_search"}
+
+
+def test_searching_by_need_is_told_apart_where_some_need_no_search():
+    lookup, known = QUESTIONS[0], dataclasses.replace(QUESTIONS[0], hops=0, by_heart=True)
+    searched, f1 = np.array([True, False, True, False]), np.array([1.0, 0.0, 0.5, 1.0])
+    assert search_by_need([lookup, lookup, lookup, known], searched, f1) == {
+        "searched_needed": 2 / 3,
+        "searched_by_heart": 0.0,
+        "f1_needed": 0.5,
+        "f1_by_heart": 1.0,
+    }
+    for alike in (lookup, known):
+        assert search_by_need([alike] * 4, searched, f1) == {}
 
 
 def test_avg_and_pass_at_k_are_counted_over_the_samples_of_a_question(told):
