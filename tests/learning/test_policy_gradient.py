@@ -83,22 +83,41 @@ def oracle(a, t, rewards, table, reference, seed, step, rate):
     order = np.random.default_rng((seed, step)).permutation(N)
     for part in np.array_split(order, UPDATES):
         gradient, rows = np.zeros(VOCABULARY), max(1, sum(mask[i].any() for i in part))
-        for i, j in product(part, range(W)):
-            if not mask[i, j]:
-                continue
-            share = 1 / (mask[i].sum() * rows)
+        for i in part[mask[part].any(1)]:
+            at = mask[i]
+            share = 1 / (at.sum() * rows)
             if a.loss_average == "token":
                 share = 1 / mask[part].sum()
-            token, advantage = t.tokens[i, j], advantages[i, j]
-            ratio = np.exp(table[token] - old[i, j])
-            free = ratio < 1 + (a.clip_high or a.clip) if advantage > 0 else ratio > 1 - a.clip
-            free &= not (a.dual_clip and advantage < 0 and ratio > a.dual_clip)
-            gradient[token] -= share * correction[i, j] * free * ratio * advantage
+            tokens, advantage = t.tokens[i, at], advantages[i, at]
+            log_ratio = table[tokens] - old[i, at]
+            slope = -correction[i, at] * slopes(a, log_ratio, advantage) * advantage
+            if a.likelihood_coefficient and log_ratio.mean() < 0:
+                slope -= a.likelihood_coefficient * ((log_ratio < 0) & (advantage >= 0))
             if a.kl_penalty == "loss":
-                q = np.exp(reference[token] - table[token])
-                gradient[token] += a.kl_coefficient * share * (1 - q)
+                slope += a.kl_coefficient * (1 - np.exp(reference[tokens] - table[tokens]))
+            np.add.at(gradient, tokens, share * slope)
         table = table - rate * gradient
     return table
+
+
+def slopes(a, log_ratio, advantage):
+    """What a sequence's objective gains with each log-probability, in advantages."""
+    ratio, high = np.exp(log_ratio), a.clip_high or a.clip
+    if a.loss == "reinforce":
+        return np.ones(len(ratio))
+    if a.loss == "cispo":
+        return np.minimum(ratio, 1 + high)
+    if a.loss == "gmpo":
+        limited = np.where(
+            advantage > 0, np.minimum(log_ratio, high), np.maximum(log_ratio, -a.clip)
+        )
+        return np.exp(limited.mean()) * (limited == log_ratio)
+    if a.loss == "gspo":
+        ratio = np.full(len(ratio), np.exp(log_ratio.mean()))
+    free = np.where(advantage > 0, ratio < 1 + high, ratio > 1 - a.clip)
+    if a.dual_clip:
+        free &= ~((advantage < 0) & (ratio > a.dual_clip))
+    return free * ratio
 
 
 OPTIONS = {
@@ -110,6 +129,11 @@ OPTIONS = {
     "kl k1": {"kl_coefficient": 0.1},
     "kl k3": {"kl_coefficient": 0.1, "kl_estimator": "k3"},
     "kl loss": {"kl_coefficient": 0.3, "kl_penalty": "loss", "kl_estimator": "k3"},
+    "gspo": {"loss": "gspo", "clip": 0.02, "clip_high": 0.03},
+    "cispo": {"loss": "cispo", "clip": 0.05},
+    "gmpo": {"loss": "gmpo", "clip": 0.05},
+    "reinforce": {"loss": "reinforce"},
+    "likelihood": {"likelihood_coefficient": 0.5},
 }
 
 
