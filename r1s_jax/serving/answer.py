@@ -8,8 +8,8 @@ from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.retrieval.api import split_line
 from r1s_jax.rollout.broker import VOID, Search
 from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.serving.jobs import Update
 from r1s_jax.serving.pieces import Pieces
-from r1s_jax.serving.searcher import Update
 
 Delta = dict[str, Any]
 _FULL = (Finish.LENGTH, Finish.SEARCH_LIMIT)

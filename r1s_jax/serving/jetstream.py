@@ -1,15 +1,13 @@
 """Answering through JetStream: a search ends one of its requests and begins the next.
 
-The same face as Searcher has. Greedy only; after every search the whole sequence is prefilled
-again, and the slot of a client that went away works on to its request's end.
+Greedy only; after every search the whole sequence is prefilled again, and the slot of a client that
+went away works on to its request's end.
 """
 
 import asyncio
 import logging
 import queue
 import threading
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +21,12 @@ from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.host_loop import Event, Turns
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.serving.jetstream_engine import ActiveRequest, SearchEngine, start_driver
-from r1s_jax.serving.searcher import Busy, Job, Update
+from r1s_jax.serving.jobs import Job, Jobs, Update
 
 logger = logging.getLogger(__name__)
 
 
-class JetStreamSearcher:
+class JetStreamSearcher(Jobs):
     """See the module; a thread for each answer that is being made."""
 
     greedy_only = True
@@ -44,57 +42,29 @@ class JetStreamSearcher:
         compute_dtype: np.dtype | None = None,
     ):
         """Raises ValueError for more than one device."""
-        self.engine = Engine(
+        engine = Engine(
             policy,
             config,
             search=search or SearchConfig(max_failure_rate=1.0),
             compute_dtype=compute_dtype,
             forgiving=True,
         )
-        self.engine.broker.begin(retriever)
-        self.config, self.waiting, self.rows = config, waiting, config.slots
+        super().__init__(engine, config.slots, waiting)
+        engine.broker.begin(retriever)
         params = shard_params(policy.params, policy.model, self.engine.mesh)
         self._driver = start_driver(SearchEngine(self.engine, self.engine.programs.prepare(params)))
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._queue: deque[Job] = deque()
-        self._changed, self._closed, self.failed = threading.Condition(), False, ""
-        self.slots_busy = self.tokens = self.documents = 0
+        self.slots_busy = 0
         self._threads = [
             threading.Thread(target=self._work, daemon=True) for _ in range(config.slots)
         ]
         for thread in self._threads:
             thread.start()
 
-    @property
-    def queued(self) -> int:
-        return len(self._queue)
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Takes all of them or none; raises Busy. ValueError for a prompt that is too long."""
-        if any(len(job.prompt) >= self.config.max_length for job in jobs):
-            raise ValueError("the prompt leaves no room for an answer")
-        with self._changed:
-            if self._closed:
-                raise Busy("the server is stopping")
-            free = self.rows - self.slots_busy
-            if len(self._queue) + len(jobs) > self.waiting + free:
-                raise Busy(f"{len(self._queue)} answers are waiting")
-            self._queue.extend(jobs)
-            self._changed.notify_all()
-
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Nobody waits for these any more: they end with the request that JetStream is at."""
-        with self._changed:
-            for job in jobs:
-                job.cancelled = True
-            self._queue = deque(job for job in self._queue if not job.cancelled)
-
     def close(self) -> None:
         """Finishes what was taken, and takes no more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        super().close()
         for thread in self._threads:
             thread.join()
         self._driver.stop()

@@ -5,7 +5,7 @@ from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.jobs import Jobs
 
 _WINDOW_S = 10.0
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -14,7 +14,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Meters:
     """Requests, tokens, searches, slots and times of one searcher."""
 
-    def __init__(self, searcher: Searcher):
+    def __init__(self, searcher: Jobs):
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "r1s_requests", "Requests answered.", ["status"], registry=registry

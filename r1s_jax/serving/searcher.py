@@ -8,9 +8,7 @@ alone, not on what is answered beside it.
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ from r1s_jax.rollout.broker import Search
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.trajectory import Finish, Prompts, Settings
+from r1s_jax.serving.jobs import Job, Jobs, Update
 from r1s_jax.system.distributed import to_host
 
 logger = logging.getLogger(__name__)
@@ -33,43 +32,8 @@ _TURNS = 4
 _BITS = 0xFFFFFFFF
 
 
-class Busy(Exception):
-    """As much is waiting as may wait, or the server is stopping."""
-
-
-class Update(NamedTuple):
-    """What has become of an answer since the update before."""
-
-    tokens: list[int]
-    mask: list[bool]  # which of them the policy wrote
-    searches: list[Search]  # that began or ended
-    finish: Finish
-    error: str = ""
-
-
-@dataclass(eq=False)
-class Job:
-    """One answer to make. Those of one `group` have one prompt, which is computed once."""
-
-    prompt: Sequence[int]
-    seed: int
-    update: Callable[[Update], None]  # called on the searcher's thread
-    sample: int = 0
-    group: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int | None = None  # that the policy writes
-
-    seen: int = 0  # tokens told, the prompt's included
-    wrote: int = 0
-    told: list[tuple[Search, str]] = field(default_factory=list)  # with the outcome last told
-    cancelled: bool = False
-
-
-class Searcher:
+class Searcher(Jobs):
     """One policy with its search engine, in slots of its own thread."""
-
-    greedy_only = False
 
     def __init__(
         self,
@@ -83,7 +47,7 @@ class Searcher:
         compute_dtype: np.dtype | None = None,
     ):
         """At most `waiting` answers wait for a slot. Compiles, which may take a minute."""
-        self.engine = Engine(
+        engine = Engine(
             policy,
             config,
             search=search or SearchConfig(max_failure_rate=1.0),
@@ -91,17 +55,13 @@ class Searcher:
             compute_dtype=compute_dtype,
             forgiving=True,
         )
-        self.config, self.waiting = config, waiting
+        super().__init__(engine, config.slots * batch_shards(engine.mesh), waiting)
         mesh, programs = self.engine.mesh, self.engine.programs
-        self.rows = config.slots * batch_shards(mesh)
         self._params = programs.prepare(shard_params(policy.params, policy.model, mesh))
         self._prompts = _nothing(self.rows, config.max_length)
         self._state = programs.start(self._placed())
         self.engine.broker.begin(retriever)
         self._jobs: dict[int, Job] = {}  # by row
-        self._queue: deque[Job] = deque()
-        self._changed, self._closed, self.failed = threading.Condition(), False, ""
-        self.tokens = self.documents = 0  # written by the policy, given to it
         self._thread = threading.Thread(target=self._work, name="searcher", daemon=True)
         self._thread.start()
         self._warm_up()
@@ -110,37 +70,9 @@ class Searcher:
     def slots_busy(self) -> int:
         return len(self._jobs)
 
-    @property
-    def queued(self) -> int:
-        return len(self._queue)
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Takes all of them or none; raises Busy. ValueError for a prompt that is too long."""
-        if any(len(job.prompt) >= self.config.max_length for job in jobs):
-            raise ValueError("the prompt leaves no room for an answer")
-        with self._changed:
-            if self._closed or self.failed:
-                raise Busy(self.failed or "the server is stopping")
-            free = self.rows - len(self._jobs)
-            if len(self._queue) + len(jobs) > self.waiting + free:
-                raise Busy(f"{len(self._queue)} answers are waiting")
-            self._queue.extend(jobs)
-            self._changed.notify_all()
-        self.engine.broker.wake()
-
-    def cancel(self, jobs: Sequence[Job]) -> None:
-        """Nobody waits for these any more: their slots are free at the next entry."""
-        with self._changed:
-            for job in jobs:
-                job.cancelled = True
-            self._queue = deque(job for job in self._queue if not job.cancelled)
-            self._changed.notify_all()
-
     def close(self) -> None:
         """Finishes what was taken, and takes no more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        super().close()
         self._thread.join()
 
     # On the thread.

@@ -32,8 +32,8 @@ from r1s_jax.protocol.prompts import conversation
 from r1s_jax.serving.answer import Answer, Delta, Failed
 from r1s_jax.serving.chat import ChatRequest, Refused, read_request
 from r1s_jax.serving.events import EventStream, disconnected
+from r1s_jax.serving.jobs import Busy, Job, Jobs, Update
 from r1s_jax.serving.meters import Meters
-from r1s_jax.serving.searcher import Busy, Job, Searcher, Update
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Service:
 
     def __init__(
         self,
-        searcher: Searcher,
+        searcher: Jobs,
         name: str,
         *,
         key: str = "",
@@ -207,7 +207,7 @@ class Service:
         return self._name
 
     @property
-    def searcher(self) -> Searcher:
+    def searcher(self) -> Jobs:
         return self._searcher
 
 
