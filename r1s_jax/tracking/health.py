@@ -97,6 +97,11 @@ def _empty_share(h: History) -> float:
     return (h.recent("searches_empty") + h.recent("searches_failed")) / max(queries, 1e-9)
 
 
+def _drift(h: History) -> float:
+    """A step that is too far by itself says so at once: those not there yet count as none."""
+    return sum(row.get("ratio_drift", 0.0) for row in h.rows[-_WINDOW:]) / _WINDOW
+
+
 def _reward_without_f1(h: History) -> float:
     """How much the reward rose in this stage while F1 did not."""
     stage = h.stage()
@@ -153,7 +158,7 @@ SIGNALS = (
     Signal(
         "ratio_drift",
         "mean |log ratio| between the policy after a step's updates and the one that sampled",
-        lambda h: h.recent("ratio_drift"),
+        _drift,
         0.3,
         "each rollout is used for more than it is good for: lower optimizer.learning_rate or "
         "algorithm.updates_per_rollout",

@@ -1,6 +1,9 @@
 """Answers made in shared slots, against the same made alone and against the loop of the host."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import threading
 
 import jax
@@ -151,17 +154,18 @@ def until(condition) -> None:
 def test_who_waits_for_documents_stops_nobody_and_a_full_queue_refuses(gated):
     searcher, retriever = gated
     prompt = searcher.engine.prompt_tokens(QUESTIONS[0].question)
-    heard = [Heard() for _ in range(6)]
+    slots = searcher.rows
+    heard = [Heard() for _ in range(slots + 2)]
     jobs = [Job(prompt, i, h, group=i + 1) for i, h in enumerate(heard)]
     searcher.submit(jobs)
     with pytest.raises(Busy, match="waiting"):
         searcher.submit([Job(prompt, 9, Heard())])
-    until(lambda: all(h.searches for h in heard[:4]))
-    assert [h.searches[0][1] for h in heard[:4]] == ["pending"] * 4
-    assert searcher.slots_busy == 4 and searcher.queued == 2
+    until(lambda: all(h.searches for h in heard[:slots]))
+    assert [h.searches[0][1] for h in heard[:slots]] == ["pending"] * slots
+    assert searcher.slots_busy == slots and searcher.queued == 2
 
     searcher.cancel(jobs[:2])  # their slots go to those that wait, their documents to nobody
-    until(lambda: all(h.searches for h in heard[4:]))
+    until(lambda: all(h.searches for h in heard[slots:]))
     assert searcher.queued == 0
     retriever.gate.set()
     for h in heard[2:]:
@@ -179,3 +183,12 @@ def test_a_search_that_fails_is_told_and_the_answer_goes_on():
     assert "None" in searcher.engine.decode(heard.tokens)
     with pytest.raises(Busy, match="stopping"):
         searcher.submit([Job([5], 0, Heard())])
+
+
+@pytest.mark.slow
+def test_the_same_holds_with_slots_on_four_devices():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    code = "import jax, pytest, sys; assert len(jax.devices()) == 4; sys.exit(pytest.main("
+    code += f"[{__file__!r}, '-m', 'not slow', '-p', 'no:cacheprovider']))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -93,6 +93,12 @@ def test_a_healthy_run_is_left_in_peace():
     assert check(rows({"reward": 0.9, "rewards_answers": False})) == [], "stage 1 pays for format"
 
 
+def test_one_update_that_goes_much_too_far_is_told_after_the_first_step():
+    for drift, told in ((0.9, []), (1.5, ["ratio_drift"])):
+        fired = check(History([HEALTHY | {"ratio_drift": drift}]))
+        assert [one["signal"] for one in fired] == told
+
+
 def test_what_is_very_bad_is_fatal():
     for last in ({"logprob_gap_mean": 2.0}, {"format_valid": 0.0}):
         assert [f["level"] for f in check(rows(last))] == ["fatal"]
