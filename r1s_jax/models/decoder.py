@@ -114,6 +114,9 @@ class Policy(nnx.Module):
         at = starts[:, None] + jnp.arange(tokens.shape[1])
 
         def write(layer: Array, buffer: Array, new: Array) -> Array:
+            if len(starts) == 1:  # the CPU's compiler would copy the whole cache at every layer
+                at_start = (layer, 0, 0, starts[0], *(0,) * (buffer.ndim - 4))
+                return lax.dynamic_update_slice(buffer, new[None], at_start)
             # Slots and heads as one axis: with heads inside the written window, the TPU compiler
             # turns the whole cache around for it, and back, at every layer.
             heads, rest = buffer.shape[2], buffer.shape[3:]

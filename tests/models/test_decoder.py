@@ -76,3 +76,25 @@ def test_cached_decoding_is_the_full_forward(family, impl, stacked):
             got[i, at[i]] = logits[rows[i]]
         at += 1
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8])
+@pytest.mark.parametrize("step", ["decode", "prefill"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_no_step_copies_the_cache(slots, step, quantized):
+    """Memory of the compiled step beside its operands, against the cache's own."""
+    config, impl = FAMILIES["llama"], "xla"
+    params = unstack_layers(init_params(config, 0))
+    heads = config.num_kv_heads
+    cache = KVCache.empty(config, slots, 8192, heads, jnp.float32, impl, quantized=quantized)
+    tokens, starts = jnp.zeros((slots, 3), jnp.int32), jnp.arange(slots)
+
+    def run(params, cache):
+        policy = Policy(config, params, impl=impl)
+        if step == "decode":
+            return policy.decode(tokens, starts, cache)
+        return policy.prefill(tokens, jnp.arange(slots), starts, cache)
+
+    compiled = jax.jit(run, donate_argnums=1).lower(params, cache).compile()
+    held = sum(x.nbytes for x in jax.tree.leaves(cache))
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.2 * held
