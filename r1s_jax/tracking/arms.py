@@ -1,6 +1,6 @@
 """Runs of several settings, each over several seeds, side by side: a table and their curves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,13 @@ _WINDOW = 4  # steps
 # 97.5 % points of Student's t by degrees of freedom; beyond them, of the normal distribution.
 _T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NORMAL = 1.96
+# Of a summary, and what they are called in a table; the latter two where questions are of both
+# kinds (see eval/held_out.search_by_need).
+_SEARCHES = {
+    "searches_after": "searches",
+    "searched_needed_after": "searched where it must",
+    "searched_by_heart_after": "and where not",
+}
 
 
 class Arm(NamedTuple):
@@ -45,7 +52,7 @@ def run_result(folder: Path) -> dict[str, Any]:
     return {
         "f1_before": summary.get("f1_before"),
         "f1_after": summary.get("f1_after"),
-        "searches_after": summary.get("searches_after"),
+        **{name: summary.get(name) for name in _SEARCHES},
         "steps_to_good": steps,
         "seconds_to_good": float(spent[steps - 1]) if steps else None,
         "signals": signals,
@@ -64,7 +71,7 @@ def table_of(results: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, 
                 "seeds": len(runs),
                 **{key: _mean([run[key] for run in runs]) for key in ("f1_before", "f1_after")},
                 "f1_after_interval": _interval([run["f1_after"] for run in runs]),
-                "searches_after": _mean([run["searches_after"] for run in runs]),
+                **{name: _mean([run[name] for run in runs]) for name in _SEARCHES},
                 "reached_good": sum(run["steps_to_good"] is not None for run in runs),
                 "steps_to_good": _mean([run["steps_to_good"] for run in runs]),
                 "seconds_to_good": _mean([run["seconds_to_good"] for run in runs]),
@@ -77,37 +84,40 @@ def table_of(results: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table for a page."""
-    head = "| " + " | ".join(_HEADINGS) + " |\n|" + " --- |" * len(_HEADINGS)
-    return "\n".join([head, *("| " + " | ".join(_cells(row)) + " |" for row in rows)]) + "\n"
+    lines = [list(cells) for cells in _cells(rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The table for a terminal."""
-    table = Table()
-    for heading in _HEADINGS:
-        table.add_column(heading)
-    for row in rows:
-        table.add_row(*_cells(row))
+    headings, *lines = _cells(rows)
+    table = Table(*headings)
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
-_HEADINGS = ("arm", "F1 before", "F1 after (95 %)", f"steps to {GOOD}", "s", "searches", "signals")
-
-
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    low, high = row["f1_after_interval"] or (None, None)
-    spread = f" ({low:.2f} to {high:.2f})" if low is not None else ""
-    reached = f"{_number(row['steps_to_good'], 0)} ({row['reached_good']}/{row['seeds']})"
-    signals = ", ".join(f"{name} {count}x" for name, count in row["signals"].items())
-    return [
-        row["arm"],
-        _number(row["f1_before"]),
-        _number(row["f1_after"]) + spread,
-        reached,
-        _number(row["seconds_to_good"], 0),
-        _number(row["searches_after"]),
-        signals or "-",
-    ]
+def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """The headings, then a line of each arm; of the searches the columns that any arm fills."""
+    searches = {k: v for k, v in _SEARCHES.items() if any(row[k] is not None for row in rows)}
+    heads = ("arm", "F1 before", "F1 after (95 %)", f"steps to {GOOD}", "s", *searches.values())
+    yield (*heads, "signals")
+    for row in rows:
+        low, high = row["f1_after_interval"] or (None, None)
+        f1 = _number(row["f1_after"]) + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
+        if row["stopped"]:  # of which there is no F1
+            f1 += f", {row['stopped']} stopped"
+        reached = f"{_number(row['steps_to_good'], 0)} ({row['reached_good']}/{row['seeds']})"
+        yield (
+            row["arm"],
+            _number(row["f1_before"]),
+            f1,
+            reached,
+            _number(row["seconds_to_good"], 0),
+            *(_number(row[name]) for name in searches),
+            ", ".join(f"{name} {count}x" for name, count in row["signals"].items()) or "-",
+        )
 
 
 def _number(value: float | None, places: int = 2) -> str:

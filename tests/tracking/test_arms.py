@@ -55,6 +55,18 @@ def test_a_row_holds_means_and_intervals_over_seeds(tmp_path):
     assert alone["f1_after_interval"] is None
     page = as_markdown([row, alone])
     assert page.count("\n") == 4 and "0.89 (" in page and "4 (3/3)" in page
+    assert "stopped" not in page and "where it must" not in page
+
+
+def test_a_run_that_was_stopped_and_searches_by_need_stand_in_the_table(tmp_path):
+    runs = [
+        run_result(write_run(tmp_path / n, [0.9] * 4, f1)) for n, f1 in (("a", 0.9), ("b", None))
+    ]
+    runs[0] |= {"searched_needed_after": 0.98, "searched_by_heart_after": 0.25}
+    page = as_markdown(table_of({"priced": runs}))
+    assert "0.90, 1 stopped" in page
+    head, _, line = page.splitlines()
+    assert "| searched where it must | and where not |" in head and "| 0.98 | 0.25 |" in line
 
 
 def test_the_picture_is_drawn_of_runs_of_several_lengths(tmp_path):
