@@ -38,7 +38,7 @@ def published(
         name=name,
         policy=PolicyConfig(model=model, compute_dtype="bfloat16", remat="attention"),
         environment=CorpusConfig(
-            questions=(f"data/stage_{1 if stage1 else 2}.jsonl",),
+            questions=(f"data/stage_{2 if stage2 else 1}.jsonl",),
             index="indexes/kilt",
             prompt=prompt,
         ),

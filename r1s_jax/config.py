@@ -228,10 +228,9 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         check(0 < self.clip < 1, f"algorithm.clip must be between 0 and 1, got {self.clip}")
-        check(
-            self.dual_clip == 0 or 1 < self.dual_clip <= 1e6,
-            f"algorithm.dual_clip must be 0 or more than 1, got {self.dual_clip}",
-        )
+        dual = self.dual_clip == 0 or (1 < self.dual_clip <= 1e6 and self.loss == "clip")
+        told = f"algorithm.dual_clip={self.dual_clip} with algorithm.loss={self.loss}"
+        check(dual, f"{told}: it must be 0, or more than 1 with loss=clip")
         check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
         check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
         check_numbers("algorithm", self, likelihood_coefficient=0, kl_coefficient=0)

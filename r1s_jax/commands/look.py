@@ -50,7 +50,8 @@ def reward(
         typer.Option(
             help="stage1, stage2, em, cover_em, f1; released: qwen_zero, llama_stage1, "
             "llama_stage2, search_r1_em, search_r1_subem, search_r1_format, "
-            "search_r1_format_retrieval; or module:function of your own."
+            "search_r1_format_retrieval; module:function of your own; or a sum of such and of "
+            "terms with weights: f1 + 0.2*retrieved_gold."
         ),
     ],
     dialect: Annotated[

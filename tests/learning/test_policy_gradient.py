@@ -25,7 +25,7 @@ from r1s_jax.rollout.trajectory import Finish, Trajectory
 from tests.learning.test_advantages import ESTIMATORS
 from tests.learning.test_advantages import oracle as advantages_oracle
 
-N, W, VOCABULARY, UPDATES = 10, 14, 7, 2
+N, W, VOCABULARY, UPDATES, LONGEST = 10, 14, 7, 2, 17
 
 
 class TableLearner(Learner):
@@ -88,6 +88,8 @@ def oracle(a, t, rewards, table, reference, seed, step, rate):
             share = 1 / (at.sum() * rows)
             if a.loss_average == "token":
                 share = 1 / mask[part].sum()
+            if a.loss_average == "constant":
+                share = 1 / (rows * LONGEST)
             tokens, advantage = t.tokens[i, at], advantages[i, at]
             log_ratio = table[tokens] - old[i, at]
             slope = -correction[i, at] * slopes(a, log_ratio, advantage) * advantage
@@ -125,6 +127,7 @@ OPTIONS = {
     "asymmetric": {"clip": 0.05, "clip_high": 0.1},
     "dual": {"clip": 0.1, "dual_clip": 1.2},
     "by token": {"loss_average": "token"},
+    "by one length": {"loss_average": "constant"},
     "importance": {"importance_cap": 1.1},
     "kl k1": {"kl_coefficient": 0.1},
     "kl k3": {"kl_coefficient": 0.1, "kl_estimator": "k3"},
@@ -141,7 +144,11 @@ OPTIONS = {
 def test_learning_equals_its_oracle(name):
     rate, mesh = 0.5, make_mesh(MeshConfig())
     algorithm = AlgorithmConfig(updates_per_rollout=UPDATES, **OPTIONS[name])
-    short = ["rollout.max_length=17", "rollout.max_prompt_length=8", "optimizer.micro_rows=1"]
+    short = [
+        f"rollout.max_length={LONGEST}",
+        "rollout.max_prompt_length=8",
+        "optimizer.micro_rows=1",
+    ]
     config = override(tiny_world.config(), short)
     learner = TableLearner(
         config.policy.architecture,
