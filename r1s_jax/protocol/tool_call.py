@@ -108,7 +108,8 @@ class ToolCall(Dialect):
     def calls(self, turn: str, evaluation: bool = False) -> list[Call]:
         acted = turn.rpartition(END_THINK)[2]
         found = [_call(text) for text in _CALL.findall(acted)]
-        late = [Call("", f"at most {_MOST_CALLS} calls a turn")] * (len(found) - _MOST_CALLS)
+        # One word on all of them: a reply that answers each could be of any length.
+        late = [Call("", f"at most {_MOST_CALLS} calls a turn")][: len(found) - _MOST_CALLS]
         return found[:_MOST_CALLS] + late or [Call("", "the call stands inside the reasoning")]
 
     def reply(self, found: Sequence[Found]) -> str:

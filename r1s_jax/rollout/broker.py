@@ -6,7 +6,6 @@ moment only when no slot has anything else to do). It never raises and calls no 
 inside a callback would hang the other devices.
 """
 
-import itertools
 import threading
 import time
 from collections import Counter, deque
@@ -23,6 +22,7 @@ from r1s_jax.protocol.dialect import Call, Dialect, Found
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.retrieval.api import Hit, Retriever
 from r1s_jax.rollout.exchange import RESULTS, Status, pack_results
+from r1s_jax.rollout.reply import fitted
 from r1s_jax.system.distributed import gather
 
 # With nothing else to do the program waits this long for documents before it asks again.
@@ -100,7 +100,8 @@ class Broker:
     ):
         """`clean` makes the text of documents harmless to the tokenizer (see tokenizer.foreign);
         `evaluation` reads queries as the published evaluation does; `forgiving`: to the policy, a
-        search that failed is one that found nothing, which only who asks may be told otherwise."""
+        search that failed is one that found nothing, which only who asks may be told otherwise.
+        Raises ConfigError where max_documents_length has no room for so many documents' tags."""
         self.config, self._clean, self._forgiving = config, clean, forgiving
         self.dialect, self._evaluation = dialect, evaluation
         self._decode, self._encode = decode, encode
@@ -108,6 +109,7 @@ class Broker:
         self._most_characters = max_documents_length * _CHARACTERS_A_TOKEN
         self._changed = threading.Condition()
         self.begin(None)
+        self.reply_tokens([["-"] * documents_per_query])  # or the first search would find it out
 
     def begin(
         self,
@@ -274,29 +276,19 @@ class Broker:
     def reply_tokens(self, found: Sequence[Found], width: int | None = None) -> list[int]:
         """The tokenised reply to a turn, at most `width` tokens (by default the config's).
 
-        Where it is too long, the longest documents share what the short ones leave. Raises
-        ConfigError where not even the tags fit.
+        Raises ConfigError where not even the tags fit; see reply.fitted.
         """
-        width = self._width if width is None else min(width, self._width)
-        # Cut before anything is encoded: one document may be a whole library.
-        most = self._most_characters
-        texts = [f if isinstance(f, str) else [self._clean(d[:most]) for d in f] for f in found]
-        lines = [line for text in texts if not isinstance(text, str) for line in text]
-        cut, room = lines, sum(map(len, lines))
-        while len(tokens := self._encode(self.dialect.reply(_refilled(texts, cut)))) > width:
-            if all(len(line) <= 1 for line in cut):
-                if width < self._width and len(lines) > 1:  # little room: fewer documents
-                    lines = lines[:-1]
-                    cut, room = lines, sum(map(len, lines))
-                    continue
-                raise ConfigError(
-                    f"rollout.max_documents_length={width} is too short for {len(lines)} "
-                    "documents: their tags alone take more"
-                )
-            room = min(room - 1, int(0.95 * room * width / len(tokens)))
-            level = _level([len(line) for line in lines], room)
-            cut = [line[: max(1, level)] for line in lines]
-        return tokens
+        less = width is not None and width < self._width
+        return fitted(
+            [f if isinstance(f, str) else self._cleaned(f) for f in found],
+            min(width, self._width) if less else self._width,
+            lambda texts: self._encode(self.dialect.reply(texts)),
+            may_drop=less or len(found) > 1,
+        )
+
+    def _cleaned(self, documents: Sequence[str]) -> list[str]:
+        """Cut before anything is encoded: one document may be a whole library."""
+        return [self._clean(document[: self._most_characters]) for document in documents]
 
     # Behind the scenes.
 
@@ -424,7 +416,12 @@ class Broker:
         found = any(search.documents for search in searches)
         status = Status.FOUND if found else Status.EMPTY if made else Status.INVALID
         told: list[Found] = [s.detail if s.outcome in VOID else s.documents for s in searches]
-        return status, made, self.reply_tokens(told)
+        try:
+            return status, made, self.reply_tokens(told)
+        except ConfigError as error:  # more replies than there is room for: a search that failed
+            self._counts["error"] += 1
+            self.log.append(Search(searches[0].trajectory, "", "error", detail=str(error)))
+            return Status.ERROR, 0, []
 
     def _past_limit(self) -> bool:
         return too_many(self.failures, self._total, self.config.max_failure_rate, midway=True)
@@ -442,17 +439,3 @@ def _checked(results: Any, queries: int) -> Sequence[Sequence[Hit]]:
     if not all(isinstance(getattr(hit, "line", None), str) for hits in results for hit in hits):
         raise TypeError("the retriever returned something else than passages with a text line")
     return results
-
-
-def _refilled(texts: Sequence[Found], lines: Sequence[str]) -> list[Found]:
-    """`texts` with these lines in the places of its own, as many as there are."""
-    left = iter(lines)
-    return [t if isinstance(t, str) else list(itertools.islice(left, len(t))) for t in texts]
-
-
-def _level(lengths: Sequence[int], room: int) -> int:
-    """The length that the longest are cut to, so that all together take at most `room`."""
-    left = sorted(lengths)
-    while left and left[0] * len(left) <= room:
-        room -= left.pop(0)
-    return room // len(left) if left else max(lengths, default=0)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.solution import Solution
@@ -441,6 +442,21 @@ def test_an_enormous_document_is_cut_too():
     assert len(tokens) <= WIDTH and decode(tokens).endswith(f"{protocol.END_DOCUMENTS}\n\n")
 
 
-def test_a_width_below_the_tags_own_is_refused_by_name():
+def test_a_width_below_the_tags_own_is_refused_by_name_before_anything_runs():
     with pytest.raises(ValueError, match=r"rollout.max_documents_length=40 is too short for 2"):
-        make_broker(None, width=40).document_tokens(["a" * 50, "b" * 50])
+        make_broker(None, width=40)
+
+
+def test_a_reply_for_which_there_is_no_room_fails_that_turn_alone(monkeypatch):
+    broker, fit = make_broker(EchoRetriever()), Broker.reply_tokens
+
+    def cramped(self, told, width=None):
+        if any("wide" in line for documents in told for line in documents):
+            raise ConfigError("too short for so many")
+        return fit(self, told, width)
+
+    monkeypatch.setattr(Broker, "reply_tokens", cramped)
+    results, stop = ask(broker, {0: turn("wide"), 1: turn("slim")})
+    assert results == {0: (Status.ERROR, ""), 1: found("slim")} and not stop
+    assert broker.failures == 1 and "too short" in broker.common_failures()
+    assert ask(broker, {2: turn("slim")})[0] == {2: found("slim")}
