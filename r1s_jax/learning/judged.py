@@ -17,7 +17,7 @@ from r1s_jax.data.rows import journal_rows
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.composed import is_composed, parse, without
 from r1s_jax.rewards.registry import BatchReward, RewardError, batch_reward, reward_rule
-from r1s_jax.rewards.rules import Reward, RewardRule
+from r1s_jax.rewards.rules import Reward, RewardRule, reward_parts
 from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, ask_all, check_installed
 from r1s_jax.system.distributed import on_main
 
@@ -105,7 +105,9 @@ class JudgedReward:
     def __init__(self, weight: float, others: RewardRule | None, judge: JudgeConfig, journal: Path):
         """`others` are the sum's other terms. Raises ChatApiError without the client's library."""
         check_installed()
-        self._weight, self._others = weight, others
+        # The judge alone has the usual parts beside it, which metrics are made of.
+        self._weight = weight
+        self._rule = others or (lambda solution, gold: Reward(0.0, reward_parts(solution, gold)))
         self._config, self._journal, self._made = judge, journal, 0
         self._endpoint = ChatEndpoint(
             judge.url,
@@ -127,7 +129,7 @@ class JudgedReward:
         verdicts = on_main(lambda: self._judge(questions, solutions, golds))
         rewards = []
         for verdict, solution, gold in zip(verdicts, solutions, golds, strict=True):
-            reward = self._others(solution, gold) if self._others else Reward(0.0, {})
+            reward = self._rule(solution, gold)
             value = math.nan if verdict is None else reward.value + self._weight * verdict
             parts = reward.parts | {NAME: math.nan if verdict is None else verdict}
             rewards.append(replace(reward, value=value, parts=parts))
@@ -142,7 +144,9 @@ class JudgedReward:
         """1, 0, or None where there is no verdict."""
         if self._known is None:
             exists = self._journal.exists()
-            self._known = read_verdicts(self._journal, JudgeFailure) if exists else {}
+            told = read_verdicts(self._journal, JudgeFailure) if exists else {}
+            # A reply that could not be read is asked for again: the judge may have been mended.
+            self._known = {key: verdict for key, verdict in told.items() if verdict != "unparsable"}
         known, keys, prompts = self._known, [], {}
         for question, solution, gold in zip(questions, solutions, golds, strict=True):
             if not solution.answer:

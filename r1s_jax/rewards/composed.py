@@ -77,6 +77,8 @@ _WITH_ARGUMENT = ("searches_over",)
 
 def is_composed(text: str) -> bool:
     """Whether a reward's name is a sum, or one of the terms alone."""
+    if text.startswith(("http://", "https://")):  # a reward server's, whatever stands in it
+        return False
     return bool(re.search(r"[+*(]|-\s*\w|^\s*-", text)) or text.strip() in TERMS
 
 

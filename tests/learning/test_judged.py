@@ -61,8 +61,9 @@ def test_verdicts_are_a_term_of_the_sum_and_kept_on_disk(tmp_path):
         assert server.requests == 3  # what has no answer is not asked about
         assert reward(QUESTIONS, SOLUTIONS, GOLDS) == got and server.requests == 3
         again = stage_reward("judge", config(server), journal)
-        assert [r.value for r in again(QUESTIONS, SOLUTIONS, GOLDS)] == [1.0, 1.0, 0.0, 0.0]
-        assert server.requests == 3
+        alone = again(QUESTIONS, SOLUTIONS, GOLDS)
+        assert [r.value for r in alone] == [1.0, 1.0, 0.0, 0.0] and server.requests == 3
+        assert all({"answer_f1", "format"} <= r.parts.keys() for r in alone)
 
 
 def test_an_answer_without_a_verdict_has_no_reward_and_too_many_stop(tmp_path):
@@ -72,6 +73,10 @@ def test_an_answer_without_a_verdict_has_no_reward_and_too_many_stop(tmp_path):
         reward = stage_reward("judge", config(server), tmp_path / "a.jsonl")
         values = [r.value for r in reward(asked, many, golds)]
         assert math.isnan(values[3]) and sum(map(math.isnan, values)) == 1
+    with judging(knows_rome) as server:  # the judge was mended: what it said well still holds
+        reward = stage_reward("judge", config(server), tmp_path / "a.jsonl")
+        assert not any(math.isnan(r.value) for r in reward(asked, many, golds))
+        assert server.requests == 1
     with judging(knows_rome, lambda n: 200 if n % 2 else 500) as server:
         reward = stage_reward("judge", config(server), tmp_path / "b.jsonl")
         with pytest.raises(JudgeFailure, match=r"5 of 10 answers got no verdict.*busy.*resume"):

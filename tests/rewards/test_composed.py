@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.protocol.solution import Solution
-from r1s_jax.rewards.composed import TERMS, Term, parse
+from r1s_jax.rewards.composed import TERMS, Term, is_composed, parse
 from r1s_jax.rewards.registry import RULES, RewardError, reward_rule
 
 R1 = R1Searcher()
@@ -52,6 +52,13 @@ def test_a_sum_is_what_its_terms_add_up_to(case):
         reward = rule(solution, GOLD)
         assert reward.value == pytest.approx(value)
         assert {"answer_f1", "format", "searched"} <= set(reward.parts)
+
+
+def test_the_address_of_a_reward_server_is_no_sum():
+    for name in ("http://reward-server:8000/get_reward", "https://a/b+c*(d)", "stage2", "my_m:f"):
+        assert not is_composed(name)
+    for name in ("f1 - words", "2*f1", "searched", "searches_over(2)"):
+        assert is_composed(name)
 
 
 def test_every_terms_value_is_in_the_parts():
