@@ -66,19 +66,18 @@ def train(
 def _train(run: "Run", trace: StepTrace, cold_start_only: bool) -> dict[str, Any]:
     try:
         with StopRequest() as stop:
-            state = run.cold_start(stop)
+            state = run.cold_start(stop, examined=not cold_start_only)
             if cold_start_only:
                 stop.requested = stop.requested or "end of the cold start"
             if not stop.requested:
                 state = run.learn(state, stop, trace)
-    except DamagedCheckpoint:
-        raise
     except Exception:
-        run.checkpoints.wait_after_error()
+        run.checkpoints.close_after_error()
         raise
+    finally:
+        run.telemetry.close()
     best = run.checkpoints.best()
     run.checkpoints.close()
-    run.telemetry.close()
     if stop.requested:
         return {"stopped": stop.requested, "phase": run.progress.phase, "run_dir": str(run.dir)}
     after = run.evaluate(state)
@@ -122,7 +121,7 @@ class Run:
         self.telemetry.rewind(**self.progress.rows(config))
         self.history = health.History(on_main(self.telemetry.steps))
 
-    def cold_start(self, stop: StopRequest) -> LearnerState:
+    def cold_start(self, stop: StopRequest, *, examined: bool = True) -> LearnerState:
         """Imitates demonstrations; returns the state that reinforcement learning starts from."""
         c, progress = self.config.cold_start, self.progress
         if progress.phase == "learning":
@@ -145,7 +144,7 @@ class Run:
         if stop.requested:
             return state
         state = self._learning_state(state.params)
-        if before := self.evaluate(state):
+        if examined and (before := self.evaluate(state)):
             progress.before = on_main(lambda: note_evaluation(self.dir, "before", before))
         progress.phase, progress.step = "learning", 0
         self._save(state)

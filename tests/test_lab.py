@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.commands.lab import _is_done, _planned, run_folder
+from r1s_jax.tracking.arms import Arm
+from r1s_jax.tracking.run_dir import open_run_dir
 from tests.makers import SHORT, run_cli
 
 ARMS = ["--arm", "a:", "--arm", "b: optimizer.learning_rate=1e-3"]
@@ -39,6 +43,35 @@ def test_a_directory_is_of_one_comparison(tmp_path):
     for changed in (["--arm", "a:"], ["stage2.steps=1", "--arm", "a: seed=1"]):
         done = run_cli("lab", "tiny_world", *changed, "--out", str(tmp_path))
         assert done.exit_code and "another comparison" in str(done.exception)
+
+
+def test_arms_share_a_cold_start_where_nothing_it_depends_on_differs(tmp_path):
+    def folder(*changes: str, seed: int = 0) -> Path:
+        return _planned("tiny_world", TINY, Arm("x", changes), seed, tmp_path).cold_folder
+
+    for changes in ("algorithm.loss=gspo", "optimizer.learning_rate=1", "rollout.slots=32"):
+        assert folder(changes) == folder()
+    for changes in ("eval.questions=7", "rollout.max_documents_length=40", "optimizer.b2=0.9"):
+        assert folder(changes) != folder()
+    assert folder(seed=1) != folder()
+    plan = _planned("tiny_world", TINY, Arm("x", ("algorithm.loss=gspo",)), 0, tmp_path)
+    # Whichever arm comes first makes it, and may be killed and left out the next time.
+    assert plan.cold_start.algorithm.loss == "clip" and plan.config.algorithm.loss == "gspo"
+    assert plan.cold_start.eval == plan.config.eval and not plan.config.cold_start.steps
+
+
+def test_a_run_of_a_recipe_that_was_edited_since_is_refused(tmp_path):
+    arm, out = Arm("x", ()), tmp_path / "lab"
+    plan = _planned("tiny_world", TINY, arm, 0, out)
+    folder = run_folder(out, "x", 0)
+    assert not _is_done(out, arm, 0, plan)
+    open_run_dir(folder, plan.config, resume=False)
+    for name in ("metrics.jsonl", "summary.json"):
+        (folder / name).write_text("{}")
+    assert _is_done(out, arm, 0, plan)
+    edited = _planned("tiny_world", [*TINY, "algorithm.clip=0.1"], arm, 0, out)
+    with pytest.raises(ConfigError, match=r"algorithm.clip was 0.2, now 0.1"):
+        _is_done(out, arm, 0, edited)
 
 
 def without_times(folder: Path) -> dict:

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from r1s_jax.config import Config
     from r1s_jax.tracking.arms import Arm
 
-# Sections that the cold start depends on: arms that share them share it.
-_OF_COLD_START = ("seed", "policy", "environment", "protocol", "cold_start", "mesh")
-_NOT_OF_COLD_START = ("learning_rate", "decay_to", "micro_rows")  # of the optimizer
+# What the cold start depends on: arms that share it share their cold start. The questions of the
+# evaluation are among it, since demonstrations of them are left out.
+_OF_COLD_START = ("seed", "policy", "environment", "protocol", "cold_start", "mesh", "eval")
+_ROLLOUT = ("max_length", "max_prompt_length", "documents_per_query", "max_documents_length")
+_NOT_OF_OPTIMIZER = ("learning_rate", "decay_to", "micro_rows")
 
 
 def lab(
@@ -45,16 +47,16 @@ def lab(
     if len({a.name for a in arms}) < len(arms) or not arms:
         raise ConfigError('name the arms, each differently: --arm "base:" --arm "NAME: CHANGES"')
     runs = [(a, seed) for seed in range(seeds) for a in arms]
-    planned = {(a, seed): _planned(config, overrides, a, seed) for a, seed in runs}
+    planned = {(a, seed): _planned(config, overrides, a, seed, out) for a, seed in runs}
     _check_same_lab(out, config, overrides or [], arms)
     started, made = time.monotonic(), 0
-    for number, ((a, seed), recipe) in enumerate(planned.items()):
-        if _is_done(out, a, seed):
+    for number, ((a, seed), plan) in enumerate(planned.items()):
+        if _is_done(out, a, seed, plan):
             continue
         left = (time.monotonic() - started) / made * (len(planned) - number) if made else 0
         told = f", about {left / 60:.0f} min left" if made else ""
         console.rule(f"{a.name}, seed {seed}: run {number + 1} of {len(planned)}{told}")
-        if stopped := _run(recipe, out, a, seed):
+        if stopped := _run(plan, run_folder(out, a.name, seed)):
             typer.echo(json.dumps(stopped | {"out": str(out)}))
             return
         made += 1
@@ -76,14 +78,44 @@ def _arm(text: str) -> "Arm":
         raise ConfigError(f"--arm {text!r}: {error}") from error
 
 
-def _planned(recipe: str, overrides: list[str] | None, arm: "Arm", seed: int) -> "Config":
-    """The config of a run, found wrong before the first begins."""
+class _Plan(NamedTuple):
+    """One run: its config, and the cold start that it begins from, where it has one."""
+
+    config: "Config"
+    cold_start: "Config | None"
+    cold_folder: Path
+
+
+def _planned(recipe: str, overrides: list[str] | None, arm: "Arm", seed: int, out: Path) -> _Plan:
+    """The configs of a run, found wrong before the first begins."""
+    from r1s_jax.config import override
     from r1s_jax.recipes import load_recipe
 
+    shared, own = overrides or [], [*arm.overrides, f"seed={seed}"]
     try:
-        return load_recipe(recipe, [*(overrides or []), *arm.overrides, f"seed={seed}"])
+        config, base = load_recipe(recipe, [*shared, *own]), load_recipe(recipe, shared)
     except ConfigError as error:
         raise ConfigError(f"--arm {arm.name}: {error}") from error
+    if not config.cold_start.steps:
+        return _Plan(config, None, out)
+    cold = _of_cold_start(config, base)
+    told = json.dumps(dataclasses.asdict(cold), sort_keys=True, default=str)
+    folder = out / "cold_starts" / hashlib.sha256(told.encode()).hexdigest()[:12]
+    policy = dataclasses.replace(config.policy, model=str(folder.resolve()), architecture=None)
+    config = override(dataclasses.replace(config, policy=policy), ["cold_start.steps=0"])
+    return _Plan(config, cold, folder)
+
+
+def _of_cold_start(config: "Config", base: "Config") -> "Config":
+    """What the cold start depends on as the arm has it, all else as the recipe has it."""
+    of_rollout = {name: getattr(config.rollout, name) for name in _ROLLOUT}
+    not_of_optimizer = {name: getattr(base.optimizer, name) for name in _NOT_OF_OPTIMIZER}
+    return dataclasses.replace(
+        base,
+        rollout=dataclasses.replace(base.rollout, **of_rollout),
+        optimizer=dataclasses.replace(config.optimizer, **not_of_optimizer),
+        **{name: getattr(config, name) for name in _OF_COLD_START},
+    )
 
 
 def _check_same_lab(out: Path, recipe: str, overrides: list[str], arms: list["Arm"]) -> None:
@@ -104,52 +136,46 @@ def _check_same_lab(out: Path, recipe: str, overrides: list[str], arms: list["Ar
     write_json(file, plan | {"arms": before | told})
 
 
-def _is_done(out: Path, arm: "Arm", seed: int) -> bool:
-    return (run_folder(out, arm.name, seed) / "summary.json").exists()
+def _is_done(out: Path, arm: "Arm", seed: int, plan: _Plan) -> bool:
+    """Raises ConfigError for a run of another config: the recipe may have been edited since."""
+    from r1s_jax.tracking.run_dir import open_run_dir
+
+    folder = run_folder(out, arm.name, seed)
+    if not (folder / "summary.json").exists():
+        return False
+    open_run_dir(folder, plan.config, resume=True)
+    return True
 
 
-def _run(config: "Config", out: Path, arm: "Arm", seed: int) -> dict[str, Any] | None:
+def _run(plan: _Plan, folder: Path) -> dict[str, Any] | None:
     """One run to its end; what stopped it before, where a signal did."""
-    from r1s_jax.config import override
+    from r1s_jax.rollout.engine import NotFinite
     from r1s_jax.system.files import write_json
     from r1s_jax.tracking.health import UnhealthyRun
     from r1s_jax.train import train
 
-    folder = run_folder(out, arm.name, seed)
-    if config.cold_start.steps:
-        cold, stopped = _cold_start(config, out)
-        if stopped:
-            return stopped
-        policy = dataclasses.replace(config.policy, model=str(cold.resolve()), architecture=None)
-        config = override(dataclasses.replace(config, policy=policy), ["cold_start.steps=0"])
+    if plan.cold_start and (stopped := _cold_start(plan.cold_start, plan.cold_folder)):
+        return stopped
     try:
-        summary = train(config, folder, resume=(folder / "config.json").exists())
-    except UnhealthyRun as error:
+        summary = train(plan.config, folder, resume=(folder / "config.json").exists())
+    except (UnhealthyRun, NotFinite) as error:
         write_json(folder / "summary.json", {"stopped_unhealthy": str(error)})
         return None
     return summary if "stopped" in summary else None
 
 
-def _cold_start(config: "Config", out: Path) -> tuple[Path, dict[str, Any] | None]:
-    """A run that holds the cold start alone, shared by all whose cold start would be the same."""
-    from r1s_jax.config import override
+def _cold_start(config: "Config", folder: Path) -> dict[str, Any] | None:
+    """A run that holds the cold start alone; what stopped it, where a signal did."""
     from r1s_jax.train import train
 
-    whole = dataclasses.asdict(config)
-    told = {name: whole[name] for name in _OF_COLD_START}
-    told["max_length"] = config.rollout.max_length
-    told |= {k: v for k, v in whole["optimizer"].items() if k not in _NOT_OF_COLD_START}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-    folder = out / "cold_starts" / digest[:12]
     done = folder.with_suffix(".done")
-    if done.exists():
-        return folder, None
-    config = override(config, ["eval.questions=0"])
-    summary = train(config, folder, resume=(folder / "config.json").exists(), cold_start_only=True)
-    if summary["stopped"] != "end of the cold start":
-        return folder, summary
-    done.touch()
-    return folder, None
+    if not done.exists():
+        resume = (folder / "config.json").exists()
+        summary = train(config, folder, resume=resume, cold_start_only=True)
+        if summary["stopped"] != "end of the cold start":
+            return summary
+        done.touch()
+    return None
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:

@@ -94,9 +94,9 @@ class Checkpoints:
         """Blocks until what was saved is on disk. Raises CheckpointError if it is not."""
         self._guard(self._manager.wait_until_finished)
 
-    def wait_after_error(self) -> None:
+    def close_after_error(self) -> None:
         """Lets what is being saved get to the disk, but not for ever: others may have gone."""
-        waiting = threading.Thread(target=self._manager.wait_until_finished, daemon=True)
+        waiting = threading.Thread(target=self._manager.close, daemon=True)
         waiting.start()
         waiting.join(_PATIENCE_S)
 

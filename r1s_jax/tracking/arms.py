@@ -6,15 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
+from scipy.special import stdtrit
 
 from r1s_jax.data.rows import rows_so_far
 from r1s_jax.tracking.report import read_json
 
 GOOD = 0.9  # F1 of a rollout, mean over the window, that a run is timed to
 _WINDOW = 4  # steps
-# 97.5 % points of Student's t by degrees of freedom; beyond them, of the normal distribution.
-_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-_NORMAL = 1.96
 # Of a summary, and what they are called in a table; the latter two where questions are of both
 # kinds (see eval/held_out.search_by_need).
 _SEARCHES = {
@@ -162,7 +160,7 @@ def _interval(values: Sequence[float | None]) -> tuple[float, float] | None:
     known = _known(values)
     if len(known) < 2:
         return None
-    t = _T[len(known) - 2] if len(known) - 2 < len(_T) else _NORMAL
+    t = float(stdtrit(len(known) - 1, 0.975))  # Student's
     half = t * float(np.std(known, ddof=1)) / len(known) ** 0.5
     mean = float(np.mean(known))
     return max(0.0, mean - half), min(1.0, mean + half)
