@@ -6,7 +6,7 @@ said in any world, and a name is the same few tokens wherever it stands, so that
 """
 
 import json
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -324,8 +324,11 @@ def _in_any_order(rng: np.random.Generator, facts: dict[str, str]) -> dict[str, 
     return {relations[i]: facts[relations[i]] for i in rng.permutation(len(relations))}
 
 
-def _draw_names(rng: np.random.Generator, n: int, taken: Container[str]) -> list[str]:
+def _draw_names(rng: np.random.Generator, n: int, taken: Collection[str]) -> list[str]:
     """`n` different names, e.g. Bakory, none of them taken."""
+    there_are = len(SYLLABLES) ** 2 * len(LAST_SYLLABLES)
+    if n > there_are - len(taken):
+        raise ConfigError(f"a world has {there_are:,} names; {n:,} people and places are too many")
     drawn: dict[str, None] = {}  # a set that keeps its order
     while len(drawn) < n:
         first, second = rng.choice(SYLLABLES, 2)

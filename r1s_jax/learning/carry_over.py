@@ -10,7 +10,9 @@ import base64
 import json
 import time
 import zlib
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -47,7 +49,7 @@ class CarryOver:
         Raises SearchFailure, NotFinite; then nothing has changed but what was drawn.
         """
         started = time.perf_counter()
-        self._draw(step, size)
+        first = self._draw(step, size)
         wanted = size - sum(map(whole, self.groups))
         open_groups = [group for group in self.groups if not whole(group)]
         counters = self._roll_on(params, open_groups, step, size, wanted)
@@ -58,23 +60,29 @@ class CarryOver:
         ages = np.zeros((len(flights), self.config.rollout.max_length), np.int32)
         for row, flight in enumerate(flights):
             ages[row, : len(flight.tokens)] = np.where(flight.loss_mask, step - flight.drawn, 0)
-        return self.engine.rolled(
+        rolled = self.engine.rolled(
             flights,
             seconds=time.perf_counter() - started,
             counters=counters,
             ages=ages,
             carried=sum(bool(f.loss_mask.any()) and not f.ended for g in self.groups for f in g),
         )
+        return replace(rolled, outcomes=dict(first + Counter(rolled.outcomes)))
 
-    def _draw(self, step: int, size: int) -> None:
-        draw = 0
+    def _draw(self, step: int, size: int) -> Counter[str]:
+        """Fills up what is in flight; returns what became of the system's own first searches."""
+        draw, first, broker = 0, Counter[str](), self.engine.broker
         while len(self.groups) < 2 * size:
             batch = self.environment.batch(step, size, draw)
-            self.engine.broker.begin(batch.retriever)
+            broker.begin(batch.retriever)
             samples = self.config.algorithm.samples_per_question
             flights = self.engine.begin(batch.questions, samples=samples, step=step, draw=draw)
+            broker.share()
+            broker.check()
+            first += broker.counts
             self.groups += split(flights)
             draw += 1
+        return first
 
     def _roll_on(
         self, params: Params, groups: Sequence[Group], step: int, size: int, wanted: int

@@ -159,7 +159,7 @@ class JudgedReward:
         said = self._ask(prompts)
         verdicts = [known.get(key, "unparsable") if key else "False" for key in keys]
         values = [None if v == "unparsable" else float(v == "True") for v in verdicts]
-        self._check(values.count(None), sum(map(bool, keys)), said)
+        self._check(values.count(None), sum(map(bool, keys)), len(keys), said)
         return values
 
     def _ask(self, prompts: dict[str, str]) -> str:
@@ -179,9 +179,10 @@ class JudgedReward:
         except ChatApiError as error:
             return str(error)
 
-    def _check(self, failed: int, asked: int, said: str) -> None:
+    def _check(self, failed: int, asked: int, all_of_them: int, said: str) -> None:
         rate = self._config.max_failure_rate
-        if failed >= _MIN_FAILURES and failed > rate * asked:
+        # A batch without a single reward teaches nothing, whatever rate is allowed.
+        if (failed >= _MIN_FAILURES and failed > rate * asked) or failed == all_of_them > 0:
             why = shorten(said, 150) or "its replies are neither True nor False"
             raise JudgeFailure(
                 f"{failed} of {asked} answers got no verdict from "

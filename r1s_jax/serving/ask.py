@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from rich.text import Text
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.text import printable
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.corpora import open_saved_index
@@ -106,6 +107,11 @@ def _prepare(
         tokens = broker.document_tokens(search.documents)
         console.print(Text(printable(to_text(tokens)), STYLES["documents"]), end="")
         prompt += to_ids(query) + tokens
+    if len(prompt) >= config.max_length:
+        raise ConfigError(
+            f"the question takes {len(prompt)} tokens, and the model reads {config.max_length} "
+            "with its answer: shorten it"
+        )
     loop = HostLoop(
         model=policy.model,
         params=jax.device_put(policy.params),

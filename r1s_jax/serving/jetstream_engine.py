@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
@@ -69,6 +70,8 @@ class SearchEngine(engine_api.Engine):
             raise ValueError("JetStream's engine serves from one device")
         self._engine, self._params = engine, params
         roll = engine.roll
+        if roll.config.max_length > max(_BUCKETS):
+            raise ConfigError(f"JetStream serves up to --max-length {max(_BUCKETS)}")
         self._longest = next(size for size in _BUCKETS if size >= roll.config.max_length)
         self._slots, self._impl = roll.config.slots, attention_impl(roll.attention, roll.mesh)
         self._compute_dtype, self._roll = roll.compute_dtype, roll

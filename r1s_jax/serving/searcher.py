@@ -190,6 +190,8 @@ class Searcher(Jobs):
 
         self.submit([Job(prompt, 0, update, max_tokens=1)])
         done.wait()
+        if self.failed:
+            raise RuntimeError(f"{self.failed}; the log has its traceback")
         self.tokens = self.documents = 0
 
 

@@ -116,10 +116,10 @@ def _likelihood_lost(h: History) -> float:
     stage = h.stage()
     if len(stage.rows) < 2 * _WINDOW:
         return math.nan
-    best = max(
-        (History(stage.rows[:end]).recent("correct_logprob") for end in range(4, len(stage.rows))),
-        default=math.nan,
-    )
+    ends = range(_WINDOW, len(stage.rows))
+    means = [History(stage.rows[:end]).recent("correct_logprob") for end in ends]
+    # Steps without a right answer have none.
+    best = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
     rose = stage.recent("reward") >= stage.first("reward")
     return best - stage.recent("correct_logprob") if rose else math.nan
 

@@ -123,6 +123,11 @@ def test_check_finds_a_clash():
         world.check()
 
 
+def test_a_world_of_more_people_than_names_is_refused():
+    with pytest.raises(ValueError, match="46,656 names"):
+        TinyWorld((0,), 25_000)
+
+
 def test_a_world_needs_a_ring_of_three():
     with pytest.raises(ValueError, match="at least 3 people"):
         TinyWorld((0,), 2)

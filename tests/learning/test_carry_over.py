@@ -15,8 +15,10 @@ from r1s_jax.learning.carry_over import CarryOver
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.rewards.registry import reward_rule
+from r1s_jax.rollout.broker import SearchFailure
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.tracking.metrics import rollout_metrics
+from tests.fakes import RaisingRetriever
 from tests.makers import ROLLOUT, make_engine, searching_params
 
 SAMPLES, SIZE, STEPS = 3, 2, 6
@@ -182,3 +184,16 @@ def test_damaged_state_is_refused(config, engine):
 def test_settings_that_make_no_sense_are_refused(wrong, said):
     with pytest.raises(ConfigError, match=said):
         override(tiny_world.config(), wrong)
+
+
+def test_first_searches_are_counted_and_too_many_that_fail_end_the_step(config, monkeypatch):
+    searching = dataclasses.replace(config.rollout, first_search=True, max_prompt_length=64)
+    engine = make_engine(searching)
+    c = dataclasses.replace(config, rollout=searching)
+    params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)
+    rolled = CarryOver(c, engine, Worlds()).roll(params, 0, SIZE)
+    # Of every question that was drawn, beside those of the policy.
+    assert rolled.outcomes["found"] >= 2 * SIZE
+    monkeypatch.setattr(Worlds, "retriever_of", lambda *_: RaisingRetriever())
+    with pytest.raises(SearchFailure, match="2 of 2 searches failed"):
+        CarryOver(c, engine, Worlds()).roll(params, 0, SIZE)

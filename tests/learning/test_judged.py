@@ -83,6 +83,15 @@ def test_an_answer_without_a_verdict_has_no_reward_and_too_many_stop(tmp_path):
             reward(asked, many, golds)
 
 
+def test_a_batch_without_any_verdict_stops_whatever_is_allowed(tmp_path):
+    with judging(lambda prompt: "maybe") as server:
+        all_may_fail = config(server, max_failure_rate=1.0)
+        reward = stage_reward("judge", all_may_fail, tmp_path / "j.jsonl")
+        assert math.isnan(reward(QUESTIONS, SOLUTIONS, GOLDS)[0].value)  # one has no answer: 0
+        with pytest.raises(JudgeFailure, match="2 of 2 answers"):
+            reward(QUESTIONS[:2], SOLUTIONS[:2], GOLDS[:2])
+
+
 def test_requests_have_a_limit(tmp_path):
     with judging(knows_rome) as server:
         reward = stage_reward("judge", config(server, most_requests=2), tmp_path / "j.jsonl")

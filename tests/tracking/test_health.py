@@ -93,6 +93,13 @@ def test_a_healthy_run_is_left_in_peace():
     assert check(rows({"reward": 0.9, "rewards_answers": False})) == [], "stage 1 pays for format"
 
 
+def test_steps_without_a_right_answer_do_not_hide_a_likelihood_that_falls():
+    none = {name: value for name, value in HEALTHY.items() if name != "correct_logprob"}
+    lost = [HEALTHY | {"correct_logprob": -0.9}] * 5
+    fired = check(History([none, *[HEALTHY] * 5, *lost]))
+    assert [one["signal"] for one in fired] == ["likelihood_displaced"]
+
+
 def test_one_update_that_goes_much_too_far_is_told_after_the_first_step():
     for drift, told in ((0.9, []), (1.5, ["ratio_drift"])):
         fired = check(History([HEALTHY | {"ratio_drift": drift}]))
