@@ -91,6 +91,7 @@ class Searcher(Jobs):
                         self._state,
                         Until(turns=_TURNS),
                     )
+                    self.engine.broker.check()  # one that was stopped would answer nothing more
                     self._tell()
         except Exception as error:
             logger.exception("the searcher stopped")

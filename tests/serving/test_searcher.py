@@ -185,6 +185,16 @@ def test_a_search_that_fails_is_told_and_the_answer_goes_on():
         searcher.submit([Job([5], 0, Heard())])
 
 
+def test_a_broker_that_breaks_is_said_and_nothing_waits_for_ever(monkeypatch):
+    searcher = Searcher(scripted_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
+    monkeypatch.setattr(searcher.engine.broker, "_result", lambda searches: 1 / 0)
+    (heard,) = answered(searcher, wanted(searcher, 1), group=1)
+    assert heard.finish == Finish.ABORTED and "SearchFailure" in searcher.failed
+    with pytest.raises(Busy, match="the policy failed"):
+        searcher.submit([Job([5], 0, Heard())])
+    searcher.close()
+
+
 @pytest.mark.slow
 def test_the_same_holds_with_slots_on_four_devices():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
