@@ -1,14 +1,13 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise; a TPU compiler is no TPU."""
 
-import gc
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 import pytest
 
+from r1s_jax.system.profiling import forget_compiled_programs
 from tests import makers
 
 # Linux allows a process 65,530 memory maps by default, and each compiled program takes several: a
@@ -34,8 +33,7 @@ def few_programs():
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
-        jax.clear_caches()
-        gc.collect()
+        forget_compiled_programs()
 
 
 def pytest_collection_modifyitems(items):

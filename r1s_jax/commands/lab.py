@@ -151,11 +151,13 @@ def _run(plan: _Plan, folder: Path) -> dict[str, Any] | None:
     """One run to its end; what stopped it before, where a signal did."""
     from r1s_jax.rollout.engine import NotFinite
     from r1s_jax.system.files import write_json
+    from r1s_jax.system.profiling import forget_compiled_programs
     from r1s_jax.tracking.health import UnhealthyRun
     from r1s_jax.train import train
 
     if plan.cold_start and (stopped := _cold_start(plan.cold_start, plan.cold_folder)):
         return stopped
+    forget_compiled_programs()  # those of the runs before
     try:
         summary = train(plan.config, folder, resume=(folder / "config.json").exists())
     except (UnhealthyRun, NotFinite) as error:

@@ -1,5 +1,6 @@
 """Where the time of a run goes: compilations, utilisation, and traces of chosen steps."""
 
+import gc
 import math
 import re
 from collections.abc import Iterator
@@ -46,6 +47,14 @@ def keep_compiled_programs() -> None:
     """
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+
+
+def forget_compiled_programs() -> None:
+    """Frees what runs that are over have compiled: on Linux a process may have 65,530 memory maps,
+    each program takes several, and whoever needs one more dies.
+    """
+    jax.clear_caches()
+    gc.collect()
 
 
 def model_flops_utilization(params: Any, tokens: float, seconds: float) -> float | None:

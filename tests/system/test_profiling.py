@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -5,7 +7,12 @@ import pytest
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.system import profiling
 from r1s_jax.system.chips import Chip
-from r1s_jax.system.profiling import Compilations, StepTrace, model_flops_utilization
+from r1s_jax.system.profiling import (
+    Compilations,
+    StepTrace,
+    forget_compiled_programs,
+    model_flops_utilization,
+)
 
 
 def test_compilations_are_counted_once():
@@ -17,6 +24,26 @@ def test_compilations_are_counted_once():
     assert counted.take() == 0
     double(jnp.ones(4))
     assert counted.take() >= 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are Linux's")
+def test_programs_of_runs_that_are_over_hold_no_memory():
+    """A process that compares many runs would reach the most that it may have."""
+
+    def maps() -> int:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+
+    def a_run(number: int) -> None:
+        for i in range(40):
+            jax.jit(lambda x, i=i: jnp.sort(x) * (number + i))(jnp.ones(7)).block_until_ready()
+
+    a_run(0)
+    forget_compiled_programs()
+    before = maps()
+    a_run(100)
+    assert maps() > before + 40
+    forget_compiled_programs()
+    assert maps() <= before + 10
 
 
 def test_utilisation_is_known_where_the_chip_is(monkeypatch):
