@@ -33,14 +33,16 @@ def test_programs_of_runs_that_are_over_hold_no_memory():
     def maps() -> int:
         return Path("/proc/self/maps").read_bytes().count(b"\n")
 
-    def a_run(number: int) -> None:
-        for i in range(40):
-            jax.jit(lambda x, i=i: jnp.sort(x) * (number + i))(jnp.ones(7)).block_until_ready()
+    def a_run() -> list:
+        programs = [jax.jit(lambda x, i=i: jnp.sort(x @ x) * i) for i in range(40)]
+        for program in programs:
+            program(jnp.ones((7, 7))).block_until_ready()
+        return programs
 
-    a_run(0)
+    kept = [a_run()]
     forget_compiled_programs()
     before = maps()
-    a_run(100)
+    kept.append(a_run())
     assert maps() > before + 40
     forget_compiled_programs()
     assert maps() <= before + 10
