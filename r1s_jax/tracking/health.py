@@ -19,6 +19,8 @@ Row = dict[str, Any]
 _WINDOW = 4  # steps of a mean
 # Above this F1 a policy may be as sure of itself, and as like itself, as it wants.
 _GOOD_F1 = 0.5
+# Mean |log ratio| of a step's updates: of one that hardly moves the policy, and of one too many.
+_SETTLED, _FAR = 0.02, 0.2
 
 
 class UnhealthyRun(UserError, RuntimeError):
@@ -102,6 +104,12 @@ def _drift(h: History) -> float:
     return sum(row.get("ratio_drift", 0.0) for row in h.rows[-_WINDOW:]) / _WINDOW
 
 
+def _drift_returns(h: History) -> float:
+    """The newest step's drift, where an earlier one had settled; large ones are `ratio_drift`'s."""
+    settled = any(row.get("ratio_drift", 1.0) < _SETTLED for row in h.rows[:-1])
+    return h.rows[-1].get("ratio_drift", math.nan) if settled and _drift(h) < _FAR else math.nan
+
+
 def _reward_without_f1(h: History) -> float:
     """How much the reward rose in this stage while F1 did not."""
     stage = h.stage()
@@ -159,9 +167,18 @@ SIGNALS = (
         "ratio_drift",
         "mean |log ratio| between the policy after a step's updates and the one that sampled",
         _drift,
-        0.3,
+        _FAR,
         "each rollout is used for more than it is good for: lower optimizer.learning_rate or "
         "algorithm.updates_per_rollout",
+    ),
+    Signal(
+        "drift_returns",
+        "mean |log ratio| of one step's updates, after they had settled below "
+        f"{_SETTLED}: the first that is seen of a policy that comes apart",
+        _drift_returns,
+        0.06,
+        "the policy moves far again though it had been learned: lower optimizer.learning_rate (let "
+        "it fall: optimizer.decay_to=0.1) or algorithm.updates_per_rollout",
     ),
     Signal(
         "logprob_gap",

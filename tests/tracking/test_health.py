@@ -28,7 +28,7 @@ HEALTHY = {
     "reward": 0.5,
     "answer_f1": 0.4,
     "entropy": 0.4,
-    "ratio_drift": 0.02,
+    "ratio_drift": 0.01,
     "logprob_gap_mean": 0.001,
     "format_valid": 0.9,
     "searches_per_question": 1.5,
@@ -52,6 +52,7 @@ SICK = {
     "entropy_collapse": ({"entropy": 0.01}, "warning"),
     "entropy_explosion": ({"entropy": 2.0}, "warning"),
     "ratio_drift": ({"ratio_drift": 0.5}, "warning"),
+    "drift_returns": ({"ratio_drift": 0.1}, "warning"),
     "logprob_gap": ({"logprob_gap_mean": 0.1}, "warning"),
     "format_falling": ({"format_valid": 0.3}, "warning"),
     "no_searches": ({"searches_per_question": 0.05}, "warning"),
@@ -101,7 +102,7 @@ def test_steps_without_a_right_answer_do_not_hide_a_likelihood_that_falls():
 
 
 def test_one_update_that_goes_much_too_far_is_told_after_the_first_step():
-    for drift, told in ((0.9, []), (1.5, ["ratio_drift"])):
+    for drift, told in ((0.7, []), (0.9, ["ratio_drift"])):
         fired = check(History([HEALTHY | {"ratio_drift": drift}]))
         assert [one["signal"] for one in fired] == told
 
@@ -111,9 +112,13 @@ def test_what_is_very_bad_is_fatal():
         assert [f["level"] for f in check(rows(last))] == ["fatal"]
 
 
-@pytest.mark.parametrize("name", [name for name in SICK if name != "not_finite"])
+AT_ONCE = ("not_finite", "drift_returns")
+
+
+@pytest.mark.parametrize("name", [name for name in SICK if name not in AT_ONCE])
 def test_one_bad_step_is_no_trend(name):
-    assert check(rows(SICK[name][0], steps=1)) == []
+    fired = {one["signal"] for one in check(rows(SICK[name][0], steps=1))}
+    assert fired <= {"drift_returns"} and (name == "ratio_drift" or not fired)
 
 
 # Real runs of the tiny world, each sent the wrong way by its reward, its numbers or its retriever.
