@@ -87,3 +87,19 @@ def drip(seconds: float):
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=serve, args=(listener,), daemon=True).start()
     return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def breaking(*replies: bytes):
+    """A server that sends one of these bytes to each connection, and hangs up."""
+
+    def serve(listener):
+        with contextlib.suppress(OSError):
+            for reply in replies:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(reply)
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, args=(listener,), daemon=True).start()
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -22,10 +22,15 @@ for _name in ("urllib3.connectionpool", "urllib3.connection"):
 RETRY_STATUS = (429, 500, 502, 503, 504)
 MOST_BYTES = 32 * 2**20
 _CHUNK = 1 << 16
+_PAUSE_S = 0.25  # before a request is made again
 
 
 class ServerError(UserError, RuntimeError):
     """A server that cannot be reached, is too slow, fails, or says too much."""
+
+
+class _BrokeOff(ServerError):
+    """A reply whose end is missing."""
 
 
 class _Watch(threading.local):
@@ -107,13 +112,13 @@ class Client:
         headers: Mapping[str, str] | None = None,
     ):
         """`timeout_s` is for a whole request with its retries: of lost connections, 429 and 5xx."""
-        self._timeout_s = timeout_s
+        self._timeout_s, self._retries = timeout_s, retries
         self._pool = urllib3.PoolManager(
             maxsize=connections,
             headers=headers,
             retries=urllib3.Retry(
                 retries,
-                backoff_factor=0.25,
+                backoff_factor=_PAUSE_S,
                 status_forcelist=RETRY_STATUS,
                 allowed_methods=None,  # what is asked changes nothing: POST may be sent again
                 redirect=0,
@@ -129,10 +134,21 @@ class Client:
         where = without_credentials(url)
         with within(self._timeout_s):
             try:
-                return self._ask(url, where, body, most_bytes)
+                return self._ask_again(url, where, body, most_bytes)
             except (urllib3.exceptions.HTTPError, OSError) as error:
                 late = f"no whole answer within {self._timeout_s:g} s"
                 raise ServerError(f"{where}: {late if is_late() else _reason(error)}") from None
+
+    def _ask_again(self, url: str, where: str, body: Any, most_bytes: int) -> bytes:
+        """What urllib3 does not try again: a reply that breaks off after its head had come."""
+        for left in reversed(range(self._retries + 1)):
+            try:
+                return self._ask(url, where, body, most_bytes)
+            except (urllib3.exceptions.ProtocolError, _BrokeOff):
+                if not left or is_late():
+                    raise
+                time.sleep(_PAUSE_S)
+        raise AssertionError("the last try returns or raises")
 
     def _ask(self, url: str, where: str, body: Any, most_bytes: int) -> bytes:
         response = self._pool.request(
@@ -158,7 +174,7 @@ class Client:
             if is_late():
                 raise TimeoutError
             if announced > len(data) and not response.headers.get("content-encoding"):
-                raise ServerError(f"{where}: the reply broke off after {len(data)} bytes")
+                raise _BrokeOff(f"{where}: the reply broke off after {len(data)} bytes")
         except BaseException:
             response.close()
             raise

@@ -22,9 +22,9 @@ class Question:
     question: str
     answers: tuple[str, ...]
     hops: int = 0
-    by_heart: bool = False
     source_id: str = ""  # its name in its file, where that is no number
     supporting: tuple[str, ...] = ()  # titles of the pages that hold its facts, where known
+    by_heart: bool = False
 
 
 def parse_question(row: Mapping[str, Any]) -> tuple[int | None, Question]:

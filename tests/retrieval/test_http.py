@@ -8,7 +8,7 @@ import pytest
 
 from r1s_jax.border.http import Client, ServerError
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError
-from tests.http_server import LocalServer, drip
+from tests.http_server import LocalServer, breaking, drip
 
 
 def lines(query, k):
@@ -115,6 +115,17 @@ def test_a_server_that_drips_does_not_outlast_the_deadline():
         with pytest.raises(RemoteError, match=r"no whole answer within 0.5 s"):
             retriever.search(["a"], 1)
         assert time.monotonic() - begin < 20
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again():
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+    # Without a byte of the reply, in the middle of it, and whole.
+    listener, url = breaking(head % 9, head % 9 + b'{"a"', head % 9 + b'{"a": 1} ')
+    with listener:
+        assert Client(timeout_s=20, retries=2).post(url, {}) == b'{"a": 1} '
+    listener, url = breaking(head % 9 + b'{"a"', head % 9 + b'{"a"')
+    with listener, pytest.raises(ServerError, match=r"IncompleteRead|broke off"):
+        Client(timeout_s=20, retries=1).post(url, {})
 
 
 def test_a_reply_without_end_is_refused():
