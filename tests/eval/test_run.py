@@ -250,6 +250,7 @@ def test_the_command(questions, searcher, index, tmp_path):
     assert header["source"]["encoder"]["fingerprint"]
 
 
+@pytest.mark.slow  # tests/rollout/test_loop.py holds the same of the loop
 def test_drafts_change_no_answer(questions, searcher, tmp_path):
     def answers(drafts: int) -> list[dict]:
         run = make_run(questions, searcher, slots=2, drafts=drafts)

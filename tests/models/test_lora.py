@@ -70,7 +70,7 @@ def test_new_adapters_change_nothing():
     assert trainable(adapted).keys() == {"layers"}
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_only_the_adapters_are_trained_and_with_their_own_gradient(remat):
     learner = make_learner(model=MODEL, remat=remat)
     params, (batch, micro) = filled(), packed(make_sequences())

@@ -12,6 +12,7 @@ def letters(tmp_path_factory):
     return str(save_letters_model(tmp_path_factory.mktemp("letters")))
 
 
+@pytest.mark.slow  # tests/rollout/test_loop.py holds the same of the loop
 def test_drafts_say_the_same_in_fewer_passes(letters):
     """A random model soon repeats itself."""
     found = bench_drafts(letters, drafts=3, batch=2, new_tokens=40, repeats=1)

@@ -181,7 +181,7 @@ def test_slots_and_chunks_change_nothing(rolled, changes):
     assert_same(other.trajectory, rolled.trajectory)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.3])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 def test_drafts_give_the_same_tokens_in_fewer_passes(temperature):
     """A policy that repeats itself: at low temperatures most guesses are right."""
     config = dataclasses.replace(CONFIG, temperature=temperature)
@@ -318,7 +318,9 @@ def test_first_search_is_forced_and_carries_no_loss():
     assert not any(t.loss_mask[i, : t.prompt_lengths[i]].any() for i in range(len(t.lengths)))
 
 
-@pytest.mark.parametrize("kind", ["raises", "hangs", "garbage"])
+@pytest.mark.parametrize(
+    "kind", ["raises", "hangs", pytest.param("garbage", marks=pytest.mark.slow)]
+)
 def test_a_broken_retriever_ends_the_rollout_cleanly(kind):
     engine = make_engine(search=SearchConfig(timeout_s=0.3, retries=0))
     with pytest.raises(SearchFailure, match="searches failed"):
