@@ -40,16 +40,19 @@ def ask(
     k: int,
     temperature: float,
     first_search: bool,
-    drafts: int = 0,
+    drafts: int | None = None,
     dialect: str = "",
     thinking: str = "",
     force_dialect: bool = False,
 ) -> str | None:
     """Streams an answer to standard output; returns what the policy answered.
 
-    The policy is asked in its own dialect; `dialect` is for one that names none.
+    The policy is asked in its own dialect; `dialect` is for one that names none. `drafts` are 4 by
+    default, and none on a CPU, where five positions cost more than the passes that they save.
     """
     policy = load_pretrained(model).speaking(dialect, thinking, force=force_dialect)
+    if drafts is None:
+        drafts = 0 if jax.default_backend() == "cpu" else 4
     config = RolloutConfig(
         slots=1,
         prefill_rows=1,
