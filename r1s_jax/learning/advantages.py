@@ -35,7 +35,7 @@ def token_advantages(
         `reinforce_baseline` (minus the group's mean, whitened), `rloo` (minus the mean of the
         group's others, arXiv 2402.14740, whitened), `group_norm` (GRPO, arXiv 2402.03300: in
         units of the group's standard deviation, not whitened) or `dr_grpo` (arXiv 2503.20783:
-        minus the group's mean and nothing else; goes with a loss averaged by token).
+        minus the group's mean and nothing else; goes with `loss_average=constant`).
       rewards: outcome of each trajectory, clamped to +-reward_clip.
       groups: equal numbers for samples of one question.
       mask: tokens the policy sampled; a row without any takes part in no statistic.
