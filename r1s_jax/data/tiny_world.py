@@ -236,8 +236,13 @@ class TinyWorld:
 
     def known_questions(self) -> list[Question]:
         """All about the people whose facts never change; each takes one of them."""
-        first = 2 * len(self.people) * len(RELATIONS)
-        return [self._question(first + i) for i in range(len(self.known) * len(RELATIONS))]
+        count = len(self.known) * len(RELATIONS)
+        return [self._question(self._first_known + i) for i in range(count)]
+
+    @property
+    def _first_known(self) -> int:
+        """The first id of a question about the known people; those of one and two hops precede."""
+        return 2 * len(self.people) * len(RELATIONS)
 
     def _question(self, id: int) -> Question:
         name, relations = self._hops(id)
@@ -245,16 +250,15 @@ class TinyWorld:
         answer = name
         for relation in relations:
             answer = self._by_name[answer].facts[relation]
-        text, by_heart = f"What is {chain} of {name}?", id >= 2 * len(self.people) * len(RELATIONS)
+        text, by_heart = f"What is {chain} of {name}?", id >= self._first_known
         # Neither of one hop nor of two: scores by hops are of what has to be looked up.
         hops = 0 if by_heart else len(relations)
         return Question(id, text, (answer,), hops=hops, by_heart=by_heart)
 
     def _hops(self, id: int) -> tuple[str, tuple[str, ...]]:
         """Whom question `id` starts from and the relations to follow, the first hop first."""
-        each = len(self.people) * len(RELATIONS)
-        if id >= 2 * each:
-            which, who = divmod(id - 2 * each, len(self.known))
+        if id >= self._first_known:
+            which, who = divmod(id - self._first_known, len(self.known))
             return self.known[who].name, (RELATIONS[which],)
         rest, who = divmod(id, len(self.people))
         two_hop, which = divmod(rest, len(RELATIONS))
