@@ -9,6 +9,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ _UNITS = (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s"))
 class Sweep:
     """What to measure. Rows shrink as they grow longer, so that `tokens` stay in a batch."""
 
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    lengths: tuple[int, ...] = (1024, 4096, 8192)
     head_dims: tuple[int, ...] = (64, 128)
     tokens: int = 16384
     width: int = 2048  # query heads x head width
@@ -142,28 +143,43 @@ def callback_seconds(calls: int = 1000) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def untuned() -> dict[str, int]:
+    """Compiler options for what only has to be right.
+
+    XLA tries every product of a GPU's program in dozens of ways: a minute for one of float32.
+    """
+    return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
+
+
 def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward: bool) -> dict:
     heads = max(1, sweep.width // head_dim)
     kv_heads, rows = max(1, heads // sweep.per_group), max(1, sweep.tokens // length)
     q, k, v, dout = _normal(
         sweep.dtype, *[(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     )
-    segments = packed_segments(rows, length) if packed else None
+    ids = mask = None
     pairs = rows * length * (length + 1) // 2
     if packed:
+        segments = packed_segments(rows, length)
         pairs = sum(n * (n + 1) // 2 for row in segments for n in np.bincount(row)[1:].tolist())
+        ids = jnp.asarray(segments)
+        mask = jnp.tril(ids[:, None, :, None] == ids[:, None, None, :])
 
     def whole(attend: Callable) -> Callable:
         if not backward:
-            return attend
+            return lambda q, k, v, dout, ids, mask: attend(q, k, v, ids, mask)
         return jax.value_and_grad(
-            lambda q, k, v: jnp.sum((attend(q, k, v) * dout).astype(jnp.float32)), (0, 1, 2)
+            lambda q, k, v, dout, ids, mask: jnp.sum(
+                (attend(q, k, v, ids, mask) * dout).astype(jnp.float32)
+            ),
+            (0, 1, 2),
         )
 
-    runs = {name: whole(attend) for name, attend in _row_peers(segments).items()}
-    exact = whole(partial(xla.attention, segment_ids=segments, causal=True, scale=head_dim**-0.5))
+    runs = {name: whole(attend) for name, attend in _row_peers().items()}
+    exact = whole(_without_mask(partial(xla.attention, causal=True, scale=head_dim**-0.5)))
     flops = 4 * heads * head_dim * pairs * (_BACKWARD if backward else 1)
-    measured = _measure(runs, exact, (q, k, v), sweep)
+    # All of it arguments: XLA folds constants, and a mask of 8,192 tokens takes it minutes.
+    measured = _measure(runs, exact, (q, k, v, dout, ids, mask), sweep)
     return {
         "kind": "rows",
         "length": length,
@@ -179,25 +195,25 @@ def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward:
     }
 
 
-def _row_peers(segments: np.ndarray | None) -> dict[str, Callable]:
-    """Implementations of whole-row attention as functions of q, k and v."""
-    ids = None if segments is None else jnp.asarray(segments)
-    ours = {OURS: partial(api.attention, segment_ids=ids)}
+def _row_peers() -> dict[str, Callable]:
+    """Implementations of whole-row attention as functions of q, k, v, segment ids and mask."""
+    ours = {OURS: _without_mask(api.attention)}
     if api.default_impl() == "xla":
-        ours["interpret"] = partial(api.attention, segment_ids=ids, impl="interpret")
+        ours["interpret"] = _without_mask(partial(api.attention, impl="interpret"))
 
-    def dot_product(function: Callable, q: Any, k: Any, v: Any, **options: Any) -> Any:
-        if segments is None:
-            return function(q, k, v, is_causal=True, **options)
-        length = segments.shape[1]
-        mask = (segments[:, :, None] == segments[:, None, :]) & np.tri(length, dtype=bool)
-        return function(q, k, v, mask=jnp.asarray(mask[:, None]), **options)
+    def dot_product(function: Callable, q: Any, k: Any, v: Any, ids: Any, mask: Any) -> Any:
+        how = {"is_causal": True} if mask is None else {"mask": mask}
+        return function(q, k, v, **how)
 
     return {
         **ours,
-        "reference": partial(reference.attention, segment_ids=ids),
+        "reference": _without_mask(reference.attention),
         **{name: partial(dot_product, peer) for name, peer in _dot_product_attentions().items()},
     }
+
+
+def _without_mask(attend: Callable) -> Callable:
+    return lambda q, k, v, ids, mask: attend(q, k, v, segment_ids=ids)
 
 
 def _dot_product_attentions() -> dict[str, Callable]:
@@ -257,17 +273,22 @@ def _measure(
 ) -> dict[str, dict[str, Any]]:
     """Milliseconds and largest error of each; what an implementation refuses is its `error`."""
     with jax.default_matmul_precision("highest"):
-        expected = jax.jit(exact)(*(x.astype(jnp.float32) for x in inputs))
+        wide = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if x.dtype == sweep.dtype else x, inputs
+        )
+        expected = jax.jit(exact, compiler_options=untuned())(*wide)
     measured: dict[str, dict[str, Any]] = {}
     compiled: dict[str, Callable] = {}
-    for name, run in runs.items():
+    with ThreadPoolExecutor() as pool:
+        programs = {name: pool.submit(_compiled, run, inputs) for name, run in runs.items()}
+    for name, program in programs.items():
         try:
-            compiled[name] = jax.jit(run)
+            compiled[name] = program.result()
             got = jax.block_until_ready(compiled[name](*inputs))
             measured[name] = {"max_error": _largest_error(got, expected), "ms": math.inf}
         except Exception as error:  # another's limits must not end the sweep
             measured[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-            del compiled[name]
+            compiled.pop(name, None)
     del expected
     for _ in range(sweep.repeats):
         for name, run in compiled.items():
@@ -276,6 +297,10 @@ def _measure(
             ms = (time.perf_counter() - begin) / sweep.calls * 1e3
             measured[name]["ms"] = min(ms, measured[name]["ms"])
     return measured
+
+
+def _compiled(run: Callable, inputs: tuple) -> Callable:
+    return jax.jit(run).lower(*inputs).compile()
 
 
 def _largest_error(got: Any, expected: Any) -> float:
