@@ -82,12 +82,12 @@ def bench_attention(sweep: Sweep, progress: Callable[[str], None] = lambda _: No
     for length, head_dim, mode, backward in itertools.product(
         sweep.lengths, sweep.head_dims, ("causal", "packed"), (False, True)
     ):
-        progress(f"{mode} {length} x {head_dim}" + (" with backward" if backward else ""))
         cases.append(_rows_case(sweep, length, head_dim, mode == "packed", backward))
+        progress(_in_words(cases[-1]))
     copy = _copy_gb_per_s(sweep)
     for capacity, head_dim in itertools.product(sweep.capacities, sweep.head_dims):
-        progress(f"decode {capacity} x {head_dim}")
         cases.append(_decode_case(sweep, capacity, head_dim, copy))
+        progress(_in_words(cases[-1]))
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -103,9 +103,7 @@ def as_markdown(result: dict) -> str:
     header = ["case", "length", "width", "ours", *(f"vs {name}" for name in names)]
     lines = [header, ["---"] * len(header)]
     for case in result["cases"]:
-        ours = case["implementations"][OURS]
-        rate = next((f"{ours[u]:.3g} {t}" for u, t in _UNITS if u in ours), ours.get("error", ""))
-        what = f"{case['mode']} {case['pass']}" if case["kind"] == "rows" else "decode"
+        what, rate = _what_and_rate(case)
         ratios = (f"{case['ratio'][n]:.2f}" if n in case["ratio"] else "-" for n in names)
         lines.append([what, str(case["length"]), str(case["head_dim"]), rate, *ratios])
     notes = (
@@ -113,6 +111,19 @@ def as_markdown(result: dict) -> str:
         f"a host callback in a loop costs {result['callback_us']:.0f} us"
     )
     return "\n".join([notes, "", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def _what_and_rate(case: dict) -> tuple[str, str]:
+    ours = case["implementations"][OURS]
+    rate = next((f"{ours[u]:.3g} {t}" for u, t in _UNITS if u in ours), ours.get("error", ""))
+    return f"{case['mode']} {case['pass']}" if case["kind"] == "rows" else "decode", rate
+
+
+def _in_words(case: dict) -> str:
+    """One line: a sweep that is cut short has said what it measured."""
+    what, rate = _what_and_rate(case)
+    ratios = "".join(f", {ratio:.2f}x {name}" for name, ratio in case["ratio"].items())
+    return f"{what} {case['length']} x {case['head_dim']}: {rate}{ratios}"
 
 
 def packed_segments(rows: int, length: int) -> np.ndarray:

@@ -50,7 +50,7 @@ def test_anything_else_is_a_reference(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "benchmark"),
+    ("name", "expected"),
     [
         ("eval_set/hotpotqa_500.jsonl", "hotpotqa"),
         ("2WikiMultihopQA", "2wiki"),
@@ -67,5 +67,5 @@ def test_anything_else_is_a_reference(tmp_path):
         *((b.source, name) for name, b in BENCHMARKS.items()),
     ],
 )
-def test_a_file_says_which_benchmark_it_is(name, benchmark):
-    assert benchmark_of(name) == benchmark
+def test_a_file_says_which_benchmark_it_is(name, expected):
+    assert benchmark_of(name) == expected
