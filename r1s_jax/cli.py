@@ -9,6 +9,7 @@ from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.commands import bench, corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.system.chips import hide_tpu_runtime
+from r1s_jax.system.memory import take_huge_pages
 
 # XLA's chatter is for its developers; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -65,6 +66,7 @@ def main() -> None:
     Such errors are a UserError, or what the operating system says of a file or a connection. Any
     other is a bug and shows its traceback; with R1S_DEBUG=1 every error does.
     """
+    take_huge_pages()
     hide_tpu_runtime()
     try:
         app()

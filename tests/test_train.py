@@ -103,7 +103,8 @@ def test_a_run_is_reported(whole, tmp_path):
     assert text.count('<details class="card trace"') == len(rows_so_far(whole / "traces.jsonl"))
 
 
-@pytest.mark.parametrize("attempt", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/test_old_run.py resumes a killed run, too
+@pytest.mark.parametrize("attempt", [0, 1])
 def test_stopped_then_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
     """SIGTERM in the cold start, then SIGKILL at a random moment after the next checkpoint."""
     path, rng = tmp_path / "stopped", random.Random(attempt)

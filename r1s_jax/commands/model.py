@@ -8,6 +8,7 @@ import typer
 
 from r1s_jax.commands.options import (
     AsJson,
+    AskDrafts,
     DialectOption,
     ForceDialect,
     Model,
@@ -26,15 +27,7 @@ def ask(
     first_search: Annotated[
         bool, typer.Option(help="Search the question itself before the model starts.")
     ] = False,
-    drafts: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=64,
-            help="Guess so many next tokens from the text: the same, in fewer passes. "
-            "[default: 4; on a CPU, where it does not pay, 0]",
-        ),
-    ] = None,
+    drafts: AskDrafts = None,
     dialect: DialectOption = "",
     thinking: ThinkingOption = "",
     force_dialect: ForceDialect = False,

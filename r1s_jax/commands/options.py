@@ -7,11 +7,11 @@ import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str, typer.Option(help="Path, hf:org/name or wheel:name==version.")]
-Drafts = Annotated[
-    int,
-    typer.Option(
-        min=0, max=64, help="Guess so many next tokens from the text: the same, in fewer passes."
-    ),
+_DRAFTS = "Guess so many next tokens from the text: the same, in fewer passes."
+Drafts = Annotated[int, typer.Option(min=0, max=64, help=_DRAFTS)]
+AskDrafts = Annotated[
+    int | None,
+    typer.Option(min=0, max=64, help=_DRAFTS + " [default: 4; on a CPU, where it does not pay, 0]"),
 ]
 MaxLength = Annotated[int, typer.Option(min=16, help="Tokens of a trajectory.")]
 Prompt = Annotated[

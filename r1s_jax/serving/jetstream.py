@@ -17,7 +17,6 @@ from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.host_loop import Event, Turns
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.serving.jetstream_engine import ActiveRequest, SearchEngine, start_driver
@@ -42,15 +41,8 @@ class JetStreamSearcher(Jobs):
         compute_dtype: np.dtype | None = None,
     ):
         """Raises ValueError for more than one device."""
-        engine = Engine(
-            policy,
-            config,
-            search=search or SearchConfig(max_failure_rate=1.0),
-            compute_dtype=compute_dtype,
-            forgiving=True,
-        )
-        super().__init__(engine, config.slots, waiting)
-        engine.broker.begin(retriever)
+        super().__init__(policy, config, search, waiting, compute_dtype=compute_dtype)
+        self.engine.broker.begin(retriever)
         params = shard_params(policy.params, policy.model, self.engine.mesh)
         self._driver = start_driver(SearchEngine(self.engine, self.engine.programs.prepare(params)))
         self._loop = asyncio.new_event_loop()

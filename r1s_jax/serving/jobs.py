@@ -4,8 +4,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from r1s_jax.config import RolloutConfig, SearchConfig
+from r1s_jax.models.pretrained import Pretrained
+from r1s_jax.models.sharding import batch_shards
 from r1s_jax.rollout.broker import Search
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.trajectory import Finish
@@ -53,9 +56,18 @@ class Jobs:
     greedy_only = False  # whether the temperature of a job is not heeded
     slots_busy: int
 
-    def __init__(self, engine: Engine, rows: int, waiting: int):
-        self.engine, self.rows, self.waiting = engine, rows, waiting
-        self.config = engine.config
+    def __init__(
+        self,
+        policy: Pretrained,
+        config: RolloutConfig,
+        search: SearchConfig | None,
+        waiting: int,
+        **engine: Any,
+    ):
+        search = search or SearchConfig(max_failure_rate=1.0)
+        self.engine = Engine(policy, config, search=search, forgiving=True, **engine)
+        self.config, self.waiting = self.engine.config, waiting
+        self.rows = config.slots * batch_shards(self.engine.mesh)
         self._queue: deque[Job] = deque()
         self._changed, self._closed, self.failed = threading.Condition(), False, ""
         self.tokens = self.documents = 0  # written by the policy, given to it

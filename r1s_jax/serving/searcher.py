@@ -16,10 +16,9 @@ import numpy as np
 
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.models.pretrained import Pretrained
-from r1s_jax.models.sharding import batch_sharding, batch_shards, place, shard_params
+from r1s_jax.models.sharding import batch_sharding, place, shard_params
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Search
-from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.trajectory import Finish, Prompts, Settings
 from r1s_jax.serving.jobs import Job, Jobs, Update
@@ -47,15 +46,8 @@ class Searcher(Jobs):
         compute_dtype: np.dtype | None = None,
     ):
         """At most `waiting` answers wait for a slot. Compiles, which may take a minute."""
-        engine = Engine(
-            policy,
-            config,
-            search=search or SearchConfig(max_failure_rate=1.0),
-            attention=attention,
-            compute_dtype=compute_dtype,
-            forgiving=True,
-        )
-        super().__init__(engine, config.slots * batch_shards(engine.mesh), waiting)
+        how = {"attention": attention, "compute_dtype": compute_dtype}
+        super().__init__(policy, config, search, waiting, **how)
         mesh, programs = self.engine.mesh, self.engine.programs
         self._params = programs.prepare(shard_params(policy.params, policy.model, mesh))
         self._prompts = _nothing(self.rows, config.max_length)

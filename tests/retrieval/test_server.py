@@ -191,6 +191,7 @@ def test_64_clients_at_once_lose_nothing(server, seconds):
     ), "no two requests were ever searched together"
 
 
+@pytest.mark.slow
 def test_clients_outlive_a_killed_server(folder):
     with ServerProcess(folder) as first, ThreadPoolExecutor(8) as threads:
         restarted = threading.Event()
