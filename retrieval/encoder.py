@@ -1,6 +1,6 @@
 """Encoders: from texts to unit vectors.
 
-Queries are encoded in NumPy on the calling thread, never by JAX: they arrive from worker threads
+Queries are encoded in NumPy on the host's cores, never by JAX: they arrive from worker threads
 while the training program holds the devices. XLA's CPU client runs every execution on a thread
 pool as large as the machine's cores, so a program over as many host devices, waiting in a loop for
 its documents, would leave no thread for the jitted encoder that must produce them.
@@ -30,6 +30,7 @@ from r1s_jax.border.errors import ConfigError, shorten
 from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
 from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
+from r1s_jax.retrieval.cores import on_all_cores
 from r1s_jax.retrieval.known import Known, Pooling, known_encoder
 from r1s_jax.retrieval.tokenizers import Tokenize, rust_tokenize, tensorflow_tokenize
 
@@ -127,7 +128,7 @@ class BertEncoder:
     ) -> Float[np.ndarray, "texts dims"]:
         """Unit float32 vectors of texts, cut to the model's maximum length.
 
-        Queries go one by one through NumPy: a query's vector does not depend on its neighbours.
+        Queries go one by one through NumPy, a core each: a vector depends on no neighbour.
         Passages go through JAX in batches of like length.
         """
         instruction = self.instructions[kind]
@@ -144,11 +145,14 @@ class BertEncoder:
         return vectors
 
     def _encode_queries(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
-        for row, sequence in enumerate(tokens):
-            ids = np.asarray([sequence], np.int32)
-            mask = np.ones_like(ids, bool)
-            states = bert(self._weights, ids, mask, self._config, NUMPY)
-            yield [row], _unit(_pool(states, mask, self._pooling))
+        for row, vector in enumerate(on_all_cores(self._encode_query, tokens)):
+            yield [row], vector
+
+    def _encode_query(self, tokens: list[int]) -> Float[np.ndarray, "1 dims"]:
+        ids = np.asarray([tokens], np.int32)
+        mask = np.ones_like(ids, bool)
+        states = bert(self._weights, ids, mask, self._config, NUMPY)
+        return _unit(_pool(states, mask, self._pooling))
 
     def _encode_passages(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
         graph, state = self._model

@@ -1,0 +1,65 @@
+"""Many small computations at once: the same bits as alone, and the process as it was afterwards."""
+
+import threading
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_limits
+
+from r1s_jax.retrieval import cores
+
+
+def threads_of_blas() -> set[int]:
+    found = cores._blas().info()
+    return {pool["num_threads"] for pool in found if pool["user_api"] == "blas"}
+
+
+@pytest.fixture
+def operands() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=(5 + i, 384)).astype(np.float32) for i in range(24)]
+
+
+def test_each_result_is_what_it_is_alone(operands):
+    w = np.random.default_rng(1).normal(size=(384, 1536)).astype(np.float32)
+    for threads in (1, 2):
+        with threadpool_limits(threads, "blas"):
+            alone = [x @ w for x in operands]
+            together = list(cores.on_all_cores(lambda x: x @ w, operands))
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_the_last_to_leave_lifts_the_limit():
+    with threadpool_limits(2, "blas"):
+        first = cores.on_all_cores(lambda _: threads_of_blas(), range(2))
+        second = cores.on_all_cores(lambda _: threads_of_blas(), range(2))
+        assert next(first) == next(second) == {1}
+        first.close()
+        assert threads_of_blas() == {1}, "the second is still at work"
+        second.close()
+        assert threads_of_blas() == {2}
+
+
+def test_an_error_reaches_who_asked_and_lifts_the_limit():
+    with threadpool_limits(2, "blas"):
+        with pytest.raises(ZeroDivisionError):
+            list(cores.on_all_cores(lambda x: 1 // x, [1, 0]))
+        assert threads_of_blas() == {2}
+
+
+def test_many_threads_may_ask(operands):
+    w = np.random.default_rng(1).normal(size=(384, 96)).astype(np.float32)
+    expected, wrong = [x @ w for x in operands], []
+
+    def ask() -> None:
+        for _ in range(20):
+            got = list(cores.on_all_cores(lambda x: x @ w, operands))
+            wrong.extend(i for i, g in enumerate(got) if not np.array_equal(g, expected[i]))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong and not cores._inside
