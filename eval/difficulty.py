@@ -226,6 +226,7 @@ def _row(rolled: Rolled, i: int, question: Question, selection: Selection) -> di
     first = solved.index(True) + 1 if any(solved) else None
     return {
         "idx": question.id,
+        **({"_id": question.source_id} if question.source_id else {}),
         "question": question.question,
         "answer": list(question.answers) if len(question.answers) > 1 else question.answers[0],
         "first_solved": first,

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
+from r1s_jax.data.question_forms import parse_question
 from r1s_jax.data.rows import DataError
-from r1s_jax.eval.difficulty import Selection, difficulty, mixed
+from r1s_jax.eval.difficulty import Selection, _row, difficulty, mixed
 from r1s_jax.eval.difficulty import select as select_questions
 from r1s_jax.system.assets import AssetError
 from r1s_jax.train import train
@@ -55,6 +57,17 @@ def test_a_class_that_is_not_there_is_named():
         Selection("q", "m", rollouts=19)
     with pytest.raises(ConfigError, match="easy:medium:hard"):
         Selection("q", "m", ratio=(0, 0, 0))
+
+
+def test_a_question_keeps_the_name_that_its_file_gave_it():
+    answers = [SimpleNamespace(answer="Paris" if i == 11 else None) for i in range(20)]
+    rolled, selection = SimpleNamespace(solutions=answers), Selection("q", "m", rollouts=20)
+    row = {"_id": "5a8b57f2", "question": "Where?", "answer": "Paris"}
+    measured = _row(rolled, 0, parse_question(row)[1], selection)
+    assert measured["first_solved"] == 12 and measured["difficulty"] == "medium"
+    assert parse_question(measured)[1].source_id == "5a8b57f2"
+    nameless = _row(rolled, 0, parse_question(row | {"_id": 3})[1], selection)
+    assert parse_question(nameless)[1].source_id == "" and "_id" not in nameless
 
 
 @pytest.fixture(scope="module")
