@@ -75,8 +75,18 @@ def summarize(
     return summary
 
 
+def _running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of each value and those within half a window of it."""
+    reach = window // 2
+    return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
+
+
 def plot_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
-    """Reward, answer F1 and searches by step, with a mark where stage 2 begins."""
+    """Reward, answer F1 and searches by step, with a mark where stage 2 begins.
+
+    From 20 steps on a line follows their running mean over a tenth of the steps: a rollout's
+    questions differ from those of the next.
+    """
     steps = [row["step"] for row in rows]
     from matplotlib.figure import Figure  # slow to import, and needed once
 
@@ -84,7 +94,10 @@ def plot_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, 3)
     series = {"reward": "reward", "answer F1": "answer_f1", "searches": "searches_per_question"}
     for panel, (title, key) in zip(panels, series.items(), strict=True):
-        panel.plot(steps, [row[key] for row in rows], marker=".")
+        values = [row[key] for row in rows]
+        window = len(rows) // 10
+        panel.plot(steps, values, ".", color="C0", alpha=0.4 if window > 1 else 1)
+        panel.plot(steps, _running_mean(values, window), color="C0")
         panel.set(title=f"{title} (mean of a rollout)", xlabel="step")
         panel.grid(alpha=0.3)
         if second := [row["step"] for row in rows if row["stage"] == "stage2"]:
