@@ -66,7 +66,6 @@ def main() -> None:
     Such errors are a UserError, or what the operating system says of a file or a connection. Any
     other is a bug and shows its traceback; with R1S_DEBUG=1 every error does.
     """
-    take_huge_pages()
     hide_tpu_runtime()
     try:
         app()
@@ -81,5 +80,11 @@ def main() -> None:
         leave(1, all_know=expected)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What the `r1s` script runs: `main`, in a process that it may begin anew."""
+    take_huge_pages()
     main()
+
+
+if __name__ == "__main__":
+    command()
