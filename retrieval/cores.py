@@ -15,7 +15,7 @@ from typing import TypeVar
 from threadpoolctl import ThreadpoolController
 
 A, B = TypeVar("A"), TypeVar("B")
-_lock = threading.Lock()
+_lock = threading.RLock()  # of a thread that has it: a generator given up may be closed by the GC
 _inside: list[object] = []  # the limit, once for each thread that is in it
 
 
@@ -51,4 +51,12 @@ def _blas() -> ThreadpoolController:
 @lru_cache(1)
 def _pool() -> ThreadPoolExecutor:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ThreadPoolExecutor(cores, thread_name_prefix="encode")
+    return ThreadPoolExecutor(cores, thread_name_prefix="encode", initializer=_limit_this_thread)
+
+
+def _limit_this_thread() -> None:
+    """For a BLAS of OpenMP, whose limit is each thread's own; of the others it is set already.
+
+    A thread begins within the limit and does nothing outside it: this one is never lifted.
+    """
+    _blas().limit(limits=1, user_api="blas")

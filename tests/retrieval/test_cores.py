@@ -14,6 +14,14 @@ def threads_of_blas() -> set[int]:
     return {pool["num_threads"] for pool in found if pool["user_api"] == "blas"}
 
 
+@pytest.fixture(autouse=True)
+def with_a_blas_of_openmp():
+    """That of faiss, whose limit is each thread's own: NumPy's may be one of these too."""
+    pytest.importorskip("faiss")
+    for cached in (cores._blas, cores._pool):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def operands() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
