@@ -9,7 +9,7 @@ from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.commands import bench, corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.system.chips import hide_tpu_runtime
-from r1s_jax.system.memory import take_huge_pages
+from r1s_jax.system.memory import keep_memory
 
 # XLA's chatter is for its developers; errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -82,7 +82,7 @@ def main() -> None:
 
 def command() -> None:
     """What the `r1s` script runs: `main`, in a process that it may begin anew."""
-    take_huge_pages()
+    keep_memory()
     main()
 
 

@@ -1,6 +1,7 @@
 """TRL's GRPOTrainer in a process of its own, one step at a time.
 
-Two runtimes in one process hold on to each other's cores; here one waits while the other works.
+Two runtimes in one process hold on to each other's cores; here one waits while the other works. It
+runs as its users have it, without what the `r1s` script asks of malloc for itself.
 """
 
 import multiprocessing
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.system.memory import malloc_as_it_comes
 
 
 class TrlSettings(NamedTuple):
@@ -35,7 +37,8 @@ class TrlSteps:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_train, args=(settings, theirs), daemon=True)
-        self._process.start()
+        with malloc_as_it_comes():
+            self._process.start()
         theirs.close()
         self.available: bool = self._receive()
 

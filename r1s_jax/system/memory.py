@@ -1,37 +1,50 @@
-"""Pages of memory, which a CPU's programs take and give back all the time."""
+"""Memory that a CPU's programs take and give back all the time."""
 
 import os
 import platform
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-_TUNABLE = "glibc.malloc.hugetlb"
-_OFFERED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_UNLIMITED = 2**36  # bytes; more than one array takes
+_ASKED_OF_MALLOC = {
+    "glibc.malloc.hugetlb": 1,  # pages of 2 MiB where the kernel gives them on request
+    "glibc.malloc.mmap_threshold": _UNLIMITED,  # large arrays come from the heap too,
+    "glibc.malloc.trim_threshold": _UNLIMITED,  # which never shrinks,
+    "glibc.malloc.arena_max": 1,  # and is one for all threads
+}
 
 
-def take_huge_pages() -> None:
-    """Starts this process anew, once, with a malloc that asks for pages of 2 MiB.
+def keep_memory() -> None:
+    """Starts this process anew, once, with a malloc that keeps what is freed, in huge pages.
 
-    XLA takes the temporary arrays of a program on a CPU from malloc at every call, and the kernel
-    zeroes each of their pages again: of 4 KiB, 780,000 an update of SmolLM2-135M, a sixth of its
-    time. Malloc reads what it is told only when a process begins (glibc 2.35's manual, "Memory
-    Allocation Tunables"). Nothing happens where it cannot be told, where huge pages are given
-    without asking or not at all, or where GLIBC_TUNABLES speaks of them already.
+    XLA takes the temporary arrays of a program on a CPU from malloc at every call. As malloc comes,
+    they go back to the kernel after it, which zeroes each page again: 780,000 of 4 KiB an update of
+    SmolLM2-135M, a quarter of its time. Malloc reads what it is told only when a process begins
+    (glibc's manual, "Memory Allocation Tunables"; what a version does not know it ignores). What
+    GLIBC_TUNABLES speaks of already stays as it is; nothing happens where malloc is another.
     """
-    told = os.environ.get("GLIBC_TUNABLES", "")
-    if _TUNABLE in told or not _can_be_told() or not _on_request():
+    told = _told()
+    asked = [f"{n}={v}" for n, v in _ASKED_OF_MALLOC.items() if not any(n in t for t in told)]
+    if not asked or platform.libc_ver()[0] != "glibc":
         return
-    os.environ["GLIBC_TUNABLES"] = f"{told}:{_TUNABLE}=1".lstrip(":")
+    os.environ["GLIBC_TUNABLES"] = ":".join(told + asked)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _can_be_told() -> bool:
-    library, version = platform.libc_ver()
-    return library == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
-
-
-def _on_request() -> bool:
+@contextmanager
+def malloc_as_it_comes() -> Iterator[None]:
+    """What is begun within it, the program of others, gets malloc as it would have by itself."""
+    told, ours = os.environ.get("GLIBC_TUNABLES"), {f"{n}={v}" for n, v in _ASKED_OF_MALLOC.items()}
+    if told is None:
+        yield
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(part for part in _told() if part not in ours)
     try:
-        return "[madvise]" in _OFFERED.read_text()
-    except OSError:
-        return False
+        yield
+    finally:
+        os.environ["GLIBC_TUNABLES"] = told
+
+
+def _told() -> list[str]:
+    return [part for part in os.environ.get("GLIBC_TUNABLES", "").split(":") if part]

@@ -1,6 +1,7 @@
-"""Huge pages: asked for once, only where asking helps, and then given."""
+"""Malloc keeps what is freed, in huge pages: asked once, and nothing else changed."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -10,21 +11,34 @@ from r1s_jax.system import memory
 
 PROGRAM = """
 import sys
-from r1s_jax.system.memory import take_huge_pages
-take_huge_pages()
-import os, numpy as np, ctypes
+from r1s_jax.system.memory import keep_memory
+keep_memory()
+import os, ctypes, threading
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-at = libc.malloc(2**26)
-inside, flags = False, ""
-for line in open("/proc/self/smaps"):
-    if "-" in line.split(" ")[0]:
-        low, high = (int(x, 16) for x in line.split(" ")[0].split("-"))
-        inside = low <= at < high
-    elif inside and line.startswith("VmFlags"):
-        flags = line
-print(os.environ["GLIBC_TUNABLES"], "hg" in flags.split(), sys.argv[1:])
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+def use():
+    at = libc.malloc(2**26)
+    libc.memset(at, 1, 2**26)
+    libc.free(at)
+
+before = held()
+thread = threading.Thread(target=use)
+thread.start()
+thread.join()
+print(os.environ["GLIBC_TUNABLES"], held() - before > 2**25, sys.argv[1:])
 """
+ALL = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=68719476736:"
+    "glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
+)
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 
 
 def run(**changes: str) -> str:
@@ -33,34 +47,32 @@ def run(**changes: str) -> str:
     return subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout.strip()
 
 
-@pytest.mark.skipif(
-    not (memory._can_be_told() and memory._on_request()), reason="huge pages are not on request"
-)
-def test_malloc_takes_them_and_the_command_line_stays():
-    assert run() == "glibc.malloc.hugetlb=1 True ['a b', '--c']"
+@glibc
+def test_what_is_freed_is_kept_and_the_command_line_stays():
+    assert run() == f"{ALL} True ['a b', '--c']"
+
+
+@glibc
+def test_what_the_environment_says_already_stays():
     other = "glibc.malloc.check=0"
-    assert run(GLIBC_TUNABLES=other) == f"{other}:glibc.malloc.hugetlb=1 True ['a b', '--c']"
-    refused = "glibc.malloc.hugetlb=0"
-    assert run(GLIBC_TUNABLES=refused) == f"{refused} False ['a b', '--c']"
+    assert run(GLIBC_TUNABLES=other) == f"{other}:{ALL} True ['a b', '--c']"
+    refused = ":".join(f"{name}=0" for name in memory._ASKED_OF_MALLOC if "threshold" not in name)
+    thresholds = "glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=131072"
+    told = f"{refused}:{thresholds}"
+    assert run(GLIBC_TUNABLES=told) == f"{told} False ['a b', '--c']"
 
 
-@pytest.mark.parametrize(
-    ("libc", "offered"),
-    [
-        (("", ""), "always [madvise] never"),
-        (("glibc", "2.34"), "always [madvise] never"),
-        (("glibc", "2.36"), "[always] madvise never"),
-        (("glibc", "2.36"), "always madvise [never]"),
-        (("glibc", "2.36"), None),
-    ],
-)
-def test_nothing_happens_where_asking_does_not_help(monkeypatch, tmp_path, libc, offered):
-    path = tmp_path / "enabled"
-    if offered is not None:
-        path.write_text(offered)
-    monkeypatch.setattr(memory, "_OFFERED", path)
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: libc)
+def test_programs_of_others_get_malloc_as_it_comes(monkeypatch):
+    for before in ("glibc.malloc.check=0", ""):
+        monkeypatch.setenv("GLIBC_TUNABLES", f"{before}:{ALL}".lstrip(":"))
+        with memory.malloc_as_it_comes():
+            assert os.environ["GLIBC_TUNABLES"] == before
+        assert os.environ["GLIBC_TUNABLES"] == f"{before}:{ALL}".lstrip(":")
+
+
+def test_nothing_happens_where_malloc_is_another(monkeypatch):
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(memory.os, "execv", lambda *words: pytest.fail("began anew"))
-    memory.take_huge_pages()
+    memory.keep_memory()
     assert "GLIBC_TUNABLES" not in os.environ
