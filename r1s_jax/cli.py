@@ -1,6 +1,7 @@
 """The `r1s` command: registers the commands, and says what went wrong."""
 
 import os
+import sys
 import traceback
 
 import typer
@@ -82,7 +83,8 @@ def main() -> None:
 
 def command() -> None:
     """What the `r1s` script runs: `main`, in a process that it may begin anew."""
-    keep_memory()
+    if sys.argv[1:2] != ["compile"]:  # the compiler for TPUs takes half as long again with it
+        keep_memory()
     main()
 
 

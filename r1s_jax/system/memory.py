@@ -5,7 +5,9 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+_DEVICES = Path("/dev")
 _UNLIMITED = 2**36  # bytes; more than one array takes
 _ASKED_OF_MALLOC = {
     "glibc.malloc.hugetlb": 1,  # pages of 2 MiB where the kernel gives them on request
@@ -22,11 +24,12 @@ def keep_memory() -> None:
     they go back to the kernel after it, which zeroes each page again: 780,000 of 4 KiB an update of
     SmolLM2-135M, a quarter of its time. Malloc reads what it is told only when a process begins
     (glibc's manual, "Memory Allocation Tunables"; what a version does not know it ignores). What
-    GLIBC_TUNABLES speaks of already stays as it is; nothing happens where malloc is another.
+    GLIBC_TUNABLES speaks of already stays as it is. Nothing happens where malloc is another, nor
+    beside an accelerator, whose compiler's many threads would wait for each other in one arena.
     """
     told = _told()
     asked = [f"{n}={v}" for n, v in _ASKED_OF_MALLOC.items() if not any(n in t for t in told)]
-    if not asked or platform.libc_ver()[0] != "glibc":
+    if not asked or platform.libc_ver()[0] != "glibc" or _has_accelerator():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(told + asked)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -44,6 +47,12 @@ def malloc_as_it_comes() -> Iterator[None]:
         yield
     finally:
         os.environ["GLIBC_TUNABLES"] = told
+
+
+def _has_accelerator() -> bool:
+    """Whether the kernel shows a TPU's or a CUDA GPU's devices."""
+    kinds = "accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*"
+    return any(True for kind in kinds for _ in _DEVICES.glob(kind))
 
 
 def _told() -> list[str]:

@@ -38,7 +38,10 @@ ALL = (
     "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=68719476736:"
     "glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
 )
-glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or memory._has_accelerator(),
+    reason="malloc is not glibc's, or there is an accelerator",
+)
 
 
 def run(**changes: str) -> str:
@@ -70,8 +73,15 @@ def test_programs_of_others_get_malloc_as_it_comes(monkeypatch):
         assert os.environ["GLIBC_TUNABLES"] == f"{before}:{ALL}".lstrip(":")
 
 
-def test_nothing_happens_where_malloc_is_another(monkeypatch):
-    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
+@pytest.mark.parametrize(
+    ("libc", "device"), [("", None), ("glibc", "accel0"), ("glibc", "vfio/0"), ("glibc", "nvidia0")]
+)
+def test_nothing_happens_with_another_malloc_or_an_accelerator(monkeypatch, tmp_path, libc, device):
+    if device:
+        (tmp_path / device).parent.mkdir(exist_ok=True)
+        (tmp_path / device).touch()
+    monkeypatch.setattr(memory, "_DEVICES", tmp_path)
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: (libc, "2.36"))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(memory.os, "execv", lambda *words: pytest.fail("began anew"))
     memory.keep_memory()
