@@ -26,6 +26,7 @@ CHIPS = {
 
 # Where the drivers of TPUs put their chips, by generation.
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+_GPU_DEVICES = ("/dev/nvidia[0-9]*",)
 # Whoever sets one of these wants the runtime whatever is found.
 _TPU_WANTED = ("TPU_LIBRARY_PATH", "JAX_FORCE_TPU_INIT")
 
@@ -36,9 +37,17 @@ def hide_tpu_runtime() -> None:
     It is installed to compile for TPUs elsewhere, and prints errors wherever it finds none. Must
     come before JAX is imported.
     """
-    found = any(True for pattern in _TPU_DEVICES for _ in Path("/").glob(pattern[1:]))
-    if not found and not any(name in os.environ for name in _TPU_WANTED):
+    if not _found(_TPU_DEVICES) and not any(name in os.environ for name in _TPU_WANTED):
         sys.modules.setdefault("libtpu", None)  # importing it now raises ImportError
+
+
+def has_accelerator() -> bool:
+    """Whether the kernel shows a TPU or a CUDA GPU; does not import JAX."""
+    return _found(_TPU_DEVICES + _GPU_DEVICES)
+
+
+def _found(patterns: tuple[str, ...]) -> bool:
+    return any(True for pattern in patterns for _ in Path("/").glob(pattern[1:]))
 
 
 def show_tpu_runtime() -> None:

@@ -5,9 +5,9 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-_DEVICES = Path("/dev")
+from r1s_jax.system.chips import has_accelerator
+
 _UNLIMITED = 2**36  # bytes; more than one array takes
 _ASKED_OF_MALLOC = {
     "glibc.malloc.hugetlb": 1,  # pages of 2 MiB where the kernel gives them on request
@@ -22,14 +22,14 @@ def keep_memory() -> None:
 
     XLA takes the temporary arrays of a program on a CPU from malloc at every call. As malloc comes,
     they go back to the kernel after it, which zeroes each page again: 780,000 of 4 KiB an update of
-    SmolLM2-135M, a quarter of its time. Malloc reads what it is told only when a process begins
+    SmolLM2-135M, a fifth of its time. Malloc reads what it is told only when a process begins
     (glibc's manual, "Memory Allocation Tunables"; what a version does not know it ignores). What
     GLIBC_TUNABLES speaks of already stays as it is. Nothing happens where malloc is another, nor
     beside an accelerator, whose compiler's many threads would wait for each other in one arena.
     """
     told = _told()
     asked = [f"{n}={v}" for n, v in _ASKED_OF_MALLOC.items() if not any(n in t for t in told)]
-    if not asked or platform.libc_ver()[0] != "glibc" or _has_accelerator():
+    if not asked or platform.libc_ver()[0] != "glibc" or has_accelerator():
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(told + asked)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
@@ -47,12 +47,6 @@ def malloc_as_it_comes() -> Iterator[None]:
         yield
     finally:
         os.environ["GLIBC_TUNABLES"] = told
-
-
-def _has_accelerator() -> bool:
-    """Whether the kernel shows a TPU's or a CUDA GPU's devices."""
-    kinds = "accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*"
-    return any(True for kind in kinds for _ in _DEVICES.glob(kind))
 
 
 def _told() -> list[str]:

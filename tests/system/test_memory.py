@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from r1s_jax.system import memory
+from r1s_jax.system import chips, memory
+from r1s_jax.system.chips import has_accelerator
 
 PROGRAM = """
 import sys
@@ -39,7 +40,7 @@ ALL = (
     "glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
 )
 glibc = pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc" or memory._has_accelerator(),
+    platform.libc_ver()[0] != "glibc" or has_accelerator(),
     reason="malloc is not glibc's, or there is an accelerator",
 )
 
@@ -80,7 +81,9 @@ def test_nothing_happens_with_another_malloc_or_an_accelerator(monkeypatch, tmp_
     if device:
         (tmp_path / device).parent.mkdir(exist_ok=True)
         (tmp_path / device).touch()
-    monkeypatch.setattr(memory, "_DEVICES", tmp_path)
+    for kind in ("_TPU_DEVICES", "_GPU_DEVICES"):
+        here = tuple(p.replace("/dev", str(tmp_path), 1) for p in getattr(chips, kind))
+        monkeypatch.setattr(chips, kind, here)
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: (libc, "2.36"))
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(memory.os, "execv", lambda *words: pytest.fail("began anew"))
