@@ -24,8 +24,8 @@ from r1s_jax.config import Impl, ModelConfig, Remat
 from r1s_jax.kernels.attention.api import attention, decode_attention
 from r1s_jax.kernels.matmul import matmul, turned_matmul
 from r1s_jax.models.kv_cache import KVCache
-from r1s_jax.models.lora import merge_layer
-from r1s_jax.models.params import Params
+from r1s_jax.models.lora import adapters_of
+from r1s_jax.models.params import Params, as_computed
 
 # Name in the compiled program of what runs once a layer.
 LAYERS_SCOPE = "decoder_layer"
@@ -208,23 +208,23 @@ class Policy(nnx.Module):
     def _block(self, x: Array, w: Params, rope: tuple, attend: Callable, cache: Any):
         """One decoder layer: attention and gated feed-forward, each added to the residual."""
         eps, dtype = self.config.norm_eps, self.compute_dtype
-        w = merge_layer(w, self.config.lora_scale)
-        w = {name: p if name.endswith("norm") else p.astype(dtype) for name, p in w.items()}
+        w = as_computed(w, dtype)
+        project = partial(self._project, w)
 
         y = rms_norm(x, w["attn_norm"], eps)
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        q, k, v = (self._project(y, w[name]).reshape(heads) for name in ("wq", "wk", "wv"))
+        q, k, v = (project(y, name).reshape(heads) for name in ("wq", "wk", "wv"))
         if self.config.qkv_bias:
             q, k, v = q + w["bq"], k + w["bk"], v + w["bv"]
         if self.config.qk_norm:
             q, k = rms_norm(q, w["q_norm"], eps), rms_norm(k, w["k_norm"], eps)
         out, cache = attend(apply_rope(q, rope), apply_rope(k, rope), v, cache)
         out = out.astype(dtype).reshape(*out.shape[:2], -1)
-        x = x + self._sum(self._project(out, w["wo"]))
+        x = x + self._sum(project(out, "wo"))
 
         y = rms_norm(x, w["mlp_norm"], eps)
-        gate = jax.nn.silu(self._project(y, w["w_gate"]))
-        x = x + self._sum(self._project(gate * self._project(y, w["w_up"]), w["w_down"]))
+        gate = jax.nn.silu(project(y, "w_gate"))
+        x = x + self._sum(project(gate * project(y, "w_up"), "w_down"))
         return x, cache
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -237,20 +237,28 @@ class Policy(nnx.Module):
         x = jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0)
         return lax.psum(x.astype(self.compute_dtype), self.tensor_axis)
 
-    def _project(self, x: Float[Array, "B T D"], w: Float[Array, "..."]) -> Float[Array, "B T F"]:
-        """`x @ w`, rows and tokens as one axis; `w` as it is stored, whatever its axes.
+    def _project(self, w: Params, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T F"]:
+        """`x @ w[name]`, rows and tokens as one axis, plus the product with its adapters, if any.
 
-        With two, the CPU's gradient of `w` takes a slower way than a matrix product.
+        With two axes, the CPU's gradient of a weight takes a slower way than a matrix product.
         """
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(self.layers, list):
-            out = turned_matmul(rows, w).astype(x.dtype)
-        elif self.impl == "xla":
-            columns = w.reshape(rows.shape[1], -1)
-            out = checkpoint_name(matmul(rows, columns).astype(x.dtype), _PROJECTED)
+            out = turned_matmul(rows, w[name])
         else:
-            out = rows @ w.reshape(rows.shape[1], -1)
+            out = self._product(rows, w[name])
+        if (pair := adapters_of(w, name)) is not None:
+            inner = self._product(rows, pair[0]).astype(x.dtype)
+            out = out + self.config.lora_scale * self._product(inner, pair[1])
+        out = out.astype(x.dtype)
+        if self.impl == "xla":
+            out = checkpoint_name(out, _PROJECTED)
         return out.reshape(*x.shape[:-1], -1)
+
+    def _product(self, rows: Float[Array, "M D"], w: Float[Array, "..."]) -> Float[Array, "M F"]:
+        """`rows @ w`, `w` stored with whatever axes; on a CPU in float32."""
+        columns = w.reshape(rows.shape[1], -1)
+        return matmul(rows, columns) if self.impl == "xla" else rows @ columns
 
     def _sum(self, x: Array) -> Array:
         return lax.psum(x, self.tensor_axis) if self.tensor_axis else x

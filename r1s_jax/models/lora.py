@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a weight W trained as W + scale * A B, W frozen.
 
-The sum is formed where the weight is used, layer by layer, so sampling and learning compute with
-the very same weight; A and B stand beside W in a layer's parameters as `{W}_lora_a`, `{W}_lora_b`.
+Sampling and learning both multiply with A and B beside W: x W + scale * (x A) B. A sum W + A B in
+bfloat16 would lose every update below half of W's last digit. A and B stand beside W in a layer's
+parameters as `{W}_lora_a`, `{W}_lora_b`.
 """
 
 from typing import Any
@@ -30,6 +31,11 @@ def adapter_entries(layer: dict[str, tuple], rank: int) -> dict[str, tuple]:
 def is_adapter(name: str) -> bool:
     """Whether a parameter of this name belongs to an adapter."""
     return name.endswith((_A, _B))
+
+
+def adapters_of(w: Params, name: str) -> tuple[Any, Any] | None:
+    """A and B of one weight of a layer; None where it has none."""
+    return (w[name + _A], w[name + _B]) if name + _A in w else None
 
 
 def merge_layer(w: Params, scale: float) -> Params:

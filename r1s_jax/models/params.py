@@ -89,6 +89,19 @@ def _draw(specs: dict[str, Any], seed: int, dtype: Any) -> Params:
     return jax.tree.unflatten(treedef, leaves)
 
 
+def as_computed(params: Params, dtype: Any) -> Params:
+    """`params`, or those of a layer, as the forward pass reads them: in `dtype`.
+
+    The gains of norms keep their own dtype: norms are computed in float32. Sampling and learning
+    both read parameters through this function, so they compute with the same numbers.
+    """
+
+    def cast(path: tuple, p: Array) -> Array:
+        return p if path[-1].key.endswith("norm") else p.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def unstack_layers(params: Params) -> Params:
     """The same parameters, each layer's in arrays of its own and its matrices turned: [out, in].
 

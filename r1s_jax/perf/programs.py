@@ -21,7 +21,7 @@ from r1s_jax.learning.logprobs import LOGITS_SCOPE, logit_chunks
 from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.micro_rows import most_rows, packed_shapes
 from r1s_jax.models.decoder import LAYERS_SCOPE
-from r1s_jax.models.lora import is_adapter, merge_adapters, trainable
+from r1s_jax.models.lora import is_adapter, trainable
 from r1s_jax.models.params import ParamSpec, param_specs
 from r1s_jax.models.sharding import (
     attention_impl,
@@ -106,7 +106,7 @@ def rollout_program(
     c, model, mesh = config.rollout, learner.model, learner.mesh
     count, shards = trajectories(config), batch_shards(mesh)
     rollout = Rollout(
-        model=model.without_lora(),
+        model=model,
         config=c,
         mesh=mesh,
         compute_dtype=learner.compute_dtype,
@@ -136,7 +136,7 @@ def rollout_program(
     tokens = workload.prompt + workload.documents / 2 + workload.sampled / 2
     weights = _parameters(state) / tensor * learner.compute_dtype.itemsize
     return Program(
-        function=lambda p, *rest: rollout(merge_adapters(p, model.lora_scale), *rest),
+        function=rollout,
         arguments=(state.params, prompts, tags),
         trips={
             DECODE_SCOPE: decode_steps,

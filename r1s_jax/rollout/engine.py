@@ -175,7 +175,7 @@ class Engine:
             max_documents_length=config.max_documents_length,
         )
         self.roll = Rollout(
-            model=self.model.without_lora(),
+            model=self.model,
             config=config,
             mesh=self.mesh,
             compute_dtype=compute_dtype,
@@ -185,7 +185,7 @@ class Engine:
             dialect=self.dialect,
             attention=attention,
         )
-        self.programs = Programs.of(self.roll, self.model.lora_scale)
+        self.programs = Programs.of(self.roll)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text that stands inside a sequence."""

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from r1s_jax.config import Impl, ModelConfig, RolloutConfig
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
-from r1s_jax.models.params import Params, unstack_layers
+from r1s_jax.models.params import Params, as_computed, unstack_layers
 from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS, attention_impl, sampling_partition
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
@@ -96,7 +96,7 @@ class Rollout:
 
     def prepare(self, params: Params) -> Params:
         """Parameters as `run` reads them; worth keeping between several calls of it."""
-        params = jax.tree.map(lambda p: p.astype(self.compute_dtype), params)
+        params = as_computed(params, self.compute_dtype)
         if self._impl != "xla":
             return params
         stacked = sampling_partition(self.model)

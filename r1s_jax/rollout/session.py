@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params
 from r1s_jax.rollout.loop import Rollout, Until
 from r1s_jax.rollout.state import Phase, State
@@ -26,11 +25,11 @@ class Programs(NamedTuple):
     admit: Callable[..., State]
 
     @staticmethod
-    def of(roll: Rollout, lora_scale: float) -> "Programs":
+    def of(roll: Rollout) -> "Programs":
         """`whole` and `prepare` take the learner's parameters, adapters included."""
         return Programs(
-            whole=jax.jit(lambda p, *rest: roll(merge_adapters(p, lora_scale), *rest)),
-            prepare=jax.jit(lambda p: roll.prepare(merge_adapters(p, lora_scale))),
+            whole=jax.jit(roll),
+            prepare=jax.jit(roll.prepare),
             start=jax.jit(roll.start),
             run=jax.jit(roll.run, donate_argnums=3),
             results=jax.jit(roll.results),

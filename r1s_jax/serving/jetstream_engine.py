@@ -157,8 +157,9 @@ class SearchEngine(engine_api.Engine):
         return KVCache.empty(*sizes, self._compute_dtype, self._impl)
 
     def _policy(self, params: Params) -> Policy:
-        model = self._engine.model.without_lora()
-        return Policy(model, params, compute_dtype=self._compute_dtype, impl=self._impl)
+        return Policy(
+            self._engine.model, params, compute_dtype=self._compute_dtype, impl=self._impl
+        )
 
     def _run_prefill(self, params: Params, tokens: Array, length: Array) -> Prefix:
         none = jnp.zeros(1, jnp.int32)

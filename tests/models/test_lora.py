@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, the only thing trained, and gone when merged."""
+"""Adapters change nothing at first, are all that is trained, and are gone when merged."""
 
 from dataclasses import replace
 
@@ -16,9 +16,10 @@ from r1s_jax.models.lora import is_adapter, merge_adapters, trainable
 from r1s_jax.models.params import add_adapters, init_params
 from r1s_jax.models.pretrained import load_pretrained, make_policy
 from r1s_jax.models.sharding import make_mesh
+from r1s_jax.rollout.loop import Rollout
 from r1s_jax.train import train
 from tests.learning.test_learner import make_learner, make_sequences, packed
-from tests.makers import SHORT
+from tests.makers import ROLLOUT, SHORT
 
 MODEL = ModelConfig(31, 16, 32, 2, 4, 2, 4, rope_theta=1000.0, qkv_bias=True).with_lora(3, 6.0)
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
@@ -68,6 +69,35 @@ def test_new_adapters_change_nothing():
     before = Policy(MODEL.without_lora(), base)(TOKENS)
     np.testing.assert_allclose(Policy(MODEL, adapted)(TOKENS), before, atol=1e-6)
     assert trainable(adapted).keys() == {"layers"}
+
+
+def test_sampling_reads_the_very_weights_that_learning_reads():
+    """Gains of norms and adapters that bfloat16 cannot hold: both compute with the same numbers."""
+    rng, params = np.random.default_rng(2), filled()
+    layers = {n: p * (0.01 if n.endswith("_lora_b") else 1) for n, p in params["layers"].items()}
+    for name in ("attn_norm", "mlp_norm"):
+        layers[name] = layers[name] + jnp.asarray(rng.normal(0, 0.003, layers[name].shape))
+    params = params | {"layers": layers, "final_norm": params["final_norm"] * 1.001}
+    loop = Rollout(
+        model=MODEL,
+        config=ROLLOUT,
+        mesh=make_mesh(MeshConfig()),
+        compute_dtype=jnp.bfloat16,
+        eos_ids=(0,),
+        num_tag_states=1,
+        exchange=lambda *_: None,
+        attention="interpret",
+    )
+
+    def logits(params):
+        return Policy(MODEL, params, compute_dtype=jnp.bfloat16, impl="xla")(TOKENS)
+
+    learned, sampled = logits(params), logits(loop.prepare(params))
+    np.testing.assert_array_equal(sampled, learned)
+    plain = {n: p for n, p in layers.items() if not is_adapter(n)}
+    assert np.abs(learned - logits(params | {"layers": plain})).max() > 0
+    rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    assert np.abs(learned - logits(rounded)).max() > 0
 
 
 @pytest.mark.parametrize("remat", ["none", pytest.param("full", marks=pytest.mark.slow)])
