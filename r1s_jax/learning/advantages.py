@@ -16,6 +16,11 @@ from r1s_jax.config import Estimator, KlEstimator
 
 # Of GRPO and its relative, the advantages of a group stand by themselves.
 _NOT_WHITENED = ("group_norm", "dr_grpo")
+# Where all rewards are alike, what is left to whiten is the noise of a KL penalty. One trajectory
+# of a thousand that earns 1 more than the others deviates by three times this.
+_LEAST_DEVIATION = 0.01
+# In the reward, of one token: k3 grows with the exponential of the gap.
+_MOST_KL = 10.0
 
 
 def token_advantages(
@@ -54,7 +59,8 @@ def token_advantages(
     )
     returns = np.where(mask, outcome[:, None], 0.0)
     if kl is not None:
-        penalty = np.where(mask, kl_coefficient * kl.astype(np.float64), 0.0)
+        bounded = np.clip(kl.astype(np.float64), -_MOST_KL, _MOST_KL)
+        penalty = np.where(mask, kl_coefficient * bounded, 0.0)
         returns -= np.cumsum(penalty[:, ::-1], axis=-1)[:, ::-1]  # all that is still to come
     if estimator not in _NOT_WHITENED:
         returns = whiten(returns, mask)
@@ -64,11 +70,15 @@ def token_advantages(
 def whiten(
     values: Float[np.ndarray, "N W"], mask: Bool[np.ndarray, "N W"]
 ) -> Float[np.ndarray, "N W"]:
-    """Zero mean and unit variance over the masked entries of the whole batch, 0 elsewhere."""
+    """Zero mean and unit variance over the masked entries of the whole batch, 0 elsewhere.
+
+    Values that hardly differ stay small: the deviation counts as at least `_LEAST_DEVIATION`.
+    """
     chosen = values[mask].astype(np.float64)
     out = np.zeros(values.shape)
     if len(chosen):
-        out[mask] = (chosen - chosen.mean()) / np.sqrt(chosen.var() + 1e-8)
+        deviation = max(np.sqrt(chosen.var() + 1e-8), _LEAST_DEVIATION)
+        out[mask] = (chosen - chosen.mean()) / deviation
     return out
 
 

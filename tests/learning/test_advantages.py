@@ -136,6 +136,29 @@ def test_whitening_ignores_masked_tokens():
     assert not got[~mask].any()
 
 
+def test_a_kl_of_noise_stays_noise_where_rewards_are_all_alike():
+    rng, mask = np.random.default_rng(0), np.ones((N, W), bool)
+    kl = rng.normal(0, 0.05, (N, W)).astype(np.float32)
+    for estimator in ("reinforce++", "reinforce_baseline", "rloo"):
+        got = token_advantages(
+            estimator, np.ones(N), np.arange(N) // 4, mask, kl=kl, kl_coefficient=1e-3
+        )
+        assert 0 < np.abs(got).max() < 0.1
+    rare = np.ones((1024, 1), np.float32)
+    rare[0] = 0
+    whitened = whiten(rare, np.ones(rare.shape, bool))
+    assert whitened.std() == pytest.approx(1, abs=1e-4), "one in a thousand still counts in full"
+
+
+def test_one_tokens_kl_cannot_drown_a_batch():
+    mask, kl = np.ones((2, 3), bool), np.zeros((2, 3), np.float32)
+    kl[0, 1] = np.expm1(30.0)
+    got = token_advantages(
+        "dr_grpo", np.zeros(2), np.zeros(2, int), mask, kl=kl, kl_coefficient=0.1
+    )
+    np.testing.assert_allclose(got, [[-1, -1, 0], [0, 0, 0]])
+
+
 def test_an_unknown_estimator_is_named():
     with pytest.raises(ValueError, match="'ppo'"):
         token_advantages("ppo", np.ones(N), np.arange(N), np.ones((N, W), bool))
