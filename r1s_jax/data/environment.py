@@ -17,7 +17,6 @@ from r1s_jax.data.corpora import is_summaries, open_retriever
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
 from r1s_jax.data.questions import (
     Question,
-    QuestionStream,
     question_stream,
     read_questions,
     texts,
@@ -189,9 +188,7 @@ class CorpusEnvironment:
         self._unwanted = texts(self._held_out) | texts(excluded)
         self._learning = [without(file, self._unwanted) for file in files]
         self._report(len(questions))
-        self._stream: QuestionStream | None = None
-        self._size = 0
-        self._saved: dict[str, Any] = {}
+        self._stream = question_stream(self._learning, seed=seed, mix=config.mix)
 
     def _report(self, questions: int) -> None:
         """Says what there is to learn from; DataError for a file of which nothing is left."""
@@ -208,14 +205,7 @@ class CorpusEnvironment:
         return [*self._held_out, *itertools.chain(*self._learning)]
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
-        if self._stream is None or self._size != size:
-            self._stream = question_stream(
-                self._learning, seed=self._seed, batch_size=size, mix=self.config.mix
-            )
-            self._size = size
-            if self._saved.get("size") == size:
-                self._stream.restore(self._saved["stream"])
-        return Batch(next(self._stream), self.retriever)
+        return Batch(self._stream.take(size), self.retriever)
 
     def retriever_of(self, step: int, draw: int) -> Retriever:
         return self.retriever
@@ -245,10 +235,11 @@ class CorpusEnvironment:
         return made + read_demonstrations(traces, self._unwanted, self._dialect)
 
     def state(self) -> dict[str, Any]:
-        return {"size": self._size, "stream": self._stream.state()} if self._stream else {}
+        return {"stream": self._stream.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._saved, self._stream = state, None
+        if state:
+            self._stream.restore(state["stream"])
 
 
 def _hash(question: Question) -> str:

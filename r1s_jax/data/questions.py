@@ -60,40 +60,36 @@ def _numbered(found: Sequence[tuple[int | None, Question]], taken: set[int]) -> 
 
 
 class QuestionStream:
-    """Batches of questions without end, from a grain iterator whose cursor can be saved."""
+    """Questions without end, from a grain iterator whose cursor can be saved."""
 
-    def __init__(self, batches: grain.DatasetIterator[list[Question]]):
-        self._batches = batches
+    def __init__(self, questions: grain.DatasetIterator[Question]):
+        self._questions = questions
 
-    def __iter__(self) -> "QuestionStream":
-        return self
-
-    def __next__(self) -> list[Question]:
-        return next(self._batches)
+    def take(self, count: int) -> list[Question]:
+        """The next `count` questions."""
+        return list(itertools.islice(self._questions, count))
 
     def state(self) -> dict[str, Any]:
         """The cursor, ready for JSON."""
-        return self._batches.get_state()
+        return self._questions.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on as the stream that gave `state`, made of the same questions, seed and batch."""
-        self._batches.set_state(state)
+        """Goes on as the stream that gave `state`, made of the same questions and seed."""
+        self._questions.set_state(state)
 
 
 def question_stream(
     sources: Sequence[Sequence[Question]],
     *,
     seed: int,
-    batch_size: int,
     mix: Sequence[float] = (),
 ) -> QuestionStream:
-    """Shuffled questions in batches: each epoch is a fresh permutation, the same for one seed.
+    """Shuffled questions: each epoch is a fresh permutation, the same for one seed.
 
-    Batches run on across the end of an epoch, so every one has `batch_size` questions. With `mix`
-    each source has an epoch of its own, and its share of the stream.
+    With `mix` each source has an epoch of its own, and its share of the stream.
     """
-    if not sources or not all(sources) or batch_size < 1:
-        raise ValueError("a stream needs at least one question and a batch size of at least 1")
+    if not sources or not all(sources):
+        raise ValueError("a stream needs at least one question of each source")
     if mix:
         parts = [_shuffled(source, seed + i) for i, source in enumerate(sources)]
         dataset = grain.MapDataset.mix(parts, [share / sum(mix) for share in mix])
@@ -101,7 +97,7 @@ def question_stream(
         dataset = _shuffled([question for source in sources for question in source], seed)
     # The questions lie in memory: threads that read ahead would only cost start-up time.
     in_memory = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return QuestionStream(iter(dataset.batch(batch_size, batch_fn=list).to_iter_dataset(in_memory)))
+    return QuestionStream(iter(dataset.to_iter_dataset(in_memory)))
 
 
 def _shuffled(questions: Sequence[Question], seed: int) -> grain.MapDataset[Question]:

@@ -77,6 +77,22 @@ def test_what_the_evaluation_asks_is_never_learned_from(files, tmp_path, capsys)
         CorpusEnvironment(config, seed=0, held_out=1)
 
 
+def test_another_batch_size_goes_on_where_the_last_one_stopped(tmp_path, files):
+    passages, _ = files
+    questions = tmp_path / "many.jsonl"
+    rows = (f'{{"question": "Who is {i}?", "answer": "x"}}\n' for i in range(24))
+    questions.write_text("".join(rows))
+    config = CorpusConfig((str(questions),), passages=(str(passages),))
+    environment = CorpusEnvironment(config, seed=0, held_out=0)
+    first = [q.id for step in range(3) for q in environment.batch(step, 4).questions]
+    saved = json.loads(json.dumps(environment.state()))
+    again = CorpusEnvironment(config, seed=0, held_out=0)
+    again.restore(saved)
+    for stage2 in (environment, again):
+        then = [q.id for step in range(2) for q in stage2.batch(3 + step, 6).questions]
+        assert sorted(first + then) == list(range(24)), "no question twice in an epoch"
+
+
 def test_the_same_are_held_out_whatever_the_seed_and_the_order_of_files(files, tmp_path):
     passages, questions = files
     turned = tmp_path / "turned.jsonl"
