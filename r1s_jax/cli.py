@@ -61,6 +61,25 @@ for name, group in {
     app.add_typer(group, name=name)
 
 
+# Switches of JAX that change what its numbers and shapes mean. Our programs hold for the defaults.
+_JAX_SWITCHES = (
+    "JAX_ENABLE_X64",
+    "JAX_DISABLE_JIT",
+    "JAX_NUMPY_DTYPE_PROMOTION",
+    "JAX_NUMPY_RANK_PROMOTION",
+)
+
+
+def ignore_jax_switches() -> None:
+    """Unsets JAX's switches of other programs, and says so. Must come before JAX is imported."""
+    for name in _JAX_SWITCHES:
+        value = os.environ.pop(name, "")
+        if value.lower() not in ("", "0", "false", "standard", "allow"):
+            typer.secho(
+                f"{name}={value} is ignored: r1s needs JAX's default", fg="yellow", err=True
+            )
+
+
 def main() -> None:
     """Runs the command; an error that the user can mend is one message, not a traceback.
 
@@ -68,6 +87,7 @@ def main() -> None:
     other is a bug and shows its traceback; with R1S_DEBUG=1 every error does.
     """
     hide_tpu_runtime()
+    ignore_jax_switches()
     try:
         app()
     except Exception as error:

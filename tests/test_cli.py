@@ -2,15 +2,20 @@
 
 import ast
 import json
+import os
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from r1s_jax import cli
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import MeshConfig
 from r1s_jax.data.rows import DataError
 from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer
 from r1s_jax.models.params import init_params
+from r1s_jax.models.sharding import make_mesh
 from r1s_jax.system import chips
 from tests.makers import SMALL
 from tests.makers import run_cli as run
@@ -259,3 +264,18 @@ def test_the_tpu_runtime_is_asked_for_only_where_there_is_a_tpu(here, monkeypatc
     assert ("libtpu" in sys.modules) is not here
     chips.show_tpu_runtime()
     assert "libtpu" not in sys.modules
+
+
+def test_switches_of_jax_that_change_numbers_are_ignored_aloud(monkeypatch, capsys):
+    for name in ("JAX_ENABLE_X64", "JAX_NUMPY_RANK_PROMOTION", "JAX_DISABLE_JIT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")
+    cli.ignore_jax_switches()
+    assert not capsys.readouterr().err, "these ask for the defaults"
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    cli.ignore_jax_switches()
+    assert "JAX_ENABLE_X64=1 is ignored" in capsys.readouterr().err
+    assert "JAX_ENABLE_X64" not in os.environ
+    # Where JAX was imported before, as in a notebook, it is refused.
+    with jax.enable_x64(True), pytest.raises(ConfigError, match="32 bits"):
+        make_mesh(MeshConfig())

@@ -39,8 +39,14 @@ _SAMPLING_RULES = {**_LEARNING_RULES, "embed": None}
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices; `fsdp=-1` takes what the others leave.
 
-    Raises ValueError when the axes do not multiply to the number of devices.
+    Raises ConfigError when the axes do not multiply to the number of devices, or where JAX is set
+    to 64 bits.
     """
+    if jax.config.jax_enable_x64:
+        raise ConfigError(
+            "jax_enable_x64 is on: r1s_jax computes in 32 bits; unset JAX_ENABLE_X64, or call "
+            "jax.config.update('jax_enable_x64', False)"
+        )
     devices = jax.devices() if devices is None else devices
     rest = config.data * config.tensor
     fsdp = config.fsdp if config.fsdp != -1 else max(1, len(devices) // rest)
