@@ -447,6 +447,14 @@ class Config:
             "rollout.carry_over and algorithm.dynamic_sampling: a step that waits for a number of "
             "groups cannot ask for more of them; switch one off",
         )
+        check(
+            not self.rollout.carry_over
+            or self.algorithm.loss != "reinforce"
+            or self.algorithm.importance_cap > 0,
+            "rollout.carry_over with algorithm.loss=reinforce: that loss has no ratio, so tokens "
+            "of older parameters would count as new ones; set algorithm.importance_cap=2, or take "
+            "another loss",
+        )
         for name in ("stage1", "stage2"):
             stage: StageConfig = getattr(self, name)
             check_numbers(name, stage, steps=0, questions_per_step=1)

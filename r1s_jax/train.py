@@ -195,30 +195,29 @@ class Run:
         name, stage = self.progress.stage(c)
         clock, kl_coefficient = self.clock, self.progress.kl(c)
         with clock.time("collect"):
-            rolled, rewards = self.collector.collect(state.params, step, name, stage)
-            values = np.array([r.value for r in rewards], np.float32)
-            rows = self.collector.teaching_rows(rolled, values, stage.questions_per_step)
-            kept, kept_rewards = rolled.take(rows), [rewards[i] for i in rows]
+            batch = self.collector.collect(state.params, step, name, stage)
+            kept = batch.first_groups(stage.questions_per_step)
         with clock.time("update"):
             state, learned = gradient.learn(
                 state,
                 kept,
-                values[rows],
                 step=step,
                 kl_coefficient=kl_coefficient,
                 learning_rate_scale=self.progress.learning_rate_scale(c),
             )
         self.progress.adapt_kl(c, learned.kl)
         kept_too = learned.advantages, c.run.traces_per_step, self.engine.token_texts
-        for row in m.trace_rows(kept, kept_rewards, *kept_too):
+        for row in m.trace_rows(kept.rolled, kept.rewards, *kept_too):
             self.telemetry.trace({"step": step + 1, **row})
         return state, {
             "step": step + 1,
             "stage": name,
-            **m.rollout_metrics(rolled, rewards),
+            **m.rollout_metrics(batch),
             **m.update_metrics(learned, clock.seconds["update"]),
             "kl_coefficient": kl_coefficient,
-            **clock.metrics(rolled.seconds, state.params, int(kept.trajectory.lengths.sum())),
+            **clock.metrics(
+                batch.rolled.seconds, state.params, int(kept.rolled.trajectory.lengths.sum())
+            ),
             "rewards_answers": stage.reward not in FORMAT_REWARDS,
         }
 

@@ -1,6 +1,7 @@
 """A step's batch: rolled out, rewarded, and of it the trajectories that teach something."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,57 @@ from r1s_jax.models.params import Params
 from r1s_jax.rewards.registry import BatchReward
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine, Rolled, merge
-from r1s_jax.rollout.trajectory import Finish, Trajectory
+from r1s_jax.rollout.trajectory import CUT_OFF, Finish, Trajectory
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """A batch rolled out and rewarded, and what of it teaches; row i of each is one trajectory.
+
+    Computed once: drawing more batches, choosing groups, metrics and learning all read it.
+    """
+
+    rolled: Rolled
+    rewards: Sequence[Reward]
+    values: Float[np.ndarray, " N"]  # float32; not a number where no judge would judge
+    mask: Bool[np.ndarray, "N W"]  # the tokens to learn from: see learnable
+    teaches: Bool[np.ndarray, " N"]  # has such tokens, and its group's rewards differ
+
+    @staticmethod
+    def of(rolled: Rolled, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> "Rewarded":
+        values = np.array([r.value for r in rewards], np.float32)
+        mask = learnable(rolled.trajectory, algorithm, rolled.void, values)
+        teaches = mask.any(-1)
+        groups = rolled.trajectory.groups
+        teaches[teaches] = has_signal(values[teaches], groups[teaches])
+        return Rewarded(rolled, rewards, values, mask, teaches)
+
+    @property
+    def groups(self) -> Int[np.ndarray, " N"]:
+        return self.rolled.trajectory.groups
+
+    @property
+    def fresh(self) -> Bool[np.ndarray, "N W"]:
+        """Of the tokens to learn from, those that the parameters of this step drew."""
+        ages = self.rolled.ages
+        return self.mask if ages is None else self.mask & (ages == 0)
+
+    def first_groups(self, count: int) -> "Rewarded":
+        """Only the first `count` groups that teach, in order.
+
+        Where there are too few, groups that teach nothing make up the number: the batch keeps its
+        shape.
+        """
+        teaching = set(self.groups[self.teaches].tolist())
+        names = sorted(np.unique(self.groups).tolist(), key=lambda g: (g not in teaching, g))
+        rows = np.flatnonzero(np.isin(self.groups, names[:count]))
+        return Rewarded(
+            self.rolled.take(rows),
+            [self.rewards[i] for i in rows],
+            self.values[rows],
+            self.mask[rows],
+            self.teaches[rows],
+        )
 
 
 class Collector:
@@ -32,16 +83,14 @@ class Collector:
         self.rewards = rewards
         self.carried = CarryOver(config, engine, environment)
 
-    def collect(
-        self, params: Params, step: int, stage: str, settings: StageConfig
-    ) -> tuple[Rolled, list[Reward]]:
+    def collect(self, params: Params, step: int, stage: str, settings: StageConfig) -> Rewarded:
         """The batch of a step (from 0); more than one where groups without signal abound.
 
         Raises SearchFailure, RewardError or RewardServerError.
         """
         if self.config.rollout.carry_over:
             rolled = self.carried.roll(params, step, settings.questions_per_step)
-            return rolled, self._reward(rolled, stage)
+            return Rewarded.of(rolled, self._reward(rolled, stage), self.config.algorithm)
         c, batches, rewards = self.config, [], []
         for draw in range(1 + c.algorithm.dynamic_sampling):
             batch = self.environment.batch(step, settings.questions_per_step, draw)
@@ -56,19 +105,10 @@ class Collector:
             )
             rewards += self._reward(rolled, stage)
             batches.append(rolled)
-            whole, values = merge(batches), np.array([r.value for r in rewards])
-            groups = whole.trajectory.groups
-            if len(np.unique(groups[has_signal(values, groups)])) >= settings.questions_per_step:
+            whole = Rewarded.of(merge(batches), rewards, c.algorithm)
+            if len(np.unique(whole.groups[whole.teaches])) >= settings.questions_per_step:
                 break
-        return whole, rewards
-
-    def teaching_rows(
-        self, rolled: Rolled, rewards: Float[np.ndarray, " N"], groups: int
-    ) -> np.ndarray:
-        """The rows to learn from; see rows_with_signal."""
-        t = rolled.trajectory
-        mask = learnable(t, self.config.algorithm, rolled.void, rewards)
-        return rows_with_signal(mask, t.groups, rewards, groups)
+        return whole
 
     def state(self) -> tuple[dict[str, Any], str | None]:
         """What a checkpoint keeps: the environment's cursor, and what is in flight."""
@@ -87,10 +127,6 @@ class Collector:
         return list(reward(asked, rolled.solutions, golds))
 
 
-# Ends for want of tokens, searches or time: what would have come is not known.
-_TRUNCATED = (Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD)
-
-
 def learnable(
     t: Trajectory,
     algorithm: AlgorithmConfig,
@@ -103,23 +139,6 @@ def learnable(
     Neither is the policy's doing. `void` trajectories and those cut off are left
     out too, where the algorithm says so.
     """
-    ends = [Finish.SEARCH_ERROR, Finish.ABORTED, *_TRUNCATED * algorithm.mask_truncated]
+    ends = [Finish.SEARCH_ERROR, Finish.ABORTED, *CUT_OFF * algorithm.mask_truncated]
     out = np.isin(t.finish, ends) | (void & algorithm.mask_void) | np.isnan(rewards)
     return t.loss_mask & ~out[:, None]
-
-
-def rows_with_signal(
-    mask: Bool[np.ndarray, "N W"],
-    groups_of: Int[np.ndarray, " N"],
-    rewards: Float[np.ndarray, " N"],
-    groups_wanted: int,
-) -> np.ndarray:
-    """Rows of the first `groups_wanted` groups whose rewards differ, in order.
-
-    Where there are too few, groups that are all alike make up the number: they teach nothing, and
-    the batch keeps its shape. Rows of which the `mask` (see learnable) has nothing have no say.
-    """
-    valid = mask.any(-1)
-    with_signal = set(groups_of[valid][has_signal(rewards[valid], groups_of[valid])].tolist())
-    groups = sorted(np.unique(groups_of).tolist(), key=lambda g: (g not in with_signal, g))
-    return np.flatnonzero(np.isin(groups_of, groups[:groups_wanted]))

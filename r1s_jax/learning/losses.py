@@ -60,7 +60,7 @@ def clipped_loss(
     if dual_clip:
         bound = dual_clip * batch.advantages
         objective = jnp.where(batch.advantages < 0, jnp.maximum(objective, bound), objective)
-    return _loss(objective, logprobs, batch), _metrics(log_ratio, ratio, outside, batch)
+    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, outside, batch)
 
 
 def gspo_loss(
@@ -74,7 +74,7 @@ def gspo_loss(
     log_ratio = _sequence_means(_log_ratio(logprobs, batch), batch)
     ratio = jnp.exp(log_ratio)
     objective, outside = _clipped(ratio, batch.advantages, clip, clip_high or clip)
-    return _loss(objective, logprobs, batch), _metrics(log_ratio, ratio, outside, batch)
+    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, outside, batch)
 
 
 def cispo_loss(
@@ -89,7 +89,7 @@ def cispo_loss(
     ratio, most = jnp.exp(log_ratio), 1 + (clip_high or clip)
     weight = lax.stop_gradient(jnp.minimum(ratio, most))
     objective = weight * batch.advantages * logprobs
-    return _loss(objective, logprobs, batch), _metrics(log_ratio, ratio, ratio > most, batch)
+    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, ratio > most, batch)
 
 
 def gmpo_loss(
@@ -106,8 +106,8 @@ def gmpo_loss(
         up, jnp.minimum(log_ratio, clip_high or clip), jnp.maximum(log_ratio, -clip)
     )
     objective = jnp.exp(_sequence_means(limited, batch)) * batch.advantages
-    ratio, outside = jnp.exp(log_ratio), limited != log_ratio
-    return _loss(objective, logprobs, batch), _metrics(log_ratio, ratio, outside, batch)
+    outside = limited != log_ratio
+    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, outside, batch)
 
 
 def reinforce_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[Array, Metrics]:
@@ -117,8 +117,7 @@ def reinforce_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[A
     """
     log_ratio = _log_ratio(logprobs, batch)
     objective, nothing = batch.advantages * logprobs, jnp.zeros(logprobs.shape, bool)
-    metrics = _metrics(log_ratio, jnp.exp(log_ratio), nothing, batch)
-    return _loss(objective, logprobs, batch), metrics
+    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, nothing, batch)
 
 
 def _preserving(
@@ -172,13 +171,19 @@ def _loss(objective: Array, logprobs: Array, batch: PackedBatch) -> Float[Array,
     return -(batch.weights * objective).sum() + (batch.kl_weights * (jnp.expm1(gap) - gap)).sum()
 
 
-def _metrics(log_ratio: Array, ratio: Array, outside: Array, batch: PackedBatch) -> Metrics:
+def _metrics(logprobs: Array, log_ratio: Array, outside: Array, batch: PackedBatch) -> Metrics:
+    """`log_ratio` is what the loss takes: of tokens or of sequences. `logprob_gap_*` are of tokens,
+    of the `fresh` ones only: older parameters drew the others, so a gap there is their age."""
     mask = (batch.weights > 0).astype(jnp.float32)
+    fresh = mask * batch.fresh
+    gap = fresh * jnp.abs(_log_ratio(logprobs, batch))
     return {
         "clip_fraction": (mask * outside).sum(),
-        "ratio": (mask * ratio).sum(),
-        "logprob_gap_mean": (mask * jnp.abs(log_ratio)).sum(),
-        "logprob_gap_max": jnp.abs(log_ratio).max(),
+        "ratio": (mask * jnp.exp(log_ratio)).sum(),
+        "ratio_drift": (mask * jnp.abs(log_ratio)).sum(),
+        "logprob_gap_mean": gap.sum(),
+        "logprob_gap_max": gap.max(),
+        "fresh": fresh.sum(),
     }
 
 

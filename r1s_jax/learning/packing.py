@@ -23,6 +23,7 @@ class PackedBatch(NamedTuple):
     old_logprobs: np.ndarray  # float32, when the token was sampled
     reference_logprobs: np.ndarray  # float32, under the frozen reference; 0 where there is none
     kl_weights: np.ndarray  # float32, a token's share of a KL in the loss; 0 where there is none
+    fresh: np.ndarray  # float32, 1 where the parameters that learn drew the token; for metrics
 
 
 class Layout(NamedTuple):
@@ -62,6 +63,7 @@ def pack(
     old_logprobs: np.ndarray,
     reference_logprobs: np.ndarray | None = None,
     kl_weights: np.ndarray | None = None,
+    fresh: np.ndarray | None = None,
     *,
     capacity: int,
     micro_rows: int,
@@ -79,7 +81,7 @@ def pack(
     segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     sources = {"tokens": tokens, "weights": weights, "advantages": advantages}
     sources |= {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs}
-    sources["kl_weights"] = kl_weights
+    sources |= {"kl_weights": kl_weights, "fresh": fresh}
     packed = {
         name: np.zeros(shape, np.int32 if name == "tokens" else np.float32) for name in sources
     }

@@ -1,21 +1,23 @@
 """From a rewarded rollout to optimizer steps: advantages over the whole batch, then updates."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from r1s_jax.config import Config
 from r1s_jax.learning.advantages import kl_divergence, token_advantages
-from r1s_jax.learning.collect import learnable
+from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.micro_rows import micro_rows
 from r1s_jax.learning.packing import pack, unpack
 from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
-from r1s_jax.rollout.engine import Rolled
 from r1s_jax.rollout.trajectory import Trajectory
+
+GAP_METRICS = ("logprob_gap_mean", "logprob_gap_max")
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Learned:
     updates: list[dict[str, float]]
     kl: float  # to the reference, mean over sampled tokens; 0 without one
     importance_weight: float  # mean over sampled tokens; 1 without the correction
+    # Mean and maximum over the tokens that this step's parameters drew: |learner's - sampler's
+    # log-probability|, before any update. Empty where they drew none.
+    logprob_gap: dict[str, float] = field(default_factory=dict)
 
 
 def token_weights(
@@ -54,8 +59,7 @@ class PolicyGradient:
     def learn(
         self,
         state: LearnerState,
-        rolled: Rolled,
-        rewards: Float[np.ndarray, " N"],
+        rewarded: Rewarded,
         *,
         step: int,
         kl_coefficient: float,
@@ -65,32 +69,34 @@ class PolicyGradient:
 
         Every statistic is over the whole batch and taken once, before the first of them.
         """
-        a, t = self.config.algorithm, rolled.trajectory
+        a, t, mask = self.config.algorithm, rewarded.rolled.trajectory, rewarded.mask
         self._rows = self._rows or self._choose_rows(state, len(t.lengths))
-        mask, old = learnable(t, a, rolled.void, rewards), t.policy_logprobs
+        order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
+        parts = np.array_split(order, a.updates_per_rollout)
+        old, gap = t.policy_logprobs, None
+        if self._asks_learner():
+            old = self._logprobs(state.params, t, mask, parts)
+            gap = gap_metrics(old, t.policy_logprobs, rewarded.fresh)
         correction = np.ones(mask.shape)
         if a.importance_cap:
-            old = self._logprobs(state.params, t, mask)
-            correction = np.where(
-                mask, importance_weights(old, t.policy_logprobs, a.importance_cap), 1
-            )
+            weights = importance_weights(old, t.policy_logprobs, a.importance_cap)
+            correction = np.where(mask, weights, 1)
         reference = None
         kl = np.zeros(mask.shape)
         if state.reference is not None:
-            reference = self._logprobs(combine(state.params, state.reference), t, mask)
+            reference = self._logprobs(combine(state.params, state.reference), t, mask, parts)
             kl = np.where(mask, kl_divergence(a.kl_estimator, old, reference), 0.0)
         advantages = token_advantages(
             a.estimator,
-            rewards,
+            rewarded.values,
             t.groups,
             mask,
             kl=kl if a.kl_penalty == "reward" else None,
             kl_coefficient=kl_coefficient,
             reward_clip=a.reward_clip,
         )
-        rows = []
-        order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
-        for part in np.array_split(order, a.updates_per_rollout):
+        rows: list[dict[str, float]] = []
+        for part in parts:
             weights = token_weights(mask[part], a.loss_average, self.config.rollout.max_length)
             batch, _, micro = self._pack(
                 t,
@@ -100,31 +106,48 @@ class PolicyGradient:
                 old_logprobs=old[part],
                 reference_logprobs=None if reference is None else reference[part],
                 kl_weights=kl_coefficient * weights if a.kl_penalty == "loss" else None,
+                fresh=rewarded.fresh[part],
             )
             state, row = self.learner.update(state, batch, micro, learning_rate_scale)
+            seen = _seen_gap(row)
+            gap = seen if gap is None else gap  # later updates see a policy that the first moved
             rows.append(row)
-        some = mask.any()
-        return state, Learned(
-            advantages,
-            rows,
-            kl=float(kl[mask].mean()) if some else 0.0,
-            importance_weight=float(correction[mask].mean()) if some else 1.0,
-        )
+        means = (float(x[mask].mean()) for x in (kl, correction)) if mask.any() else (0.0, 1.0)
+        return state, Learned(advantages, rows, *means, logprob_gap=gap or {})
+
+    def _asks_learner(self) -> bool:
+        """Whether ratios compare with the learner's own log-probabilities, not the sampler's.
+
+        So does gspo in bfloat16: its clip, some 3e-4, is finer than the two programs round.
+        """
+        a = self.config.algorithm
+        rounded = self.learner.compute_dtype != np.dtype("float32")
+        return a.importance_cap > 0 or (a.loss == "gspo" and rounded)
 
     def _choose_rows(self, state: LearnerState, trajectories: int) -> int:
         sequences = -(-trajectories // self.config.algorithm.updates_per_rollout)
         return micro_rows(self.config, self.learner, state, sequences)
 
     def _logprobs(
-        self, params: Params, t: Trajectory, mask: Bool[np.ndarray, "N W"]
+        self,
+        params: Params,
+        t: Trajectory,
+        mask: Bool[np.ndarray, "N W"],
+        parts: Sequence[np.ndarray],
     ) -> Float[np.ndarray, "N W"]:
-        """Of every sampled token under `params`, as the learner computes them; 0 elsewhere."""
-        nothing = np.zeros(mask.shape, np.float32)
-        batch, layout, micro = self._pack(
-            t, np.arange(len(mask)), weights=mask, advantages=nothing, old_logprobs=nothing
-        )
-        packed = self.learner.logprobs(params, batch, micro)
-        return np.where(mask, unpack(packed, layout, t.lengths, mask.shape[1]), 0.0)
+        """Of every sampled token under `params`, as the learner computes them; 0 elsewhere.
+
+        Packed in `parts` as the updates are, so that they round alike.
+        """
+        out = np.zeros(mask.shape, np.float32)
+        for part in parts:
+            nothing = np.zeros(mask[part].shape, np.float32)
+            batch, layout, micro = self._pack(
+                t, part, weights=mask[part], advantages=nothing, old_logprobs=nothing
+            )
+            packed = self.learner.logprobs(params, batch, micro)
+            out[part] = unpack(packed, layout, t.lengths[part], mask.shape[1])
+        return np.where(mask, out, 0.0)
 
     def _pack(self, t: Trajectory, rows: np.ndarray, **values: np.ndarray | None):
         c = self.config
@@ -135,6 +158,24 @@ class PolicyGradient:
             capacity=c.optimizer.pack_length or c.rollout.max_length,
             micro_rows=self._rows * batch_shards(self.learner.mesh),
         )
+
+
+def _seen_gap(row: dict[str, float]) -> dict[str, float]:
+    """Takes the gap out of an update's metrics, whose means are over all tokens of the update."""
+    fresh, mean, largest = (row.pop(name, 0.0) for name in ("fresh", *GAP_METRICS))
+    return dict(zip(GAP_METRICS, (mean / fresh, largest), strict=True)) if fresh else {}
+
+
+def gap_metrics(
+    learning: Float[np.ndarray, "N W"],
+    sampling: Float[np.ndarray, "N W"],
+    fresh: Bool[np.ndarray, "N W"],
+) -> dict[str, float]:
+    """How far the learner's log-probabilities of `fresh` tokens lie from the sampler's."""
+    gap = np.abs(learning - sampling)[fresh]
+    return (
+        dict(zip(GAP_METRICS, map(float, (gap.mean(), gap.max())), strict=True)) if gap.size else {}
+    )
 
 
 def importance_weights(

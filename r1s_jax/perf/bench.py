@@ -181,6 +181,7 @@ def _full_rows(tokens: np.ndarray) -> PackedBatch:
         old_logprobs=-10 * ones,
         reference_logprobs=0 * ones,
         kl_weights=0 * ones,
+        fresh=ones,
     )
 
 

@@ -26,6 +26,7 @@ from r1s_jax.config import (
     TinyWorldConfig,
 )
 from r1s_jax.data.questions import Question
+from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
@@ -37,6 +38,7 @@ from r1s_jax.perf.bench import peak_memory_gb
 from r1s_jax.perf.endless import Endless, NothingToFind
 from r1s_jax.perf.trl_steps import TrlSettings, TrlSteps, rewards
 from r1s_jax.protocol.prompts import renderer
+from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine
 
 _QUESTION = "Which rivers flow through the capital of Austria?"
@@ -108,8 +110,7 @@ def _our_step(
         texts = ["".join(text for text, _ in s.spans) for s in rolled.solutions]
         held[0], _ = method.learn(
             held[0],
-            rolled,
-            np.array(rewards(texts), np.float32),
+            Rewarded.of(rolled, [Reward(r, {}) for r in rewards(texts)], config.algorithm),
             step=number,
             kl_coefficient=0.0,
             learning_rate_scale=1.0,

@@ -23,6 +23,10 @@ class Finish(IntEnum):
     TOO_OLD = 7  # unfinished after as many steps as `rollout.max_age` allows
 
 
+# The ends for want of tokens, searches or time: what would have come is not known.
+CUT_OFF = (Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD)
+
+
 class Position(NamedTuple):
     """Where in its turn a trajectory stands, each int32[N]; zeros but for `turn_start` at first."""
 

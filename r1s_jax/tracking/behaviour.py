@@ -8,10 +8,8 @@ import numpy as np
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Rolled
-from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.rollout.trajectory import CUT_OFF
 
-# Ends for want of tokens, searches or time.
-_CUT_OFF = (Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD)
 _CORRECT = 0.8  # F1 of an answer from which on it counts as right
 _WORD = re.compile(r"\w+")
 
@@ -34,7 +32,7 @@ def behaviour_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, fl
     logprobs = t.policy_logprobs[correct]
     return {
         "answered": float(np.mean([s.answer is not None for s in rolled.solutions])),
-        "truncated": float(np.isin(t.finish, _CUT_OFF).mean()),
+        "truncated": float(np.isin(t.finish, CUT_OFF).mean()),
         "void": float(rolled.void.mean()),
         "repeated_query_share": repeated / max(asked, 1),
         "thought_words": float(np.mean(list(map(_thought_words, rolled.solutions)))),

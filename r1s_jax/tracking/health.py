@@ -186,7 +186,7 @@ SIGNALS = (
         lambda h: h.recent("logprob_gap_mean"),
         0.05,
         "the program that learns does not see what the one that sampled saw: set "
-        "policy.compute_dtype=float32, or algorithm.importance_cap=2",
+        "policy.compute_dtype=float32 (algorithm.importance_cap=2 corrects for a small gap)",
         fatal=1.0,
     ),
     Signal(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from r1s_jax.data.traces import SearchRow, TraceRow
-from r1s_jax.learning.advantages import has_signal
+from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.broker import FAILED
@@ -21,15 +21,14 @@ from r1s_jax.tracking.behaviour import behaviour_metrics
 
 # How the parts of a reward are called in `metrics.jsonl`.
 _PART_NAMES = {"format": "format_valid"}
-# Of the loss's metrics, those that speak of the policy before a step's first update.
-_BEFORE_UPDATES = ("logprob_gap_mean", "logprob_gap_max")
 
 
-def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, float]:
+def rollout_metrics(batch: Rewarded) -> dict[str, float]:
     """Rewards and their parts, searches and lengths of one rollout batch (means over it)."""
-    t, judged = rolled.trajectory, [r for r in rewards if not math.isnan(r.value)]
+    rolled, rewards, t = batch.rolled, batch.rewards, batch.rolled.trajectory
+    judged = [r for r in rewards if not math.isnan(r.value)]
     values = np.array([r.value for r in judged])
-    groups = t.groups[[not math.isnan(r.value) for r in rewards]]
+    taught = len(np.unique(t.groups[batch.teaches]))
     outcomes = rolled.outcomes
     failed = sum(outcomes.get(name, 0) for name in FAILED)
     waits = [s.seconds for searches in rolled.searches for s in searches]
@@ -40,7 +39,7 @@ def rollout_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, floa
     return {
         "reward": float(values.mean()),
         "reward_std": float(values.std()),
-        "groups_without_signal": float(1 - has_signal(values, groups).mean()),
+        "groups_without_signal": 1 - taught / len(np.unique(t.groups)),
         "rewards_missing": len(rewards) - len(judged),
         "identical_responses": _identical(rolled),
         **parts,
@@ -81,17 +80,15 @@ def _ages(rolled: Rolled) -> dict[str, float]:
 def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
     """Means over the updates of a step: what the learner and the loss measured, by their names.
 
-    The gap between training and sampling log-probabilities is taken from the first update: later
-    ones have moved the policy on purpose, and `ratio_drift` says how far the last one found it.
+    `ratio_drift` is that of the last update: how far the ones before it moved the policy.
     """
-    first, *_, last = [learned.updates[0], *learned.updates]
     tokens = sum(u["tokens"] for u in learned.updates)
-    row = {n: float(np.mean([u[n] for u in learned.updates])) for n in first if n != "tokens"}
-    row |= {name: first[name] for name in _BEFORE_UPDATES if name in first}
-    if "logprob_gap_mean" in last:
-        row["ratio_drift"] = last["logprob_gap_mean"]
+    names = [name for name in learned.updates[0] if name != "tokens"]
+    row = {name: float(np.mean([u[name] for u in learned.updates])) for name in names}
+    row |= {name: learned.updates[-1][name] for name in names if name == "ratio_drift"}
     return {
         **row,
+        **learned.logprob_gap,
         "kl": learned.kl,
         "importance_weight": learned.importance_weight,
         "trained_tokens": tokens,

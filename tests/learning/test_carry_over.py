@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from r1s_jax.border.errors import BadInput, ConfigError
-from r1s_jax.config import override
+from r1s_jax.config import AlgorithmConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch
 from r1s_jax.data.questions import Question
 from r1s_jax.learning.carry_over import CarryOver
+from r1s_jax.learning.collect import Rewarded
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.rewards.registry import reward_rule
@@ -94,7 +95,8 @@ def test_a_steps_metrics_can_be_written(batches):
     for rolled in batches:
         asked = zip(rolled.solutions, rolled.questions, strict=True)
         rewards = [rule(solution, question.answers) for solution, question in asked]
-        assert json.loads(json.dumps(rollout_metrics(rolled, rewards)))["carried_trajectories"] >= 0
+        row = rollout_metrics(Rewarded.of(rolled, rewards, AlgorithmConfig()))
+        assert json.loads(json.dumps(row))["carried_trajectories"] >= 0
     assert any(rolled.carried for rolled in batches)
 
 
@@ -179,6 +181,7 @@ def test_damaged_state_is_refused(config, engine):
     [
         (["rollout.max_age=0"], "rollout.max_age must be at least 1"),
         (["rollout.carry_over=true", "algorithm.dynamic_sampling=2"], "switch one off"),
+        (["rollout.carry_over=true", "algorithm.loss=reinforce"], "set algorithm.importance_cap=2"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, said):

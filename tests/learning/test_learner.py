@@ -16,12 +16,14 @@ from r1s_jax.tracking.metrics import update_metrics
 from tests.makers import LEARNED as MODEL
 from tests.makers import LENGTHS, WIDTH, make_learner, make_params, make_sequences, packed, step
 
+OTHERS = ("reference_logprobs", "kl_weights", "fresh")
+
 
 def one_a_row(sequences) -> tuple[PackedBatch, int]:
     """Without the packer: each sequence in a row of its own, padding behind it."""
     inside = np.arange(WIDTH) < LENGTHS[:, None]
     arrays = {name: np.where(inside, a, 0)[None] for name, a in sequences.items()}
-    arrays |= {name: np.zeros((1, *inside.shape)) for name in ("reference_logprobs", "kl_weights")}
+    arrays |= {name: np.zeros((1, *inside.shape)) for name in OTHERS}
     positions = np.where(inside, np.arange(WIDTH), 0).astype(np.int32)[None]
     return PackedBatch(segment_ids=inside.astype(np.int32)[None], positions=positions, **arrays), 1
 

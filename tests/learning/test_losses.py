@@ -20,6 +20,7 @@ def random_rows(
     old = rng.normal(-2, 1, shape)
     arrays = dict(weights=weights, advantages=rng.normal(size=shape), old_logprobs=old)
     arrays |= dict(reference_logprobs=rng.normal(-2, 1, shape), kl_weights=kl * weights)
+    arrays |= dict(fresh=rng.random(shape) < 0.7)
     zeros = np.zeros(shape, np.int32)
     batch = PackedBatch(
         tokens=zeros,
@@ -68,7 +69,10 @@ def test_the_policy_loss_agrees_with_float64(name):
     loss, metrics = policy_loss(config)(logprobs, batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-6, atol=1e-6)
     trained = batch.weights > 0
-    gaps = np.abs(logprobs - batch.old_logprobs)[trained]
+    gaps = np.abs(logprobs - batch.old_logprobs)
+    np.testing.assert_allclose(metrics["ratio_drift"], gaps[trained].sum(), rtol=1e-5)
+    gaps = gaps[trained & (batch.fresh > 0)]
+    assert metrics["fresh"] == len(gaps) < trained.sum()
     assert 0 < outside == metrics["clip_fraction"]
     np.testing.assert_allclose(metrics["logprob_gap_mean"], gaps.sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["logprob_gap_max"], gaps.max(), rtol=1e-5)

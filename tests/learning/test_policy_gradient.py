@@ -12,20 +12,25 @@ import numpy as np
 import optax
 import pytest
 
-from r1s_jax.config import AlgorithmConfig, MeshConfig, override
+from r1s_jax.config import AlgorithmConfig, MeshConfig, StageConfig, override
 from r1s_jax.configs import tiny_world
-from r1s_jax.learning.collect import learnable, rows_with_signal
+from r1s_jax.data.environment import Batch
+from r1s_jax.data.questions import Question
+from r1s_jax.learning.collect import Collector, Rewarded, learnable
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient, importance_weights
 from r1s_jax.models.sharding import make_mesh, place, replicated
 from r1s_jax.protocol.solution import Solution
+from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Rolled, merge
 from r1s_jax.rollout.trajectory import Finish, Trajectory
+from r1s_jax.tracking.metrics import rollout_metrics, update_metrics
 from tests.learning.test_advantages import ESTIMATORS
 from tests.learning.test_advantages import oracle as advantages_oracle
 
 N, W, VOCABULARY, UPDATES, LONGEST = 10, 14, 7, 2, 17
+PLAIN = AlgorithmConfig()
 
 
 class TableLearner(Learner):
@@ -66,7 +71,12 @@ def make_batch(seed: int) -> tuple[Trajectory, np.ndarray]:
 
 def rolled_of(trajectory: Trajectory) -> Rolled:
     nothing, said = ((),) * N, (Solution.of_text("<answer> a </answer>"),) * N
-    return Rolled(nothing, trajectory, said, nothing, {}, 0.0, {})
+    return Rolled(nothing, trajectory, said, nothing, {}, 1.0, {})
+
+
+def rewarded_of(t: Trajectory, values, algorithm=PLAIN, **changed) -> Rewarded:
+    rolled = replace(rolled_of(t), **changed)
+    return Rewarded.of(rolled, [Reward(float(v), {}) for v in values], algorithm)
 
 
 def oracle(a, t, rewards, table, reference, seed, step, rate):
@@ -122,6 +132,20 @@ def slopes(a, log_ratio, advantage):
     return free * ratio
 
 
+SETTINGS = [
+    f"rollout.max_length={LONGEST}",
+    "rollout.max_prompt_length=8",
+    "optimizer.micro_rows=1",
+]
+
+
+def table_learner(algorithm: AlgorithmConfig, dtype: str = "float32") -> TableLearner:
+    config, mesh = tiny_world.config(), make_mesh(MeshConfig())
+    loss, optimizer = policy_loss(algorithm), optax.sgd(0.5)
+    model = config.policy.architecture
+    return TableLearner(model, mesh, np.dtype(dtype), "none", optimizer, loss)
+
+
 OPTIONS = {
     "plain": {},
     "asymmetric": {"clip": 0.05, "clip_high": 0.1},
@@ -142,22 +166,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_learning_equals_its_oracle(name):
-    rate, mesh = 0.5, make_mesh(MeshConfig())
     algorithm = AlgorithmConfig(updates_per_rollout=UPDATES, **OPTIONS[name])
-    short = [
-        f"rollout.max_length={LONGEST}",
-        "rollout.max_prompt_length=8",
-        "optimizer.micro_rows=1",
-    ]
-    config = override(tiny_world.config(), short)
-    learner = TableLearner(
-        config.policy.architecture,
-        mesh,
-        np.dtype("float32"),
-        "none",
-        optax.sgd(rate),
-        policy_loss(algorithm),
-    )
+    rate, learner = 0.5, table_learner(algorithm)
+    config = override(tiny_world.config(), SETTINGS)
     for estimator, seed in product(ESTIMATORS, range(3)):
         a = replace(algorithm, estimator=estimator)
         t, rewards = make_batch(seed)
@@ -165,8 +176,7 @@ def test_learning_equals_its_oracle(name):
         table, reference = rng.normal(-2, 0.3, (2, VOCABULARY)).astype(np.float32)
         state, learned = PolicyGradient(replace(config, algorithm=a), learner).learn(
             learner.start(table, reference),
-            rolled_of(t),
-            rewards,
+            rewarded_of(t, rewards),
             step=seed,
             kl_coefficient=a.kl_coefficient,
             learning_rate_scale=1.0,
@@ -215,18 +225,21 @@ def test_groups_without_signal_give_way_and_the_number_stays():
     )
     rewards = np.array([0, 0, 0, 1, 1, 1, 1, 0, 2, 2.0])
 
-    def chosen(wanted: int, *, void=False, **finish) -> np.ndarray:
+    def chosen(wanted: int, *, void=False, **finish) -> list[int]:
+        said = [Solution.of_text("?" if v else "<answer> a </answer>") for v in void | (groups < 0)]
         a = AlgorithmConfig(mask_truncated=True, mask_void=True)
-        mask = learnable(t._replace(**finish), a, np.full(N, False) | void, rewards)
-        return rows_with_signal(mask, groups, rewards, wanted)
+        batch = rewarded_of(t._replace(**finish), rewards, a, solutions=tuple(said))
+        metrics = rollout_metrics(batch)
+        assert metrics["groups_without_signal"] == 1 - len(set(groups[batch.teaches])) / 5
+        return batch.first_groups(wanted).groups.tolist()
 
-    assert groups[chosen(2)].tolist() == [1, 1, 3, 3]
-    assert groups[chosen(3)].tolist() == [0, 0, 1, 1, 3, 3]
-    assert chosen(5).tolist() == list(range(N))
+    assert chosen(2) == [1, 1, 3, 3]
+    assert chosen(3) == [0, 0, 1, 1, 3, 3]
+    assert chosen(5) == groups.tolist()
     for reason in (Finish.SEARCH_ERROR, Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD):
         ended = np.where(groups == 3, reason, Finish.FINISHED)
-        assert groups[chosen(1, finish=ended)].tolist() == [1, 1], "nothing to learn there"
-    assert groups[chosen(1, void=groups == 1)].tolist() == [3, 3]
+        assert chosen(1, finish=ended) == [1, 1], "nothing to learn there"
+    assert chosen(1, void=groups == 1) == [3, 3]
 
 
 def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
@@ -246,6 +259,88 @@ def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
     assert kept() == set(ends[:5])
     assert kept(mask_truncated=True) == {Finish.FINISHED, Finish.BAD_QUERY}
     assert kept(mask_void=True) == set(ends[1:5])
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, "float32"),
+        ({"importance_cap": 2.0}, "float32"),
+        ({"loss": "gspo", "clip": 3e-4}, "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("aged", [False, True])
+def test_the_gap_is_that_of_the_sampler_whatever_ratios_compare_with(options, dtype, aged):
+    """The sampler is 3 nats off; tokens that older parameters drew are further off and no gap."""
+    t, rewards = make_batch(0)
+    rng = np.random.default_rng(0)
+    table = rng.normal(-2, 0.3, VOCABULARY).astype(np.float32)
+    ages = rng.integers(0, 2, (N, W)) if aged else np.zeros((N, W), int)
+    sampled = (table[t.tokens] - 3 - 5 * ages).astype(np.float32)
+    t = t._replace(sample_logprobs=sampled, policy_logprobs=sampled)
+    a = AlgorithmConfig(updates_per_rollout=UPDATES, **options)
+    config = replace(override(tiny_world.config(), SETTINGS), algorithm=a)
+    learner = table_learner(a, dtype)
+    _, learned = PolicyGradient(config, learner).learn(
+        learner.start(table, table),
+        rewarded_of(t, rewards, ages=ages if aged else None),
+        step=0,
+        kl_coefficient=0.0,
+        learning_rate_scale=1.0,
+    )
+    row = update_metrics(learned, seconds=1.0)
+    assert row["logprob_gap_mean"] == pytest.approx(3, rel=1e-4)
+    assert row["logprob_gap_max"] == pytest.approx(3, rel=1e-4)
+    drift = learned.updates[0]["ratio_drift"]
+    assert drift == 0 if options else drift >= 3, "ratios to the learner's own begin at 1"
+
+
+def test_no_fresh_token_no_gap():
+    t, rewards = make_batch(0)
+    learner = table_learner(PLAIN)
+    state = learner.start(np.zeros(VOCABULARY), np.zeros(VOCABULARY))
+    config = override(tiny_world.config(), SETTINGS)
+    old = rewarded_of(t, rewards, ages=np.ones((N, W), int))
+    _, learned = PolicyGradient(config, learner).learn(
+        state, old, step=0, kl_coefficient=0.0, learning_rate_scale=1.0
+    )
+    assert not learned.logprob_gap
+    assert "logprob_gap_mean" not in update_metrics(learned, seconds=1.0)
+
+
+def test_dynamic_sampling_draws_until_enough_groups_teach():
+    """Groups all right but for one trajectory that is cut off, and masked, teach nothing."""
+    t, _ = make_batch(0)
+    t = t._replace(groups=np.repeat(np.arange(5), 2), loss_mask=np.ones((N, W), bool))
+    flat = np.where(np.arange(N) % 2, Finish.LENGTH, Finish.FINISHED)
+    values = np.where(flat == Finish.LENGTH, 0.0, 1.0)
+    batches = [(flat, values), (flat, values), (np.full(N, Finish.FINISHED), values)]
+    drawn = []
+
+    class Fake:
+        def batch(self, step, size, draw):
+            return Batch([], None)
+
+        def run(self, params, questions, *, draw, **_):
+            drawn.append(draw)
+            return rolled_of(t._replace(finish=batches[draw][0]))
+
+        def render(self, question):
+            return question
+
+    def reward(asked, solutions, golds):
+        return [Reward(float(v), {}) for v in batches[drawn[-1]][1]]
+
+    a = AlgorithmConfig(dynamic_sampling=3, mask_truncated=True)
+    config = replace(tiny_world.config(), algorithm=a)
+    fake = Fake()
+    questions = (Question(0, "?", ("a",)),) * N
+    fake.run, run = lambda *p, **k: replace(run(*p, **k), questions=questions), fake.run
+    collector = Collector(config, fake, fake, {"stage2": reward})
+    batch = collector.collect({}, 0, "stage2", StageConfig(1, "f1", questions_per_step=5))
+    assert drawn == [0, 1, 2]
+    assert set(batch.groups[batch.teaches]) == set(range(10, 15))
+    assert set(batch.first_groups(5).groups) == set(range(10, 15))
 
 
 def test_merged_batches_keep_their_groups_apart():
