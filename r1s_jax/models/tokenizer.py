@@ -3,8 +3,10 @@
 Nothing here names a tokenizer's class: whatever `transformers` loads will do.
 """
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +44,7 @@ _WORDS = (
 _GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _DECODED_AT_ONCE = 32  # tokens
+_DROP_SPACES = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -59,6 +62,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         for how_loaded in ("local_files_only", "is_local"):
             tokenizer.init_kwargs.pop(how_loaded, None)  # else saved as if it were the tokenizer's
         tokenizer.encode("Some settings are wrong, and only found out when they are used.")
+        _check_pieces(tokenizer, path)
         return tokenizer
 
 
@@ -126,6 +130,8 @@ def _pre_tokenizer(pre: str, file: GGUFFile) -> pre_tokenizers.PreTokenizer:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that stands inside a sequence."""
+    if inside := _inside(tokenizer):
+        return inside.encode(whole(text), add_special_tokens=False).ids
     return tokenizer.encode(whole(text), add_special_tokens=False)
 
 
@@ -134,31 +140,111 @@ def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     A chat template writes it itself. What a tokenizer puts last is left away: the text goes on.
     """
-    ids, inside = tokenizer.encode(whole(text)), encode(tokenizer, text)
-    at = next((n for n in range(3) if ids[n : n + len(inside)] == inside), 0)
+    text = whole(text)
+    ids, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
+    at = next((n for n in range(3) if ids[n : n + len(plain)] == plain), 0)
     first = ids[:at]
-    return inside if inside[: len(first)] == first else first + inside
+    return plain if plain[: len(first)] == first else first + plain
+
+
+@lru_cache(maxsize=8)
+def _inside(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The tokenizer for texts inside a sequence; None where it is the tokenizer itself.
+
+    Those of SentencePiece put a space before every text that they encode, and take one from every
+    text that they decode. That is right at the start of a sequence and wrong everywhere else.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {
+        name: json.loads(part.__getstate__())
+        for name in ("normalizer", "pre_tokenizer", "decoder")
+        if (part := getattr(backend, name, None)) is not None
+    }
+    changed = {name: _without_first_space(part) for name, part in parts.items()}
+    if changed == parts:
+        return None
+    described = json.loads(backend.to_str()) | changed | {"truncation": None, "padding": None}
+    return Tokenizer.from_str(json.dumps(described))
+
+
+def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
+    """A part of a tokenizer without what adds or takes the first space; None where that is all."""
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if any(inner["type"] in _DROP_SPACES for inner in part.get(name, ())):
+            return part  # what comes after it marks words: their spaces are gone
+        if name in part:
+            kept = [_without_first_space(inner) for inner in part[name]]
+            return part | {name: [inner for inner in kept if inner is not None]}
+    if part["type"] == "Prepend" or (part["type"] == "Strip" and part.get("content") == " "):
+        return None
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    if part["type"] == "ByteLevel" and part.get("add_prefix_space"):
+        return part | {"add_prefix_space": False}
+    return part
+
+
+def _check_pieces(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Raises WeightsError for a tokenizer that puts spaces between texts which have none there."""
+    if getattr(tokenizer, "backend_tokenizer", None) is not None and not _inside(tokenizer):
+        return
+    for first, second in (("a", "b"), (" a", " b"), ("a b", "a")):
+        ids = encode(tokenizer, first) + encode(tokenizer, second)
+        found = decode(tokenizer, ids)
+        if tokenizer.unk_token_id not in ids and found != first + second:
+            raise WeightsError(
+                f"{path}: this tokenizer ({type(tokenizer).__name__}) makes {found!r} of {first!r} "
+                f"with {second!r} behind it: a rollout could not put turns and documents together. "
+                "Wanted is a tokenizer that keeps spaces as they are"
+            )
 
 
 def foreign(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     """Makes text of others free of the tokenizer's control tokens: each gets a space inside.
 
-    Encoded as it is, a document that spells `<|im_end|>` would end the turn.
+    Encoded as it is, a document that spells `<|im_end|>` would end the turn. Where the tokenizer
+    normalises text, it may know a control token in other spellings (full width, upper case): what
+    it takes for one gets its space as well.
     """
-    names = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if len(token.content.strip()) > 1 and (token.special or token.content.startswith("<"))
-    ]
-    if not names:
+    control = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if _controls(t)}
+    if not control:
         return whole
-    names.sort(key=len, reverse=True)
-    control = re.compile("|".join(map(re.escape, names)))
-    return lambda text: control.sub(lambda name: f"{name[0][0]} {name[0][1:]}", whole(text))
+    names = sorted(control.values(), key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, names)))
+    backend = _inside(tokenizer) or getattr(tokenizer, "backend_tokenizer", None)
+    normalises = backend is not None and backend.normalizer is not None
+    ids = control.keys() - {tokenizer.unk_token_id}  # which stands for any unknown word
+
+    def clean(text: str) -> str:
+        text = spelled.sub(lambda name: f"{name[0][0]} {name[0][1:]}", whole(text))
+        return _respelled(text, backend, ids) if normalises else text
+
+    return clean
+
+
+def _controls(token: AddedToken) -> bool:
+    """Whether an added token may steer a model: special, or it begins with a sign."""
+    name = token.content.strip()
+    sign = name[:1] not in ("", "▁") and not name[0].isalnum()
+    return len(name) > 1 and (token.special or (sign and any(map(str.isalpha, name))))
+
+
+def _respelled(text: str, backend: Tokenizer, control: Set[int]) -> str:
+    """The text with a space in each place that is encoded as one of the ids."""
+    for again in (True, True, False):
+        encoding = backend.encode(text, add_special_tokens=False)
+        places = zip(encoding.ids, encoding.offsets, strict=True)
+        for begin, end in reversed([place for i, place in places if i in control]):
+            place = text[begin:end].strip()
+            # At last it is left out: a name that is known with a space inside.
+            text = text[:begin] + (f"{place[:1]} {place[1:]}" if again else " ") + text[end:]
+    return text
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The exact text of token ids, special tokens included."""
+    """The exact text of token ids inside a sequence, special tokens included."""
+    if inside := _inside(tokenizer):
+        return inside.decode([int(i) for i in ids], skip_special_tokens=False)
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
@@ -168,18 +254,17 @@ def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     Found by decoding it behind a plain word, so it holds for any tokenizer: a word-initial piece
     keeps its space, a special token its name. A part of a character is U+FFFD, an unused id "".
     """
-    options: dict[str, Any] = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
     special = set(tokenizer.all_special_ids)
 
     def plain(i: int) -> bool:
-        text = tokenizer.decode([i], **options).strip()
+        text = decode(tokenizer, [i]).strip()
         return i not in special and text.isascii() and text.isalnum()
 
     anchor = next((i for i in range(len(tokenizer)) if plain(i)), None)
     if anchor is None:
         raise WeightsError("the tokenizer has no token that is a plain word or letter")
-    before = tokenizer.decode([anchor], **options)
-    pairs = tokenizer.batch_decode([[anchor, i] for i in range(len(tokenizer))], **options)
+    before = decode(tokenizer, [anchor])
+    pairs = (decode(tokenizer, [anchor, i]) for i in range(len(tokenizer)))
     return [text.removeprefix(before) for text in pairs]
 
 

@@ -4,14 +4,18 @@ from functools import partial
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from r1s_jax.config import ModelConfig
 from r1s_jax.models.gguf import open_gguf
 from r1s_jax.models.tokenizer import (
     check_tokenizer,
+    decode,
+    encode,
+    encode_start,
     eos_ids,
+    foreign,
     load_tokenizer,
     token_strings,
     token_texts,
@@ -136,6 +140,126 @@ def test_token_strings_of_sentencepiece():
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert token_strings(tokenizer) == ["<unk>", " ", "a", " a", "b", "\n"]
+
+
+# The ways in which tokenizers say that a text begins with a space.
+_JOINED = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+_TO_BAR = normalizers.Replace(" ", "▁")
+SPACED = {
+    "Llama 2": dict(
+        normalizer=normalizers.Sequence([normalizers.Prepend("▁"), _TO_BAR]),
+        decoder=decoders.Sequence([*_JOINED, decoders.Strip(" ", 1, 0)]),
+    ),
+    "Mistral": dict(
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+        decoder=decoders.Sequence([*_JOINED, decoders.Strip(" ", 1, 0)]),
+    ),
+    "always": dict(
+        pre_tokenizer=pre_tokenizers.Sequence([pre_tokenizers.Metaspace()]),
+        decoder=decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]),
+    ),
+}
+
+
+def sentencepiece(**parts) -> PreTrainedTokenizerFast:
+    """A tokenizer of characters and bytes, of SentencePiece's kind."""
+    vocab = ["<unk>", "<s>", "▁", *"abdegimnosuy<|>_.", "▁a", *(f"<0x{i:02X}>" for i in range(256))]
+    numbered = {token: i for i, token in enumerate(vocab)}
+    backend = Tokenizer(
+        models.BPE(numbered, [("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="<s>"
+    )
+
+
+@pytest.mark.parametrize("kind", SPACED)
+@pytest.mark.parametrize("text", ["a", " a", "  a b", "\n\n<|begin", "a\n", "日本", " "])
+def test_texts_inside_a_sequence_keep_their_spaces(kind, text, tmp_path):
+    sentencepiece(**SPACED[kind]).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    ids = encode(tokenizer, text)
+    assert decode(tokenizer, ids) == text
+    assert decode(tokenizer, encode(tokenizer, "b") + ids) == f"b{text}"
+    assert "".join(token_texts(ids, partial(decode, tokenizer))) == text
+    if text.isascii():
+        assert "".join(token_strings(tokenizer)[i] for i in ids) == text
+    # The beginning of a sequence is what the tokenizer makes of it.
+    assert encode_start(tokenizer, "b a") == tokenizer.encode("b a")
+    assert tokenizer.convert_ids_to_tokens(encode_start(tokenizer, "b a"))[0] == "▁"
+
+
+def test_byte_tokens_behind_a_space_of_their_own():
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(ALPHABET)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert decode(tokenizer, encode(tokenizer, "a")) == "a"
+    assert decode(tokenizer, encode_start(tokenizer, "a")) == " a"
+
+
+def test_a_tokenizer_that_joins_texts_with_spaces_is_refused(tmp_path):
+    parts = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+    sentencepiece(
+        pre_tokenizer=pre_tokenizers.Sequence(parts), decoder=decoders.Metaspace()
+    ).save_pretrained(tmp_path)
+    with pytest.raises(
+        WeightsError, match=r"makes ' a b' of 'a' with 'b' behind it.* keeps spaces"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def normalising(*steps, special: bool) -> PreTrainedTokenizerFast:
+    """Bytes behind normalisers, with control tokens that are looked for in normalised text."""
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(ALPHABET)}, []))
+    backend.normalizer = normalizers.Sequence(list(steps))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    names = ["<|im_end|>", "[inst]", "[/inst]", "</s>", "the"]
+    backend.add_tokens([AddedToken(n, special=special, normalized=True) for n in names])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a <|im_end|> b [inst]",
+        "＜｜ｉｍ＿ｅｎｄ｜＞ wide",
+        "<|IM_END|>[INST][Inst]</S> upper",
+        "<|im_énd|> [ínst] accents",
+        "<|im_e\u0301nd|>＜／Ｓ＞[/ＩＮＳＴ] all <|IM_ÉND|><|IM_ÉND|>",
+    ],
+)
+def test_no_spelling_is_a_control_token(special, text):
+    steps = normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()
+    tokenizer = normalising(*steps, special=special)
+    control = set(tokenizer.added_tokens_decoder) - set(tokenizer.convert_tokens_to_ids(["the"]))
+    assert control & set(tokenizer.encode(text))
+    clean = foreign(tokenizer)(text)
+    assert not control & set(encode(tokenizer, clean) + encode_start(tokenizer, clean))
+    assert clean.replace(" ", "") == text.replace(" ", "")
+    assert foreign(tokenizer)("the <b> THE [1]") == (
+        "the <b> THE [1]" if not special else "t he <b> T HE [1]"
+    )
+
+
+def test_a_name_that_is_known_with_a_space_inside_is_left_out():
+    tokenizer = normalising(normalizers.Replace(" ", ""), special=True)
+    assert foreign(tokenizer)("a <|im_ end|> b") == "a   b"
+
+
+@pytest.mark.parametrize("text", ["＜｜ｉｍ＿ｅｎｄ｜＞", "<|IM_END|>", "<|im_end|>", "<|im_énd|>"])
+def test_families_that_look_for_exact_names_are_safe(text, smollm2, tmp_path):
+    tokenizers = [load_tokenizer(smollm2)]
+    for pre in ("llama-bpe", "qwen2"):
+        tokenizers.append(load_tokenizer(write_gguf(tmp_path / f"{pre}.gguf", pre)))
+    for tokenizer in tokenizers:
+        clean = foreign(tokenizer)(text)
+        assert not set(tokenizer.all_special_ids) & set(encode(tokenizer, clean))
+        assert clean == ("< |im_end|>" if text == "<|im_end|>" else text)
 
 
 def test_eos_ids(tmp_path):
