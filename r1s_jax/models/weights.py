@@ -28,6 +28,7 @@ from r1s_jax.models.hf_config import hf_config, parse_config, read_model_json
 from r1s_jax.models.params import Params, param_specs
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import FILE
+from r1s_jax.system.console import warn
 
 __all__ = ["WeightsError", "load_config", "load_params", "save_params"]
 
@@ -109,6 +110,8 @@ def load_config(path: str | Path) -> ModelConfig:
     """
     if file := gguf_in(path):
         return open_gguf(file).config()
+    if not (Path(path) / "config.json").exists() and (other := _other_form(Path(path))):
+        raise WeightsError(other)
     return parse_config(read_model_json(Path(path) / "config.json"), Path(path) / "config.json")
 
 
@@ -118,42 +121,103 @@ class _ShardIndex(msgspec.Struct):
     weight_map: dict[str, Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+$")]]
 
 
+# What wrappers of PyTorch put into the names of what they hold.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_BARE = ("embed_tokens", "layers", "norm")  # a decoder without its head is saved without `model.`
+# Folders that hold a model in another form: (patterns of file names, what to do).
+_OTHER_FORMS = (
+    (
+        "model_world_size_*_rank_*.pt actor/model_world_size_*_rank_*.pt *.distcp */*.distcp "
+        "*mp_rank_*_states.pt */*mp_rank_*_states.pt",
+        "shards of a training run: merge them into a Hugging Face directory first, with the tool "
+        "of what wrote them (verl: python -m verl.model_merger merge)",
+    ),
+    (
+        "adapter_model.*",
+        "an adapter without its base model: merge the two first (peft: merge_and_unload)",
+    ),
+    (
+        "pytorch_model*.bin model*.pt consolidated*.pth *.ckpt",
+        "PyTorch's pickled weights, which are not read: save them as safetensors first "
+        "(transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(OUT))",
+    ),
+)
+
+
+def _plain_name(stored: str) -> str:
+    """A tensor's name as `transformers` gives it, whatever wrapped the model that was saved."""
+    parts = [part for part in stored.split(".") if part not in _WRAPPERS]
+    return ".".join((["model"] if parts[:1] and parts[0] in _BARE else []) + parts)
+
+
+def _other_form(folder: Path) -> str:
+    """What a folder holds instead of safetensors, and what to do; "" for nothing known."""
+    folders = [folder, *([folder.parent] if folder.name == "huggingface" else [])]  # as verl has it
+    for patterns, advice in _OTHER_FORMS:
+        files = (file for f in folders for pattern in patterns.split() for file in f.glob(pattern))
+        if found := next(files, None):
+            return f"{found.parent} holds {found.name}, {advice}"
+    return ""
+
+
 class _SafetensorsDir:
     """The safetensors of a directory, whole or in shards; one tensor is in memory at a time."""
 
     def __init__(self, path: Path):
-        index = path / "model.safetensors.index.json"
-        shards = [path / "model.safetensors"]
-        if index.exists():
+        index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+        self._place: dict[str, str] = {}  # by the index
+        if single.exists() and index.exists() and any(path.glob("model-*-of-*.safetensors")):
+            warn(
+                f"{path} holds model.safetensors and shards: model.safetensors is read, as "
+                "transformers does; remove whichever of the two is old"
+            )
+        if index.exists() and not single.exists():
             named = check(read_model_json(index), _ShardIndex, index, WeightsError).weight_map
-            shards = [path / name for name in sorted(set(named.values()))]
+            self._place = {_plain_name(name): file for name, file in named.items()}
+        files = [path / name for name in sorted(set(self._place.values()))] or [single]
         self.path = path
-        self._shards: dict[str, Any] = {}
-        self._files: dict[str, Path] = {}
-        for file in shards:
-            if not file.exists():
-                raise WeightsError(f"{file} is missing")
-            size = file.stat().st_size
-            with reading(
-                f"{file} ({size} bytes) is no safetensors file or is truncated: it", WeightsError
-            ):
-                shard = safe_open(file, framework="numpy")
-            self._shards |= dict.fromkeys(shard.keys(), shard)
-            self._files |= dict.fromkeys(shard.keys(), file)
+        self._stored: dict[str, tuple[Any, str, Path]] = {}  # the shard, the name there, the file
+        for file in files:
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        if not file.exists():
+            wanted = f"{file} is missing: weights are read from *.safetensors"
+            raise WeightsError(_other_form(self.path) or wanted)
+        size = file.stat().st_size
+        with reading(
+            f"{file} ({size} bytes) is no safetensors file or is truncated: it", WeightsError
+        ):
+            shard = safe_open(file, framework="numpy")
+        for stored in list(shard.keys()):
+            name = _plain_name(stored)
+            if self._place.get(name, file.name) != file.name:
+                continue  # of two that hold it, the index names the other
+            if name in self._stored:
+                _, other, place = self._stored[name]
+                raise WeightsError(
+                    f"{file}: tensor {stored} stands in {place.name} too, as {other}, and no index "
+                    "says which of the two counts: remove one"
+                )
+            self._stored[name] = shard, stored, file
 
     def names(self) -> set[str]:
         # Old checkpoints also store the rotary frequencies, which follow from the configuration.
-        return {name for name in self._shards if not name.endswith("rotary_emb.inv_freq")}
+        return {name for name in self._stored if not name.endswith("rotary_emb.inv_freq")}
 
     def where(self, name: str) -> Path:
-        return self._files.get(name, self.path)
+        if name in self._stored:
+            return self._stored[name][2]
+        return self.path / self._place[name] if name in self._place else self.path
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._shards[name].get_slice(name).get_shape())
+        shard, stored, _ = self._stored[name]
+        return tuple(shard.get_slice(stored).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        with reading(f"{self.where(name)}: tensor {name}", WeightsError):
-            return self._shards[name].get_tensor(name)
+        shard, stored, file = self._stored[name]
+        with reading(f"{file}: tensor {stored}", WeightsError):
+            return shard.get_tensor(stored)
 
 
 def load_params(

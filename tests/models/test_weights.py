@@ -178,6 +178,111 @@ def test_missing_shard(tmp_path):
         load_params(out)
 
 
+def in_shards(folder: Path) -> dict:
+    """Makes two shards of a folder's weights; returns the tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for n in (0, 1):
+        file = f"model-{n + 1:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names[n::2]}, folder / file)
+        weight_map |= dict.fromkeys(names[n::2], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tensors
+
+
+def test_of_a_tensor_in_two_shards_the_index_names_one(copy):
+    expected = load_params(copy)
+    tensors = in_shards(copy)
+    files = sorted(copy.glob("model-*"))
+    for file in files:  # each holds sevens in the place of the other's
+        held = load_file(file)
+        save_file({name: held.get(name, np.full_like(t, 7)) for name, t in tensors.items()}, file)
+    assert_same(load_params(copy), expected)
+    index = copy / "model.safetensors.index.json"
+    named = json.loads(index.read_text())["weight_map"]
+    del named["lm_head.weight"]
+    index.write_text(json.dumps({"weight_map": named}))
+    with pytest.raises(
+        WeightsError, match=r"00002.safetensors: tensor lm_head.weight stands in .*00001"
+    ):
+        load_params(copy)
+
+
+def test_a_tensor_is_missing_where_the_index_puts_it(copy):
+    in_shards(copy)
+    first = copy / "model-00001-of-00002.safetensors"
+    held = load_file(first)
+    save_file({name: held[name] for name in sorted(held)[1:]}, first)
+    with pytest.raises(WeightsError, match=rf"{first.name}: tensor {sorted(held)[0]} .*missing"):
+        load_params(copy)
+
+
+def test_whole_weights_count_before_shards(copy, tmp_path, capsys):
+    """As for transformers, and it is said."""
+    expected, old = load_params(copy), Path(shutil.copytree(copy, tmp_path / "old"))
+    edit_tensors(old, model__norm__weight=np.full(32, 7, np.float32))
+    in_shards(old)
+    for file in old.glob("model*"):
+        shutil.copy(file, copy)
+    assert_same(load_params(copy), expected)
+    assert "model.safetensors is read, as transformers does" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "_orig_mod.{}",
+        "module.{}",
+        "module._orig_mod.{}",
+        "_fsdp_wrapped_module.{}",
+        lambda name: name.replace("layers.0.", "layers.0._checkpoint_wrapped_module."),
+        lambda name: name.removeprefix("model."),
+    ],
+)
+def test_names_of_wrapped_models(copy, wrapped):
+    expected, tensors = load_params(copy), load_file(copy / "model.safetensors")
+    renamed = wrapped if callable(wrapped) else wrapped.format
+    save_file({renamed(name): t for name, t in tensors.items()}, copy / "model.safetensors")
+    assert_same(load_params(copy), expected)
+    save_file(
+        tensors | {"module.lm_head.weight": tensors["lm_head.weight"]}, copy / "model.safetensors"
+    )
+    with pytest.raises(WeightsError, match=r"stands in model\.safetensors too, as"):
+        load_params(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "message"),
+    [
+        ("model_world_size_2_rank_0.pt", False, "shards of a training run: merge"),
+        ("actor/model_world_size_2_rank_0.pt", False, "shards of a training run: merge"),
+        ("__0_0.distcp", True, "shards of a training run: merge"),
+        ("global_step9/zero_pp_rank_0_mp_rank_00_optim_states.pt", True, "training run: merge"),
+        ("pytorch_model.bin", True, "save them as safetensors first"),
+        ("pytorch_model-00001-of-00002.bin", True, "save them as safetensors first"),
+        ("adapter_model.safetensors", True, "an adapter without its base model"),
+        ("README.md", True, "model.safetensors is missing: weights are read from"),
+    ],
+)
+def test_folders_in_another_form(copy, file, config, message):
+    (copy / "model.safetensors").unlink()
+    (copy / file).parent.mkdir(exist_ok=True)
+    (copy / file).touch()
+    if not config:
+        (copy / "config.json").unlink()
+    with pytest.raises(WeightsError, match=message):
+        load_params(copy)
+    if not config:  # verl keeps config and tokenizer in a folder beside its shards
+        inner = (copy / file).parent / "huggingface"
+        shutil.copytree(PARITY / "llama", inner)
+        (inner / "model.safetensors").unlink()
+        with pytest.raises(WeightsError, match=message):
+            load_params(inner)
+
+
 def test_truncated(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
