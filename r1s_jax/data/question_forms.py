@@ -8,6 +8,7 @@ from r1s_jax.data.rows import gold_answers, keys_found
 
 # What precedes the question in the message of a verl row, as Search-R1 writes them.
 _MARKER = "Question:"
+_QUESTION_KEYS = ("question", "problem")
 _SOURCE_IDS = ("_id", "id", "question_id", "idx")
 
 
@@ -31,9 +32,10 @@ def parse_question(row: Mapping[str, Any]) -> tuple[int | None, Question]:
     """One row as (its whole number, the question with id 0); ValueError says what is wrong."""
     number = row.get("idx", row.get("id"))
     number = number if isinstance(number, int) and not isinstance(number, bool) else None
-    text = row.get("question") if "question" in row else _asked(row.get("prompt"))
+    key = next((key for key in _QUESTION_KEYS if key in row), None)
+    text = row[key] if key else _asked(row.get("prompt"))
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"`question` must be a text, and not empty; {keys_found(row)}")
+        raise ValueError(f"`{key or 'question'}` must be a text, and not empty; {keys_found(row)}")
     names = (row.get(key) for key in _SOURCE_IDS)
     name = next((n for n in names if isinstance(n, str) and n.strip()), "")
     question = Question(

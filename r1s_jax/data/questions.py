@@ -10,25 +10,25 @@ import grain
 
 from r1s_jax.border.errors import shorten
 from r1s_jax.data.question_forms import Question, parse_question
-from r1s_jax.data.rows import DataError, placed_rows
+from r1s_jax.data.rows import DataError, answerable, placed_rows
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.console import console
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads questions as they are published: JSONL, a JSON array or a table (see read_rows).
+    """Reads questions as they are published: JSON, lines of it, or a table (see read_rows).
 
-    A row holds the question under `question`, or as the last user message of verl's `prompt`; its
-    answers as gold_answers takes them; perhaps a whole number `idx` or `id`, or a text as `_id`,
-    `id`, `question_id` or `idx`. A row without a whole number is known by its position among the
-    rows, from 0. Blank lines are skipped. Raises DataError on a broken line, an empty question, a
-    missing answer, two rows of one id, or a file without questions.
+    A row holds the question under `question` or `problem`, or as the last user message of verl's
+    `prompt`; its answers as gold_answers takes them; perhaps a whole number `idx` or `id`, or a
+    text as `_id`, `id`, `question_id` or `idx`. A row without a whole number is known by its
+    position among the rows, from 0. Blank lines are skipped. Raises DataError on a broken line, an
+    empty question, a missing answer, two rows of one id, or a file without questions.
     """
     found: list[tuple[int | None, Question]] = []
     ids: set[int | str] = set()
     unanswerable = 0
     for place, row in placed_rows(path):
-        if row.get("answerable") is False:  # MuSiQue has such rows
+        if not answerable(row):
             unanswerable += 1
             continue
         try:

@@ -5,12 +5,15 @@ import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.border.json import parse, parse_items, parse_object
+from r1s_jax.border.separated import parse_table
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.tables import is_table, table_rows
+
+_MARKS = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first value of a file
 
 
 class DataError(UserError, ValueError):
@@ -20,9 +23,10 @@ class DataError(UserError, ValueError):
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The JSON objects of a JSONL file (`.gz` too) with their line numbers; blank lines skipped.
 
-    So are the items of a JSON array, the rows of a Parquet file, of a folder that `datasets` saved,
-    and of `datasets:ORG/NAME[:SPLIT]`, counted from 1. Raises DataError, naming the file and the
-    line, for what is no JSON object, and for a table that cannot be read.
+    So are the items of a JSON array or of a JSON object's `data` (of SQuAD its questions), the rows
+    of a CSV, TSV or Parquet file, of a folder that `datasets` saved, and of
+    `datasets:ORG/NAME[:SPLIT]`, counted from 1. Raises DataError, naming the file and the line, for
+    what is no JSON object, and for a table that cannot be read.
     """
     return ((number, row) for _, number, row in _rows(path))
 
@@ -41,15 +45,67 @@ def _rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
             raise DataError(str(error)) from error
         return
     path = Path(path)
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+    kind = Path(path.stem if path.suffix == ".gz" else path).suffix.lower()
+    if kind in (".csv", ".tsv"):
+        yield from (("row", *row) for row in parse_table(_unpacked(path), path, DataError))
+        return
+    if kind == ".json" and (held := _held(_unpacked(path), path)) is not None:
+        yield from (("item", number, row) for number, row in enumerate(held, start=1))
+        return
+    with _opened(path) as lines:
         numbered = ((n, line) for n, line in _numbered(lines, path) if line.strip())
         for number, line in numbered:
-            if not line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            if not line.lstrip(_MARKS).startswith(b"["):
                 numbered = itertools.chain([(number, line)], numbered)
                 break
             rest = (more for _, more in _numbered(lines, path))
             yield from _items(b"".join([b"\n" * (number - 1), line, *rest]), path)
         yield from (("line", n, parse_row(line, path, n)) for n, line in numbered)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _unpacked(path: Path) -> bytes:
+    with _opened(path) as lines:
+        return b"".join(line for _, line in _numbered(lines, path))
+
+
+def _held(data: bytes, path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a file that is one JSON object; None for any other, as one of JSON lines.
+
+    They are the objects of its list `data`, of SQuAD's articles the questions; without that list
+    the object is a row itself.
+    """
+    if not data.lstrip(_MARKS).startswith(b"{"):
+        return None
+    try:
+        whole = parse_object(data, path, DataError)
+    except DataError:
+        try:
+            parse(data.lstrip(_MARKS).partition(b"\n")[0], path, DataError)
+        except DataError:
+            pass
+        else:
+            return None
+        raise
+    rows = whole.get("data")
+    if not isinstance(rows, list):
+        return [whole]
+    if not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: expected JSON objects in the list `data`")
+    return [row for article in rows for row in _asked_of(article)]
+
+
+def _asked_of(article: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions of an article of SQuAD's; any other row as it is."""
+    paragraphs = article.get("paragraphs")
+    pages = [p for p in paragraphs if isinstance(p, dict)] if isinstance(paragraphs, list) else []
+    asked = [page["qas"] for page in pages if isinstance(page.get("qas"), list)]
+    if not asked:
+        return [article]
+    return [row for questions in asked for row in questions if isinstance(row, dict)]
 
 
 def _items(data: bytes, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -112,9 +168,12 @@ def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]
 
 
 # Where the right answers of a row may stand, the first that it has counts: of ours, HotpotQA,
-# 2Wiki, MuSiQue, TriviaQA and NQ-open; of FlashRAG; of DPR; of PopQA; of verl and Search-R1.
+# 2Wiki, MuSiQue, TriviaQA and NQ-open; of FlashRAG; of DPR and SQuAD; of PopQA; of verl and
+# Search-R1.
 _ANSWER_KEYS = ("answer", "golden_answers", "answers", "possible_answers", "reward_model")
-FORMS = "`question` (or verl's `prompt`) and one of " + ", ".join(f"`{k}`" for k in _ANSWER_KEYS)
+FORMS = "`question` (or `problem`, or verl's `prompt`) and one of " + ", ".join(
+    f"`{k}`" for k in _ANSWER_KEYS
+)
 
 
 def keys_found(row: Mapping[str, Any]) -> str:
@@ -125,9 +184,9 @@ def keys_found(row: Mapping[str, Any]) -> str:
 def gold_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The right answers of a row in any published form (see _ANSWER_KEYS).
 
-    A text, a list of texts, TriviaQA's object with `value` and `aliases`, PopQA's list written as a
-    text, verl's `ground_truth.target`. MuSiQue's `answer_aliases` are right as well. Raises
-    ValueError where there is none.
+    A text, a list of texts, SQuAD's object with `text` or a list of such, TriviaQA's object with
+    `value` and `aliases`, PopQA's list written as a text, verl's `ground_truth.target`. MuSiQue's
+    `answer_aliases` are right as well. Raises ValueError where there is none.
     """
     key = next((key for key in _ANSWER_KEYS if row.get(key) is not None), "answer")
     answers = _answers_of(key, row.get(key))
@@ -151,7 +210,18 @@ def _answers_of(key: str, value: Any) -> list[Any]:
     if key == "answer" and isinstance(value, dict):
         aliases = value.get("aliases")
         return [value.get("value"), *(a for a in aliases or [] if a)] if _is_list(aliases) else []
-    return value if isinstance(value, list) else [value]
+    if isinstance(value, dict) and "text" in value:
+        value = value["text"]
+    values = value if isinstance(value, list) else [value]
+    return [v.get("text") if isinstance(v, dict) else v for v in values]
+
+
+def answerable(row: Mapping[str, Any]) -> bool:
+    """Whether a row says that its question has an answer; MuSiQue and SQuAD 2 have some without."""
+    if row.get("answerable") is False or row.get("is_impossible") is True:
+        return False
+    answers = row.get("answers")
+    return not (isinstance(answers, dict) and answers.get("text") == [])
 
 
 def _is_list(value: Any) -> bool:

@@ -216,6 +216,12 @@ def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
 
 
 def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
+    chat = next((key for key in ("messages", "conversations", "prompt") if key in row), "")
+    if chat and "gen_text_store" not in row:
+        raise ValueError(
+            f"a chat under `{chat}` does not say who wrote what; wanted are a run's traces.jsonl "
+            "or rows of `question`, `answer`, `pred_ans` and `gen_text_store`, all after the prompt"
+        )
     scores = score_row(row)
     text = row["gen_text_store"]
     if not isinstance(text, str):

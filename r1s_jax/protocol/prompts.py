@@ -58,12 +58,28 @@ def chat_text(
     options: dict[str, Any] = {"tools": tools} if tools else {}
     if dialect.thinking != "template":
         options["enable_thinking"] = dialect.thinking == "on"
-    return _within(
-        _TEMPLATE_SECONDS,
-        lambda: tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **options
-        ),
-    )
+
+    def text(said: list[dict[str, Any]]) -> str:
+        render = partial(tokenizer.apply_chat_template, said, tokenize=False, **options)
+        return _within(_TEMPLATE_SECONDS, partial(render, add_generation_prompt=True))
+
+    try:
+        return text(messages)
+    except ConfigError as error:
+        others = [m for m in messages if m["role"] != "system"]
+        if len(others) == len(messages) or not _renders(text, others):
+            raise
+        raise ConfigError(
+            f"{error}. Without a system message it works: give a prompt that has none "
+            "(--prompt FILE; in recipes protocol.prompt=FILE or environment.prompt=base)"
+        ) from None
+
+
+def _renders(text: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]]) -> bool:
+    try:
+        return bool(text(messages))
+    except ConfigError:
+        return False
 
 
 def bound(dialect: Dialect, tokenizer: Any) -> Dialect:

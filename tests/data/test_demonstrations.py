@@ -46,6 +46,17 @@ def test_only_what_is_right_and_well_formed_is_imitated(tmp_path, capsys):
         read_demonstrations([answers(tmp_path / "b.jsonl", wrong)])
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_chat_is_no_demonstration(tmp_path, key):
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({key: chat}) + "\n")
+    with pytest.raises(
+        DataError, match=rf"line 1: .*a chat under `{key}` .*wanted are a run"
+    ):
+        read_demonstrations([path])
+
+
 def document_tokens(lines):
     """A letter a token, nothing cut."""
     return list(document_block(lines).encode())

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -83,6 +84,17 @@ FORMS = {
         | {"metadata": {"question_decomposition": STEPS}},
         Question(0, "who?", ("x",), source_id="dev_0", supporting=("A", "B")),
     ),
+    "SQuAD on the hub": (
+        {"id": "5733", "question": "who?", "context": "c", "title": "T"}
+        | {"answers": {"text": ["x", "y", "x"], "answer_start": [1, 2, 1]}},
+        Question(0, "who?", ("x", "y"), source_id="5733"),
+    ),
+    "SQuAD's rows": (
+        {"id": "5733", "question": "who?", "is_impossible": False}
+        | {"answers": [{"text": "x", "answer_start": 1}, {"text": "y", "answer_start": 2}]},
+        Question(0, "who?", ("x", "y"), source_id="5733"),
+    ),
+    "SimpleQA": ({"problem": " who? ", "answer": "x"}, Question(0, "who?", ("x",))),
     "of other supporting facts": (
         {"question": "who?", "answer": "x", "supporting_facts": [3, [4]], "metadata": "m"},
         Question(0, "who?", ("x",)),
@@ -133,3 +145,82 @@ def test_one_name_is_of_one_question(tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match=r"q\.json, item 2: id a was used before"):
         read_questions(tmp_path / "q.json")
+
+
+ADA = Question(0, "Who is Ada, then?", ("x", "y"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("q.csv", 'question,answer\n"Who is Ada, then?",x\n', ("x",)),
+        ("q.csv", '\ufeffQuestion ,Answer,note\r\n\r\n"Who is Ada, then?",x,\r\n', ("x",)),
+        ("q.csv", 'answers;problem\n"[""x"", ""y""]";Who is Ada, then?\n', ("x", "y")),
+        (
+            "q.tsv",
+            "question\tanswer\tgolden_answers\nWho is Ada, then?\t\t['x', 'y']\n",
+            ("x", "y"),
+        ),
+        ("nq.qa.csv", "Who is Ada, then?\t['x', \"y\"]\n", ("x", "y")),
+        ("q.csv", ',question,answer\n0,"Who is Ada, then?","[x]"\n', ("[x]",)),
+        ("q.csv", 'question,answer\n"Who is Ada, then?",x\u2028y\n', ("x\u2028y",)),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_tables_in_text(tmp_path, name, text, expected, packed):
+    file = tmp_path / (name + (".gz" if packed else ""))
+    file.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    assert read_questions(file) == [replace(ADA, answers=expected)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "Who is Ada?,x\nWho is Bo?,y\n",
+            r"row 1: `question` must be .*keys here are who is ada\?, x",
+        ),
+        ("question,question,answer\na,b,c\n", "two columns are named 'question'"),
+        ("question,answer\na,b,c\n", "row 1: 3 cells for 2 names"),
+        ('question,answer\n"who?,x\n', "line 2: no table: Error: unexpected end of data"),
+        ("question,answer\nwho?,['x' 'y']\n", "row 1: a list without commas .* as JSON"),
+        ("question,answer\n", "no questions"),
+        ("question,answer\nwho?,\n", "row 1: `answer` must be a text"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, text, message):
+    (tmp_path / "q.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_questions(tmp_path / "q.csv")
+
+
+SQUAD = [{"id": f"i{i}", "question": f"{i}?", "answers": [{"text": "x"}]} for i in range(3)]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_squads_own_file(tmp_path, indent, capsys):
+    none = {"id": "n", "question": "none?", "answers": [], "is_impossible": True}
+    pages = [{"context": "c", "qas": SQUAD[:2]}, {"context": "d", "qas": [SQUAD[2], none]}]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps({"version": "2.0", "data": [{"paragraphs": pages}]}, indent=indent))
+    read = read_questions(file)
+    assert [(q.source_id, q.question, q.answers) for q in read] == [
+        (f"i{i}", f"{i}?", ("x",)) for i in range(3)
+    ]
+    assert "1 rows that cannot be answered" in " ".join(capsys.readouterr().err.split())
+    file.write_text(json.dumps({"data": SQUAD}, indent=indent))
+    assert len(read_questions(file)) == 3
+    file.write_text(json.dumps({"data": [3]}, indent=indent))
+    with pytest.raises(DataError, match=r"train\.json: expected JSON objects in the list `data`"):
+        read_questions(file)
+
+
+def test_an_object_over_several_lines_and_lines_named_json(tmp_path):
+    file = tmp_path / "q.json"
+    file.write_text(json.dumps(SQUAD[0], indent=1))
+    assert len(read_questions(file)) == 1
+    file.write_text("".join(json.dumps(row) + "\n" for row in SQUAD))
+    assert len(read_questions(file)) == 3
+    file.write_text('{\n"question": "who?",\n"answer" "x"}\n')
+    with pytest.raises(DataError, match=r"q\.json: no JSON: Expecting ':' delimiter at line 3"):
+        read_questions(file)

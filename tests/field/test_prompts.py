@@ -46,6 +46,19 @@ def test_nor_with_a_published_tokenizer():
     assert not set(ids) & set(tokenizer.all_special_ids)
 
 
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+)
+
+
+def test_a_template_without_a_system_role_says_what_helps():
+    with pytest.raises(ConfigError, match=r"no system role.*has none \(--prompt FILE.*prompt=base"):
+        chat_renderer(letters(NO_SYSTEM + CHAT, bos=False))("Why?")
+    broken = "{{ raise_exception('never') }}"
+    with pytest.raises(ConfigError, match=r"never$"):
+        chat_renderer(letters(broken, bos=False))("Why?")
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [

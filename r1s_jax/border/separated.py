@@ -1,0 +1,82 @@
+"""Tables in text of others: CSV and TSV, with a line of names at the top."""
+
+import ast
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from r1s_jax.border.errors import BadInput, UserError, reason
+from r1s_jax.border.json import decode
+
+_DELIMITERS = ("\t", ",", ";")
+_LONGEST_LIST = 10_000  # characters
+# NumPy prints a list without commas, which Python would read as one text.
+_NO_COMMAS = re.compile(r"""['"]\s+['"]""")
+
+Cell = str | list[str]
+
+
+def parse_table(
+    data: bytes, where: str | Path, error: type[UserError] = BadInput
+) -> Iterator[tuple[int, dict[str, Cell]]]:
+    """The rows of a table, numbered from 1: each row's cells by name, without the empty ones.
+
+    Names are in lower case. What parts the cells is a tab, a comma or a semicolon: the first of
+    these that the first line has. A cell that is a list of texts in JSON or in Python is one. DPR's
+    files have no names: a question, a tab, and a list of answers. Raises `error` for what is no
+    such table.
+    """
+    text = decode(data, where, error)
+    top = text.lstrip().partition("\n")[0]
+    delimiter = next((mark for mark in _DELIMITERS if mark in top), ",")
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    number = 0
+    try:
+        for cells in lines:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not names:
+                if not (delimiter == "\t" and len(cells) == 2 and _is_list(cells[1])):
+                    names = _names(cells, where, error)
+                    continue
+                names = ["question", "answers"]
+            number += 1
+            place = f"{where}, row {number}"
+            if len(cells) > len(names):
+                raise error(f"{place}: {len(cells)} cells for {len(names)} names of columns")
+            named = zip(names, cells, strict=False)
+            yield number, {n: _cell(c, place, error) for n, c in named if n and c.strip()}
+    except csv.Error as wrong:
+        raise error(f"{where}, line {lines.line_num}: no table: {reason(wrong)}") from None
+
+
+def _names(cells: list[str], where: str | Path, error: type[UserError]) -> list[str]:
+    names = [cell.strip().lower() for cell in cells]
+    twice = next((name for i, name in enumerate(names) if name and name in names[:i]), None)
+    if twice:
+        raise error(f"{where}: two columns are named {twice[:60]!r}")
+    return names
+
+
+def _is_list(cell: str) -> bool:
+    return cell.strip().startswith("[") and cell.strip().endswith("]")
+
+
+def _cell(cell: str, place: str, error: type[UserError]) -> Cell:
+    if not _is_list(cell) or len(cell) > _LONGEST_LIST:
+        return cell
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(cell.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            continue
+        if read is ast.literal_eval and _NO_COMMAS.search(cell):
+            raise error(f"{place}: a list without commas between its texts; write it as JSON")
+        return value
+    return cell
