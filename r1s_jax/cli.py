@@ -10,6 +10,7 @@ from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.commands import bench, corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.system.chips import hide_tpu_runtime
+from r1s_jax.system.console import read_as_utf8, speak_to_any_terminal
 from r1s_jax.system.memory import keep_memory
 
 # XLA's chatter is for its developers; errors still show.
@@ -87,6 +88,7 @@ def main() -> None:
     other is a bug and shows its traceback; with R1S_DEBUG=1 every error does.
     """
     hide_tpu_runtime()
+    speak_to_any_terminal()
     ignore_jax_switches()
     try:
         app()
@@ -103,6 +105,7 @@ def main() -> None:
 
 def command() -> None:
     """What the `r1s` script runs: `main`, in a process that it may begin anew."""
+    read_as_utf8()
     if sys.argv[1:2] != ["compile"]:  # the compiler for TPUs takes half as long again with it
         keep_memory()
     main()

@@ -128,7 +128,7 @@ def _apart(job: str, work: Path, engine: str, ours: Path | None) -> dict[str, fl
     command += [str(ours)] if ours else []
     # FAISS' threads would otherwise spin while they wait, which on busy cores slows it a lot.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
         raise RuntimeError(f"{engine} cannot {job}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -139,7 +139,7 @@ def _build(work: Path, engine: str) -> dict[str, float]:
     if engine == "scann":
         parameters = scann_parameters(len(vectors))
         ScannSearcher.write(work, vectors, parameters)
-        (work / "scann.json").write_text(json.dumps(parameters))
+        (work / "scann.json").write_text(json.dumps(parameters), "utf-8")
     else:
         import faiss
 
@@ -201,7 +201,7 @@ def _open_ours(work: Path, engine: str, ours: Path | None) -> Callable[[], Calla
     """What opens the index; libraries are loaded before, so that they are not counted."""
     folder = ours or work
     parameters = (
-        read_info(ours)["parameters"] if ours else json.loads((work / "scann.json").read_text())
+        read_info(ours)["parameters"] if ours else json.loads((work / "scann.json").read_bytes())
     )
     if engine == "scann":
         scann()

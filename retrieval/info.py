@@ -54,7 +54,7 @@ def _scann_parameters(info: dict[str, Any]) -> dict[str, Any]:
 def _measure_apart(directory: Path) -> int:
     command = [sys.executable, "-m", "r1s_jax.retrieval.info", str(directory)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
         raise IndexFormatError(f"{directory} cannot be opened: {done.stderr[-500:]}")
     return int(done.stdout.split()[-1])

@@ -16,6 +16,7 @@ from r1s_jax.commands.options import (
     SearchedIndex,
     SearchUrl,
     ThinkingOption,
+    read_prompt,
 )
 
 app = typer.Typer(no_args_is_help=True, help="Choose questions to learn from.")
@@ -54,7 +55,7 @@ def select(
         model=model,
         rollouts=rollouts,
         ratio=_ratio(ratio),
-        prompt=prompt.read_text("utf-8") if prompt else None,
+        prompt=read_prompt(prompt),
         questions_at_a_time=at_a_time,
         max_length=max_length,
         seed=seed,

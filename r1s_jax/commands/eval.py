@@ -17,6 +17,7 @@ from r1s_jax.commands.options import (
     SearchedIndex,
     SearchUrl,
     ThinkingOption,
+    read_prompt,
 )
 
 app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
@@ -91,7 +92,7 @@ def run(
         questions=questions,
         model=model,
         mode=mode,
-        prompt=prompt.read_text("utf-8") if prompt else None,
+        prompt=read_prompt(prompt),
         k=k,
         temperature=temperature,
         slots=slots,

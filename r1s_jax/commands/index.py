@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.json import decode
 from r1s_jax.commands.options import AsJson
+from r1s_jax.system.console import json_line
 
 app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes.")
 
@@ -143,13 +146,20 @@ def search(
 
     devices = None if jax.default_backend() == "cpu" else jax.local_devices()
     opened = open_saved_index(index, devices)
-    for query in queries or (line.strip() for line in sys.stdin if line.strip()):
+    for query in queries or _typed_queries():
         hits = opened.search([query], k)[0]
         results = [
             {"id": h.id, "score": h.score, "title": h.title, "text": h.text, "line": h.line}
             for h in hits
         ]
-        typer.echo(json.dumps({"query": query, "results": results}, ensure_ascii=False))
+        typer.echo(json_line({"query": query, "results": results}))
+
+
+def _typed_queries() -> Iterator[str]:
+    """The lines of stdin, whatever the terminal speaks: UTF-8, as of every text."""
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        if query := decode(line, f"stdin, line {number}").strip():
+            yield query
 
 
 @app.command("info")

@@ -1,10 +1,11 @@
 """`r1s traces`, `r1s report` and `r1s reward`: read what a run left, and what it was paid for."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from r1s_jax.system.console import json_line
 
 
 def traces(
@@ -62,4 +63,4 @@ def reward(
     from r1s_jax.eval.rewards import reward_file
 
     for row in reward_file(file, variant, dialect):
-        typer.echo(json.dumps(row, ensure_ascii=False))
+        typer.echo(json_line(row))

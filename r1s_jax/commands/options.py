@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.json import decode
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str, typer.Option(help="Path, hf:org/name or wheel:name==version.")]
 _DRAFTS = "Guess so many next tokens from the text: the same, in fewer passes."
@@ -52,3 +55,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the recipe, as section.field=value (stage2.steps=40, seed=1)."),
 ]
+
+
+def read_prompt(file: Path | None) -> str | None:
+    """The text of a prompt's file; None where none is named. Raises ConfigError for no UTF-8."""
+    return decode(file.read_bytes(), file, ConfigError) if file else None

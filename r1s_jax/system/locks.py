@@ -38,7 +38,8 @@ def only_one(path: Path, what: str) -> Iterator[None]:
         ) from None
     told = beside.with_name(beside.name + ".json")
     try:
-        told.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        holder = {"host": socket.gethostname(), "pid": os.getpid()}
+        told.write_text(json.dumps(holder), "utf-8")
         yield
     finally:
         with suppress(OSError):
@@ -48,7 +49,7 @@ def only_one(path: Path, what: str) -> Iterator[None]:
 
 def _holder(beside: Path) -> str:
     try:
-        told = json.loads(beside.with_name(beside.name + ".json").read_text())
+        told = json.loads(beside.with_name(beside.name + ".json").read_bytes())
         return f"process {told['pid']} on {told['host']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
