@@ -282,7 +282,7 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
 def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRow:
     t, solution = rolled.trajectory, rolled.solutions[i]
     finish = Finish(int(t.finish[i]))
-    answer = solution.answer if finish == Finish.FINISHED else None
+    answer = solution.answer if solution.complete else None
     answers = list(question.answers)
     row = ResultRow(
         id=question.source_id or question.id,

@@ -1,6 +1,7 @@
 """Worked solutions for the cold start, from trajectories that others (or an earlier run) left."""
 
 from collections.abc import Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from r1s_jax.data.rows import DataError
 from r1s_jax.data.traces import read_traces
 from r1s_jax.protocol.dialect import Dialect
-from r1s_jax.protocol.solution import R1_SEARCHER, Solution
+from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.rewards.rules import stage2
 from r1s_jax.system.console import console
@@ -31,22 +32,31 @@ def read_demonstrations(
     """The trajectories of files (see traces.read_traces) that are worth imitating.
 
     Left out, and counted on the terminal: answers to questions in `unwanted` (normalised), and
-    what stage 2 would not reward: a broken format, no tags, a wrong answer. The loss is on what
-    the policy wrote, never on what the system did. Raises DataError where nothing remains, as for
+    what stage 2 would not reward: a broken format, no tags, a wrong answer, and what did not end by
+    itself. The loss is on what the policy wrote, the end of its last turn included where that is
+    what acts, never on what the system did. Raises DataError where nothing remains, as for
     trajectories in another `dialect`.
     """
-    kept, held_out, bad = [], 0, 0
+    kept, held_out, bad, cut = [], 0, 0, 0
     for trace in (trace for file in files for trace in read_traces(file)):
         if normalize_answer(trace.question) in unwanted:
             held_out += 1
-        elif stage2(Solution(tuple(trace.spans), dialect), trace.answers).value <= 0:
+            continue
+        solution = replace(trace.solution, dialect=dialect)
+        if not solution.complete:
+            cut += 1
+            continue
+        if stage2(solution, trace.answers).value <= 0:
             bad += 1
-        else:
-            spans = tuple((text, float(by_policy)) for text, by_policy in trace.spans)
-            kept.append(Demonstration(trace.question, spans))
+            continue
+        spans = [(text, float(by_policy)) for text, by_policy in trace.spans]
+        end = dialect.turn_end
+        if end and not spans[-1][0].endswith(end):  # files leave away the token that ended it all
+            spans.append((end, 1.0))
+        kept.append(Demonstration(trace.question, tuple(spans)))
     console.print(
         f"Demonstrations: {len(kept)} kept, {bad} left out for their format or answer, {held_out} "
-        "for a question of the evaluation"
+        f"for a question of the evaluation, {cut} that did not end by themselves"
     )
     if not kept:
         named = ", ".join(map(str, files))

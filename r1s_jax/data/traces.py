@@ -73,9 +73,14 @@ class Trace:
     token_advantages: Sequence[tuple[str, float]] = ()
     dialect: Dialect = R1_SEARCHER
 
+    @property
+    def solution(self) -> Solution:
+        """Its text; it is complete unless its `finish` says otherwise."""
+        return Solution(tuple(self.spans), self.dialect, self.finish in ("", "finished"))
+
     def pieces(self) -> Iterator[tuple[str, str]]:
         """The whole text as (kind, text); see Solution.pieces."""
-        return Solution(tuple(self.spans), self.dialect).pieces()
+        return self.solution.pieces()
 
     def token_pieces(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
         """`pieces` cut into tokens: (kind, [(text, advantages)]).

@@ -121,8 +121,8 @@ class Dialect:
         """What the policy answered; `complete`: it ended by itself. None without an answer."""
         return extract_answer(written(spans))
 
-    def well_formed(self, spans: Spans) -> bool:
-        """Whether the policy kept the form that the dialect asks for."""
+    def well_formed(self, spans: Spans, complete: bool) -> bool:
+        """Whether the policy kept the form that the dialect asks for; `complete` as in `answer`."""
         raise NotImplementedError
 
     def system_spans(self, text: str) -> Iterator[tuple[int, int]]:

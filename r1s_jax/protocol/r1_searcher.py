@@ -185,7 +185,7 @@ class R1Searcher(Dialect):
         head, found, _ = reply.partition(BEGIN_DOCUMENTS)
         return bool(found) and BEGIN_QUERY not in head
 
-    def well_formed(self, spans: Spans) -> bool:
+    def well_formed(self, spans: Spans, complete: bool) -> bool:
         """Thought once, answered once after it, and queried in whole pairs."""
         text = written(spans)
         count = text.count

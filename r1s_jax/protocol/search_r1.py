@@ -103,7 +103,7 @@ class SearchR1(Dialect):
         answers = _ANSWER.findall(written(spans))
         return answers[-1].strip() if answers else None
 
-    def well_formed(self, spans: Spans) -> bool:
+    def well_formed(self, spans: Spans, complete: bool) -> bool:
         """Each turn a thought and then a search that was answered; the last one an answer."""
         own = turns(spans)
         if not own or INVALID in replies(spans):

@@ -15,7 +15,7 @@ class Solution:
 
     spans: tuple[tuple[str, bool], ...]
     dialect: Dialect = R1_SEARCHER
-    complete: bool = True  # it ended by itself, not for want of tokens or searches
+    complete: bool = True  # it ended by itself (Finish.FINISHED), not for want of something
 
     @staticmethod
     def of_text(text: str, dialect: Dialect = R1_SEARCHER) -> "Solution":
@@ -42,7 +42,7 @@ class Solution:
     @property
     def well_formed(self) -> bool:
         """Whether the policy kept the form of its dialect."""
-        return self.dialect.well_formed(self.spans)
+        return self.dialect.well_formed(self.spans, self.complete)
 
     @property
     def searches_answered(self) -> int:

@@ -23,6 +23,7 @@ from r1s_jax.protocol.dialect import (
     Found,
     Spans,
     extract_answer,
+    opens_reasoning,
     passage,
     turns,
 )
@@ -100,7 +101,8 @@ class ToolCall(Dialect):
 
         Raises ConfigError for a template without tools, or with calls in another form.
         """
-        return replace(self, frame=_frame(render, turn_ends))
+        frame = _frame(render, turn_ends)
+        return replace(self, frame=frame._replace(after=self.finish_prompt(frame.after)))
 
     def plain(self, question: str) -> str:
         return (self.prompt or "{question}").replace("{question}", question)
@@ -134,17 +136,18 @@ class ToolCall(Dialect):
         own = turns(spans)
         if not own or not complete or not spans[-1][1]:
             return None
-        said = own[-1].removesuffix(self.frame.turn_end)
-        if END_CALL in said or (BEGIN_THINK in said and END_THINK not in said):
+        _, closed, said = own[-1].removesuffix(self.frame.turn_end).rpartition(END_THINK)
+        thinking = BEGIN_THINK in said or (self._begins_thinking and not closed)
+        if END_CALL in own[-1] or thinking:
             return None
         if BEGIN_ANSWER in (self.prompt or ""):
             return extract_answer(said)
-        return said.rpartition(END_THINK)[2].strip() or None
+        return said.strip() or None
 
-    def well_formed(self, spans: Spans) -> bool:
-        """Every call could be searched, and the last turn answers."""
+    def well_formed(self, spans: Spans, complete: bool) -> bool:
+        """Every call could be searched, every thought is closed, and the last turn answers."""
         own = turns(spans)
-        if self.answer(spans, complete=True) is None:
+        if self.answer(spans, complete) is None:
             return False
         if any(call.problem for turn in own[:-1] for call in self.calls(turn)):
             return False
@@ -154,7 +157,13 @@ class ToolCall(Dialect):
         if not self.reasons:
             return BEGIN_THINK not in turn and END_THINK not in turn
         closed = turn.count(END_THINK)
-        return closed == 1 if self.thinking == "on" else closed <= 1
+        begun = self._begins_thinking or BEGIN_THINK in turn
+        return closed == 1 if begun or self.thinking == "on" else closed <= 1
+
+    @property
+    def _begins_thinking(self) -> bool:
+        """Whether a turn begins inside a thought that the chat template has opened."""
+        return opens_reasoning(self.frame.after)
 
     def system_spans(self, text: str) -> Iterator[tuple[int, int]]:
         f = self.frame

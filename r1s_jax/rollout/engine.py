@@ -72,8 +72,7 @@ class Rolled:
     @property
     def void(self) -> np.ndarray:
         """bool[N]: ended by themselves, and not with an answer."""
-        ended = self.trajectory.finish == Finish.FINISHED
-        return ended & np.array([solution.answer is None for solution in self.solutions])
+        return np.array([s.complete and s.answer is None for s in self.solutions])
 
     def take(self, rows: np.ndarray) -> "Rolled":
         """Only these rows; what was counted over the batch stays as it was."""
@@ -338,8 +337,7 @@ class Engine:
         """The text of a trajectory from token `start` on, split by who wrote it."""
         spans = self._token_spans(trajectory, row, start)
         texts = tuple((self.decode(ids), by_policy) for ids, by_policy in spans)
-        complete = int(trajectory.finish[row]) == Finish.FINISHED
-        return Solution(texts, self.dialect, complete)
+        return Solution(texts, self.dialect, Finish(int(trajectory.finish[row])).complete)
 
     def token_texts(self, trajectory: Trajectory, row: int) -> list[str]:
         """What each token that the policy wrote added to the policy's spans, in order.

@@ -22,6 +22,11 @@ class Finish(IntEnum):
     ABORTED = 6  # too many searches failed in this rollout
     TOO_OLD = 7  # unfinished after as many steps as `rollout.max_age` allows
 
+    @property
+    def complete(self) -> bool:
+        """Whether the policy ended the trajectory; a Solution is told so and hands it on."""
+        return self is Finish.FINISHED
+
 
 # The ends for want of tokens, searches or time: what would have come is not known.
 CUT_OFF = (Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD)

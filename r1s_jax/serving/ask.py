@@ -69,7 +69,7 @@ def ask(
     for event in loop.run(prompt, jax.random.key(seed)):
         printer.feed(event.tokens, documents=event.kind == "documents")
     console.print()
-    if loop.finish != Finish.FINISHED:
+    if not loop.finish.complete:
         console.print(f"[red]No answer: the model {_WHY[loop.finish]}.[/]")
     return _solution(loop, policy, len(prompt)).answer
 
@@ -81,7 +81,7 @@ def _solution(loop: HostLoop, policy: Pretrained, start: int) -> Solution:
         pairs.pop()
     runs = itertools.groupby(pairs, key=lambda pair: pair[1])
     spans = tuple((loop.decode([token for token, _ in run]), who) for who, run in runs)
-    return Solution(spans, policy.dialect, loop.finish == Finish.FINISHED)
+    return Solution(spans, policy.dialect, loop.finish.complete)
 
 
 def _prepare(

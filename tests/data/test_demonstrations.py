@@ -7,9 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r1s_jax.data.demonstrations import demonstrations_at, read_demonstrations
+from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
 from r1s_jax.data.rows import DataError
+from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer
 from r1s_jax.learning.cold_start import demonstration_batch
+from r1s_jax.models.tokenizer import encode
+from r1s_jax.protocol.dialects import make_dialect
+from r1s_jax.protocol.prompts import bound
 from r1s_jax.protocol.r1_searcher import document_block
 from r1s_jax.rewards.answer_scores import normalize_answer
 
@@ -51,10 +55,51 @@ def test_a_chat_is_no_demonstration(tmp_path, key):
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}]
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({key: chat}) + "\n")
-    with pytest.raises(
-        DataError, match=rf"line 1: .*a chat under `{key}` .*wanted are a run"
-    ):
+    with pytest.raises(DataError, match=rf"line 1: .*a chat under `{key}` .*wanted are a run"):
         read_demonstrations([path])
+
+
+@pytest.mark.parametrize("reason", ["shot_down", "many_retrieve", "length"])
+def test_what_was_cut_off_is_not_imitated(tmp_path, capsys, reason):
+    path = answers(tmp_path / "a.jsonl", GOOD, GOOD)
+    path.write_text(path.read_text("utf-8").replace("finished", reason, 1), "utf-8")
+    assert len(read_demonstrations([path])) == 1
+    assert "1 that did not end by themselves" in " ".join(capsys.readouterr().err.split())
+
+
+def tokens_and_weights(demonstration, dialect, tokenizer):
+    batch, _ = demonstration_batch(
+        [demonstration],
+        lambda text: encode(tokenizer, text),
+        lambda question: encode(tokenizer, question),
+        lambda lines: encode(tokenizer, dialect.reply([lines])),
+        capacity=400,
+        micro_rows=1,
+        dialect=dialect,
+    )
+    return batch.tokens.ravel().tolist(), (batch.weights.ravel() > 0).tolist()
+
+
+@pytest.mark.parametrize("thinking", ["template", "off"])
+@pytest.mark.parametrize("with_end", [False, True])
+def test_the_end_of_the_last_turn_is_imitated_where_it_acts(tmp_path, thinking, with_end):
+    """Token for token what a generated demonstration trains; files leave the last token away."""
+    tokenizer = build_tokenizer("tool_call")
+    dialect = bound(make_dialect("tool_call", thinking), tokenizer)
+    world = TinyWorld((1,), 30)
+    (question,) = world.questions(1, 1.0)
+    made = world.demonstration(question, "search", dialect)
+    assert made[-1][0].endswith(dialect.turn_end)
+    spans = [*made[:-1], (made[-1][0].removesuffix("" if with_end else dialect.turn_end), True)]
+    row = {"step": 0, "question": question.question, "answers": question.answers, "reward": 1.0}
+    path = tmp_path / "traces.jsonl"
+    path.write_text(json.dumps(row | {"finish": "finished", "spans": spans, "searches": []}) + "\n")
+    (read,) = read_demonstrations([path], dialect=dialect)
+    generated = Demonstration(question.question, tuple((t, float(own)) for t, own in made))
+    tokens, trained = tokens_and_weights(read, dialect, tokenizer)
+    assert (tokens, trained) == tokens_and_weights(generated, dialect, tokenizer)
+    last = [token for token, own in zip(tokens, trained, strict=True) if own][-1]
+    assert last == tokenizer.eos_token_id
 
 
 def document_tokens(lines):

@@ -18,6 +18,7 @@ from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.models.tokenizer import decode, encode, encode_start, foreign
 from r1s_jax.protocol import search_r1, tool_call
+from r1s_jax.protocol.dialect import opens_reasoning
 from r1s_jax.protocol.dialects import DIALECTS, from_dict, make_dialect
 from r1s_jax.protocol.prompts import bound, renderer
 from r1s_jax.protocol.solution import Solution
@@ -254,6 +255,16 @@ def test_answers_of_tool_calls(turn, prompt, answer):
     dialect = make_dialect("tool_call", prompt=prompt)
     assert Solution(((turn, True),), dialect).answer == answer
     assert Solution(((turn, True),), dialect, complete=False).answer is None
+
+
+def test_reasoning_that_is_off_is_closed_in_every_turn():
+    """Where the template opens it whatever it is told."""
+    tokenizer = letters(HERMES_CHAT + "<think>\n", bos=False, end="<|im_end|>")
+    for thinking, begins in (("off", False), ("on", True), ("template", True)):
+        dialect = bound(make_dialect("tool_call", thinking), tokenizer)
+        prompt, reply = renderer(dialect, tokenizer)("Who?"), dialect.reply([[]])
+        assert opens_reasoning(prompt) == opens_reasoning(reply) == begins
+        assert Solution((("Rome", True),), dialect).answer == (None if begins else "Rome")
 
 
 @pytest.mark.parametrize(
