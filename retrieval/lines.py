@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import urllib3
 
+from r1s_jax.border.http import Connections, ServerError
 from r1s_jax.retrieval.corpus import CorpusError
 
 LONGEST_LINE = 2**26  # bytes; the longest Wikipedia page is a few million
@@ -20,7 +21,14 @@ _CHUNK = 2**20
 _PAGES = "wiki_*.bz2"
 _CONNECT_S, _READ_S = 10.0, 60.0
 
-_BROKEN = (OSError, EOFError, zlib.error, tarfile.TarError, urllib3.exceptions.HTTPError)
+_BROKEN = (
+    OSError,
+    EOFError,
+    zlib.error,
+    tarfile.TarError,
+    urllib3.exceptions.HTTPError,
+    ServerError,
+)
 
 
 class Line(NamedTuple):
@@ -133,16 +141,22 @@ class _Address:
         headers = {"Accept-Encoding": "identity"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
-        with urllib3.PoolManager(timeout=timeout) as pool:
-            response = pool.request(
-                "GET", self.name, headers=headers, preload_content=False, decode_content=False
-            )
-            try:
-                if response.status not in (200, 206):
-                    raise CorpusError(self.name, f"the server answers {response.status}")
-                yield offset if response.status == 206 else 0, response
-            finally:
-                response.close()
+        response = Connections().request(
+            "GET",
+            self.name,
+            hops=5,
+            headers=headers,
+            timeout=timeout,
+            decode_content=False,
+            # Of lost connections: a server that asks to come back later is not waited for.
+            retries=urllib3.Retry(3, respect_retry_after_header=False),
+        )
+        try:
+            if response.status not in (200, 206):
+                raise CorpusError(self.name, f"the server answers {response.status}")
+            yield offset if response.status == 206 else 0, response
+        finally:
+            response.close()
 
 
 class _Folder:

@@ -1,7 +1,8 @@
 """The live web as a search engine: ask a search API, read the best pages, keep what is near.
 
 Pages come from strangers: they are read with limits on time and size, and never from an address
-that is not public, whatever a link, a redirect or a name server says.
+that is not public, whatever a link, a redirect or a name server says. Where the environment names a
+proxy, that is what finds a page's address, and what keeps its own network closed.
 """
 
 import ipaddress
@@ -19,7 +20,7 @@ from cachetools import LRUCache
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from r1s_jax.border.errors import BadInput, ConfigError
-from r1s_jax.border.http import Client, Deadline, ServerError, is_late, within
+from r1s_jax.border.http import Client, Connections, Deadline, ServerError, is_late, left, within
 from r1s_jax.border.json import parse_object
 from r1s_jax.border.schema import check
 from r1s_jax.retrieval.api import Hit, join_line
@@ -85,7 +86,7 @@ class OnlineRetriever:
         self._timeout_s, self._max_bytes = timeout_s, max_bytes
         self._max_characters = max_characters
         self._api = Client(timeout_s=timeout_s, retries=3, headers={"X-API-KEY": key})
-        self._web = _GuardedPool(frozenset(trusted_hosts), timeout=timeout_s)
+        self._web = _guarded(frozenset(trusted_hosts))
         self._cache: LRUCache[tuple[str, int], list[Hit]] = LRUCache(cached_queries)
         self._lock = threading.Lock()
 
@@ -123,7 +124,8 @@ class OnlineRetriever:
         """(title, address, main text) of the pages that could be read."""
         read, failed = [], []
         with ThreadPoolExecutor(len(links)) as threads:
-            texts = [(title, link, threads.submit(self._read, link)) for title, link in links]
+            seconds = min(self._timeout_s, left())  # the threads are in nobody's `within`
+            texts = [(t, link, threads.submit(self._read, link, seconds)) for t, link in links]
         for title, link, text in texts:
             try:
                 read.append((title, link, text.result()))
@@ -133,23 +135,23 @@ class OnlineRetriever:
             raise RemoteError(f"no page could be read: {'; '.join(failed)}")
         return read
 
-    def _read(self, link: str) -> str:
+    def _read(self, link: str, seconds: float) -> str:
         """The main text of a page."""
         from trafilatura import extract
 
         if urlsplit(link).scheme not in ("http", "https"):
             raise RemoteError(f"{link}: not a web page")
-        with within(self._timeout_s):
+        with within(seconds):
             try:
                 page = self._receive(link)
             except (urllib3.exceptions.HTTPError, OSError) as error:
-                late = f"not received within {self._timeout_s:g} s"
+                late = f"not received within {seconds:g} s"
                 raise RemoteError(f"{link}: {late if is_late() else error}") from error
         text = extract(page, include_comments=False) or ""
         return text[: self._max_characters]
 
     def _receive(self, link: str) -> bytes:
-        response = self._web.request("GET", link, preload_content=False)
+        response = self._web.request("GET", link, hops=4, timeout=left())
         try:
             if is_late():  # what was received of its headers is not all of them
                 raise TimeoutError
@@ -185,31 +187,22 @@ class OnlineRetriever:
         return [Hit(addresses[i], float(scores[i]), lines[i]) for i in best]
 
 
-class _GuardedPool(urllib3.PoolManager):
-    """Connects to public addresses only, judged by the connection that was really made."""
+def _guarded(trusted_hosts: frozenset[str]) -> Connections:
+    """Connections to public addresses only, judged by the connection that was really made."""
 
-    def __init__(self, trusted_hosts: frozenset[str], **options: Any):
-        super().__init__(retries=urllib3.Retry(5, connect=1, read=1, redirect=4), **options)
+    class Guard:
+        host: str
+        proxy: Any
 
-        class Guard:
-            host: str
+        def _new_conn(self) -> Any:
+            sock = super()._new_conn()  # type: ignore[misc]
+            address = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+            if not (self.proxy or address.is_global or self.host in trusted_hosts):
+                sock.close()
+                raise PermissionError(f"{self.host} is not a public address")
+            return sock
 
-            def _new_conn(self) -> Any:
-                sock = super()._new_conn()  # type: ignore[misc]
-                address = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
-                if not address.is_global and self.host not in trusted_hosts:
-                    sock.close()
-                    # Not an HTTPError: it would be tried again.
-                    raise PermissionError(f"{self.host} is not a public address")
-                return sock
-
-        http = type("GuardedHTTP", (Guard, Deadline, HTTPConnection), {})
-        https = type("GuardedHTTPS", (Guard, Deadline, HTTPSConnection), {})
-        pools = {
-            "http": (urllib3.HTTPConnectionPool, http),
-            "https": (urllib3.HTTPSConnectionPool, https),
-        }
-        self.pool_classes_by_scheme = {
-            scheme: type(pool.__name__, (pool,), {"ConnectionCls": connection})
-            for scheme, (pool, connection) in pools.items()
-        }
+    return Connections(
+        type("GuardedHTTP", (Guard, Deadline, HTTPConnection), {}),
+        type("GuardedHTTPS", (Guard, Deadline, HTTPSConnection), {}),
+    )

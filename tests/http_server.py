@@ -7,8 +7,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 # (path, JSON body or None) -> (status, body[, headers]); what is not bytes goes out as JSON.
 Answer = Callable[[str, Any], tuple]
@@ -64,6 +66,55 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
         except ConnectionError:
             pass  # the client did not wait
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class LocalProxy(ThreadingHTTPServer):
+    """An HTTP proxy on a free port that knows some names of hosts, each a `LocalServer`.
+
+    `seen` holds what it was asked for: addresses, and host:port of tunnels, which it refuses.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, hosts: dict[str, LocalServer]):
+        super().__init__(("127.0.0.1", 0), _ProxyHandler)
+        self.hosts, self.seen = hosts, []
+
+    __enter__, __exit__, url = LocalServer.__enter__, LocalServer.__exit__, LocalServer.url
+
+
+class _ProxyHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._pass_on()
+
+    do_POST = do_GET
+
+    def do_CONNECT(self) -> None:
+        self.server.seen.append(self.path)
+        self.send_error(502)
+
+    def _pass_on(self) -> None:
+        self.server.seen.append(self.path)
+        parts = urlsplit(self.path)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if parts.hostname not in self.server.hosts:
+            return self.send_error(502)
+        there = HTTPConnection(*self.server.hosts[parts.hostname].server_address)
+        there.request(self.command, parts.path, body, dict(self.headers))
+        reply = there.getresponse()
+        data = reply.read()
+        self.send_response(reply.status)
+        for name in ("Content-Type", "Location"):
+            if value := reply.headers.get(name):
+                self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def log_message(self, *args: object) -> None:
         pass

@@ -1,15 +1,22 @@
 """Asking a server of others: one deadline over the whole request, and a limit on the reply.
 
-urllib3's own timeouts are for each read: a server that sends a byte a second would outlast them.
+urllib3's own timeouts are for each read, and it sleeps as long as a `Retry-After` says: a server
+that sends a byte a second, or asks to come back tomorrow, would outlast them. So each request is
+tried once by urllib3, and tried again here. Proxies are those that the environment names.
 """
 
 import contextlib
+import ipaddress
 import logging
+import math
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -22,21 +29,25 @@ for _name in ("urllib3.connectionpool", "urllib3.connection"):
 RETRY_STATUS = (429, 500, 502, 503, 504)
 MOST_BYTES = 32 * 2**20
 _CHUNK = 1 << 16
-_PAUSE_S = 0.25  # before a request is made again
+_PAUSE_S = 0.25  # before a request is made again; doubles from try to try
+_SHORTEST_S = 0.01  # a timeout must not be 0
+_LENGTH = re.compile(r"[0-9]{1,18}")
 
 
 class ServerError(UserError, RuntimeError):
     """A server that cannot be reached, is too slow, fails, or says too much."""
 
 
-class _BrokeOff(ServerError):
-    """A reply whose end is missing."""
+class _TryAgain(ServerError):
+    """A reply whose end is missing, or of a server that is busy or failed this once."""
+
+    pause_s = 0.0  # that the server asked for
 
 
 class _Watch(threading.local):
     """The deadline of the request that this thread makes, and what ends it then."""
 
-    deadline: float = 0.0
+    deadline: float = math.inf
     timer: threading.Timer | None = None
 
 
@@ -49,13 +60,23 @@ class Deadline:
     The deadline is that of the `within` which the asking thread is in.
     """
 
-    def getresponse(self) -> Any:
-        _stop_watching()
-        left = max(0.01, _watch.deadline - time.monotonic())
-        _watch.timer = threading.Timer(left, _shut, [self.sock])
+    def connect(self) -> None:
+        self.timeout = sooner(self.timeout)
+        super().connect()
+        _watch_over(self.sock)
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        if self.sock is not None:
+            _watch_over(self.sock)
+        super().request(*args, **kwargs)
+
+
+def _watch_over(sock: socket.socket) -> None:
+    _stop_watching()
+    if left() < math.inf:
+        _watch.timer = threading.Timer(left(), _shut, [sock])
         _watch.timer.daemon = True
         _watch.timer.start()
-        return super().getresponse()
 
 
 def _shut(sock: socket.socket) -> None:
@@ -65,12 +86,29 @@ def _shut(sock: socket.socket) -> None:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """One deadline over all that a `Deadline` connection of this thread does inside."""
-    _watch.deadline = time.monotonic() + seconds
+    """One deadline over all that a `Deadline` connection of this thread does inside.
+
+    Inside another one, the earlier deadline holds.
+    """
+    before = _watch.deadline
+    _watch.deadline = min(before, time.monotonic() + seconds)
     try:
         yield
     finally:
+        _watch.deadline = before
         _stop_watching()
+
+
+def left() -> float:
+    """Seconds until the deadline of this thread's `within`; infinite outside of one."""
+    return max(_SHORTEST_S, _watch.deadline - time.monotonic())
+
+
+def sooner(timeout: Any) -> Any:
+    """A timeout of urllib3, but not after the deadline."""
+    known = isinstance(timeout, int | float)
+    seconds = min(timeout, left()) if known else left()
+    return seconds if seconds < math.inf else timeout
 
 
 def is_late() -> bool:
@@ -92,12 +130,110 @@ class _Secure(Deadline, HTTPSConnection):
     pass
 
 
-class _PlainPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _Plain
+class Connections:
+    """Connections to servers, each straight or through the proxy that `proxy_of` its address names.
+
+    Any number of threads may use them at once.
+    """
+
+    def __init__(self, plain: type = _Plain, secure: type = _Secure, **options: Any):
+        """`plain` and `secure` are the classes of connections; `options` those of PoolManager."""
+        self._pools = {
+            scheme: type(pool.__name__, (pool,), {"ConnectionCls": connection})
+            for scheme, pool, connection in (
+                ("http", urllib3.HTTPConnectionPool, plain),
+                ("https", urllib3.HTTPSConnectionPool, secure),
+            )
+        }
+        self._options, self._lock = options, threading.Lock()
+        self._managers: dict[str, urllib3.PoolManager] = {}
+
+    def request(
+        self, method: str, url: str, *, hops: int = 0, **options: Any
+    ) -> urllib3.BaseHTTPResponse:
+        """The head of a reply, its body unread.
+
+        So many redirects are followed; what is not GET only where the method and the body stay the
+        same, and without its headers to another host. Nothing is tried again unless `options` has
+        `retries`. Raises urllib3's HTTPError, OSError, and ServerError for a proxy of another kind.
+        """
+        options = {"retries": False, "preload_content": False, "redirect": False} | options
+        while True:
+            response = self._manager(url).request(method, url, **options)
+            place = response.get_redirect_location()
+            same = method == "GET" or response.status in (307, 308)
+            if not (hops and place and same):
+                return response
+            response.close()
+            try:
+                hops, here, url = hops - 1, urlsplit(url), urljoin(url, place)
+                there = urlsplit(url)
+            except ValueError:
+                raise urllib3.exceptions.LocationParseError(place) from None
+            weaker = (here.scheme, there.scheme) == ("https", "http")
+            if method != "GET" and (weaker or there.hostname != here.hostname):
+                options["headers"] = {}
+
+    def _manager(self, url: str) -> urllib3.PoolManager:
+        proxy = proxy_of(url)
+        with self._lock:
+            if proxy not in self._managers:
+                manager = urllib3.PoolManager(**self._options)
+                if proxy:
+                    manager = urllib3.ProxyManager(proxy, **self._options, **_proxy_headers(proxy))
+                manager.pool_classes_by_scheme = self._pools
+                self._managers[proxy] = manager
+            return self._managers[proxy]
 
 
-class _SecurePool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _Secure
+def proxy_of(url: str) -> str:
+    """The proxy that http_proxy, https_proxy, all_proxy and no_proxy name for an address, or "".
+
+    None is between this machine and itself or an address of a private network, whatever they say.
+    Raises ServerError for a proxy that speaks something else than HTTP.
+    """
+    parts, proxies = urlsplit(url), getproxies_environment()
+    proxy = proxies.get(parts.scheme) or proxies.get("all", "")
+    excepted = proxies.get("no", "").replace("*.", ".")
+    host = parts.hostname or ""
+    if not proxy or is_inside(host) or _in_networks(host, excepted.split(",")):
+        return ""
+    if proxy_bypass_environment(parts.netloc.rpartition("@")[2], proxies | {"no": excepted}):
+        return ""
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if not proxy.startswith(("http://", "https://")):
+        raise ServerError(
+            f"the environment names the proxy {without_credentials(proxy)} for {host}: expected "
+            "http:// or https://; change it, or name the host in no_proxy"
+        )
+    return proxy
+
+
+def is_inside(host: str) -> bool:
+    """Whether a host is this machine by name, or an address that is not on the internet."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        return not ipaddress.ip_address(host).is_global
+    return False
+
+
+def _in_networks(host: str, names: list[str]) -> bool:
+    """Whether a host is an address in one of the networks such as 192.0.2.0/24."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        for name in filter(lambda name: "/" in name, names):
+            with contextlib.suppress(ValueError):
+                if address in ipaddress.ip_network(name.strip(), strict=False):
+                    return True
+    return False
+
+
+def _proxy_headers(proxy: str) -> dict[str, Any]:
+    auth = urllib3.util.parse_url(proxy).auth
+    if not auth:
+        return {}
+    return {"proxy_headers": urllib3.make_headers(proxy_basic_auth=unquote(auth))}
 
 
 class Client:
@@ -113,53 +249,45 @@ class Client:
     ):
         """`timeout_s` is for a whole request with its retries: of lost connections, 429 and 5xx."""
         self._timeout_s, self._retries = timeout_s, retries
-        self._pool = urllib3.PoolManager(
-            maxsize=connections,
-            headers=headers,
-            retries=urllib3.Retry(
-                retries,
-                backoff_factor=_PAUSE_S,
-                status_forcelist=RETRY_STATUS,
-                allowed_methods=None,  # what is asked changes nothing: POST may be sent again
-                redirect=0,
-            ),
-        )
-        self._pool.pool_classes_by_scheme = {"http": _PlainPool, "https": _SecurePool}
+        self._headers = dict(headers or {})
+        self._connections = Connections(maxsize=connections)
 
     def post(self, url: str, body: Any, most_bytes: int = MOST_BYTES) -> bytes:
         """The bytes of a reply with status 200.
 
-        Raises ServerError, naming the server without its credentials, for anything else.
+        Raises ServerError, naming the server without its credentials, for anything else, and at
+        once where a server asks to come back after the deadline.
         """
         where = without_credentials(url)
         with within(self._timeout_s):
-            try:
-                return self._ask_again(url, where, body, most_bytes)
-            except (urllib3.exceptions.HTTPError, OSError) as error:
-                late = f"no whole answer within {self._timeout_s:g} s"
-                raise ServerError(f"{where}: {late if is_late() else _reason(error)}") from None
-
-    def _ask_again(self, url: str, where: str, body: Any, most_bytes: int) -> bytes:
-        """What urllib3 does not try again: a reply that breaks off after its head had come."""
-        for left in reversed(range(self._retries + 1)):
-            try:
-                return self._ask(url, where, body, most_bytes)
-            except (urllib3.exceptions.ProtocolError, _BrokeOff):
-                if not left or is_late():
-                    raise
-                time.sleep(_PAUSE_S)
+            for tried in range(self._retries + 1):
+                try:
+                    return self._ask(url, where, body, most_bytes)
+                except (urllib3.exceptions.HTTPError, OSError, _TryAgain) as error:
+                    asked = getattr(error, "pause_s", 0.0)
+                    pause = max(_PAUSE_S * 2**tried, asked)
+                    told = error if isinstance(error, _TryAgain) else f"{where}: {_reason(error)}"
+                    if is_late():
+                        told = f"{where}: no whole answer within {self._timeout_s:g} s"
+                    elif asked >= left():
+                        told = f"{told}; it asks to come back in {asked:g} s, which is too late"
+                    if is_late() or tried == self._retries or pause >= left():
+                        raise ServerError(str(told)) from None
+                time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
     def _ask(self, url: str, where: str, body: Any, most_bytes: int) -> bytes:
-        response = self._pool.request(
+        """One try."""
+        response = self._connections.request(
             "POST",
             url,
+            hops=1,
             json=body,
-            preload_content=False,
-            timeout=urllib3.Timeout(connect=self._timeout_s, read=self._timeout_s),
+            headers=self._headers | _own_headers(url),
+            timeout=urllib3.Timeout(connect=left(), read=left()),
         )
         length = response.headers.get("content-length", "")
-        announced = int(length) if length.isdigit() else 0
+        announced = int(length) if _LENGTH.fullmatch(length) else 0
         too_long = ServerError(f"{where}: the reply is over {most_bytes >> 20} MiB")
         try:
             if announced > most_bytes:
@@ -169,17 +297,38 @@ class Client:
                 data += chunk
                 if len(data) > most_bytes:
                     raise too_long
-            if response.status != 200:
-                raise ServerError(f"{where}: status {response.status}: {bytes(data[:150])!r}")
             if is_late():
                 raise TimeoutError
+            if response.status != 200:
+                raise _unwell(response, where, bytes(data[:150]))
             if announced > len(data) and not response.headers.get("content-encoding"):
-                raise _BrokeOff(f"{where}: the reply broke off after {len(data)} bytes")
+                raise _TryAgain(f"{where}: the reply broke off after {len(data)} bytes")
         except BaseException:
             response.close()
             raise
         response.release_conn()
         return bytes(data)
+
+
+def _own_headers(url: str) -> dict[str, str]:
+    auth = urllib3.util.parse_url(url).auth
+    return urllib3.make_headers(basic_auth=unquote(auth)) if auth else {}
+
+
+def _unwell(response: urllib3.BaseHTTPResponse, where: str, said: bytes) -> ServerError:
+    """The error for a reply of another status than 200."""
+    if place := response.get_redirect_location():
+        told = f"it sends on to {without_credentials(place)}: name that address"
+    else:
+        told = repr(said)
+    text = f"{where}: status {response.status}: {told}"
+    if response.status not in RETRY_STATUS:
+        return ServerError(text)
+    error = _TryAgain(text)
+    asked = response.headers.get("retry-after", "")
+    with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
+        error.pause_s = urllib3.Retry().parse_retry_after(asked)
+    return error
 
 
 def _reason(error: Exception) -> str:

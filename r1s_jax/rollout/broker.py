@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from r1s_jax.border.errors import ConfigError, UserError, reason, shorten
+from r1s_jax.border.http import within
 from r1s_jax.border.text import whole
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol.dialect import Call, Dialect, Found
@@ -339,7 +340,8 @@ class Broker:
             if time.monotonic() > deadline:
                 return  # already given up on
             try:
-                hits = _checked(retriever.search(queries, self._k), len(queries))
+                with within(deadline - time.monotonic()):  # or the thread outlives the search
+                    hits = _checked(retriever.search(queries, self._k), len(queries))
             except Exception as error:
                 detail = reason(error)
                 for search in searches:  # what a time-out will say came before it

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from r1s_jax.border.errors import UserError, reason
-from r1s_jax.border.http import without_credentials
+from r1s_jax.border.http import proxy_of, without_credentials
 from r1s_jax.border.text import whole
 
 
@@ -26,8 +26,13 @@ class ChatEndpoint:
     concurrency: int = 16
     requests_per_minute: int = 0  # 0: no limit
     temperature: float | None = 0.0  # None: not sent; some models refuse it
-    timeout_s: float = 120.0
+    timeout_s: float = 120.0  # of one try; all of them together take so long for each
     retries: int = 6  # of time-outs, lost connections, 429 and 5xx, with exponential pauses
+
+    @property
+    def deadline_s(self) -> float:
+        """Of a request with its retries and the pauses between them, whoever asks for these."""
+        return self.timeout_s * (self.retries + 1)
 
 
 def ask_all(
@@ -80,12 +85,16 @@ async def _reply(client: Any, endpoint: ChatEndpoint, prompt: str) -> str:
     """What the model says; ConnectionError for whatever is no answer, retries included."""
     from openai import OpenAIError
 
+    asked = client.chat.completions.create(
+        model=endpoint.model,
+        messages=[{"role": "user", "content": prompt}],
+        **({} if endpoint.temperature is None else {"temperature": endpoint.temperature}),
+    )
     try:
-        completion = await client.chat.completions.create(
-            model=endpoint.model,
-            messages=[{"role": "user", "content": prompt}],
-            **({} if endpoint.temperature is None else {"temperature": endpoint.temperature}),
-        )
+        # The client's own time-outs are for each read, and it sleeps as long as a server asks.
+        completion = await asyncio.wait_for(asked, endpoint.deadline_s)
+    except TimeoutError as error:
+        raise ConnectionError(f"no whole answer within {endpoint.deadline_s:g} s") from error
     except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
         raise ConnectionError(reason(error)) from error
     # A server that answers something else altogether gives a text, or an object without choices.
@@ -103,12 +112,20 @@ def check_installed() -> None:
 
 
 def _client(endpoint: ChatEndpoint) -> Any:
-    from openai import AsyncOpenAI
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
+    # Left alone, the client goes through a proxy to this machine, too.
+    proxy = proxy_of(endpoint.url)
+    straight = dict.fromkeys(("http://", "https://", "all://"))
+    route = {"proxy": proxy} if proxy else {"mounts": straight}
     # A server of one's own asks for no key; the client insists on having one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     return AsyncOpenAI(
-        base_url=endpoint.url, api_key=key, timeout=endpoint.timeout_s, max_retries=endpoint.retries
+        base_url=endpoint.url,
+        api_key=key,
+        timeout=endpoint.timeout_s,
+        max_retries=endpoint.retries,
+        http_client=DefaultAsyncHttpxClient(**route),
     )
 
 

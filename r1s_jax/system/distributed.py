@@ -6,12 +6,14 @@ way: a process that went another would leave the others waiting for ever. With o
 function here is the plain thing.
 """
 
+import contextlib
 import os
 import pickle
+import re
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -24,6 +26,7 @@ T = TypeVar("T")
 
 # A process that is not heard of for so long has died, and the others end as well.
 _HEARTBEAT_TIMEOUT_S = 20
+_PROXY = re.compile(r"(grpc|https?|all)_proxy", re.IGNORECASE)
 _VARIABLES = ("R1S_COORDINATOR", "R1S_PROCESSES", "R1S_PROCESS")
 
 
@@ -50,12 +53,23 @@ def join() -> None:
             "process_id": int(index),
         }
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S, **named)
+        with _without_proxies():
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S, **named)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"the processes of this run did not find each other: {error}. On TPU VMs, GKE, Slurm "
             f"and Open MPI they do by themselves; elsewhere set {', '.join(_VARIABLES)}"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Processes of one run talk straight: gRPC would go to their coordinator through http_proxy."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _PROXY.fullmatch(name)}
+    try:
+        yield
+    finally:
+        os.environ |= hidden
 
 
 def leave(status: int, *, all_know: bool = True) -> NoReturn:
