@@ -1,18 +1,17 @@
 """A search engine behind HTTP, in either of the contracts that are common."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-from cachetools import LRUCache
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.http import Client, ServerError, without_credentials
 from r1s_jax.border.json import parse_object
 from r1s_jax.border.schema import check
 from r1s_jax.retrieval.api import Hit, contents_line, join_line
+from r1s_jax.retrieval.cache import HitCache
 
 
 class RemoteError(ServerError):
@@ -60,10 +59,10 @@ class HttpRetriever:
         timeout_s: float = 30.0,
         retries: int = 4,
         connections: int = 32,
-        cached_queries: int = 100_000,
+        cached_bytes: int = 2**27,
     ):
         """`timeout_s` is for all tries together; they are repeated after lost connections, 429 and
-        5xx, with pauses that double from 0.25 s.
+        5xx, with pauses that double from 0.25 s. What was found is kept, up to `cached_bytes`.
 
         Raises ConfigError for a URL of neither contract.
         """
@@ -75,21 +74,18 @@ class HttpRetriever:
             )
         self.url, self._contract = url, contract
         self._client = Client(timeout_s=timeout_s, retries=retries, connections=connections)
-        self._cache: LRUCache[tuple[str, int], list[Hit]] = LRUCache(cached_queries)
-        self._lock = threading.Lock()
+        self._cache = HitCache(cached_bytes)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The k best passages of each query, best first.
 
         `/queries` tells no scores: they are NaN. Raises RemoteError when there is no answer.
         """
-        with self._lock:
-            found = {q: self._cache[q, k] for q in queries if (q, k) in self._cache}
+        found = {q: hits for q in queries if (hits := self._cache.get(q, k)) is not None}
         if missing := [query for query in dict.fromkeys(queries) if query not in found]:
-            fetched = dict(zip(missing, self._fetch(missing, k), strict=True))
-            found |= fetched
-            with self._lock:
-                self._cache.update({(query, k): hits for query, hits in fetched.items()})
+            for query, hits in zip(missing, self._fetch(missing, k), strict=True):
+                found[query] = hits
+                self._cache.put(query, k, hits)
         return [found[query] for query in queries]
 
     def _fetch(self, queries: list[str], k: int) -> list[list[Hit]]:

@@ -7,7 +7,6 @@ proxy, that is what finds a page's address, and what keeps its own network close
 
 import ipaddress
 import os
-import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +15,6 @@ from urllib.parse import urlsplit
 import msgspec
 import numpy as np
 import urllib3
-from cachetools import LRUCache
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from r1s_jax.border.errors import BadInput, ConfigError
@@ -24,6 +22,7 @@ from r1s_jax.border.http import Client, Connections, Deadline, ServerError, is_l
 from r1s_jax.border.json import parse_object
 from r1s_jax.border.schema import check
 from r1s_jax.retrieval.api import Hit, join_line
+from r1s_jax.retrieval.cache import HitCache
 from r1s_jax.retrieval.encoder import Encoder
 from r1s_jax.retrieval.http import RemoteError
 
@@ -61,7 +60,7 @@ class OnlineRetriever:
         max_bytes: int = 1_000_000,
         max_characters: int = 35_000,
         trusted_hosts: Collection[str] = (),
-        cached_queries: int = 10_000,
+        cached_bytes: int = 2**27,
     ):
         """Reads the API's key from SERPER_API_KEY.
 
@@ -75,7 +74,7 @@ class OnlineRetriever:
                 it: about 2 s and 130 MB at worst, of nothing but links, at a million bytes.
             max_characters: of a page's main text that are looked at.
             trusted_hosts: names of hosts that may have a private address (an intranet's wiki).
-            cached_queries: that are not searched again.
+            cached_bytes: of passages found, whose queries are not searched again.
 
         Raises ValueError without a key.
         """
@@ -87,8 +86,7 @@ class OnlineRetriever:
         self._max_characters = max_characters
         self._api = Client(timeout_s=timeout_s, retries=3, headers={"X-API-KEY": key})
         self._web = _guarded(frozenset(trusted_hosts))
-        self._cache: LRUCache[tuple[str, int], list[Hit]] = LRUCache(cached_queries)
-        self._lock = threading.Lock()
+        self._cache = HitCache(cached_bytes)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The k passages nearest each query, best first; their ids are the pages' addresses.
@@ -98,13 +96,11 @@ class OnlineRetriever:
         return [self._search(query, k) for query in queries]
 
     def _search(self, query: str, k: int) -> list[Hit]:
-        with self._lock:
-            if (query, k) in self._cache:
-                return self._cache[query, k]
+        if (known := self._cache.get(query, k)) is not None:
+            return known
         links = self._ask(query)
         hits = self._nearest(query, self._read_all(links), k) if links else []
-        with self._lock:
-            self._cache[query, k] = hits
+        self._cache.put(query, k, hits)
         return hits
 
     def _ask(self, query: str) -> list[tuple[str, str]]:

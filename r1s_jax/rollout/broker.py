@@ -434,10 +434,13 @@ class Broker:
 
 
 def _checked(results: Any, queries: int) -> Sequence[Sequence[Hit]]:
-    """What a retriever returned; anything else than passages for each query raises."""
+    """The passages that a retriever returned for each query, less those without a text.
+
+    Raises TypeError for anything else than passages.
+    """
     if not isinstance(results, Sequence) or len(results) != queries:
         found = len(results) if isinstance(results, Sequence) else type(results).__name__
         raise TypeError(f"the retriever returned {found} results for {queries} queries")
     if not all(isinstance(getattr(hit, "line", None), str) for hits in results for hit in hits):
         raise TypeError("the retriever returned something else than passages with a text line")
-    return results
+    return [[hit for hit in hits if hit.line.strip()] for hits in results]

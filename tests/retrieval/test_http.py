@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from r1s_jax.border.http import Client, ServerError
+from r1s_jax.retrieval.api import Hit
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError
 from tests.http_server import LocalServer, breaking, drip
 
@@ -53,6 +54,22 @@ def test_what_was_asked_before_is_not_asked_again():
         assert server.requests == 1
         assert len(retriever.search(["a"], 3)[0]) == 3
         assert server.requests == 2
+
+
+def test_what_is_kept_is_bounded_by_its_bytes():
+    text = "x" * 1_000_000
+
+    def answer(path, body):
+        return 200, {"answers": [[text if query == "long" else query] for query in body["queries"]]}
+
+    with LocalServer(answer) as server:
+        retriever = HttpRetriever(server.url + "/queries", cached_bytes=100_000)
+        assert len(retriever.search(["long"], 1)[0][0].line) == len(text)
+        for i in range(1000):
+            retriever._cache.put(f"q{i}", 1, [Hit("", 0.0, "y" * 1000)])
+        kept = [i for i in range(1000) if retriever._cache.get(f"q{i}", 1)]
+        assert 50 < len(kept) < 100 and kept[-1] == 999
+        assert not retriever._cache.get("long", 1)
 
 
 def test_a_busy_server_is_asked_again():

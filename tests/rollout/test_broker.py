@@ -160,8 +160,9 @@ def test_a_bad_query_is_the_policys_fault_and_is_not_searched(text, detail):
     broker.check()
 
 
-def test_an_empty_result_says_so_and_is_no_failure():
-    broker = make_broker(EmptyRetriever())
+@pytest.mark.parametrize("lines", [[], [""], [" ", "\t\n", "\u3000"]])
+def test_an_empty_result_says_so_and_is_no_failure(lines):
+    broker = make_broker(GarbageRetriever([[FakeHit(line) for line in lines]]))
     results, _ = ask(broker, {2: turn("a")})
     assert results == {2: (Status.EMPTY, protocol.document_block([]))}
     assert broker.counts == {"empty": 1} and broker.failures == 0
@@ -184,6 +185,12 @@ def test_garbage_is_an_error_and_never_an_exception(garbage):
     assert broker.log[0].detail.startswith("TypeError")
     with pytest.raises(SearchFailure, match="TypeError"):
         broker.check()
+
+
+def test_passages_without_a_text_are_none():
+    broker = make_broker(GarbageRetriever([[FakeHit(" "), FakeHit("Rome"), FakeHit("")]]))
+    (search,) = broker.search_now(["a"])
+    assert (search.outcome, search.documents, search.ids) == ("found", ("Rome",), ("",))
 
 
 def test_a_hanging_retriever_is_given_up_on():
