@@ -15,7 +15,7 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.retrieval.api import Passage, split_line
 from r1s_jax.retrieval.bm25 import Bm25Searcher, bm25s
 from r1s_jax.retrieval.corpus import PassageStore
-from r1s_jax.retrieval.encoder import Encoder, Progress
+from r1s_jax.retrieval.encoder import BertEncoder, Encoder, Progress
 from r1s_jax.retrieval.hybrid import HybridSearcher, hybrid_parameters
 from r1s_jax.retrieval.index import check_free, describe, new_folder, open_searcher
 from r1s_jax.retrieval.milvus import MilvusSearcher, close_searcher, milvus_client
@@ -34,6 +34,7 @@ from r1s_jax.retrieval.vectors import Corpus, VectorError, VectorShards, encode_
 
 _RECALL_QUERIES, _RECALL_K = 200, 5
 _QUERY_WORDS = 12
+_COUNTED = 4096
 
 
 class Options(NamedTuple):
@@ -81,7 +82,12 @@ def write_index(
         if tell:
             tell(_prediction(kind, len(store), encoder.dims, parameters))
         source: VectorShards | None = None
+        told: dict[str, Any] = {}
         if kind != "bm25":
+            if (cut := _cut(store, encoder, stage)) is not None:
+                told["cut"] = cut
+                if tell and cut["passages"]:
+                    tell(_cut_text(cut, len(store)))
             source = _vectors(store, encoder, Path(vectors) if vectors else None, own, stage)
         with stage(f"Building the {kind} index") as advance:
             build = _Build(partial, store, source, parameters, options.milvus_url, advance)
@@ -93,7 +99,7 @@ def write_index(
                 close_searcher(searcher)
                 advance(1, 1)
         built["seconds"] = round(time.monotonic() - began, 1)
-        describe(partial, encoder if kind != "bm25" else None, len(store), **built)
+        describe(partial, encoder if kind != "bm25" else None, len(store), **built, **told)
     shutil.rmtree(own, ignore_errors=True)
 
 
@@ -106,6 +112,31 @@ def _prediction(kind: IndexKind, passages: int, dims: int, parameters: dict[str,
         return told
     settings = ", ".join(f"{name} {value}" for name, value in parameters.items())
     return f"{told}\nScaNN: {settings}\nIts recall@5: {expected_recall(parameters)}"
+
+
+def _cut(store: PassageStore, encoder: Encoder, stage: Stage) -> dict[str, Any] | None:
+    """How many passages the encoder reads in part only, and the longest; None without a limit."""
+    if not isinstance(encoder, BertEncoder):
+        return None
+    found: list[tuple[int, int]] = []
+    with stage("Looking for passages that are too long") as advance:
+        for start in range(0, len(store), _COUNTED):
+            rows = range(start, min(start + _COUNTED, len(store)))
+            long = encoder.too_long([store[i].line for i in rows])
+            found += [(tokens, start + row) for row, tokens in long]
+            advance(rows.stop, len(store))
+    tokens, at = max(found, default=(0, 0))
+    longest = {"longest": store[at].id, "longest_tokens": tokens} if found else {}
+    return {"passages": len(found), "limit_tokens": encoder.max_length} | longest
+
+
+def _cut_text(cut: dict[str, Any], passages: int) -> str:
+    return (
+        f"{cut['passages']:,} of {passages:,} passages are longer than the encoder reads, "
+        f"{cut['limit_tokens']} tokens; the longest, {cut['longest']!r}, has "
+        f"{cut['longest_tokens']:,}. What stands behind is not found: split them, into 100 words "
+        "each say, take an encoder that reads more, or search by words too: --kind hybrid"
+    )
 
 
 def _check_installed(kind: IndexKind) -> None:

@@ -35,6 +35,7 @@ from r1s_jax.retrieval.known import Known, Pooling, known_encoder
 from r1s_jax.retrieval.tokenizers import Tokenize, rust_tokenize, tensorflow_tokenize
 
 T = TypeVar("T")
+_SPARE = 8  # tokens that a tokenizer may put around a text
 Kind = Literal["query", "passage"]
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -108,15 +109,15 @@ class BertEncoder:
         self._devices = devices
         self._config = BertConfig.load(directory)
         self._pooling = _read_pooling(directory, known)
-        self._max_length = _read_max_length(directory, self._config, known)
+        self.max_length = _read_max_length(directory, self._config, known)
         self._weights = load_weights(directory, self._config)
         self._directory = directory
-        self._tokenize = rust_tokenize(directory, self._max_length)
+        self._tokenize = rust_tokenize(directory, self.max_length)
         self.dims = self._config.dims
         self.fingerprint = self._fingerprint(directory)
 
     def _fingerprint(self, directory: Path) -> str:
-        settings = [self._pooling, self._max_length, self.instructions]
+        settings = [self._pooling, self.max_length, self.instructions]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             with (directory / name).open("rb") as file:
@@ -144,6 +145,18 @@ class BertEncoder:
                 progress(done, len(tokens))
         return vectors
 
+    def too_long(self, texts: Sequence[str]) -> list[tuple[int, int]]:
+        """(row, tokens) of the passages of which it reads only the first `max_length` tokens."""
+        whole = [self.instructions["passage"] + text for text in texts]
+        # A token is a character at least, where normalising makes no further ones of it.
+        rows = [
+            row
+            for row, text in enumerate(whole)
+            if len(text) + _SPARE > self.max_length or not text.isascii()
+        ]
+        lengths = map(len, self._tokenize_whole([whole[row] for row in rows]))
+        return [(row, n) for row, n in zip(rows, lengths, strict=True) if n > self.max_length]
+
     def _encode_queries(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
         for row, vector in enumerate(on_all_cores(self._encode_query, tokens)):
             yield [row], vector
@@ -161,7 +174,7 @@ class BertEncoder:
         on_cpu = devices.flat[0].platform == "cpu"
         batch_tokens = devices.size * (_BATCH_TOKENS_CPU if on_cpu else _BATCH_TOKENS)
         rows_of = NamedSharding(self._mesh, P("x"))
-        for rows, ids, mask in _batches(tokens, self._max_length, batch_tokens, devices.size):
+        for rows, ids, mask in _batches(tokens, self.max_length, batch_tokens, devices.size):
             ids, mask = jax.device_put((ids, mask), rows_of)
             values = _encode_batch(graph, state, ids, mask, self._pooling)
             if pending:  # fetch one batch late, so that the device computes while the host pads
@@ -171,10 +184,14 @@ class BertEncoder:
             yield pending[0], np.asarray(pending[1])[: len(pending[0])]
 
     @cached_property
+    def _tokenize_whole(self) -> Tokenize:
+        return rust_tokenize(self._directory, None)
+
+    @cached_property
     def _tokenize_in_bulk(self) -> Tokenize:
         if self._mesh.devices.flat[0].platform == "cpu":
             return self._tokenize
-        return tensorflow_tokenize(self._directory, self._max_length) or self._tokenize
+        return tensorflow_tokenize(self._directory, self.max_length) or self._tokenize
 
     @cached_property
     def _model(self) -> tuple[nnx.GraphDef, nnx.State]:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from r1s_jax.border.errors import reading
 from r1s_jax.border.json import decode, read_object
 
-# Texts -> token ids, with [CLS] and [SEP], cut to a length.
+# Texts -> token ids, with [CLS] and [SEP], cut to a length where there is one.
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
 # What BERT drops: control and format characters, private ones and what stands for a bad byte.
@@ -25,13 +25,15 @@ _DROPPED = re.compile("[\x00\ufffd]")
 _PLAIN = re.compile(r"[ -~]*")
 
 
-def rust_tokenize(directory: Path, max_length: int) -> Tokenize:
-    """By the library that wrote `tokenizer.json`."""
+def rust_tokenize(directory: Path, max_length: int | None) -> Tokenize:
+    """By the library that wrote `tokenizer.json`; without a `max_length`, whole."""
     path = directory / "tokenizer.json"
     with reading(path):
         tokenizer = Tokenizer.from_str(decode(path.read_bytes(), path))
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length)
+        tokenizer.no_truncation()
+        if max_length:
+            tokenizer.enable_truncation(max_length)
     return lambda texts: [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
 
 

@@ -14,7 +14,7 @@ from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.bench import bench_synthetic, synthetic_vectors
 from r1s_jax.retrieval.build import Options, write_index
 from r1s_jax.retrieval.corpus import PassageStore
-from r1s_jax.retrieval.encoder import HashEncoder
+from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
 from r1s_jax.retrieval.index import (
     IndexFormatError,
     describe,
@@ -27,6 +27,7 @@ from r1s_jax.retrieval.scann import ScannSearcher, scann_parameters
 from r1s_jax.retrieval.searchers import ExactSearcher, recall
 from r1s_jax.retrieval.vectors import Corpus, VectorError, encode_shard
 from r1s_jax.system.assets import AssetError
+from tests.retrieval.test_encoder import write_bert
 from tests.retrieval.test_vectors import Interrupted
 
 ENCODER = HashEncoder(32)
@@ -93,6 +94,26 @@ def test_a_stopped_build_goes_on(tmp_path, monkeypatch):
     write_index(tmp_path / "b", PASSAGES[:100], ENCODER, stage, kind="exact")
     assert read_info(tmp_path / "b")["passages"] == 100
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_passages_longer_than_the_encoder_reads_are_told(tmp_path):
+    """Of 64 tokens: those with more, words that are one token each, and not those with less."""
+    write_bert(tmp_path)
+    encoder = BertEncoder(tmp_path, passage_instruction="p ")
+    lines = ["a " * 20, "a " * 61, "a " * 62, "A   " + "b " * 99, "\u00e9 " * 80, "abc" * 30]
+    passages = [Passage(f"p{i}", line.strip()) for i, line in enumerate(lines)]
+    told = []
+    write_index(tmp_path / "i", passages, encoder, stage, kind="exact", tell=told.append)
+    cut = {"passages": 3, "limit_tokens": 64, "longest": "p3", "longest_tokens": 103}
+    assert index_info(tmp_path / "i")["cut"] == cut
+    (text,) = [line for line in told if "longer than the encoder reads" in line]
+    assert "3 of 6 passages" in text and "64 tokens" in text and "'p3', has 103" in text
+    short = [Passage("0", "a b c")]
+    write_index(tmp_path / "s", short, encoder, stage, kind="exact", tell=told.append)
+    assert read_info(tmp_path / "s")["cut"] == {"passages": 0, "limit_tokens": 64}
+    assert "longer than" not in told[-1]
+    write_index(tmp_path / "w", passages, ENCODER, stage, kind="exact")
+    assert "cut" not in read_info(tmp_path / "w")
 
 
 def test_options_reach_scann(tmp_path):

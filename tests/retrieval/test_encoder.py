@@ -191,7 +191,7 @@ def test_files_and_the_user_win_over_the_name(folder):
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     encoder = BertEncoder(folder, reference="hf:intfloat/e5-base-v2")
     assert encoder.instructions == {"query": "q ", "passage": ""}
-    assert (encoder._pooling, encoder._max_length) == ("cls", 8)
+    assert (encoder._pooling, encoder.max_length) == ("cls", 8)
     (folder / "config_sentence_transformers.json").unlink()
     given = BertEncoder(folder, reference="hf:intfloat/e5-base-v2", passage_instruction="")
     assert given.instructions == {"query": "query: ", "passage": ""}
@@ -203,7 +203,7 @@ def test_files_and_the_user_win_over_the_name(folder):
 
 
 def test_the_length_by_name_is_never_beyond_the_models(folder):
-    assert BertEncoder(folder, reference="hf:intfloat/e5-base-v2")._max_length == 64
+    assert BertEncoder(folder, reference="hf:intfloat/e5-base-v2").max_length == 64
     config = folder / "config.json"
     roomy = json.loads(config.read_text()) | {"max_position_embeddings": 1024}
     tensors = load_file(folder / "model.safetensors")
@@ -211,7 +211,7 @@ def test_the_length_by_name_is_never_beyond_the_models(folder):
     save_file(tensors | {name: np.tile(tensors[name], (16, 1))}, folder / "model.safetensors")
     config.write_text(json.dumps(roomy))
     for reference, wanted in (("x", 1024), ("org/gte-base", 512), ("o/all-MiniLM-L6-v2", 256)):
-        assert BertEncoder(folder, reference=reference)._max_length == wanted
+        assert BertEncoder(folder, reference=reference).max_length == wanted
 
 
 def test_a_bare_name_is_the_hubs(folder, monkeypatch, tmp_path):
