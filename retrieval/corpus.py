@@ -10,6 +10,7 @@ what an encoder embeds, in either of the forms that R1-Searcher's corpora use:
 import csv
 import gzip
 import mmap
+import re
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from r1s_jax.retrieval.api import Passage, contents_line, join_line
 
 PASSAGES_FILE = "passages.tsv"
 OFFSETS_FILE = "offsets.npy"
+_IDS = ("id", "_id", "docid", "doc_id", "pid", "idx")
 
 
 class CorpusError(UserError, ValueError):
@@ -94,6 +96,35 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
         raise CorpusError(path, "no passages")
 
 
+def shards_of(folder: Path) -> list[Path]:
+    """The .tsv and .jsonl files of a folder (.gz too), part2 before part10."""
+    endings = (".tsv", ".jsonl", ".tsv.gz", ".jsonl.gz")
+    files = [path for path in folder.iterdir() if path.is_file() and path.name.endswith(endings)]
+    return sorted(files, key=lambda path: [int(n) if n.isdigit() else n for n in _parts(path)])
+
+
+def _parts(path: Path) -> list[str]:
+    """A name's texts and numbers by turns."""
+    return re.split(r"([0-9]+)", path.name)
+
+
+def read_shards(folder: Path) -> Iterator[Passage]:
+    """The passages of a folder's files, one file after the other, with their own ids.
+
+    Raises CorpusError as read_passages does, and for an id that stands in two of them.
+    """
+    seen = SeenIds()
+    for path in shards_of(folder):
+        for passage in read_passages(path):
+            if not seen.add(passage.id):
+                raise CorpusError(
+                    path,
+                    f"id {passage.id!r} came before, in another file of {folder}: name the files "
+                    "one by one in place of the folder, and their passages are numbered anew",
+                )
+            yield passage
+
+
 class _NotText(CorpusError):
     def __init__(self, message: str):
         UserError.__init__(self, message)
@@ -105,7 +136,7 @@ def _header(path: Path, text: str) -> list[str]:
     Raises CorpusError for columns that are no passage's.
     """
     columns = [name.strip().strip('"').lower() for name in text.split("\t")]
-    if columns[0] not in ("id", "docid", "pid", "idx") or len(columns) < 2:
+    if columns[0] not in _IDS or len(columns) < 2:
         return []
     columns[0] = "id"
     if not {"text", "title"} <= set(columns) and "contents" not in columns:
@@ -139,18 +170,20 @@ def _parse_json(text: str) -> Passage:
 def row_passage(row: Any) -> Passage:
     """The passage of a row with `id` and either `title` and `text` or `contents`.
 
-    Raises ValueError that says what is missing.
+    The id may have another of its usual names, such as BEIR's `_id`. Raises ValueError that says
+    what is missing.
     """
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
-    if not isinstance(row.get("id"), (str, int)):
+    id = next((row[name] for name in _IDS if name in row), None)
+    if not isinstance(id, (str, int)):
         raise ValueError("'id' is missing, or neither text nor a whole number")
     for key in ("contents",) if "contents" in row else ("title", "text"):
         if not isinstance(row.get(key), str):
             raise ValueError(f"{key!r} is missing, or no text")
     if "contents" not in row:
-        return Passage(str(row["id"]), join_line(row["title"], row["text"]))
-    return Passage(str(row["id"]), contents_line(row["contents"]))
+        return Passage(str(id), join_line(row["title"], row["text"]))
+    return Passage(str(id), contents_line(row["contents"]))
 
 
 def _unless_cut(path: Path, file: BinaryIO) -> Iterator[bytes]:

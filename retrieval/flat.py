@@ -1,4 +1,4 @@
-"""Vectors that others stored: FAISS flat indexes and NumPy files, read a slice at a time.
+"""Vectors that others stored: FAISS flat indexes, NumPy files and bare numbers, read by slices.
 
 A flat index, as `faiss.write_index` writes it (little-endian):
 
@@ -10,6 +10,8 @@ A flat index, as `faiss.write_index` writes it (little-endian):
     int32      metric: 0 inner product, 1 L2; others have one float32 of their own behind
     uint64     how many float32 follow: vectors * dims
     float32    the vectors, row after row
+
+A .memmap, as FlashRAG leaves it, has the float32 vectors alone: whose dims must be known.
 """
 
 import math
@@ -49,8 +51,8 @@ _NORM_TOLERANCE = 1e-2
 class FlatVectors:
     """The vectors of one file by position; nothing of it is held in memory, nor mapped."""
 
-    def __init__(self, path: str | Path):
-        """Reads the header, and compares the file's size with it.
+    def __init__(self, path: str | Path, dims: int | None = None):
+        """Reads the header, and compares the file's size with it; `dims` are for files without one.
 
         Raises:
             VectorError: neither a flat index of FAISS nor float32 or float16 [N, dims] in a .npy,
@@ -60,8 +62,23 @@ class FlatVectors:
         self.path = Path(path)
         with self.path.open("rb") as file:
             head = file.read(_HEADER.size)
-        opened = self._open_npy() if head[:6] == _NPY else self._open_faiss(head)
+        if head[:6] == _NPY:
+            opened = self._open_npy()
+        elif dims and self.path.suffix == ".memmap" and head[:4] not in _FLAT:
+            opened = self._open_bare(dims)
+        else:
+            opened = self._open_faiss(head)
         self.shape, self._dtype, self._offset = opened
+
+    def _open_bare(self, dims: int) -> tuple[tuple[int, int], np.dtype, int]:
+        size = self.path.stat().st_size
+        if not size or size % (4 * dims):
+            raise VectorError(
+                f"{self.path}: {size:,} bytes are not whole rows of {dims} float32, the encoder's "
+                "dims: it is cut, of another encoder, or of another type"
+            )
+        self.form = "bare float32"
+        return (size // (4 * dims), dims), np.dtype("<f4"), 0
 
     def _open_faiss(self, head: bytes) -> tuple[tuple[int, int], np.dtype, int]:
         self._check_kind(head[:4])
@@ -86,6 +103,11 @@ class FlatVectors:
         if kind in _FLAT:
             return
         found = next((n for letters, n in _OTHER_KINDS.items() if kind.startswith(letters)), None)
+        if kind == b"PK\x03\x04":
+            raise VectorError(
+                f"{self.path} is a PyTorch file or another archive: save its vectors with "
+                "numpy.save, as float32 or float16 [passages, dims], and import the .npy"
+            )
         if found is None:
             raise VectorError(
                 f"{self.path} is no FAISS flat index (IxFI, IxF2) and no .npy: it begins with "

@@ -1,14 +1,18 @@
 """Rows and passages of tables that Hugging Face `datasets` reads (the extra `datasets`)."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from r1s_jax.border.errors import shorten
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.corpus import CorpusError, SeenIds, row_passage
 
 # How a table on the hub, or a saved one with its split, is named among other references.
 HUB = "datasets:"
+# How the library says that a table comes in several forms, or that there is none of that name.
+_CONFIGS = re.compile(r"(?:available configs|Available): (\[.*?\])")
 
 
 def is_table(source: str | Path) -> bool:
@@ -21,9 +25,9 @@ def table_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a table, streamed in its order and counted from 1.
 
     Args:
-        name: a Parquet file, a folder that `save_to_disk` wrote, or `ORG/NAME` on the hub; the last
-            two may end in `:SPLIT`, and must where there is more than one. `datasets:` may stand
-            before it.
+        name: a Parquet file, a folder that `save_to_disk` wrote, or `ORG/NAME[:CONFIG]` on the hub;
+            the last two may end in `:SPLIT`, and must where there is more than one. `datasets:` may
+            stand before it.
 
     Raises:
         CorpusError: it cannot be opened or read; `datasets` is not installed.
@@ -70,7 +74,7 @@ def _open(datasets: Any, name: str) -> Any:
     if Path(place).exists():
         table = datasets.load_from_disk(place)
     else:
-        table = datasets.load_dataset(place, streaming=True)
+        table, place, split = _of_the_hub(datasets, place, split)
     if not isinstance(table, dict):
         return table
     if not split and len(table) == 1:
@@ -79,6 +83,31 @@ def _open(datasets: Any, name: str) -> Any:
         splits = ", ".join(table)
         raise CorpusError(name, f"name one of its splits, {place}:SPLIT; there are: {splits}")
     return table[split]
+
+
+def _of_the_hub(datasets: Any, place: str, rest: str) -> tuple[Any, str, str]:
+    """A table of the hub, its name with its config, and the split that is wanted.
+
+    `rest` is CONFIG:SPLIT, either of them, or nothing.
+    """
+    first, _, second = rest.partition(":")
+    try:
+        if second:
+            named = f"{place}:{first}"
+            return datasets.load_dataset(place, first, streaming=True), named, second
+        return datasets.load_dataset(place, streaming=True), place, first
+    except ValueError as error:
+        known = _CONFIGS.search(str(error))
+        if not known:
+            raise
+        configs = re.findall(r"'([^']*)'", known[1])
+        if second or first not in configs:
+            raise CorpusError(
+                f"{HUB}{place}",
+                f"name one of its configs, {HUB}{place}:CONFIG[:SPLIT]; there are: "
+                f"{shorten(', '.join(configs), 200)}",
+            ) from None
+        return datasets.load_dataset(place, first, streaming=True), f"{place}:{first}", ""
 
 
 def _next(rows: Iterator[dict[str, Any]], name: str, number: int) -> dict[str, Any] | None:

@@ -17,7 +17,13 @@ from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.retrieval.api import Passage, Retriever
 from r1s_jax.retrieval.bench import bench_encoder, bench_index
 from r1s_jax.retrieval.build import Options, sample_queries, write_index
-from r1s_jax.retrieval.corpus import PassageStore, read_passages, wiki_summaries
+from r1s_jax.retrieval.corpus import (
+    PassageStore,
+    read_passages,
+    read_shards,
+    shards_of,
+    wiki_summaries,
+)
 from r1s_jax.retrieval.encoder import BertEncoder, Encoder, HashEncoder
 from r1s_jax.retrieval.flat import FlatVectors
 from r1s_jax.retrieval.http import HttpRetriever
@@ -56,6 +62,13 @@ def encoder_folder(reference: str) -> Path:
     folder = resolve(_of_the_hub(reference))
     if not (folder / "config.json").exists() and (folder / "model").is_dir():
         return folder / "model"  # some packages keep the model beside their code
+    if folder.is_dir() and not (folder / "config.json").exists():
+        shards = sorted(folder.glob("*.pt"))
+        also = f" but {shards[0].name}: merge the shards of a training run first" if shards else ""
+        raise ConfigError(
+            f"{folder} is no encoder: expected config.json, tokenizer.json and model.safetensors, "
+            f"found no config.json{also}"
+        )
     return folder
 
 
@@ -162,7 +175,7 @@ def import_corpus_index(
     """
     told = import_index(
         out,
-        FlatVectors(resolve(file)),
+        FlatVectors(resolve(file), encoder.dims),
         corpus_passages(references),
         encoder,
         progress_bar,
@@ -189,7 +202,12 @@ def encode_corpus(references: Sequence[str], encoder: Encoder, out: Path, shard:
 
 
 def corpus_passages(references: Sequence[str]) -> Iterator[Passage]:
-    """The passages of several sources, numbered anew from 0, read as they are asked for."""
+    """The passages of several sources, numbered anew from 0, read as they are asked for.
+
+    Those of a single one keep their own ids, by which others may know them.
+    """
+    if len(references) == 1:
+        return iter(read_corpus(references[0]))
     lines = (passage.line for reference in references for passage in read_corpus(reference))
     return (Passage(str(i), line) for i, line in enumerate(lines))
 
@@ -197,15 +215,17 @@ def corpus_passages(references: Sequence[str]) -> Iterator[Passage]:
 def read_corpus(reference: str) -> Iterable[Passage]:
     """The passages that a reference names: a file, or a table as Hugging Face `datasets` keeps it.
 
-    `datasets:ORG/NAME[:SPLIT]` is streamed from the hub; a folder that `datasets` saved and a
-    Parquet file may be named by their path alone. A name of `retrieval.presets` is that corpus,
-    where it can be read as it was published.
+    `datasets:ORG/NAME[:CONFIG][:SPLIT]` is streamed from the hub; a folder that `datasets` saved, a
+    Parquet file and a folder of .tsv or .jsonl files may be named by their path alone. A name of
+    `retrieval.presets` is that corpus, where it can be read as it was published.
     """
     if reference in PRESETS and not Path(reference).exists():
         reference = _published(reference)
     if reference.startswith(HUB):
         return dataset_passages(reference)
     path = resolve(reference)
+    if path.is_dir() and shards_of(path):
+        return read_shards(path)
     if is_table(path):
         return dataset_passages(str(path))
     return wiki_summaries(path) if is_summaries(path) else read_passages(path)

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from r1s_jax.data.corpora import corpus_passages, write_corpus_index
 from r1s_jax.retrieval.api import Passage, join_line, split_line
 from r1s_jax.retrieval.corpus import CorpusError, PassageStore, read_passages, wiki_summaries
+from r1s_jax.retrieval.encoder import HashEncoder
 from tests.full_disk import r1s_on_a_full_disk
+from tests.makers import run_cli
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,30 @@ def test_both_json_forms(tmp_path):
         ("1", "B   three"),
         ("2", "no title"),
     ]
+
+
+def test_a_folder_of_files_is_read_in_their_order(tmp_path):
+    for number in (10, 2, 0):
+        rows = [{"_id": f"d{number}-{i}", "contents": f"T{number}\nText {i}."} for i in range(2)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"part{number}.jsonl").write_text(text)
+    (tmp_path / "notes.md").write_text("no passages")
+    ids = [f"d{number}-{i}" for number in (0, 2, 10) for i in range(2)]
+    assert [passage.id for passage in corpus_passages([str(tmp_path)])] == ids
+    twice = [str(tmp_path), str(tmp_path / "part0.jsonl")]
+    assert [passage.id for passage in corpus_passages(twice)] == list("01234567")
+    (tmp_path / "part11.jsonl").write_text('{"_id": "d0-1", "contents": "x"}')
+    with pytest.raises(CorpusError, match=r"part11\.jsonl: id 'd0-1' came before.*one by one"):
+        list(corpus_passages([str(tmp_path)]))
+
+
+def test_a_passage_is_found_with_its_own_id(tmp_path):
+    """By which judgements of relevance know it."""
+    (tmp_path / "c.tsv").write_text("Q42\tDouglas   a writer\nQ1\tUniverse   all there is\n")
+    out = tmp_path / "i"
+    write_corpus_index([str(tmp_path / "c.tsv")], HashEncoder(), out, kind="exact")
+    told = run_cli("index", "search", str(out), "Universe", "--k", "1", "--json").stdout
+    assert json.loads(told)["results"][0]["id"] == "Q1"
 
 
 @pytest.mark.parametrize(

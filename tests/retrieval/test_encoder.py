@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from r1s_jax.border.errors import ConfigError
 from r1s_jax.data import corpora
 from r1s_jax.retrieval import bench
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
@@ -243,6 +244,14 @@ def test_devices_share_the_rows_and_change_nothing(folder):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _SHARDED, str(folder)]
     subprocess.run(command, check=True, env={**os.environ, **flags})
+
+
+def test_a_folder_without_an_encoder_says_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"found no config\.json$"):
+        corpora.load_encoder(str(tmp_path))
+    (tmp_path / "model_world_size_8_rank_0.pt").touch()
+    with pytest.raises(ConfigError, match=r"model_world_size_8_rank_0\.pt: merge the shards"):
+        corpora.load_encoder(str(tmp_path))
 
 
 def test_other_models_are_refused(folder):

@@ -92,6 +92,20 @@ def test_a_numpy_file_is_read_too(tmp_path, dtype):
             FlatVectors(tmp_path / "v.npy")
 
 
+def test_bare_numbers_are_read_by_the_encoders_dims(tmp_path):
+    """As FlashRAG keeps its embeddings."""
+    path = tmp_path / "emb_e5.memmap"
+    path.write_bytes(VECTORS.astype("<f4").tobytes())
+    np.testing.assert_array_equal(FlatVectors(path, VECTORS.shape[1])[: len(VECTORS)], VECTORS)
+    with pytest.raises(VectorError, match=r"not whole rows of 31 float32"):
+        FlatVectors(path, 31)
+    with pytest.raises(VectorError, match=r"begins with"):
+        FlatVectors(path)
+    (tmp_path / "v.pt").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(VectorError, match=r"PyTorch file.*numpy\.save"):
+        FlatVectors(tmp_path / "v.pt", 32)
+
+
 def test_broken_files_are_refused_by_name(tmp_path):
     whole = flat(tmp_path / "f").read_bytes()
     damaged = {

@@ -53,6 +53,36 @@ def test_a_saved_table_and_its_splits(tmp_path):
             read(name)
 
 
+def test_a_table_of_several_configs_says_which(monkeypatch):
+    """As hotpot_qa and trivia_qa are."""
+    tables = {
+        "distractor": {"train": ROWS[:1], "validation": ROWS[1:]},
+        "fullwiki": {"train": ROWS},
+    }
+
+    def load(place, config=None, *, streaming):
+        known = list(tables)
+        if config is None:
+            raise ValueError(
+                f"Config name is missing.\nPlease pick one among the available configs: {known}\n"
+                f"Example of usage:\n\t`load_dataset('{place}', 'distractor')`"
+            )
+        if config not in tables:
+            raise ValueError(f"BuilderConfig '{config}' not found. Available: {known}")
+        return tables[config]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    whole = list(zip("ab", LINES, strict=True))
+    assert read("datasets:hotpot_qa:fullwiki") == read("datasets:hotpot_qa:fullwiki:train") == whole
+    assert read("datasets:hotpot_qa:distractor:validation") == whole[1:]
+    for name in ("", ":train", ":train:train"):
+        with pytest.raises(CorpusError, match=r"one of its configs.*distractor, fullwiki"):
+            read(f"datasets:hotpot_qa{name}")
+    for name in ("", ":dev"):
+        with pytest.raises(CorpusError, match=r"qa:distractor:SPLIT; there are: train, validation"):
+            read(f"datasets:hotpot_qa:distractor{name}")
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
