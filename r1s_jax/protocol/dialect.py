@@ -111,6 +111,10 @@ class Dialect:
         """The passage lines in a reply, to be cut anew; None where they stay as they are."""
         return None
 
+    def found(self, reply: str) -> list[str]:
+        """The documents' own texts in a reply, without the dialect's words around them."""
+        raise NotImplementedError
+
     def searched(self, reply: str) -> bool:
         """Whether a text of the system's answers a search of the policy's."""
         raise NotImplementedError

@@ -180,6 +180,9 @@ class R1Searcher(Dialect):
     def documents_of(self, reply: str) -> list[str] | None:
         return documents_of(reply) if BEGIN_DOCUMENTS in reply else None
 
+    def found(self, reply: str) -> list[str]:
+        return documents_of(reply)
+
     def searched(self, reply: str) -> bool:
         # A first search forced by the system brings its own query ahead of its documents.
         head, found, _ = reply.partition(BEGIN_DOCUMENTS)

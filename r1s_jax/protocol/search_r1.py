@@ -28,6 +28,7 @@ BEGIN_SEARCH, END_SEARCH = "<search>", "</search>"
 BEGIN_INFORMATION, END_INFORMATION = "<information>", "</information>"
 TAGS = (BEGIN_SEARCH, END_SEARCH, BEGIN_INFORMATION, END_INFORMATION)
 TAGS += (BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER)
+_SHOWN = re.compile(r"Doc \d+\(Title: (.*)")
 _TITLE_END = re.compile(r" {3}|\t")
 _ANSWER = re.compile(f"{BEGIN_ANSWER}(.*?){END_ANSWER}", re.DOTALL)
 _BLOCK = re.compile(
@@ -94,6 +95,10 @@ class SearchR1(Dialect):
 
     def first_call(self, query: str) -> str:
         return self.query_call(query)
+
+    def found(self, reply: str) -> list[str]:
+        body = reply.partition(BEGIN_INFORMATION)[2].partition(END_INFORMATION)[0]
+        return [text[1] for text in map(_SHOWN.fullmatch, body.split("\n")) if text]
 
     def searched(self, reply: str) -> bool:
         head, found, _ = reply.partition(BEGIN_INFORMATION)

@@ -45,6 +45,11 @@ class Solution:
         return self.dialect.well_formed(self.spans, self.complete)
 
     @property
+    def found(self) -> list[str]:
+        """The documents' own texts, those of a first search forced by the system among them."""
+        return [text for reply in replies(self.spans) for text in self.dialect.found(reply)]
+
+    @property
     def searches_answered(self) -> int:
         """Texts of the system's that answer the policy's own searches.
 

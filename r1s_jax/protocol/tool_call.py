@@ -46,6 +46,7 @@ SEARCH_TOOL = {
     },
 }
 _CALL = re.compile(f"{BEGIN_CALL}(.*?){END_CALL}", re.DOTALL)
+_SHOWN = re.compile(r"\(\d+\)(.*)")
 _PROBLEM = "Error: "
 # More calls than this in one turn are not searched.
 _MOST_CALLS = 8
@@ -124,6 +125,11 @@ class ToolCall(Dialect):
 
     def first_call(self, query: str) -> str:
         return self.query_call(query) + self.frame.turn_end
+
+    def found(self, reply: str) -> list[str]:
+        # A first search brings its own call ahead of the response.
+        body = reply.partition(self.frame.before)[2].removesuffix(self.frame.after)
+        return [text[1] for text in map(_SHOWN.fullmatch, body.split("\n")) if text]
 
     def searched(self, reply: str) -> bool:
         f = self.frame

@@ -45,9 +45,9 @@ def queries(solution: Solution) -> list[str]:
 
 
 def _retrieved_gold(solution: Solution, golds: Sequence[str], _: float) -> float:
-    found = " ".join(normalize_answer(text) for text, by_policy in solution.spans if not by_policy)
-    wanted = [normalize_answer(gold) for gold in golds]
-    return float(any(f" {gold} " in f" {found} " for gold in wanted if gold))
+    found = [f" {normalize_answer(text)} " for text in solution.found]
+    wanted = [f" {gold} " for gold in map(normalize_answer, golds) if gold]
+    return float(any(gold in text for text in found for gold in wanted))
 
 
 def _repeated_queries(solution: Solution, golds: Sequence[str], _: float) -> float:

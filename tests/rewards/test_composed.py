@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1s_jax.protocol.r1_searcher import R1Searcher
+from r1s_jax.protocol.search_r1 import SearchR1
 from r1s_jax.protocol.solution import Solution
+from r1s_jax.protocol.tool_call import ToolCall
 from r1s_jax.rewards.composed import TERMS, Term, is_composed, parse
 from r1s_jax.rewards.registry import RULES, RewardError, reward_rule
 
@@ -73,6 +75,29 @@ def test_a_word_of_the_gold_answer_is_not_the_answer():
     assert rule(GOOD, ["Frank"]).value == 1.0
     assert rule(GOOD, ["Fran"]).value == 0.0 and rule(GOOD, [""]).value == 0.0
     assert rule(GOOD, ["the Frank Herbert!"]).value == 1.0
+
+
+@pytest.mark.parametrize("dialect", [R1, SearchR1(), ToolCall()], ids=lambda d: d.name)
+def test_only_the_documents_own_texts_are_found(dialect):
+    """Not their numbers, nor the word for none, nor tags, nor the query of a first search."""
+    rule = reward_rule("retrieved_gold")
+
+    def pays(documents, gold, first=""):
+        reply = dialect.reply([documents])
+        spans = (("I look", True), (reply, False)) if not first else ((first + reply, False),)
+        return rule(Solution((*spans, ("so", True)), dialect), [gold]).value
+
+    lines = ["Dune   Frank Herbert wrote it.", "Oslo (city)   3 rivers\nand (4) hills"]
+    for gold in ("Dune", "Frank Herbert", "Oslo city", "3", "4", "hills"):
+        assert pays(lines, gold) == 1.0, gold
+    for gold in ("2", "1", "Doc", "Title", "None", "documents", "information", "response", "user"):
+        assert pays(lines, gold) == 0.0, gold
+    assert pays([], "None") == 0.0
+    assert pays(lines, "it Oslo") == 0.0  # across the end of one and the beginning of the next
+    asked = dialect.first_call("who wrote Emma")
+    assert pays(lines, "Emma", asked) == 0.0 and pays(lines, "Dune", asked) == 1.0
+    if dialect.can_tell_invalid:
+        assert pays("the call was no JSON", "JSON") == pays("no call", "search") == 0.0
 
 
 @pytest.mark.parametrize(
