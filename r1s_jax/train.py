@@ -69,7 +69,7 @@ def _train(run: "Run", trace: StepTrace, cold_start_only: bool) -> dict[str, Any
             state = run.cold_start(stop, examined=not cold_start_only)
             if cold_start_only:
                 stop.requested = stop.requested or "end of the cold start"
-            if not stop.requested:
+            if not stop.agree():
                 state = run.learn(state, stop, trace)
     except Exception:
         run.checkpoints.close_after_error()
@@ -90,7 +90,7 @@ class Run:
     def __init__(self, config: Config, run_dir: Path, resume: bool, accept_changed_data: bool):
         self.config, self.started = config, time.perf_counter()
         # A name that is no reward must not be found out hours later.
-        rewards = stage_rewards(config, run_dir)
+        rewards = together(lambda: stage_rewards(config, run_dir))
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         on_main(lambda: check_data(self.dir, config, accept_changed_data))
         self.mesh = make_mesh(config.mesh)
@@ -209,7 +209,7 @@ class Run:
         kept_too = learned.advantages, c.run.traces_per_step, self.engine.token_texts
         for row in m.trace_rows(kept.rolled, kept.rewards, *kept_too):
             self.telemetry.trace({"step": step + 1, **row})
-        return state, {
+        row = {
             "step": step + 1,
             "stage": name,
             **m.rollout_metrics(batch),
@@ -220,6 +220,7 @@ class Run:
             ),
             "rewards_answers": stage.reward not in FORMAT_REWARDS,
         }
+        return state, on_main(lambda: row)  # with one clock's times: what it says decides
 
     def evaluate(self, state: LearnerState) -> Evaluation | None:
         """Greedy on held-out questions, and sampled where asked for; None without questions."""

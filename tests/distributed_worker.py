@@ -1,5 +1,6 @@
 """What one of several processes does in a test: `python -m tests.distributed_worker WHAT DIR`."""
 
+import random
 import sys
 import traceback
 from pathlib import Path
@@ -7,7 +8,16 @@ from pathlib import Path
 from r1s_jax.config import CorpusConfig, EvalConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch, TinyWorldEnvironment
-from r1s_jax.system.distributed import ProcessError, gather, is_main, join, leave, on_main, together
+from r1s_jax.system.distributed import (
+    ProcessError,
+    check_alike,
+    gather,
+    is_main,
+    join,
+    leave,
+    on_main,
+    together,
+)
 from tests.fakes import RaisingRetriever
 
 # The tiny world made tiny: every part of a run, in seconds.
@@ -58,7 +68,99 @@ def agree(_: Path) -> None:
         raise AssertionError("the last process' error did not arrive")
     assert together(lambda: me) == me
     assert is_main() == (me == 0)
+    check_alike("colour", lambda: "red")
+    try:
+        check_alike("colour", lambda: me)
+    except ProcessError as error:
+        assert "process 1 has another colour than process 0" in str(error)
+    else:
+        raise AssertionError("two colours were taken for one")
+    decide_alike(me)
     print("agreed")
+
+
+def decide_alike(me: int) -> None:
+    """What each process would decide by itself, otherwise than the others."""
+    import signal
+    from types import SimpleNamespace
+
+    from r1s_jax.learning import micro_rows
+    from r1s_jax.learning.collect import Collector
+    from r1s_jax.protocol.solution import Solution
+    from r1s_jax.rewards.registry import batch_reward
+    from r1s_jax.tracking.run_dir import StopRequest
+
+    rewards = {name: batch_reward(f"{__spec__.name}:{name}") for name in ("lottery", "on_the_last")}
+    collector = Collector.__new__(Collector)
+    collector.rewards, collector.engine = rewards, SimpleNamespace(render=str)
+    questions = [SimpleNamespace(question="q", answers=("a",))] * 3
+    rolled = SimpleNamespace(questions=questions, solutions=[Solution.of_text("a")] * 3)
+    drawn = gather([reward.value for reward in collector._reward(rolled, "lottery")])
+    assert all(values == drawn[0] for values in drawn) and len(set(drawn[0])) == 3
+    assert [reward.value for reward in collector._reward(rolled, "on_the_last")] == [0.0] * 3
+    rewards["fails"] = batch_reward(f"{__spec__.name}:fails")
+    try:
+        collector._reward(rolled, "fails")
+    except ProcessError as error:
+        assert "process 0" in str(error) and "no reward today" in str(error)
+    else:
+        raise AssertionError("the error of a reward did not arrive")
+
+    micro_rows._memory = lambda learner: 100.0 * (me + 1)
+    micro_rows._bytes = lambda config, learner, state, sequences, rows: 20.0 * rows
+    config = override(tiny_world.config(), ["optimizer.micro_rows=0", "rollout.max_length=160"])
+    learner = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1}))
+    assert micro_rows.micro_rows(config, learner, None, 64) == 4  # the first one's memory
+
+    with StopRequest() as stop:
+        if me == 1:
+            signal.raise_signal(signal.SIGTERM)
+        assert not stop.requested  # or the loop of this process alone would end
+        assert stop.agree() == stop.requested == "SIGTERM"
+
+
+def lottery(solution, golds) -> float:
+    """A user's reward that draws lots: other ones in each process."""
+    return random.random()
+
+
+def on_the_last(solution, golds) -> float:
+    """A user's reward that fails in all processes but the first."""
+    import jax
+
+    return 0.0 if jax.process_index() == 0 else 1 / 0
+
+
+def fails(solution, golds) -> float:
+    """A user's reward that fails in the first process."""
+    import jax
+
+    return 1 / 0 if jax.process_index() else float("no reward today")
+
+
+def own_reward(run_dir: Path) -> None:
+    """A whole run whose reward draws lots; says a digest of the parameters at its end."""
+    import hashlib
+
+    import jax
+
+    from r1s_jax import train as box
+
+    learn = box.Run.learn
+
+    def noted(self, state, stop, trace):
+        state = learn(self, state, stop, trace)
+        digest = hashlib.sha256()
+        for leaf in jax.tree.leaves(state.params):
+            digest.update(jax.device_get(leaf.addressable_data(0)).tobytes())
+        print(f"parameters {digest.hexdigest()}")
+        return state
+
+    box.Run.learn = noted
+    reward = f"{__spec__.name}:lottery"
+    more = (f"stage1.reward={reward}", f"stage2.reward={reward}", "mesh.data=2", "mesh.fsdp=1")
+    more += ("algorithm.dynamic_sampling=2",)
+    box.train(override(tiny_world.config(), (*SHORT, *more)), run_dir)
 
 
 def pieces(_: Path) -> None:
@@ -117,7 +219,7 @@ def served(folder: Path) -> None:
 if __name__ == "__main__":
     join()
     try:
-        what = {f.__name__: f for f in (agree, failing_search, pieces, served)}
+        what = {f.__name__: f for f in (agree, failing_search, own_reward, pieces, served)}
         what[sys.argv[1]](Path(sys.argv[2]))
     except Exception:
         traceback.print_exc()

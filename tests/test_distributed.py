@@ -117,6 +117,14 @@ def test_they_tell_each_other_values_and_errors(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_reward_that_draws_lots_is_one_for_all(tmp_path):
+    ended = finish(start(2, [*WORKER, "own_reward", str(tmp_path / "run")]))
+    assert [status for status, *_ in ended] == [0, 0], ended[0][2][-3000:] + ended[1][2][-3000:]
+    one, two = [re.findall("parameters .*", out) for _, out, _ in ended]
+    assert one == two and len(one) == 1
+
+
+@pytest.mark.slow
 def test_a_rollout_may_be_left_and_entered_again(tmp_path):
     ended = finish(start(2, [*WORKER, "pieces", str(tmp_path)]))
     one, two = [(status, out.splitlines()[-1:]) for status, out, _ in ended]

@@ -35,7 +35,7 @@ from r1s_jax.retrieval.tables import HUB
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.assets import AssetError, resolve
 from r1s_jax.system.console import console
-from r1s_jax.system.distributed import on_main, own_address, together
+from r1s_jax.system.distributed import check_alike, on_main, own_address, together
 
 T = TypeVar("T")
 
@@ -271,12 +271,18 @@ def dialect_of(config: Config, saved: Callable[[], Dialect | None]) -> Dialect:
 
 
 def open_environment(config: Config, dialect: Dialect) -> Environment:
-    """make_environment on every process of a run; ProcessError on all where it fails on any."""
+    """make_environment on every process of a run.
+
+    Raises ProcessError on all where it fails on any, or where one was told otherwise than the rest.
+    """
+    check_alike("recipe", lambda: config)
     if config.search.served_by == "main" and isinstance(config.environment, CorpusConfig):
         url = on_main(lambda: _serve(open_retriever(config.environment)))
         served = replace(config.environment, passages=(), index="", retriever=url)
         config = replace(config, environment=served)
-    return together(lambda: make_environment(config, dialect))
+    environment = together(lambda: make_environment(config, dialect))
+    check_alike("file of questions", environment.questions)
+    return environment
 
 
 def _serve(retriever: Retriever) -> str:

@@ -16,6 +16,7 @@ from r1s_jax.rewards.registry import BatchReward
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine, Rolled, merge
 from r1s_jax.rollout.trajectory import CUT_OFF, Finish, Trajectory
+from r1s_jax.system.distributed import on_main
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,13 @@ class Collector:
         self.carried.restore(carried)
 
     def _reward(self, rolled: Rolled, stage: str) -> list[Reward]:
+        """The rewards of a batch, by the first of several processes: a user's function may draw
+        lots, read a clock or a file, and what one learns from all must learn from."""
         reward, asked = self.rewards[stage], [q.question for q in rolled.questions]
         if not getattr(reward, "reads_questions", False):
             asked = list(map(self.engine.render, asked))
         golds = [q.answers for q in rolled.questions]
-        return list(reward(asked, rolled.solutions, golds))
+        return on_main(lambda: list(reward(asked, rolled.solutions, golds)))
 
 
 def learnable(

@@ -19,7 +19,6 @@ from r1s_jax.rewards.composed import is_composed, parse, without
 from r1s_jax.rewards.registry import BatchReward, RewardError, batch_reward, reward_rule
 from r1s_jax.rewards.rules import Reward, RewardRule, reward_parts
 from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, ask_all, check_installed
-from r1s_jax.system.distributed import on_main
 
 NAME = "judge"  # of the term
 Verdict = Literal["True", "False", "unparsable"]
@@ -126,7 +125,7 @@ class JudgedReward:
         golds: Sequence[Sequence[str]],
     ) -> list[Reward]:
         """The rewards of solutions to questions; raises JudgeFailure past a rate of failures."""
-        verdicts = on_main(lambda: self._judge(questions, solutions, golds))
+        verdicts = self._judge(questions, solutions, golds)
         rewards = []
         for verdict, solution, gold in zip(verdicts, solutions, golds, strict=True):
             reward = self._rule(solution, gold)

@@ -12,6 +12,7 @@ from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.packing import PackedBatch
 from r1s_jax.models.sharding import BATCH_AXES, batch_shards, replicated
 from r1s_jax.system.console import console
+from r1s_jax.system.distributed import gather, together
 
 _MARGIN = 0.9  # of the memory may be used
 
@@ -25,8 +26,13 @@ def micro_rows(config: Config, learner: Learner, state: LearnerState, sequences:
     if config.optimizer.micro_rows:
         return config.optimizer.micro_rows
     rows = most_rows(config, sequences, batch_shards(learner.mesh))
-    limit, needed = _MARGIN * _memory(learner), 0.0
-    while rows > 1 and (needed := _bytes(config, learner, state, sequences, rows)) > limit:
+    # Of several processes the one that has least: all must run the same program.
+    limit, needed = _MARGIN * min(gather(_memory(learner))), 0.0
+
+    def most_needed(rows: int) -> float:
+        return max(gather(together(lambda: _bytes(config, learner, state, sequences, rows))))
+
+    while rows > 1 and (needed := most_needed(rows)) > limit:
         rows //= 2
     told = f" (the update takes {needed / 2**30:.1f} GiB)" if needed else ""
     console.print(f"optimizer.micro_rows: {rows} rows at a time{told}")

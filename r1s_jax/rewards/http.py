@@ -14,7 +14,6 @@ from r1s_jax.border.json import parse_object
 from r1s_jax.border.schema import check
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.rules import Reward, reward_parts
-from r1s_jax.system.distributed import on_main
 
 _TIMEOUT_S = 300.0  # a server may score a whole batch with a model of its own
 _RETRIES = 5  # with growing pauses: half a minute in all
@@ -31,7 +30,7 @@ class _Rewards(msgspec.Struct):
 
 
 class HttpReward:
-    """Asks one server for the rewards of a batch; with several processes, the first one asks."""
+    """Asks one server for the rewards of a batch."""
 
     def __init__(self, url: str):
         self.url = url
@@ -49,7 +48,7 @@ class HttpReward:
         not finite.
         """
         queries = [prompt + s.text for prompt, s in zip(prompts, solutions, strict=True)]
-        values = on_main(lambda: self._ask(queries))
+        values = self._ask(queries)
         return [
             Reward(value, reward_parts(solution, gold))
             for value, solution, gold in zip(values, solutions, golds, strict=True)

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -141,6 +142,18 @@ def together(action: Callable[[], T]) -> T:
         if failed:
             raise ProcessError(f"process {process}: {failed}")
     return result
+
+
+def check_alike(what: str, value: Callable[[], Any]) -> None:
+    """Raises ProcessError on all where a process has another value of something than the first."""
+    if jax.process_count() == 1:
+        return
+    for process, digest in enumerate(digests := gather(sha256(repr(value()).encode()).hexdigest())):
+        if digest != digests[0]:
+            raise ProcessError(
+                f"process {process} has another {what} than process 0: start the same command with "
+                "the same files on all of them"
+            )
 
 
 def to_host(tree: Any) -> Any:

@@ -121,11 +121,12 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.requested = ""
+        self.requested = ""  # what all processes know of; a signal alone does not change it
+        self._asked = ""
 
     def agree(self) -> str:
         """What any process was asked, so that all of them stop after the same step."""
-        self.requested = next(filter(None, gather(self.requested)), "")
+        self.requested = next(filter(None, gather(self.requested or self._asked)), "")
         return self.requested
 
     def __enter__(self) -> "StopRequest":
@@ -137,9 +138,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name
+        self._asked = signal.Signals(number).name
 
 
 def _versions() -> dict[str, Any]:
