@@ -13,10 +13,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
-from r1s_jax.border.errors import UserError
+import msgspec
+
+from r1s_jax.border.errors import BadInput, UserError
 from r1s_jax.border.json import parse, read_object
+from r1s_jax.border.schema import check
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.encoder import Progress
 from r1s_jax.retrieval.lines import Line, Source, read_lines
@@ -38,12 +41,15 @@ class Form(NamedTuple):
     end: str = "\n"
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
 class Summary(NamedTuple):
     """What a conversion did."""
 
-    pages: int  # that became passages
-    passages: int
-    skipped: int  # malformed pages
+    pages: Count  # that became passages
+    passages: Count
+    skipped: Count  # malformed pages
     reasons: tuple[str, ...]  # of the first that were skipped: file, line, what was wrong
 
 
@@ -51,9 +57,9 @@ class _Place(NamedTuple):
     """A line of the source, to find it again and to know it again."""
 
     file: str
-    number: int
-    offset: int
-    checksum: int
+    number: Count
+    offset: Count
+    checksum: Count
 
     @classmethod
     def of(cls, line: Line) -> "_Place":
@@ -67,6 +73,16 @@ class _State(NamedTuple):
     summary: Summary = Summary(0, 0, 0, ())
     written: int = 0  # bytes of output
     last: _Place | None = None
+
+
+class _Journal(msgspec.Struct):
+    """What `OUT.journal` holds: a state, and a checksum over the rest of the row."""
+
+    form: str
+    summary: Summary
+    written: Count
+    last: _Place | None
+    checksum: Count
 
 
 def kilt_lines(page: dict[str, Any]) -> list[str]:
@@ -249,8 +265,14 @@ def _save(journal: Path, form: Form, state: _State, file: BinaryIO) -> None:
     os.fsync(file.fileno())
     beside = Path(f"{journal}.new")
     row = {"form": form.name, "summary": state.summary, "written": state.written}
-    beside.write_text(json.dumps(row | {"last": state.last}), "utf-8")
+    row["last"] = state.last
+    beside.write_text(json.dumps(row | {"checksum": _checksum(row)}), "utf-8")
     beside.rename(journal)
+
+
+def _checksum(row: dict[str, Any]) -> int:
+    """Of the row of a journal without its own: one digit of it would cut the output elsewhere."""
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 
 def _load(journal: Path, form: Form, partial: Path) -> _State:
@@ -258,13 +280,14 @@ def _load(journal: Path, form: Form, partial: Path) -> _State:
     if not journal.exists():
         return _State()
     try:
-        row = read_object(journal, ValueError)
-        pages, passages, skipped, reasons = row["summary"]
-        summary = Summary(pages, passages, skipped, tuple(reasons))
-        state = _State(summary, row["written"], row["last"] and _Place(*row["last"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorpusError(journal, f"not a journal ({error!r}): delete it to start anew") from error
-    if row["form"] != form.name:
-        reason = f"was begun as {row['form']!r}, not {form.name!r}: delete it to start anew"
+        row = read_object(journal, BadInput)
+        known = check(row, _Journal, journal, BadInput)
+    except BadInput as error:
+        raise CorpusError(journal, f"not a journal ({error}): delete it to start anew") from error
+    if known.checksum != _checksum({key: row[key] for key in row if key != "checksum"}):
+        raise CorpusError(journal, "was damaged or changed: delete it to start anew")
+    if known.form != form.name:
+        reason = f"was begun as {known.form!r}, not {form.name!r}: delete it to start anew"
         raise CorpusError(journal, reason)
+    state = _State(known.summary, known.written, known.last)
     return state if partial.stat().st_size >= state.written else _State()

@@ -256,6 +256,37 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path):
     assert out.read_bytes() == (tmp_path / "again.tsv").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("form", None),
+        ("form", 3),
+        ("summary", [1, 2, 0]),
+        ("summary", ["1", 2, 0, []]),
+        ("summary", [1, 2, 0, [None]]),
+        ("summary", [1, 3, 0, []]),  # one digit: passages would be numbered otherwise
+        ("written", -1),
+        ("written", "x"),
+        ("written", 8),  # one digit: the output would be cut elsewhere
+        ("last", ["s.jsonl", 1]),
+        ("last", 3),
+        ("checksum", None),
+    ],
+)
+def test_a_damaged_journal_is_refused(tmp_path, key, value):
+    source, out = tmp_path / "s.jsonl", tmp_path / "out.tsv"
+    source.write_bytes(pages(2) + b'{"wikipedia_title": "cut')
+    with pytest.raises(CorpusError, match="cut in the middle"):
+        convert(open_source(str(source)), out, KILT)
+    journal = Path(f"{out}.journal")
+    row = json.loads(journal.read_bytes())
+    journal.write_text(json.dumps({k: v for k, v in (row | {key: value}).items() if v is not None}))
+    kept = Path(f"{out}.partial").read_bytes()
+    with pytest.raises(CorpusError, match=r"out\.tsv\.journal: .*delete it to start anew"):
+        convert(open_source(str(source)), out, KILT)
+    assert Path(f"{out}.partial").read_bytes() == kept
+
+
 def test_what_is_refused(tmp_path, whole):
     source, out = tmp_path / "s.jsonl", tmp_path / "out.tsv"
     with pytest.raises(FileNotFoundError):
