@@ -19,15 +19,10 @@ from r1s_jax.border.schema import check
 from r1s_jax.config import RolloutConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
-from r1s_jax.data.results import header_path, read_header
-from r1s_jax.data.rows import DataError, journal_rows
-from r1s_jax.models.pretrained import (
-    Pretrained,
-    choose_dialect,
-    default_dtype,
-    dialect_at,
-    load_pretrained,
-)
+from r1s_jax.data.results import header_path
+from r1s_jax.data.rows import DataError
+from r1s_jax.eval.journal import begun, describe, load_described
+from r1s_jax.models.pretrained import Pretrained, choose_dialect, dialect_at
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
@@ -39,8 +34,11 @@ from r1s_jax.system.locks import only_one
 class _Measured(TypedDict):
     """A row of what was measured, as far as it is read again."""
 
+    idx: int
     question: str
+    answer: str | list[str]
     first_solved: int | None
+    solved: int
     difficulty: Literal["easy", "medium", "hard"]
 
 
@@ -114,11 +112,21 @@ def _select(
     out: Path,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
-    rows = _resume(measured, selection, source, questions)
+    measured.parent.mkdir(parents=True, exist_ok=True)
+    described = _header(selection, questions, source)
+    rows, before = _resume(measured, described, questions)
+    policy = load_described(measured, selection.model, described, before)
+    if not before:
+        write_json(header_path(measured), described)
     if len(rows) < len(questions):
-        rows += _measure(selection, retriever, questions[len(rows) :], measured, progress, rows)
+        policy = policy.speaking(*_dialect(selection))
+        left = questions[len(rows) :]
+        rows += _measure(selection, policy, retriever, left, measured, progress, rows)
     progress(len(rows), len(questions))
-    chosen = mixed(rows, selection.ratio, selection.seed)
+    try:
+        chosen = mixed(rows, selection.ratio, selection.seed)
+    except DataError as error:
+        raise DataError(f"{selection.questions}: {error} in {measured}") from error
     write_rows(out, chosen)
     _plot(rows, selection.rollouts, out.with_name(out.name + ".png"))
     counts = Counter(row["difficulty"] for row in rows)
@@ -150,36 +158,38 @@ def mixed(rows: Sequence[dict[str, Any]], ratio: Sequence[float], seed: int) -> 
     return [rows[i] for i in sorted(chosen)]
 
 
-def _resume(
-    measured: Path, selection: Selection, source: dict[str, Any], questions: Sequence[Question]
-) -> list[dict[str, Any]]:
-    """The rows measured before, if they are of the same questions, model and index."""
-    described = asdict(selection) | {"source": source}
-    # What does not change a measurement, and what `spoken` says.
+def _header(
+    selection: Selection, questions: Sequence[Question], source: dict[str, Any]
+) -> dict[str, Any]:
+    settings = asdict(selection)
+    # What does not change a measurement, and what `dialect` says.
     for name in ("ratio", "questions_at_a_time", "dialect", "thinking", "force_dialect"):
-        del described[name]
-    known = dialect_at(selection.model)
-    spoken = choose_dialect(known, *_dialect(selection)).as_dict()
-    described |= {"dialect": {k: v for k, v in spoken.items() if k != "frame"}}
-    described = json.loads(json.dumps(described))
-    rows = journal_rows(measured)
-    if not rows:  # nor would anything be lost
-        measured.parent.mkdir(parents=True, exist_ok=True)
-        write_json(header_path(measured), described)
-        return []
-    header = read_header(measured) or {}
-    if header | {"dialect": header.get("dialect", described["dialect"])} != described:
-        header = header_path(measured).name
-        raise DataError(f"{measured} is of another selection (see {header}): choose another")
-    for row, question in zip(rows, questions, strict=False):
-        check(row, _Measured, measured, DataError)
+        del settings[name]
+    spoken = choose_dialect(dialect_at(selection.model), *_dialect(selection)).as_dict()
+    spoken.pop("frame", None)
+    return describe(settings, questions, source) | {"dialect": spoken}
+
+
+def _resume(
+    measured: Path, described: dict[str, Any], questions: Sequence[Question]
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The rows measured before, and their header, if they are of the same questions and index."""
+    rows, before = begun(measured, described)
+    if len(rows) > len(questions):
+        raise DataError(f"{measured} holds more rows than there are questions: remove it")
+    for i, (row, question) in enumerate(zip(rows, questions, strict=False)):
+        check(row, _Measured, f"{measured}, line {i + 1}", DataError)
         if row["question"] != question.question:
-            raise DataError(f"{measured} holds other questions: {row['question'][:60]!r}")
-    return rows
+            raise DataError(
+                f"{measured}, line {i + 1} holds another question, {row['question'][:60]!r}: "
+                "choose another file with --out"
+            )
+    return rows, before
 
 
 def _measure(
     selection: Selection,
+    policy: Pretrained,
     retriever: Retriever,
     questions: Sequence[Question],
     measured: Path,
@@ -187,8 +197,6 @@ def _measure(
     before: Sequence[dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
     """Rolls out, a few questions at a time; each row is on disk before the next are begun."""
-    policy = load_pretrained(selection.model, default_dtype())
-    policy = policy.speaking(*_dialect(selection))
     engine = _engine(selection, policy)
     params = shard_params(policy.params, policy.model, engine.mesh)
     size, done = selection.questions_at_a_time, len(before)

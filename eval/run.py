@@ -17,16 +17,11 @@ from r1s_jax.border.schema import check
 from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
-from r1s_jax.data.results import ResultRow, header_path, read_header, supporting_recall
-from r1s_jax.data.rows import DataError, journal_rows
+from r1s_jax.data.results import ResultRow, header_path, supporting_recall
+from r1s_jax.data.rows import DataError
+from r1s_jax.eval.journal import begun, describe, load_described, refuse_other
 from r1s_jax.models.params import Params
-from r1s_jax.models.pretrained import (
-    Pretrained,
-    choose_dialect,
-    default_dtype,
-    dialect_at,
-    load_pretrained,
-)
+from r1s_jax.models.pretrained import Pretrained, choose_dialect, dialect_at
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure, too_many
@@ -97,25 +92,25 @@ def answer_file(
     """Answers every question of a file, in order, a row an answer in `out` (JSON lines).
 
     Rows are those of data.results.ResultRow. `OUT.header.json` says what was run on what (`source`
-    describes the index), so that numbers over different corpora are never taken for comparable, and
-    what became of the searches. A stopped run continues where its file ends; with `retry_failed`
-    the rows whose search failed are answered again first, in their places.
+    describes the index), by content, and what became of the searches. A stopped run continues where
+    its file ends, with the checkpoint that it began with; with `retry_failed` the rows whose search
+    failed are answered again first, in their places.
 
-    Raises DataError for a file that another run wrote, or where `retriever` is missing; InUse where
-    another process writes it; SearchFailure, the rows being written, where more than that share of
-    the searches failed.
+    Raises DataError for a file that holds answers of another model, to other questions or by
+    another run, or where `retriever` is missing; InUse where another process writes it;
+    SearchFailure, the rows being written, where more than that share of the searches failed.
     """
     if retriever is None and run.mode != "direct":
         raise DataError(f"mode {run.mode} searches: name an index, or take --mode direct")
-    questions = read_questions(questions_file(run.questions))
-    questions = questions[: run.limit or None]
+    every = read_questions(questions_file(run.questions))
     if Path(run.questions).resolve() == out.resolve():
         raise DataError(f"{out} holds the questions: name another file for the answers")
-    described = _header(run, source)
+    described = _header(run, every, source)
     with only_one(out, "the file of answers"):
-        rows, questions = _already(out, described, questions, run.samples)
+        rows, before = _already(out, described, every, run.samples)
+        questions = every[: run.limit or None]
         progress(len(rows), len(questions) * run.samples)
-        engine, params = _loaded(run, described)
+        engine, params = _loaded(run, out, described, before)
         engine.check_prompts(questions)
         write_json(header_path(out), described)
         searches = _Searches(rows, max_failure_rate)
@@ -129,14 +124,14 @@ def answer_file(
 
         if retry_failed:
             _answer_again(out, rows, questions, run.samples, at_a_time, answer, searches)
-        whole, begun = divmod(len(rows), run.samples)  # of the last question, some may be there
+        whole, part = divmod(len(rows), run.samples)  # of the last question, some may be there
         with out.open("a", encoding="utf-8") as file:
             for batch in _batches(questions[whole:], at_a_time):
-                for row in (answered := answer(batch)[begun:]):
+                for row in (answered := answer(batch)[part:]):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 rows += answered
-                begun = 0
+                part = 0
                 searches.add(answered)
                 progress(len(rows), len(questions) * run.samples)
                 write_json(header_path(out), described | {"searches": searches.counts()})
@@ -156,7 +151,8 @@ def _answer_again(
     searches: "_Searches",
 ) -> None:
     """Answers whose search failed, in their places in `rows` and in the file."""
-    failed = [i for i, row in enumerate(rows) if searches.failed(row)]
+    asked = rows[: len(questions) * samples]
+    failed = [i for i, row in enumerate(asked) if searches.failed(row)]
     for places in _batches(sorted({i // samples for i in failed}), at_a_time):
         again = [p * samples + j for p in places for j in range(samples)]
         for i, row in zip(again, answer([questions[p] for p in places]), strict=True):
@@ -167,11 +163,15 @@ def _answer_again(
         searches.recount(rows)
 
 
-def _loaded(run: EvalRun, described: dict[str, Any]) -> tuple[Engine, Params]:
-    """What answers; the header is told the words of the policy's chat template."""
-    policy = load_pretrained(run.model, default_dtype()).speaking(*_dialect(run))
+def _loaded(
+    run: EvalRun, out: Path, described: dict[str, Any], before: dict[str, Any] | None
+) -> tuple[Engine, Params]:
+    """What answers; the header is told which model it is, and the words of its chat template."""
+    policy = load_described(out, run.model, described, before).speaking(*_dialect(run))
     engine = _engine(run, policy)
     described["dialect"] |= engine.dialect.as_dict()
+    if before:
+        refuse_other(out, before, described, "dialect")
     return engine, shard_params(policy.params, policy.model, engine.mesh)
 
 
@@ -308,61 +308,37 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[first : first + size]
 
 
-def _header(run: EvalRun, source: dict[str, Any]) -> dict[str, Any]:
-    described = dataclasses.asdict(run)
+def _header(run: EvalRun, questions: Sequence[Question], source: dict[str, Any]) -> dict[str, Any]:
+    settings = dataclasses.asdict(run)
     if (file := Path(run.questions)).exists():
-        described["questions"] = file.name
+        settings["questions"] = file.name
     # How many are answered at a time, and how many in all, changes no answer; nor do drafts.
     # What it is asked in stands under `dialect`.
     for name in ("slots", "limit", "drafts", "dialect", "thinking", "force_dialect"):
-        del described[name]
-    for name, usual in (("samples", 1), ("max_searches", 9)):  # as in headers of earlier files
-        if described[name] == usual:
-            del described[name]
+        del settings[name]
     known = dialect_at(run.model)
     spoken = choose_dialect(known, *_dialect(run)).as_dict()
     if known and known.name != spoken["dialect"]:
         spoken["trained_in"] = known.name
-    return {"run": described, "source": source, "dtype": default_dtype().name, "dialect": spoken}
+    return describe(settings, questions, source) | {"dialect": spoken}
 
 
 def _dialect(run: EvalRun) -> tuple[str, str, str | None, bool]:
     return run.dialect, run.thinking, run.prompt, run.force_dialect
 
 
-def _same_run(header: dict[str, Any], described: dict[str, Any]) -> bool:
-    """Whether a file's header is of this run; those of early versions name no dialect."""
-
-    def without_frame(spoken: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in spoken.items() if key != "frame"}
-
-    spoken = header.pop("dialect", described["dialect"])
-    named = {name: value for name, value in described.items() if name != "dialect"}
-    return header == named and without_frame(spoken) == without_frame(described["dialect"])
-
-
 def _already(
     out: Path, described: dict[str, Any], questions: Sequence[Question], samples: int
-) -> tuple[list[ResultRow], Sequence[Question]]:
-    """The answers that the file holds, and the questions by the ids that it knows them by.
-
-    A line cut off by a crash is taken away first.
-    """
-    if not out.exists():
-        return [], questions
-    header = read_header(out) or {}
-    header.pop("searches", None)
-    if not _same_run(header, described):
-        raise DataError(
-            f"{out} was written by another run (see {header_path(out).name}): choose another file"
-        )
-    rows = journal_rows(out)[: len(questions) * samples]
+) -> tuple[list[ResultRow], dict[str, Any] | None]:
+    """The answers that the file holds, each that of its question, and its header; see begun."""
+    rows, before = begun(out, described)
     for i, row in enumerate(rows):
         check(row, ResultRow, f"{out}, line {i + 1}", DataError)
-        if i == 0 and isinstance(row["id"], int):  # texts were not kept in earlier files
-            questions = [dataclasses.replace(q, source_id="") for q in questions]
-        question = questions[i // samples]
-        asked, answered = (question.source_id or question.id, i % samples), row["id"]
-        if (answered, row.get("sample", 0)) != asked:
-            raise DataError(f"{out} holds answers to other questions: {answered}, {asked[0]}")
-    return rows, questions
+        question = questions[i // samples] if i < len(questions) * samples else None
+        asked = question and (question.source_id or question.id, question.question, i % samples)
+        if (row["id"], row["question"], row.get("sample", 0)) != asked:
+            raise DataError(
+                f"{out}, line {i + 1} holds the answer to another question (id {row['id']!r}) than "
+                "the one asked there: choose another file with --out"
+            )
+    return rows, before

@@ -39,6 +39,8 @@ class Cell:
     n: int = 0  # 0: published by others
     corpus: str = ""
     em_squad: float | None = None
+    weights: str = ""  # digests of the model and of the questions, where a header names them
+    asked: str = ""
 
     def __str__(self) -> str:
         return "/".join("-" if v is None else f"{v:.1f}" for v in (self.acc_r, self.acc_l))
@@ -69,17 +71,19 @@ def measured(files: Iterable[Path]) -> list[Cell]:
 
 def _measure(file: Path) -> Cell:
     header, summary = read_header(file) or {}, summarize(read_results(file))
-    try:
-        run, source = header.get("run", {}), header.get("source")
-        name = run.get("questions", file.name)
-        benchmark = benchmark_of(name) or _stem(name)
-        model = f"{run['model']} ({run['mode']})" if run else _stem(file.name)
-        corpus = source["corpus"] if source else "none" if run else ""
-    except (AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{header_path(file)} is no header of `r1s eval run`: {error!r}") from error
+    run, source = header.get("run", {}), header.get("source")
+    if (run and "mode" not in run) or (source and "corpus" not in source):
+        raise DataError(
+            f"{header_path(file)} is no header of `r1s eval run`: no mode, or no corpus"
+        )
+    name = run.get("questions", file.name)
+    benchmark = benchmark_of(name) or _stem(name)
+    model = f"{run['model']} ({run['mode']})" if run else _stem(file.name)
+    corpus = source["corpus"] if source else "none" if run else ""
     questions = summary.get("questions", summary["n"])  # of several samples each, their mean
     scores = (summary["cem"], summary["acc_l"], questions, corpus, summary["em_squad"])
-    return Cell(model, benchmark, *scores)
+    digests = (header.get(name, {}).get("sha256", "") for name in ("model", "questions"))
+    return Cell(model, benchmark, *scores, *digests)
 
 
 def _stem(name: str) -> str:
@@ -189,6 +193,17 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
         if len(searched) > 1:
             lines.append(
                 f"- **{benchmark}: these rows searched different corpora; do not compare them.**"
+            )
+        if len({c.asked for c in ours if c.benchmark == benchmark and c.asked}) > 1:
+            lines.append(
+                f"- **{_cell(benchmark)}: these rows answered different questions; do not compare "
+                "them.**"
+            )
+    for model in dict.fromkeys(c.model for c in ours):
+        if len({c.weights for c in ours if c.model == model and c.weights}) > 1:
+            lines.append(
+                f"- **{_cell(model)}: this row has answers of different weights; it is no one "
+                "model.**"
             )
     return lines
 

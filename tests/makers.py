@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -66,6 +67,13 @@ def save_small_model(folder: Path) -> Path:
     tokenizer = build_tokenizer()
     eos = (tokenizer.eos_token_id,)
     return save_params(params, SMALL, folder, tokenizer, "float32", eos_token_ids=eos)
+
+
+def save_other_weights(folder: Path) -> None:
+    """Puts other numbers into the place of a model's weights, under the same names."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor[..., ::-1].copy() for name, tensor in tensors.items()}, file)
 
 
 CONTROL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")

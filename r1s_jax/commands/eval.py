@@ -131,10 +131,14 @@ def score(
     question, avg@k and pass@k as well. Percentages have one decimal, as papers print them; `exact`
     in the JSON has them in full.
     """
-    from r1s_jax.data.results import read_results
+    from r1s_jax.data.results import read_header, read_results
     from r1s_jax.eval import score as scoring
+    from r1s_jax.system.console import warn
 
     results = [read_results(file) for file in files]
+    headers = [read_header(file) or {} for file in files]
+    if len({h["questions"]["sha256"] for h in headers if "questions" in h}) > 1:
+        warn("these files answer different questions: a comparison is over those that both have")
     summaries = [
         {"file": str(f), **scoring.summarize(r)} for f, r in zip(files, results, strict=True)
     ]

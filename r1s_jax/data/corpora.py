@@ -280,7 +280,7 @@ def open_search_engine(
     if (index is not None) + bool(url) + (site is not None) != 1:
         raise ConfigError("name one of an index, the URL of a retriever, and the live web")
     if index is not None:
-        return open_saved_index(index), read_info(index)
+        return open_saved_index(index), read_info(index) | {"folder": str(index)}
     if url:
         told = without_credentials(url)
         return HttpRetriever(url), {"retriever": told, "corpus": told}

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from r1s_jax.border.errors import shorten
 from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
 from r1s_jax.data.rows import DataError, gold_answers, placed_rows
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.retrieval.api import split_line
@@ -39,6 +41,43 @@ class ResultRow(TypedDict):
     supporting_recall: NotRequired[float]  # see supporting_recall
 
 
+FORMAT = 2  # of headers; those of 1, without a number, name no content of model and questions
+
+
+class _Asked(TypedDict):
+    model: str
+    mode: NotRequired[str]
+    questions: NotRequired[str]
+
+
+class _Source(TypedDict, total=False):
+    corpus: str
+
+
+class _Model(TypedDict):
+    sha256: str
+    checkpoint: NotRequired[int]
+
+
+class _Questions(TypedDict):
+    sha256: str
+    count: int
+
+
+class _Header(TypedDict, total=False):
+    """Of a header, what is read again; there may be more."""
+
+    format: int
+    run: _Asked
+    source: _Source
+    dtype: str
+    dialect: dict[str, Any]
+    model: _Model
+    questions: _Questions
+    searches: dict[str, int]
+    judge: dict[str, Any]
+
+
 def header_path(results: Path) -> Path:
     """Where a result file's header is: what was run, on which corpus, and who judged."""
     return results.with_name(results.name + ".header.json")
@@ -47,10 +86,20 @@ def header_path(results: Path) -> Path:
 def read_header(results: Path) -> dict[str, Any] | None:
     """The header of a result file, None where it has none (files of others).
 
-    Raises DataError for one that is damaged.
+    Raises DataError for one that is damaged, or that a later version wrote.
     """
     path = header_path(results)
-    return read_object(path, DataError) if path.exists() else None
+    if not path.exists():
+        return None
+    header = read_object(path, DataError)
+    version = header.get("format", 1)
+    if version not in (1, FORMAT) or isinstance(version, bool):
+        raise DataError(
+            f"{path} has format {shorten(repr(version), 40)}; this version reads {FORMAT}: use the "
+            "version that wrote it"
+        )
+    check(header, _Header, path, DataError)
+    return header
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:

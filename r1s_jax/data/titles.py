@@ -152,7 +152,8 @@ def write_titles(
         ({"idx": q.id, "question": q.question, "answer": q.answers[0]}
          for q in title_questions(asked)),
     )  # fmt: skip
-    write_json(header_path(demonstrations), {"dialect": dialect.as_dict(), "source": str(source)})
+    made_of = {"dialect": dialect.as_dict(), "source": {"articles": str(source)}}
+    write_json(header_path(demonstrations), made_of)
     write_rows(demonstrations, map(_trace_row, made, shown))
     return {"questions": len(asked), "demonstrations": len(made), "folder": str(out)}
 

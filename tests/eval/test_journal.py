@@ -1,0 +1,127 @@
+"""Files of answers are known by the content of model and questions, whatever their names."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from r1s_jax.data.questions import Question
+from r1s_jax.data.results import header_path, read_header
+from r1s_jax.data.rows import DataError
+from r1s_jax.eval.journal import begun, describe, load_described
+from r1s_jax.models.export import export
+from r1s_jax.models.identity import policy_digest
+from r1s_jax.models.pretrained import load_pretrained
+from r1s_jax.system.files import write_json
+from tests.makers import save_other_weights, save_small_model
+from tests.test_old_run import ARCHIVE
+
+QUESTIONS = [Question(0, "Who?", ("A",)), Question(1, "Where?", ("B", "C"))]
+MODEL = {"sha256": "0" * 64}
+
+
+def header(asked=QUESTIONS, **settings) -> dict:
+    settings = {"model": "m", "mode": "direct", "questions": "q.jsonl", "k": 5} | settings
+    return describe(settings, asked, {"corpus": "c", "folder": "i"})
+
+
+def write(out: Path, head: dict | str) -> Path:
+    out.write_text('{"id": 0}\n')
+    header_path(out).write_text(head if isinstance(head, str) else json.dumps(head))
+    return out
+
+
+def test_names_may_change_and_contents_may_not(tmp_path):
+    out = write(tmp_path / "o.jsonl", header() | {"model": MODEL})
+    moved = header(model="elsewhere", questions="copy.jsonl")
+    moved["source"]["folder"] = "j"
+    rows, before = begun(out, moved)
+    assert rows == [{"id": 0}] and before["model"] == MODEL
+    for change, told in (
+        ({"run": header(k=3)["run"]}, "run.k was 5, now 3"),
+        ({"source": {"corpus": "d"}}, "source.corpus was c, now d"),
+        ({"dtype": "bfloat16"}, "dtype was float32, now bfloat16"),
+        ({"questions": header(QUESTIONS[:1])["questions"]}, r"other questions \(.*count was 2, no"),
+        ({"questions": header([*QUESTIONS[:1], QUESTIONS[0]])["questions"]}, "other questions"),
+    ):
+        with pytest.raises(DataError, match=rf"o\.jsonl was written by another run: .*{told}"):
+            begun(out, header() | change)
+    right = Question(1, "Where?", ("B",))
+    with pytest.raises(DataError, match="other questions"):
+        begun(out, header([QUESTIONS[0], right]))
+
+
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        ({}, "does not say which model and questions"),
+        ({"run": {"model": "m"}, "source": {}}, "does not say which model and questions"),
+        ({"run": []}, "run: Expected `object`, got `array`"),
+        ({"model": {}}, "missing required field `sha256`"),
+        ({"searches": {"found": "x"}}, "Expected `int`, got `str`"),
+        ({"format": 3}, r"has format 3; this version reads 2"),
+        ({"format": "new"}, r"has format 'new'"),
+        ("[1]", "expected a JSON object"),
+        ('{"run": ', "no JSON"),
+    ],
+)
+def test_a_damaged_header_says_what_is_wrong_with_it(tmp_path, head, told):
+    out = write(tmp_path / "o.jsonl", head)
+    with pytest.raises(DataError, match=rf"o\.jsonl.*{told}"):
+        begun(out, header())
+    assert out.read_text() == '{"id": 0}\n'
+
+
+def test_where_no_row_is_there_yet_another_run_may_begin(tmp_path):
+    out = write(tmp_path / "o.jsonl", header() | {"model": MODEL})
+    out.write_text('{"id": 0, "quest')  # as a kill leaves it
+    assert begun(out, header(k=3)) == ([], None) and not out.read_text()
+    out.write_text("somebody's notes")  # a file that is none of ours is not cut
+    header_path(out).unlink()
+    with pytest.raises(DataError, match="does not say"):
+        begun(out, header())
+    assert out.read_text() == "somebody's notes"
+
+
+def test_a_digest_is_of_what_a_model_says(tmp_path):
+    model = save_small_model(tmp_path / "m")
+    policy = load_pretrained(str(model))
+    digest = policy_digest(policy)
+    assert digest == policy_digest(load_pretrained(str(model)))
+    turned = policy._replace(model=policy.model.__class__(**vars(policy.model) | {"rope_theta": 9}))
+    save_other_weights(model)
+    others = [policy._replace(eos_ids=(3,)), turned, load_pretrained(str(model))]
+    assert len({digest, *map(policy_digest, others)}) == 4
+
+
+def test_a_run_answers_with_the_checkpoint_that_it_began_with(tmp_path):
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    run, out = tmp_path / "run", tmp_path / "o.jsonl"
+    first = header()
+    policy = load_described(out, str(run), first, None)
+    number = first["model"]["checkpoint"]
+    export(str(run), tmp_path / "exported", "float32")
+    assert policy_digest(load_pretrained(str(tmp_path / "exported"))) == first["model"]["sha256"]
+    saved = run / "checkpoints" / str(number)
+    shutil.copytree(saved, saved.with_name(str(number + 1)))
+    again = header()
+    load_described(out, str(run), again, first)
+    assert again == first and policy_digest(policy) == first["model"]["sha256"]
+    fresh = header()
+    load_described(out, str(run), fresh, None)
+    assert fresh["model"]["checkpoint"] == number + 1
+    other = first | {"model": {"sha256": "1" * 64, "checkpoint": number}}
+    with pytest.raises(DataError, match=r"other model \(model.sha256 was 1{12}, now"):
+        load_described(out, str(run), header(), other)
+    shutil.rmtree(saved)
+    with pytest.raises(DataError, match=rf"begun with checkpoint {number} of .*any more"):
+        load_described(out, str(run), header(), first)
+
+
+def test_headers_are_read_as_they_are_written(tmp_path):
+    out = tmp_path / "o.jsonl"
+    write_json(header_path(out), header() | {"model": MODEL, "more": 1})
+    assert read_header(out) == header() | {"model": MODEL, "more": 1}
