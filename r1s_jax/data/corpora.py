@@ -120,7 +120,7 @@ def data_digests(config: CorpusConfig) -> dict[str, tuple[str, str]]:
     """(reference, digest) of every file of data that a run reads, by its place in the config.
 
     Tables of the hub have none. Of an index it is that of its description, which has digests of all
-    else. Raises AssetError where one is not there.
+    else; of the encoder of passages its fingerprint. Raises AssetError where one is not there.
     """
     digests = {}
     for field in ("questions", "exclude", "demonstrations", "passages"):
@@ -131,6 +131,8 @@ def data_digests(config: CorpusConfig) -> dict[str, tuple[str, str]]:
                     with path.open("rb") as file:
                         digest.update(hashlib.file_digest(file, "sha256").digest())
                 digests[f"{field}[{place}]"] = reference, digest.hexdigest()
+    if config.passages:
+        digests["encoder"] = config.encoder, load_encoder(config.encoder).fingerprint
     if config.index:
         description = (resolve(config.index) / "index.json").read_bytes()
         digests["index"] = config.index, hashlib.sha256(description).hexdigest()

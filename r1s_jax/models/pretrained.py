@@ -1,6 +1,7 @@
 """A policy as it comes from outside: architecture, parameters, tokenizer."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,20 +146,42 @@ def saved_dialect(run: Path) -> Dialect | None:
 def save_policy(run: Path, policy: Pretrained) -> None:
     """Writes what it takes to use the checkpoints of a run: architecture, tokenizer, ends, dialect.
 
-    So the run serves from any folder, and after the model that it began with is gone.
+    So the run serves from any folder, and after the model that it began with is gone. Raises
+    ConfigError where the run holds another one: its parameters would go on under another
+    architecture or tokenizer than the one that they learned under.
     """
-    folder = run / _POLICY
+    folder, described = run / _POLICY, _described(policy)
     if folder.exists():
-        saved = read_dialect(folder, CheckpointError)
-        if saved and saved != policy.dialect:
-            raise ConfigError(f"{run}: its prompt or its dialect changed since the run began")
+        _refuse_changed(run, folder, policy, described)
         return
     with whole_folder(folder) as partial:
         policy.tokenizer.save_pretrained(partial)
-        described = {"model": dataclasses.asdict(policy.model), "eos_ids": list(policy.eos_ids)}
         write_json(partial / "policy.json", described)
         if policy.dialect:
             write_json(partial / FILE, policy.dialect.as_dict())
+
+
+def _described(policy: Pretrained) -> dict[str, Any]:
+    described = {"model": dataclasses.asdict(policy.model), "eos_ids": list(policy.eos_ids)}
+    return json.loads(json.dumps(described))  # as it will be read
+
+
+def _refuse_changed(run: Path, folder: Path, policy: Pretrained, described: dict[str, Any]) -> None:
+    dialect = read_dialect(folder, CheckpointError)
+    if dialect and dialect != policy.dialect:
+        raise ConfigError(f"{run}: its prompt or its dialect changed since the run began")
+    saved = read_object(folder / "policy.json", CheckpointError)
+    known = load_tokenizer(folder).get_vocab()
+    changed = {
+        "architecture (config.json)": saved.get("model") != described["model"],
+        "ends of a text": saved.get("eos_ids") != described["eos_ids"],
+        "tokenizer": known != policy.tokenizer.get_vocab(),
+    }
+    if named := [name for name, other in changed.items() if other]:
+        raise ConfigError(
+            f"{run}: {' and '.join(named)} of policy.model changed since the run began: restore "
+            "them, or begin a new run"
+        )
 
 
 def _load_run(source: Path, run: Path, dtype: Any, number: int | None) -> Pretrained:

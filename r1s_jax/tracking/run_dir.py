@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,9 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     if not ours and path.exists() and not (path.is_dir() and _names(path) <= _STARTING):
         raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
     path.mkdir(parents=True, exist_ok=True)
+    # What a run that never took a step found of its model and its data binds no other.
+    shutil.rmtree(path / "policy", ignore_errors=True)
+    (path / "data.json").unlink(missing_ok=True)
     write_json(versions, _versions())
     write_json(known, described)
     return path

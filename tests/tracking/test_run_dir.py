@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
-from r1s_jax.config import ConfigError, CorpusConfig
+from r1s_jax.config import ConfigError, CorpusConfig, PolicyConfig
 from r1s_jax.configs import wiki_smollm2
-from r1s_jax.tracking.run_dir import as_written, open_run_dir
+from r1s_jax.data import corpora
+from r1s_jax.models.pretrained import make_policy, save_policy
+from r1s_jax.tracking.run_dir import as_written, check_data, open_run_dir
+from tests.makers import letters, save_other_weights, save_small_model
 
 
 def config(**changes):
@@ -53,3 +57,41 @@ def test_one_file_by_two_names_is_the_same(tmp_path, monkeypatch):
     other = replace(named, questions=(str(tmp_path / "other.jsonl"),))
     with pytest.raises(ConfigError, match=r"environment.questions was \['q.jsonl'\]"):
         open_run_dir(tmp_path / "run", replace(config(), environment=other), resume=True)
+
+
+def test_a_run_that_took_no_step_binds_no_other(tmp_path):
+    open_run_dir(tmp_path / "run", config(), resume=False)
+    (tmp_path / "run" / "policy").mkdir()
+    (tmp_path / "run" / "data.json").write_text("{}")
+    open_run_dir(tmp_path / "run", config(seed=3), resume=False)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "versions.json"}
+
+
+def test_a_run_goes_on_with_its_own_architecture_and_tokenizer(tmp_path):
+    """What policy.model names may hold others by then; the parameters are the run's."""
+    made = PolicyConfig(model=str(save_small_model(tmp_path / "m")))
+    save_policy(tmp_path / "run", make_policy(made, 0))
+    save_other_weights(tmp_path / "m")  # are not read where there is a checkpoint
+    save_policy(tmp_path / "run", policy := make_policy(made, 0, run=tmp_path / "run"))
+    other = policy._replace(model=replace(policy.model, rope_theta=5.0))
+    with pytest.raises(ConfigError, match=r"run: architecture .* changed since the run began"):
+        save_policy(tmp_path / "run", other)
+    with pytest.raises(ConfigError, match="ends of a text of "):
+        save_policy(tmp_path / "run", policy._replace(eos_ids=(5,)))
+    tokenizer = letters("{{ messages }}", bos=False)
+    with pytest.raises(ConfigError, match="tokenizer of "):
+        save_policy(tmp_path / "run", policy._replace(tokenizer=tokenizer))
+
+
+def test_the_encoder_of_passages_is_data(tmp_path, monkeypatch):
+    (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "A"}\n')
+    (tmp_path / "p.tsv").write_text("0\tA   is who\n")
+    files = {"questions": (str(tmp_path / "q.jsonl"),), "passages": (str(tmp_path / "p.tsv"),)}
+    given = replace(wiki_smollm2.config(), environment=CorpusConfig(**files))
+    check_data(tmp_path, given, accept_changed=False)
+    check_data(tmp_path, given, accept_changed=False)
+    other = SimpleNamespace(fingerprint="another")
+    monkeypatch.setattr(corpora, "load_encoder", lambda reference: other)
+    with pytest.raises(ConfigError, match="hash changed since the run began"):
+        check_data(tmp_path, given, accept_changed=False)
+    check_data(tmp_path, given, accept_changed=True)
