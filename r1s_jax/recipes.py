@@ -1,9 +1,11 @@
 """Recipes: whole configurations by name, with single fields changed."""
 
+import ast
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +16,7 @@ from r1s_jax.config import Config, override
 
 def titles() -> dict[str, str]:
     """The recipes by name, with what each is in a line."""
-    return {name: (m.__doc__ or "").strip().splitlines()[0] for name, m in _modules().items()}
+    return {name: _title(Path(str(module.__file__))) for name, module in _modules().items()}
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -55,6 +57,11 @@ def copy_recipe(name: str, file: Path) -> Path:
     return file
 
 
+def _title(file: Path) -> str:
+    """The first line of a recipe's docstring, which Python itself may leave out (-OO)."""
+    return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n")[0]
+
+
 def _from_file(file: Path) -> Config:
     """What `config()` of a user's file gives; whatever the file does wrong is named with it."""
     if not file.is_file():
@@ -62,15 +69,26 @@ def _from_file(file: Path) -> Config:
     spec = importlib.util.spec_from_file_location(f"r1s_recipe_{file.stem}", file)
     assert spec is not None and spec.loader is not None  # by its suffix
     module = importlib.util.module_from_spec(spec)
-    with reading(file, ConfigError):
+    with _of_user(file), reading(file, ConfigError):
         spec.loader.exec_module(module)
     if not callable(getattr(module, "config", None)):
         raise ConfigError(f"{file} has no function config(), which gives the Config of a run")
-    with reading(f"{file}: config()", ConfigError):
+    with _of_user(file), reading(f"{file}: config()", ConfigError):
         config = module.config()
     if not isinstance(config, Config):
         raise ConfigError(f"{file}: config() gave a {type(config).__name__}, not a Config")
     return config
+
+
+@contextmanager
+def _of_user(file: Path) -> Iterator[None]:
+    """Around code of a user's file: what it asks wrongly of a Config is named with the file."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error if str(file) in str(error) else ConfigError(f"{file}: {error}") from error
+    except SystemExit as error:
+        raise ConfigError(f"{file} ends the program (sys.exit): let config() return it") from error
 
 
 def _modules() -> dict[str, ModuleType]:

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
+from r1s_jax.config import ConfigError, CorpusConfig
 from r1s_jax.data.rows import rows_so_far
 from r1s_jax.data.traces import read_traces
 from r1s_jax.models.pretrained import load_pretrained
+from r1s_jax.recipes import load_recipe, titles
 from r1s_jax.rollout import engine
 from r1s_jax.serving import ask
 from tests.makers import HERMES_CHAT, run_cli, save_letters_model
@@ -105,6 +109,8 @@ def test_one_dialect_and_prompt_everywhere(seen, index, tmp_path, monkeypatch):
         ("raise RuntimeError('broken')", "cannot be read: RuntimeError: broken"),
         ("def config(:", "cannot be read: SyntaxError"),
         ("def config():\n    return 3", r"config\(\) gave a int, not a Config"),
+        ("import sys\nsys.exit(0)", r"ends the program \(sys.exit\)"),
+        ("def config():\n    raise SystemExit(3)", r"ends the program \(sys.exit\)"),
         ("def config():\n    return 1 / 0", r"config\(\) cannot be read: ZeroDivisionError"),
     ],
 )
@@ -116,6 +122,72 @@ def test_a_file_that_is_no_recipe_says_why(text, message, tmp_path):
     with pytest.raises(type(done.exception), match=f"mine.py.*{message}"):
         raise done.exception
     assert not (tmp_path / "run").exists()
+
+
+TYPES = """
+from dataclasses import replace
+from r1s_jax.configs import tiny_world
+
+
+def config():
+    c = tiny_world.config()
+    return replace(c, {change})
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "stage1=replace(c.stage1, steps=2.5)",
+            "StageConfig.steps must be a whole number, got 2.5",
+        ),
+        (
+            "policy=replace(c.policy, param_dtype='x')",
+            "param_dtype must be one of float32, bfloat16",
+        ),
+        ("environment=5", "Config.environment must be a TinyWorldConfig or a CorpusConfig, got 5"),
+        ("stage1=None", "Config.stage1 must be a StageConfig, got None"),
+        ("seed=True", "Config.seed must be a whole number, got True"),
+        ("seed='3'", "Config.seed must be a whole number, got '3'"),
+        ("seed=10**5000", "seed must be from 0"),
+        ("name=b'x'", "Config.name must be a text"),
+        ("rollout=replace(c.rollout, carry_over=1)", "carry_over must be true or false, got 1"),
+        (
+            "rollout=replace(c.rollout, slots=10**5000)",
+            "rollout.slots must be at most .* cannot be",
+        ),
+        ("rollout=replace(c.rollout, top_p=10**400)", "RolloutConfig.top_p must be a number"),
+        ("rollout=replace(c.rollout, top_p=float('nan'))", "top_p must be a number, got nan"),
+        (
+            "algorithm=replace(c.algorithm, loss=['clip'])",
+            "AlgorithmConfig.loss must be one of clip",
+        ),
+        ("mesh=replace(c.mesh, fsdp=-2)", "mesh.fsdp must be at least -1"),
+    ],
+)
+def test_values_of_other_types_are_named_with_field_and_file(change, message, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(TYPES.format(change=change))
+    with pytest.raises(ConfigError, match=rf"mine\.py: .*{message}") as caught:
+        load_recipe(str(file))
+    assert len(str(caught.value)) <= 400
+
+
+def test_whole_numbers_are_numbers_and_lists_are_no_tuples(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(TYPES.format(change="rollout=replace(c.rollout, temperature=1)"))
+    assert load_recipe(str(file)).rollout.temperature == 1
+    for questions in (["q.jsonl"], "q.jsonl", (1,)):
+        with pytest.raises(ConfigError, match=r"CorpusConfig\.questions must be a tuple of texts"):
+            CorpusConfig(questions=questions, index="i")
+
+
+def test_recipes_have_titles_where_python_keeps_no_docstrings():
+    command = [sys.executable, "-OO", "-c", "from r1s_jax.recipes import titles; print(titles())"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == str(titles()), done.stderr
+    assert all(titles().values())
 
 
 def test_a_recipe_is_copied_to_start_from(tmp_path, monkeypatch):

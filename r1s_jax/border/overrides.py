@@ -1,13 +1,14 @@
 """A value given as text (`section.field=value`) put into a tree of frozen dataclasses."""
 
+import contextlib
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.errors import ConfigError, shorten
+from r1s_jax.border.fields import described, fits
 
 T = TypeVar("T")
 
@@ -59,27 +60,18 @@ def _known(node: Any, name: str, whole: str) -> str:
 
 
 def _parse(kind: Any, text: str, whole: str) -> Any:
-    if typing.get_origin(kind) is Literal:
-        if text not in typing.get_args(kind):
-            options = ", ".join(typing.get_args(kind))
-            raise ConfigError(f"{whole}={text!r}: must be one of {options}")
-        return text
+    """The value that `text` stands for, of that type; ConfigError names the field where none is."""
+    value: Any = text
     if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ConfigError(f"{whole}={text!r}: must be true or false")
-        return text.lower() == "true"
-    if kind in (tuple[str, ...], tuple[float, ...]):
+        value = {"true": True, "false": False}.get(text.lower(), text)
+    elif kind in (int, float) and text.isascii():  # there are digits in other scripts
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+    elif kind in (tuple[str, ...], tuple[float, ...]):
         item = typing.get_args(kind)[0]
         return tuple(_parse(item, part.strip(), whole) for part in text.split(",") if part.strip())
-    if kind in (int, float, str):
-        try:
-            return kind(text)
-        except ValueError:
-            raise ConfigError(f"{whole}={text!r}: must be of type {kind.__name__}") from None
-    raise ConfigError(f"{whole} cannot be set from the command line (type {_type_name(kind)})")
-
-
-def _type_name(kind: Any) -> str:
-    if isinstance(kind, types.UnionType):
-        return " | ".join(_type_name(k) for k in typing.get_args(kind))
-    return getattr(kind, "__name__", str(kind))
+    elif kind is not str and typing.get_origin(kind) is not Literal and kind not in (int, float):
+        raise ConfigError(f"{whole} cannot be set from the command line ({described(kind)})")
+    if not fits(value, kind):
+        raise ConfigError(f"{whole}={shorten(text, 80)!r}: must be {described(kind)}")
+    return value

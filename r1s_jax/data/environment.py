@@ -127,6 +127,12 @@ class TinyWorldEnvironment:
         picks += [(one_hop, guesses - guesses // 2, "guess"), (two_hop, guesses // 2, "guess")]
         picks += [(known, recalled, "guess"), (known, of_known - recalled, "search")]
         out = []
+        if any(count > len(questions) for questions, count, _ in picks):
+            raise ConfigError(
+                f"environment.cold_start_people={c.cold_start_people} have too few facts for "
+                f"cold_start.batch_size={size + of_known} different demonstrations: more people, "
+                "or a smaller batch"
+            )
         for questions, count, style in picks:
             for i in rng.choice(len(questions), count, replace=False):
                 question, chosen = questions[i], style

@@ -41,7 +41,7 @@ def token_advantages(
         group's others, arXiv 2402.14740, whitened), `group_norm` (GRPO, arXiv 2402.03300: in
         units of the group's standard deviation, not whitened) or `dr_grpo` (arXiv 2503.20783:
         minus the group's mean and nothing else; goes with `loss_average=constant`).
-      rewards: outcome of each trajectory, clamped to +-reward_clip.
+      rewards: outcome of each trajectory, clamped to +-reward_clip (0: as they are).
       groups: equal numbers for samples of one question.
       mask: tokens the policy sampled; a row without any takes part in no statistic.
       kl: divergence from the reference at each token, a penalty of `kl_coefficient` a unit.
@@ -52,11 +52,8 @@ def token_advantages(
         raise ValueError(f"unknown estimator {estimator!r}: {', '.join(get_args(Estimator))}")
     valid = mask.any(-1)
     outcome = np.zeros(len(mask))
-    outcome[valid] = _relative_to_group(
-        estimator,
-        np.clip(rewards[valid].astype(np.float64), -reward_clip, reward_clip),
-        groups[valid],
-    )
+    values, bound = rewards[valid].astype(np.float64), reward_clip or np.inf
+    outcome[valid] = _relative_to_group(estimator, np.clip(values, -bound, bound), groups[valid])
     returns = np.where(mask, outcome[:, None], 0.0)
     if kl is not None:
         bounded = np.clip(kl.astype(np.float64), -_MOST_KL, _MOST_KL)

@@ -53,10 +53,11 @@ class LearnerState(NamedTuple):
 def make_optimizer(
     config: OptimizerConfig, learning_rate: float | None = None
 ) -> optax.GradientTransformation:
-    """Adam after clipping the global norm; AdamW where weight decay is asked for."""
+    """Adam after clipping the global norm, if at all; AdamW where weight decay is asked for."""
     rate = config.learning_rate if learning_rate is None else learning_rate
+    clip = config.grad_clip
     return optax.chain(
-        optax.clip_by_global_norm(config.grad_clip),
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
         optax.adamw(
             rate,
             b1=config.b1,

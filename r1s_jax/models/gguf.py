@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from r1s_jax.border.errors import UserError, reading
+from r1s_jax.border.errors import ConfigError, UserError, reading
 from r1s_jax.config import ModelConfig, RopeScaling
 from r1s_jax.models.decoder import rope_frequencies
 
@@ -135,7 +135,10 @@ class GGUFFile:
         Raises WeightsError for metadata of the wrong kind.
         """
         with reading(f"{self.path}: the metadata", WeightsError):
-            return self._config()
+            try:
+                return self._config()
+            except ConfigError as error:
+                raise WeightsError(f"{self.path}: the metadata: {error}") from error
 
     def _config(self) -> ModelConfig:
         arch, names = self.architecture, self._tensors
