@@ -36,9 +36,7 @@ class RopeScaling(Checked):
     def check_values(self) -> None:
         check_positive("rope_scaling", self, "factor", "low_freq_factor", "original_max_position")
         low, high = self.low_freq_factor, self.high_freq_factor
-        check(
-            low < high, f"rope_scaling: low_freq_factor={low} is not below high_freq_factor={high}"
-        )
+        check(low < high, f"rope_scaling: low_freq_factor={low} is not below high_freq_factor")
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class ModelConfig(Checked):
     def check_values(self) -> None:
         sizes = "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_position"
         check_positive("architecture", self, *sizes.split(), "rope_theta", "norm_eps")
+        check_numbers("architecture", self, lora_rank=0, lora_alpha=0)
         heads, groups = self.num_heads, self.num_kv_heads
         check(heads % groups == 0, f"num_heads={heads} is no multiple of num_kv_heads={groups}")
 
@@ -124,6 +123,8 @@ class PolicyConfig(Checked):
         )
         check_numbers("policy", self, lora_rank=0)
         check_positive("policy", self, "lora_alpha")
+        ranked = self.architecture and self.architecture.lora_rank
+        check(not ranked, "policy.architecture.lora_rank: set policy.lora_rank instead")
 
 
 @dataclass(frozen=True)
@@ -237,13 +238,13 @@ class AlgorithmConfig(Checked):
 
     def check_values(self) -> None:
         check(0 < self.clip < 1, f"algorithm.clip must be between 0 and 1, got {self.clip}")
-        dual = self.dual_clip == 0 or (1 < self.dual_clip <= 1e6 and self.loss == "clip")
+        dual = self.dual_clip == 0 or (self.dual_clip > 1 and self.loss == "clip")
         told = f"algorithm.dual_clip={self.dual_clip} with algorithm.loss={self.loss}"
         check(dual, f"{told}: it must be 0, or more than 1 with loss=clip")
         check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
         check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
         check_numbers("algorithm", self, likelihood_coefficient=0, kl_coefficient=0)
-        check_numbers("algorithm", self, kl_target=0, reward_clip=0)
+        check_numbers("algorithm", self, dual_clip=0, kl_target=0, reward_clip=0)
         cap = self.importance_cap
         check(cap == 0 or cap >= 1, f"algorithm.importance_cap={cap}: it must be 0, or at least 1")
         check(

@@ -32,6 +32,7 @@ MOST = {
     "weight_decay": 1e3,
     "importance_cap": 1e6,
     "clip_high": 1e3,
+    "dual_clip": 1e6,
     "decay_to": 1e3,
     "dynamic_sampling": 1000,
     "search_weight": 1e3,

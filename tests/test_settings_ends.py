@@ -1,0 +1,214 @@
+"""Every number of a recipe at the lowest and at the highest value that it may have.
+
+Either something is learned with it, or a message says why not: no setting passes and does nothing.
+"""
+
+import dataclasses
+import zlib
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r1s_jax.border.errors import ConfigError, UserError
+from r1s_jax.border.ranges import MOST
+from r1s_jax.config import Config, MeshConfig, override
+from r1s_jax.configs import tiny_world
+from r1s_jax.data.environment import TinyWorldEnvironment
+from r1s_jax.learning.cold_start import cold_start_end, cooldown_begins, learning_rate_scale
+from r1s_jax.learning.learner import make_optimizer
+from r1s_jax.learning.losses import policy_loss
+from r1s_jax.learning.policy_gradient import PolicyGradient
+from r1s_jax.models.checkpoint import read_params
+from r1s_jax.models.sharding import make_mesh
+from r1s_jax.tracking.progress import Progress
+from r1s_jax.train import train
+from tests.learning.test_policy_gradient import VOCABULARY, TableLearner, make_batch, rolled_of
+
+# Of an ending run what matters is that it may run: each is told where it does not go with others.
+LOWEST = {int: (-1, 0, 1, 2, 3), float: (0.0, 1e-6)}
+# Numbers of things: the highest that is allowed is a matter of memory and of patience.
+SIZES = "slots length rows chunk people questions samples steps documents searches batch_size pack"
+SIZES += " architecture lora_rank drafts dynamic_sampling mesh traces queries checkpoint_every"
+SIZES += " concurrency"
+# One that another must go with.
+NEEDS = {"kl_target": ["algorithm.kl_coefficient=0.1"], "lora_alpha": ["policy.lora_rank=2"]}
+NEEDS |= {"slots": ["rollout.prefill_rows=1"], "max_length": ["rollout.max_prompt_length=1"]}
+NEEDS |= {"timeout_s": ["search.retries=0"], "max_age": ["rollout.carry_over=true"]}
+
+
+def numbers(node: Any, path: str = "") -> dict[str, type]:
+    """Every field that holds a number, by its path."""
+    found = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= numbers(value, f"{path}{field.name}.")
+        elif type(value) in (int, float):
+            found[path + field.name] = type(value)
+    return found
+
+
+NUMBERS = numbers(tiny_world.config())
+NUMBERS = {path: kind for path, kind in NUMBERS.items() if "architecture.lora" not in path}
+
+
+CASES = [
+    (path, end)
+    for path in NUMBERS
+    for end in (0, 1)
+    if not (end and any(size in path for size in SIZES.split()))
+]
+
+
+def set_to(path: str, value: float, *others: str, base: Config | None = None) -> Config:
+    needs = NEEDS.get(path.rpartition(".")[2], [])
+    return override(base or tiny_world.config(), [*others, *needs, f"{path}={value}"])
+
+
+def allowed(path: str, value: float) -> bool:
+    try:
+        return bool(set_to(path, value))
+    except ConfigError as error:
+        assert path.rpartition(".")[2] in str(error), "the message names the field"
+        return False
+
+
+@cache
+def ends(path: str) -> tuple[float, float]:
+    """The lowest and the highest value that a recipe may give a field."""
+    kind, name = NUMBERS[path], path.rpartition(".")[2]
+    highest = (2**32 - 1, 2**31 - 1, MOST.get(name, 2), 192, 64, 16, 8, 4, 1)
+    if kind is float:
+        highest = (2.0**31 - 1, float(MOST.get(name, 1)), 1.0, 1 - 1e-6)
+    low = next(value for value in LOWEST[kind] if allowed(path, value))
+    return low, next(value for value in highest if allowed(path, kind(value)))
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_every_number_has_a_lowest_and_a_highest_value(path):
+    low, high = ends(path)
+    assert low <= high
+    below = {"mesh.fsdp": -2}.get(path, -1)
+    assert not allowed(path, below) and not allowed(path, 10**10 if high < 2**32 else 10**12)
+
+
+@cache
+def learned(config: Config) -> np.ndarray:
+    """How far each number of a policy that is a table moves in three steps."""
+    learner = TableLearner(
+        config.policy.architecture,
+        make_mesh(MeshConfig()),
+        np.dtype("float32"),
+        "none",
+        make_optimizer(config.optimizer),
+        policy_loss(config.algorithm),
+    )
+    table, reference = np.random.default_rng(0).normal(-2, 0.3, (2, VOCABULARY)).astype(np.float32)
+    state, progress = learner.start(table, reference), Progress()
+    gradient = PolicyGradient(config, learner)
+    for step in range(3):
+        t, rewards = make_batch(step)
+        state, _ = gradient.learn(
+            state,
+            rolled_of(t),
+            rewards,
+            step=step,
+            kl_coefficient=config.algorithm.kl_coefficient,
+            learning_rate_scale=progress.learning_rate_scale(config),
+        )
+        progress.step = step + 1
+    return np.abs(np.asarray(state.params["table"]) - table)
+
+
+SHORT = ["rollout.max_length=17", "rollout.max_prompt_length=8", "optimizer.micro_rows=1"]
+SHORT += ["stage1.steps=0", "stage2.steps=3", "algorithm.updates_per_rollout=1"]
+SHORT += ["optimizer.decay_to=1", "optimizer.learning_rate=1e-3"]
+
+
+@pytest.mark.parametrize(
+    ("path", "end"), [case for case in CASES if case[0].startswith(("algorithm.", "optimizer."))]
+)
+def test_at_its_ends_a_setting_still_teaches(path, end):
+    moved = learned(set_to(path, ends(path)[end], *SHORT))
+    if (path, end) == ("optimizer.learning_rate", 1):
+        assert np.isnan(moved).all()  # with which a run stops and says so
+    else:
+        assert (moved > 0).sum() >= 5 and np.isfinite(moved).all()
+
+
+@pytest.mark.parametrize("name", ["optimizer.grad_clip", "algorithm.reward_clip"])
+def test_no_bound_is_a_bound_that_is_never_met(name):
+    none, large = (learned(set_to(name, value, *SHORT)) for value in (0, 1e6))
+    np.testing.assert_array_equal(none, large)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
+@pytest.mark.parametrize("path", [p for p in NUMBERS if p.startswith("cold_start.")])
+def test_at_its_ends_a_cold_start_still_teaches(path, end):
+    """In each of its first steps, by so much that weights of usual size change in float32."""
+    c = set_to(path, ends(path)[end]).cold_start
+    begun = 0 if cooldown_begins(c, 0, 0.0) else None
+    for step in range(min(3, cold_start_end(c, begun))):
+        rate = c.learning_rate * learning_rate_scale(c, step, begun)
+        assert rate > 0 and (path.endswith("learning_rate") or rate > 1e-9)
+
+
+@pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
+@pytest.mark.parametrize("path", [p for p in NUMBERS if p.startswith("environment.")])
+def test_at_its_ends_a_world_has_something_to_imitate(path, end):
+    value = ends(path)[end]
+    config = set_to(path, 200 if end and "people" in path else value)
+    try:
+        made = TinyWorldEnvironment(config.environment, 0).demonstrations(0, 16)
+    except ConfigError as error:
+        assert path in str(error)
+        return
+    for demonstration in made:
+        weights = [weight for _, weight in demonstration.spans]
+        assert any(weights) and demonstration.first_weight + sum(weights) > 0
+
+
+# Whole runs.
+
+
+def pays_by_text(solution: Any, golds: Any) -> float:
+    """Different answers have different rewards, whatever a policy that knows nothing writes."""
+    return zlib.crc32(solution.written.encode()) % 8 / 8
+
+
+RUN = [f"policy.architecture.{name}" for name in (
+    "d_model=16", "d_ff=16", "num_layers=1", "num_heads=2", "num_kv_heads=1", "head_dim=8",
+)]  # fmt: skip
+RUN += ["cold_start.steps=3", "cold_start.batch_size=8", "stage1.steps=1", "stage2.steps=2"]
+RUN += [f"stage{i}.questions_per_step=2" for i in (1, 2)]
+RUN += [f"stage{i}.reward={__name__}:{pays_by_text.__name__}" for i in (1, 2)]
+RUN += ["algorithm.samples_per_question=4", "algorithm.updates_per_rollout=1", "rollout.slots=8"]
+RUN += ["rollout.prefill_rows=4", "rollout.max_length=64", "rollout.prefill_chunk=16"]
+RUN += ["rollout.max_turn_length=8", "optimizer.micro_rows=2", "optimizer.learning_rate=1e-3"]
+RUN += ["eval.questions=0", "run.keep_checkpoints=9", "environment.people=20"]
+RUN += ["run.stop_when_unhealthy=false", "search.max_failure_rate=1", "run.traces_per_step=1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "end"), CASES)
+def test_at_its_ends_a_whole_run_learns_or_says_why_not(path, end, tmp_path):
+    try:
+        config = set_to(path, ends(path)[end], *[r for r in RUN if not r.startswith(f"{path}=")])
+        train(config, tmp_path / "run")
+    except UserError as error:
+        assert len(str(error)) <= 400 and str(error)
+        return
+    model = config.policy.architecture.with_lora(config.policy.lora_rank, config.policy.lora_alpha)
+    saved = sorted(Path(tmp_path / "run/checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    first, last = (read_params(p, widened(model), np.float32) for p in (saved[0], saved[-1]))
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), first, last)
+    learns = config.cold_start.steps or config.stage1.steps or config.stage2.steps
+    assert any(jax.tree.leaves(moved)) or not learns
+
+
+widened = partial(dataclasses.replace, vocab_size=156)
