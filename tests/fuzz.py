@@ -77,16 +77,59 @@ def _results(folder: Path) -> None:
     rows = [row | {"id": i} for i in range(3)]
     rows += [row | {"id": "s", "sample": i, "supporting_recall": 0.5} for i in range(2)]
     (folder / "a.jsonl").write_text(_lines(*rows))
-    header = {"run": {"model": "m", "mode": "rag", "questions": "q"}, "source": {"corpus": "c"}}
+    header = _header() | {"judge": {"model": "j", "url": "u"}}
     (folder / "a.jsonl.header.json").write_text(json.dumps(header))
+
+
+def _header() -> dict[str, Any]:
+    """Of a file of answers to the questions of `_journal_questions`."""
+    from r1s_jax.eval.journal import describe
+    from r1s_jax.protocol.dialects import make_dialect
+
+    asked = {"model": "m", "mode": "rag", "questions": "q", "k": 5, "prompt": None}
+    header = describe(asked, _journal_questions(), {"corpus": "c", "digests": {"a": "b"}})
+    header |= {"model": {"sha256": "5" * 64, "checkpoint": 7}, "searches": {"found": 3}}
+    return header | {"dialect": make_dialect("r1_searcher").as_dict()}
+
+
+def _journal_questions() -> list[Any]:
+    from r1s_jax.data.questions import Question
+
+    return [Question(i, f"Who is {i}?", ("Ada",)) for i in range(3)]
+
+
+def _answers(folder: Path) -> None:
+    """What a stopped `r1s eval run` leaves, and a stopped `r1s data select`."""
+    told = {"answer": "Ada", "stop_reason_final": "finished", "gen_text_store": "x", "searches": 1}
+    told |= {"prompt_tokens": 3, "sampled_tokens": 4, "seconds": 0.5, "pred_ans": "Ada"}
+    rated = {"answer": "Ada", "first_solved": None, "solved": 0, "difficulty": "hard"}
+    for name, key, values in (("a.jsonl", "id", told), ("m.jsonl", "idx", rated)):
+        rows = [{key: q.id, "question": q.question} | values for q in _journal_questions()]
+        (folder / name).write_text(_lines(*rows[:2]))
+        (folder / f"{name}.header.json").write_text(json.dumps(_header()))
+
+
+def _resume(folder: Path) -> Any:
+    from r1s_jax.eval import difficulty, run
+
+    questions, now = _journal_questions(), _header()
+    del now["model"], now["searches"]
+    answered, before = run._already(folder / "a.jsonl", now, questions, 1)
+    counts = run._Searches(answered, 1.0).counts()
+    measured = difficulty._resume(folder / "m.jsonl", now, questions)
+    return answered, before and before["model"].get("checkpoint"), counts, measured
 
 
 def _score(folder: Path) -> Any:
     from r1s_jax.data.results import read_results
+    from r1s_jax.data.traces import read_traces
     from r1s_jax.eval.score import summarize
-    from r1s_jax.eval.table import measured
+    from r1s_jax.eval.table import as_csv, as_markdown, as_wide_markdown, measured
 
-    return summarize(read_results(folder / "a.jsonl")), measured([folder / "a.jsonl"])
+    file = folder / "a.jsonl"
+    cells = measured([file])
+    shown = as_markdown(cells), as_wide_markdown(cells), as_csv(cells)
+    return summarize(read_results(file)), shown, [trace.title() for trace in read_traces(file)]
 
 
 def _verdicts(folder: Path) -> None:
@@ -339,6 +382,76 @@ def _override(folder: Path) -> Any:
         raise
 
 
+def _fields(node: Any, path: str = "") -> dict[str, Any]:
+    """Every field of a configuration that holds no section, by its path."""
+    import dataclasses
+
+    found = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        inner = dataclasses.is_dataclass(value)
+        found |= _fields(value, f"{path}{field.name}.") if inner else {path + field.name: value}
+    return found
+
+
+def _settings(folder: Path) -> None:
+    from r1s_jax.configs import tiny_world
+
+    (folder / "settings.json").write_text(json.dumps(_fields(tiny_world.config())))
+
+
+def _set(folder: Path) -> Any:
+    """Each field as a text of the command line."""
+    from r1s_jax.border.errors import ConfigError
+    from r1s_jax.border.json import parse_object
+    from r1s_jax.recipes import load_recipe
+
+    found = parse_object((folder / "settings.json").read_bytes(), "settings.json")
+    known = {p: v for p, v in found.items() if v is not None and p not in ("policy.model",)}
+    try:
+        return load_recipe("tiny_world", [f"{path}={value}" for path, value in known.items()])
+    except ConfigError as error:
+        raise ConfigError(f"settings.json: {error}"[:MOST_CHARACTERS]) from error
+
+
+_RECIPE = """
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+from r1s_jax.configs import tiny_world
+
+VALUES = json.loads(Path(__file__).with_name("values.json").read_text())
+
+
+def config():
+    made = tiny_world.config()
+    for path, value in VALUES.items():
+        section, _, name = path.rpartition(".")
+        if section.count("."):
+            continue
+        if not section:
+            made = replace(made, **{name: value})
+        else:
+            made = replace(made, **{section: replace(getattr(made, section), **{name: value})})
+    return made
+"""
+
+
+def _recipe(folder: Path) -> None:
+    from r1s_jax.configs import tiny_world
+
+    known = {p: v for p, v in _fields(tiny_world.config()).items() if p.count(".") < 2}
+    (folder / "values.json").write_text(json.dumps(known))
+    (folder / "mine.py").write_text(_RECIPE)
+
+
+def _read_recipe(folder: Path) -> Any:
+    from r1s_jax.recipes import load_recipe
+
+    return load_recipe(str(folder / "mine.py"))
+
+
 def _chat(folder: Path) -> None:
     body = {
         "model": "m",
@@ -416,6 +529,9 @@ READERS = {
     ),
     "dialect": Reader(_dialect, _read_dialect),
     "calls": Reader(_calls, _read_calls),
+    "journals": Reader(_answers, _resume),
+    "settings": Reader(_settings, _set, weight=20),
+    "recipe": Reader(_recipe, _read_recipe, weight=20),
     "overrides": Reader(_overrides, _override, weight=4),
     "chat request": Reader(_chat, _read_chat),
     "reward sums": Reader(_sums, _read_sums, weight=4),
