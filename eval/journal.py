@@ -16,7 +16,7 @@ from r1s_jax.data.results import FORMAT, header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.models.identity import policy_digest
-from r1s_jax.models.pretrained import Pretrained, checkpoint_of, default_dtype, load_pretrained
+from r1s_jax.models.pretrained import Pretrained, default_dtype, load_pretrained
 
 # Names of what the header knows by its content.
 _NAMES = ("run.model", "run.questions", "source.folder")
@@ -46,7 +46,7 @@ def load_described(
     """
     wanted = before["model"].get("checkpoint") if before else None
     try:
-        number = checkpoint_of(reference, wanted)
+        policy = load_pretrained(reference, default_dtype(), wanted)
     except CheckpointError as error:
         if wanted is None:
             raise
@@ -54,10 +54,9 @@ def load_described(
             f"{out} was begun with checkpoint {wanted} of {reference}: {error}. Choose another "
             "file with --out"
         ) from error
-    policy = load_pretrained(reference, default_dtype(), number)
     described["model"] = {"sha256": policy_digest(policy)}
-    if number is not None:
-        described["model"]["checkpoint"] = number
+    if policy.checkpoint is not None:
+        described["model"]["checkpoint"] = policy.checkpoint
     if before:
         refuse_other(out, before, described, "model")
     return policy

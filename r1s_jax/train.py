@@ -56,9 +56,8 @@ def train(
         on_main(lambda: held.enter_context(only_one(run_dir, "the run")))
         while True:
             try:
-                return _train(
-                    Run(config, run_dir, resume, accept_changed_data), trace, cold_start_only
-                )
+                run = Run(config, run_dir, resume, accept_changed_data)
+                return _train(run, trace, cold_start_only)
             except DamagedCheckpoint as error:
                 warn(f"{error}; going on from the one before")
 
@@ -111,11 +110,11 @@ class Run:
         self.collector = Collector(config, self.engine, self.environment, rewards)
         self.telemetry = Telemetry(self.dir, config)
         where = checkpoint_directory(self.dir, config.run.checkpoint_dir)
-        self.checkpoints = Checkpoints(where, config.run.keep_checkpoints)
-        known = self.checkpoints.progress() if resume else None
+        self.checkpoints = Checkpoints(where, config.run.keep_checkpoints, self.dir)
+        known = self.checkpoints.progress(Progress.of) if resume else None
         if resume and known is None:
             warn(f"{run_dir} holds no checkpoint to resume from: the run begins anew")
-        self.progress = Progress.of(known)
+        self.progress = known or Progress()
         self.started -= self.progress.seconds
         self.clock = m.StepClock()
         self.telemetry.rewind(**self.progress.rows(config))
@@ -144,16 +143,24 @@ class Run:
         if stop.requested:
             return state
         state = self._learning_state(state.params)
-        if examined and (before := self.evaluate(state)):
-            progress.before = on_main(lambda: note_evaluation(self.dir, "before", before))
         progress.phase, progress.step = "learning", 0
+        if examined:
+            self._examine(state)
         self._save(state)
         return state
+
+    def _examine(self, state: LearnerState) -> None:
+        """Evaluates what reinforcement learning begins with, once."""
+        if not (self.progress.step or self.progress.before) and (before := self.evaluate(state)):
+            scores = on_main(lambda: note_evaluation(self.dir, "before", before))
+            self.progress.before = scores
 
     def learn(self, state: LearnerState, stop: StopRequest, trace: StepTrace) -> LearnerState:
         """Stage 1, then stage 2. Raises UnhealthyRun, with a checkpoint, where that is fatal."""
         c, progress = self.config, self.progress
-        self.collector.restore(progress.environment, progress.carried)
+        with self.checkpoints.reading():
+            self.collector.restore(progress.environment, progress.carried)
+        self._examine(state)  # where the cold start was run by itself
         learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
         gradient = PolicyGradient(c, learner)
         with make_progress() as bar:
@@ -230,24 +237,17 @@ class Run:
         return evaluate(self.examiner, state.params, batch, *drawn)
 
     def _engine(self, rollout: RolloutConfig) -> Engine:
-        p = self.config.policy
-        return Engine(
-            self.policy,
-            rollout,
-            search=self.config.search,
-            mesh=self.mesh,
-            compute_dtype=np.dtype(p.compute_dtype),
-            attention=p.attention,
-        )
+        p, search = self.config.policy, self.config.search
+        numbers = {"compute_dtype": np.dtype(p.compute_dtype), "attention": p.attention}
+        return Engine(self.policy, rollout, search=search, mesh=self.mesh, **numbers)
 
     def _learner(self, optimizer: Any, loss: Any) -> Learner:
         return Learner.of(self.config.policy, self.policy.model, self.mesh, optimizer, loss)
 
     def _learning_state(self, params: Any) -> LearnerState:
-        learner = self._learner(
-            make_optimizer(self.config.optimizer), policy_loss(self.config.algorithm)
-        )
-        return learner.init(params, keep_reference=self.config.algorithm.kl_coefficient > 0)
+        c = self.config
+        learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
+        return learner.init(params, keep_reference=c.algorithm.kl_coefficient > 0)
 
     def _save(self, state: LearnerState) -> None:
         """Starts a checkpoint of where the run stands; its index grows through both phases."""

@@ -60,6 +60,19 @@ def test_arms_share_a_cold_start_where_nothing_it_depends_on_differs(tmp_path):
     assert plan.cold_start.eval == plan.config.eval and not plan.config.cold_start.steps
 
 
+def test_each_run_keeps_its_checkpoints_apart(tmp_path):
+    elsewhere = [*TINY, "run.checkpoint_dir=gs://bucket/lab/"]
+    plans = [
+        _planned("tiny_world", elsewhere, Arm(name, ()), seed, tmp_path)
+        for name, seed in (("a", 0), ("b", 0), ("a", 1))
+    ]
+    places = [plan.config.run.checkpoint_dir for plan in plans]
+    assert places == [f"gs://bucket/lab/runs/{name}" for name in ("a-0", "b-0", "a-1")]
+    cold = [plan.cold_start.run.checkpoint_dir for plan in plans]
+    assert cold == [f"gs://bucket/lab/cold_starts/{plan.cold_folder.name}" for plan in plans]
+    assert cold[0] == cold[1] != cold[2]
+
+
 def test_a_run_of_a_recipe_that_was_edited_since_is_refused(tmp_path):
     arm, out = Arm("x", ()), tmp_path / "lab"
     plan = _planned("tiny_world", TINY, arm, 0, out)

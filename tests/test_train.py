@@ -23,7 +23,7 @@ from r1s_jax.data.rows import rows_so_far
 from r1s_jax.system.locks import InUse, only_one
 from r1s_jax.tracking.report import write_report
 from r1s_jax.tracking.run_dir import open_run_dir
-from r1s_jax.train import train
+from r1s_jax.train import Run, train
 from tests.makers import SHORT, run_cli
 
 # What the clock decides; everything else of a row must not depend on when a run was stopped.
@@ -94,6 +94,27 @@ def test_a_run_leaves_its_files(whole):
     assert list((whole / "tensorboard").iterdir())
     assert json.loads((whole / "config.json").read_text())["name"] == "tiny_world"
     assert "jax" in json.loads((whole / "versions.json").read_text())
+
+
+def test_the_cold_start_by_itself_and_then_the_rest_is_the_same_run(whole, tmp_path, monkeypatch):
+    """Also where it is killed between the two, before the evaluation that the rest begins with."""
+    config, path = override(tiny_world.config(), SHORT), tmp_path / "parts"
+    assert train(config, path, cold_start_only=True)["stopped"] == "end of the cold start"
+    assert not (path / "evaluation_before.jsonl").exists()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "evaluate", killed)
+        train(config, path, resume=True)
+    summary = train(config, path, resume=True)
+    expected = json.loads((whole / "summary.json").read_text())
+    for name in ("f1", "cover_em", "searches"):
+        assert summary[f"{name}_before"] == expected[f"{name}_before"], name
+    before = "evaluation_before.jsonl"
+    assert rows_so_far(path / before) == rows_so_far(whole / before)
+    assert_same_run(whole, path)
 
 
 def test_a_run_is_reported(whole, tmp_path):

@@ -96,14 +96,24 @@ def _planned(recipe: str, overrides: list[str] | None, arm: "Arm", seed: int, ou
         config, base = load_recipe(recipe, [*shared, *own]), load_recipe(recipe, shared)
     except ConfigError as error:
         raise ConfigError(f"--arm {arm.name}: {error}") from error
+    name = run_folder(out, arm.name, seed).relative_to(out)
     if not config.cold_start.steps:
-        return _Plan(config, None, out)
+        return _Plan(_apart(config, name), None, out)
     cold = _of_cold_start(config, base)
     told = json.dumps(dataclasses.asdict(cold), sort_keys=True, default=str)
-    folder = out / "cold_starts" / hashlib.sha256(told.encode()).hexdigest()[:12]
+    cold_name = Path("cold_starts", hashlib.sha256(told.encode()).hexdigest()[:12])
+    folder = out / cold_name
     policy = dataclasses.replace(config.policy, model=str(folder.resolve()), architecture=None)
     config = override(dataclasses.replace(config, policy=policy), ["cold_start.steps=0"])
-    return _Plan(config, cold, folder)
+    return _Plan(_apart(config, name), _apart(cold, cold_name), folder)
+
+
+def _apart(config: "Config", name: Path) -> "Config":
+    """With checkpoints in a folder of the run's own, should they lie elsewhere."""
+    if not (where := config.run.checkpoint_dir):
+        return config
+    run = dataclasses.replace(config.run, checkpoint_dir=f"{where.rstrip('/')}/{name.as_posix()}")
+    return dataclasses.replace(config, run=run)
 
 
 def _of_cold_start(config: "Config", base: "Config") -> "Config":

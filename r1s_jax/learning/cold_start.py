@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 from r1s_jax.config import ColdStartConfig, Config
@@ -22,7 +24,7 @@ from r1s_jax.system.console import make_progress
 class Standing:
     """How far a cold start has come."""
 
-    step: int = 0
+    step: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
     accuracy: float = 0.0  # of its predictions, a running mean
     cooldown_from: int | None = None  # the step at which that was good enough
 

@@ -1,47 +1,54 @@
 """Saving and restoring a run with Orbax: parameters, optimizer state and where the run stands.
 
-Orbax notices damage to what describes a checkpoint, not to the numbers in it: so each array's
-checksum is kept beside it, and what is read back must have the same.
+Orbax notices some damage to what describes a checkpoint, and none to the numbers in it: so each
+array's checksum is kept beside it, a seal on all JSON of ours, and what is read back must have the
+same.
 """
 
+import contextlib
 import importlib.util
 import logging
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
+import msgspec
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax import Array
 from orbax.checkpoint import checkpoint_managers as policies
 
-from r1s_jax.border.errors import BadInput, UserError, reading
+from r1s_jax.border.errors import BadInput, UserError, reading, reason, shorten
 from r1s_jax.border.json import parse_object
 from r1s_jax.border.schema import check
 from r1s_jax.config import ModelConfig
+from r1s_jax.models.checkpoint_owner import (
+    CheckpointError,
+    check_owner,
+    held_for,
+    is_local,
+    saved_in,
+)
 from r1s_jax.models.params import Params, ParamSpec, param_specs
+from r1s_jax.models.seals import SEAL, State, checksums, host_checksum, is_sealed, sealed
 from r1s_jax.system.console import warn
 from r1s_jax.system.distributed import on_main
 
-# Any pytree of arrays: a learner's state.
-State = TypeVar("State")
+T = TypeVar("T")
 
-_CHECKSUMS = "checksums"
+_CHECKSUMS = "array_checksums"
 # Orbax warns at every save without a score, which the first stage's are, and at every item whose
 # description is asked for without the whole checkpoint's.
-_NO_NEWS = ("tracked_metric", "Metadata file does not exist")
+_NO_NEWS = ("tracked_metric", "Metadata file does not exist", "Failed to get item metadata")
 logging.getLogger("absl").addFilter(
     lambda record: not any(known in record.getMessage() for known in _NO_NEWS)
 )
 _PATIENCE_S = 30.0
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that could not be written or read."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -52,18 +59,22 @@ class Checkpoints:
     """The newest checkpoints of a run and the best one, written in the background.
 
     A checkpoint appears whole or not at all: Orbax writes beside it and renames. `index` grows
-    through the whole run, cold start included.
+    through the whole run, cold start included. With a `run`, the directory is that run's alone
+    until `close`. Raises CheckpointError where it is another's, InUse where it is being written.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int):
+    def __init__(self, directory: epath.PathLike, keep: int, run: Path | None = None):
         best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
             best_fn=_score,
             create=True,
         )
-        self._directory = _absolute(directory)
-        on_main(lambda: _drop_damaged_scores(self._directory))
+        self._directory, self._run = _absolute(directory), run
+        self._held = contextlib.ExitStack()
+        if run:
+            on_main(lambda: self._held.enter_context(held_for(run, self._directory)))
+        on_main(lambda: _drop_damaged(self._directory))
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(
@@ -78,10 +89,12 @@ class Checkpoints:
         The checkpoint with the highest `score` is kept whatever its age. Raises CheckpointError (a
         full disk, say); the checkpoints before are kept.
         """
-        metrics = None if score is None else {"score": score}
+        if (run := self._run) and not is_local(self._directory):
+            on_main(lambda: check_owner(run, self._directory))
+        metrics = None if score is None else sealed({"score": score})
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            progress=ocp.args.JsonSave({**progress, _CHECKSUMS: checksums(state)}),
+            progress=ocp.args.JsonSave(sealed({**progress, _CHECKSUMS: checksums(state)})),
         )
         self._guard(lambda: self._manager.save(index, args=args, metrics=metrics, force=True))
 
@@ -99,20 +112,32 @@ class Checkpoints:
         waiting = threading.Thread(target=self._manager.close, daemon=True)
         waiting.start()
         waiting.join(_PATIENCE_S)
+        self._held.close()
 
     def close(self) -> None:
         self._guard(self._manager.close)
+        self._held.close()
 
-    def progress(self) -> dict[str, Any] | None:
-        """Where the newest checkpoint stands; None when there is none.
+    def progress(self, read: Callable[[dict[str, Any]], T]) -> T | None:
+        """Where the newest checkpoint stands, as `read` makes it; None when there is none.
 
         Raises DamagedCheckpoint when it cannot be read, having set it aside.
         """
         if self._manager.latest_step() is None:
             return None
-        progress = self._read(ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
-        progress.pop(_CHECKSUMS, None)
-        return progress
+        with self.reading():
+            return read(_saved_progress(self._directory / str(self._manager.latest_step())))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what reads from the newest checkpoint: an error of it sets the checkpoint aside.
+
+        Raises DamagedCheckpoint then.
+        """
+        try:
+            yield
+        except (BadInput, CheckpointError) as error:
+            self._set_aside(str(error))
 
     def restore(self, like: State) -> State:
         """The newest state, with the shapes, dtypes and shardings of `like`.
@@ -122,43 +147,35 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        read = self._read(
-            ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
-            )
-        )
-        found, saved = checksums(read.state), read.progress.get(_CHECKSUMS, {})
-        if wrong := [name for name, value in saved.items() if found.get(name) != value]:
-            self._set_aside(f"{len(wrong)} arrays changed since they were saved, first {wrong[0]}")
-        return read.state
-
-    def _read(self, args: ocp.args.Composite) -> Any:
+        _ignore_late_reads()
+        newest = self._manager.latest_step()
+        with self.reading():
+            saved = _saved_sums(self._directory / str(newest))
         try:
-            return self._manager.restore(self._manager.latest_step(), args=args)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            state = self._manager.restore(newest, args=args).state
         except jax.errors.JaxRuntimeError:
             raise  # no memory on the devices, say: no fault of the checkpoint
         except Exception as error:
-            self._set_aside(f"{type(error).__name__}: {error}")
+            self._set_aside(reason(error))
+        found = checksums(state)
+        if wrong := [name for name, value in saved.items() if found.get(name) != value]:
+            self._set_aside(f"{len(wrong)} arrays changed since they were saved, first {wrong[0]}")
+        return state
 
-    def _set_aside(self, reason: str) -> NoReturn:
+    def _set_aside(self, why: str) -> NoReturn:
         """Takes the newest checkpoint out of the way of the one before it, and says so.
 
         The only one stays where it is: a run that found none would begin anew, over its own files.
         """
-        newest, all_steps = self._manager.latest_step(), self._manager.all_steps()
-        damaged = f"checkpoint {self._directory / str(newest)} is damaged ({reason})"
-        if len(all_steps) == 1:
-            raise CheckpointError(f"{damaged} and there is no other: start again elsewhere")
-        aside = self._directory.parent / "damaged-checkpoints" / str(newest)
+        folder = self._directory / str(self._manager.latest_step())
+        alone = len(self._manager.all_steps()) == 1
         self._manager.close()
-
-        def move() -> None:
-            if aside.exists():
-                aside.rmtree()
-            _move(self._directory / str(newest), aside)
-
-        on_main(move)
-        raise DamagedCheckpoint(f"{damaged} and was moved to {aside}")
+        self._held.close()
+        if alone:
+            raise CheckpointError(_damaged(folder, why, "there is no other: start again elsewhere"))
+        aside = on_main(lambda: _aside(folder))
+        raise DamagedCheckpoint(_damaged(folder, why, f"was moved to {aside}"))
 
     def _guard(self, action: Any) -> None:
         try:
@@ -170,38 +187,89 @@ class Checkpoints:
             ) from error
 
 
-def _drop_damaged_scores(directory: epath.Path) -> None:
-    """Of a score that cannot be read nothing but the score is lost: its checkpoint stays."""
+def _damaged(folder: epath.Path, why: str, then: str) -> str:
+    return f"checkpoint {folder} is damaged ({shorten(why, 150)}) and {then}"
+
+
+def _aside(folder: epath.Path) -> epath.Path:
+    """Takes a checkpoint out of the way of the others; returns where it is now."""
+    aside = folder.parent.with_name(f"damaged-{folder.parent.name}") / folder.name
+    if aside.exists():
+        aside.rmtree()
+    _move(folder, aside)
+    return aside
+
+
+def _drop_damaged(directory: epath.Path) -> None:
+    """Takes checkpoints that are not whole out of the way, and scores that cannot be read.
+
+    Where none is whole all stay: a run that found none would begin anew, over its own files.
+    """
+    saved = saved_in(directory)
+    flawed = {folder: why for folder in saved if (why := flaw(folder))}
+    if flawed and len(flawed) == len(saved):
+        raise CheckpointError(
+            _damaged(saved[0], flawed[saved[0]], "there is no whole one: start again elsewhere")
+        )
+    for folder, why in flawed.items():
+        warn(_damaged(folder, why, f"was moved to {_aside(folder)}"))
     for path in directory.glob("*/metrics/metrics") if directory.exists() else ():
         try:
-            check(parse_object(path.read_bytes(), path), dict[str, float], path)
+            check(_sound(parse_object(path.read_bytes(), path), path), _Scored, path)
         except BadInput as error:
+            # Of a score that cannot be read nothing but the score is lost: its checkpoint stays.
             warn(f"{error}; the checkpoint counts as one without a score")
             path.parent.rmtree()
 
 
-def _score(metrics: Mapping[str, float]) -> float:
+class _Scored(msgspec.Struct):
+    """A checkpoint's score; those of early versions have no seal."""
+
+    score: float
+
+
+def _score(metrics: Mapping[str, Any]) -> float:
     return metrics["score"]
 
 
-def checksums(state: State) -> dict[str, int]:
-    """The sum of each array's bits as unsigned integers: any changed byte changes it.
+class _Described(msgspec.Struct):
+    """What Orbax keeps of a whole checkpoint."""
 
-    Integers add up to the same on every mesh, so a state may be read onto another one.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    sums = _bit_sums([leaf for _, leaf in leaves])
-    names = [jax.tree_util.keystr(path) for path, _ in leaves]
-    return {name: int(value) for name, value in zip(names, sums, strict=True)}
+    item_handlers: dict[str, Any] | str | None = None
+    metrics: dict[str, Any] | None = None
+    performance_metrics: dict[str, Any] | None = None
+    init_timestamp_nsecs: int | None = None
+    commit_timestamp_nsecs: int | None = None
+    custom_metadata: dict[str, Any] | None = None
 
 
-@jax.jit
-def _bit_sums(arrays: list[Array]) -> list[Array]:
-    def add_up(x: Array) -> Array:
-        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-        return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+def flaw(folder: epath.Path) -> str:
+    """What is wrong with a checkpoint as far as can be told without its arrays; "": nothing."""
+    try:
+        for name in ("_CHECKPOINT_METADATA", "progress/metadata", "state/_METADATA"):
+            if not (folder / name).exists():
+                return f"{folder} cannot be read: it holds no {name}"
+        path = folder / "_CHECKPOINT_METADATA"
+        check(parse_object(path.read_bytes(), path), _Described, path)
+        _saved_progress(folder)
+    except (UserError, OSError) as error:
+        return str(error)
+    return ""
 
-    return [add_up(x) for x in arrays]
+
+def _sound(values: dict[str, Any], where: epath.Path) -> dict[str, Any]:
+    """Values of a checkpoint that are what was saved; those of early versions have no seal."""
+    if (SEAL in values or _CHECKSUMS in values) and not is_sealed(values):
+        raise BadInput(f"{where}: changed since it was saved, its seal does not fit")
+    return values
+
+
+def _saved_progress(folder: epath.Path) -> dict[str, Any]:
+    """What a checkpoint keeps beside its arrays. Raises BadInput where that is damaged."""
+    path = folder / "progress" / "metadata"
+    if not path.exists():
+        raise BadInput(f"{path} is missing: this is no whole checkpoint of a run")
+    return _sound(parse_object(path.read_bytes(), path), path)
 
 
 def checkpoint_directory(run_dir: epath.PathLike, elsewhere: str) -> epath.Path:
@@ -224,23 +292,37 @@ def run_of(path: Path) -> Path | None:
     return None
 
 
-def newest_checkpoint(directory: epath.Path) -> epath.Path:
-    """The newest of a run's checkpoints. Raises CheckpointError where there is none yet."""
-    saved = [p for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
-    if not saved:
-        raise CheckpointError(f"{directory} holds no checkpoint yet")
-    return max(saved, key=lambda p: int(p.name))
+def newest_params(
+    run: Path, directory: epath.Path, model: ModelConfig, dtype: Any
+) -> tuple[epath.Path, Params]:
+    """A run's newest checkpoint that is whole, and its parameters (see read_params).
+
+    Those that are not are named and passed over. Raises CheckpointError where none is, where there
+    is none yet, and where the checkpoints are another run's.
+    """
+    check_owner(run, directory)
+    errors: list[CheckpointError] = []
+    for checkpoint in saved_in(directory):
+        try:
+            params = read_params(checkpoint, model, dtype)
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        for error in errors:
+            warn(f"{error}. Taking the one before")
+        return checkpoint, params
+    raise errors[0] if errors else CheckpointError(f"{directory} holds no checkpoint yet")
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
     """Orbax wants no relative paths; those of a bucket are none."""
     path = epath.Path(path)
-    return path if "://" in str(path) else path.resolve()
+    return path.resolve() if is_local(path) else path
 
 
 def _move(source: epath.Path, target: epath.Path) -> None:
     """Moves a folder, in a bucket file by file: there are no folders there."""
-    if "://" not in str(source):
+    if is_local(source):
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
         return
@@ -260,6 +342,9 @@ def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> P
     and for one whose numbers are not those that were saved.
     """
     specs, folder = param_specs(model), _absolute(checkpoint)
+    if why := flaw(folder):
+        raise CheckpointError(why)
+    _ignore_late_reads()
     stored = _stored_dtypes(folder, specs)
     restore = jax.tree.map(
         lambda _, kind: ocp.ArrayRestoreArgs(restore_type=np.ndarray, dtype=kind),
@@ -277,11 +362,22 @@ def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> P
     return jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
 
 
+@cache
+def _ignore_late_reads() -> None:
+    """Where one array cannot be read, the others come after Orbax's event loop ended: no news."""
+    hook = sys.unraisablehook
+    known = "Event loop is closed"
+    sys.unraisablehook = lambda told: None if known in str(told.exc_value) else hook(told)
+
+
 def _stored_dtypes(folder: epath.Path, specs: Params) -> Params:
     """Of each parameter, as it was saved: checksums are of its very bits."""
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with reading(folder, CheckpointError):
-        tree = reader.metadata(folder / "state").item_metadata.tree["params"]
+        described = reader.metadata(folder / "state").item_metadata
+        if described is None:
+            raise CheckpointError(f"{folder} cannot be read: files of its `state` are missing")
+        tree = described.tree["params"]
         return jax.tree.map(
             lambda _, leaf: np.dtype(leaf.dtype),
             specs,
@@ -291,12 +387,9 @@ def _stored_dtypes(folder: epath.Path, specs: Params) -> Params:
 
 
 def _saved_sums(folder: epath.Path) -> dict[str, int]:
-    """The checksums that a checkpoint keeps; those of early versions kept none."""
-    path = folder / "progress" / "metadata"
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: this is no whole checkpoint of a run")
-    sums = parse_object(path.read_bytes(), path, CheckpointError).get(_CHECKSUMS, {})
-    return check(sums, dict[str, int], path, CheckpointError)
+    """The checksums that a checkpoint keeps; of those of early versions there are none to check."""
+    sums = _saved_progress(folder).get(_CHECKSUMS, {})
+    return check(sums, dict[str, int], folder / "progress" / "metadata", CheckpointError)
 
 
 def _check_shapes(checkpoint: epath.PathLike, params: Params, specs: Params) -> None:
@@ -310,15 +403,9 @@ def _check_shapes(checkpoint: epath.PathLike, params: Params, specs: Params) -> 
             )
 
 
-def _host_sum(x: np.ndarray) -> int:
-    """As `checksums` does, without a device: all parameters at once may not fit on one."""
-    bits = np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}")
-    return int(bits.sum(dtype=np.uint64)) & 0xFFFFFFFF
-
-
 def _check_sums(checkpoint: epath.PathLike, params: Params, saved: dict[str, int]) -> None:
     named, _ = jax.tree_util.tree_flatten_with_path(params)
-    found = {f".params{jax.tree_util.keystr(path)}": _host_sum(leaf) for path, leaf in named}
+    found = {f".params{jax.tree_util.keystr(path)}": host_checksum(leaf) for path, leaf in named}
     # Checkpoints of early versions have none at all; of others every array has one.
     wrong = [name for name, value in found.items() if saved.get(name, value) != value]
     missing = [name for name in found if saved and name not in saved]

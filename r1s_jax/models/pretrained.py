@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from etils import epath
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.json import read_object
@@ -19,7 +18,7 @@ from r1s_jax.data.tiny_world import build_tokenizer, prompt_of
 from r1s_jax.models.checkpoint import (
     CheckpointError,
     checkpoint_directory,
-    newest_checkpoint,
+    newest_params,
     read_params,
     run_of,
 )
@@ -40,13 +39,18 @@ _POLICY = "policy"  # the folder of a run that holds all of it but parameters
 
 
 class Pretrained(NamedTuple):
-    """What it takes to run a policy; `dialect` is None where nothing says which it speaks."""
+    """What it takes to run a policy.
+
+    `dialect` is None where nothing says which it speaks; `checkpoint` is the number of the run's
+    checkpoint that the parameters are of, None for a model of its own.
+    """
 
     model: ModelConfig
     params: Params
     tokenizer: Any
     eos_ids: tuple[int, ...]
     dialect: Dialect | None = None
+    checkpoint: int | None = None
 
     def speaking(
         self, name: str = "", thinking: str = "", prompt: str | None = None, force: bool = False
@@ -120,24 +124,6 @@ def load_pretrained(
     return Pretrained(model, params, tokenizer, eos_ids(tokenizer, path), dialect)
 
 
-def checkpoint_of(reference: str, number: int | None = None) -> int | None:
-    """The number of the checkpoint that a reference to a run means: `number`, else its newest.
-
-    None for what is no run, nor a run's checkpoint. Raises CheckpointError where it is not there.
-    """
-    source = Path(reference)
-    if not (run := run_of(source)):
-        return None
-    if source != run:
-        return int(source.name) if source.name.isdigit() else None
-    folder = _checkpoints_of(run)
-    if number is None:
-        return int(newest_checkpoint(folder).name)
-    if not (folder / str(number)).exists():
-        raise CheckpointError(f"{folder} holds no checkpoint {number} any more")
-    return number
-
-
 def saved_dialect(run: Path) -> Dialect | None:
     """The dialect that a run keeps; None where there is no run, or none of this version."""
     return read_dialect(run / _POLICY, CheckpointError)
@@ -187,21 +173,23 @@ def _refuse_changed(run: Path, folder: Path, policy: Pretrained, described: dict
 def _load_run(source: Path, run: Path, dtype: Any, number: int | None) -> Pretrained:
     file, config = run / "config.json", _config_of(run)
     model, tokenizer, ends = _saved_policy(run) or _described_policy(config.policy, file)
-    checkpoint: epath.PathLike = source
-    if source == run:
-        checkpoint = _checkpoints_of(run) / str(checkpoint_of(str(run), number))
     adapted = model.with_lora(config.policy.lora_rank, config.policy.lora_alpha)
-    params = merge_adapters(read_params(checkpoint, adapted, dtype), adapted.lora_scale)
-    return Pretrained(model, params, tokenizer, ends, dialect_at(str(source)))
+    folder = checkpoint_directory(run, config.run.checkpoint_dir)
+    if source == run and number is None:
+        checkpoint, params = newest_params(run, folder, adapted, dtype)
+    else:
+        checkpoint = epath.Path(source) if source != run else folder / str(number)
+        if not checkpoint.exists():
+            raise CheckpointError(f"{folder} holds no checkpoint {number} any more")
+        params = read_params(checkpoint, adapted, dtype)
+    params = merge_adapters(params, adapted.lora_scale)
+    taken = int(checkpoint.name) if checkpoint.name.isdigit() else None
+    return Pretrained(model, params, tokenizer, ends, dialect_at(str(source)), taken)
 
 
 def _config_of(run: Path) -> "_RunConfig":
     file = run / "config.json"
     return check(read_object(file, CheckpointError), _RunConfig, file, CheckpointError)
-
-
-def _checkpoints_of(run: Path) -> epath.Path:
-    return checkpoint_directory(run, _config_of(run).run.checkpoint_dir)
 
 
 def _earlier_dialect(config: "_RunConfig") -> Dialect:

@@ -1,9 +1,10 @@
 """Where a run stands: what a checkpoint keeps beside the state of the learner."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from r1s_jax.border.schema import check
 from r1s_jax.config import Config, StageConfig
 from r1s_jax.learning.advantages import adapted_kl_coefficient
 from r1s_jax.learning.cold_start import Standing
@@ -23,10 +24,9 @@ class Progress(Standing):
     score: float | None = None  # a running mean of the last stage's answer F1
 
     @staticmethod
-    def of(saved: Mapping[str, Any] | None) -> "Progress":
-        """What a checkpoint kept; the beginning for None. What it does not say is as at first."""
-        names = {f.name for f in fields(Progress)}
-        return Progress(**{k: v for k, v in (saved or {}).items() if k in names})
+    def of(saved: Mapping[str, Any]) -> "Progress":
+        """What a checkpoint kept; what it does not say is as at first. BadInput for wrong types."""
+        return check(saved, Progress, "where a checkpoint stands")
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import signal
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,11 +21,12 @@ from r1s_jax.border.schema import check
 from r1s_jax.config import Config, CorpusConfig
 from r1s_jax.data.corpora import data_digests
 from r1s_jax.data.questions import Question
+from r1s_jax.models.checkpoint_owner import identity_of
 from r1s_jax.system.distributed import gather
 from r1s_jax.system.files import write_json, write_rows
 
 # What a run's first steps leave; before them nothing would be lost.
-_BEGUN = ("cold_start.jsonl", "metrics.jsonl", "checkpoints/*")
+_BEGUN = ("cold_start.jsonl", "metrics.jsonl", "checkpoints/[0-9]*")
 # What is in the directory of a run that was killed while it wrote the two files of its start.
 _STARTING = {"versions.json", "versions.json.partial", "config.json.partial"}
 _PACKAGES = ("r1s-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
@@ -47,6 +49,8 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
         differ = _differences(_read_config(known), described, _where(versions))
         if differ:
             raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")
+        if not identity_of(path):  # of a version that gave runs none
+            write_json(versions, read_object(versions, ConfigError) | {"id": uuid.uuid4().hex})
         return path
     if not ours and path.exists() and not (path.is_dir() and _names(path) <= _STARTING):
         raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
@@ -149,6 +153,7 @@ class StopRequest:
 
 def _versions() -> dict[str, Any]:
     return {
+        "id": uuid.uuid4().hex,  # the run's own; its checkpoints name it
         "python": platform.python_version(),
         "folder": str(Path.cwd()),
         "devices": [str(d) for d in jax.devices()],

@@ -59,7 +59,9 @@ def summarize(
     }
     if after:
         for name, value in after.scores().items():
-            if name in progress.before:  # of what an earlier version began, not all is known
+            if name in (
+                progress.before or {}
+            ):  # of what an earlier version began, not all is known
                 summary |= {f"{name}_before": progress.before[name], f"{name}_after": value}
         by_hops = {"f1_one_hop_after": after.f1_one_hop, "f1_two_hop_after": after.f1_two_hop}
         summary |= {name: f1 for name, f1 in by_hops.items() if f1 is not None}

@@ -1,20 +1,38 @@
 """Checkpoints: what is saved comes back, and a failed save costs only itself."""
 
 import importlib
+import json
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
+from r1s_jax.border.errors import BadInput
+from r1s_jax.config import ModelConfig
 from r1s_jax.learning.learner import LearnerState
-from r1s_jax.models.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint, checksums
+from r1s_jax.models.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpoint,
+    newest_params,
+)
+from r1s_jax.models.seals import checksums, host_checksum
+from r1s_jax.system.locks import InUse
+
+
+def told(saved: dict) -> dict:
+    """What was handed to `save`."""
+    return {name: saved[name] for name in ("step", "before") if name in saved}
 
 
 def state(value: float) -> LearnerState:
@@ -23,12 +41,12 @@ def state(value: float) -> LearnerState:
 
 def test_restores_the_newest(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    assert checkpoints.progress() is None
+    assert checkpoints.progress(told) is None
     for i in (1, 2, 3):
         checkpoints.save(i, state(i), {"step": i, "before": None})
     checkpoints.wait()
     again = Checkpoints(tmp_path / "c", keep=2)
-    assert again.progress() == {"step": 3, "before": None}
+    assert again.progress(told) == {"step": 3, "before": None}
     restored = again.restore(state(0))
     np.testing.assert_array_equal(restored.params["w"], state(3).params["w"])
     np.testing.assert_array_equal(restored.optimizer["mu"], state(3).optimizer["mu"])
@@ -45,7 +63,7 @@ def test_the_best_is_kept_whatever_its_age(tmp_path):
     assert checkpoints.best() == tmp_path / "c" / "3"
     assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [3, 5, 6]
     again = Checkpoints(tmp_path / "c", keep=2)
-    assert again.progress() == {"step": 6} and again.best() == tmp_path / "c" / "3"
+    assert again.progress(told) == {"step": 6} and again.best() == tmp_path / "c" / "3"
 
 
 def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path):
@@ -64,7 +82,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
     again = Checkpoints(tmp_path / "c", keep=2)
-    assert again.progress() == {"step": 1}
+    assert again.progress(told) == {"step": 1}
     np.testing.assert_array_equal(again.restore(state(0)).params["w"], state(1).params["w"])
 
 
@@ -96,11 +114,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, what
         flip(tmp_path / "c" / "2" / "state" / "_METADATA", 40)
     again = Checkpoints(tmp_path / "c", keep=3)
     with pytest.raises(DamagedCheckpoint, match=rf"checkpoint {tmp_path}/c/2 is damaged.*moved to"):
-        again.progress()
+        again.progress(told)
         again.restore(random_state(0))
-    assert (tmp_path / "damaged-checkpoints" / "2").is_dir()
+    assert (tmp_path / "damaged-c" / "2").is_dir()
     sound = Checkpoints(tmp_path / "c", keep=3)
-    assert sound.progress() == {"step": 1}
+    assert sound.progress(told) == {"step": 1}
     restored = sound.restore(random_state(0))
     flip(tmp_path / "c" / "1" / "state" / "_METADATA", 40)
     with pytest.raises(CheckpointError, match=r"c/1 is damaged.*there is no other"):
@@ -119,9 +137,131 @@ def test_checksums_notice_every_array():
     assert all(other[name] != value for name, value in whole.items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
+def test_checksums_notice_what_changed_places(dtype):
+    """Also numbers that differ in their sign alone; on a device and on the host alike."""
+    x = np.asarray(jax.random.normal(jax.random.key(0), (300, 7, 32)) * 8).astype(jnp.dtype(dtype))
+    x[2, 0, :2] = 1, -1
+    rows, signs = x.copy(), x.copy()
+    rows[[3, 250]] = rows[[250, 3]]
+    signs[2, 0, :2] = -1, 1
+    assert len({host_checksum(values) for values in (x, rows, signs)}) == 3
+    for values in (x, rows, signs):
+        assert checksums([jnp.asarray(values)]) == {"[0]": host_checksum(values)}
+
+
+def saved_twice(folder, run=None) -> epath.Path:
+    """Checkpoints 1 and 2, with scores; returns the newer one."""
+    checkpoints = Checkpoints(folder, keep=3, run=run)
+    for i in (1, 2):
+        checkpoints.save(i, state(i), {"step": i, "carried": "abc"}, 0.5 * i)
+    checkpoints.close()
+    return epath.Path(folder) / "2"
+
+
+def changed(name: str, **values) -> Callable[[epath.Path], None]:
+    """Changes fields of a JSON file of a checkpoint."""
+
+    def change(folder: epath.Path) -> None:
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+    return change
+
+
+DAMAGES = {
+    "a step of another checkpoint": changed("progress/metadata", step=1),
+    "another phase": changed("progress/metadata", phase="learning"),
+    "what was in flight": changed("progress/metadata", carried="abd"),
+    "a checksum": changed("progress/metadata", array_checksums={}),
+    "no seal": changed("progress/metadata", seal=None),
+    "no progress": lambda f: (f / "progress" / "metadata").unlink(),
+    "no object": lambda f: (f / "progress" / "metadata").write_text("[]"),
+    "description of another type": lambda f: (f / "_CHECKPOINT_METADATA").write_text("[]"),
+    "a time that is a text": changed("_CHECKPOINT_METADATA", init_timestamp_nsecs="x"),
+    "no description": lambda f: (f / "_CHECKPOINT_METADATA").unlink(),
+    "half copied": lambda f: (f / "state").rmtree(),
+    "empty": lambda f: (f.rmtree(), f.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_checkpoint_that_is_not_whole_is_set_aside_and_the_one_before_it_used(
+    tmp_path, capsys, damage
+):
+    newest = saved_twice(tmp_path / "c")
+    damage(newest)
+    again = Checkpoints(tmp_path / "c", keep=3)
+    assert again.progress(told) == {"step": 1}
+    np.testing.assert_array_equal(again.restore(state(0)).params["w"], state(1).params["w"])
+    assert again.best() == tmp_path / "c" / "1"
+    again.close()
+    said = capsys.readouterr().err.replace("\n", "")
+    assert f"checkpoint {newest} is damaged" in said and "was moved to" in said
+
+
+def test_the_only_checkpoint_stays_where_it_is(tmp_path):
+    newest = saved_twice(tmp_path / "c")
+    for folder in (newest, newest.parent / "1"):
+        (folder / "progress" / "metadata").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"c/2 is damaged.*no whole one"):
+        Checkpoints(tmp_path / "c", keep=3)
+    assert len(list((tmp_path / "c").iterdir())) == 2
+
+
+@pytest.mark.parametrize("damaged", ['{"scores": 1}', '{"score": "x"}', "[]", '{"score": 9.0}'])
+def test_a_score_that_is_not_what_was_saved_is_no_score(tmp_path, damaged):
+    newest = saved_twice(tmp_path / "c")
+    if "9" in damaged:
+        damaged = json.dumps(json.loads((newest / "metrics/metrics").read_text()) | {"score": 9.0})
+    (newest / "metrics" / "metrics").write_text(damaged)
+    again = Checkpoints(tmp_path / "c", keep=3)
+    assert again.best() == tmp_path / "c" / "1" and again.progress(told) == {"step": 2}
+
+
+def test_what_cannot_be_read_further_sets_its_checkpoint_aside(tmp_path):
+    newest = saved_twice(tmp_path / "c")
+    again = Checkpoints(tmp_path / "c", keep=3)
+    named = pytest.raises(DamagedCheckpoint, match=rf"{newest} is damaged \(no flights\)")
+    with named, again.reading():
+        raise BadInput("no flights")
+    assert Checkpoints(tmp_path / "c", keep=3).progress(told) == {"step": 1}
+
+
+def begun(folder: Path, identity: str = "") -> Path:
+    folder.mkdir()
+    (folder / "versions.json").write_text(json.dumps({"id": identity or folder.name}))
+    return folder
+
+
+def test_a_folder_of_checkpoints_is_one_runs(tmp_path):
+    one, two, shared = begun(tmp_path / "one"), begun(tmp_path / "two"), tmp_path / "shared"
+    first = Checkpoints(shared, keep=2, run=one)
+    with pytest.raises(InUse, match=r"shared: this folder of checkpoints .* process \d+"):
+        Checkpoints(shared, keep=2, run=two)
+    first.close()
+    Checkpoints(shared, keep=2, run=two).close()  # there was nothing to lose
+    saved_twice(shared, two)
+    with pytest.raises(CheckpointError, match=rf"{shared} belongs to the run in {two}: give this"):
+        Checkpoints(shared, keep=2, run=one)
+    moved = two.rename(tmp_path / "moved")
+    again = Checkpoints(shared, keep=2, run=moved)
+    assert again.progress(told) == {"step": 2}
+    again.close()
+    for run, words in ((one, "belongs to the run"), (moved, "cannot be read")):
+        with pytest.raises(CheckpointError, match=words):
+            newest_params(run, epath.Path(shared), ModelConfig(9, 4, 4, 1, 1, 1, 4), np.float32)
+    (shared / "run.json").unlink()
+    with pytest.raises(CheckpointError, match="holds checkpoints of another run"):
+        Checkpoints(shared, keep=2, run=moved)
+    inside = saved_twice(moved / "checkpoints")  # of an early version
+    Checkpoints(inside.parent, keep=2, run=moved).close()
+
+
 IN_A_BUCKET = """
+import json, os, pathlib
 import jax, jax.numpy as jnp, pytest
-from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, newest_checkpoint
+from r1s_jax.models.checkpoint import CheckpointError, Checkpoints, DamagedCheckpoint
+from r1s_jax.models.checkpoint_owner import saved_in
 from r1s_jax.learning.learner import LearnerState
 
 def state(seed):
@@ -134,19 +274,31 @@ for step in (1, 2, 3):
 best = checkpoints.best()
 checkpoints.close()
 again = Checkpoints("gs://bucket/runs/one/checkpoints", keep=2)
-assert again.progress() == {"step": 3}
+assert again.progress(dict)["step"] == 3
 assert jax.tree.all(jax.tree.map(jnp.array_equal, again.restore(state(0)), state(3)))
-newest = newest_checkpoint(best.parent)
+newest = saved_in(best.parent)[0]
 (newest / "progress" / "metadata").write_text("{")
 with pytest.raises(DamagedCheckpoint, match="gs://bucket/runs/one/damaged-checkpoints/3"):
-    again.progress()
+    again.progress(dict)
 again = Checkpoints("gs://bucket/runs/one/checkpoints", keep=2)
 assert jax.tree.all(jax.tree.map(jnp.array_equal, again.restore(state(0)), state(2)))
-print(best, newest, newest_checkpoint(best.parent))
+again.close()
+
+runs = [pathlib.Path(os.environ["RUNS"], name) for name in ("one", "two")]
+for run in runs:
+    run.mkdir()
+    (run / "versions.json").write_text(json.dumps({"id": run.name}))
+theirs = Checkpoints("gs://bucket/theirs", keep=2, run=runs[0])
+with pytest.raises(CheckpointError, match="gs://bucket/theirs belongs to the run in .*one"):
+    Checkpoints("gs://bucket/theirs", keep=2, run=runs[1])
+(theirs._directory / "run.json").write_text(json.dumps({"run": "two", "folder": "x"}))
+with pytest.raises(CheckpointError, match="belongs to the run in x"):
+    theirs.save(1, state(1), {"step": 1})
+print(best, newest, saved_in(best.parent)[0])
 """
 
 
-def test_checkpoints_in_a_bucket(monkeypatch):
+def test_checkpoints_in_a_bucket(monkeypatch, tmp_path):
     """A real client and a real server of the storage protocol."""
     storage = pytest.importorskip("gcp_storage_emulator.server", reason="no storage emulator")
     pytest.importorskip("gcsfs", reason="the extra `gcs` is not installed")
@@ -167,6 +319,7 @@ def test_checkpoints_in_a_bucket(monkeypatch):
         port = free.getsockname()[1]
     names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
     env = os.environ | dict.fromkeys(names, f"http://127.0.0.1:{port}")
+    env["RUNS"] = str(tmp_path)
     env["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "anyone"
     server = storage.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     server.start()

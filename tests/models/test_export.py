@@ -3,6 +3,7 @@
 import dataclasses
 import filecmp
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,27 @@ def test_export_of_an_export_is_byte_for_byte_the_same(run, tmp_path, dtype):
     assert names == sorted(p.name for p in second.iterdir())
     _, differ, broken = filecmp.cmpfiles(first, second, names, shallow=False)
     assert not differ and not broken
+
+
+def half_copied(folder):
+    numbers = max((folder / "state").rglob("*"), key=lambda p: p.stat().st_size)
+    numbers.unlink()
+
+
+@pytest.mark.parametrize("damage", [lambda f: (shutil.rmtree(f), f.mkdir()), half_copied])
+def test_a_newest_checkpoint_that_is_not_whole_is_named_and_passed_over(
+    run, tmp_path, capsys, damage
+):
+    copied = shutil.copytree(run, tmp_path / "run")
+    damage(copied / "checkpoints" / "12")
+    assert_equal(load_pretrained(str(copied)).params, init_params(MODEL, 7))
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "checkpoints/12" in said and "Taking the one before" in said
+    with pytest.raises(CheckpointError, match="checkpoints/12"):
+        load_pretrained(str(copied / "checkpoints" / "12"))
+    damage(copied / "checkpoints" / "7")
+    with pytest.raises(CheckpointError, match="checkpoints/12"):
+        load_pretrained(str(copied))
 
 
 def test_a_run_without_checkpoints_or_with_a_damaged_one(run, tmp_path):

@@ -1,0 +1,81 @@
+"""Whether what a checkpoint holds is what was saved: a checksum of each array, a seal on JSON."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+# Any pytree of arrays: a learner's state.
+State = TypeVar("State")
+
+SEAL = "seal"
+# Elements that the host's sum takes at a time: what it makes of them stays in a core's cache.
+_CHUNK = 1 << 16
+# Odd, so that to multiply by them loses nothing (the golden ratio; murmur3's finalizer).
+_PLACE, _FIRST, _SECOND = (np.uint32(n) for n in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))
+
+
+def checksums(state: State) -> dict[str, int]:
+    """Of each array, the sum of its elements' bits, each mixed with its place in the array.
+
+    A changed element always changes it, and so do elements or rows that changed places (but for
+    one time in 2^32). Integers add up to the same on every mesh, so a state may be read onto
+    another one.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    sums = _sums([leaf for _, leaf in leaves])
+    names = [jax.tree_util.keystr(path) for path, _ in leaves]
+    return {name: int(value) for name, value in zip(names, sums, strict=True)}
+
+
+@jax.jit
+def _sums(arrays: list[Array]) -> list[Array]:
+    def add_up(x: Array) -> Array:
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        # By dimension, so that each device counts the places of its own shard.
+        place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            step = jnp.uint32(stride & 0xFFFFFFFF)
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * step
+            stride *= x.shape[axis]
+        return _mixed(bits, place * _PLACE).sum(dtype=jnp.uint32)
+
+    return [add_up(x) for x in arrays]
+
+
+def host_checksum(x: np.ndarray) -> int:
+    """As `checksums` has it, without a device: all parameters at once may not fit on one."""
+    flat = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * x.dtype.itemsize}")
+    places, total = np.arange(min(_CHUNK, flat.size), dtype=np.uint32) * _PLACE, 0
+    for start in range(0, flat.size, _CHUNK):
+        bits = flat[start : start + _CHUNK].astype(np.uint32)
+        offset = np.uint32(start * int(_PLACE) & 0xFFFFFFFF)
+        total += int(_mixed(bits, places[: bits.size] + offset).sum(dtype=np.uint64))
+    return total & 0xFFFFFFFF
+
+
+def _mixed(bits: Any, place: Any) -> Any:
+    """A number that depends on every bit of both; for one place, each value has its own."""
+    mixed = (bits ^ place) * _FIRST
+    mixed = (mixed ^ (mixed >> 15)) * _SECOND
+    return mixed ^ (mixed >> 13)
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values together with a digest of them."""
+    return {**values, SEAL: _digest(values)}
+
+
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Whether values that were read are those that were sealed."""
+    return values.get(SEAL) == _digest({k: v for k, v in values.items() if k != SEAL})
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
