@@ -45,9 +45,9 @@ def train(
 ) -> dict[str, Any]:
     """Runs the whole config in `run_dir` and returns its summary.
 
-    `profile` names the steps of reinforcement learning to trace, as "N:M". SIGINT and SIGTERM end
-    it early, at a step's end and with a checkpoint (the summary then has `stopped`); `resume` goes
-    on as if it had never stopped, over data that must be what it was unless `accept_changed_data`.
+    `profile` names the steps of reinforcement learning to trace, as "N:M". Signals (StopRequest)
+    end it early, at a step's end and with a checkpoint (the summary then has `stopped`); `resume`
+    goes on as if it never had, over data that must be what it was unless `accept_changed_data`.
     Raises UserError of many kinds, each with what to do.
     """
     keep_compiled_programs()

@@ -20,7 +20,9 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.rows import rows_so_far
+from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.system.locks import InUse, only_one
+from r1s_jax.tracking.progress import Progress
 from r1s_jax.tracking.report import write_report
 from r1s_jax.tracking.run_dir import open_run_dir
 from r1s_jax.train import Run, train
@@ -96,6 +98,19 @@ def test_a_run_leaves_its_files(whole):
     assert "jax" in json.loads((whole / "versions.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("step", "known", "asked"), [(0, None, 1), (0, {"f1": 1.0}, 0), (2, {}, 0)]
+)
+def test_learning_begins_with_an_evaluation_and_has_one(tmp_path, monkeypatch, step, known, asked):
+    run, seen = Run.__new__(Run), []
+    run.dir, run.progress = tmp_path, Progress(phase="learning", step=step, before=known)
+    monkeypatch.setattr(Run, "evaluate", lambda _, state: seen.append(state) or state)
+    monkeypatch.setattr("r1s_jax.train.note_evaluation", lambda *_: {"f1": 0.5})
+    run._examine("the state")
+    assert len(seen) == asked and run.progress.before == ({"f1": 0.5} if asked else known)
+
+
+@pytest.mark.slow
 def test_the_cold_start_by_itself_and_then_the_rest_is_the_same_run(whole, tmp_path, monkeypatch):
     """Also where it is killed between the two, before the evaluation that the rest begins with."""
     config, path = override(tiny_world.config(), SHORT), tmp_path / "parts"
@@ -216,6 +231,12 @@ def test_another_config_is_refused_and_nothing_lost(whole):
     with pytest.raises(ConfigError, match="already holds a run"):
         train(override(tiny_world.config(), SHORT), whole)
     assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_checkpoints_of_another_run_are_refused(whole, tmp_path):
+    others = override(tiny_world.config(), [*SHORT, f"run.checkpoint_dir={whole / 'checkpoints'}"])
+    with pytest.raises(CheckpointError, match=rf"belongs to the run in {whole}"):
+        train(others, tmp_path / "run")
 
 
 def test_what_fails_before_the_first_step_keeps_no_directory_from_another_try(tmp_path):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+from etils import epath
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.json import read_object

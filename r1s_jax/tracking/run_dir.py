@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import signal
@@ -122,8 +123,14 @@ def check_data(path: Path, config: Config, accept_changed: bool) -> None:
     write_json(file, {place: digest for place, (_, digest) in data.items()})
 
 
+# Ctrl-C and `kill`; then what schedulers send before they kill (Slurm's --signal, Grid Engine's
+# -notify) and what a terminal sends that goes away: what ignores those (nohup) goes on doing so.
+_ASKED = (signal.SIGINT, signal.SIGTERM)
+_WARNED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+
+
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request to stop at the end of the step.
+    """Turns SIGINT, SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP into a request to stop after the step.
 
     A second SIGINT stops at once.
     """
@@ -131,6 +138,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = ""  # what all processes know of; a signal alone does not change it
         self._asked = ""
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def agree(self) -> str:
         """What any process was asked, so that all of them stop after the same step."""
@@ -138,7 +146,8 @@ class StopRequest:
         return self.requested
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [s for s in _WARNED if signal.getsignal(s) is not signal.SIG_IGN]
+        self._previous = {s: signal.signal(s, self._note) for s in (*_ASKED, *heard)}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -149,6 +158,10 @@ class StopRequest:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked = signal.Signals(number).name
+        for stream in (s for s in self._terminals if not os.isatty(s)):
+            # It has gone: writing to it would end the run before its save.
+            with open(os.devnull, "w", encoding="utf-8") as nowhere:
+                os.dup2(nowhere.fileno(), stream)
 
 
 def _versions() -> dict[str, Any]:

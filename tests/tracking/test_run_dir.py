@@ -1,6 +1,11 @@
 """What makes two configs the same run, and what of one is written down."""
 
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +15,7 @@ from r1s_jax.config import ConfigError, CorpusConfig, PolicyConfig
 from r1s_jax.configs import wiki_smollm2
 from r1s_jax.data import corpora
 from r1s_jax.models.pretrained import make_policy, save_policy
-from r1s_jax.tracking.run_dir import as_written, check_data, open_run_dir
+from r1s_jax.tracking.run_dir import StopRequest, as_written, check_data, open_run_dir
 from tests.makers import letters, save_other_weights, save_small_model
 
 
@@ -95,3 +100,55 @@ def test_the_encoder_of_passages_is_data(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="hash changed since the run began"):
         check_data(tmp_path, given, accept_changed=False)
     check_data(tmp_path, given, accept_changed=True)
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
+def test_a_signal_asks_to_stop_after_the_step(number):
+    before = signal.getsignal(signal.Signals[number])
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.Signals[number])
+        assert stop.agree() == number
+    assert signal.getsignal(signal.Signals[number]) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_an_ignored_signal_stays_ignored(number):
+    """As nohup leaves it."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert not stop.agree()
+    finally:
+        signal.signal(number, before)
+
+
+ON_A_TERMINAL = """
+import fcntl, sys, termios, time
+from r1s_jax.tracking.run_dir import StopRequest
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its terminal from now on
+with StopRequest() as stop:
+    print("begun", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print("a step", flush=True)
+    open(sys.argv[1], "w").write(stop.requested)
+"""
+
+
+def test_a_terminal_that_goes_away_stops_the_run_and_nothing_else(tmp_path):
+    terminal, other = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, str(tmp_path / "saved")],
+        stdin=other,
+        stdout=other,
+        stderr=other,
+        start_new_session=True,
+    )
+    os.close(other)
+    said = b""
+    while b"begun" not in said:
+        said += os.read(terminal, 1 << 16)
+    os.close(terminal)  # the kernel sends SIGHUP
+    assert process.wait(timeout=60) == 0
+    assert (tmp_path / "saved").read_text() == "SIGHUP"
