@@ -5,15 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Config
 from r1s_jax.data.rows import rows_so_far
+from r1s_jax.models.checkpoint_owner import identity_of
 from r1s_jax.system.console import console
 from r1s_jax.system.distributed import is_main
 from r1s_jax.system.files import write_rows
+from r1s_jax.tracking.board import Board
 from r1s_jax.tracking.run_dir import as_written
+
+_PREFIXES = ("cold_start", "rl")  # of the numbers' names
 
 
 class Telemetry:
@@ -26,7 +28,9 @@ class Telemetry:
     def __init__(self, run_dir: Path, config: Config | None = None):
         self.run_dir, self._writes = run_dir, is_main()
         console.quiet = not self._writes
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), write_to_disk=self._writes)
+        self._boards: dict[str, Board] = {}
+        self._first = dict.fromkeys(_PREFIXES, 1)  # the first step to come of each
+        self._cold_steps = config.cold_start.steps if config else 0
         use_wandb = config and config.run.wandb_project and self._writes
         self._wandb = _start_wandb(run_dir, config) if use_wandb else None
 
@@ -54,9 +58,11 @@ class Telemetry:
         self._drop_after("cold_start.jsonl", cold_start)
         self._drop_after("metrics.jsonl", learning)
         self._drop_after("traces.jsonl", learning)
+        self._first = dict(zip(_PREFIXES, (cold_start + 1, learning + 1), strict=True))
 
     def close(self) -> None:
-        self._board.close()
+        for board in self._boards.values():
+            board.close()
         if self._wandb:
             self._wandb.finish()
 
@@ -67,12 +73,17 @@ class Telemetry:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _scalars(self, prefix: str, row: Mapping[str, Any]) -> None:
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-        for name, value in numbers.items():
-            self._board.add_scalar(f"{prefix}/{name}", value, row["step"])
-        self._board.flush()
+        if not self._writes:
+            return
+        numbers = {f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
+        if prefix not in self._boards:
+            folder = self.run_dir / "tensorboard" / prefix
+            self._boards[prefix] = Board(folder, self._first[prefix])
+        self._boards[prefix].scalars(numbers, row["step"])
         if self._wandb:
-            self._wandb.log({f"{prefix}/{name}": value for name, value in numbers.items()})
+            # One axis for both: of cold starts that end early some steps are left out.
+            before = 0 if prefix == "cold_start" else self._cold_steps
+            self._wandb.log(numbers, step=before + row["step"])
 
     def _drop_after(self, name: str, step: int) -> None:
         path = self.run_dir / name
@@ -82,8 +93,15 @@ class Telemetry:
 
 
 def _start_wandb(run_dir: Path, config: Config) -> Any:
+    """The run there, which a resumed run goes on with: it leaves out steps that it has."""
     try:
         import wandb
     except ImportError:
         raise ConfigError("run.wandb_project is set, but wandb is not installed") from None
-    return wandb.init(project=config.run.wandb_project, dir=str(run_dir), config=as_written(config))
+    return wandb.init(
+        project=config.run.wandb_project,
+        dir=str(run_dir),
+        config=as_written(config),
+        id=identity_of(run_dir),
+        resume="allow",
+    )
