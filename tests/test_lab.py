@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.commands.lab import _is_done, _planned, run_folder
+from r1s_jax.commands.lab import _is_done, _note_move, _planned, run_folder
 from r1s_jax.tracking.arms import Arm
 from r1s_jax.tracking.run_dir import open_run_dir
 from tests.makers import SHORT, run_cli
@@ -71,6 +71,28 @@ def test_each_run_keeps_its_checkpoints_apart(tmp_path):
     cold = [plan.cold_start.run.checkpoint_dir for plan in plans]
     assert cold == [f"gs://bucket/lab/cold_starts/{plan.cold_folder.name}" for plan in plans]
     assert cold[0] == cold[1] != cold[2]
+
+
+def test_a_comparison_goes_on_after_its_folder_was_moved(tmp_path):
+    def begin(out: Path, *changes: str):
+        plan = _planned("tiny_world", [*TINY, *changes], Arm("x", ()), 0, out)
+        _note_move(run_folder(out, "x", 0), plan)
+        return open_run_dir(run_folder(out, "x", 0), plan.config, resume=True)
+
+    (begin(tmp_path / "lab") / "metrics.jsonl").touch()
+    (tmp_path / "lab").rename(tmp_path / "moved")
+    begin(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"policy\.model was"):  # another cold start
+        begin(tmp_path / "moved", "eval.questions=7")
+
+
+@pytest.mark.parametrize(
+    "plan", ["[]", '{"recipe": "tiny_world"}', '{"recipe": "t", "overrides": [], "arms": {"a": 1}}']
+)
+def test_a_plan_that_is_damaged_is_named(tmp_path, plan):
+    (tmp_path / "plan.json").write_text(plan)
+    done = run_cli("lab", "tiny_world", "--arm", "a:", "--out", str(tmp_path))
+    assert isinstance(done.exception, ConfigError) and "plan.json: " in str(done.exception)
 
 
 def test_a_run_of_a_recipe_that_was_edited_since_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from r1s_jax.border.errors import BadInput, UserError, shorten
+from r1s_jax.border.errors import BadInput, UserError, reason, shorten
 
 T = TypeVar("T")
 
@@ -22,3 +22,6 @@ def check(value: Any, kind: type[T], where: str | Path, error: type[UserError] =
         said, _, path = shorten(str(wrong), 250).partition(" - at `$")
         place = path.removesuffix("`").removeprefix(".").replace("[...]", "[]")
         raise error(f"{where}: {place + ': ' if place else ''}{said}") from None
+    except (ValueError, ArithmeticError, RecursionError) as wrong:
+        # Half of a surrogate pair in a text or a key, a number that no float holds.
+        raise error(f"{where}: {reason(wrong)}") from None

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 import typer
 
@@ -50,6 +50,8 @@ def lab(
     planned = {(a, seed): _planned(config, overrides, a, seed, out) for a, seed in runs}
     _check_same_lab(out, config, overrides or [], arms)
     started, made = time.monotonic(), 0
+    for (a, seed), plan in planned.items():
+        _note_move(run_folder(out, a.name, seed), plan)
     for number, ((a, seed), plan) in enumerate(planned.items()):
         if _is_done(out, a, seed, plan):
             continue
@@ -128,22 +130,62 @@ def _of_cold_start(config: "Config", base: "Config") -> "Config":
     )
 
 
+class _PlanFile(TypedDict):
+    """A comparison's `plan.json`."""
+
+    recipe: str
+    overrides: list[str]
+    arms: dict[str, list[str]]
+
+
 def _check_same_lab(out: Path, recipe: str, overrides: list[str], arms: list["Arm"]) -> None:
     """Arms and seeds may be added to a directory, but none may change its meaning."""
     from r1s_jax.border.json import read_object
+    from r1s_jax.border.schema import check
     from r1s_jax.system.files import write_json
 
     file = out / "plan.json"
     plan = {"recipe": recipe, "overrides": overrides}
-    known = read_object(file, ConfigError) if file.exists() else plan | {"arms": {}}
-    told = {arm.name: list(arm.overrides) for arm in arms}
-    before = known.get("arms", {})
+    known = plan | {"arms": {}}
+    if file.exists():
+        known = check(read_object(file, ConfigError), _PlanFile, file, ConfigError)
+    told, before = {arm.name: list(arm.overrides) for arm in arms}, known["arms"]
     changed = [name for name in told if name in before and before[name] != told[name]]
-    if {key: known.get(key) for key in plan} != plan or changed:
+    if {key: known[key] for key in plan} != plan or changed:
         what = f"arm {changed[0]}" if changed else "the recipe or its overrides"
         raise ConfigError(f"{out} holds another comparison ({what} differs): name another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, plan | {"arms": before | told})
+
+
+def _note_move(folder: Path, plan: _Plan) -> None:
+    """In a comparison whose folder was moved, a run begins from the cold start where that is now.
+
+    It is the same one: its name is a digest of all that it depends on.
+    """
+    from r1s_jax.border.json import read_object
+    from r1s_jax.border.schema import check
+    from r1s_jax.system.files import write_json
+
+    file, now = folder / "config.json", plan.config.policy.model
+    if not (plan.cold_start and file.exists()):
+        return
+    written = read_object(file, ConfigError)
+    check(written, _WrittenConfig, file, ConfigError)
+    before = written["policy"]["model"]
+    if before != now and Path(before).parts[-2:] == plan.cold_folder.parts[-2:]:
+        written["policy"]["model"] = now
+        write_json(file, written)
+
+
+class _WrittenPolicy(TypedDict):
+    model: str
+
+
+class _WrittenConfig(TypedDict):
+    """Of a run's config, where its policy is."""
+
+    policy: _WrittenPolicy
 
 
 def _is_done(out: Path, arm: "Arm", seed: int, plan: _Plan) -> bool:

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.border.json import parse, parse_items, parse_object
+from r1s_jax.border.schema import check
 from r1s_jax.border.separated import parse_table
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.tables import is_table, table_rows
@@ -135,9 +136,13 @@ def whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, parse_row(line, path, number)
 
 
-def rows_so_far(path: Path) -> list[dict[str, Any]]:
-    """The rows of whole_rows without their numbers; [] where there is no file yet."""
-    return [row for _, row in whole_rows(path)] if path.exists() else []
+def rows_so_far(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of whole_rows, each checked to be a `kind`; [] where there is no file yet."""
+    rows = []
+    for number, row in whole_rows(path) if path.exists() else ():
+        check(row, kind, f"{path}, line {number}", DataError)
+        rows.append(row)
+    return rows
 
 
 def journal_rows(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 
 from r1s_jax.border.json import read_object
@@ -43,6 +44,10 @@ class TraceRow(TypedDict):
     prompt_tokens: int
     sampled_tokens: int
     tokens: int
+
+
+class _RunConfig(msgspec.Struct):
+    protocol: dict[str, Any] | None = None
 
 
 class _Readable(TypedDict):
@@ -179,7 +184,7 @@ def _dialect_of(path: Path) -> Dialect:
     """What a file's trajectories speak: by its run's config, or by its own header."""
     config = path.parent / "config.json"
     if path.name == "traces.jsonl" and config.exists():
-        spoken = read_object(config, DataError).get("protocol") or {}
+        spoken = check(read_object(config, DataError), _RunConfig, config, DataError).protocol or {}
         return from_dict(
             {"dialect": R1_SEARCHER.name} | spoken | {"prompt": None}, config, DataError
         )

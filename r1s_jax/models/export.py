@@ -2,13 +2,34 @@
 
 import json
 from pathlib import Path
+from typing import TypedDict
 
 from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
 from r1s_jax.models.checkpoint import CheckpointError, run_of
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.weights import save_params
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
+
+
+class _Policy(TypedDict):
+    model: str
+
+
+class _Stage(TypedDict):
+    steps: int
+    reward: str
+
+
+class _RunConfig(TypedDict):
+    """Of a run's config, what its card tells."""
+
+    name: str
+    seed: int
+    policy: _Policy
+    stage1: _Stage
+    stage2: _Stage
 
 
 def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
@@ -40,12 +61,14 @@ def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
 
 def _card(run: Path, dialect: Dialect) -> str:
     """A model card: what was trained on what, with which result, and how to use it."""
-    config = read_object(run / "config.json", CheckpointError)
+    file, summary = run / "config.json", run / "summary.json"
+    config = read_object(file, CheckpointError)
+    check(config, _RunConfig, file, CheckpointError)
     base = config["policy"]["model"] or "random weights"
     first, second = config["stage1"], config["stage2"]
-    summary = run / "summary.json"
     scores = read_object(summary, CheckpointError) if summary.exists() else {}
     shown = {k: v for k, v in scores.items() if k.startswith(("f1_", "searches_"))}
+    check(shown, dict[str, float], summary, CheckpointError)
     lines = [
         "---",
         "library_name: transformers",

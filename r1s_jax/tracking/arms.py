@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 from rich.table import Table
 from scipy.special import stdtrit
 
 from r1s_jax.data.rows import rows_so_far
-from r1s_jax.tracking.report import read_json
+from r1s_jax.tracking.journal import read_json
 
 GOOD = 0.9  # F1 of a rollout, mean over the window, that a run is timed to
 _WINDOW = 4  # steps
@@ -20,6 +21,29 @@ _SEARCHES = {
     "searched_needed_after": "searched where it must",
     "searched_by_heart_after": "and where not",
 }
+
+
+class _Signal(TypedDict):
+    signal: str
+
+
+class _Step(TypedDict):
+    """Of a row of metrics, what is read here."""
+
+    step: int
+    answer_f1: float
+    seconds_rollout: float
+    seconds_update: float
+    health: NotRequired[list[_Signal]]
+
+
+class _Summary(msgspec.Struct):
+    f1_before: float | None = None
+    f1_after: float | None = None
+    searches_after: float | None = None
+    searched_needed_after: float | None = None
+    searched_by_heart_after: float | None = None
+    stopped_unhealthy: str | None = None
 
 
 class Arm(NamedTuple):
@@ -36,8 +60,8 @@ def run_result(folder: Path) -> dict[str, Any]:
     rollouts reached GOOD, None where it never did; `signals` the health signals that fired, with
     the first step of each.
     """
-    summary = read_json(folder / "summary.json")
-    rows = rows_so_far(folder / "metrics.jsonl")
+    summary = read_json(folder / "summary.json", _Summary)
+    rows = rows_so_far(folder / "metrics.jsonl", _Step)
     f1 = np.array([row["answer_f1"] for row in rows])
     means = np.convolve(f1, np.ones(_WINDOW) / _WINDOW, "valid") if len(f1) >= _WINDOW else f1[:0]
     reached = np.flatnonzero(means >= GOOD)
@@ -129,7 +153,8 @@ def plot_arms(folders: Mapping[str, Sequence[Path]], out: Path) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for name, runs in folders.items():
-        curves = [[row["answer_f1"] for row in rows_so_far(r / "metrics.jsonl")] for r in runs]
+        files = [run / "metrics.jsonl" for run in runs]
+        curves = [[row["answer_f1"] for row in rows_so_far(file, _Step)] for file in files]
         longest = max(map(len, curves), default=0)
         if not longest:
             continue

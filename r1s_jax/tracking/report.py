@@ -6,16 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Any
 
-import msgspec
-
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
 from r1s_jax.data.rows import DataError, rows_so_far
 from r1s_jax.data.traces import Trace, sample_traces
 from r1s_jax.models.checkpoint import run_of
 from r1s_jax.tracking import charts
+from r1s_jax.tracking.journal import StepRow, read_json
 from r1s_jax.tracking.pages import breakable, write_page
 from r1s_jax.tracking.trace_view import LABELS
 
@@ -171,31 +168,9 @@ def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; {} where there is no file."""
-    return read_object(path, DataError) if path.exists() else {}
-
-
-class _Fired(TypedDict):
-    signal: str
-    level: str
-    value: float
-    advice: str
-
-
-class _StepRow(TypedDict):
-    """What every row of metrics has, and some have."""
-
-    step: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
-    health: NotRequired[list[_Fired]]
-
-
 def _read_steps(path: Path) -> list[dict[str, Any]]:
     """Rows with a step each, in the order of the steps; [] where there is no file."""
-    rows = rows_so_far(path)
-    for number, row in enumerate(rows, start=1):
-        check(row, _StepRow, f"{path}, row {number}", DataError)
-    return sorted(rows, key=lambda row: row["step"])
+    return sorted(rows_so_far(path, StepRow), key=lambda row: row["step"])
 
 
 def _letter(index: int) -> str:

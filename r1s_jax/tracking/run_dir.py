@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import msgspec
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.http import without_credentials
@@ -94,9 +95,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_object(path, ConfigError)
 
 
+class _Versions(msgspec.Struct):
+    folder: str = "."
+
+
 def _where(versions: Path) -> Path:
     """The folder that a run was started in, which relative names in its config start from."""
-    return Path(str(read_object(versions, ConfigError).get("folder", ".")))
+    told = check(read_object(versions, ConfigError), _Versions, versions, ConfigError)
+    return Path(told.folder)
 
 
 def check_data(path: Path, config: Config, accept_changed: bool) -> None:
@@ -208,4 +214,6 @@ def _same_place(old: Any, new: Any, base: Path) -> bool:
         return all(a == b or _same_place(a, b, base) for a, b in pairs)
     if not (isinstance(old, str) and isinstance(new, str) and old and new):
         return False
-    return "://" not in old + new and (base / old).resolve() == Path(new).resolve()
+    if "://" in old + new or "\0" in old + new + str(base):
+        return False
+    return (base / old).resolve() == Path(new).resolve()

@@ -1,7 +1,7 @@
 """The end of a run: its summary, its learning curve, and one trajectory to look at."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from etils import epath
@@ -15,8 +15,20 @@ from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.rewards.answer_scores import score_answer
 from r1s_jax.system.console import console
 from r1s_jax.system.files import write_json, write_rows
+from r1s_jax.tracking.journal import learning_rows
 from r1s_jax.tracking.progress import Progress
 from r1s_jax.tracking.trace_view import as_text, legend
+
+
+class _Evaluated(TypedDict):
+    """A row of `evaluation_before.jsonl` and `evaluation_after.jsonl`."""
+
+    id: int | str
+    question: str
+    answers: list[str]
+    f1: float
+    searches: int
+    spans: list[tuple[str, bool]]
 
 
 def note_evaluation(run_dir: Path, when: str, evaluation: Evaluation) -> dict[str, float]:
@@ -46,7 +58,7 @@ def summarize(
     run_dir: Path, progress: Progress, after: Evaluation | None, best: epath.Path | None
 ) -> dict[str, Any]:
     """Writes `summary.json` and `learning_curve.png`, shows both to people, returns the summary."""
-    rows = rows_so_far(run_dir / "metrics.jsonl")
+    rows = learning_rows(run_dir)
     tokens = sum(row["sampled_tokens"] for row in rows)
     summary: dict[str, Any] = {
         "steps": len(rows),
@@ -133,7 +145,7 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
 
 def _evaluated(run_dir: Path, when: str) -> list[dict[str, Any]]:
     """The rows of an evaluation, by question; none in the directories of early versions."""
-    return rows_so_far(run_dir / f"evaluation_{when}.jsonl")
+    return rows_so_far(run_dir / f"evaluation_{when}.jsonl", _Evaluated)
 
 
 def _gain(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from r1s_jax.system.console import console
 from r1s_jax.system.distributed import is_main
 from r1s_jax.system.files import write_rows
 from r1s_jax.tracking.board import Board
+from r1s_jax.tracking.journal import StepRow, learning_rows
 from r1s_jax.tracking.run_dir import as_written
 
 _PREFIXES = ("cold_start", "rl")  # of the numbers' names
@@ -41,8 +42,7 @@ class Telemetry:
 
     def steps(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl` so far."""
-        path = self.run_dir / "metrics.jsonl"
-        return rows_so_far(path)
+        return learning_rows(self.run_dir)
 
     def cold_start(self, row: Mapping[str, Any]) -> None:
         """One row of `cold_start.jsonl`."""
@@ -88,7 +88,7 @@ class Telemetry:
     def _drop_after(self, name: str, step: int) -> None:
         path = self.run_dir / name
         if self._writes and path.exists():
-            kept = [row for row in rows_so_far(path) if row["step"] <= step]
+            kept = [row for row in rows_so_far(path, StepRow) if row["step"] <= step]
             write_rows(path, kept)
 
 

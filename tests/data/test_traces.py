@@ -15,6 +15,16 @@ from r1s_jax.tracking.trace_view import LABELS, as_text
 DOCUMENTS = protocol.document_block(["Rome is a city."])
 QUERY = f"{protocol.BEGIN_QUERY} Rome {protocol.END_QUERY}"
 ANSWER = f" </think> {protocol.BEGIN_ANSWER} a city {protocol.END_ANSWER}"
+
+
+@pytest.mark.parametrize("protocol", ["[]", '"r1"', "3"])
+def test_a_run_whose_config_is_damaged_is_named(tmp_path, protocol):
+    (tmp_path / "config.json").write_text(f'{{"protocol": {protocol}}}')
+    (tmp_path / "traces.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"config\.json: protocol: Expected"):
+        next(read_traces(tmp_path))
+
+
 RUN_ROW = {
     "step": 3,
     "question": "What is Rome?",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from r1s_jax.data.rows import DataError
 from r1s_jax.tracking.arms import as_markdown, plot_arms, run_result, table_of
 
 
@@ -39,6 +40,24 @@ def test_a_run_comes_to_what_its_files_say(tmp_path):
     assert got["stopped"] is None
     got = run_result(write_run(tmp_path / "b", [0.1] * 3, None))
     assert got["steps_to_good"] is None and got["stopped"] == "lost" and got["f1_after"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metrics.jsonl", '{"step": 1}\n'),
+        ("metrics.jsonl", '{"step": 1, "answer_f1": "x", "seconds_rollout": 1}\n'),
+        ("summary.json", '{"f1_after": "x"}'),
+        ("summary.json", '{"stopped_unhealthy": []}'),
+    ],
+)
+def test_a_run_whose_files_are_damaged_is_named(tmp_path, name, text):
+    (write_run(tmp_path / "a", [0.5], 0.5) / name).write_text(text)
+    with pytest.raises(DataError, match=f"{name}[:,] "):
+        table_of({"a": [run_result(tmp_path / "a")]})
+    if name == "metrics.jsonl":
+        with pytest.raises(DataError, match=name):
+            plot_arms({"a": [tmp_path / "a"]}, tmp_path / "curves.png")
 
 
 def test_a_row_holds_means_and_intervals_over_seeds(tmp_path):

@@ -336,9 +336,9 @@ def test_old_runs_have_no_advantages(tmp_path):
     [
         ("metrics.jsonl", '{"step": 1', "metrics.jsonl, line 2: "),
         ("metrics.jsonl", "[1]", "line 2: expected a JSON object, found a list"),
-        ("metrics.jsonl", '{"reward": 1}', "row 2: Object missing required field `step`"),
-        ("metrics.jsonl", '{"step": 2, "health": ["x"]}', "row 2: health[0]: Expected `object`"),
-        ("metrics.jsonl", '{"step": 2, "health": null}', "row 2: health: Expected `array`"),
+        ("metrics.jsonl", '{"reward": 1}', "line 2: Object missing required field `step`"),
+        ("metrics.jsonl", '{"step": 2, "health": ["x"]}', "line 2: health[0]: Expected `object`"),
+        ("metrics.jsonl", '{"step": 2, "health": null}', "line 2: health: Expected `array`"),
         ("traces.jsonl", '{"step": 1}', "traces.jsonl, line 2: no trajectory"),
         ("traces.jsonl", json.dumps(trace_row(1) | {"token_advantages": [["x", 1]]}), "spell"),
     ],

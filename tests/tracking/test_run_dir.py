@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from r1s_jax.border.errors import UserError
 from r1s_jax.config import ConfigError, CorpusConfig, PolicyConfig
 from r1s_jax.configs import wiki_smollm2
 from r1s_jax.data import corpora
@@ -100,6 +101,14 @@ def test_the_encoder_of_passages_is_data(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="hash changed since the run began"):
         check_data(tmp_path, given, accept_changed=False)
     check_data(tmp_path, given, accept_changed=True)
+
+
+@pytest.mark.parametrize("damaged", ['{"folder": 3}', "[]", '{"id": []}'])
+def test_versions_that_are_damaged_are_named(tmp_path, damaged):
+    begin(tmp_path / "run", config())
+    (tmp_path / "run" / "versions.json").write_text(damaged)
+    with pytest.raises(UserError, match=r"versions\.json: "):
+        open_run_dir(tmp_path / "run", config(), resume=True)
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])

@@ -132,3 +132,28 @@ def test_wandb_itself_takes_it(tmp_path, monkeypatch):
     assert wandb.run is None
     names = {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")}
     assert names == {json.loads((run / "versions.json").read_text())["id"]}
+
+
+STEP = {"step": 1, "stage": "stage1", "reward": 0.5, "answer_f1": 0.5, "searches": 2}
+STEP |= {"searches_per_question": 1.0, "sampled_tokens": 9, "seconds_rollout": 0.1, "health": []}
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "1"}, {"step": -1}, {"stage": 3}, {"entropy": "low"}, {"reward": None}]
+)
+def test_a_journal_with_a_row_of_another_kind_is_named(tmp_path, change):
+    telemetry = Telemetry(tmp_path)
+    telemetry.step(STEP)
+    assert telemetry.steps() == [STEP]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(STEP | change) + "\n")
+    with pytest.raises(DataError, match=r"metrics.jsonl, (line|step) 1: \w+: Expected"):
+        telemetry.rewind(cold_start=0, learning=1)
+        telemetry.steps()
+    telemetry.close()
+
+
+@pytest.mark.parametrize("name", ["cold_start.jsonl", "traces.jsonl"])
+def test_a_row_without_its_step_is_named(tmp_path, name):
+    (tmp_path / name).write_text('{"loss": 1}\n')
+    with pytest.raises(DataError, match=rf"{name}, line 1: .*`step`"):
+        Telemetry(tmp_path).rewind(cold_start=1, learning=1)

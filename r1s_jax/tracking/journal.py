@@ -1,0 +1,57 @@
+"""What a run's folder holds of its steps and results, checked as it is read again."""
+
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import msgspec
+
+from r1s_jax.border.json import read_object
+from r1s_jax.border.schema import check
+from r1s_jax.data.rows import DataError, rows_so_far
+
+
+class Fired(TypedDict):
+    """A health signal in a row (see tracking/health.py)."""
+
+    signal: str
+    level: str
+    value: float
+    advice: str
+
+
+class StepRow(TypedDict):
+    """What every row of metrics and of traces has, and some have."""
+
+    step: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+    health: NotRequired[list[Fired]]
+
+
+class _LearningRow(StepRow):
+    """A row of `metrics.jsonl`: what is read by its name. All others of it are numbers too."""
+
+    stage: str
+    reward: float
+    answer_f1: float
+    searches: float
+    searches_per_question: float
+    sampled_tokens: float
+    seconds_rollout: float
+
+
+def learning_rows(run: Path) -> list[dict[str, Any]]:
+    """The steps of reinforcement learning so far. Raises DataError for a row that is none."""
+    path = run / "metrics.jsonl"
+    rows = rows_so_far(path, _LearningRow)
+    for row in rows:
+        for name in row.keys() - {"stage", "health"}:
+            check(row[name], float | bool, f"{path}, step {row['step']}: {name}", DataError)
+    return rows
+
+
+def read_json(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    """The object in a file, checked to be a `kind`; {} where there is no file."""
+    if not path.exists():
+        return {}
+    value = read_object(path, DataError)
+    check(value, kind, path, DataError)
+    return value
