@@ -26,6 +26,7 @@ from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
+from r1s_jax.rollout.sampler import GREEDY_BELOW
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.files import write_json, write_rows
 from r1s_jax.system.locks import only_one
@@ -72,7 +73,7 @@ class EvalRun:
             raise ConfigError(f"mode {self.mode!r}: take search, rag or direct")
         if self.samples < 1:
             raise ConfigError(f"samples={self.samples}: at least one answer a question")
-        if self.samples > 1 and self.temperature == 0:
+        if self.samples > 1 and self.temperature < GREEDY_BELOW:
             raise ConfigError(
                 f"samples={self.samples} at temperature 0 would all be one answer: give a "
                 "temperature above 0, as 1.0"

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+# Temperatures below this take the likeliest token: logits divided by so little lose, to rounding,
+# the differences that a softmax is made of.
+GREEDY_BELOW = 1e-5
 _BLOCK = 128
 
 
@@ -42,10 +45,10 @@ def sample(
 
     Returns `(token, sample_logprob, policy_logprob)`: under the distribution it was drawn from
     (tempered, cut to the nucleus, renormalised), and under the plain softmax (temperature 1,
-    top-p 1), which is the one that importance ratios compare. Temperature 0 takes the likeliest
-    token, whose sampling probability is 1.
+    top-p 1), which is the one that importance ratios compare. A temperature of 0, or below
+    GREEDY_BELOW, takes the likeliest token, whose sampling probability is 1.
     """
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, jnp.zeros(logits.shape[0]), _logprob(logits, token)
     probs = jax.nn.softmax(logits / temperature, axis=-1)
@@ -61,7 +64,7 @@ def sample_each(
     top_p: Float[Array, " S"],
 ) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
     """`sample` with a temperature and a top-p of each row's own."""
-    greedy = temperature == 0
+    greedy = temperature < GREEDY_BELOW
     probs = jax.nn.softmax(logits / jnp.where(greedy, 1, temperature)[:, None], axis=-1)
     cut = top_p < 1
     probs = lax.cond(

@@ -167,7 +167,11 @@ def test_several_samples_a_question(questions, searcher, tmp_path):
         (tmp_path / "cut.jsonl.header.json").write_text(json.dumps(header))
         answer_file(run, EchoRetriever(), {}, cut)
         assert strip(rows_of(cut)) == strip(rows) and read_header(cut) == read_header(whole)
-    for changes in (dict(samples=0), dict(samples=2, temperature=0.0)):
+    for changes in (
+        dict(samples=0),
+        dict(samples=2, temperature=0.0),
+        dict(samples=2, temperature=1e-9),
+    ):
         with pytest.raises(ConfigError, match="samples="):
             make_run(questions, searcher, **changes)
 

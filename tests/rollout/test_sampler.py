@@ -3,7 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.rollout.sampler import invert_cdf, nucleus_threshold, sample, trajectory_keys
+from r1s_jax.rollout.sampler import (
+    invert_cdf,
+    nucleus_threshold,
+    sample,
+    sample_each,
+    trajectory_keys,
+)
 
 threshold_of = jax.jit(nucleus_threshold)
 draw_token = jax.jit(invert_cdf)
@@ -142,6 +148,20 @@ def test_greedy_takes_the_likeliest_whatever_the_uniform():
     np.testing.assert_array_equal(token, logits.argmax(-1))
     np.testing.assert_array_equal(sample_logprob, 0)
     np.testing.assert_allclose(policy_logprob, log_softmax(logits).max(-1), atol=2e-5)
+
+
+@pytest.mark.parametrize("vocab", [156, 300])
+@pytest.mark.parametrize("temperature", [1e-6, 1e-9, 1e-12, 1e-30, 1e-39])
+def test_a_temperature_close_to_zero_is_greedy(vocab, temperature):
+    logits, uniform = random_logits(8, vocab, scale=20), jnp.full(8, 0.5)
+    each = [jnp.full(8, value, jnp.float32) for value in (temperature, 0.9)]
+    drawn = [
+        draw_sample(logits, uniform, temperature=temperature, top_p=1.0),
+        jax.jit(sample_each)(logits, uniform, *each),
+    ]
+    for token, sample_logprob, _ in drawn:
+        np.testing.assert_array_equal(token, logits.argmax(-1))
+        np.testing.assert_array_equal(sample_logprob, 0)
 
 
 def keys(seed: int, step: int, pairs: list[tuple[int, int]], occurrence: int = 0) -> np.ndarray:
