@@ -6,8 +6,9 @@
                     -> {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}
     GET  /healthz, /metrics (Prometheus)
 
-What cannot be answered is `{"error": ...}`: 400 for a wrong request, 413 for too large a one, 503
-with `Retry-After` while too much is waiting, 500 where the search fails.
+What cannot be answered is `{"error": ...}`: 400 for a wrong request, 403 where a web page of
+elsewhere asks, 413 for too large a request, 415 for one that is no JSON by its header, 503 with
+`Retry-After` while too much is waiting, 500 where the search fails.
 """
 
 import asyncio
@@ -20,24 +21,28 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from r1s_jax.border import listen
 from r1s_jax.border.listen import bind
+from r1s_jax.border.origins import Callers, callers, guarded
 from r1s_jax.retrieval.api import Hit, Retriever
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_K = 3
-_SIZES = [2**i for i in range(13)]
+_SIZES = [2**i for i in range(7)]
+_SERVED = "POST /queries and /retrieve, GET /healthz and /metrics"
 
 
 class Served(Retriever, Protocol):
@@ -53,8 +58,10 @@ class Limits:
     body_bytes: int = 2**22  # of a request
     queries: int = 4096  # of a request
     k: int = 100
+    passages: int = 20_480  # of a reply: queries times k
+    characters: int = 2**14  # of a query, and about so many of those that are searched together
     waiting: int = 20_000  # queries that wait for the search thread
-    batch: int = 64  # queries searched together; a larger request is searched alone
+    batch: int = 64  # queries searched together; a larger request takes several turns
 
 
 class Refused(Exception):
@@ -65,14 +72,22 @@ class Refused(Exception):
         self.status = status
 
 
-class _Job(NamedTuple):
+@dataclass(eq=False)
+class _Job:
+    """A request that waits, or of which a part is searched."""
+
     queries: list[str]
     k: int
-    found: Future[list[list[Hit]]]
+    done: Future[list[list[Hit]]]
+    found: list[list[Hit]] = field(default_factory=list)  # of its first queries
+    taken: int = 0  # of its queries, those that are searched or were
 
 
 class Batcher:
-    """One thread that searches whatever is waiting for the same k, together."""
+    """One thread that searches whatever is waiting for the same k, together.
+
+    Requests take turns: a large one is searched in parts, with those of others between them.
+    """
 
     def __init__(self, retriever: Served, limits: Limits, observe: Callable[[int], None]):
         """`observe` is told the number of queries of each batch."""
@@ -85,6 +100,9 @@ class Batcher:
     def submit(self, queries: list[str], k: int) -> Future[list[list[Hit]]]:
         """The passages of each query, once found; raises Refused where too many wait."""
         job = _Job(queries, k, Future())
+        if not queries:
+            job.done.set_result([])
+            return job.done
         with self._changed:
             if self._closed:
                 raise Refused(503, "the server is stopping")
@@ -92,7 +110,7 @@ class Batcher:
                 raise Refused(503, f"more than {self._limits.waiting} queries are waiting")
             self._jobs.append(job)
             self._changed.notify()
-        return job.found
+        return job.done
 
     def waiting(self) -> int:
         """Queries that are not searched yet."""
@@ -107,41 +125,61 @@ class Batcher:
         self._thread.join()
 
     def _count(self) -> int:
-        return sum(len(job.queries) for job in self._jobs)
+        return sum(len(job.queries) - job.taken for job in self._jobs)
 
     def _work(self) -> None:
-        while jobs := self._take():
-            self._observe(sum(len(job.queries) for job in jobs))
-            self._search(jobs)
+        while parts := self._take():
+            self._observe(sum(len(queries) for _, queries in parts))
+            self._search(parts)
 
-    def _take(self) -> list[_Job]:
-        """The longest waiting request, and those that fit beside it; none once closed and done."""
-        taken, size, left = [], 0, deque()
+    def _take(self) -> list[tuple[_Job, list[str]]]:
+        """The next queries of the longest waiting request, and of those that fit beside them.
+
+        A request of which some are left goes to the end; none once closed and done.
+        """
+        parts: list[tuple[_Job, list[str]]] = []
+        queries, characters = self._limits.batch, self._limits.characters
+        kept, again = deque[_Job](), deque[_Job]()
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             for job in self._jobs:
-                fits = not taken or size + len(job.queries) <= self._limits.batch
-                if fits and (not taken or job.k == taken[0].k):
-                    taken.append(job)
-                    size += len(job.queries)
-                else:
-                    left.append(job)
-            self._jobs = left
-        return taken
+                part: list[str] = []
+                if not parts or job.k == parts[0][0].k:
+                    for query in job.queries[job.taken : job.taken + queries]:
+                        if (parts or part) and len(query) > characters:
+                            break
+                        characters -= len(query)
+                        part.append(query)
+                if part:
+                    job.taken += len(part)
+                    queries -= len(part)
+                    parts.append((job, part))
+                if job.taken < len(job.queries):
+                    (again if part else kept).append(job)
+            self._jobs = kept + again
+        return parts
 
-    def _search(self, jobs: list[_Job]) -> None:
+    def _search(self, parts: list[tuple[_Job, list[str]]]) -> None:
         try:
-            rows = iter(self._retriever.search([q for job in jobs for q in job.queries], jobs[0].k))
-            found = [[next(rows) for _ in job.queries] for job in jobs]
+            asked = [query for _, queries in parts for query in queries]
+            rows = iter(self._retriever.search(asked, parts[0][0].k))
+            found = [[next(rows) for _ in queries] for _, queries in parts]
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].found.set_exception(error)
+            if len(parts) == 1:
+                self._fail(parts[0][0], error)
             else:  # one request's failure is not its neighbours'
-                for job in jobs:
-                    self._search([job])
+                for part in parts:
+                    self._search([part])
             return
-        for job, hits in zip(jobs, found, strict=True):
-            job.found.set_result(hits)
+        for (job, _), hits in zip(parts, found, strict=True):
+            job.found += hits
+            if len(job.found) == len(job.queries):
+                job.done.set_result(job.found)
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        with self._changed:
+            self._jobs = deque(other for other in self._jobs if other is not job)
+        job.done.set_exception(error)
 
 
 class _Service:
@@ -181,18 +219,23 @@ class _Service:
         self, request: Request, k_name: str, reply: Callable[[dict, list[list[Hit]]], dict]
     ) -> Response:
         started, headers = time.perf_counter(), {}
+        content: Any
         try:
             raw = await listen.read_body(request, self._limits.body_bytes)
             body = _parse(raw, k_name, self._limits)
             found = self.batcher.submit(body["queries"], body[k_name])
             hits = await asyncio.wrap_future(found)
             self._queries.inc(len(hits))
-            status, content = 200, reply(body, hits)
+            # Of thousands of passages: the other requests must not wait for it.
+            content = await asyncio.to_thread(lambda: msgspec.json.encode(reply(body, hits)))
+            status = 200
         except Refused as error:
             status, content = error.status, {"error": str(error)}
             headers = {"Retry-After": "1"} if status == 503 else {}
         except listen.TooLarge as error:
             status, content = 413, {"error": str(error)}
+        except listen.NotJson as error:
+            status, content = 415, {"error": str(error)}
         except ClientDisconnect:
             status, content = 400, {"error": "the client went away"}
         except Exception as error:
@@ -201,6 +244,8 @@ class _Service:
             status, content = 500, {"error": f"the search failed: {error!r}"}
         self._requests.labels(request.url.path, status).inc()
         self._seconds.labels(request.url.path).observe(time.perf_counter() - started)
+        if status == 200:
+            return Response(content, media_type="application/json")
         return JSONResponse(content, status, headers)
 
 
@@ -215,11 +260,20 @@ def _parse(raw: bytes, k_name: str, limits: Limits) -> dict[str, Any]:
         raise Refused(400, 'expected {"queries": [text, ...]}')
     if len(queries) > limits.queries:
         raise Refused(413, f"{len(queries)} queries; the most is {limits.queries} a request")
+    if (longest := max(map(len, queries), default=0)) > limits.characters:
+        most = f"the most is {limits.characters:,}"
+        raise Refused(413, f"a query has {longest:,} characters; {most}")
     if not all(map(_encodes, queries)):
         raise Refused(400, "a query is not valid Unicode")
     k = _DEFAULT_K if body.get(k_name) is None else body[k_name]
     if type(k) is not int or not 1 <= k <= limits.k:
         raise Refused(400, f"{k_name!r} must be a whole number from 1 to {limits.k}")
+    if len(queries) * k > limits.passages:
+        raise Refused(
+            413,
+            f"{len(queries)} queries of {k} passages each; the most is {limits.passages:,} "
+            "passages a request: send the queries in several",
+        )
     if not isinstance(body.get("return_scores") or False, bool):
         raise Refused(400, "'return_scores' must be true or false")
     return body | {k_name: k}
@@ -255,8 +309,11 @@ def _document(hit: Hit) -> dict[str, str]:
     return {"id": hit.id, "contents": contents}
 
 
-def make_app(retriever: Served, limits: Limits) -> Starlette:
-    """The ASGI application; its search thread ends with it."""
+def make_app(retriever: Served, limits: Limits, allowed: Callers | None = None) -> ASGIApp:
+    """The ASGI application; its search thread ends with it.
+
+    By default only loopback's names and the server's own pages are `allowed`.
+    """
     service = _Service(retriever, limits)
 
     @asynccontextmanager
@@ -265,7 +322,10 @@ def make_app(retriever: Served, limits: Limits) -> Starlette:
         await asyncio.to_thread(service.batcher.close)
 
     def error(request: Request, refused: HTTPException) -> Response:
-        return JSONResponse({"error": refused.detail}, refused.status_code, refused.headers)
+        told = refused.detail
+        if refused.status_code in (404, 405):
+            told = f"{told}: this server has {_SERVED}"
+        return JSONResponse({"error": told}, refused.status_code, refused.headers)
 
     routes = [
         Route("/queries", service.queries, methods=["POST"]),
@@ -273,7 +333,8 @@ def make_app(retriever: Served, limits: Limits) -> Starlette:
         Route("/healthz", service.healthz),
         Route("/metrics", service.metrics),
     ]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: error})
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: error})
+    return guarded(app, allowed or Callers(), lambda why: JSONResponse({"error": why}, 403))
 
 
 def serve(
@@ -281,15 +342,17 @@ def serve(
     bound: socket.socket,
     *,
     limits: Limits | None = None,
+    allowed: Callers | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serves on a bound socket until SIGTERM or SIGINT; requests in flight are answered first.
 
     `announce` is told the address once connections are taken. Call it on the main thread.
     """
-    listen.serve(make_app(retriever, limits or Limits()), bound, announce)
+    listen.serve(make_app(retriever, limits or Limits(), allowed), bound, announce)
 
 
 def serve_in_background(retriever: Served, host: str) -> str:
     """Serves on a free port of `host` while this process lives; returns the address."""
-    return listen.serve_in_background(make_app(retriever, Limits()), bind(host, 0))
+    app = make_app(retriever, Limits(), callers(host, ()))
+    return listen.serve_in_background(app, bind(host, 0))

@@ -16,18 +16,25 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from r1s_jax.border.errors import shorten
+
 DRAIN_S = 30  # for what is in flight when a server is told to stop
 _KEEP_ALIVE_S = 75
 _STARTUP_S = 60
 _REQUEST_S = 90  # from the connection, or the answer before, to a whole request
+_LAST_S = 1.0  # the same once the server is told to stop
 
 
 class TooLarge(Exception):
     """A request with a larger body than is read."""
 
 
+class NotJson(Exception):
+    """A request whose `Content-Type` is another than JSON's: any web page may send such."""
+
+
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, at most `limit` bytes; raises TooLarge.
+    """The body, at most `limit` bytes; raises TooLarge and NotJson.
 
     One that is too large is read on for a while, or its sender sees no answer.
     """
@@ -40,6 +47,11 @@ async def read_body(request: Request, limit: int) -> bytes:
             break
     if size > limit:
         raise TooLarge(f"the request has more than {limit:,} bytes")
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise NotJson(
+            f"expected the header Content-Type: application/json, found {shorten(kind, 80)!r}"
+        )
     return b"".join(parts)
 
 
@@ -136,21 +148,36 @@ class _Patient(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._expect_request()
+        self._leaving = False
+        self._expect_request(_REQUEST_S)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._slow.cancel()
-        self._expect_request()
+        if self._leaving:
+            self.transport.close()
+        else:
+            self._expect_request(_REQUEST_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._slow.cancel()
         super().connection_lost(exc)
 
-    def _expect_request(self) -> None:
-        self._slow = self.loop.call_later(_REQUEST_S, self._close_if_slow)
+    def shutdown(self) -> None:
+        """The server is told to stop: a request that has begun to come has a moment left."""
+        self._leaving = True
+        if self.cycle is not None:
+            super().shutdown()
+        if not self.transport.is_closing() and not self._whole():
+            self._slow.cancel()
+            self._expect_request(_LAST_S)
+
+    def _expect_request(self, seconds: float) -> None:
+        self._slow = self.loop.call_later(seconds, self._close_if_slow)
+
+    def _whole(self) -> bool:
+        return self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
 
     def _close_if_slow(self) -> None:
-        whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
-        if not whole and not self.transport.is_closing():
+        if not self._whole() and not self.transport.is_closing():
             self.transport.close()

@@ -11,7 +11,7 @@ import typer
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.json import decode
-from r1s_jax.commands.options import AsJson
+from r1s_jax.commands.options import AsJson, CorsOption
 from r1s_jax.system.console import json_line
 
 app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes.")
@@ -269,6 +269,7 @@ def serve(
     index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")] = "127.0.0.1",
+    cors: CorsOption = None,
 ) -> None:
     """Serve an index over HTTP: R1-Searcher's `/queries`, Search-R1's `/retrieve`.
 
@@ -278,13 +279,15 @@ def serve(
     from r1s_jax.data.corpora import open_saved_index
 
     try:
+        from r1s_jax.border.origins import callers
         from r1s_jax.retrieval import server
     except ImportError as error:
         raise ConfigError(
             "serving needs the extra `serve`: pip install 'r1s-jax[serve]'"
         ) from error
+    allowed = callers(host, cors or ())
     with server.bind(host, port) as bound:
-        server.serve(open_saved_index(index), bound, announce=typer.echo)
+        server.serve(open_saved_index(index), bound, allowed=allowed, announce=typer.echo)
 
 
 def _instructions(query: str | None, passage: str | None) -> dict[str, str]:

@@ -44,6 +44,15 @@ SearchUrl = Annotated[
     str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
 ]
 
+CorsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cors",
+        metavar="ORIGIN",
+        help="Pages of another site that may use it: http://HOST:PORT, or * for all. Repeatable.",
+    ),
+]
+
 # A recipe and what differs from it.
 Recipe = Annotated[
     str,

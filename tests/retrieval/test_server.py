@@ -21,6 +21,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 import uvicorn
 
+from r1s_jax.border.origins import Callers, callers
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError
@@ -80,10 +81,13 @@ def server(folder):
         yield running
 
 
-def post(url: str, body: object) -> tuple[int, dict]:
+JSON = {"Content-Type": "application/json"}
+
+
+def post(url: str, body: object, headers: dict[str, str] = JSON) -> tuple[int, dict]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data)) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers)) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         with error:
@@ -139,8 +143,10 @@ def test_our_own_client_finds_what_the_index_finds(server, index, path):
         ("/retrieve", {"queries": ["a"], "return_scores": "yes"}, 400, "return_scores"),
         ("/queries", {"queries": ["a"] * 4097}, 413, "4097 queries; the most is 4096"),
         ("/queries", b" " * (2**22 + 1), 413, "more than 4,194,304 bytes"),
-        ("/nothing", {}, 404, "Not Found"),
-        ("/healthz", {}, 405, "Method Not Allowed"),
+        ("/queries", {"queries": ["x" * 16_385]}, 413, "16,385 characters; the most is 16,384"),
+        ("/queries", {"queries": ["a"] * 4096, "k": 6}, 413, "20,480 passages a request"),
+        ("/nothing", {}, 404, "Not Found: this server has POST /queries"),
+        ("/healthz", {}, 405, "Method Not Allowed: this server has"),
     ],
 )
 def test_wrong_requests_are_told_so(server, path, body, status, message):
@@ -231,6 +237,45 @@ def test_what_is_in_flight_is_answered_before_the_end(folder, number):
         assert running.process.wait(30) == 0
 
 
+def test_half_a_request_does_not_hold_the_end(folder):
+    head = b"POST /queries HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    body = b'{"queries": ["a"]}'
+    head += f"Content-Length: {len(body)}\r\n\r\n".encode()
+    with ServerProcess(folder) as running:
+        half, late = (socket.create_connection(("127.0.0.1", running.port)) for _ in range(2))
+        half.sendall(head + body[:5])
+        late.sendall(head)
+        urllib.request.urlopen(f"{running.url}/healthz").close()
+        started = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        late.sendall(body)  # this one comes in time
+        assert late.recv(100).startswith(b"HTTP/1.1 200")
+        assert running.process.wait(10) == 0 and time.monotonic() - started < 8
+        half.close()
+        late.close()
+
+
+def test_only_its_own_pages_may_ask(index):
+    allowed = callers("127.0.0.1", ["http://localhost:5173"])
+    url = serve_in_background(index, "127.0.0.1")
+    asked = {"queries": [NAMES[0]]}
+    for headers, status in (
+        ({}, 200),
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Host": "evil.example"}, 403),
+    ):
+        assert post(f"{url}/queries", asked, JSON | headers)[0] == status
+    retriever = Gated(index)
+    retriever.gate.set()
+    with in_process(retriever, Limits(), allowed) as url:
+        headers = JSON | {"Origin": "http://localhost:5173"}
+        request = urllib.request.Request(f"{url}/queries", json.dumps(asked).encode(), headers)
+        with urllib.request.urlopen(request) as reply:
+            assert reply.headers["Access-Control-Allow-Origin"] == "http://localhost:5173"
+
+
 def test_a_taken_port_is_said_at_once(folder):
     with LocalServer(lambda *_: (200, {})) as other:
         port = str(other.server_address[1])
@@ -262,9 +307,10 @@ class Gated:
 
 
 @contextmanager
-def in_process(retriever: Gated, limits: Limits):
+def in_process(retriever: Gated, limits: Limits, allowed: Callers | None = None):
     """The application on a thread of this process, where the engine can be held back."""
-    running = uvicorn.Server(uvicorn.Config(make_app(retriever, limits), log_level="error"))
+    app = make_app(retriever, limits, allowed)
+    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     with bind("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
@@ -313,11 +359,27 @@ def test_batches_hold_what_waits_for_the_same_k(index):
     jobs = [batcher.submit(*request) for request in [*requests, (NAMES[:9], 1)]]
     retriever.gate.set()
     batcher.close()
-    assert sizes == [1, 4, 4, 2, 9]
+    assert sizes == [1, 4, 4, 4, 4, 3]  # the nine take turns with the others
     for (queries, k), job in zip([*requests, (NAMES[:9], 1)], jobs, strict=True):
         assert job.result() == index.search(queries, k)
     with pytest.raises(Refused, match="stopping"):
         batcher.submit(["late"], 1)
+
+
+def test_a_large_request_holds_nobody(index):
+    retriever = Gated(index)
+    batcher = Batcher(retriever, Limits(batch=4, characters=40), lambda _: None)
+    large = batcher.submit([f"large {i}" for i in range(40)], 1)
+    retriever.until_asked()
+    long = batcher.submit(["x" * 25] * 3, 1)
+    small = batcher.submit(["small"], 1)
+    retriever.gate.set()
+    batcher.close()
+    turns = ["".join(sorted({query[0] for query in queries})) for queries in retriever.asked]
+    assert "s" in turns[2] and len(small.result()) == 1
+    assert max(sum(map(len, queries)) for queries in retriever.asked) <= 40
+    assert large.result() == index.search([f"large {i}" for i in range(40)], 1)
+    assert long.result() == index.search(["x" * 25] * 3, 1)
 
 
 def test_one_bad_request_does_not_spoil_its_neighbours(index):
@@ -330,6 +392,16 @@ def test_one_bad_request_does_not_spoil_its_neighbours(index):
     batcher.close()
     assert ["good", "bad", "fine"] in retriever.asked
     assert [job.exception() is None for job in (first, *jobs)] == [True, True, False, True]
+
+
+def test_a_request_that_fails_midway_fails_whole(index):
+    retriever = Gated(index)
+    retriever.gate.set()
+    batcher = Batcher(retriever, Limits(batch=2), lambda _: None)
+    job = batcher.submit(["good", "fine", "bad", "good", "fine"], 1)
+    assert "a bad query" in str(job.exception(10)) and batcher.waiting() == 0
+    assert batcher.submit(["good"], 1).result(10)
+    batcher.close()
 
 
 def test_a_client_that_never_finishes_its_request_is_let_go(index, monkeypatch):
