@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from r1s_jax.commands.options import (
+    CorsOption,
     DialectOption,
     ForceDialect,
     SearchedIndex,
@@ -49,6 +50,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     api_key: ApiKey = "",
+    cors: CorsOption = None,
     name: Name = "",
     slots: Slots = 16,
     waiting: Waiting = 64,
@@ -73,11 +75,13 @@ def serve(
 
     try:
         from r1s_jax.border import listen
+        from r1s_jax.border.origins import callers
         from r1s_jax.serving import start
     except ImportError as error:
         raise ConfigError(
             "serving needs the extra `serve`: pip install 'r1s-jax[serve]'"
         ) from error
+    allowed = callers(host, cors or (), key=bool(api_key))
     found, _ = open_search_engine(index, retriever, site if online else None)
     limits = {"slots": slots, "waiting": waiting, "k": k, "max_length": max_length}
     limits |= {"max_searches": max_searches, "first_search": first_search, "deadline_s": deadline}
@@ -85,4 +89,4 @@ def serve(
     with listen.bind(host, port) as bound:
         names = {"engine": engine, "name": name, "key": api_key}
         service = start.start(model, found, **names, **limits, **how)
-        start.serve(service, bound, announce=typer.echo)
+        start.serve(service, bound, typer.echo, allowed)

@@ -35,7 +35,7 @@ FAILED, VOID = ("timeout", "error"), ("bad_query", "long_query", "invalid_turn")
 _LAG = 8
 # A retriever that finds nothing in so many searches of a rollout, and nothing else, is broken.
 _ALL_EMPTY = 64
-_CHARACTERS_A_TOKEN = 32  # more than any text takes, runs of white space apart
+CHARACTERS_A_TOKEN = 32  # more than any text takes, runs of white space apart
 # Fewer failures than this stop nothing midway, whatever their share.
 _MIN_FAILURES = 8
 
@@ -107,7 +107,7 @@ class Broker:
         self.dialect, self._evaluation = dialect, evaluation
         self._decode, self._encode = decode, encode
         self._k, self._width = documents_per_query, max_documents_length
-        self._most_characters = max_documents_length * _CHARACTERS_A_TOKEN
+        self._most_characters = max_documents_length * CHARACTERS_A_TOKEN
         self._changed = threading.Condition()
         self.begin(None)
         self.reply_tokens([["-"] * documents_per_query])  # or the first search would find it out
@@ -362,10 +362,10 @@ class Broker:
         """Settles a search, once; the lock is held."""
         if search.outcome != "pending":
             return
-        search.outcome, search.detail = outcome, detail
         search.documents = tuple(hit.line[: self._most_characters] for hit in hits)
         search.ids = tuple(str(getattr(hit, "id", "")) for hit in hits)
-        search.seconds = time.monotonic() - search.started
+        search.seconds, search.detail = time.monotonic() - search.started, detail
+        search.outcome = outcome  # last: who reads it without the lock finds the rest
         if turn := search.turn:
             if self._pending.get((turn.shard, turn.slot)) is not turn:
                 return  # from a rollout that is over

@@ -376,12 +376,20 @@ class Engine:
         prompts = [self.prompt_tokens(q.question) for q in questions]
         forced: list[list[int]] = [[] for _ in questions]
         for i, search in enumerate(first):
-            query = self._first_query(search.query)
-            room = self.config.max_prompt_length - len(prompts[i]) - len(query)
-            forced[i] = query + self.broker.document_tokens(search.documents, room)
+            forced[i] = self.first_search_tokens(search, len(prompts[i]))
         for question, prompt in zip(questions, prompts, strict=True):
             self._check_prompt(question, prompt)
         return [p + f for p, f in zip(prompts, forced, strict=True)], forced
+
+    def first_search_tokens(self, search: Search, prompt: int) -> list[int]:
+        """Token ids of the system's own first search behind a prompt of so many tokens."""
+        query = self._first_query(search.query)
+        room = self.config.max_prompt_length - prompt - len(query)
+        return query + self.broker.document_tokens(search.documents, room)
+
+    def first_search_room(self, question: str) -> int:
+        """Tokens that the first search of a question needs at least."""
+        return len(self._first_query(question)) + _LEAST_DOCUMENTS
 
     def _first_query(self, query: str) -> list[int]:
         return self.encode(self.dialect.first_call(self.foreign(query)))
@@ -396,7 +404,7 @@ class Engine:
         needed = len(prompt)
         if self.config.first_search:  # its documents are cut to what is left, but some must fit
             what = "has, with room for a first search,"
-            needed += len(self._first_query(question.question)) + _LEAST_DOCUMENTS
+            needed += self.first_search_room(question.question)
         if needed > limit:
             raise DataError(
                 f"the prompt of question {question.id} ({question.question[:60]!r}) {what} "

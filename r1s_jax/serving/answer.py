@@ -1,6 +1,6 @@
 """One answer of the server as it grows: what OpenAI's clients are told of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -9,7 +9,7 @@ from r1s_jax.retrieval.api import split_line
 from r1s_jax.rollout.broker import VOID, Search
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.serving.jobs import Update
-from r1s_jax.serving.pieces import Pieces
+from r1s_jax.serving.pieces import Piece, Pieces
 
 Delta = dict[str, Any]
 _FULL = (Finish.LENGTH, Finish.SEARCH_LIMIT)
@@ -48,28 +48,26 @@ class Answer:
         return self.finish_reason is not None
 
     def feed(self, update: Update) -> list[Delta]:
-        """What a client is to be told; raises Failed."""
+        """What a client is to be told; raises Failed.
+
+        What the policy writes behind a stop is told nobody and counted nowhere.
+        """
+        if self.over:
+            return []
         if update.finish == Finish.ABORTED:
             raise Failed(update.error or "the searches failed")
         deltas = self._note(update.searches)
         pairs = list(zip(update.tokens, update.mask, strict=True))
-        self.written += sum(update.mask)
-        self.documents += len(pairs) - sum(update.mask)
-        if update.finish and pairs and pairs[-1][1] and pairs[-1][0] in self._eos_ids:
+        ended = bool(update.finish and pairs and pairs[-1][1] and pairs[-1][0] in self._eos_ids)
+        if ended:
             pairs.pop()
-        pieces = []
-        for by_policy, run in groupby(pairs, key=lambda pair: pair[1]):
-            tokens = [token for token, _ in run]
-            if by_policy:
-                self._turn += tokens
-            else:
-                pieces += self._pieces.write(self._decode(self._turn), over=True)
-                pieces += self._pieces.reply(self._decode(tokens))
-                self._turn = []
+        for tokens, by_policy in _runs(pairs, singly=bool(self._cut.stops)):
+            deltas += self._take(tokens, by_policy)
+            if self.over:
+                return deltas
+        self.written += ended
         over = bool(update.finish)
-        pieces += self._pieces.write(self._decode(self._turn), over=over)
-        for kind, text in pieces:
-            deltas += self._tell(kind, text)
+        deltas += self._tell_all(self._pieces.write(self._decode(self._turn), over=over))
         if over and not self.over:
             deltas += self._say(self._cut.rest())
             self.finish_reason = "length" if update.finish in _FULL else "stop"
@@ -100,9 +98,9 @@ class Answer:
         ]
 
     def first_deltas(self) -> list[Delta]:
-        """What is told before the policy has begun."""
+        """What became of the searches that the system made before the policy began."""
         known, self._searches = self._searches, []
-        return [{"role": "assistant", "content": ""}, *self._note(known)]
+        return self._note(known)
 
     def _note(self, searches: Sequence[Search]) -> list[Delta]:
         deltas = []
@@ -113,6 +111,21 @@ class Answer:
                 self._searches.append(search)
             deltas.append({"searches": [{"index": index, **search_json(search)}]})
         return deltas
+
+    def _take(self, tokens: list[int], by_policy: bool) -> list[Delta]:
+        """Tokens that one of both wrote."""
+        if by_policy:
+            self.written += len(tokens)
+            self._turn += tokens
+            return self._tell_all(self._pieces.write(self._decode(self._turn)))
+        self.documents += len(tokens)
+        pieces = self._pieces.write(self._decode(self._turn), over=True)
+        pieces += self._pieces.reply(self._decode(tokens))
+        self._turn = []
+        return self._tell_all(pieces)
+
+    def _tell_all(self, pieces: Sequence[Piece]) -> list[Delta]:
+        return [delta for kind, text in pieces for delta in self._tell(kind, text)]
 
     def _tell(self, kind: str, text: str) -> list[Delta]:
         if self.over:
@@ -134,17 +147,17 @@ class _Cut:
     """Lets a text through up to the first of the texts that end it."""
 
     def __init__(self, stops: Sequence[str]):
-        self._stops, self._held, self.found = stops, "", False
+        self.stops, self._held, self.found = stops, "", False
 
     def feed(self, text: str) -> str:
         """What may be told; an end that may become a stop is held back."""
         self._held += text
-        places = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        places = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
         if places:
             self.found = True
             told, self._held = self._held[: min(places)], ""
             return told
-        held = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        held = max((_overlap(self._held, stop) for stop in self.stops), default=0)
         end = len(self._held) - held
         told, self._held = self._held[:end], self._held[end:]
         return told
@@ -153,6 +166,15 @@ class _Cut:
         """What is held back, now that nothing follows."""
         told, self._held = self._held, ""
         return told
+
+
+def _runs(pairs: Sequence[tuple[int, bool]], singly: bool) -> Iterator[tuple[list[int], bool]]:
+    """Neighbouring tokens of one writer, or each alone, and whether the policy wrote them."""
+    for by_policy, run in groupby(pairs, key=lambda pair: pair[1]):
+        tokens = [token for token, _ in run]
+        size = 1 if singly and by_policy else len(tokens)
+        for at in range(0, len(tokens), size):
+            yield tokens[at : at + size], by_policy
 
 
 def _overlap(text: str, stop: str) -> int:

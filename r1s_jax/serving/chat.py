@@ -18,7 +18,9 @@ _IGNORED = {
     *("prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity"),
     *("web_search_options", "prediction", "modalities"),
 }
-# Fields of OpenAI's that would change the answer and are not served, with what asks for nothing.
+_WHOLE = {"max_tokens", "max_completion_tokens", "seed", "n"}
+# Fields of OpenAI's, and of servers like it, that would change the answer and are not served, with
+# the values that ask for nothing. Clients send these of their own accord.
 _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -31,6 +33,31 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "response_format": ({"type": "text"},),
     "audio": (),
+    "thinking": ({"type": "disabled"},),
+    "extra_body": ({},),
+    # Of vLLM, SGLang and llama.cpp.
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "repetition_penalty": (1,),
+    "repeat_penalty": (1,),
+    "length_penalty": (1,),
+    "best_of": (1,),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "echo": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "mirostat": (0,),
 }
 
 
@@ -114,6 +141,9 @@ class ChatRequest(msgspec.Struct, kw_only=True):
         told = [_message(i, message) for i, message in enumerate(self.messages)]
         if told[-1]["role"] != "user":
             raise Refused(400, "messages: the last one must be the user's", param="messages")
+        if not told[-1]["content"].strip():
+            where = f"messages[{len(told) - 1}].content"
+            raise Refused(400, f"{where}: expected a question, found nothing", param=where)
         return told
 
 
@@ -121,7 +151,7 @@ def read_request(raw: bytes) -> ChatRequest:
     """The body of a request; raises Refused for what is wrong with it or is not served."""
     try:
         body = parse_object(raw, "the request")
-        body = {name: value for name, value in body.items() if value is not None}
+        body = {n: _whole_number(n, v) for n, v in body.items() if v is not None}
         asked = check(body, ChatRequest, "the request")
     except BadInput as error:
         raise Refused(400, str(error)) from None
@@ -133,6 +163,12 @@ def read_request(raw: bytes) -> ChatRequest:
             raise Refused(400, f"{name} is not supported by this server", param=name)
     _check_ranges(asked)
     return asked
+
+
+def _whole_number(name: str, value: Any) -> Any:
+    """Some clients write whole numbers as 5.0."""
+    whole = name in _WHOLE and isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value
 
 
 def _check_ranges(asked: ChatRequest) -> None:

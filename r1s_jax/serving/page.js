@@ -88,6 +88,7 @@ async function* events(response) {
     const parts = held.split("\n\n");
     held = parts.pop();
     for (const part of parts) {
+      if (!part.startsWith("data: ")) continue; // a comment that keeps the connection open
       const data = part.replace(/^data: /, "");
       if (data !== "[DONE]") yield JSON.parse(data);
     }
@@ -129,9 +130,5 @@ form.addEventListener("submit", async (event) => {
   send.textContent = "Ask";
 });
 
-// A link may bring its question along: /?q=...
-const brought = new URLSearchParams(location.search).get("q");
-if (brought) {
-  box.value = brought;
-  form.requestSubmit();
-}
+// A link may bring its question along: /?q=... It is asked once the visitor says so.
+box.value = new URLSearchParams(location.search).get("q") || "";

@@ -1,5 +1,7 @@
 """From a model's reference to a server of it."""
 
+import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +9,14 @@ from typing import Any
 
 from r1s_jax.border import listen
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.origins import Callers
 from r1s_jax.config import RolloutConfig
+from r1s_jax.models.checkpoint import run_of
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
 from r1s_jax.retrieval.api import Retriever
+from r1s_jax.serving.exchange import Limits
 from r1s_jax.serving.searcher import Searcher
-from r1s_jax.serving.server import Limits, Service, make_app
+from r1s_jax.serving.server import Service, check_key, make_app
 from r1s_jax.system.console import console
 
 # Answers seldom get their documents at the same moment: a chunk of one of them, and a long one.
@@ -38,8 +43,10 @@ def start(
 ) -> Service:
     """Loads and compiles; what is returned answers at once.
 
-    Raises what `load_pretrained` and `Pretrained.speaking` raise.
+    Raises what `load_pretrained` and `Pretrained.speaking` raise, and ConfigError for a key that no
+    client can send.
     """
+    check_key(key)
     policy = load_pretrained(model, default_dtype()).speaking(
         dialect, thinking, force=force_dialect
     )
@@ -56,9 +63,20 @@ def start(
     )
     console.print("Compiling")
     searcher = _kind(engine)(policy, retriever, config, waiting=waiting)
-    told = name or Path(model.partition("==")[0].rpartition(":")[2]).name
-    limits = Limits(deadline_s=deadline_s)
+    told, limits = name or name_of(model), Limits(deadline_s=deadline_s)
     return Service(searcher, told, key=key, first_search=first_search, limits=limits)
+
+
+def name_of(model: str) -> str:
+    """What a model is called by clients: without where it comes from, which revision it is or
+    which checkpoint of a run."""
+    kind, _, rest = model.partition(":")
+    if kind in ("hf", "wheel"):
+        named = re.split("@|==|:", rest)[0]
+    else:
+        path = Path(os.path.abspath(Path(model).expanduser()))
+        named = str(run_of(path) or path)
+    return Path(named).name or "model"
 
 
 def _kind(engine: str) -> Callable[..., Any]:
@@ -74,10 +92,16 @@ def _kind(engine: str) -> Callable[..., Any]:
     return JetStreamSearcher
 
 
-def serve(service: Service, bound: socket.socket, announce: Callable[[str], None]) -> None:
+def serve(
+    service: Service,
+    bound: socket.socket,
+    announce: Callable[[str], None],
+    allowed: Callers | None = None,
+) -> None:
     """Until SIGTERM or SIGINT. Answers in flight are finished, new requests refused."""
 
     def stopping() -> None:
         service.stopping = True
 
-    listen.serve(make_app(service), bound, announce, stopping, service.limits.deadline_s)
+    app = make_app(service, allowed)
+    listen.serve(app, bound, announce, stopping, service.limits.deadline_s)

@@ -61,6 +61,9 @@ def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_
 
 def test_what_fails_is_said():
     with serving(Slow(), key="secret") as (url, _), opened(f"{url}/?q=Who%3F") as page:
+        page.until("box.value === 'Who?'")
+        assert not page.value("document.querySelector('.turn')")  # a link asks nothing by itself
+        page.value("form.requestSubmit()")
         page.until("document.querySelector('[data-done]') !== null")
         assert "Incorrect API key" in page.value("document.querySelector('.error').textContent")
 

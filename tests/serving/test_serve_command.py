@@ -21,14 +21,14 @@ from r1s_jax.data.tiny_world import TRADES
 from r1s_jax.models.weights import save_params
 from tests.http_server import LocalServer
 from tests.makers import run_cli, scripted_policy
-from tests.serving.test_server import ASK, CHAT, get, until
+from tests.serving.test_server import ASK, HEAD, get, until
 
 RUBBISH = [
     b"\x00\xff\xfe\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: " + b"x" * 200_000 + b"\r\n\r\n",
-    f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nnot json!".encode(),
-    f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n{{".encode(),
-    f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n".encode(),
+    f"{HEAD}Content-Length: 9\r\n\r\nnot json!".encode(),
+    f"{HEAD}Content-Length: 5000\r\n\r\n{{".encode(),
+    f"{HEAD}Transfer-Encoding: chunked\r\n\r\nzz\r\n".encode(),
 ]
 
 
@@ -169,7 +169,7 @@ async def _send(url: str, data: bytes) -> None:
 
 async def _hang_up(url: str, seed: int, after: float) -> None:
     body = json.dumps({"messages": ASK, "seed": seed, "stream": True})
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"{HEAD}Content-Length: {len(body)}\r\n\r\n"
     place = urlsplit(url)
     try:
         _, writer = await asyncio.open_connection(place.hostname, place.port)

@@ -22,9 +22,10 @@ from r1s_jax.serving.server import Limits, Service, make_app
 from tests.fakes import GatedRetriever, RaisingRetriever, WebRetriever
 from tests.makers import ROLLOUT, scripted_policy
 
-CONFIG = dataclasses.replace(ROLLOUT, slots=4, prefill_rows=2)
+CONFIG = dataclasses.replace(ROLLOUT, slots=4, prefill_rows=2, max_prompt_length=95)
 ASK = [{"role": "user", "content": "What is the trade of Bakori?"}]
 CHAT = "/v1/chat/completions"
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @contextmanager
@@ -77,7 +78,8 @@ def streamed(chunks) -> tuple[dict, list]:
 def post(url: str, body, headers: dict | None = None):
     """(status, reply, headers) of a request that need not be a right one."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url + CHAT, data, headers or {})
+    sent = {"Content-Type": "application/json"} | (headers or {})
+    request = urllib.request.Request(url + CHAT, data, sent)
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status, json.loads(reply.read()), reply.headers
@@ -273,7 +275,7 @@ def half_asked(url: str, **more) -> socket.socket:
     host, port = urlsplit(url).hostname, urlsplit(url).port
     body = json.dumps({"messages": ASK, **more}).encode()
     sock = socket.create_connection((host, port))
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"{HEAD}Content-Length: {len(body)}\r\n\r\n"
     sock.sendall(head.encode() + body)
     return sock
 

@@ -1,0 +1,351 @@
+"""One request for answers, from its body to the last event that its client is sent."""
+
+import asyncio
+import itertools
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.protocol.prompts import conversation
+from r1s_jax.rollout.broker import CHARACTERS_A_TOKEN, Search
+from r1s_jax.rollout.sampler import GREEDY_BELOW
+from r1s_jax.serving.answer import Answer, Delta, Failed, search_json
+from r1s_jax.serving.chat import ChatRequest, Refused, read_request
+from r1s_jax.serving.jobs import Busy, Job, Jobs, Update
+from r1s_jax.serving.meters import Meters
+
+logger = logging.getLogger(__name__)
+
+_QUIET_S = 5.0  # a stream that says nothing for so long gets a comment: proxies cut silent ones
+_READERS, _SEARCHERS = 2, 32  # threads that read prompts, and that make first searches
+_USUAL_CHARACTERS = 8  # of a token: text of so many tells whether the rest need be encoded
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes on; the rest is refused."""
+
+    body_bytes: int = 2**20  # of a request
+    deadline_s: float = 300.0  # from a request to the end of its answer
+
+
+class Asked(NamedTuple):
+    """A request as it was read."""
+
+    request: ChatRequest
+    prompt: str
+    tokens: list[int]  # of the prompt
+    question: str  # the last message
+
+
+class Desk:
+    """What the exchanges of one server share; but for `read` and `search`, of one event loop."""
+
+    def __init__(self, searcher: Jobs, name: str, first_search: bool, limits: Limits):
+        self.searcher, self.name, self.limits = searcher, name, limits
+        self.first_search, self.meters = first_search, Meters(searcher)
+        self.groups = itertools.count(1)
+        self.readers = ThreadPoolExecutor(_READERS, "prompts")
+        self.searchers = ThreadPoolExecutor(_SEARCHERS, "first-search")
+        self._render = conversation(searcher.engine.dialect, searcher.engine.tokenizer)
+        self._promised = 0  # answers that have a place and are no jobs yet
+
+    def take_places(self, count: int) -> None:
+        """Of answers that will be jobs; raises Refused (429) where too many wait."""
+        free = self.searcher.rows - self.searcher.slots_busy
+        waiting = self.searcher.queued + self._promised
+        if waiting + count > self.searcher.waiting + free:
+            raise too_busy(f"{waiting} answers are waiting")
+        self._promised += count
+
+    def give_places(self, count: int) -> None:
+        """They are jobs now, or will never be."""
+        self._promised -= count
+
+    def read(self, raw: bytes) -> Asked:
+        """The body of a request; raises Refused. Takes a while: for a thread.
+
+        What cannot be short enough is not encoded.
+        """
+        asked, engine = read_request(raw), self.searcher.engine
+        self._check(asked)
+        messages = asked.conversation()
+        characters = sum(len(message["content"]) for message in messages)
+        if characters > engine.config.max_length * CHARACTERS_A_TOKEN:
+            raise self._too_long(f"{characters:,} characters")
+        clean = [{**m, "content": engine.foreign(m["content"])} for m in messages]
+        try:
+            prompt = self._render(clean)
+        except ConfigError as error:
+            raise Refused(400, str(error), param="messages") from None
+        begun = engine.encode(prompt[: _USUAL_CHARACTERS * engine.config.max_length])
+        if len(begun) > engine.config.max_length:
+            raise self._too_long(f"more than {engine.config.max_length} tokens")
+        tokens, question = engine.start_tokens(prompt), messages[-1]["content"]
+        most, needed = engine.config.max_length - 2, len(tokens)
+        if self.first_search:
+            most = min(most, engine.config.max_prompt_length)
+            needed += engine.first_search_room(question)
+        if needed > most:
+            raise self._too_long(f"{needed} tokens")
+        return Asked(asked, prompt, tokens, question)
+
+    def search(self, asked: Asked) -> tuple[Search, list[int]]:
+        """The system's own search of the question, and its tokens behind the prompt."""
+        engine = self.searcher.engine
+        (search,) = engine.broker.search_now([asked.question])
+        return search, engine.first_search_tokens(search, len(asked.tokens))
+
+    def close(self) -> None:
+        """Waits for what is read and made."""
+        self.searcher.close()
+        self.readers.shutdown()
+        self.searchers.shutdown()
+
+    def _check(self, asked: ChatRequest) -> None:
+        if self.searcher.greedy_only and (asked.temperature or 0) >= GREEDY_BELOW:
+            raise Refused(400, "this server decodes greedily: temperature 0", param="temperature")
+        if asked.model is not None:
+            self.check_model(asked.model)
+
+    def check_model(self, name: str) -> None:
+        """Raises Refused (404) for another model than is served."""
+        if name != self.name:
+            message = f"The model {name[:80]!r} does not exist: there is {self.name!r}"
+            raise Refused(404, message, param="model", code="model_not_found")
+
+    def _too_long(self, size: str) -> Refused:
+        return Refused(
+            400,
+            f"the messages take {size}; there is room for "
+            f"{self.searcher.engine.config.max_length} tokens with the answer and all documents",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
+def too_busy(why: str) -> Refused:
+    """What is said where as much waits as may wait."""
+    return Refused(
+        429, f"try again later: {why}", kind="rate_limit_error", code="rate_limit_exceeded"
+    )
+
+
+class Exchange:
+    """One request and its answers."""
+
+    def __init__(self, desk: Desk, started: float):
+        """`started` as time.monotonic tells it. Takes the place of an answer; raises Refused."""
+        desk.take_places(1)
+        self._desk, self._started, self._places = desk, started, 1
+        self._deadline = started + desk.limits.deadline_s
+        self._news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._answers: list[Answer] = []
+        self._jobs: list[Job] = []
+        self._given = 0  # tokens that stand before the policy's first
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._left = False
+
+    async def read(self, raw: bytes) -> ChatRequest:
+        """Reads the body; raises Refused. To be called first."""
+        self._asked = await self._in_thread(self._desk.readers, self._desk.read, raw)
+        more = self._asked.request.samples - 1
+        self._desk.take_places(more)
+        self._places += more
+        return self._asked.request
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """(which answer, what is new of it), to the end of all; raises Refused.
+
+        An empty delta says that nothing was new for a while.
+        """
+        answers = range(self._asked.request.samples)
+        for i in answers:
+            yield i, {"role": "assistant", "content": ""}
+        if self._desk.first_search:
+            begun = {"index": 0, **search_json(Search(-1, self._asked.question))}
+            for i in answers:
+                yield i, {"searches": [begun]}
+        starting = asyncio.ensure_future(self._start())
+        try:
+            while not (await asyncio.wait({starting}, timeout=_QUIET_S))[0]:
+                yield 0, {}
+            starting.result()
+        finally:
+            starting.cancel()
+        for i in answers:
+            for delta in self._answers[i].first_deltas():
+                yield i, delta
+        while not all(answer.over for answer in self._answers):
+            if (new := await self._next()) is None:
+                yield 0, {}
+                continue
+            i, update = new
+            try:
+                deltas = self._answers[i].feed(update)
+            except Failed as failed:
+                raise Refused(500, str(failed), kind="server_error") from None
+            if update.tokens:
+                self._desk.meters.first_token(self, time.monotonic() - self._started)
+            for delta in deltas:
+                yield i, delta
+            if self._answers[i].over and not update.finish:
+                self._desk.searcher.cancel([self._jobs[i]])
+
+    async def finish(self) -> None:
+        """Waits for the end; raises Refused."""
+        async for _ in self.deltas():
+            pass
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The stream of server-sent events."""
+        status = 200
+        try:
+            async for i, delta in self.deltas():
+                new = [{"index": i, "delta": delta, "finish_reason": None}]
+                yield self._chunk(new) if delta else b": waiting\n\n"
+            for i, answer in enumerate(self._answers):
+                noted = answer.annotations()
+                delta = {"annotations": noted} if noted else {}
+                end = {"index": i, "delta": delta, "finish_reason": answer.finish_reason}
+                yield self._chunk([end])
+            if self._asked.request.include_usage:
+                yield self._chunk([], usage=self.usage())
+        except Refused as refused:
+            status = refused.status
+            yield _event(refused.json())
+        self._desk.meters.request(status)
+        yield b"data: [DONE]\n\n"
+
+    def completion(self) -> bytes:
+        """The whole answer as one object."""
+        choices = [
+            {
+                "index": i,
+                "message": answer.message(),
+                "finish_reason": answer.finish_reason,
+                "logprobs": None,
+            }
+            for i, answer in enumerate(self._answers)
+        ]
+        told = self._frame("chat.completion") | {"choices": choices, "usage": self.usage()}
+        return _bytes(told)
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens: documents are of the prompt, the policy did not write them."""
+        documents = sum(answer.documents for answer in self._answers)
+        written = sum(answer.written for answer in self._answers)
+        given = self._given + documents
+        return {
+            "prompt_tokens": given,
+            "completion_tokens": written,
+            "total_tokens": given + written,
+            "prompt_tokens_details": {"document_tokens": documents, "cached_tokens": 0},
+        }
+
+    def leave(self) -> None:
+        """Nobody waits any more, or all is said."""
+        if self._left:
+            return
+        self._left = True
+        self._desk.give_places(self._places)
+        if self._jobs:
+            self._desk.searcher.cancel(self._jobs)
+            self._desk.meters.answered(self, time.monotonic() - self._started)
+
+    async def _start(self) -> None:
+        """Makes the system's own search where there is one, then the jobs; raises Refused."""
+        desk, asked = self._desk, self._asked
+        engine, prompt, tokens, first = desk.searcher.engine, asked.prompt, asked.tokens, []
+        if desk.first_search:
+            search, forced = await self._in_thread(desk.searchers, desk.search, asked)
+            first, tokens, prompt = [search], tokens + forced, prompt + engine.decode(forced)
+        self._given = len(tokens)
+        self._answers = [
+            Answer(
+                engine.dialect, prompt, engine.decode, engine.eos_ids, asked.request.stops, first
+            )
+            for _ in range(asked.request.samples)
+        ]
+        jobs = self._make_jobs(tokens)
+        try:
+            desk.searcher.submit(jobs)
+        except Busy as busy:
+            raise too_busy(str(busy)) from None
+        self._jobs = jobs
+        desk.give_places(self._places)
+        self._places = 0
+
+    def _make_jobs(self, tokens: list[int]) -> list[Job]:
+        asked, seed = self._asked.request, self._asked.request.drawn_seed()
+        group = next(self._desk.groups)
+        return [
+            Job(
+                prompt=tokens,
+                seed=seed,
+                update=self._listener(i),
+                sample=i,
+                group=group,
+                temperature=1.0 if asked.temperature is None else asked.temperature,
+                top_p=1.0 if asked.top_p is None else asked.top_p,
+                max_tokens=asked.limit,
+            )
+            for i in range(asked.samples)
+        ]
+
+    async def _next(self) -> tuple[int, Update] | None:
+        """What the searcher tells next, None where that takes a while; raises Refused."""
+        left = self._deadline - time.monotonic()
+        try:
+            async with asyncio.timeout(min(left, _QUIET_S)):
+                return await self._news.get()
+        except TimeoutError:
+            if left <= _QUIET_S:
+                raise self._late() from None
+            return None
+
+    async def _in_thread(self, pool: ThreadPoolExecutor, call: Callable[..., Any], *of: Any) -> Any:
+        """What a call returns, made on one of a pool's threads; raises Refused when late."""
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                return await self._loop.run_in_executor(pool, call, *of)
+        except TimeoutError:
+            raise self._late() from None
+
+    def _late(self) -> Refused:
+        seconds = self._desk.limits.deadline_s
+        text = f"no whole answer within {seconds:.0f} s"
+        return Refused(504, text, kind="timeout", code="deadline")
+
+    def _listener(self, i: int) -> Callable[[Update], None]:
+        def update(new: Update) -> None:
+            with suppress(RuntimeError):  # the event loop has ended
+                self._loop.call_soon_threadsafe(self._news.put_nowait, (i, new))
+
+        return update
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        name = self._desk.name
+        return {"id": self._id, "object": kind, "created": self._created, "model": name}
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        usage = {"usage": None} if self._asked.request.include_usage else {}
+        frame = self._frame("chat.completion.chunk")
+        return _event(frame | {"choices": choices} | usage | more)
+
+
+def _event(value: Any) -> bytes:
+    return b"data: " + _bytes(value) + b"\n\n"
+
+
+def _bytes(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
