@@ -3,8 +3,10 @@
 import asyncio
 import dataclasses
 import http.client
+import itertools
 import json
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,9 +18,12 @@ import openai
 import pytest
 
 from r1s_jax.border import listen
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.origins import callers
 from r1s_jax.data.tiny_world import TRADES
+from r1s_jax.serving.exchange import Limits
 from r1s_jax.serving.searcher import Searcher
-from r1s_jax.serving.server import Limits, Service, make_app
+from r1s_jax.serving.server import Service, check_key, make_app
 from tests.fakes import GatedRetriever, RaisingRetriever, WebRetriever
 from tests.makers import ROLLOUT, scripted_policy
 
@@ -167,8 +172,9 @@ def test_limits_and_stops(client):
     finish, message, usage = ask(max_tokens=6)
     assert (finish, usage.completion_tokens) == ("length", 6) and message.searches == whole.searches
     stop = whole.content[1:]
-    finish, message, _ = ask(stop=[stop, "never"])
+    finish, message, usage = ask(stop=[stop, "never"])
     assert (finish, message.content) == ("stop", whole.content[0])
+    assert usage.completion_tokens == 7  # the end of the answer came after the stop
     answers, _ = streamed(
         client.chat.completions.create(
             model="tiny", messages=ASK, temperature=0, stop=stop, stream=True
@@ -198,6 +204,7 @@ WRONG = [
     ({"messages": []}, 400, "at least one"),
     ({"messages": "x"}, 400, "messages"),
     ({"messages": [{"role": "user"}]}, 400, "content"),
+    ({"messages": [{"role": "user", "content": ""}]}, 400, "expected a question"),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
     ({"messages": [*ASK, {"role": "assistant", "content": "x"}]}, 400, "last one"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "only text"),
@@ -215,6 +222,7 @@ WRONG = [
     ({"messages": ASK, "response_format": {"type": "json_object"}}, 400, "response_format"),
     ({"messages": ASK, "frobnicate": 1}, 400, "Unrecognized request argument: frobnicate"),
     ({"messages": ASK, "model": "gpt-5"}, 404, "does not exist"),
+    ({"messages": [{"role": "user", "content": "x" * 900_000}]}, 400, "900,000 characters"),
     (b" " * 2_000_000, 413, "bytes"),
 ]
 
@@ -236,11 +244,61 @@ def test_what_says_nothing_of_the_answer_is_let_pass(url):
     assert status == 200
 
 
-def test_paths_and_methods_that_are_not_there(url):
-    for path in ("/v1/nothing", CHAT):
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            get(url + path)
-        assert json.loads(refused.value.read())["error"]["message"]
+@pytest.mark.parametrize("path", ["/v1/nothing", "/v1/completions", "/chat/completions", CHAT])
+def test_what_is_not_there_is_told_what_is(url, path):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        get(url + path)
+    said = json.loads(refused.value.read())["error"]["message"]
+    assert f"GET {path}; served is POST {CHAT}, GET /v1/models" in said
+
+
+def test_the_model_by_its_name(url, client):
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'gpt-5' does not exist: there is 'tiny'"):
+        client.models.retrieve("gpt-5")
+
+
+def test_only_its_own_pages_may_ask(url):
+    for headers, status in (
+        ({"Content-Type": "text/plain"}, 415),
+        ({"Content-Type": ""}, 415),
+        ({"Content-Type": "application/json; charset=utf-8"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 403),
+        ({"Origin": url}, 200),
+    ):
+        got, reply, _ = post(url, {"messages": ASK}, headers)
+        assert got == status, headers
+        assert status == 200 or set(reply["error"]) == {"message", "type", "param", "code"}
+
+
+def test_pages_of_an_origin_that_is_allowed(served):
+    _, searcher = served
+    page = "http://localhost:5173"
+    for key in ("", "secret"):
+        service = Service(searcher, "tiny", key=key)
+        app = make_app(service, callers("127.0.0.1", [page], key=bool(key)))
+        url = listen.serve_in_background(app, listen.bind("127.0.0.1", 0))
+        asks = {"Access-Control-Request-Method": "POST"}
+        asks["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+        for origin, status in ((page, 200), ("http://evil.example", 400)):
+            preflight = urllib.request.Request(
+                url + CHAT, headers={"Origin": origin} | asks, method="OPTIONS"
+            )
+            try:
+                with urllib.request.urlopen(preflight) as reply:
+                    got, headers = reply.status, reply.headers
+            except urllib.error.HTTPError as error:
+                got, headers = error.code, error.headers
+            assert got == status
+            allowed = headers.get("Access-Control-Allow-Origin")
+            assert allowed == (page if status == 200 else None)
+        sent = {"Origin": page, "Authorization": "Bearer secret"}
+        status, _, headers = post(url, {"messages": ASK}, sent)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (200, page)
+        status, _, headers = post(url, {"messages": []}, sent)
+        assert (status, headers["Access-Control-Allow-Origin"]) == (400, page)
 
 
 def test_health_metrics_and_the_page(url):
@@ -262,12 +320,26 @@ def test_a_key_where_one_is_set():
             {},
             {"Authorization": "Bearer wrong"},
             {"Authorization": "Bearer schlüssel"},
+            {"Authorization": "secret"},
         ):
             sent = {name: value.encode().decode("latin-1") for name, value in headers.items()}
-            status, reply, _ = post(url, {"messages": ASK}, sent)
+            status, reply, told = post(url, {"messages": ASK}, sent)
             assert status == 401 and reply["error"]["code"] == "invalid_api_key"
+            assert told["WWW-Authenticate"] == "Bearer"
+        raw = http.client.HTTPConnection(urlsplit(url).netloc)
+        raw.request("GET", "/v1/models", headers={"Authorization": b"Bearer \xff\xfe"})
+        assert raw.getresponse().status == 401
+        assert post(url, {"messages": ASK}, {"Authorization": "bearer secret"})[0] == 200
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="secret")
         assert client.chat.completions.create(model="tiny", messages=ASK).choices[0].message.content
+        for path in ("/health", "/metrics", "/", "/page.js"):
+            assert get(url + path)
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "\udcff", "a\n", " a", "a\x00b"])
+def test_a_key_that_no_client_can_send_is_refused(key):
+    with pytest.raises(ConfigError, match="--api-key"):
+        check_key(key)
 
 
 def half_asked(url: str, **more) -> socket.socket:
@@ -323,20 +395,54 @@ def test_a_retriever_that_fails_is_told_and_takes_nothing_down():
         assert 'r1s_searches{outcome="error"} 1.0' in get(f"{url}/metrics")
 
 
-def test_the_system_may_search_the_question_itself_first():
-    with serving(WebRetriever(), first_search=True) as (url, _):
-        asked = {"messages": ASK, "temperature": 0}
-        message = post(url, asked)[1]["choices"][0]["message"]
+def test_the_system_may_search_the_question_itself_first(monkeypatch):
+    monkeypatch.setattr("r1s_jax.serving.exchange._QUIET_S", 0.05)
+    retriever = GatedRetriever()
+    with serving(retriever, first_search=True) as (url, searcher):
+        asked = {"messages": ASK, "temperature": 0, "stream": True}
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
+        stream = client.chat.completions.create(model="tiny", **asked)  # it has begun already
+        raw = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+        raw.request("POST", CHAT, json.dumps(asked), {"Content-Type": "application/json"})
+        lines = iter(raw.getresponse().readline, b"data: [DONE]\n")
+        before = list(itertools.takewhile(lambda line: line != b": waiting\n", lines))
+        assert b'"status": "searching"' in b"".join(before) and not retriever.answered.is_set()
+        gone = half_asked(url, stream=True)
+        until(lambda: len(retriever.queries) == 3)
+        gone.close()
+        retriever.gate.set()
+        answers, _ = streamed(stream)
+        assert all(line.strip() in (b"", b": waiting") or b"data" in line for line in lines)
+        message = post(url, asked | {"stream": False})[1]["choices"][0]["message"]
         (search,) = message["searches"]  # the policy has what it needs
         assert search["query"] == ASK[0]["content"] and len(search["documents"]) == 2
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
-        answers, _ = streamed(client.chat.completions.create(model="tiny", stream=True, **asked))
         assert answers[0]["searches"][0] == search
         assert answers[0]["content"] == message["content"]
+        until(lambda: searcher.slots_busy == 0)
+
+
+def test_prompts_that_are_read_have_a_place_and_a_deadline(served):
+    _, searcher = served
+    service = Service(searcher, "tiny", limits=Limits(deadline_s=2))
+    gate, read = threading.Event(), service.desk.read
+    service.desk.read = lambda raw: gate.wait() and read(raw)
+    url = listen.serve_in_background(make_app(service), listen.bind("127.0.0.1", 0))
+    places = searcher.waiting + searcher.rows
+    asked = [half_asked(url) for _ in range(places)]
+    until(lambda: service.desk._promised == places)
+    assert post(url, {"messages": ASK})[0] == 429
+    statuses = [http.client.HTTPResponse(sock) for sock in asked]
+    for reply in statuses:
+        reply.begin()
+    assert {reply.status for reply in statuses} == {504}
+    until(lambda: service.desk._promised == 0)
+    gate.set()
+    assert post(url, {"messages": ASK})[0] == 200
 
 
 def test_a_policy_that_breaks_is_said_and_the_server_is_not_well():
     with serving(WebRetriever()) as (url, searcher):
+        assert post(url, {"messages": ASK})[0] == 200  # nothing of its beginning is left to do
         searcher.engine.programs = None
         status, reply, _ = post(url, {"messages": ASK})
         assert status == 500 and "policy failed" in reply["error"]["message"]
