@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 _QUIET_S = 5.0  # a stream that says nothing for so long gets a comment: proxies cut silent ones
 _READERS, _SEARCHERS = 2, 32  # threads that read prompts, and that make first searches
-_USUAL_CHARACTERS = 8  # of a token: text of so many tells whether the rest need be encoded
+_USUAL_CHARACTERS = 8  # of a token, more than most texts have
+_CUT_TOKENS = 64  # more than a word has that a cut goes through
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,7 @@ class Desk:
             prompt = self._render(clean)
         except ConfigError as error:
             raise Refused(400, str(error), param="messages") from None
-        begun = engine.encode(prompt[: _USUAL_CHARACTERS * engine.config.max_length])
-        if len(begun) > engine.config.max_length:
+        if self._begins_too_long(prompt):
             raise self._too_long(f"more than {engine.config.max_length} tokens")
         tokens, question = engine.start_tokens(prompt), messages[-1]["content"]
         most, needed = engine.config.max_length - 2, len(tokens)
@@ -120,6 +120,12 @@ class Desk:
         if name != self.name:
             message = f"The model {name[:80]!r} does not exist: there is {self.name!r}"
             raise Refused(404, message, param="model", code="model_not_found")
+
+    def _begins_too_long(self, prompt: str) -> bool:
+        """Whether a part of a long text, which is encoded sooner, has too many tokens already."""
+        most, engine = self.searcher.engine.config.max_length, self.searcher.engine
+        part = prompt[: _USUAL_CHARACTERS * most]
+        return len(part) < len(prompt) and len(engine.encode(part)) > most + _CUT_TOKENS
 
     def _too_long(self, size: str) -> Refused:
         return Refused(

@@ -13,7 +13,7 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.solution import Solution
-from r1s_jax.rollout.broker import Broker, SearchFailure
+from r1s_jax.rollout.broker import Broker, Search, SearchFailure
 from r1s_jax.rollout.exchange import RESULTS, Status
 from tests.fakes import (
     EchoRetriever,
@@ -422,6 +422,21 @@ def test_a_retriever_that_never_finds_anything_is_broken():
     broker.search_now([f"q{i}" for i in range(64)])
     with pytest.raises(SearchFailure, match=r"64 of 64 searches failed.*nothing was ever found"):
         broker.check()
+
+
+def test_a_search_that_is_seen_to_have_found_something_has_its_documents(monkeypatch):
+    """Others read a search while it is settled: a stream must not tell of no documents."""
+    seen = []
+
+    class Watched(Search):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "outcome" and value == "found":
+                seen.append((self.documents, self.ids, self.seconds > 0))
+
+    monkeypatch.setattr("r1s_jax.rollout.broker.Search", Watched)
+    make_broker(EchoRetriever()).search_now(["a"])
+    assert seen == [(tuple(echo_lines("a", 2)), ("", ""), True)]
 
 
 def test_a_query_longer_than_the_window_is_its_own_outcome():
