@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -476,6 +477,53 @@ def _read_chat(folder: Path) -> Any:
         raise Refused(400, f"chat.json: {refused}") from None
 
 
+def _asked(folder: Path) -> None:
+    (folder / "body.json").write_text(json.dumps({"queries": ["Who?", "river"], "k": 2}))
+    headers = {"host": "localhost:8000", "origin": "http://localhost:8000"}
+    headers |= {"content-type": "application/json; charset=utf-8"}
+    (folder / "headers.json").write_text(json.dumps(headers))
+
+
+def _answer_asked(folder: Path) -> Any:
+    """A request to the server of an index, without its socket."""
+    import asyncio
+
+    from r1s_jax.border.errors import BadInput
+    from r1s_jax.border.json import parse_object
+
+    given = parse_object((folder / "headers.json").read_bytes(), "headers.json")
+    headers = [
+        (name.encode("latin-1", "replace"), value.encode("latin-1", "replace"))
+        for name, value in given.items()
+        if isinstance(value, str)
+    ]
+    scope = {"type": "http", "method": "POST", "path": "/queries", "headers": headers}
+    scope |= {"query_string": b"", "scheme": "http", "server": ("localhost", 8000)}
+    body, sent = (folder / "body.json").read_bytes(), []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    asyncio.run(_index_server()(scope, receive, send))
+    reply = json.loads(b"".join(message.get("body", b"") for message in sent))
+    status = sent[0]["status"]
+    assert status == 200 or (400 <= status < 500 and set(reply) == {"error"}), (status, reply)
+    if status != 200:
+        raise BadInput(f"body.json: {reply['error']}")
+    return reply
+
+
+@cache
+def _index_server() -> Any:
+    from r1s_jax.retrieval.server import Limits, make_app
+    from tests.fakes import WebRetriever
+
+    return make_app(WebRetriever(), Limits())
+
+
 def _sums(folder: Path) -> None:
     texts = ["stage2 + 0.2*retrieved_gold - 0.1*repeated_queries", "f1 - 2*searches_over(3)"]
     (folder / "sums.json").write_text(json.dumps(texts))
@@ -534,6 +582,7 @@ READERS = {
     "recipe": Reader(_recipe, _read_recipe, weight=20),
     "overrides": Reader(_overrides, _override, weight=4),
     "chat request": Reader(_chat, _read_chat),
+    "index request": Reader(_asked, _answer_asked),
     "reward sums": Reader(_sums, _read_sums, weight=4),
 }
 

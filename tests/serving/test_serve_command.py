@@ -212,6 +212,8 @@ def test_bad_input_is_one_message(folder, tmp_path):
             ((str(folder), "--retriever", "http://x/nothing"), "/retrieve"),
             ((str(folder), "--retriever", "http://x/queries", "--port", taken), "--port"),
             ((str(folder), "--retriever", "http://x/queries", "--dialect", "tool_call"), "speaks"),
+            ((str(folder), "--retriever", "http://x/queries", "--cors", "localhost:1"), "--cors"),
+            ((str(folder), "--retriever", "http://x/queries", "--api-key", "ü"), "--api-key"),
         ]:
             done = run_cli("serve", *arguments)
             assert done.exit_code, arguments

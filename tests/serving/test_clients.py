@@ -1,0 +1,102 @@
+"""Clients of others, each as its documentation shows it, against a live server.
+
+OpenAI's own for Python is asked throughout test_server.py.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from r1s_jax.data.tiny_world import TRADES
+from tests.fakes import WebRetriever
+from tests.serving.test_server import ASK, serving
+
+NODE = shutil.which("node")
+QUESTION = ASK[0]["content"]
+
+
+@pytest.fixture(scope="module")
+def url():
+    """A server whose streams hold comments, as those do that wait for a slow search."""
+    slow = WebRetriever(lambda: time.sleep(0.1))
+    with pytest.MonkeyPatch.context() as patch, serving(slow) as (address, _):
+        patch.setattr("r1s_jax.serving.exchange._QUIET_S", 0.02)
+        yield f"{address}/v1"
+
+
+def same(whole: str, parts: list[str]) -> None:
+    """A greedy answer, and the pieces of its stream."""
+    assert whole in TRADES and "".join(parts) == whole
+
+
+def test_litellm(url, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network
+    litellm = pytest.importorskip("litellm")
+    how = dict(model="openai/tiny", api_base=url, api_key="any", messages=ASK, temperature=0)
+    whole = litellm.completion(**how)
+    stream = litellm.completion(**how, stream=True, stream_options={"include_usage": True})
+    parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
+    same(whole.choices[0].message.content, parts)
+    assert whole.choices[0].message.reasoning_content and whole.usage.completion_tokens == 8
+
+
+def test_langchain(url):
+    openai = pytest.importorskip("langchain_openai")
+    model = openai.ChatOpenAI(base_url=url, api_key="any", model="tiny", temperature=0)
+    whole = model.invoke(QUESTION)
+    same(whole.content, [chunk.content for chunk in model.stream(QUESTION)])
+    assert whole.usage_metadata["output_tokens"] == 8
+
+
+def test_llama_index(url):
+    like = pytest.importorskip("llama_index.llms.openai_like")
+    from llama_index.core.llms import ChatMessage
+
+    model = like.OpenAILike(
+        api_base=url, api_key="any", model="tiny", is_chat_model=True, temperature=0
+    )
+    asked = [ChatMessage(role="user", content=QUESTION)]
+    parts = [part.delta or "" for part in model.stream_chat(asked)]
+    same(model.chat(asked).message.content, parts)
+
+
+def test_llm(url):
+    models = pytest.importorskip("llm.default_plugins.openai_models")
+    model = models.Chat("tiny", model_name="tiny", api_base=url)
+    whole = model.prompt(QUESTION, stream=False, key="any", temperature=0).text()
+    same(whole, list(model.prompt(QUESTION, key="any", temperature=0)))
+
+
+IN_NODE = """
+const OpenAI = require("openai");
+const [baseURL, content] = process.argv.slice(1);
+const client = new OpenAI({ baseURL, apiKey: "any" });
+const how = { model: "tiny", messages: [{ role: "user", content }], temperature: 0 };
+(async () => {
+  const whole = await client.chat.completions.create(how);
+  const parts = [];
+  for await (const chunk of await client.chat.completions.create({ ...how, stream: true }))
+    parts.push(chunk.choices[0]?.delta?.content || "");
+  const model = await client.models.retrieve("tiny");
+  console.log(JSON.stringify([whole.choices[0].message.content, parts, model.id]));
+})();
+"""
+
+
+def in_node(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [NODE, "-e", script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(not NODE, reason="node is not here")
+def test_openai_for_node(url):
+    if in_node("require.resolve('openai')").returncode:
+        pytest.skip("node has no openai here (npm install openai; NODE_PATH)")
+    done = in_node(IN_NODE, url, QUESTION)
+    assert not done.returncode, done.stderr
+    whole, parts, model = json.loads(done.stdout)
+    same(whole, parts)
+    assert model == "tiny"
