@@ -7,7 +7,9 @@ whose page asks (`Origin`) and by which name (`Host`): a server that needs no ke
 
 import ipaddress
 import re
+import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from starlette.middleware.cors import CORSMiddleware
@@ -40,9 +42,10 @@ def callers(host: str, origins: Sequence[str], *, key: bool = False) -> Callers:
     told = tuple(_read_origin(origin) for origin in origins)
     if host in _EVERYWHERE or ANY in told:
         return Callers(None, told, not key)
-    names = [_ORIGIN.fullmatch(origin) for origin in told if origin != "null"]
-    hosts = {host.lower(), *(_name(match[1]) for match in names if match)}
-    return Callers(frozenset(hosts), told, not key)
+    names = {_name(match[1]) for match in map(_ORIGIN.fullmatch, told) if match}
+    with suppress(OSError):  # said where the server cannot listen on it
+        names |= {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    return Callers(frozenset({host.lower(), *names}), told, not key)
 
 
 def _read_origin(given: str) -> str:

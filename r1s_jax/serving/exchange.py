@@ -275,6 +275,8 @@ class Exchange:
         if desk.first_search:
             search, forced = await self._in_thread(desk.searchers, desk.search, asked)
             first, tokens, prompt = [search], tokens + forced, prompt + engine.decode(forced)
+        if self._left:  # meanwhile; jobs would be nobody's
+            raise asyncio.CancelledError
         self._given = len(tokens)
         self._answers = [
             Answer(

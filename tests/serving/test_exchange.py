@@ -1,7 +1,10 @@
 """What is read of a request before the policy is asked."""
 
+import asyncio
 import dataclasses
 import json
+import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +19,7 @@ from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.protocol.search_r1 import SearchR1
 from r1s_jax.rollout.engine import Engine
-from r1s_jax.serving.exchange import Desk, Limits
+from r1s_jax.serving.exchange import Desk, Exchange, Limits
 from tests.fakes import WebRetriever
 from tests.makers import MODEL, ROLLOUT
 
@@ -95,3 +98,30 @@ def test_what_cannot_be_short_enough_is_not_encoded(characters, encoded, words, 
         desk.read(body("x" * characters))
     assert refused.value.status == 400 and refused.value.code == "context_length_exceeded"
     assert sum(sizes) == encoded
+
+
+@pytest.mark.parametrize("first_search", [False, True])
+def test_a_client_that_left_early_leaves_no_jobs_and_no_places(first_search):
+    desk, submitted = make_desk(first_search=first_search), []
+    desk.searcher.submit = submitted.extend
+
+    async def ask(leaves: bool) -> None:
+        exchange = Exchange(desk, time.monotonic())
+        await exchange.read(body("x"))
+        deltas = exchange.deltas()
+        assert (await anext(deltas))[1]["role"] == "assistant" and desk._promised == 1
+        coming = asyncio.ensure_future(anext(deltas))
+        if leaves:
+            await asyncio.sleep(0)  # the searches or the jobs are about to begin
+            exchange.leave()
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+            if coming.done() and not coming.cancelled() and not coming.exception():
+                coming = asyncio.ensure_future(anext(deltas))
+        coming.cancel()
+        with suppress(asyncio.CancelledError):
+            await coming
+        assert len(submitted) == (not leaves) and desk._promised == 0
+
+    asyncio.run(ask(True))
+    asyncio.run(ask(False))

@@ -33,4 +33,4 @@ def test_smollm2_answers_with_what_was_found_streamed_and_not():
         message.content,
         message.reasoning_content,
     )
-    service.searcher.close()
+    service.desk.close()
