@@ -58,7 +58,7 @@ class Limits:
     body_bytes: int = 2**22  # of a request
     queries: int = 4096  # of a request
     k: int = 100
-    passages: int = 20_480  # of a reply: queries times k
+    passages: int = 40_960  # of a reply: queries times k
     characters: int = 2**14  # of a query, and about so many of those that are searched together
     waiting: int = 20_000  # queries that wait for the search thread
     batch: int = 64  # queries searched together; a larger request takes several turns

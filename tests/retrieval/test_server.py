@@ -144,7 +144,7 @@ def test_our_own_client_finds_what_the_index_finds(server, index, path):
         ("/queries", {"queries": ["a"] * 4097}, 413, "4097 queries; the most is 4096"),
         ("/queries", b" " * (2**22 + 1), 413, "more than 4,194,304 bytes"),
         ("/queries", {"queries": ["x" * 16_385]}, 413, "16,385 characters; the most is 16,384"),
-        ("/queries", {"queries": ["a"] * 4096, "k": 6}, 413, "20,480 passages a request"),
+        ("/queries", {"queries": ["a"] * 4096, "k": 11}, 413, "40,960 passages a request"),
         ("/nothing", {}, 404, "Not Found: this server has POST /queries"),
         ("/healthz", {}, 405, "Method Not Allowed: this server has"),
     ],

@@ -310,6 +310,7 @@ def test_health_metrics_and_the_page(url):
     assert float(lines["r1s_tokens_written"]) >= 8 and float(lines["r1s_slots"]) == 4
     assert float(lines['r1s_searches{outcome="found"}']) >= 1
     assert float(lines["r1s_first_token_seconds_count"]) >= 1
+    assert ".requestSubmit" not in get(f"{url}/page.js")  # a link must not ask by itself
     page = get(url)
     assert "<script src=" in page and "innerHTML" not in page + get(f"{url}/page.js")
 
