@@ -81,5 +81,13 @@ def test_an_origin_is_written_as_browsers_send_it(given):
         callers("127.0.0.1", [given])
 
 
+def test_a_name_that_it_listens_on_stands_for_its_address(monkeypatch):
+    found = [(None, None, None, "", ("10.0.0.7", 0))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: found)
+    for host in ("node-3:8000", "10.0.0.7:8000", "localhost:8000"):
+        assert why_refused(request(host, None), callers("node-3", [])) == ""
+    assert why_refused(request("10.0.0.8", None), callers("node-3", []))
+
+
 def test_where_a_key_is_needed_nothing_more_is():
     assert not callers("127.0.0.1", [], key=True).checked
