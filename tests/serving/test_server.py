@@ -169,6 +169,8 @@ def test_limits_and_stops(client):
         return done.choices[0].finish_reason, done.choices[0].message, done.usage
 
     _, whole, _ = ask()
+    almost = client.chat.completions.create(model="tiny", messages=ASK, temperature=1e-9)
+    assert almost.choices[0].message.content == whole.content
     finish, message, usage = ask(max_tokens=6)
     assert (finish, usage.completion_tokens) == ("length", 6) and message.searches == whole.searches
     stop = whole.content[1:]
