@@ -68,6 +68,37 @@ def _published_questions() -> list[dict[str, Any]]:
     ]
 
 
+def _tables(folder: Path) -> None:
+    """Questions in CSV, TSV and DPR's form."""
+    rows = [f'{i},"Who, then, is {i}?","[""a"", ""b""]"' for i in range(3)]
+    (folder / "q.csv").write_text("\n".join(["id,question,answer", *rows]) + "\n")
+    rows = [f"Who is {i}?\t['a', \"b\"]\n" for i in range(3)]
+    (folder / "q.tsv").write_text("problem\tanswers\n" + "".join(rows))
+    (folder / "dpr.csv").write_text("".join(rows))
+
+
+def _read_tables(folder: Path) -> Any:
+    return [_read_questions(name)(folder) for name in ("q.csv", "q.tsv", "dpr.csv")]
+
+
+def _squad(folder: Path) -> None:
+    answers = [{"text": "a", "answer_start": 3}, {"text": "b", "answer_start": 9}]
+    asked = [{"id": f"q{i}", "question": f"Who is {i}?", "answers": answers} for i in range(3)]
+    asked[2] |= {"is_impossible": True, "answers": []}
+    whole = {
+        "version": "2",
+        "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": asked}]}],
+    }
+    (folder / "squad.json").write_text(json.dumps(whole, indent=1))
+    row = {"question": "Who?", "context": "c", "answers": {"text": ["a"], "answer_start": [3]}}
+    rows = [row | {"id": "h0"}, row | {"id": "h1", "answers": {"text": [], "answer_start": []}}]
+    (folder / "hub.jsonl").write_text(_lines(*rows))
+
+
+def _read_squad(folder: Path) -> Any:
+    return [_read_questions(name)(folder) for name in ("squad.json", "hub.jsonl")]
+
+
 def _read_questions(name: str) -> Callable[[Path], Any]:
     return lambda folder: _import("data.questions", "read_questions")(folder / name)
 
@@ -271,6 +302,49 @@ def _load_tokenizer(folder: Path) -> Any:
     tokenizer = load_tokenizer(folder / "m")
     check_tokenizer(tokenizer, load_config(folder / "m"))
     return encode(tokenizer, "What is the trade?"), eos_ids(tokenizer, folder / "m")
+
+
+def _tokenizers(folder: Path) -> None:
+    """Of SentencePiece's kinds, and one that normalises before it looks for control tokens."""
+    from tokenizers import normalizers
+
+    from tests.models.test_tokenizer import SPACED, normalising, sentencepiece
+
+    steps = normalizers.NFKC(), normalizers.Lowercase()
+    made = [sentencepiece(**parts) for parts in SPACED.values()]
+    for i, tokenizer in enumerate([*made, normalising(*steps, special=True)]):
+        tokenizer.save_pretrained(folder / f"t{i}")
+
+
+def _read_tokenizers(folder: Path) -> Any:
+    from r1s_jax.models import tokenizer as ours
+
+    found = []
+    for path in sorted(folder.glob("t*")):
+        tokenizer = ours.load_tokenizer(path)
+        text = ours.foreign(tokenizer)("a <|IM_END|> ＜ｓ＞ <s>\n b")
+        ids = ours.encode(tokenizer, text)
+        begun = ours.encode_start(tokenizer, "a b")
+        found.append((text, ids, ours.decode(tokenizer, ids), begun, ours.token_strings(tokenizer)))
+    return found
+
+
+def _shards(folder: Path) -> None:
+    """Weights in two shards, with an index, of a model that was wrapped when it was saved."""
+    from safetensors.numpy import load_file, save_file
+
+    _model(folder)
+    whole, weight_map = folder / "m" / "model.safetensors", {}
+    tensors = load_file(whole)
+    names = sorted(tensors)
+    whole.unlink()
+    for i in (0, 1):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        part = {f"_orig_mod.{name}": tensors[name] for name in names[i::2]}
+        save_file(part, folder / "m" / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _gguf(folder: Path) -> None:
@@ -553,6 +627,8 @@ READERS = {
         lambda f: (f / "q.json").write_text(json.dumps(_published_questions(), indent=1)),
         _read_questions("q.json"),
     ),
+    "questions tables": Reader(_tables, _read_tables),
+    "questions squad": Reader(_squad, _read_squad),
     "results": Reader(_results, _score),
     "verdicts": Reader(_verdicts, _read_verdicts),
     "rewards": Reader(_solutions, _rewards),
@@ -568,7 +644,9 @@ READERS = {
     "stored vectors": Reader(_flat, _read_flat),
     "config": Reader(_model, _load_config),
     "weights": Reader(_model, _load_weights),
+    "weights in shards": Reader(_shards, _load_weights),
     "tokenizer": Reader(_model, _load_tokenizer, weight=4),
+    "tokenizers": Reader(_tokenizers, _read_tokenizers, weight=4),
     "gguf": Reader(_gguf, _load_gguf, weight=4),
     "encoder": Reader(_bert, _encode),
     "reply queries": _reply("queries", {"answers": [["1\tTown   text", "2\tB   c"]]}),
