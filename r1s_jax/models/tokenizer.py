@@ -206,13 +206,16 @@ def foreign(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     normalises text, it may know a control token in other spellings (full width, upper case): what
     it takes for one gets its space as well.
     """
-    control = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if _controls(t)}
+    control = {i: t for i, t in tokenizer.added_tokens_decoder.items() if _controls(t)}
     if not control:
         return whole
-    names = sorted(control.values(), key=len, reverse=True)
+    names = sorted((token.content for token in control.values()), key=len, reverse=True)
     spelled = re.compile("|".join(map(re.escape, names)))
     backend = _inside(tokenizer) or getattr(tokenizer, "backend_tokenizer", None)
-    normalises = backend is not None and backend.normalizer is not None
+    # Else a token is known by its exact name alone, and nothing need be encoded to be sure.
+    normalises = getattr(backend, "normalizer", None) is not None and any(
+        t.normalized or backend.model.token_to_id(t.content) is not None for t in control.values()
+    )
     ids = control.keys() - {tokenizer.unk_token_id}  # which stands for any unknown word
 
     def clean(text: str) -> str:

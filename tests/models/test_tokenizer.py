@@ -246,6 +246,16 @@ def test_no_spelling_is_a_control_token(special, text):
     )
 
 
+def test_a_word_of_the_vocabulary_may_be_a_control_token_too():
+    backend = Tokenizer(models.WordLevel({"[unk]": 0, "</s>": 1, "a": 2}, unk_token="[unk]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[unk]", eos_token="</s>"
+    )
+    assert tokenizer.eos_token_id in encode(tokenizer, "a ＜／ｓ＞")
+    assert tokenizer.eos_token_id not in encode(tokenizer, foreign(tokenizer)("a ＜／ｓ＞ </s>"))
+
+
 def test_a_name_that_is_known_with_a_space_inside_is_left_out():
     tokenizer = normalising(normalizers.Replace(" ", ""), special=True)
     assert foreign(tokenizer)("a <|im_ end|> b") == "a   b"
