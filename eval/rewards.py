@@ -1,10 +1,12 @@
 """Rewards of solutions in a file."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from r1s_jax.data.rows import DataError, gold_answers, read_rows
+from r1s_jax.data.traces import is_complete
 from r1s_jax.protocol.dialects import make_dialect
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.rewards.registry import reward_rule
@@ -16,8 +18,8 @@ def reward_file(
     """Each row of a JSONL file (`.gz` too) with its `reward` and `parts`, in order.
 
     Rows hold `solution`, the text after the prompt in that dialect, and `answer`, one right answer
-    or a list. Raises ValueError for an unknown variant or dialect, DataError naming the line of a
-    row that lacks one.
+    or a list; perhaps `finish` (or `stop_reason_final`), how it ended. Raises ValueError for an
+    unknown variant or dialect, DataError naming the line of a row that lacks one.
     """
     rule, spoken, number = reward_rule(variant), make_dialect(dialect), 0
     for number, row in read_rows(path):
@@ -25,7 +27,9 @@ def reward_file(
             solution = row.get("solution")
             if not isinstance(solution, str):
                 raise ValueError("`solution` must be a text")
-            reward = rule(Solution.of_text(solution, spoken), gold_answers(row))
+            whole = is_complete(str(row.get("finish") or row.get("stop_reason_final") or ""))
+            read = replace(Solution.of_text(solution, spoken), complete=whole)
+            reward = rule(read, gold_answers(row))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         yield row | {"reward": reward.value, "parts": reward.parts}

@@ -80,8 +80,8 @@ class Trace:
 
     @property
     def solution(self) -> Solution:
-        """Its text; it is complete unless its `finish` says otherwise."""
-        return Solution(tuple(self.spans), self.dialect, self.finish in ("", "finished"))
+        """Its text, and whether it is whole."""
+        return Solution(tuple(self.spans), self.dialect, is_complete(self.finish))
 
     def pieces(self) -> Iterator[tuple[str, str]]:
         """The whole text as (kind, text); see Solution.pieces."""
@@ -114,6 +114,11 @@ class Trace:
         known = {"step": self.step, "reward": self.reward, "searches": self.searches}
         parts = [f"{k} {v:.3g}" for k, v in known.items() if v is not None]
         return "  ".join([*parts, self.finish] if self.finish else parts)
+
+
+def is_complete(finish: str) -> bool:
+    """Whether a file's word for how a trajectory ended says: by itself. Without a word it did."""
+    return finish in ("", "finished")
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ answer is Rome.
 
 # ruff: noqa: E501  (a table is read by its columns)
 
+import json
+
 import pytest
 
+from r1s_jax.eval.rewards import reward_file
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import make_dialect
 from r1s_jax.protocol.solution import Solution
@@ -159,3 +162,19 @@ def test_what_a_trajectory_is_worth(name):
         assert worth(dialect, text, Finish.FINISHED) == ended, text
         for reason in UNFINISHED:
             assert worth(dialect, text, reason) == cut, (text, reason)
+
+
+@pytest.mark.parametrize(
+    ("ended", "reward"),
+    [
+        ({}, 1.0),
+        ({"finish": "finished"}, 1.0),
+        ({"finish": "length"}, -2.0),
+        ({"stop_reason_final": "shot_down"}, -2.0),
+    ],
+)
+def test_rewards_of_a_file_know_how_its_rows_ended(tmp_path, ended, reward):
+    row = {"question": "Capital?", "answer": "Rome", "solution": "Rome"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row | ended) + "\n")
+    (paid,) = reward_file(tmp_path / "a.jsonl", "stage2", "tool_call")
+    assert paid["reward"] == reward
