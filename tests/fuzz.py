@@ -6,11 +6,13 @@ longer than 400 characters, or used damaged parameters, vectors or indexes.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import random
 import shutil
+import socket
 import sys
 import tarfile
 import tempfile
@@ -436,6 +438,49 @@ def _reply(contract: str, body: Any) -> Reader:
     return Reader(make, call)
 
 
+# Heads of replies that are well, busy, elsewhere, and half gone.
+_HEADS = {
+    "ok": "HTTP/1.1 200 OK\r\nContent-Type: application/json",
+    "busy": "HTTP/1.1 503 Busy\r\nRetry-After: 7200",
+    "elsewhere": "HTTP/1.1 308 Moved\r\nLocation: ./queries/",
+}
+
+
+def _replies(folder: Path) -> None:
+    body = json.dumps({"answers": [["1\tTown   text", " "]]})
+    for name, head in _HEADS.items():
+        head = f"{head}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        (folder / f"{name}.http").write_bytes(f"{head}{body}".encode())
+
+
+def _read_replies(folder: Path) -> Any:
+    """What a retriever makes of each reply, sent over a socket as it stands."""
+    from r1s_jax.retrieval.http import HttpRetriever, RemoteError
+    from tests.http_server import breaking
+
+    found = []
+    for name in _HEADS:
+        data = (folder / f"{name}.http").read_bytes()
+        listener, url = breaking(data, data)
+        with listener:
+            retriever = HttpRetriever(f"{url}/{name}.http/queries", timeout_s=2, retries=0)
+            try:
+                found.append(repr(retriever.search(["a"], 2)))
+            except RemoteError as error:
+                assert f"{name}.http" in str(error) and len(str(error)) <= MOST_CHARACTERS
+                found.append(type(error).__name__)
+            with contextlib.suppress(OSError):  # so that the server's thread ends
+                socket.create_connection(listener.getsockname(), timeout=1).close()
+    return found
+
+
+def _aliases(folder: Path) -> None:
+    row = {"question": "Where?", "answer": "Rome", "answer_id": "Q1"}
+    (folder / "dev.jsonl").write_text(_lines(row, row))
+    names = {"Q_id": "Q1", "aliases": ["Roma"], "demonyms": ["Roman"]}
+    (folder / "id_aliases.json").write_text(_lines(names, names | {"Q_id": "Q2"}))
+
+
 def _overrides(folder: Path) -> None:
     texts = ["seed=3", "stage2.steps=4", "rollout.temperature=0.5", "algorithm.clip=0.2"]
     (folder / "overrides.json").write_text(json.dumps(texts))
@@ -653,6 +698,8 @@ READERS = {
     "reply retrieve": _reply(
         "retrieve", {"result": [[{"document": {"contents": '"T"\nx', "id": 1}, "score": 0.5}]]}
     ),
+    "replies": Reader(_replies, _read_replies, weight=2),
+    "aliases": Reader(_aliases, _read_questions("dev.jsonl")),
     "dialect": Reader(_dialect, _read_dialect),
     "calls": Reader(_calls, _read_calls),
     "journals": Reader(_answers, _resume),

@@ -13,6 +13,7 @@ import jax
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.http import without_credentials
 from r1s_jax.config import CorpusConfig
+from r1s_jax.data.aliases import ALIASES
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.retrieval.api import Passage, Retriever
 from r1s_jax.retrieval.bench import bench_encoder, bench_index
@@ -127,7 +128,9 @@ def data_digests(config: CorpusConfig) -> dict[str, tuple[str, str]]:
         for place, reference in enumerate(getattr(config, field)):
             if not reference.startswith(HUB):
                 digest = hashlib.sha256()
-                for path in _files_of([questions_file(reference)]):
+                files = _files_of([questions_file(reference)])
+                files += [path for f in files[:1] if (path := f.parent / ALIASES).is_file()]
+                for path in files:
                     with path.open("rb") as file:
                         digest.update(hashlib.file_digest(file, "sha256").digest())
                 digests[f"{field}[{place}]"] = reference, digest.hexdigest()

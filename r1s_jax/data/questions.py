@@ -9,6 +9,7 @@ from typing import Any
 import grain
 
 from r1s_jax.border.errors import shorten
+from r1s_jax.data.aliases import Aliases
 from r1s_jax.data.question_forms import Question, parse_question
 from r1s_jax.data.rows import DataError, answerable, placed_rows
 from r1s_jax.rewards.answer_scores import normalize_answer
@@ -26,13 +27,14 @@ def read_questions(path: str | Path) -> list[Question]:
     """
     found: list[tuple[int | None, Question]] = []
     ids: set[int | str] = set()
-    unanswerable = 0
+    unanswerable, aliases = 0, Aliases(path)
     for place, row in placed_rows(path):
         if not answerable(row):
             unanswerable += 1
             continue
         try:
             number, question = parse_question(row)
+            question = aliases.added(question, row)
         except ValueError as error:
             raise DataError(f"{place}: {error}") from error
         for id in (number, question.source_id or None):

@@ -33,6 +33,28 @@ def test_reads_text_and_list_answers_and_either_id(tmp_path):
     ]
 
 
+def test_the_other_names_of_answers_are_read_from_the_file_beside(tmp_path, capsys):
+    """As 2WikiMultiHopQA ships them."""
+    rows = [
+        {"_id": "a", "question": "where?", "answer": "United Kingdom", "answer_id": "Q145"},
+        {"_id": "b", "question": "really?", "answer": "yes", "answer_id": None},
+        {"_id": "c", "question": "who?", "answer": "nobody", "answer_id": "Q7"},
+    ]
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps(rows))
+    alone = [question.answers for question in read_questions(path)]
+    assert alone == [("United Kingdom",), ("yes",), ("nobody",)]
+    assert "id_aliases.json has their other names" in " ".join(capsys.readouterr().err.split())
+    names = {"Q_id": "Q145", "aliases": ["UK", "United Kingdom"], "demonyms": ["British", " "]}
+    write(tmp_path / "id_aliases.json", json.dumps(names), '{"Q_id": "Q1", "aliases": ["x"]}')
+    answers = [question.answers for question in read_questions(path)]
+    assert answers == [("United Kingdom", "UK", "British"), ("yes",), ("nobody",)]
+    assert not capsys.readouterr().err
+    write(tmp_path / "id_aliases.json", '{"Q_id": "Q145", "aliases": "UK"}')
+    with pytest.raises(DataError, match=r"id_aliases\.json, line 1: aliases"):
+        read_questions(path)
+
+
 def test_reads_gzip(tmp_path):
     path = tmp_path / "q.jsonl.gz"
     with gzip.open(path, "wt", encoding="utf-8") as file:
