@@ -13,6 +13,7 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import SearchConfig
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.solution import Solution
+from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.rollout.broker import Broker, Search, SearchFailure
 from r1s_jax.rollout.exchange import RESULTS, Status
 from tests.fakes import (
@@ -25,6 +26,7 @@ from tests.fakes import (
     RaisingRetriever,
     echo_lines,
 )
+from tests.http_server import LocalServer
 
 WIDTH, QUERY_WIDTH = 160, 64
 CONFIG = SearchConfig(timeout_s=5.0, retries=0)
@@ -185,6 +187,21 @@ def test_garbage_is_an_error_and_never_an_exception(garbage):
     assert broker.log[0].detail.startswith("TypeError")
     with pytest.raises(SearchFailure, match="TypeError"):
         broker.check()
+
+
+def test_an_abandoned_search_leaves_no_thread():
+    """Its request ends with it, whatever time the retriever's own client would allow."""
+    gate, before = threading.Event(), threading.enumerate()
+    with LocalServer(lambda *_: gate.wait(60) and (200, {})) as server:
+        broker = make_broker(HttpRetriever(server.url + "/queries", timeout_s=60), timeout_s=0.3)
+        (search,) = broker.search_now(["a"])
+        assert search.outcome == "timeout"
+        end = time.monotonic() + 20
+        (thread,) = {t for t in threading.enumerate() if "(_run)" in t.name} - {*before} or [None]
+        while thread and thread.is_alive() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not (thread and thread.is_alive())
+        gate.set()
 
 
 def test_passages_without_a_text_are_none():
