@@ -60,6 +60,11 @@ class FlatVectors:
             OSError: no such file.
         """
         self.path = Path(path)
+        if self.path.is_dir():
+            raise VectorError(
+                f"{self.path} is a folder: name one file of vectors. Parts of one are put together "
+                "first (.npy: numpy.concatenate; shards .pt: load, concatenate, numpy.save)"
+            )
         with self.path.open("rb") as file:
             head = file.read(_HEADER.size)
         if head[:6] == _NPY:

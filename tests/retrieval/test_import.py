@@ -104,6 +104,8 @@ def test_bare_numbers_are_read_by_the_encoders_dims(tmp_path):
     (tmp_path / "v.pt").write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(VectorError, match=r"PyTorch file.*numpy\.save"):
         FlatVectors(tmp_path / "v.pt", 32)
+    with pytest.raises(VectorError, match=r"is a folder: name one file"):
+        FlatVectors(tmp_path, 32)
 
 
 def test_broken_files_are_refused_by_name(tmp_path):
