@@ -258,8 +258,8 @@ class Client:
         Raises ServerError, naming the server without its credentials, for anything else, and at
         once where a server asks to come back after the deadline.
         """
-        where = without_credentials(url)
-        with within(self._timeout_s):
+        where, seconds = without_credentials(url), min(self._timeout_s, left())
+        with within(seconds):
             for tried in range(self._retries + 1):
                 try:
                     return self._ask(url, where, body, most_bytes)
@@ -268,7 +268,7 @@ class Client:
                     pause = max(_PAUSE_S * 2**tried, asked)
                     told = error if isinstance(error, _TryAgain) else f"{where}: {_reason(error)}"
                     if is_late():
-                        told = f"{where}: no whole answer within {self._timeout_s:g} s"
+                        told = f"{where}: no whole answer within {seconds:g} s"
                     elif asked >= left():
                         told = f"{told}; it asks to come back in {asked:g} s, which is too late"
                     if is_late() or tried == self._retries or pause >= left():
