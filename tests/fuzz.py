@@ -569,6 +569,7 @@ def _recipe(folder: Path) -> None:
 def _read_recipe(folder: Path) -> Any:
     from r1s_jax.recipes import load_recipe
 
+    sys.dont_write_bytecode = True  # what Python keeps of a recipe is not read here
     return load_recipe(str(folder / "mine.py"))
 
 
@@ -721,6 +722,7 @@ def _import(module: str, name: str) -> Any:
 # Damage.
 
 STRANGE = [None, True, -1, 0, 3.5, 10**30, float("nan"), float("inf"), "", "x" * 5000, "\ud83d"]
+STRANGE += ["1e400", "\u0663", "9" * 5000, 10**400, 1e308, -1e308, 1e-320, "1_0", "True", 1, 2]
 STRANGE += ["../../etc/passwd", [], {}, [[]], {"a": {"b": []}}, "<|im_end|>", "\x1b]52;c;x\x07"]
 
 

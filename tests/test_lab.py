@@ -5,14 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.commands.lab import _is_done, _note_move, _planned, run_folder
+from r1s_jax.commands.lab import _is_done, _note_move, _Plan, _planned, run_folder
+from r1s_jax.config import CorpusConfig
+from r1s_jax.configs import wiki_smollm2
 from r1s_jax.tracking.arms import Arm
-from r1s_jax.tracking.run_dir import open_run_dir
+from r1s_jax.tracking.run_dir import check_data, open_run_dir
 from tests.makers import SHORT, run_cli
 
 ARMS = ["--arm", "a:", "--arm", "b: optimizer.learning_rate=1e-3"]
@@ -138,3 +141,21 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path):
     assert without_times(tmp_path / "killed") == without_times(tmp_path / "whole")
     for name in ("table.md", "curves.png", "report.html"):
         assert (tmp_path / "killed" / name).stat().st_size > 100
+
+
+def test_arms_over_other_data_are_not_put_into_one_table(tmp_path):
+    """A run that is done counts as long as its questions are what they were."""
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "Who?", "answer": "A"}\n')
+    environment = CorpusConfig(questions=(str(questions),), retriever="http://x/queries")
+    plan = _Plan(replace(wiki_smollm2.config(), environment=environment), None, tmp_path)
+    arm, folder = Arm("base", ()), run_folder(tmp_path, "base", 0)
+    open_run_dir(folder, plan.config, resume=False)
+    check_data(folder, plan.config, accept_changed=False)
+    (folder / "metrics.jsonl").touch()
+    assert not _is_done(tmp_path, arm, 0, plan)
+    (folder / "summary.json").write_text("{}")
+    assert _is_done(tmp_path, arm, 0, plan)
+    questions.write_text('{"question": "Where?", "answer": "A"}\n')
+    with pytest.raises(ConfigError, match=r"q\.jsonl changed since the run began"):
+        _is_done(tmp_path, arm, 0, plan)

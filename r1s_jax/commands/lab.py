@@ -189,13 +189,14 @@ class _WrittenConfig(TypedDict):
 
 
 def _is_done(out: Path, arm: "Arm", seed: int, plan: _Plan) -> bool:
-    """Raises ConfigError for a run of another config: the recipe may have been edited since."""
-    from r1s_jax.tracking.run_dir import open_run_dir
+    """Raises ConfigError for a run of another config or over other data: both may have changed."""
+    from r1s_jax.tracking.run_dir import check_data, open_run_dir
 
     folder = run_folder(out, arm.name, seed)
     if not (folder / "summary.json").exists():
         return False
     open_run_dir(folder, plan.config, resume=True)
+    check_data(folder, plan.config, accept_changed=False)
     return True
 
 
