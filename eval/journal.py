@@ -95,9 +95,9 @@ def refuse_other(out: Path, before: dict[str, Any], now: dict[str, Any], *sectio
     ]
     if not differ:
         return
-    what = {"model.sha256": "model", "questions.sha256": "questions"}
-    others = [f"other {what[place]}" for place in what if any(d.startswith(place) for d in differ)]
-    told = f"of {' and '.join(others)} ({'; '.join(differ)})" if others else "; ".join(differ)
+    names = {"model.sha256": "another model", "questions.sha256": "other questions"}
+    what = [names[place] for place in names if any(d.startswith(place) for d in differ)]
+    told = f"of {' and '.join(what)} ({'; '.join(differ)})" if what else "; ".join(differ)
     raise DataError(
         f"{out} was written by another run: {shorten(told, 200)}. Choose another file with --out, "
         f"or give what {header_path(out).name} names"

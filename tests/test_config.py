@@ -159,6 +159,7 @@ def test_an_absent_architecture_cannot_be_set_from_the_command_line():
         ("algorithm.importance_cap=0.5", "importance_cap=0.5: it must be 0, or at least 1"),
         ("algorithm.samples_per_question=1", "samples_per_question=1 with algorithm.estimator"),
         ("environment.guess_weight=0", "environment.guess_weight must be above 0"),
+        ("rollout.top_p=1e-9", "rollout.top_p=1e-09 draws the same answer"),
         ("rollout.temperature=0", "rollout.temperature=0 draws the same answer"),
         ("policy.param_dtype=bfloat16", "set policy.param_dtype=float32, or train adapters"),
         ("policy.architecture.num_kv_heads=0", "architecture.num_kv_heads must be above 0"),

@@ -14,6 +14,7 @@ def check(ok: bool, message: str) -> None:
 
 # A weight of usual size (0.02) in bfloat16 stays as it is where less than this is added to it.
 _LEAST_BFLOAT16_RATE = 1e-4
+_LEAST_CHOICE = 0.01  # of temperature and top_p: below, no token but the likeliest is drawn
 # Beyond these a number is a slip of the pen; of what is not named, beyond what 31 bits hold.
 MOST = {
     "temperature": 100.0,
@@ -106,11 +107,13 @@ def _check_learning(config: Any) -> None:
     """Raises ConfigError for settings with which nothing would be learned."""
     steps = {"cold_start": config.cold_start.steps}
     steps["optimizer"] = config.stage1.steps + config.stage2.steps
-    check(
-        config.rollout.temperature > 0 or not steps["optimizer"],
-        "rollout.temperature=0 draws the same answer to a question every time, which teaches "
-        "nothing: set it above 0 (1 is usual)",
-    )
+    for name in ("temperature", "top_p") if steps["optimizer"] else ():
+        value = getattr(config.rollout, name)
+        check(
+            value >= _LEAST_CHOICE,
+            f"rollout.{name}={value:g} draws the same answer to a question every time, which "
+            f"teaches nothing: set it to at least {_LEAST_CHOICE} (1 is usual)",
+        )
     half = config.policy.param_dtype == "bfloat16" and not config.policy.lora_rank
     for section in (name for name, count in steps.items() if half and count):
         rate = getattr(config, section).learning_rate

@@ -212,7 +212,7 @@ RUNS = {
     "no_searches": [reward(pays_for_not_searching), "optimizer.learning_rate=2e-4"],
     "search_limit": [reward(pays_for_searching), "rollout.max_searches=1"],
     "empty_documents": [],
-    "identical_responses": ["rollout.temperature=1e-3"],
+    "identical_responses": ["rollout.temperature=0.01"],
     "reward_without_f1": [reward(pays_for_words)],
     "length_blow_up": [reward(pays_for_words), "rollout.max_turn_length=150", "stage2.steps=24"],
 }
