@@ -198,6 +198,8 @@ def stage_reward(name: str, judge: JudgeConfig, journal: Path) -> BatchReward:
     if name.strip() != NAME and not is_composed(name):
         return batch_reward(name)
     terms = parse(name, RewardError)
+    if not any(term.weight for term in terms):
+        raise RewardError(f"reward {name!r}: every weight is 0, which teaches nothing")
     weight = sum(term.weight for term in terms if term.name == NAME)
     if not any(term.name == NAME for term in terms):
         return batch_reward(name)

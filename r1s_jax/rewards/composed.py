@@ -16,13 +16,13 @@ from r1s_jax.rewards.rules import (
     searches_answered,
 )
 
-_NUMBER = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?"
 _NAME = r"[A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?"
 _TERM = re.compile(
     rf"\s*(?P<sign>[+-])?\s*(?:(?P<weight>{_NUMBER})\s*\*\s*)?"
     rf"(?P<name>{_NAME})(?:\((?P<argument>{_NUMBER})\))?\s*"
 )
-_MOST_TERMS = 32
+_MOST_TERMS, _MOST_WEIGHT = 32, 1e9
 _A_LENGTH = 100  # words that count as 1
 
 
@@ -97,6 +97,8 @@ def parse(text: str, error: type[UserError]) -> list[Term]:
         at = found.end()
     if not 0 < len(terms) <= _MOST_TERMS:
         raise error(f"reward {text!r}: expected 1 to {_MOST_TERMS} terms, found {len(terms)}")
+    if any(abs(term.weight) > _MOST_WEIGHT for term in terms):
+        raise error(f"reward {text!r}: a weight is above {_MOST_WEIGHT:g}")
     for term in terms:
         if (term.name in _WITH_ARGUMENT) != (term.argument is not None):
             wanted = "needs a number in brackets" if term.argument is None else "takes no number"

@@ -129,3 +129,10 @@ def test_a_run_is_judged_and_one_whose_judge_fails_ends_with_a_message(tmp_path)
         done = trained(server, tmp_path / "broken")
         assert done.exit_code and isinstance(done.exception, JudgeFailure), done.output
         assert "got no verdict" in str(done.exception)
+
+
+def test_a_sum_of_nothing_is_no_reward(tmp_path):
+    for name in ("0*f1", "0*judge + 0.0*stage2", "1e-400*f1"):
+        with pytest.raises(RewardError, match="every weight is 0"):
+            stage_reward(name, JudgeConfig(url="http://x", model="j"), tmp_path / "j.jsonl")
+    stage_reward("f1 + 0*format", JudgeConfig(), tmp_path / "j.jsonl")

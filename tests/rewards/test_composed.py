@@ -1,5 +1,7 @@
 """Rewards that are sums: read strictly, each term by hand, every value in the parts."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -110,13 +112,15 @@ def test_only_the_documents_own_texts_are_found(dialect):
         ("stage2 + nonsense", "no reward 'nonsense'"),
         ("searches_over + 1*f1", "needs a number"),
         ("words(3)", "takes no number"),
+        ("1e400*f1", "a weight is above 1e+09"),
+        ("\u0663*f1", "expected WEIGHT"),
         ("f1 + __import__('os').system('x')", "expected WEIGHT"),
         ("f1 + " + "f1 + " * 40 + "f1", "terms"),
         ("", "no reward"),
     ],
 )
 def test_what_cannot_be_read_is_said(text, words):
-    with pytest.raises(RewardError, match=words.replace("*", r"\*").replace("(", r"\(")):
+    with pytest.raises(RewardError, match=re.escape(words)):
         reward_rule(text)(GOOD, GOLD)
 
 
