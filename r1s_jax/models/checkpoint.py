@@ -8,6 +8,7 @@ same.
 import contextlib
 import importlib.util
 import logging
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -45,8 +46,10 @@ _CHECKSUMS = "array_checksums"
 # Orbax warns at every save without a score, which the first stage's are, and at every item whose
 # description is asked for without the whole checkpoint's.
 _NO_NEWS = ("tracked_metric", "Metadata file does not exist", "Failed to get item metadata")
+_NO_NEWS += ("Failed to json parse Metadata file",)
+# Nor are the tracebacks of its threads: what fails there is raised by `wait`.
 logging.getLogger("absl").addFilter(
-    lambda record: not any(known in record.getMessage() for known in _NO_NEWS)
+    lambda record: not (record.exc_info or any(n in record.getMessage() for n in _NO_NEWS))
 )
 _PATIENCE_S = 30.0
 
@@ -72,6 +75,7 @@ class Checkpoints:
         )
         self._directory, self._run = _absolute(directory), run
         self._held = contextlib.ExitStack()
+        _ignore_late_errors()
         if run:
             on_main(lambda: self._held.enter_context(held_for(run, self._directory)))
         on_main(lambda: _drop_damaged(self._directory))
@@ -109,7 +113,12 @@ class Checkpoints:
 
     def close_after_error(self) -> None:
         """Lets what is being saved get to the disk, but not for ever: others may have gone."""
-        waiting = threading.Thread(target=self._manager.close, daemon=True)
+
+        def close() -> None:
+            with contextlib.suppress(Exception):  # that it failed is known already
+                self._manager.close()
+
+        waiting = threading.Thread(target=close, daemon=True)
         waiting.start()
         waiting.join(_PATIENCE_S)
         self._held.close()
@@ -147,7 +156,6 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        _ignore_late_reads()
         newest = self._manager.latest_step()
         with self.reading():
             saved = _saved_sums(self._directory / str(newest))
@@ -181,8 +189,10 @@ class Checkpoints:
         try:
             action()
         except Exception as error:
+            known = re.search(r"([^:]+) \[os_error_code", str(error))  # the system's own words
+            why = known[1].strip() if known else shorten(str(error), 150)
             raise CheckpointError(
-                f"cannot save a checkpoint in {self._directory}: {error}. Earlier checkpoints are "
+                f"cannot save a checkpoint in {self._directory}: {why}. Earlier checkpoints are "
                 "whole: make room, then go on with --resume."
             ) from error
 
@@ -215,7 +225,7 @@ def _drop_damaged(directory: epath.Path) -> None:
         warn(_damaged(folder, why, f"was moved to {_aside(folder)}"))
     for path in directory.glob("*/metrics/metrics") if directory.exists() else ():
         try:
-            check(_sound(parse_object(path.read_bytes(), path), path), _Scored, path)
+            check(_sound(path, "score"), _Scored, path)
         except BadInput as error:
             # Of a score that cannot be read nothing but the score is lost: its checkpoint stays.
             warn(f"{error}; the checkpoint counts as one without a score")
@@ -223,7 +233,7 @@ def _drop_damaged(directory: epath.Path) -> None:
 
 
 class _Scored(msgspec.Struct):
-    """A checkpoint's score; those of early versions have no seal."""
+    """A checkpoint's score."""
 
     score: float
 
@@ -257,10 +267,15 @@ def flaw(folder: epath.Path) -> str:
     return ""
 
 
-def _sound(values: dict[str, Any], where: epath.Path) -> dict[str, Any]:
-    """Values of a checkpoint that are what was saved; those of early versions have no seal."""
-    if (SEAL in values or _CHECKSUMS in values) and not is_sealed(values):
-        raise BadInput(f"{where}: changed since it was saved, its seal does not fit")
+def _sound(path: epath.Path, mark: str) -> dict[str, Any]:
+    """The values in a file of a checkpoint, which are what was saved.
+
+    Those of early versions have no seal, but what is called `mark`. Raises BadInput.
+    """
+    values = parse_object(path.read_bytes(), path)
+    early = mark in values and not values.keys() & {SEAL, _CHECKSUMS}
+    if not early and not is_sealed(values):
+        raise BadInput(f"{path}: changed since it was saved, its seal does not fit")
     return values
 
 
@@ -269,7 +284,7 @@ def _saved_progress(folder: epath.Path) -> dict[str, Any]:
     path = folder / "progress" / "metadata"
     if not path.exists():
         raise BadInput(f"{path} is missing: this is no whole checkpoint of a run")
-    return _sound(parse_object(path.read_bytes(), path), path)
+    return _sound(path, "checksums")
 
 
 def checkpoint_directory(run_dir: epath.PathLike, elsewhere: str) -> epath.Path:
@@ -344,7 +359,7 @@ def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> P
     specs, folder = param_specs(model), _absolute(checkpoint)
     if why := flaw(folder):
         raise CheckpointError(why)
-    _ignore_late_reads()
+    _ignore_late_errors()
     stored = _stored_dtypes(folder, specs)
     restore = jax.tree.map(
         lambda _, kind: ocp.ArrayRestoreArgs(restore_type=np.ndarray, dtype=kind),
@@ -363,8 +378,8 @@ def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> P
 
 
 @cache
-def _ignore_late_reads() -> None:
-    """Where one array cannot be read, the others come after Orbax's event loop ended: no news."""
+def _ignore_late_errors() -> None:
+    """Where one array fails, the others' ends find Orbax's event loop closed: no news."""
     hook = sys.unraisablehook
     known = "Event loop is closed"
     sys.unraisablehook = lambda told: None if known in str(told.exc_value) else hook(told)

@@ -66,7 +66,7 @@ def test_the_best_is_kept_whatever_its_age(tmp_path):
     assert again.progress(told) == {"step": 6} and again.best() == tmp_path / "c" / "3"
 
 
-def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path):
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, capfd, caplog):
     """A limit on the size of files stands in for a disk without room."""
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     checkpoints.save(1, state(1), {"step": 1})
@@ -75,12 +75,14 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
     try:
-        with pytest.raises(CheckpointError, match="Earlier checkpoints are whole"):
+        with pytest.raises(CheckpointError, match=r"/c: .*File too large\. Earlier .* are whole"):
             checkpoints.save(2, state(2), {"step": 2})
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+    checkpoints.close_after_error()
+    assert not capfd.readouterr().err and not caplog.records, "nothing but the error is said"
     again = Checkpoints(tmp_path / "c", keep=2)
     assert again.progress(told) == {"step": 1}
     np.testing.assert_array_equal(again.restore(state(0)).params["w"], state(1).params["w"])
@@ -174,6 +176,7 @@ DAMAGES = {
     "what was in flight": changed("progress/metadata", carried="abd"),
     "a checksum": changed("progress/metadata", array_checksums={}),
     "no seal": changed("progress/metadata", seal=None),
+    "another file": lambda f: (f / "progress" / "metadata").write_text("{}"),
     "no progress": lambda f: (f / "progress" / "metadata").unlink(),
     "no object": lambda f: (f / "progress" / "metadata").write_text("[]"),
     "description of another type": lambda f: (f / "_CHECKPOINT_METADATA").write_text("[]"),
