@@ -291,10 +291,15 @@ def test_kl_to_the_reference(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("kills", "changes"),
+    [(20, ["stage2.steps=60"]), (10, ["stage2.steps=58", "rollout.carry_over=true"])],
+    ids=["20 kills", "10 kills, trajectories carried over"],
+)
+def test_kills_at_random_moments_change_nothing(tmp_path, kills, changes):
     """The launch script restarts the run; each kill comes within twenty seconds of its start."""
     path, rng = tmp_path / "killed", random.Random(0)
-    longer = [*SHORT, "stage2.steps=60"]
+    longer = [*SHORT, *changes]
     train(override(tiny_world.config(), longer), tmp_path / "whole")
     script = Path(__file__).parents[1] / "configs" / "launch" / "single_gpu.sh"
     bin_dir = Path(sys.executable).parent
@@ -302,17 +307,17 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     env["PATH"] = f"{bin_dir}:{env['PATH']}"
     with (tmp_path / "log").open("w") as log:
         loop = subprocess.Popen(["bash", str(script), *longer], env=env, stdout=log, stderr=log)
-        for _ in range(20):
+        for _ in range(kills):
             while not (runs := trainings(loop.pid)) and loop.poll() is None:
                 time.sleep(0.01)
-            assert loop.poll() is None, "the run ended before it was killed twenty times"
+            assert loop.poll() is None, f"the run ended before it was killed {kills} times"
             time.sleep(rng.uniform(0, 20))
             assert all(run.is_running() for run in runs), "it ended by itself"
             for run in runs:
                 run.kill()
             psutil.wait_procs(runs)
         assert loop.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert (tmp_path / "log").read_text().count("stopped with status 137") == 20
+    assert (tmp_path / "log").read_text().count("stopped with status 137") == kills
     assert_same_run(tmp_path / "whole", path)
 
 
