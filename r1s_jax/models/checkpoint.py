@@ -124,8 +124,8 @@ class Checkpoints:
         self._held.close()
 
     def close(self) -> None:
-        self._guard(self._manager.close)
-        self._held.close()
+        with self._held:
+            self._guard(self._manager.close)
 
     def progress(self, read: Callable[[dict[str, Any]], T]) -> T | None:
         """Where the newest checkpoint stands, as `read` makes it; None when there is none.

@@ -52,7 +52,7 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
         if differ:
             raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")
         if not identity_of(path):  # of a version that gave runs none
-            write_json(versions, read_object(versions, ConfigError) | {"id": uuid.uuid4().hex})
+            write_json(versions, read_object(versions, ConfigError) | {"id": _new_identity()})
         return path
     if not ours and path.exists() and not (path.is_dir() and _names(path) <= _STARTING):
         raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
@@ -60,7 +60,8 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     # What a run that never took a step found of its model and its data binds no other.
     shutil.rmtree(path / "policy", ignore_errors=True)
     (path / "data.json").unlink(missing_ok=True)
-    write_json(versions, _versions())
+    # That of a run which ended before its first step goes on: a place for checkpoints may have it.
+    write_json(versions, {"id": identity_of(path) or _new_identity(), **_versions()})
     write_json(known, described)
     return path
 
@@ -71,6 +72,11 @@ def write_held_out(path: Path, questions: Sequence[Question]) -> None:
         path / "held_out.jsonl",
         ({"id": q.id, "question": q.question, "answer": q.answers} for q in questions),
     )
+
+
+def _new_identity() -> str:
+    """A run's own, which its checkpoints name."""
+    return uuid.uuid4().hex
 
 
 def _names(path: Path) -> set[str]:
@@ -172,7 +178,6 @@ class StopRequest:
 
 def _versions() -> dict[str, Any]:
     return {
-        "id": uuid.uuid4().hex,  # the run's own; its checkpoints name it
         "python": platform.python_version(),
         "folder": str(Path.cwd()),
         "devices": [str(d) for d in jax.devices()],

@@ -15,6 +15,7 @@ from r1s_jax.border.errors import UserError
 from r1s_jax.config import ConfigError, CorpusConfig, PolicyConfig
 from r1s_jax.configs import wiki_smollm2
 from r1s_jax.data import corpora
+from r1s_jax.models.checkpoint_owner import identity_of
 from r1s_jax.models.pretrained import make_policy, save_policy
 from r1s_jax.tracking.run_dir import StopRequest, as_written, check_data, open_run_dir
 from tests.makers import letters, save_other_weights, save_small_model
@@ -101,6 +102,20 @@ def test_the_encoder_of_passages_is_data(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="hash changed since the run began"):
         check_data(tmp_path, given, accept_changed=False)
     check_data(tmp_path, given, accept_changed=True)
+
+
+def test_a_run_keeps_its_identity(tmp_path):
+    """Also where it ended before its first step, and where its version gave it none."""
+    run = open_run_dir(tmp_path / "run", config(), resume=False)
+    first = identity_of(run)
+    open_run_dir(run, config(seed=3), resume=False)
+    (run / "metrics.jsonl").touch()
+    open_run_dir(run, config(seed=3), resume=True)
+    assert identity_of(run) == first != ""
+    (run / "versions.json").write_text('{"jax": "0.10.2"}')
+    open_run_dir(run, config(seed=3), resume=True)
+    assert identity_of(run) and json.loads((run / "versions.json").read_text())["jax"] == "0.10.2"
+    assert identity_of(open_run_dir(tmp_path / "other", config(), resume=False)) != first
 
 
 @pytest.mark.parametrize("damaged", ['{"folder": 3}', "[]", '{"id": []}'])
