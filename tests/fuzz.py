@@ -863,7 +863,7 @@ READERS = {
     "aliases": Reader(_aliases, _read_questions("dev.jsonl")),
     "dialect": Reader(_dialect, _read_dialect),
     "calls": Reader(_calls, _read_calls),
-    "journals": Reader(_answers, _resume),
+    "answers begun": Reader(_answers, _resume),
     "settings": Reader(_settings, _set, weight=20),
     "recipe": Reader(_recipe, _read_recipe, weight=20),
     "overrides": Reader(_overrides, _override, weight=4),
