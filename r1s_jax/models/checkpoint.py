@@ -254,7 +254,10 @@ class _Described(msgspec.Struct):
 
 
 def flaw(folder: epath.Path) -> str:
-    """What is wrong with a checkpoint as far as can be told without its arrays; "": nothing."""
+    """What is wrong with a checkpoint as far as can be told without its arrays; "": nothing.
+
+    Raises OSError where it cannot be reached now: that says nothing of what it holds.
+    """
     try:
         for name in ("_CHECKPOINT_METADATA", "progress/metadata", "state/_METADATA"):
             if not (folder / name).exists():
@@ -262,7 +265,7 @@ def flaw(folder: epath.Path) -> str:
         path = folder / "_CHECKPOINT_METADATA"
         check(parse_object(path.read_bytes(), path), _Described, path)
         _saved_progress(folder)
-    except (UserError, OSError) as error:
+    except UserError as error:
         return str(error)
     return ""
 

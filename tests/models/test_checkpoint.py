@@ -202,6 +202,15 @@ def test_a_checkpoint_that_is_not_whole_is_set_aside_and_the_one_before_it_used(
     assert f"checkpoint {newest} is damaged" in said and "was moved to" in said
 
 
+def test_a_checkpoint_that_cannot_be_reached_now_is_not_moved(tmp_path):
+    newest = saved_twice(tmp_path / "c")
+    (newest / "_CHECKPOINT_METADATA").unlink()
+    (newest / "_CHECKPOINT_METADATA").mkdir()
+    with pytest.raises(OSError, match="_CHECKPOINT_METADATA"):
+        Checkpoints(tmp_path / "c", keep=3)
+    assert newest.is_dir()
+
+
 def test_the_only_checkpoint_stays_where_it_is(tmp_path):
     newest = saved_twice(tmp_path / "c")
     for folder in (newest, newest.parent / "1"):
