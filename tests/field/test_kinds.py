@@ -101,7 +101,7 @@ def test_an_encoder_as_sentence_transformers_saves_it_now(tmp_path):
     (tmp_path / "sentence_bert_config.json").write_text('{"transformer_task": "x"}')
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 32}')
     encoder = BertEncoder(tmp_path)
-    assert (encoder._pooling, encoder._max_length) == ("mean", 32)
+    assert (encoder._pooling, encoder.max_length) == ("mean", 32)
     np.testing.assert_array_equal(encoder.encode(["a b c"], kind="query"), before)
 
 
