@@ -93,7 +93,7 @@ def _held(data: bytes, path: Path) -> list[dict[str, Any]] | None:
         raise
     rows = whole.get("data")
     if not isinstance(rows, list):
-        return [whole]
+        return [whole] if b"\n" in data.strip() else None
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected JSON objects in the list `data`")
     return [row for article in rows for row in _asked_of(article)]
