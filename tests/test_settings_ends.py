@@ -19,7 +19,12 @@ from r1s_jax.border.ranges import MOST
 from r1s_jax.config import Config, MeshConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import TinyWorldEnvironment
-from r1s_jax.learning.cold_start import cold_start_end, cooldown_begins, learning_rate_scale
+from r1s_jax.learning.cold_start import (
+    cold_start_end,
+    cooldown_begins,
+    demonstration_batch,
+    learning_rate_scale,
+)
 from r1s_jax.learning.learner import make_optimizer
 from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
@@ -171,6 +176,14 @@ def test_at_its_ends_a_world_has_something_to_imitate(path, end):
     for demonstration in made:
         weights = [weight for _, weight in demonstration.spans]
         assert any(weights) and demonstration.first_weight + sum(weights) > 0
+
+
+def test_demonstrations_that_are_cut_to_nothing_are_no_batch():
+    made = TinyWorldEnvironment(tiny_world.config().environment, 0).demonstrations(0, 4)
+    encoders = (lambda text: [1] * 4,) * 3
+    with pytest.raises(ConfigError, match="anything to learn within 2 tokens: raise rollout"):
+        demonstration_batch(made, *encoders, capacity=2, micro_rows=1)
+    demonstration_batch(made, *encoders, capacity=64, micro_rows=1)
 
 
 # Whole runs.

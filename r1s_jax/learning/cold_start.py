@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from r1s_jax.config import ColdStartConfig, Config
+from r1s_jax.config import ColdStartConfig, Config, ConfigError
 from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.environment import Environment
 from r1s_jax.learning.learner import Learner, LearnerState
@@ -130,7 +130,7 @@ def demonstration_batch(
     Each span is tokenised by itself, as prompts and documents are in a rollout; a document block
     goes through `document_tokens`, which leaves of its passage lines what a rollout would show.
     What is longer than `capacity` loses its end. Returns the batch and the number of micro-batches
-    that hold anything.
+    that hold anything. Raises ConfigError where `capacity` leaves nothing to learn.
     """
     rows = [_tokens(d, encode, prompt_tokens, document_tokens, dialect) for d in demonstrations]
     rows = [(ids[:capacity], weights[:capacity]) for ids, weights in rows]
@@ -139,7 +139,12 @@ def demonstration_batch(
     weights = np.zeros(tokens.shape, np.float32)
     for i, (ids, trained) in enumerate(rows):
         tokens[i, : len(ids)], weights[i, : len(ids)] = ids, trained
-    weights /= weights.sum()
+    if not (total := weights.sum()):
+        raise ConfigError(
+            f"no demonstration has anything to learn within {capacity} tokens: raise "
+            "rollout.max_length (or optimizer.pack_length)"
+        )
+    weights /= total
     unused = np.zeros_like(weights)
     batch, _, micro = pack(
         tokens, lengths, weights, unused, unused, capacity=capacity, micro_rows=micro_rows
