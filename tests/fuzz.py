@@ -143,7 +143,7 @@ def _answers(folder: Path) -> None:
         (folder / f"{name}.header.json").write_text(json.dumps(_header()))
 
 
-def _resume(folder: Path) -> Any:
+def _answer_on(folder: Path) -> Any:
     from r1s_jax.eval import difficulty, run
 
     questions, now = _journal_questions(), _header()
@@ -863,7 +863,7 @@ READERS = {
     "aliases": Reader(_aliases, _read_questions("dev.jsonl")),
     "dialect": Reader(_dialect, _read_dialect),
     "calls": Reader(_calls, _read_calls),
-    "answers begun": Reader(_answers, _resume),
+    "answers begun": Reader(_answers, _answer_on),
     "settings": Reader(_settings, _set, weight=20),
     "recipe": Reader(_recipe, _read_recipe, weight=20),
     "overrides": Reader(_overrides, _override, weight=4),

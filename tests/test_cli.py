@@ -106,7 +106,7 @@ def test_ask_streams_to_the_end(model, index):
     [
         (("train", "tiny_word"), "no recipe 'tiny_word'"),
         (("train", "tiny_world", "stage2.step=3"), "did you mean 'steps'"),
-        (("train", "tiny_world", "seed=three"), "must be of type int"),
+        (("train", "tiny_world", "seed=three"), "must be a whole number"),
         (("train", "tiny_world", "--resume"), "--resume needs --run-dir"),
         (("train", "tiny_world", "policy.model=x"), "not both"),
         (("ask", "q", "--model", "/nowhere", "--index", "/nowhere"), "/nowhere"),

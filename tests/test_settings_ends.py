@@ -32,7 +32,7 @@ from r1s_jax.models.checkpoint import read_params
 from r1s_jax.models.sharding import make_mesh
 from r1s_jax.tracking.progress import Progress
 from r1s_jax.train import train
-from tests.learning.test_policy_gradient import VOCABULARY, TableLearner, make_batch, rolled_of
+from tests.learning.test_policy_gradient import VOCABULARY, TableLearner, make_batch, rewarded_of
 
 # Of an ending run what matters is that it may run: each is told where it does not go with others.
 LOWEST = {int: (-1, 0, 1, 2, 3), float: (0.0, 1e-6, 0.01)}
@@ -120,8 +120,7 @@ def learned(config: Config) -> np.ndarray:
         t, rewards = make_batch(step)
         state, _ = gradient.learn(
             state,
-            rolled_of(t),
-            rewards,
+            rewarded_of(t, rewards, config.algorithm),
             step=step,
             kl_coefficient=config.algorithm.kl_coefficient,
             learning_rate_scale=progress.learning_rate_scale(config),

@@ -67,7 +67,8 @@ def held_for(run: Path, directory: epath.Path) -> Iterator[None]:
         if not (mark and ours):
             directory.mkdir(parents=True, exist_ok=True)
             partial = directory / f"{_MARK}.partial"
-            partial.write_text(json.dumps({"run": identity, "folder": str(run.resolve())}))
+            mark = {"run": identity, "folder": str(run.resolve())}
+            partial.write_bytes(json.dumps(mark).encode())
             partial.replace(directory / _MARK)
         yield
 

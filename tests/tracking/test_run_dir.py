@@ -153,7 +153,7 @@ from r1s_jax.tracking.run_dir import StopRequest
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its terminal from now on
 with StopRequest() as stop:
     print("begun", flush=True)
-    while not stop.requested:
+    while not stop.agree():
         time.sleep(0.01)
     print("a step", flush=True)
     open(sys.argv[1], "w").write(stop.requested)
