@@ -49,8 +49,9 @@ class SeenIds:
         if id == str(self._counted):
             self._counted += 1
             return id not in self._others
-        number = int(id) if id.isascii() and id.isdigit() else self._counted
-        if id in self._others or (number < self._counted and id == str(number)):
+        # Longer ones are no places in a file, and int() refuses numbers of thousands of digits.
+        counted = id.isascii() and id.isdecimal() and len(id) < 20 and int(id) < self._counted
+        if id in self._others or (counted and id == str(int(id))):
             return False
         self._others.add(id)
         return True
@@ -100,12 +101,12 @@ def shards_of(folder: Path) -> list[Path]:
     """The .tsv and .jsonl files of a folder (.gz too), part2 before part10."""
     endings = (".tsv", ".jsonl", ".tsv.gz", ".jsonl.gz")
     files = [path for path in folder.iterdir() if path.is_file() and path.name.endswith(endings)]
-    return sorted(files, key=lambda path: [int(n) if n.isdigit() else n for n in _parts(path)])
+    return sorted(files, key=_parts)
 
 
-def _parts(path: Path) -> list[str]:
+def _parts(path: Path) -> list[str | int]:
     """A name's texts and numbers by turns."""
-    return re.split(r"([0-9]+)", path.name)
+    return [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", path.name))]
 
 
 def read_shards(folder: Path) -> Iterator[Passage]:

@@ -1,6 +1,5 @@
 """Files of evaluated questions: their rows, what each row scores, and the header beside them."""
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -167,7 +166,7 @@ def score_row(row: Mapping[str, Any]) -> dict[str, float]:
     if not isinstance(row.get("question"), str):
         raise ValueError("`question` must be a text")
     searches = row.get("searches", 0)
-    if not isinstance(searches, int | float) or not 0 <= searches < math.inf:
+    if not isinstance(searches, int | float) or not 0 <= searches < 2**53:
         raise ValueError("`searches` must be a number of at least 0")
     score = score_answer(predicted, golds)
     scores = {

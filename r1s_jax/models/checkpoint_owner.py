@@ -75,7 +75,11 @@ def held_for(run: Path, directory: epath.Path) -> Iterator[None]:
 
 def saved_in(directory: epath.Path) -> list[epath.Path]:
     """The checkpoints of a folder, the newest first; none where there is no folder."""
-    found = [p for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
+    found = (
+        [p for p in directory.iterdir() if p.name.isascii() and p.name.isdecimal()]
+        if directory.exists()
+        else []
+    )
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
 

@@ -184,7 +184,7 @@ def _load_run(source: Path, run: Path, dtype: Any, number: int | None) -> Pretra
             raise CheckpointError(f"{folder} holds no checkpoint {number} any more")
         params = read_params(checkpoint, adapted, dtype)
     params = merge_adapters(params, adapted.lora_scale)
-    taken = int(checkpoint.name) if checkpoint.name.isdigit() else None
+    taken = int(checkpoint.name) if checkpoint.name.isdecimal() else None
     return Pretrained(model, params, tokenizer, ends, dialect_at(str(source)), taken)
 
 

@@ -46,7 +46,7 @@ def join() -> None:
     named: dict[str, Any] = {}
     if any(given):
         coordinator, count, index = given
-        if not (coordinator and count and index and count.isdigit() and index.isdigit()):
+        if not (coordinator and count and index and count.isdecimal() and index.isdecimal()):
             raise ProcessError(f"set all of {', '.join(_VARIABLES)}: host:port, how many, which")
         named = {
             "coordinator_address": coordinator,

@@ -25,7 +25,7 @@ class Board:
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads files in the order of their names.
         stamps = [p.name.split(".")[3] for p in folder.glob("events.out.tfevents.*")]
-        begun = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdigit())])
+        begun = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])
         name = f"events.out.tfevents.{begun:010d}.{socket.gethostname()}"
         self._records = RecordWriter(str(folder / name))
         self._write(Event(file_version="brain.Event:2"))

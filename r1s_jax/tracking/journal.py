@@ -26,6 +26,18 @@ class StepRow(TypedDict):
     health: NotRequired[list[Fired]]
 
 
+class _Planned(TypedDict, total=False):
+    steps: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+
+
+class PlannedConfig(TypedDict, total=False):
+    """Of a run's config, what a report computes with; the rest is shown as it stands."""
+
+    cold_start: _Planned
+    stage1: _Planned
+    stage2: _Planned
+
+
 class _LearningRow(StepRow):
     """A row of `metrics.jsonl`: what is read by its name. All others of it are numbers too."""
 

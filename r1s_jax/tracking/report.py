@@ -12,7 +12,7 @@ from r1s_jax.data.rows import DataError, rows_so_far
 from r1s_jax.data.traces import Trace, sample_traces
 from r1s_jax.models.checkpoint import run_of
 from r1s_jax.tracking import charts
-from r1s_jax.tracking.journal import StepRow, read_json
+from r1s_jax.tracking.journal import PlannedConfig, StepRow, read_json
 from r1s_jax.tracking.pages import breakable, write_page
 from r1s_jax.tracking.trace_view import LABELS
 
@@ -158,7 +158,7 @@ def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
     return RunData(
         letter,
         name,
-        _flat(read_json(path / "config.json")),
+        _flat(read_json(path / "config.json", PlannedConfig)),
         read_json(path / "versions.json"),
         read_json(path / "summary.json"),
         _read_steps(path / "metrics.jsonl"),

@@ -92,6 +92,8 @@ def test_rows_that_repeat_count_once(tmp_path):
         read_results(lines(tmp_path / "a.jsonl", row, row))
     with pytest.raises(DataError, match="`searches` must be a number of at least 0"):
         read_results(lines(tmp_path / "a.jsonl", row | {"searches": float("nan")}))
+    with pytest.raises(DataError, match="`searches` must be a number of at least 0"):
+        read_results(lines(tmp_path / "a.jsonl", row | {"searches": 10**400}))
 
 
 def test_an_encoder_as_sentence_transformers_saves_it_now(tmp_path):

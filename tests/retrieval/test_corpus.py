@@ -10,7 +10,13 @@ import pytest
 
 from r1s_jax.data.corpora import corpus_passages, write_corpus_index
 from r1s_jax.retrieval.api import Passage, join_line, split_line
-from r1s_jax.retrieval.corpus import CorpusError, PassageStore, read_passages, wiki_summaries
+from r1s_jax.retrieval.corpus import (
+    CorpusError,
+    PassageStore,
+    read_passages,
+    shards_of,
+    wiki_summaries,
+)
 from r1s_jax.retrieval.encoder import HashEncoder
 from tests.full_disk import r1s_on_a_full_disk
 from tests.makers import run_cli
@@ -134,6 +140,26 @@ def test_a_cut_gzip_is_named_with_the_line(tmp_path):
 def test_ids_that_only_look_alike_are_different(tmp_path):
     (tmp_path / "c.tsv").write_text("0\ta\n00\tb\n1\tc\n٣\td\n")
     assert [id for id, _ in read_passages(tmp_path / "c.tsv")] == ["0", "00", "1", "٣"]
+
+
+def test_any_text_is_an_id(tmp_path):
+    ids = ["0", "1" * 5000, "²", "٣", "01", "1", "00"]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "contents": "x"}) + "\n" for i in ids))
+    assert [p.id for p in read_passages(path)] == ids
+    for again in ids:
+        path.write_text(
+            "".join(json.dumps({"id": i, "contents": "x"}) + "\n" for i in [*ids, again])
+        )
+        with pytest.raises(CorpusError, match=":8: "):
+            list(read_passages(path))
+
+
+def test_files_of_any_name_have_an_order(tmp_path):
+    names = ["part².jsonl", "part10.jsonl", "part2.jsonl", "٣.jsonl", "3.jsonl", "a.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert len(shards_of(tmp_path)) == len(names)
 
 
 def test_store_returns_what_was_written(tmp_path):

@@ -361,10 +361,11 @@ def test_what_is_no_run_is_named(tmp_path, two_runs):
     with pytest.raises(DataError, match="given twice"):
         write_report([two_runs[0], two_runs[0]], tmp_path / "report.html")
     (two_runs[0].parent / "broken").mkdir()
-    (two_runs[0].parent / "broken" / "config.json").write_text("{")
     (two_runs[0].parent / "broken" / "versions.json").write_text("{}")
-    with pytest.raises(DataError, match=r"broken/config.json: "):
-        write_report([two_runs[0].parent / "broken"], tmp_path / "report.html")
+    for damaged in ("{", '{"stage1": {"steps": []}}', '{"cold_start": 3}'):
+        (two_runs[0].parent / "broken" / "config.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"broken/config.json: "):
+            write_report([two_runs[0].parent / "broken"], tmp_path / "report.html")
 
 
 def test_the_command(two_runs, tmp_path):
