@@ -60,5 +60,8 @@ def reading(where: str | Path, error: type[UserError] = BadInput) -> Iterator[No
         if caught.filename is not None:
             raise
         raise error(f"{where}: {reason(caught)}") from caught
-    except Exception as caught:
+    except BaseException as caught:
+        # A reader in Rust that panics raises what is no Exception (pyo3's PanicException).
+        if not isinstance(caught, Exception) and type(caught).__name__ != "PanicException":
+            raise
         raise error(f"{where} cannot be read: {reason(caught)}") from caught

@@ -118,7 +118,7 @@ def load_config(path: str | Path) -> ModelConfig:
 class _ShardIndex(msgspec.Struct):
     """Of a model.safetensors.index.json, what is read here."""
 
-    weight_map: dict[str, Annotated[str, msgspec.Meta(pattern=r"^[\w.-]+$")]]
+    weight_map: dict[str, Annotated[str, msgspec.Meta(pattern=r"^[\w.-]{1,100}$")]]
 
 
 # What wrappers of PyTorch put into the names of what they hold.

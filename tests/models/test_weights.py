@@ -202,6 +202,10 @@ def test_of_a_tensor_in_two_shards_the_index_names_one(copy):
     index = copy / "model.safetensors.index.json"
     named = json.loads(index.read_text())["weight_map"]
     del named["lm_head.weight"]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(named, "9" * 300)}))
+    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json: ") as error:
+        load_params(copy, load_config(copy))
+    assert len(str(error.value)) <= 400
     index.write_text(json.dumps({"weight_map": named}))
     with pytest.raises(
         WeightsError, match=r"00002.safetensors: tensor lm_head.weight stands in .*00001"
