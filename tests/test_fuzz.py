@@ -9,7 +9,7 @@ from tests import fuzz
 
 
 def test_damaged_input_is_refused_by_name():
-    counts = fuzz.run(list(fuzz.READERS), seed=0, inputs=800)
+    counts = fuzz.run(list(fuzz.READERS), seed=0, inputs=600)
     bad = {name: dict(found) for name, found in counts.items() if set(found) & set(fuzz.BAD)}
     assert not bad
     assert sum(found["clear"] for found in counts.values()) > 300

@@ -64,6 +64,7 @@ def test_it_is_evaluated_exported_and_reported(old, index):
     assert "Question:" in run_cli("traces", str(run), "--limit", "2").output
 
 
+@pytest.mark.slow
 def test_it_resumes_to_the_end_that_it_would_have_had(old):
     run = old / "run"
     assert not (run / "checkpoints" / "125").exists()

@@ -134,9 +134,12 @@ SHORT += ["stage1.steps=0", "stage2.steps=3", "algorithm.updates_per_rollout=1"]
 SHORT += ["optimizer.decay_to=1", "optimizer.learning_rate=1e-3"]
 
 
-@pytest.mark.parametrize(
-    ("path", "end"), [case for case in CASES if case[0].startswith(("algorithm.", "optimizer."))]
-)
+LEARNING = [case for case in CASES if case[0].startswith(("algorithm.", "optimizer."))]
+# Zero is what means something else than it says; highest ends are for the slow tests.
+LEARNING = [pytest.param(*case, marks=[pytest.mark.slow] * case[1]) for case in LEARNING]
+
+
+@pytest.mark.parametrize(("path", "end"), LEARNING)
 def test_at_its_ends_a_setting_still_teaches(path, end):
     moved = learned(set_to(path, ends(path)[end], *SHORT))
     if (path, end) == ("optimizer.learning_rate", 1):

@@ -352,6 +352,8 @@ class Broker:
                 for search, found in zip(searches, hits, strict=True):
                     self._close(search, "found" if found else "empty", found)
             return
+        if time.monotonic() > deadline:
+            return  # a time-out, which whoever waits for it notes
         with self._changed:
             for search in searches:
                 self._close(search, "error", detail=detail)

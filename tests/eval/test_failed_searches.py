@@ -51,6 +51,7 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in BROKEN]
 
 
 @pytest.mark.parametrize("kind", ["dead", *SLOW])
+@pytest.mark.slow
 def test_failures_end_an_evaluation_and_can_be_mended(kind, model, questions, tmp_path):
     out, state = tmp_path / "out.jsonl", {"broken": True}
 

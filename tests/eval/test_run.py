@@ -176,6 +176,7 @@ def test_several_samples_a_question(questions, searcher, tmp_path):
             make_run(questions, searcher, **changes)
 
 
+@pytest.mark.slow
 def test_of_several_samples_only_those_that_failed_are_asked_again(questions, searcher, tmp_path):
     run = make_run(questions, searcher, samples=2, mode="rag")
     out = answer_file(run, EchoRetriever(), {}, tmp_path / "out.jsonl")
@@ -223,6 +224,7 @@ def test_on_accelerators_it_computes_in_bfloat16(questions, searcher, tmp_path, 
         answer_file(run, None, {}, out)
 
 
+@pytest.mark.slow
 def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
     """Through the command: the search API and its pages are a local server."""
     with Web(["/timbuktu"]) as web:

@@ -153,6 +153,7 @@ def test_recomputing_layers_changes_nothing(alone, remat):
         ),
     ],
 )
+@pytest.mark.slow
 def test_bfloat16_learns_what_float32_does(remat, tied):
     """Rows long enough for the matrix units of a CPU to take their products."""
     model = ModelConfig(64, 64, 128, 2, 4, 2, 16, tie_embeddings=tied)

@@ -187,6 +187,7 @@ def test_learning_equals_its_oracle(name):
         assert seed == 2 or np.abs(expected - table).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_learning_equals_its_oracle_on_four_devices():
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     code = "import jax, pytest, sys; assert len(jax.devices()) == 4; sys.exit(pytest.main("

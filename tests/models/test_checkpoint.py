@@ -310,6 +310,7 @@ print(best, newest, saved_in(best.parent)[0])
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_bucket(monkeypatch, tmp_path):
     """A real client and a real server of the storage protocol."""
     storage = pytest.importorskip("gcp_storage_emulator.server", reason="no storage emulator")

@@ -1,6 +1,7 @@
 """Adapters change nothing at first, are all that is trained, and are gone when merged."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,10 @@ MODEL = ModelConfig(31, 16, 32, 2, 4, 2, 4, rope_theta=1000.0, qkv_bias=True).wi
 TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
 
 
-def filled(seed: int = 1) -> dict:
+@cache
+def filled() -> dict:
     """Parameters whose adapters are not zero."""
-    params, rng = init_params(MODEL, 0), np.random.default_rng(seed)
+    params, rng = jax.jit(lambda: init_params(MODEL, 0))(), np.random.default_rng(1)
     layers = {
         name: jnp.asarray(rng.normal(0, 0.2, p.shape), jnp.float32) if is_adapter(name) else p
         for name, p in params["layers"].items()

@@ -182,6 +182,7 @@ def test_slots_and_chunks_change_nothing(rolled, changes):
 
 
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
+@pytest.mark.slow
 def test_drafts_give_the_same_tokens_in_fewer_passes(temperature):
     """A policy that repeats itself: at low temperatures most guesses are right."""
     config = dataclasses.replace(CONFIG, temperature=temperature)

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -21,6 +22,9 @@ QUESTION = ASK[0]["content"]
 @pytest.fixture(scope="module")
 def url():
     """A server whose streams hold comments, as those do that wait for a slow search."""
+    named = ("litellm", "langchain_openai", "llama_index", "llm")
+    if not any(map(find_spec, named)) and not node_has_openai():
+        pytest.skip(f"none of {', '.join(named)} is installed, nor openai for node")
     slow = WebRetriever(lambda: time.sleep(0.1))
     with pytest.MonkeyPatch.context() as patch, serving(slow) as (address, _):
         patch.setattr("r1s_jax.serving.exchange._QUIET_S", 0.02)
@@ -91,9 +95,12 @@ def in_node(script: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.skipif(not NODE, reason="node is not here")
+def node_has_openai() -> bool:
+    return bool(NODE) and not in_node("require.resolve('openai')").returncode
+
+
 def test_openai_for_node(url):
-    if in_node("require.resolve('openai')").returncode:
+    if not node_has_openai():
         pytest.skip("node has no openai here (npm install openai; NODE_PATH)")
     done = in_node(IN_NODE, url, QUESTION)
     assert not done.returncode, done.stderr
