@@ -66,8 +66,8 @@ def test_the_policy_with_adapters_is_the_merged_one():
 
 
 def test_new_adapters_change_nothing():
-    base = init_params(MODEL.without_lora(), 0)
-    adapted = add_adapters(base, MODEL, 0)
+    base = jax.jit(lambda: init_params(MODEL.without_lora(), 0))()
+    adapted = jax.jit(lambda: add_adapters(base, MODEL, 0))()
     before = Policy(MODEL.without_lora(), base)(TOKENS)
     np.testing.assert_allclose(Policy(MODEL, adapted)(TOKENS), before, atol=1e-6)
     assert trainable(adapted).keys() == {"layers"}
