@@ -50,6 +50,19 @@ class _LearningRow(StepRow):
     seconds_rollout: float
 
 
+def step_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows with a step each, in the order of the steps; [] where there is no file.
+
+    Raises DataError for a row without a step, and for a number that no float holds.
+    """
+    rows = rows_so_far(path, StepRow)
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, int):
+                check(value, float | bool, f"{path}, step {row['step']}: {name}", DataError)
+    return sorted(rows, key=lambda row: row["step"])
+
+
 def learning_rows(run: Path) -> list[dict[str, Any]]:
     """The steps of reinforcement learning so far. Raises DataError for a row that is none."""
     path = run / "metrics.jsonl"

@@ -8,11 +8,11 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.data.rows import DataError, rows_so_far
+from r1s_jax.data.rows import DataError
 from r1s_jax.data.traces import Trace, sample_traces
 from r1s_jax.models.checkpoint import run_of
 from r1s_jax.tracking import charts
-from r1s_jax.tracking.journal import PlannedConfig, StepRow, read_json
+from r1s_jax.tracking.journal import PlannedConfig, read_json, step_rows
 from r1s_jax.tracking.pages import breakable, write_page
 from r1s_jax.tracking.trace_view import LABELS
 
@@ -161,16 +161,11 @@ def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
         _flat(read_json(path / "config.json", PlannedConfig)),
         read_json(path / "versions.json"),
         read_json(path / "summary.json"),
-        _read_steps(path / "metrics.jsonl"),
-        _read_steps(path / "cold_start.jsonl"),
+        step_rows(path / "metrics.jsonl"),
+        step_rows(path / "cold_start.jsonl"),
         shown,
         found,
     )
-
-
-def _read_steps(path: Path) -> list[dict[str, Any]]:
-    """Rows with a step each, in the order of the steps; [] where there is no file."""
-    return sorted(rows_so_far(path, StepRow), key=lambda row: row["step"])
 
 
 def _letter(index: int) -> str:

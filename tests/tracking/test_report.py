@@ -366,6 +366,11 @@ def test_what_is_no_run_is_named(tmp_path, two_runs):
         (two_runs[0].parent / "broken" / "config.json").write_text(damaged)
         with pytest.raises(DataError, match=r"broken/config.json: "):
             write_report([two_runs[0].parent / "broken"], tmp_path / "report.html")
+    (two_runs[0].parent / "broken" / "config.json").write_text("{}")
+    huge = json.dumps({"step": 1, "answer_f1": 10**400})
+    (two_runs[0].parent / "broken" / "metrics.jsonl").write_text(huge + "\n")
+    with pytest.raises(DataError, match=r"broken/metrics.jsonl, step 1: answer_f1: "):
+        write_report([two_runs[0].parent / "broken"], tmp_path / "report.html")
 
 
 def test_the_command(two_runs, tmp_path):
