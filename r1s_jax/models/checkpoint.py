@@ -287,7 +287,10 @@ def _saved_progress(folder: epath.Path) -> dict[str, Any]:
     path = folder / "progress" / "metadata"
     if not path.exists():
         raise BadInput(f"{path} is missing: this is no whole checkpoint of a run")
-    return _sound(path, "checksums")
+    progress = _sound(path, "checksums")
+    if SEAL in progress and _CHECKSUMS not in progress:
+        raise BadInput(f"{path} is another file of a checkpoint: it holds no {_CHECKSUMS}")
+    return progress
 
 
 def checkpoint_directory(run_dir: epath.PathLike, elsewhere: str) -> epath.Path:

@@ -177,6 +177,9 @@ DAMAGES = {
     "a checksum": changed("progress/metadata", array_checksums={}),
     "no seal": changed("progress/metadata", seal=None),
     "another file": lambda f: (f / "progress" / "metadata").write_text("{}"),
+    "a score in its place": lambda f: (f / "progress" / "metadata").write_bytes(
+        (f / "metrics" / "metrics").read_bytes()
+    ),
     "no progress": lambda f: (f / "progress" / "metadata").unlink(),
     "no object": lambda f: (f / "progress" / "metadata").write_text("[]"),
     "description of another type": lambda f: (f / "_CHECKPOINT_METADATA").write_text("[]"),
