@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import jax
 import msgspec
@@ -242,14 +242,17 @@ def _score(metrics: Mapping[str, Any]) -> float:
     return metrics["score"]
 
 
+_Nanoseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+
+
 class _Described(msgspec.Struct):
     """What Orbax keeps of a whole checkpoint."""
 
     item_handlers: dict[str, Any] | str | None = None
     metrics: dict[str, Any] | None = None
     performance_metrics: dict[str, Any] | None = None
-    init_timestamp_nsecs: int | None = None
-    commit_timestamp_nsecs: int | None = None
+    init_timestamp_nsecs: _Nanoseconds | None = None
+    commit_timestamp_nsecs: _Nanoseconds | None = None
     custom_metadata: dict[str, Any] | None = None
 
 

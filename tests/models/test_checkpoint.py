@@ -184,6 +184,7 @@ DAMAGES = {
     "no object": lambda f: (f / "progress" / "metadata").write_text("[]"),
     "description of another type": lambda f: (f / "_CHECKPOINT_METADATA").write_text("[]"),
     "a time that is a text": changed("_CHECKPOINT_METADATA", init_timestamp_nsecs="x"),
+    "a time no clock has": changed("_CHECKPOINT_METADATA", commit_timestamp_nsecs=10**400),
     "no description": lambda f: (f / "_CHECKPOINT_METADATA").unlink(),
     "half copied": lambda f: (f / "state").rmtree(),
     "empty": lambda f: (f.rmtree(), f.mkdir()),
