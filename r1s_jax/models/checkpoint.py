@@ -242,7 +242,7 @@ def _score(metrics: Mapping[str, Any]) -> float:
     return metrics["score"]
 
 
-_Nanoseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+_Nanoseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 
 
 class _Described(msgspec.Struct):
