@@ -34,7 +34,12 @@ def rust_tokenize(directory: Path, max_length: int | None) -> Tokenize:
         tokenizer.no_truncation()
         if max_length:
             tokenizer.enable_truncation(max_length)
-    return lambda texts: [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        with reading(path):  # a vocabulary without its unknown token is found out by a word
+            return [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
+
+    return encode
 
 
 def tensorflow_tokenize(directory: Path, max_length: int) -> Tokenize | None:

@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.errors import BadInput, ConfigError
 from r1s_jax.data import corpora
 from r1s_jax.retrieval import bench
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
+from r1s_jax.retrieval.tokenizers import rust_tokenize
 from r1s_jax.system.assets import AssetError, resolve
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
@@ -339,3 +340,11 @@ def test_the_bench_counts_passages_and_compares_vectors(folder, monkeypatch):
     told = bench.bench_encoder(folder, encoder, ["a b c", "d e", "f"], turns=1)
     assert told["texts"] == 3 and told["passages_per_s"] > 0
     assert told["difference"] < 1e-4 and told["ratio"] > 0
+
+
+def test_a_vocabulary_without_its_unknown_token_is_named(tmp_path):
+    backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenize = rust_tokenize(tmp_path, 8)
+    with pytest.raises(BadInput, match=r"tokenizer\.json cannot be read: .*UNK"):
+        tokenize(["another"])
