@@ -7,12 +7,11 @@ from typing import Any
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.retrieval.api import split_line
 from r1s_jax.rollout.broker import VOID, Search
-from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.rollout.trajectory import CUT_OFF, Finish
 from r1s_jax.serving.jobs import Update
 from r1s_jax.serving.pieces import Piece, Pieces
 
 Delta = dict[str, Any]
-_FULL = (Finish.LENGTH, Finish.SEARCH_LIMIT)
 _FAILED = {"timeout": "the search took too long", "error": "the search failed"}
 
 
@@ -70,7 +69,7 @@ class Answer:
         deltas += self._tell_all(self._pieces.write(self._decode(self._turn), over=over))
         if over and not self.over:
             deltas += self._say(self._cut.rest())
-            self.finish_reason = "length" if update.finish in _FULL else "stop"
+            self.finish_reason = "length" if update.finish in CUT_OFF else "stop"
         return deltas
 
     def message(self) -> dict[str, Any]:
