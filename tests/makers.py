@@ -1,8 +1,11 @@
 """What tests of several rooms are made of: small models, engines, learners, batches."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,7 @@ from r1s_jax import cli
 from r1s_jax.config import MeshConfig, ModelConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.data.tiny_world import PROMPT, TRADES, TinyWorld, build_tokenizer
+from r1s_jax.kernels.tuning import ACCELERATOR
 from r1s_jax.learning.learner import Learner
 from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.packing import PackedBatch, pack
@@ -260,6 +264,13 @@ def roll_in_pieces(engine: Engine, seed: int = 0) -> Trajectory:
 LEARNED = ModelConfig(31, 16, 32, 2, 4, 2, 4, rope_theta=1000.0)
 LENGTHS = np.array([9, 4, 12, 7, 3, 10])
 WIDTH = 12
+
+
+@contextmanager
+def tuned_as_accelerator() -> Iterator[None]:
+    """Programs traced within compute in the form of an accelerator, on this CPU."""
+    with mock.patch("r1s_jax.models.sharding.default_tuning", return_value=ACCELERATOR):
+        yield
 
 
 def make_learner(optimizer=None, **changes) -> Learner:

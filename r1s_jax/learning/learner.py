@@ -27,6 +27,7 @@ from r1s_jax.models.sharding import (
     BATCH_AXES,
     attention_impl,
     check_attention,
+    mesh_tuning,
     param_shardings,
     place,
     replicated,
@@ -152,6 +153,7 @@ class Learner:
             remat=self.remat,
             impl=impl,
             attend_rows=row_attention(impl, self.mesh),
+            tuning=mesh_tuning(self.mesh),
         )
         hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
         return token_logprobs(policy, batch.tokens, hidden, batch.weights > 0)

@@ -70,7 +70,7 @@ def token_logprobs(
 
 def _measure(policy: Policy, hidden: Array, targets: Array) -> tuple[Array, Array]:
     logits = policy.logits(hidden)
-    if policy.impl == "xla":
+    if policy.tuning.fused_logprobs:
         return logprobs_and_entropies(logits, targets)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from r1s_jax.config import Impl, ModelConfig, Remat
 from r1s_jax.kernels.attention.api import attention, decode_attention
 from r1s_jax.kernels.matmul import matmul, turned_matmul
+from r1s_jax.kernels.tuning import ACCELERATOR, Tuning
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.lora import adapters_of
 from r1s_jax.models.params import Params, as_computed
@@ -52,9 +53,8 @@ class Policy(nnx.Module):
     cast where they are used. Inside `shard_map`, `tensor_axis` names the mesh axis over which
     heads, feed-forward and vocabulary are split; under plain jit it stays None and XLA places the
     collectives itself. `impl` names the attention backend; `attend_rows`, where given, does the
-    attention of whole rows instead (see sharding.py). With `impl` "xla", a CPU's, layers of which
-    nothing is recomputed are written out one by one, since the gradient is faster so, and matrix
-    products are what its matrix units take (kernels/matmul.py).
+    attention of whole rows instead (see sharding.py). `tuning` says what the platform computes in
+    a form of its own (kernels/tuning.py).
     """
 
     def __init__(
@@ -67,12 +67,14 @@ class Policy(nnx.Module):
         remat: Remat = "none",
         impl: Impl | None = None,
         attend_rows: RowAttention | None = None,
+        tuning: Tuning = ACCELERATOR,
     ):
         self.config = config
         self.compute_dtype = compute_dtype
         self.tensor_axis = tensor_axis
         self.remat = remat
         self.impl = impl
+        self.tuning = tuning
         self.attend_rows = attend_rows or partial(attention, impl=impl)
         self.embed = nnx.Param(params["embed"])
         # Stacked, or a list (see unstack_layers).
@@ -169,7 +171,7 @@ class Policy(nnx.Module):
         else:
             w, equation = self.lm_head[...], "...d,dv->...v"
         w = w.astype(self.compute_dtype)
-        if self.impl == "xla":
+        if self.tuning.cpu_matmul:
             out = matmul(x.reshape(-1, x.shape[-1]), w, self.lm_head is None)
             out = out.reshape(*x.shape[:-1], -1)
         else:
@@ -200,7 +202,7 @@ class Policy(nnx.Module):
                 (x, cache), _ = layer((x, cache), (jnp.int32(index), w))
         else:
             inputs = (jnp.arange(self.config.num_layers), self.layers)
-            unroll = self.impl == "xla" and self.remat == "none"
+            unroll = self.tuning.unroll and self.remat == "none"
             with jax.named_scope(LAYERS_SCOPE):
                 (x, cache), _ = lax.scan(layer, (x, cache), inputs, unroll=unroll)
         return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
@@ -251,14 +253,14 @@ class Policy(nnx.Module):
             inner = self._product(rows, pair[0]).astype(x.dtype)
             out = out + self.config.lora_scale * self._product(inner, pair[1])
         out = out.astype(x.dtype)
-        if self.impl == "xla":
+        if self.tuning.cpu_matmul:
             out = checkpoint_name(out, _PROJECTED)
         return out.reshape(*x.shape[:-1], -1)
 
     def _product(self, rows: Float[Array, "M D"], w: Float[Array, "..."]) -> Float[Array, "M F"]:
         """`rows @ w`, `w` stored with whatever axes; on a CPU in float32."""
         columns = w.reshape(rows.shape[1], -1)
-        return matmul(rows, columns) if self.impl == "xla" else rows @ columns
+        return matmul(rows, columns) if self.tuning.cpu_matmul else rows @ columns
 
     def _sum(self, x: Array) -> Array:
         return lax.psum(x, self.tensor_axis) if self.tensor_axis else x

@@ -40,12 +40,8 @@ class KVCache(NamedTuple):
         *,
         quantized: bool = False,
     ) -> "KVCache":
-        """Zeros; C and K grow to what the attention backend `impl` wants of a cache.
-
-        On a CPU they are float32, where not int8: its compiler writes into an array of bfloat16 by
-        turning all of it into float32 and back.
-        """
-        dtype = jnp.int8 if quantized else jnp.float32 if impl == "xla" else dtype
+        """Zeros; C and K grow to what the attention backend `impl` wants of a cache."""
+        dtype = jnp.int8 if quantized else dtype
         dims = cache_dims(capacity, config.head_dim, impl)
         shape = (config.num_layers, slots, kv_heads, *dims)
         scale = jnp.zeros(shape[:-1], jnp.float32) if quantized else None

@@ -16,6 +16,7 @@ from jaxtyping import Array
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Impl, MeshConfig, ModelConfig
 from r1s_jax.kernels.attention.api import attention, check_support, default_impl
+from r1s_jax.kernels.tuning import Tuning, default_tuning
 from r1s_jax.models.decoder import RowAttention
 from r1s_jax.models.lora import MATRICES
 from r1s_jax.models.params import Params, ParamSpec, param_specs
@@ -135,7 +136,16 @@ def place(tree: Any, shardings: Any) -> Any:
 
 def attention_impl(name: str, mesh: Mesh) -> Impl:
     """The attention backend that `policy.attention` means on this mesh."""
-    return default_impl(mesh.devices.flat[0].platform) if name == "auto" else name
+    return default_impl(_platform(mesh)) if name == "auto" else name
+
+
+def mesh_tuning(mesh: Mesh) -> Tuning:
+    """How a decoder computes on this mesh, whatever its attention backend."""
+    return default_tuning(_platform(mesh))
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
 
 
 def check_attention(name: str, mesh: Mesh, model: ModelConfig, compute_dtype: Any) -> None:

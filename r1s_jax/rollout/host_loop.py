@@ -16,6 +16,7 @@ import numpy as np
 
 from r1s_jax.config import ModelConfig, RolloutConfig
 from r1s_jax.kernels.attention.api import default_impl
+from r1s_jax.kernels.tuning import default_tuning
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
@@ -124,8 +125,8 @@ class HostLoop(Turns):
         self._cached, self._drawn = 0, []
         capacity = self.config.max_length + max(self.config.prefill_chunk, self.config.drafts + 1)
         heads = self.model.num_kv_heads
-        dtype, impl = self.compute_dtype, default_impl()
-        self._cache = KVCache.empty(self.model, 1, capacity, heads, dtype, impl)
+        dtype = default_tuning().cache_dtype or self.compute_dtype
+        self._cache = KVCache.empty(self.model, 1, capacity, heads, dtype, default_impl())
         return super().run(prompt, key)
 
     def _sample(self, key: Any) -> int:
@@ -175,16 +176,26 @@ class HostLoop(Turns):
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _prefill(static, params: Params, tokens, starts, cache: KVCache) -> KVCache:
-    policy = Policy(static[0], params, compute_dtype=static[1], impl=default_impl())
     one = jnp.zeros(1, jnp.int32)
-    return policy.prefill(tokens, one, starts, cache)[1]
+    return _policy(static, params).prefill(tokens, one, starts, cache)[1]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _decode(static, params: Params, tokens, starts, cache: KVCache):
-    policy = Policy(static[0], params, compute_dtype=static[1], impl=default_impl())
+    policy = _policy(static, params)
     hidden, cache = policy.decode(tokens[None], starts, cache)
     return policy.logits(hidden[0]), cache
+
+
+def _policy(static, params: Params) -> Policy:
+    model, compute_dtype = static
+    return Policy(
+        model,
+        params,
+        compute_dtype=compute_dtype,
+        impl=default_impl(),
+        tuning=default_tuning(),
+    )
 
 
 _lookup = jax.jit(lookup, static_argnums=2)

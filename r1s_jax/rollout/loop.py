@@ -22,10 +22,17 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import Impl, ModelConfig, RolloutConfig
+from r1s_jax.kernels.tuning import Tuning
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params, as_computed, unstack_layers
-from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS, attention_impl, sampling_partition
+from r1s_jax.models.sharding import (
+    BATCH_AXES,
+    TENSOR_AXIS,
+    attention_impl,
+    mesh_tuning,
+    sampling_partition,
+)
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.rollout.exchange import Result, Status, exchange_shape, unpack_head, unpack_result
@@ -97,7 +104,7 @@ class Rollout:
     def prepare(self, params: Params) -> Params:
         """Parameters as `run` reads them; worth keeping between several calls of it."""
         params = as_computed(params, self.compute_dtype)
-        if self._impl != "xla":
+        if not self._tuning.unstack:
             return params
         stacked = sampling_partition(self.model)
         return self._on_shards(unstack_layers, (stacked,), self._partition)(params)
@@ -109,8 +116,10 @@ class Rollout:
         capacity = c.max_length + max(c.prefill_chunk, c.drafts + 1)
 
         def cache(slots: int) -> KVCache:
-            sizes = self.model, slots, capacity, heads, self.compute_dtype, self._impl
-            return KVCache.empty(*sizes, quantized=c.cache_dtype == "int8")
+            dtype = self._tuning.cache_dtype or self.compute_dtype
+            quantized = c.cache_dtype == "int8"
+            sizes = self.model, slots, capacity, heads
+            return KVCache.empty(*sizes, dtype, self._impl, quantized=quantized)
 
         def begin(prompts: Prompts) -> State:
             return refill(prompts, initial(c, prompts, cache))
@@ -185,6 +194,7 @@ class Rollout:
             compute_dtype=self.compute_dtype,
             tensor_axis=TENSOR_AXIS if self.mesh.shape[TENSOR_AXIS] > 1 else None,
             impl=self._impl,
+            tuning=self._tuning,
         )
         last_step = state.decode_steps + until.steps
 
@@ -202,11 +212,15 @@ class Rollout:
     @property
     def _partition(self) -> Params:
         """Of prepared parameters."""
-        return sampling_partition(self.model, unstacked=self._impl == "xla")
+        return sampling_partition(self.model, unstacked=self._tuning.unstack)
 
     @property
     def _impl(self) -> Impl:
         return attention_impl(self.attention, self.mesh)
+
+    @property
+    def _tuning(self) -> Tuning:
+        return mesh_tuning(self.mesh)
 
     def _turn(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
         phase = state.slots.phase

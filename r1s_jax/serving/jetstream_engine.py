@@ -19,7 +19,7 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
-from r1s_jax.models.sharding import attention_impl
+from r1s_jax.models.sharding import attention_impl, mesh_tuning
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.loop import ANSWER_END, QUERY_END
 
@@ -73,7 +73,8 @@ class SearchEngine(engine_api.Engine):
         if roll.config.max_length > max(_BUCKETS):
             raise ConfigError(f"JetStream serves up to --max-length {max(_BUCKETS)}")
         self._longest = next(size for size in _BUCKETS if size >= roll.config.max_length)
-        self._slots, self._impl = roll.config.slots, attention_impl(roll.attention, roll.mesh)
+        self._slots, self._tuning = roll.config.slots, mesh_tuning(roll.mesh)
+        self._impl = attention_impl(roll.attention, roll.mesh)
         self._compute_dtype, self._roll = roll.compute_dtype, roll
         self._prefill = jax.jit(self._run_prefill)
         self._insert = jax.jit(self._run_insert, donate_argnums=1)
@@ -153,12 +154,16 @@ class SearchEngine(engine_api.Engine):
 
     def _cache(self, slots: int, capacity: int) -> KVCache:
         model = self._engine.model
-        sizes = model, slots, capacity, model.num_kv_heads
-        return KVCache.empty(*sizes, self._compute_dtype, self._impl)
+        dtype = self._tuning.cache_dtype or self._compute_dtype
+        return KVCache.empty(model, slots, capacity, model.num_kv_heads, dtype, self._impl)
 
     def _policy(self, params: Params) -> Policy:
         return Policy(
-            self._engine.model, params, compute_dtype=self._compute_dtype, impl=self._impl
+            self._engine.model,
+            params,
+            compute_dtype=self._compute_dtype,
+            impl=self._impl,
+            tuning=self._tuning,
         )
 
     def _run_prefill(self, params: Params, tokens: Array, length: Array) -> Prefix:

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from r1s_jax.config import ModelConfig, OptimizerConfig
+from r1s_jax.kernels.tuning import ACCELERATOR, CPU
 from r1s_jax.learning import logprobs as logprobs_module
 from r1s_jax.learning.learner import make_optimizer
 from r1s_jax.learning.logprobs import token_logprobs
@@ -54,12 +55,12 @@ def alone(learner):
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 4), (4, 4), (5, 4), (11, 4), (11, 128)])
-@pytest.mark.parametrize("impl", [None, "xla"])
+@pytest.mark.parametrize("tuning", [ACCELERATOR, CPU], ids=["accelerator", "cpu"])
 def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
-    params, monkeypatch, length, chunk, impl
+    params, monkeypatch, length, chunk, tuning
 ):
     monkeypatch.setattr(logprobs_module, "_LOGIT_CHUNK", chunk)
-    rng, policy = np.random.default_rng(length), Policy(MODEL, params, impl=impl)
+    rng, policy = np.random.default_rng(length), Policy(MODEL, params, tuning=tuning)
     tokens = rng.integers(0, MODEL.vocab_size, (3, length))
     hidden = jnp.asarray(rng.normal(size=(3, length, MODEL.d_model)), jnp.float32)
     logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden, tokens >= 0)
@@ -71,12 +72,12 @@ def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
     assert not np.asarray(logprobs)[:, 0].any() and not np.asarray(entropies)[:, 0].any()
 
 
-@pytest.mark.parametrize("impl", [None, "xla"])
+@pytest.mark.parametrize("tuning", [ACCELERATOR, CPU], ids=["accelerator", "cpu"])
 def test_logits_are_made_of_wanted_tokens_only_and_the_gradient_is_theirs(
-    params, monkeypatch, impl
+    params, monkeypatch, tuning
 ):
     monkeypatch.setattr(logprobs_module, "_LOGIT_CHUNK", 4)
-    rng, policy = np.random.default_rng(0), Policy(MODEL, params, impl=impl)
+    rng, policy = np.random.default_rng(0), Policy(MODEL, params, tuning=tuning)
     tokens = rng.integers(0, MODEL.vocab_size, (3, 14))
     wanted = rng.random((3, 14)) < 0.3
     wanted[:, 0] = False

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from r1s_jax.config import ModelConfig, RopeScaling
+from r1s_jax.kernels.tuning import ACCELERATOR, CPU
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import init_params, unstack_layers
@@ -42,19 +43,20 @@ def test_cached_decoding_is_the_full_forward(family, impl, stacked):
     config = FAMILIES[family]
     params = randomised(init_params(config, 0))
     tokens = np.random.default_rng(0).integers(0, 61, (2, LENGTH))
-    expected = jax.jit(lambda t: Policy(config, params, impl="xla")(t))(jnp.asarray(tokens))
+    expected = jax.jit(lambda t: Policy(config, params, tuning=CPU)(t))(jnp.asarray(tokens))
 
     params = params if stacked else unstack_layers(params)
+    form = CPU if impl == "xla" else ACCELERATOR
 
     @jax.jit
     def prefill(tokens, rows, starts, cache):
-        policy = Policy(config, params, impl=impl)
+        policy = Policy(config, params, impl=impl, tuning=form)
         hidden, cache = policy.prefill(tokens, rows, starts, cache)
         return policy.logits(hidden), cache
 
     @jax.jit
     def decode(tokens, starts, cache):
-        policy = Policy(config, params, impl=impl)
+        policy = Policy(config, params, impl=impl, tuning=form)
         hidden, cache = policy.decode(tokens[:, None], starts, cache)
         return policy.logits(hidden[:, 0]), cache
 
@@ -90,7 +92,7 @@ def test_no_step_copies_the_cache(slots, step, quantized):
     tokens, starts = jnp.zeros((slots, 3), jnp.int32), jnp.arange(slots)
 
     def run(params, cache):
-        policy = Policy(config, params, impl=impl)
+        policy = Policy(config, params, impl=impl, tuning=CPU)
         if step == "decode":
             return policy.decode(tokens, starts, cache)
         return policy.prefill(tokens, jnp.arange(slots), starts, cache)

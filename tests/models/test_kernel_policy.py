@@ -4,17 +4,21 @@ import dataclasses
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from r1s_jax.config import ConfigError, MeshConfig, PolicyConfig
+from r1s_jax.kernels.tuning import ACCELERATOR, CPU, default_tuning
 from r1s_jax.learning.learner import Learner
 from r1s_jax.learning.losses import likelihood_loss
 from r1s_jax.models.params import init_params
-from r1s_jax.models.sharding import attention_impl, make_mesh, row_attention
+from r1s_jax.models.sharding import attention_impl, make_mesh, mesh_tuning, row_attention
 from tests import makers
 
 # The narrowest heads that a kernel serves.
@@ -22,6 +26,17 @@ LEARNING = dataclasses.replace(makers.LEARNED, head_dim=16, vocab_size=32)
 SAMPLING = dataclasses.replace(makers.MODEL, head_dim=16)
 
 
+def as_its_platform(run):
+    """`run(impl, ...)` in the form of the platform that `impl` stands for."""
+
+    def tuned(impl: str, *args):
+        with makers.tuned_as_accelerator() if impl == "interpret" else nullcontext():
+            return run(impl, *args)
+
+    return tuned
+
+
+@as_its_platform
 def learning_step(impl: str, mesh) -> dict[str, np.ndarray]:
     """Loss, and the gradients as the step of plain descent, of one packed batch."""
     learner = makers.make_learner(
@@ -36,6 +51,7 @@ def learning_step(impl: str, mesh) -> dict[str, np.ndarray]:
     return {"loss": np.asarray(metrics["loss"])} | steps
 
 
+@as_its_platform
 def sampled(impl: str, mesh=None) -> np.ndarray:
     engine = makers.make_engine(model=SAMPLING, attention=impl, mesh=mesh)
     return makers.roll(engine, samples=2).trajectory.tokens
@@ -98,3 +114,22 @@ def test_auto_takes_the_backend_of_the_mesh():
     with pytest.raises(ValueError, match="impl='cuda' is no backend"):
         q = np.zeros((1, 2, 1, 16), np.float32)
         row_attention("cuda", mesh)(q, q, q, segment_ids=np.ones((1, 2), np.int32))
+
+
+def test_the_form_of_a_platform_is_not_that_of_its_attention_backend():
+    """XLA's attention on an accelerator: a cache in bfloat16, layers in one scan."""
+    tpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
+    assert mesh_tuning(tpu) == ACCELERATOR and mesh_tuning(make_mesh(MeshConfig())) == CPU
+    assert default_tuning() == CPU and default_tuning("cuda") == ACCELERATOR
+    engine = makers.make_engine(model=SAMPLING, attention="xla")
+    roll = dataclasses.replace(engine.roll, compute_dtype=jnp.bfloat16)
+    prompts, params = engine.prompts([None], 0, 8), init_params(SAMPLING, 0)
+
+    def form() -> tuple[np.dtype, bool]:
+        """The cache's dtype, and whether layers are read one by one."""
+        cache = jax.eval_shape(roll.start, prompts).cache.k
+        return cache.dtype, isinstance(roll.prepare(params)["layers"], list)
+
+    assert form() == (jnp.float32, True)
+    with makers.tuned_as_accelerator():
+        assert form() == (jnp.bfloat16, False)

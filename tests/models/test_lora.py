@@ -11,6 +11,7 @@ import pytest
 from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.rows import rows_so_far
+from r1s_jax.kernels.tuning import CPU
 from r1s_jax.learning.learner import make_optimizer
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.lora import is_adapter, merge_adapters, trainable
@@ -19,6 +20,7 @@ from r1s_jax.models.pretrained import load_pretrained, make_policy
 from r1s_jax.models.sharding import make_mesh
 from r1s_jax.rollout.loop import Rollout
 from r1s_jax.train import train
+from tests import makers
 from tests.learning.test_learner import make_learner, make_sequences, packed
 from tests.makers import ROLLOUT, SHORT
 
@@ -88,13 +90,14 @@ def test_sampling_reads_the_very_weights_that_learning_reads():
         eos_ids=(0,),
         num_tag_states=1,
         exchange=lambda *_: None,
-        attention="interpret",
     )
 
     def logits(params):
-        return Policy(MODEL, params, compute_dtype=jnp.bfloat16, impl="xla")(TOKENS)
+        return Policy(MODEL, params, compute_dtype=jnp.bfloat16, tuning=CPU)(TOKENS)
 
-    learned, sampled = logits(params), logits(loop.prepare(params))
+    with makers.tuned_as_accelerator():  # which reads them in learning's layout
+        prepared = loop.prepare(params)
+    learned, sampled = logits(params), logits(prepared)
     np.testing.assert_array_equal(sampled, learned)
     plain = {n: p for n, p in layers.items() if not is_adapter(n)}
     assert np.abs(learned - logits(params | {"layers": plain})).max() > 0

@@ -342,8 +342,15 @@ class Calling(tool_call.ToolCall):
         return [tool_call.Call(f"q {len(turn)} {i}") for i in range(count)] + bad
 
 
-@pytest.mark.parametrize(("name", "tell"), [("search_r1", True), ("search_r1", False),
-                                            ("tool_call", True), ("tool_call", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "tell"),
+    [
+        ("search_r1", True),
+        pytest.param("search_r1", False, marks=pytest.mark.slow),
+        pytest.param("tool_call", True, marks=pytest.mark.slow),
+        ("tool_call", False),
+    ],
+)
 def test_the_host_driven_loop_agrees(name, tell):
     dialect, tokenizer = tiny(name)
     if name == "tool_call":

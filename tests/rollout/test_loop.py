@@ -96,7 +96,9 @@ def test_log_probabilities_are_those_of_the_policy(rolled):
     assert (t.sample_logprobs[t.loss_mask] <= 1e-6).all()
 
 
-@pytest.mark.parametrize(("temperature", "drafts"), [(1.0, 0), (0.0, 0), (1.0, 3)])
+@pytest.mark.parametrize(
+    ("temperature", "drafts"), [(1.0, 0), pytest.param(0.0, 0, marks=pytest.mark.slow), (1.0, 3)]
+)
 def test_the_host_driven_loop_agrees(temperature, drafts):
     """`drafts` are those of the host's loop alone."""
     engine = make_engine(dataclasses.replace(CONFIG, temperature=temperature))
@@ -170,9 +172,9 @@ def host_loop(engine: Engine, params) -> HostLoop:
     "changes",
     [
         {"slots": 1, "prefill_rows": 1},
-        {"slots": 24},
-        {"prefill_chunk": 32},
-        {"drafts": 1},
+        pytest.param({"slots": 24}, marks=pytest.mark.slow),
+        pytest.param({"prefill_chunk": 32}, marks=pytest.mark.slow),
+        pytest.param({"drafts": 1}, marks=pytest.mark.slow),
         {"drafts": 5},
     ],
 )
@@ -240,7 +242,7 @@ def test_waiting_rows_do_not_stop_sampling_rows(engine, monkeypatch):
     assert met == [True]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_leaving_and_entering_again_changes_nothing(engine, rolled, seed):
     assert_same(roll_in_pieces(engine, seed), rolled.trajectory)
 
@@ -320,7 +322,8 @@ def test_first_search_is_forced_and_carries_no_loss():
 
 
 @pytest.mark.parametrize(
-    "kind", ["raises", "hangs", pytest.param("garbage", marks=pytest.mark.slow)]
+    "kind",
+    ["hangs", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("raises", "garbage"))],
 )
 def test_a_broken_retriever_ends_the_rollout_cleanly(kind):
     engine = make_engine(search=SearchConfig(timeout_s=0.3, retries=0))

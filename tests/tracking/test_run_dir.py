@@ -128,11 +128,15 @@ def test_versions_that_are_damaged_are_named(tmp_path, damaged):
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
 def test_a_signal_asks_to_stop_after_the_step(number):
-    before = signal.getsignal(signal.Signals[number])
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.Signals[number])
-        assert stop.agree() == number
-    assert signal.getsignal(signal.Signals[number]) == before
+    chosen = signal.Signals[number]
+    outside = signal.signal(chosen, signal.SIG_DFL)  # the tests themselves may run under nohup
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), chosen)
+            assert stop.agree() == number
+        assert signal.getsignal(chosen) == signal.SIG_DFL
+    finally:
+        signal.signal(chosen, outside)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
@@ -148,8 +152,9 @@ def test_an_ignored_signal_stays_ignored(number):
 
 
 ON_A_TERMINAL = """
-import fcntl, sys, termios, time
+import fcntl, signal, sys, termios, time
 from r1s_jax.tracking.run_dir import StopRequest
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its terminal from now on
 with StopRequest() as stop:
     print("begun", flush=True)
