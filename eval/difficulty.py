@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -16,7 +16,6 @@ import numpy as np
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.schema import check
-from r1s_jax.config import RolloutConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import header_path
@@ -24,6 +23,7 @@ from r1s_jax.data.rows import DataError
 from r1s_jax.eval.journal import begun, describe, load_described
 from r1s_jax.models.pretrained import Pretrained, choose_dialect, dialect_at
 from r1s_jax.models.sharding import shard_params
+from r1s_jax.presets import SELECTION, Settings, decisive
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -52,15 +52,10 @@ class Selection:
 
     questions: str
     model: str
+    settings: Settings = SELECTION
     rollouts: int = 20
-    ratio: tuple[float, float, float] = (0.0, 1.0, 1.0)
-    prompt: str | None = None  # a template with {question}
+    ratio: tuple[float, ...] = (0.0, 1.0, 1.0)
     questions_at_a_time: int = 8
-    max_length: int = 4096
-    seed: int = 0
-    dialect: str = ""  # the policy's own, else r1_searcher
-    thinking: str = ""
-    force_dialect: bool = False
 
     def __post_init__(self) -> None:
         if self.rollouts < _HARD_ABOVE:
@@ -119,12 +114,12 @@ def _select(
     if not before:
         write_json(header_path(measured), described)
     if len(rows) < len(questions):
-        policy = policy.speaking(*_dialect(selection))
+        policy = policy.speaking(selection.settings.config().protocol)
         left = questions[len(rows) :]
         rows += _measure(selection, policy, retriever, left, measured, progress, rows)
     progress(len(rows), len(questions))
     try:
-        chosen = mixed(rows, selection.ratio, selection.seed)
+        chosen = mixed(rows, selection.ratio, selection.settings.config().seed)
     except DataError as error:
         raise DataError(f"{selection.questions}: {error} in {measured}") from error
     write_rows(out, chosen)
@@ -161,13 +156,17 @@ def mixed(rows: Sequence[dict[str, Any]], ratio: Sequence[float], seed: int) -> 
 def _header(
     selection: Selection, questions: Sequence[Question], source: dict[str, Any]
 ) -> dict[str, Any]:
-    settings = asdict(selection)
-    # What does not change a measurement, and what `dialect` says.
-    for name in ("ratio", "questions_at_a_time", "dialect", "thinking", "force_dialect"):
-        del settings[name]
-    spoken = choose_dialect(dialect_at(selection.model), *_dialect(selection)).as_dict()
+    config = selection.settings.config()
+    told = {
+        "questions": selection.questions,
+        "model": selection.model,
+        "rollouts": selection.rollouts,
+        "seed": config.seed,
+        "rollout": decisive(config.rollout),
+    }
+    spoken = choose_dialect(dialect_at(selection.model), config.protocol).as_dict()
     spoken.pop("frame", None)
-    return describe(settings, questions, source) | {"dialect": spoken}
+    return describe(told, questions, source) | {"dialect": spoken}
 
 
 def _resume(
@@ -211,7 +210,7 @@ def _measure(
                 params,
                 padded,
                 samples=selection.rollouts,
-                seed=selection.seed,
+                seed=selection.settings.config().seed,
                 step=0,
                 retriever=retriever,
             )
@@ -220,11 +219,6 @@ def _measure(
             file.flush()
             done += len(batch)
             yield from rows
-
-
-def _dialect(selection: Selection) -> tuple[str, str, str | None, bool]:
-    s = selection
-    return s.dialect, s.thinking, s.prompt, s.force_dialect
 
 
 def _row(rolled: Rolled, i: int, question: Question, selection: Selection) -> dict[str, Any]:
@@ -244,16 +238,10 @@ def _row(rolled: Rolled, i: int, question: Question, selection: Selection) -> di
 
 
 def _engine(selection: Selection, policy: Pretrained) -> Engine:
-    """Sampling as in training: the published settings."""
-    longest = min(selection.max_length, policy.model.max_position)
-    config = RolloutConfig(
-        slots=min(64, selection.questions_at_a_time * selection.rollouts),
-        max_length=longest,
-        max_prompt_length=min(512, longest // 2),
-        max_documents_length=min(768, longest // 3),
-        prefill_chunk=min(64, longest // 4),
-    )
-    return Engine(policy, config)
+    config = selection.settings.config(policy.model.max_position)
+    most = selection.questions_at_a_time * selection.rollouts
+    rollout = replace(config.rollout, slots=min(config.rollout.slots, most))
+    return Engine(policy, rollout, search=config.search)
 
 
 def _plot(rows: Sequence[dict[str, Any]], rollouts: int, path: Path) -> None:

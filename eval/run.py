@@ -4,17 +4,16 @@ The rollout engine is that of training, with the published evaluation settings (
 a turn, five documents a search, at most nine searches).
 """
 
-import dataclasses
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.schema import check
-from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import ResultRow, header_path, supporting_recall
@@ -23,6 +22,7 @@ from r1s_jax.eval.journal import begun, describe, load_described, refuse_other
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained, choose_dialect, dialect_at
 from r1s_jax.models.sharding import shard_params
+from r1s_jax.presets import EVALUATION, Settings, decisive
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -46,37 +46,26 @@ STOP_REASONS = {
 NO_ANSWER = "I don't know."
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class EvalRun:
     """One evaluation. `rag` searches the question itself once; `direct` never searches."""
 
     questions: str  # a benchmark's name, a path or another reference to a file
     model: str
+    settings: Settings = EVALUATION
     mode: Mode = "search"
-    prompt: str | None = None  # a template with {question}; None: the chat template, or the base
-    k: int = 5
-    temperature: float = 0.0
-    slots: int = 16
-    max_length: int = 4096
-    max_turn_length: int = 512
-    max_searches: int = 9  # as published
-    limit: int = 0  # questions at most; 0: all
-    seed: int = 0
-    dialect: str = ""  # the policy's own, else r1_searcher
-    thinking: str = ""
-    force_dialect: bool = False  # ask a policy in a dialect that it was not trained in
     samples: int = 1  # answers to each question
-    drafts: int = 0  # next tokens guessed from the text: the same answers, in fewer passes
+    limit: int = 0  # questions at most; 0: all
 
     def __post_init__(self) -> None:
         if self.mode not in ("search", "rag", "direct"):
             raise ConfigError(f"mode {self.mode!r}: take search, rag or direct")
         if self.samples < 1:
             raise ConfigError(f"samples={self.samples}: at least one answer a question")
-        if self.samples > 1 and self.temperature < GREEDY_BELOW:
+        if self.samples > 1 and self.settings.config().rollout.temperature < GREEDY_BELOW:
             raise ConfigError(
-                f"samples={self.samples} at temperature 0 would all be one answer: give a "
-                "temperature above 0, as 1.0"
+                f"samples={self.samples} at temperature 0 would all be one answer: set "
+                "rollout.temperature above 0, as 1.0"
             )
 
 
@@ -88,7 +77,6 @@ def answer_file(
     progress: Callable[[int, int], None] = lambda *_: None,
     *,
     retry_failed: bool = False,
-    max_failure_rate: float = SearchConfig.max_failure_rate,
 ) -> Path:
     """Answers every question of a file, in order, a row an answer in `out` (JSON lines).
 
@@ -99,10 +87,11 @@ def answer_file(
 
     Raises DataError for a file that holds answers of another model, to other questions or by
     another run, or where `retriever` is missing; InUse where another process writes it;
-    SearchFailure, the rows being written, where more than that share of the searches failed.
+    SearchFailure, the rows being written, where more than search.max_failure_rate of them failed.
     """
     if retriever is None and run.mode != "direct":
         raise DataError(f"mode {run.mode} searches: name an index, or take --mode direct")
+    config = run.settings.config()
     every = read_questions(questions_file(run.questions))
     if Path(run.questions).resolve() == out.resolve():
         raise DataError(f"{out} holds the questions: name another file for the answers")
@@ -114,8 +103,8 @@ def answer_file(
         engine, params = _loaded(run, out, described, before)
         engine.check_prompts(questions)
         write_json(header_path(out), described)
-        searches = _Searches(rows, max_failure_rate)
-        at_a_time = max(1, run.slots // run.samples)
+        searches = _Searches(rows, config.search.max_failure_rate)
+        at_a_time = max(1, config.rollout.slots // run.samples)
 
         def answer(batch: Sequence[Question]) -> list[ResultRow]:
             size = min(at_a_time, len(questions))
@@ -168,7 +157,8 @@ def _loaded(
     run: EvalRun, out: Path, described: dict[str, Any], before: dict[str, Any] | None
 ) -> tuple[Engine, Params]:
     """What answers; the header is told which model it is, and the words of its chat template."""
-    policy = load_described(out, run.model, described, before).speaking(*_dialect(run))
+    asked = run.settings.config().protocol
+    policy = load_described(out, run.model, described, before).speaking(asked)
     engine = _engine(run, policy)
     described["dialect"] |= engine.dialect.as_dict()
     if before:
@@ -190,7 +180,7 @@ def _answer(
     """
     padded = [*batch, *[batch[-1]] * (size - len(batch))]
     begin = time.perf_counter()
-    k, seed = run.samples, run.seed
+    k, seed = run.samples, run.settings.config().seed
     rolled = engine.run(params, padded, samples=k, seed=seed, step=0, retriever=retriever)
     seconds = (time.perf_counter() - begin) / (len(batch) * k)
     rows = [_row(rolled, i, batch[i // k], seconds) for i in range(len(batch) * k)]
@@ -253,31 +243,18 @@ class _Nothing:
 
 
 def _engine(run: EvalRun, policy: Pretrained) -> Engine:
-    longest = min(run.max_length, policy.model.max_position)
-    rag, documents = run.mode == "rag", min(1280, longest // 3)
-    config = RolloutConfig(
-        slots=run.slots,
-        temperature=run.temperature,
-        top_p=0.95,
-        max_length=longest,
-        # With a first search the documents belong to the prompt.
-        max_prompt_length=longest // 2 + rag * documents,
-        max_turn_length=run.max_turn_length,
-        max_searches=run.max_searches if run.mode == "search" else 0,
-        documents_per_query=run.k,
-        max_documents_length=documents,
-        first_search=rag,
-        prefill_rows=1,
-        prefill_chunk=128,
-        drafts=run.drafts,
-    )
-    return Engine(
-        policy,
-        config,
-        # Failures are counted over all rows, not over those of one batch: see _Searches.
-        search=SearchConfig(max_failure_rate=1.0),
-        evaluation=True,
-    )
+    config = run.settings.config(policy.model.max_position)
+    rollout = config.rollout
+    if run.mode == "rag":
+        # The documents of a first search belong to the prompt.
+        longest = rollout.max_prompt_length + rollout.max_documents_length
+        longest = min(longest, rollout.max_length - 1)
+        rollout = replace(rollout, first_search=True, max_prompt_length=longest)
+    if run.mode != "search":
+        rollout = replace(rollout, max_searches=0)
+    # Failures are counted over all rows, not over those of one batch: see _Searches.
+    search = replace(config.search, max_failure_rate=1.0)
+    return Engine(policy, rollout, search=search, evaluation=True)
 
 
 def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRow:
@@ -310,22 +287,20 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _header(run: EvalRun, questions: Sequence[Question], source: dict[str, Any]) -> dict[str, Any]:
-    settings = dataclasses.asdict(run)
-    if (file := Path(run.questions)).exists():
-        settings["questions"] = file.name
-    # How many are answered at a time, and how many in all, changes no answer; nor do drafts.
-    # What it is asked in stands under `dialect`.
-    for name in ("slots", "limit", "drafts", "dialect", "thinking", "force_dialect"):
-        del settings[name]
+    file, config = Path(run.questions), run.settings.config()
+    told = {
+        "questions": file.name if file.exists() else run.questions,
+        "model": run.model,
+        "mode": run.mode,
+        "samples": run.samples,
+        "seed": config.seed,
+        "rollout": decisive(config.rollout),
+    }
     known = dialect_at(run.model)
-    spoken = choose_dialect(known, *_dialect(run)).as_dict()
+    spoken = choose_dialect(known, config.protocol).as_dict()
     if known and known.name != spoken["dialect"]:
         spoken["trained_in"] = known.name
-    return describe(settings, questions, source) | {"dialect": spoken}
-
-
-def _dialect(run: EvalRun) -> tuple[str, str, str | None, bool]:
-    return run.dialect, run.thinking, run.prompt, run.force_dialect
+    return describe(told, questions, source) | {"dialect": spoken}
 
 
 def _already(

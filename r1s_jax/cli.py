@@ -9,6 +9,7 @@ import typer
 from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.commands import bench, corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
+from r1s_jax.commands.renamed import refuse_renamed
 from r1s_jax.system.chips import hide_tpu_runtime
 from r1s_jax.system.console import read_as_utf8, speak_to_any_terminal
 from r1s_jax.system.memory import keep_memory
@@ -91,6 +92,7 @@ def main() -> None:
     speak_to_any_terminal()
     ignore_jax_switches()
     try:
+        refuse_renamed(sys.argv[1:])
         app()
     except Exception as error:
         from r1s_jax.system.distributed import leave

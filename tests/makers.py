@@ -29,6 +29,7 @@ from r1s_jax.models.params import init_params
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
+from r1s_jax.presets import Settings
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -271,6 +272,12 @@ def tuned_as_accelerator() -> Iterator[None]:
     """Programs traced within compute in the form of an accelerator, on this CPU."""
     with mock.patch("r1s_jax.models.sharding.default_tuning", return_value=ACCELERATOR):
         yield
+
+
+def with_rollout(settings: Settings, *changes: str, **fields) -> Settings:
+    """Settings with these fields of `rollout`, and other `section.field=value` changes."""
+    given = [f"rollout.{name}={value}" for name, value in fields.items()]
+    return settings._replace(changes=[*settings.changes, *given, *changes])
 
 
 def make_learner(optimizer=None, **changes) -> Learner:

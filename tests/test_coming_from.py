@@ -33,7 +33,7 @@ def small(words: list[str]) -> list[str]:
         first, *rest = words[1:]
         return ["train", first, *given, *SMALL, *rest]
     if words[:2] == ["eval", "run"]:
-        return [*words, "--max-length", "2048", "--max-turn-length", "8", "--slots", "2"]
+        return [*words, "rollout.max_length=2048", "rollout.max_turn_length=8", "rollout.slots=2"]
     return words
 
 

@@ -54,7 +54,7 @@ def old(tmp_path) -> Path:
 def test_it_is_evaluated_exported_and_reported(old, index):
     run = old / "run"
     questions, out = str(run / "held_out.jsonl"), old / "answers.jsonl"
-    options = ("--model", str(run), "--index", str(index), "--out", str(out), "--slots", "8")
+    options = ("--model", str(run), "--index", str(index), "--out", str(out), "rollout.slots=8")
     assert run_cli("eval", "run", questions, *options).exit_code == 0
     assert len(rows_so_far(out)) == 8
     assert run_cli("export", str(run), str(old / "exported")).exit_code == 0

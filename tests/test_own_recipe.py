@@ -86,7 +86,7 @@ def test_one_dialect_and_prompt_everywhere(seen, index, tmp_path, monkeypatch):
     for model in ("run", "model"):
         out = f"{model}.jsonl"
         call("eval", "run", mine / "q.jsonl", "--model", model, "--out", out, "--index", index,
-             "--max-length", 2048, "--max-turn-length", 8)  # fmt: skip
+             "rollout.max_length=2048", "rollout.max_turn_length=8")  # fmt: skip
         assert {tuple(ids) for ids in seen.pop("r1s_jax.rollout.engine")} == trained
         header = json.loads((elsewhere / f"{out}.header.json").read_text())
         assert (header["dialect"]["dialect"], header["dialect"]["thinking"]) == (dialect, thinking)
@@ -95,10 +95,10 @@ def test_one_dialect_and_prompt_everywhere(seen, index, tmp_path, monkeypatch):
         call("ask", row["question"], "--model", model, "--index", index)
         (asked,) = seen.pop("r1s_jax.serving.ask")
         assert tuple(asked) in trained
-    words = ["ask", "Who?", "--model", "model", "--index", str(index), "--dialect", "search_r1"]
+    words = ["ask", "Who?", "--model", "model", "--index", str(index), "protocol.dialect=search_r1"]
     refused = run_cli(*words)
     assert refused.exit_code == 1 and f"the policy speaks {dialect}" in str(refused.exception)
-    call(*words, "--force-dialect")
+    call(*words, "protocol.force=true")
     assert next(read_traces(elsewhere / "run")).dialect.name == dialect
 
 

@@ -192,9 +192,9 @@ def test_keys_of_output_are_as_before(model, index, tmp_path, monkeypatch):
         return done.stdout.splitlines()[-1]
 
     last("data", "tiny-world", "w", "--people", 30, "--questions", 4)
-    on = ("w/questions.jsonl", "--model", model, "--index", index, "--max-length", 160)
-    last("eval", "run", *on, "--out", "a.jsonl", "--slots", 4)
-    last("eval", "run", *on[:3], "--mode", "direct", "--out", "b.jsonl", "--slots", 4)
+    on = ("w/questions.jsonl", "--model", model, "--index", index, "rollout.max_length=160")
+    last("eval", "run", *on, "--out", "a.jsonl", "rollout.slots=4")
+    last("eval", "run", *on[:3], "--mode", "direct", "--out", "b.jsonl", "rollout.slots=4")
     printed = {
         "index search": last("index", "search", index, "Bakori"),
         "index info": last("index", "info", index, "--json"),

@@ -8,15 +8,13 @@ import typer
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import (
-    DialectOption,
-    ForceDialect,
-    MaxLength,
+    WIKIPEDIA,
+    Changes,
     Model,
-    Prompt,
+    Online,
     SearchedIndex,
     SearchUrl,
-    ThinkingOption,
-    read_prompt,
+    Site,
 )
 
 app = typer.Typer(no_args_is_help=True, help="Choose questions to learn from.")
@@ -27,17 +25,14 @@ def select(
     questions: Annotated[str, typer.Argument(help="JSON lines {question, answer}, .gz too.")],
     model: Model,
     out: Annotated[Path, typer.Option(help="File to write; what was measured lies beside it.")],
+    changes: Changes = None,
     index: SearchedIndex = None,
     retriever: SearchUrl = "",
+    online: Online = False,
+    site: Site = WIKIPEDIA,
     rollouts: Annotated[int, typer.Option(min=20, help="Of each question.")] = 20,
     ratio: Annotated[str, typer.Option(help="Of easy:medium:hard questions written.")] = "0:1:1",
-    prompt: Prompt = None,
-    dialect: DialectOption = "",
-    thinking: ThinkingOption = "",
-    force_dialect: ForceDialect = False,
     at_a_time: Annotated[int, typer.Option(min=1, help="Questions rolled out together.")] = 8,
-    max_length: MaxLength = 4096,
-    seed: Annotated[int, typer.Option(min=0, help="Of the rollouts and the choice.")] = 0,
 ) -> None:
     """Keep questions of the right difficulty for a model: rolled out, classed, mixed.
 
@@ -45,25 +40,16 @@ def select(
     is cover-EM). A stopped run goes on where it was. The last line printed is JSON: how many
     there are of each class.
     """
+    from r1s_jax import presets
     from r1s_jax.data.corpora import open_search_engine
     from r1s_jax.eval.difficulty import Selection
     from r1s_jax.eval.difficulty import select as select_questions
+    from r1s_jax.presets import Settings
     from r1s_jax.system.console import progress_bar
 
-    selection = Selection(
-        questions=questions,
-        model=model,
-        rollouts=rollouts,
-        ratio=_ratio(ratio),
-        prompt=read_prompt(prompt),
-        questions_at_a_time=at_a_time,
-        max_length=max_length,
-        seed=seed,
-        dialect=dialect,
-        thinking=thinking,
-        force_dialect=force_dialect,
-    )
-    engine, source = open_search_engine(index, retriever)
+    settings = Settings(presets.selection, changes or ())
+    selection = Selection(questions, model, settings, rollouts, _ratio(ratio), at_a_time)
+    engine, source = open_search_engine(index, retriever, site if online else None)
     with progress_bar("Rolling out") as advance:
         result = select_questions(selection, engine, source, out, advance)
     typer.echo(json.dumps(result))

@@ -8,16 +8,13 @@ from typing import Annotated
 import typer
 
 from r1s_jax.commands.options import (
-    DialectOption,
-    Drafts,
-    ForceDialect,
-    MaxLength,
+    WIKIPEDIA,
+    Changes,
     Model,
-    Prompt,
+    Online,
     SearchedIndex,
     SearchUrl,
-    ThinkingOption,
-    read_prompt,
+    Site,
 )
 
 app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
@@ -30,22 +27,12 @@ QuestionsFile = Annotated[
         "by name (r1s data benchmarks)."
     ),
 ]
-Online = Annotated[
-    bool, typer.Option("--online", help="Or the live web, by serper.dev (SERPER_API_KEY).")
-]
-Site = Annotated[str, typer.Option(help="With --online, only this site; empty: any.")]
 AnswersOut = Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")]
 How = Annotated[str, typer.Option(help="search; rag (one search, of the question); direct (none).")]
-Slots = Annotated[int, typer.Option(min=1, help="Questions answered at a time.")]
 FirstFew = Annotated[int, typer.Option(min=0, help="Only the first so many questions; 0: all.")]
-MaxSearches = Annotated[
-    int, typer.Option(min=0, help="At most; Search-R1's released evaluation has 4.")
-]
-MaxFailureRate = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of searches that may fail.")
-]
 Samples = Annotated[
-    int, typer.Option(min=1, help="Answers to each question; several need a --temperature above 0.")
+    int,
+    typer.Option(min=1, help="Answers to each; several need rollout.temperature above 0."),
 ]
 RetryFailed = Annotated[
     bool, typer.Option("--retry-failed", help="Answer rows whose search failed again.")
@@ -57,25 +44,14 @@ def run(
     questions: QuestionsFile,
     model: Model,
     out: AnswersOut,
+    changes: Changes = None,
     index: SearchedIndex = None,
     retriever: SearchUrl = "",
     online: Online = False,
-    site: Site = "en.wikipedia.org",
+    site: Site = WIKIPEDIA,
     mode: How = "search",
-    prompt: Prompt = None,
-    dialect: DialectOption = "",
-    thinking: ThinkingOption = "",
-    force_dialect: ForceDialect = False,
-    k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 5,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     samples: Samples = 1,
-    drafts: Drafts = 0,
-    slots: Slots = 16,
-    max_length: MaxLength = 4096,
-    max_turn_length: Annotated[int, typer.Option(min=1, help="Tokens of a turn.")] = 512,
-    max_searches: MaxSearches = 9,
     limit: FirstFew = 0,
-    max_failure_rate: MaxFailureRate = 0.2,
     retry_failed: RetryFailed = False,
 ) -> None:
     """Answer a file of questions; `r1s eval score` does the rest.
@@ -83,32 +59,20 @@ def run(
     A row an answer, in order, written as they finish: a stopped run goes on where its file ends.
     Where too many searches fail it ends with exit status 1; the rows say which.
     """
+    from r1s_jax import presets
     from r1s_jax.data.corpora import open_search_engine
     from r1s_jax.data.results import read_header
     from r1s_jax.eval.run import EvalRun, answer_file
+    from r1s_jax.presets import Settings
     from r1s_jax.system.console import console, progress_bar
 
-    run = EvalRun(
-        questions=questions,
-        model=model,
-        mode=mode,
-        prompt=read_prompt(prompt),
-        k=k,
-        temperature=temperature,
-        slots=slots,
-        max_length=max_length,
-        max_turn_length=max_turn_length,
-        max_searches=max_searches,
-        limit=limit,
-        **{"dialect": dialect, "thinking": thinking, "force_dialect": force_dialect},
-        **{"samples": samples, "drafts": drafts},
-    )
+    settings = Settings(presets.evaluation, changes or ())
+    run = EvalRun(questions, model, settings, mode, samples, limit)
     engine, source = None, {}
     if mode != "direct":
         engine, source = open_search_engine(index, retriever, site if online else None)
     with progress_bar("Answering") as advance:
-        again = {"retry_failed": retry_failed, "max_failure_rate": max_failure_rate}
-        answer_file(run, engine, source, out, advance, **again)
+        answer_file(run, engine, source, out, advance, retry_failed=retry_failed)
     if searches := (read_header(out) or {}).get("searches"):
         told = ", ".join(f"{n} {outcome}" for outcome, n in searches.items())
         console.print(f"Searches: {told}")

@@ -7,38 +7,38 @@ from typing import Annotated
 import typer
 
 from r1s_jax.commands.options import (
+    WIKIPEDIA,
     AsJson,
-    AskDrafts,
-    DialectOption,
-    ForceDialect,
+    Changes,
     Model,
+    Online,
     Overrides,
     Recipe,
-    ThinkingOption,
+    SearchedIndex,
+    SearchUrl,
+    Site,
 )
 
 
 def ask(
     question: Annotated[str, typer.Argument(help="What to answer.")],
     model: Model,
-    index: Annotated[Path, typer.Option(help="Directory of a built index.")],
-    k: Annotated[int, typer.Option(min=1, help="Documents a search.")] = 3,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    first_search: Annotated[
-        bool, typer.Option(help="Search the question itself before the model starts.")
-    ] = False,
-    drafts: AskDrafts = None,
-    dialect: DialectOption = "",
-    thinking: ThinkingOption = "",
-    force_dialect: ForceDialect = False,
+    changes: Changes = None,
+    index: SearchedIndex = None,
+    retriever: SearchUrl = "",
+    online: Online = False,
+    site: Site = WIKIPEDIA,
 ) -> None:
     """Answer one question, streaming what the model writes, searches and is given, in colour."""
+    from r1s_jax import presets
+    from r1s_jax.data.corpora import open_search_engine
+    from r1s_jax.presets import Settings
     from r1s_jax.serving.ask import ask as stream_answer
 
-    asked = {"dialect": dialect, "thinking": thinking, "force_dialect": force_dialect}
-    how = {"k": k, "temperature": temperature, "first_search": first_search}
-    how["drafts"] = drafts
-    stream_answer(question, model, index, **how, **asked)
+    settings = Settings(presets.asking, changes or ())
+    settings.config()  # a wrong one is said before anything is loaded
+    found, _ = open_search_engine(index, retriever, site if online else None)
+    stream_answer(question, model, found, settings)
 
 
 def compile_(

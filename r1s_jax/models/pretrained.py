@@ -27,6 +27,7 @@ from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params, add_adapters, init_params
 from r1s_jax.models.tokenizer import TokenId, check_tokenizer, eos_ids, load_tokenizer
 from r1s_jax.models.weights import load_config, load_params
+from r1s_jax.presets import PromptingConfig
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import FILE, from_dict, make_dialect, read_dialect
 from r1s_jax.protocol.prompts import bound
@@ -53,37 +54,32 @@ class Pretrained(NamedTuple):
     dialect: Dialect | None = None
     checkpoint: int | None = None
 
-    def speaking(
-        self, name: str = "", thinking: str = "", prompt: str | None = None, force: bool = False
-    ) -> "Pretrained":
-        """The policy with its own dialect, or the one of that `name` where it has none.
+    def speaking(self, asked: PromptingConfig | None = None) -> "Pretrained":
+        """The policy with its own dialect, or the one of `asked` where it has none.
 
-        `thinking` and `prompt`, where given, take the places of its own. Raises ConfigError for
-        another dialect than its own unless `force`, and for one that its chat template cannot
-        serve.
+        The thinking and prompt of `asked`, where given, take the places of its own. Raises
+        ConfigError for another dialect than its own unless forced, and for one that its chat
+        template cannot serve.
         """
-        told = choose_dialect(self.dialect, name, thinking, prompt, force)
+        told = choose_dialect(self.dialect, asked or PromptingConfig())
         return self._replace(dialect=bound(told, self.tokenizer))
 
 
-def choose_dialect(
-    known: Dialect | None, name: str, thinking: str, prompt: str | None, force: bool
-) -> Dialect:
+def choose_dialect(known: Dialect | None, asked: PromptingConfig) -> Dialect:
     """What a policy that speaks `known` is to be asked in; see Pretrained.speaking."""
-    if name:
-        make_dialect(name)  # an unknown one is said first
-    if known and name and name != known.name and not force:
+    name, thinking, prompt = asked.dialect, asked.thinking, asked.template()
+    if known and name and name != known.name and not asked.force:
         raise ConfigError(
-            f"the policy speaks {known.name}, not {name}: leave --dialect away, or add "
-            "--force-dialect to ask it in a dialect that it was not trained in"
+            f"the policy speaks {known.name}, not {name}: leave protocol.dialect away, or add "
+            "protocol.force=true to ask it in a dialect that it was not trained in"
         )
     if known is None or (name and name != known.name):
         known = make_dialect(name or R1_SEARCHER.name)
     keeps_prompt = prompt is None and known.prompt is not None and known.prompt_is_whole
     if keeps_prompt and thinking not in ("", known.thinking):
         raise ConfigError(
-            f"--thinking {thinking}: the policy's own prompt was made for thinking "
-            f"{known.thinking}; name another with --prompt"
+            f"protocol.thinking={thinking}: the policy's own prompt was made for thinking "
+            f"{known.thinking}; name another with protocol.prompt=FILE"
         )
     given = {"thinking": thinking or known.thinking}
     given |= {} if prompt is None else {"prompt": prompt}

@@ -71,7 +71,7 @@ def chat_text(
             raise
         raise ConfigError(
             f"{error}. Without a system message it works: give a prompt that has none "
-            "(--prompt FILE; in recipes protocol.prompt=FILE or environment.prompt=base)"
+            "(protocol.prompt=FILE; in recipes environment.prompt=base too)"
         ) from None
 
 

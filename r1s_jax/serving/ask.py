@@ -1,26 +1,23 @@
-"""Answering one question at the terminal, streamed."""
+"""Answering one question at the terminal, streamed: a client of the serving loop with one slot."""
 
 import itertools
 import os
-from functools import partial
-from pathlib import Path
+import queue
 
 import jax
-import numpy as np
 from rich.text import Text
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.text import printable
-from r1s_jax.config import RolloutConfig, SearchConfig
-from r1s_jax.data.corpora import open_saved_index
-from r1s_jax.models.pretrained import Pretrained, load_pretrained
-from r1s_jax.models.tokenizer import decode, encode, encode_start, foreign
-from r1s_jax.protocol.dialect import Dialect
-from r1s_jax.protocol.prompts import renderer
+from r1s_jax.models.pretrained import default_dtype, load_pretrained
+from r1s_jax.presets import Settings
 from r1s_jax.protocol.solution import Solution, kind_of_new
-from r1s_jax.rollout.broker import FAILED, Broker, SearchFailure
-from r1s_jax.rollout.host_loop import HostLoop
+from r1s_jax.retrieval.api import Retriever
+from r1s_jax.rollout.broker import FAILED, Search, SearchFailure
+from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.serving.jobs import Job, Update
+from r1s_jax.serving.searcher import Searcher
 from r1s_jax.system.console import out_console as console
 from r1s_jax.tracking.trace_view import STYLES
 
@@ -30,120 +27,105 @@ _WHY = {
     Finish.BAD_QUERY: "wrote an empty query",
     Finish.SEARCH_ERROR: "a search failed",
 }
+_SPECULATIVE = "rollout.drafts=4"
 
 
-def ask(
-    question: str,
-    model: str,
-    index: Path,
-    *,
-    k: int,
-    temperature: float,
-    first_search: bool,
-    drafts: int | None = None,
-    dialect: str = "",
-    thinking: str = "",
-    force_dialect: bool = False,
-) -> str | None:
+def ask(question: str, model: str, retriever: Retriever, settings: Settings) -> str | None:
     """Streams an answer to standard output; returns what the policy answered.
 
-    The policy is asked in its own dialect; `dialect` is for one that names none. `drafts` are 4 by
-    default, and none on a CPU, where five positions cost more than the passes that they save.
+    On an accelerator it guesses four tokens ahead by default; on a CPU five positions cost more
+    than the passes that they save. Raises ConfigError for a question that is too long,
+    SearchFailure where the system's own first search failed.
     """
-    policy = load_pretrained(model).speaking(dialect, thinking, force=force_dialect)
-    if drafts is None:
-        drafts = 0 if jax.default_backend() == "cpu" else 4
-    config = RolloutConfig(
-        slots=1,
-        prefill_rows=1,
-        temperature=temperature,
-        max_length=min(4096, policy.model.max_position),
-        max_prompt_length=min(4096, policy.model.max_position) - 1,
-        documents_per_query=k,
-        prefill_chunk=128,
-        drafts=drafts,
-    )
-    loop, prompt = _prepare(policy, config, question, index, first_search)
+    if jax.default_backend() != "cpu":
+        settings = settings._replace(changes=[_SPECULATIVE, *settings.changes])
+    asked = settings.config().protocol
+    policy = load_pretrained(model, default_dtype()).speaking(asked)
+    config = settings.config(policy.model.max_position)
+    searcher = Searcher(policy, retriever, config.rollout, search=config.search, waiting=0)
+    printer = _Printer(searcher.engine)
+    prompt = _prompt(searcher.engine, question, printer)
+    updates: queue.Queue[Update] = queue.Queue()
     seed = int.from_bytes(os.urandom(4)) >> 1
-    printer = _Printer(loop.decode, policy.dialect)
-    for event in loop.run(prompt, jax.random.key(seed)):
-        printer.feed(event.tokens, documents=event.kind == "documents")
+    drawn = config.rollout.temperature, config.rollout.top_p
+    searcher.submit([Job(prompt, seed, updates.put, temperature=drawn[0], top_p=drawn[1])])
+    finish = Finish.NONE
+    while finish == Finish.NONE:
+        update = updates.get()
+        printer.feed(update)
+        finish = update.finish
+    searcher.close()
     console.print()
-    if not loop.finish.complete:
-        console.print(f"[red]No answer: the model {_WHY[loop.finish]}.[/]")
-    return _solution(loop, policy, len(prompt)).answer
+    if not finish.complete:
+        why = update.error or _WHY.get(finish, finish.name)
+        console.print(f"[red]No answer: the model {why}.[/]")
+    return printer.solution(finish).answer
 
 
-def _solution(loop: HostLoop, policy: Pretrained, start: int) -> Solution:
-    """What came after the prompt, by who wrote it."""
-    pairs = list(zip(loop.tokens, loop.mask, strict=True))[start:]
-    if pairs and pairs[-1][1] and pairs[-1][0] in policy.eos_ids:
-        pairs.pop()
-    runs = itertools.groupby(pairs, key=lambda pair: pair[1])
-    spans = tuple((loop.decode([token for token, _ in run]), who) for who, run in runs)
-    return Solution(spans, policy.dialect, loop.finish.complete)
-
-
-def _prepare(
-    policy: Pretrained, config: RolloutConfig, question: str, index: Path, first_search: bool
-) -> tuple[HostLoop, list[int]]:
-    tokenizer = policy.tokenizer
-    to_ids, to_text = partial(encode, tokenizer), partial(decode, tokenizer)
-    broker = Broker(
-        SearchConfig(),
-        decode=to_text,
-        encode=to_ids,
-        clean=foreign(tokenizer),
-        dialect=policy.dialect,
-        documents_per_query=config.documents_per_query,
-        max_documents_length=config.max_documents_length,
-    )
-    broker.begin(open_saved_index(index))
-    clean = foreign(tokenizer)
-    prompt = encode_start(tokenizer, renderer(policy.dialect, tokenizer)(clean(question)))
-    if first_search:
-        (search,) = broker.search_now([question])
-        if search.outcome in FAILED:
-            raise SearchFailure(f"the first search failed: {broker.common_failures()}")
-        query = policy.dialect.first_call(clean(question))
-        console.print(Text(printable(query), STYLES["query"]), end="")
-        tokens = broker.document_tokens(search.documents)
-        console.print(Text(printable(to_text(tokens)), STYLES["documents"]), end="")
-        prompt += to_ids(query) + tokens
-    if len(prompt) >= config.max_length:
+def _prompt(engine: Engine, question: str, printer: "_Printer") -> list[int]:
+    """Token ids of the question, and of the system's own first search where there is one."""
+    prompt = engine.prompt_tokens(question)
+    needed = len(prompt)
+    if engine.config.first_search:
+        needed += engine.first_search_room(question)
+    if needed > engine.config.max_prompt_length:
         raise ConfigError(
-            f"the question takes {len(prompt)} tokens, and the model reads {config.max_length} "
+            f"the question takes {needed} tokens, and the model reads {engine.config.max_length} "
             "with its answer: shorten it"
         )
-    loop = HostLoop(
-        model=policy.model,
-        params=jax.device_put(policy.params),
-        config=config,
-        compute_dtype=np.dtype("float32"),
-        eos_ids=policy.eos_ids,
-        broker=broker,
-        decode=to_text,
-    )
-    return loop, prompt
+    if engine.config.first_search:
+        (search,) = engine.broker.search_now([question])
+        if search.outcome in FAILED:
+            raise SearchFailure(f"the first search failed: {engine.broker.common_failures()}")
+        forced = engine.first_search_tokens(search, len(prompt))
+        printer.documents(forced)
+        prompt += forced
+    return prompt
 
 
 class _Printer:
     """Prints text as its tokens come, a change of colour at each tag of the protocol."""
 
-    def __init__(self, decode, dialect: Dialect):
-        self._decode, self._tokens, self._shown = decode, [], ""
-        self._dialect = dialect
+    def __init__(self, engine: Engine):
+        self._engine, self._turn, self._shown = engine, [], ""
+        self._written: list[tuple[int, bool]] = []  # tokens, and whether the policy wrote them
 
-    def feed(self, tokens: list[int], *, documents: bool) -> None:
-        if documents:
-            text = printable(self._decode(tokens))
-            console.print(Text(text, STYLES["documents"]), end="")
-            self._tokens, self._shown = [], ""
-            return
-        self._tokens += tokens
-        text = self._decode(self._tokens)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return  # half a character; the next token completes it
-        style = STYLES[kind_of_new(self._shown, text, self._dialect)]
-        console.print(Text(printable(text[len(self._shown) :]), style), end="")
-        self._shown = text
+    def feed(self, update: Update) -> None:
+        """Shows what is new."""
+        pairs = list(zip(update.tokens, update.mask, strict=True))
+        self._written += pairs
+        for by_policy, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
+            tokens = [token for token, _ in run]
+            self._policy(tokens) if by_policy else self.documents(tokens)
+        for search in update.searches:
+            self._failure(search)
+
+    def documents(self, tokens: list[int]) -> None:
+        """Shows what the system wrote."""
+        text = printable(self._engine.decode(tokens))
+        console.print(Text(text, STYLES["documents"]), end="")
+        self._turn, self._shown = [], ""
+
+    def solution(self, finish: Finish) -> Solution:
+        """What came after the prompt, by who wrote it."""
+        pairs = self._written
+        if pairs and pairs[-1][1] and pairs[-1][0] in self._engine.eos_ids:
+            pairs = pairs[:-1]
+        runs = itertools.groupby(pairs, key=lambda pair: pair[1])
+        spans = [(self._engine.decode([token for token, _ in run]), who) for who, run in runs]
+        return Solution(tuple(spans), self._engine.dialect, finish.complete)
+
+    def _policy(self, tokens: list[int]) -> None:
+        for token in tokens:
+            self._turn.append(token)
+            text = self._engine.decode(self._turn)
+            if text.endswith("\N{REPLACEMENT CHARACTER}"):
+                continue  # half a character; the next token completes it
+            style = STYLES[kind_of_new(self._shown, text, self._engine.dialect)]
+            console.print(Text(printable(text[len(self._shown) :]), style), end="")
+            self._shown = text
+
+    def _failure(self, search: Search) -> None:
+        if search.outcome in FAILED:
+            why = self._engine.broker.common_failures()
+            console.print(f"[red]A search failed: {why}.[/]")

@@ -49,9 +49,10 @@ class Asked(NamedTuple):
 class Desk:
     """What the exchanges of one server share; but for `read` and `search`, of one event loop."""
 
-    def __init__(self, searcher: Jobs, name: str, first_search: bool, limits: Limits):
+    def __init__(self, searcher: Jobs, name: str, limits: Limits):
         self.searcher, self.name, self.limits = searcher, name, limits
-        self.first_search, self.meters = first_search, Meters(searcher)
+        self.first_search = searcher.config.first_search
+        self.meters = Meters(searcher)
         self.groups = itertools.count(1)
         self.readers = ThreadPoolExecutor(_READERS, "prompts")
         self.searchers = ThreadPoolExecutor(_SEARCHERS, "first-search")
@@ -295,6 +296,7 @@ class Exchange:
 
     def _make_jobs(self, tokens: list[int]) -> list[Job]:
         asked, seed = self._asked.request, self._asked.request.drawn_seed()
+        c = self._desk.searcher.config
         group = next(self._desk.groups)
         return [
             Job(
@@ -303,8 +305,8 @@ class Exchange:
                 update=self._listener(i),
                 sample=i,
                 group=group,
-                temperature=1.0 if asked.temperature is None else asked.temperature,
-                top_p=1.0 if asked.top_p is None else asked.top_p,
+                temperature=c.temperature if asked.temperature is None else asked.temperature,
+                top_p=c.top_p if asked.top_p is None else asked.top_p,
                 max_tokens=asked.limit,
             )
             for i in range(asked.samples)

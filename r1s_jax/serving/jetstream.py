@@ -17,10 +17,10 @@ from r1s_jax.config import RolloutConfig, SearchConfig
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.rollout.host_loop import Event, Turns
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.serving.jetstream_engine import ActiveRequest, SearchEngine, start_driver
 from r1s_jax.serving.jobs import Job, Jobs, Update
+from r1s_jax.serving.turns import Event, Turns
 
 logger = logging.getLogger(__name__)
 

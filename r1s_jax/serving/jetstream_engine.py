@@ -71,7 +71,7 @@ class SearchEngine(engine_api.Engine):
         self._engine, self._params = engine, params
         roll = engine.roll
         if roll.config.max_length > max(_BUCKETS):
-            raise ConfigError(f"JetStream serves up to --max-length {max(_BUCKETS)}")
+            raise ConfigError(f"JetStream serves up to rollout.max_length={max(_BUCKETS)}")
         self._longest = next(size for size in _BUCKETS if size >= roll.config.max_length)
         self._slots, self._tuning = roll.config.slots, mesh_tuning(roll.mesh)
         self._impl = attention_impl(roll.attention, roll.mesh)

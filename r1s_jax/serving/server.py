@@ -49,12 +49,11 @@ class Service:
         name: str,
         *,
         key: str = "",
-        first_search: bool = False,
         limits: Limits | None = None,
     ):
         """`name` is the model's to clients; `key`, where given, has to be sent by them."""
         self._searcher, self._name, self._key = searcher, name, check_key(key)
-        self.desk = Desk(searcher, name, first_search, limits or Limits())
+        self.desk = Desk(searcher, name, limits or Limits())
         self.meters, self.limits = self.desk.meters, self.desk.limits
         self.stopping = False
 

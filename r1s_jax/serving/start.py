@@ -10,61 +10,41 @@ from typing import Any
 from r1s_jax.border import listen
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.origins import Callers
-from r1s_jax.config import RolloutConfig
 from r1s_jax.models.checkpoint import run_of
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
+from r1s_jax.presets import SERVING, Settings
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.serving.exchange import Limits
 from r1s_jax.serving.searcher import Searcher
 from r1s_jax.serving.server import Service, check_key, make_app
 from r1s_jax.system.console import console
 
-# Answers seldom get their documents at the same moment: a chunk of one of them, and a long one.
-PREFILL: dict[str, Any] = {"prefill_rows": 1, "prefill_chunk": 128}
-
 
 def start(
     model: str,
     retriever: Retriever,
+    settings: Settings = SERVING,
     *,
     engine: str = "r1s",
     name: str = "",
     key: str = "",
-    slots: int = 16,
     waiting: int = 64,
-    k: int = 3,
-    max_length: int = 4096,
-    max_searches: int = 8,
-    first_search: bool = False,
     deadline_s: float = 300.0,
-    dialect: str = "",
-    thinking: str = "",
-    force_dialect: bool = False,
 ) -> Service:
     """Loads and compiles; what is returned answers at once.
 
-    Raises what `load_pretrained` and `Pretrained.speaking` raise, and ConfigError for a key that no
-    client can send.
+    Raises what `load_pretrained`, `Pretrained.speaking` and `Settings.config` raise, and
+    ConfigError for a key that no client can send.
     """
     check_key(key)
-    policy = load_pretrained(model, default_dtype()).speaking(
-        dialect, thinking, force=force_dialect
-    )
-    length = min(max_length, policy.model.max_position)
-    config = RolloutConfig(
-        slots=slots,
-        **PREFILL,
-        max_length=length,
-        max_prompt_length=length - 1,
-        max_turn_length=min(2048, length),
-        max_documents_length=min(768, length),
-        max_searches=max_searches,
-        documents_per_query=k,
-    )
+    asked = settings.config().protocol
+    policy = load_pretrained(model, default_dtype()).speaking(asked)
+    config = settings.config(policy.model.max_position)
     console.print("Compiling")
-    searcher = _kind(engine)(policy, retriever, config, waiting=waiting)
-    told, limits = name or name_of(model), Limits(deadline_s=deadline_s)
-    return Service(searcher, told, key=key, first_search=first_search, limits=limits)
+    kind = _kind(engine)
+    searcher = kind(policy, retriever, config.rollout, search=config.search, waiting=waiting)
+    limits = Limits(deadline_s=deadline_s)
+    return Service(searcher, name or name_of(model), key=key, limits=limits)
 
 
 def name_of(model: str) -> str:

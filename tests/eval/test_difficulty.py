@@ -96,7 +96,7 @@ def run(*arguments: str) -> subprocess.Popen:
 
 def select(world: Path, out: Path) -> subprocess.Popen:
     arguments = ["--model", str(world / "model"), "--index", str(world / "index")]
-    arguments += ["--max-length", "192", "--ratio", "1:0:1", "--out", str(out)]
+    arguments += ["rollout.max_length=192", "--ratio", "1:0:1", "--out", str(out)]
     return run("data", "select", str(world / "files/questions.jsonl"), *arguments)
 
 

@@ -7,11 +7,13 @@ import pytest
 
 from r1s_jax.data.rows import rows_so_far
 from r1s_jax.eval.run import EvalRun, answer_file
+from r1s_jax.presets import EVALUATION
 from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.rollout.broker import SearchFailure
 from r1s_jax.system.locks import InUse, only_one
 from tests.fakes import EmptyRetriever
 from tests.http_server import LocalServer
+from tests.makers import with_rollout
 
 
 def good(path, body):
@@ -37,8 +39,11 @@ def questions(tmp_path):
     return path
 
 
+SMALL = with_rollout(EVALUATION, documents_per_query=1, slots=2, max_length=192)
+
+
 def evaluate(questions, model, out, url, **options):
-    run = EvalRun(str(questions), str(model), mode="rag", k=1, slots=2, max_length=192)
+    run = EvalRun(str(questions), str(model), SMALL, "rag")
     retriever = HttpRetriever(url + "/queries", timeout_s=0.5, retries=0)
     return answer_file(run, retriever, {"retriever": "it"}, out, **options)
 
@@ -79,7 +84,7 @@ def test_failures_end_an_evaluation_and_can_be_mended(kind, model, questions, tm
 
 
 def test_what_finds_nothing_has_not_failed(model, questions, tmp_path):
-    run = EvalRun(str(questions), str(model), mode="rag", k=1, slots=2, max_length=192)
+    run = EvalRun(str(questions), str(model), SMALL, "rag")
     out = answer_file(run, EmptyRetriever(), {}, tmp_path / "out.jsonl")
     assert {tuple(row["search_outcomes"]) for row in rows_so_far(out)} == {("empty",)}
     header = json.loads((tmp_path / "out.jsonl.header.json").read_text())

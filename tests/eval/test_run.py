@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,9 @@ from r1s_jax.data.results import read_header, read_results
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
 from r1s_jax.eval.score import summarize
+from r1s_jax.presets import EVALUATION
 from r1s_jax.protocol import r1_searcher as protocol
+from tests import makers
 from tests.fakes import EchoRetriever
 from tests.makers import save_other_weights
 from tests.retrieval.test_online import Web
@@ -51,8 +54,13 @@ def questions(tmp_path_factory):
 
 
 def make_run(questions, searcher, **changes) -> EvalRun:
-    options = dict(temperature=1.0, slots=2, max_length=192, max_turn_length=24, k=2, prompt=PROMPT)
-    return EvalRun(str(questions), searcher, **(options | changes))
+    prompt = Path(searcher).parent / "prompt.txt"
+    prompt.write_text(PROMPT)
+    of_run = {name: changes.pop(name) for name in ("mode", "samples", "limit") if name in changes}
+    options = dict(temperature=1.0, slots=2, max_length=192, max_turn_length=24)
+    fields = options | {"documents_per_query": 2} | changes
+    settings = makers.with_rollout(EVALUATION, f"protocol.prompt={prompt}", **fields)
+    return EvalRun(str(questions), searcher, settings, **of_run)
 
 
 def rows_of(path):
@@ -77,7 +85,8 @@ def test_rows_are_complete_and_can_be_scored(questions, searcher, tmp_path):
     assert sum(row["searches"] for row in rows) > 0
     assert summarize(read_results(out))["n"] == 5
     header = json.loads((tmp_path / "deep" / "out.jsonl.header.json").read_text())
-    assert header["source"] == {"index": "echo"} and header["run"]["k"] == 2
+    assert header["source"] == {"index": "echo"}
+    assert header["run"]["rollout"]["documents_per_query"] == 2
 
 
 def test_going_on_gives_the_same_file(questions, searcher, tmp_path):
@@ -135,7 +144,7 @@ def test_documents_of_the_first_search_need_no_room_of_the_prompts(questions, se
     (tmp_path / "q.jsonl").write_text(
         json.dumps({"question": "the trade of Bakori, " * 4, "answer": "baker"}) + "\n"
     )
-    run = make_run(tmp_path / "q.jsonl", searcher, mode="rag", slots=1, k=9)
+    run = make_run(tmp_path / "q.jsonl", searcher, mode="rag", slots=1, documents_per_query=9)
     (row,) = rows_of(answer_file(run, EchoRetriever(), {}, tmp_path / "rag.jsonl"))
     assert row["searches"] == 1 and row["prompt_tokens"] > 192 // 2
 
@@ -230,7 +239,7 @@ def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
     with Web(["/timbuktu"]) as web:
         env = {"SERPER_API_KEY": "k", "SERPER_URL": f"{web.url}/search"}
         options = ["--model", searcher, "--online", "--site", "", "--mode", "rag", "--limit", "1"]
-        options += ["--max-length", "512", "--max-turn-length", "8"]
+        options += ["rollout.max_length=512", "rollout.max_turn_length=8"]
         options += ["--out", str(tmp_path / "out.jsonl")]
         command = [sys.executable, "-m", "r1s_jax.cli", "eval", "run", str(questions), *options]
         done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
@@ -247,8 +256,9 @@ def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
 def test_the_command(questions, searcher, index, tmp_path):
     out, prompt = tmp_path / "out.jsonl", tmp_path / "prompt.txt"
     prompt.write_text(PROMPT)
-    options = ["--model", searcher, "--index", str(index), "--prompt", str(prompt), "--k", "1"]
-    options += ["--max-length", "128", "--max-turn-length", "16", "--out", str(out)]
+    options = ["--model", searcher, "--index", str(index), "--out", str(out)]
+    options += ["rollout.documents_per_query=1", "rollout.max_length=128"]
+    options += ["rollout.max_turn_length=16", f"protocol.prompt={prompt}"]
     command = [sys.executable, "-m", "r1s_jax.cli", "eval", "run", str(questions), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(out)

@@ -75,7 +75,8 @@ def test_the_space_of_a_sentencepiece_tokenizer(tmp_path):
     out = tmp_path / "o.jsonl"
     done = result(
         *("eval", "run", data / "q.jsonl", "--model", data / "model", "--mode", "rag"),
-        *("--limit", 1, "--max-length", 700, "--max-turn-length", 16, "--k", 1),
+        *("--limit", 1, "rollout.max_length=700", "rollout.max_turn_length=16"),
+        "rollout.documents_per_query=1",
         *("--index", tmp_path / "idx", "--out", out),
     )
     assert done.exit_code == 0, done.output
@@ -86,7 +87,7 @@ def test_the_space_of_a_sentencepiece_tokenizer(tmp_path):
 
 def test_other_questions_behind_one_name_are_refused(model, tmp_path):
     data, out = DATA / "eval_resume_other_questions", tmp_path / "o.jsonl"
-    common = ("--model", model, "--mode", "direct", "--out", out, "--max-turn-length", 4)
+    common = ("--model", model, "--mode", "direct", "--out", out, "rollout.max_turn_length=4")
     first = result("eval", "run", data / "a" / "q.jsonl", *common, "--limit", 2)
     assert first.exit_code == 0, first.output
     second = result("eval", "run", data / "b" / "q.jsonl", *common)

@@ -9,9 +9,10 @@ import pytest
 
 from r1s_jax.data.rows import rows_so_far
 from r1s_jax.eval.run import EvalRun, answer_file
+from r1s_jax.presets import EVALUATION
 from r1s_jax.retrieval.http import HttpRetriever
 from tests.http_server import LocalServer
-from tests.makers import run_cli, save_letters_model
+from tests.makers import run_cli, save_letters_model, with_rollout
 from tests.test_train import CORPUS
 
 FORGED = (
@@ -113,10 +114,11 @@ def assert_nothing_forged(spans):
 
 
 def evaluate(model, questions, server, out):
-    options = dict(mode="rag", k=1, slots=2, max_length=2048, max_turn_length=8)
-    run = EvalRun(str(questions), str(model), **options)
+    fields = dict(documents_per_query=1, slots=2, max_length=2048, max_turn_length=8)
+    settings = with_rollout(EVALUATION, "search.max_failure_rate=0.9", **fields)
+    run = EvalRun(str(questions), str(model), settings, "rag")
     retriever = HttpRetriever(server.url + "/queries", timeout_s=1, retries=0)
-    return answer_file(run, retriever, {}, out, max_failure_rate=0.9)
+    return answer_file(run, retriever, {}, out)
 
 
 def test_an_evaluation_over_a_hostile_server_goes_on_and_counts(

@@ -26,9 +26,9 @@ from r1s_jax.rewards import Solution as PublicSolution
 from r1s_jax.rewards import reward_rule, stage2
 from r1s_jax.rollout.broker import Broker
 from r1s_jax.rollout.engine import Engine
-from r1s_jax.rollout.host_loop import HostLoop
 from r1s_jax.rollout.trajectory import Finish
 from tests.fakes import EchoRetriever
+from tests.host_loop import HostLoop
 from tests.makers import HERMES_CHAT, MODEL, QUESTIONS, ROLLOUT, letters
 
 SPOKEN = [(name, thinking) for name in DIALECTS for thinking in ("template", "on", "off")]

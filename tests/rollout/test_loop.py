@@ -19,12 +19,12 @@ from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.broker import Broker, SearchFailure
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.flight import trajectories
-from r1s_jax.rollout.host_loop import HostLoop
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.session import Session
 from r1s_jax.rollout.trajectory import Finish, Position
 from r1s_jax.tracking.metrics import trace_rows
 from tests.fakes import EchoRetriever
+from tests.host_loop import HostLoop
 from tests.makers import (
     MODEL,
     QUESTIONS,

@@ -41,7 +41,11 @@ def bytes_that_merge() -> PreTrainedTokenizerFast:
 def make_desk(dialect=None, *, first_search: bool = False, length: int = 700) -> Desk:
     tokenizer = bytes_that_merge()
     config = dataclasses.replace(
-        ROLLOUT, max_length=length, max_prompt_length=length - 1, max_documents_length=160
+        ROLLOUT,
+        max_length=length,
+        max_prompt_length=length - 1,
+        max_documents_length=160,
+        first_search=first_search,
     )
     policy = Pretrained(
         dataclasses.replace(MODEL, vocab_size=len(tokenizer), max_position=length),
@@ -52,9 +56,11 @@ def make_desk(dialect=None, *, first_search: bool = False, length: int = 700) ->
     )
     engine = Engine(policy, config, compute_dtype=np.dtype("float32"))
     engine.broker.begin(WebRetriever())
-    jobs = SimpleNamespace(engine=engine, rows=1, slots_busy=0, queued=0, waiting=1)
+    jobs = SimpleNamespace(
+        engine=engine, config=engine.config, rows=1, slots_busy=0, queued=0, waiting=1
+    )
     jobs.greedy_only = False
-    return Desk(jobs, "m", first_search, Limits())
+    return Desk(jobs, "m", Limits())
 
 
 def body(text: str) -> bytes:

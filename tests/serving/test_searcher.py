@@ -13,11 +13,11 @@ import pytest
 from r1s_jax.data.tiny_world import PROMPT, build_tokenizer
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.protocol.r1_searcher import R1Searcher
-from r1s_jax.rollout.host_loop import HostLoop
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.serving.jobs import Busy, Job, Update
 from r1s_jax.serving.searcher import Searcher
 from tests.fakes import EchoRetriever, GatedRetriever, RaisingRetriever
+from tests.host_loop import HostLoop
 from tests.makers import MODEL, QUESTIONS, ROLLOUT, scripted_policy, searching_params
 
 CONFIG = dataclasses.replace(ROLLOUT, slots=4, prefill_rows=2)

@@ -53,7 +53,7 @@ def slowly(seconds: float):
 def serving(folder, retriever: str, *more: str):
     """The process and its address."""
     command = [sys.executable, "-m", "r1s_jax.cli", "serve", str(folder), "--port", "0"]
-    command += ["--retriever", f"{retriever}/queries", "--max-length", "256", *more]
+    command += ["--retriever", f"{retriever}/queries", "rollout.max_length=256", *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline().strip()
@@ -211,7 +211,10 @@ def test_bad_input_is_one_message(folder, tmp_path):
             ((str(tmp_path / "none"), "--retriever", "http://x/queries"), "none"),
             ((str(folder), "--retriever", "http://x/nothing"), "/retrieve"),
             ((str(folder), "--retriever", "http://x/queries", "--port", taken), "--port"),
-            ((str(folder), "--retriever", "http://x/queries", "--dialect", "tool_call"), "speaks"),
+            (
+                (str(folder), "--retriever", "http://x/queries", "protocol.dialect=tool_call"),
+                "speaks",
+            ),
             ((str(folder), "--retriever", "http://x/queries", "--cors", "localhost:1"), "--cors"),
             ((str(folder), "--retriever", "http://x/queries", "--api-key", "ü"), "--api-key"),
         ]:

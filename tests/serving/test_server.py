@@ -34,9 +34,10 @@ HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/js
 
 
 @contextmanager
-def serving(retriever, *, waiting: int = 64, **how):
+def serving(retriever, *, waiting: int = 64, first_search: bool = False, **how):
+    config = dataclasses.replace(CONFIG, first_search=first_search)
     searcher = Searcher(
-        scripted_policy(), retriever, CONFIG, waiting=waiting, compute_dtype=np.dtype("float32")
+        scripted_policy(), retriever, config, waiting=waiting, compute_dtype=np.dtype("float32")
     )
     service = Service(searcher, "tiny", **how)
     try:

@@ -1,0 +1,32 @@
+"""Options by their old names: one message that names the new ones. Kept until 0.3."""
+
+from collections.abc import Sequence
+
+from r1s_jax.border.errors import ConfigError
+
+_ASKING = (("eval", "run"), ("data", "select"), ("serve",), ("ask",))
+_FIELDS = {
+    "--k": "rollout.documents_per_query=K",
+    "--max-length": "rollout.max_length=TOKENS",
+    "--max-turn-length": "rollout.max_turn_length=TOKENS",
+    "--max-searches": "rollout.max_searches=N",
+    "--slots": "rollout.slots=N",
+    "--temperature": "rollout.temperature=T",
+    "--drafts": "rollout.drafts=N",
+    "--first-search": "rollout.first_search=true",
+    "--max-failure-rate": "search.max_failure_rate=SHARE",
+    "--prompt": "protocol.prompt=FILE",
+    "--dialect": "protocol.dialect=NAME",
+    "--thinking": "protocol.thinking=WHEN",
+    "--force-dialect": "protocol.force=true",
+    "--seed": "seed=N",
+}
+
+
+def refuse_renamed(words: Sequence[str]) -> None:
+    """Raises ConfigError for an option that is a field now."""
+    if not any(tuple(words[: len(command)]) == command for command in _ASKING):
+        return
+    for word in words:
+        if field := _FIELDS.get(word.partition("=")[0]):
+            raise ConfigError(f"{word} is a setting now: write {field}, without dashes")

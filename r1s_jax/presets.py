@@ -1,0 +1,128 @@
+"""Settings of a policy in use: the presets of the commands that ask one.
+
+`r1s eval run`, `r1s data select`, `r1s serve` and `r1s ask` change single fields of theirs by
+`section.field=value`, as `r1s train` does with a recipe.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.border.fields import Checked
+from r1s_jax.border.json import decode
+from r1s_jax.config import DialectName, RolloutConfig, SearchConfig, Thinking, override
+
+_LENGTH = 4096  # tokens of a trajectory, where nothing else is said
+_NO_LIMIT = 2**31 - 1
+# With these the same tokens are computed, sooner or later.
+_CHANGE_NO_TOKEN = ("slots", "prefill_rows", "prefill_chunk", "drafts", "carry_over", "max_age")
+
+
+@dataclass(frozen=True)
+class PromptingConfig(Checked):
+    """How the policy is asked; a field left empty is as the policy itself says."""
+
+    dialect: Literal["", DialectName] = ""  # r1_searcher, where the policy says nothing
+    thinking: Literal["", Thinking] = ""
+    prompt: str = ""  # a file: a template with {question}
+    force: bool = False  # ask in a dialect that the policy was not trained in
+
+    def template(self) -> str | None:
+        """The text of the prompt's file; None where none is named. ConfigError for no UTF-8."""
+        if not self.prompt:
+            return None
+        return decode(Path(self.prompt).read_bytes(), Path(self.prompt), ConfigError)
+
+
+@dataclass(frozen=True)
+class InferenceConfig(Checked):
+    """How a policy answers."""
+
+    rollout: RolloutConfig
+    search: SearchConfig = field(default_factory=SearchConfig)
+    protocol: PromptingConfig = field(default_factory=PromptingConfig)
+    seed: int = 0
+
+
+class Settings(NamedTuple):
+    """A preset and what the user changes of it."""
+
+    preset: Callable[[int], InferenceConfig]
+    changes: Sequence[str] = ()
+
+    def config(self, longest: int = _NO_LIMIT) -> InferenceConfig:
+        """The settings for a policy that reads `longest` tokens.
+
+        The preset's other lengths follow rollout.max_length. Raises ConfigError as
+        `config.override` does.
+        """
+        of_length = [c for c in self.changes if c.partition("=")[0].strip() == "rollout.max_length"]
+        least = InferenceConfig(RolloutConfig(max_length=_LENGTH, max_prompt_length=1))
+        length = override(least, of_length).rollout.max_length
+        others = [c for c in self.changes if c not in of_length]
+        return override(self.preset(min(length, longest)), others)
+
+
+def decisive(config: RolloutConfig) -> dict[str, Any]:
+    """The settings on which a trajectory depends, ready for JSON."""
+    return {n: value for n, value in asdict(config).items() if n not in _CHANGE_NO_TOKEN}
+
+
+def evaluation(length: int = _LENGTH) -> InferenceConfig:
+    """Greedy, as published: 512 tokens a turn, five documents a search, at most nine searches."""
+    return InferenceConfig(
+        RolloutConfig(
+            slots=16,
+            temperature=0.0,
+            max_length=length,
+            max_prompt_length=length // 2,
+            max_turn_length=512,
+            max_searches=9,
+            documents_per_query=5,
+            max_documents_length=max(1, min(1280, length // 3)),
+            prefill_rows=1,
+            prefill_chunk=128,
+        )
+    )
+
+
+def selection(length: int = _LENGTH) -> InferenceConfig:
+    """Sampling as in training: the published settings."""
+    return InferenceConfig(
+        RolloutConfig(
+            max_length=length,
+            max_prompt_length=min(512, length // 2),
+            max_documents_length=max(1, min(768, length // 3)),
+            prefill_chunk=max(1, min(64, length // 4)),
+        )
+    )
+
+
+def serving(length: int = _LENGTH) -> InferenceConfig:
+    """Conversations; the temperature and top_p are those of requests that name none.
+
+    Answers seldom get their documents at the same moment: a chunk has one row, and is long.
+    """
+    return InferenceConfig(
+        RolloutConfig(
+            slots=16,
+            top_p=1.0,
+            max_length=length,
+            max_prompt_length=length - 1,
+            max_turn_length=min(2048, length),
+            max_documents_length=min(768, length),
+            prefill_rows=1,
+            prefill_chunk=128,
+        ),
+        search=SearchConfig(max_failure_rate=1.0),
+    )
+
+
+def asking(length: int = _LENGTH) -> InferenceConfig:
+    """One question at the terminal, greedily."""
+    return override(serving(length), ["rollout.slots=1", "rollout.temperature=0"])
+
+
+EVALUATION, SELECTION, SERVING = Settings(evaluation), Settings(selection), Settings(serving)
