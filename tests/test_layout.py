@@ -1,4 +1,4 @@
-"""Arrows between rooms run down to the ground, files form no circle, and nothing grows too long."""
+"""Arrows between rooms run down to the ground, files form no circle, functions stay short."""
 
 import ast
 import tomllib
@@ -57,11 +57,9 @@ def test_files_form_no_circle():
     tuple(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
 
 
-def test_files_and_functions_are_short():
+def test_functions_are_short():
     for path in FILES.values():
-        text = path.read_text()
-        assert text.count("\n") <= (260 if path.name == "train.py" else 460), path
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path}: {node.name}"
 
