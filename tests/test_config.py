@@ -162,7 +162,7 @@ def test_an_absent_architecture_cannot_be_set_from_the_command_line():
         ("rollout.top_p=1e-9", "rollout.top_p=1e-09 draws the same answer"),
         ("rollout.temperature=0", "rollout.temperature=0 draws the same answer"),
         ("policy.param_dtype=bfloat16", "set policy.param_dtype=float32, or train adapters"),
-        ("policy.architecture.num_kv_heads=0", "architecture.num_kv_heads must be above 0"),
+        ("policy.architecture.num_kv_heads=0", "architecture.num_kv_heads must be at least 1"),
         ("policy.architecture.rope_theta=1e400", "rope_theta='1e400': must be a number"),
         ("seed=" + "9" * 5000, "must be a whole number"),
         ("policy.model=x", "either policy.model or an architecture"),

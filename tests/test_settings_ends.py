@@ -5,7 +5,7 @@ Either something is learned with it, or a message says why not: no setting passe
 
 import dataclasses
 import zlib
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from r1s_jax.border.errors import ConfigError, UserError
-from r1s_jax.border.ranges import MOST
+from r1s_jax.border.fields import declared
 from r1s_jax.config import Config, MeshConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import TinyWorldEnvironment
@@ -83,13 +83,22 @@ def allowed(path: str, value: float) -> bool:
         return False
 
 
+def most(path: str) -> float:
+    """The upper bound that a field declares."""
+    *sections, name = path.split(".")
+    node = reduce(getattr, sections, tiny_world.config())
+    bounds = declared(type(node))[name][1]
+    assert bounds is not None, f"{path} has no bounds"
+    return bounds.lt if bounds.le is None else bounds.le
+
+
 @cache
 def ends(path: str) -> tuple[float, float]:
     """The lowest and the highest value that a recipe may give a field."""
-    kind, name = NUMBERS[path], path.rpartition(".")[2]
-    highest = (2**32 - 1, 2**31 - 1, MOST.get(name, 2), 192, 64, 16, 8, 4, 1)
+    kind = NUMBERS[path]
+    highest = (most(path), 192, 64, 16, 8, 4, 1)
     if kind is float:
-        highest = (2.0**31 - 1, float(MOST.get(name, 1)), 1.0, 1 - 1e-6)
+        highest = (float(most(path)), 1.0, 1 - 1e-6)
     low = next(value for value in LOWEST[kind] if allowed(path, value))
     return low, next(value for value in highest if allowed(path, kind(value)))
 

@@ -1,29 +1,84 @@
-"""Dataclasses whose fields have the types that they declare, checked when they are made."""
+"""Dataclasses whose fields have the types and bounds that they declare, checked when made."""
 
 import dataclasses
 import functools
+import operator
 import sys
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from r1s_jax.border.errors import ConfigError, reason, shorten
 
 _LARGEST = sys.float_info.max
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_SIDES = {
+    "ge": ("at least", operator.ge),
+    "gt": ("above", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
+}
 
 
 class Checked:
-    """A base of frozen dataclasses."""
+    """A base of frozen dataclasses; messages about bounds call the field `section.field`."""
+
+    _section = ""
+
+    def __init_subclass__(cls, section: str = "", **others: Any) -> None:
+        super().__init_subclass__(**others)
+        cls._section = section or cls.__name__
 
     def __post_init__(self) -> None:
-        for name, kind in _kinds(type(self)).items():
+        fields = declared(type(self))
+        for name, (kind, _) in fields.items():
             if not fits(value := getattr(self, name), kind):
                 told = f"{type(self).__name__}.{name} must be {described(kind)}"
                 raise ConfigError(f"{told}, got {shown(value)}")
+        for name, (_, bounds) in fields.items():
+            check_bounds(f"{self._section}.{name}", getattr(self, name), bounds)
         self.check_values()
 
     def check_values(self) -> None:
-        """Raises ConfigError for values of the right types that cannot be meant."""
+        """Raises ConfigError for values that are each allowed but cannot be meant together."""
+
+
+def check(ok: bool, message: str) -> None:
+    """Raises ConfigError unless `ok`."""
+    if not ok:
+        raise ConfigError(message)
+
+
+@functools.cache
+def declared(cls: type) -> dict[str, tuple[Any, Meta | None]]:
+    """Of each field of a dataclass its type, and its bounds if it has any."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: _parted(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _parted(hint: Any) -> tuple[Any, Meta | None]:
+    if typing.get_origin(hint) is not Annotated:
+        return hint, None
+    kind, *notes = typing.get_args(hint)
+    return kind, next((note for note in notes if isinstance(note, Meta)), None)
+
+
+def check_bounds(name: str, value: Any, bounds: Meta | None) -> None:
+    """Raises ConfigError for a number beyond its bounds.
+
+    Bounds with a `description` are named by it, others by the side that is broken.
+    """
+    for side, (words, holds) in _SIDES.items() if bounds else ():
+        bound = getattr(bounds, side)
+        if bound is not None and not holds(value, bound):
+            told = getattr(bounds, "description", None) or f"{words} {number(bound)}"
+            raise ConfigError(f"{name} must be {told}, got {shown(value)}")
+
+
+def number(value: float) -> str:
+    """A bound in a message: whole numbers with all their digits, others short."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -62,8 +117,3 @@ def shown(value: Any) -> str:
         return shorten(repr(value), 60)
     except Exception as error:  # ten thousand digits, or an object that cannot say what it is
         return f"a {type(value).__name__} that cannot be shown ({reason(error)})"
-
-
-@functools.cache
-def _kinds(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 from r1s_jax.border.errors import ConfigError, shorten
-from r1s_jax.border.fields import described, fits
+from r1s_jax.border.fields import check_bounds, declared, described, fits
 
 T = TypeVar("T")
 
@@ -32,7 +32,8 @@ def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
     """`node` with (path from here, value as text, whole path) changed."""
     values: dict[str, Any] = {}
     sections: dict[str, list[tuple[list[str], str, str]]] = {}
-    kinds = typing.get_type_hints(type(node))
+    kinds = declared(type(node))
+    paths: dict[str, str] = {}
     for (name, *rest), text, whole in changes:
         if rest:
             sections.setdefault(_known(node, name, whole), []).append((rest, text, whole))
@@ -41,7 +42,9 @@ def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
                 f"{whole!r} is a section: name one of its fields, as {whole}.field=value"
             )
         else:
-            values[name] = _parse(kinds[name], text, whole)
+            values[name], paths[name] = _parse(kinds[name][0], text, whole), whole
+    for name, whole in paths.items():
+        check_bounds(whole, values[name], kinds[name][1])
     for name, inner in sections.items():
         if not dataclasses.is_dataclass(getattr(node, name)):
             raise ConfigError(f"unknown config field {inner[0][2]!r}: {name!r} has no fields")

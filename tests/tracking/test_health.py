@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from r1s_jax import train as training
-from r1s_jax.border.ranges import MOST as limits
-from r1s_jax.config import Config, override
+from r1s_jax.border.fields import declared
+from r1s_jax.config import Config, OptimizerConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch, TinyWorldEnvironment
 from r1s_jax.data.rows import rows_so_far
@@ -199,7 +199,7 @@ def samples_from_old_weights(self: Engine, params, *args, **options):
 @pytest.fixture(autouse=True)
 def any_learning_rate(monkeypatch):
     """What loses a run for certain is more than a recipe may ask for."""
-    monkeypatch.setitem(limits, "learning_rate", 1e39)
+    monkeypatch.setitem(declared(OptimizerConfig), "learning_rate", (float, None))
 
 
 RUNS = {
