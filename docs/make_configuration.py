@@ -1,0 +1,129 @@
+"""Writes docs/configuration.md from the fields that r1s_jax/config.py declares.
+
+Run it after a change of those: `python docs/make_configuration.py`.
+"""
+
+import ast
+import dataclasses
+import json
+import typing
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from msgspec import Meta
+
+from r1s_jax import config
+from r1s_jax.border.fields import declared, number
+
+PAGE = Path(__file__).with_name("configuration.md")
+HEAD = """# Every field of a recipe
+
+A recipe sets fields by section; the command line changes one with `section.field=value`, several
+values separated by commas. [training.md](training.md) says what to choose. Numbers are at most
+2**31 - 1 where the table names no upper bound.
+
+This page is made by `python docs/make_configuration.py` from `r1s_jax/config.py`; do not edit it.
+"""
+COLUMNS = """| field | type | default | bounds | meaning |
+| --- | --- | --- | --- | --- |"""
+TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+def page() -> str:
+    """The text of docs/configuration.md."""
+    paths: dict[type, list[str]] = {}
+    for path, cls in _sections():
+        paths.setdefault(cls, []).append(path)
+    return "\n".join([HEAD, *(_section(cls, names) for cls, names in paths.items())])
+
+
+def undocumented() -> list[str]:
+    """The fields that have no sentence below them, as Class.field."""
+    return [
+        f"{cls.__name__}.{name}"
+        for _, cls in _sections()
+        for name, (kind, _) in declared(cls).items()
+        if not _classes_of(kind) and name not in _meanings(cls)
+    ]
+
+
+def _sections(cls: type = config.Config, path: str = "") -> Iterator[tuple[str, type]]:
+    """The path and class of each section; a section of two classes comes twice."""
+    yield path, cls
+    for name, (kind, _) in declared(cls).items():
+        for inner in _classes_of(kind):
+            yield from _sections(inner, f"{path}.{name}".lstrip("."))
+
+
+def _section(cls: type, paths: list[str]) -> str:
+    """Heading, sentence and table of the sections that are of one class."""
+    title = " and ".join(f"`{path}`" for path in paths if path) or "Fields without a section"
+    if paths[0] and sum(path == paths[0] for path, _ in _sections()) > 1:
+        title += f" ({cls.__name__})"
+    meanings, rows = _meanings(cls), []
+    for field in dataclasses.fields(cls):
+        kind, bounds = declared(cls)[field.name]
+        if field.name in meanings:
+            cells = _type(kind), _default(field), _bounds(bounds), meanings[field.name]
+            rows.append(f"| `{field.name}` | {' | '.join(cells)} |")
+    return "\n".join([f"## {title}\n\n{_summary(cls)}\n\n{COLUMNS}", *rows, ""])
+
+
+def _classes_of(kind: Any) -> list[type]:
+    """The sections that a field of this type may hold."""
+    return [one for one in typing.get_args(kind) or (kind,) if dataclasses.is_dataclass(one)]
+
+
+def _type(kind: Any) -> str:
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(f"`{one}`" for one in inner)
+    if typing.get_origin(kind) is tuple:
+        return f"{TYPES[inner[0]]}s"
+    return TYPES.get(kind, "section")
+
+
+def _default(field: dataclasses.Field) -> str:
+    value = field.default
+    if value is dataclasses.MISSING:
+        return "required"
+    if value is None or value in ("", ()):
+        return "none" if value is None else "empty"
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def _bounds(bounds: Meta | None) -> str:
+    if bounds is None:
+        return ""
+    if bounds.description:
+        return bounds.description
+    most = None if bounds.le == 2**31 - 1 else bounds.le
+    sides = [("at least", bounds.ge), ("above", bounds.gt), ("at most", most), ("below", bounds.lt)]
+    return ", ".join(f"{words} {number(side)}" for words, side in sides if side is not None)
+
+
+@cache
+def _source() -> dict[str, ast.ClassDef]:
+    tree = ast.parse(Path(config.__file__).read_text("utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _summary(cls: type) -> str:
+    return (ast.get_docstring(_source()[cls.__name__]) or "").partition("\n")[0]
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """What the text on the line below each field says."""
+    body, found = _source()[cls.__name__].body, {}
+    for field, below in pairwise(body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                found[name] = " ".join(text.split()).replace("|", "\\|")
+    return found
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), "utf-8")
