@@ -203,8 +203,6 @@ class RolloutConfig(Checked, section="rollout"):
     """A query has at most this many tokens; the longest published one has 105."""
     max_documents_length: Size = 768
     """The documents of a search are cut to this many tokens."""
-    stop_at_answer: bool = True
-    """`</answer>` ends a trajectory, as the end of sequence does."""
     first_search: bool = False
     """The system searches for the question itself before the policy starts."""
     prefill_rows: Size = 4
@@ -398,21 +396,11 @@ class TinyWorldConfig(Checked, section="environment"):
     """The world of a cold-start step has this many people."""
     eval_people: People = 200
     """The world of the evaluation has this many people."""
-    two_hop_fraction: Share = 0.5
-    """This share of questions needs two facts."""
     known_people: Annotated[int, Meta(ge=0, le=10**5)] = 0
     """This many people are the same in every world, so that the policy can learn their facts by
     heart; 0 means none, otherwise at least 3."""
     known_fraction: Share = 0.3
     """This share of questions and demonstrations is about known people, where there are any."""
-    guess_fraction: Share = 0.2
-    """This share of demonstrations guesses at once."""
-    two_hop_guess_fraction: Share = 0.5
-    """This share of demonstrations of two hops guesses after the first search."""
-    search_weight: Annotated[float, Meta(ge=0, le=1e3)] = 0.08
-    """The decision to search has this weight in the loss, so that a minority of samples does."""
-    guess_weight: Annotated[float, Meta(gt=0, le=1e3)] = 0.05
-    """A guessed answer has this weight in the loss: random answers are noise."""
 
     def check_values(self) -> None:
         ring = self.known_people not in (1, 2)

@@ -104,9 +104,7 @@ class Run:
             on_main(lambda: write_held_out(self.dir, held_out))
         self.engine = self._engine(config.rollout)
         self.engine.check_prompts(self.environment.questions())
-        self.examiner = self._engine(
-            dataclasses.replace(config.rollout, temperature=0.0, stop_at_answer=True)
-        )
+        self.examiner = self._engine(dataclasses.replace(config.rollout, temperature=0.0))
         self.collector = Collector(config, self.engine, self.environment, rewards)
         self.telemetry = Telemetry(self.dir, config)
         where = checkpoint_directory(self.dir, config.run.checkpoint_dir)

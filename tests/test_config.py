@@ -6,6 +6,7 @@ import re
 import pytest
 
 import r1s_jax.configs
+from r1s_jax.border import overrides
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import (
     AlgorithmConfig,
@@ -46,7 +47,7 @@ CORPUS = make_config(environment=CorpusConfig(questions=("q.jsonl",), passages=(
         ("optimizer.learning_rate=1e-5", lambda c: c.optimizer.learning_rate, 1e-5),
         ("rollout.top_p=1", lambda c: c.rollout.top_p, 1.0),
         ("rollout.first_search=true", lambda c: c.rollout.first_search, True),
-        ("rollout.stop_at_answer=False", lambda c: c.rollout.stop_at_answer, False),
+        ("run.stop_when_unhealthy=False", lambda c: c.run.stop_when_unhealthy, False),
         ("policy.compute_dtype=bfloat16", lambda c: c.policy.compute_dtype, "bfloat16"),
         ("algorithm.estimator=reinforce++", lambda c: c.algorithm.estimator, "reinforce++"),
         ("run.wandb_project=a=b", lambda c: c.run.wandb_project, "a=b"),
@@ -114,6 +115,30 @@ def test_a_bad_override_is_named(assignment, complaint):
         override(make_config(), [assignment])
 
 
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("environment.guess_weight", r"environment\.guess_weight is fixed at 0\.05 now"),
+        ("rollout.stop_at_answer", r"rollout\.stop_at_answer is fixed at true now"),
+        ("rollout.old_slots", r"rollout\.old_slots is called rollout\.slots now"),
+        ("rollout.older", r"rollout\.older is no more: set two others"),
+    ],
+)
+def test_a_field_that_is_no_more_says_what_to_do(path, complaint, monkeypatch):
+    monkeypatch.setitem(overrides.RETIRED, "rollout.old_slots", "rollout.slots")
+    monkeypatch.setitem(overrides.RETIRED, "rollout.older", "set two others")
+    for value in ("0", "false"):
+        with pytest.raises(ConfigError, match=complaint):
+            override(make_config(), [f"{path}={value}"])
+
+
+def test_fields_that_are_no_more_are_no_fields():
+    for made in (make_config(), CORPUS):
+        for path in overrides.RETIRED:
+            section, _, name = path.partition(".")
+            assert not hasattr(getattr(made, section), name)
+
+
 def test_an_absent_architecture_cannot_be_set_from_the_command_line():
     config = make_config(policy=PolicyConfig(model="some/path"))
     with pytest.raises(ConfigError, match="cannot be set from the command line"):
@@ -158,7 +183,6 @@ def test_an_absent_architecture_cannot_be_set_from_the_command_line():
         ("policy.lora_alpha=0", "policy.lora_alpha must be above 0"),
         ("algorithm.importance_cap=0.5", "importance_cap=0.5: it must be 0, or at least 1"),
         ("algorithm.samples_per_question=1", "samples_per_question=1 with algorithm.estimator"),
-        ("environment.guess_weight=0", "environment.guess_weight must be above 0"),
         ("rollout.top_p=1e-9", "rollout.top_p=1e-09 draws the same answer"),
         ("rollout.temperature=0", "rollout.temperature=0 draws the same answer"),
         ("policy.param_dtype=bfloat16", "set policy.param_dtype=float32, or train adapters"),
@@ -242,7 +266,7 @@ def test_overrides_are_judged_together():
         "search.timeout_s=nan",
         "seed=99999999999999999999",
         "stage2.steps=1000000000000",
-        "environment.search_weight=nan",
+        "environment.known_fraction=nan",
         "environment.people=1",
         "policy.lora_alpha=inf",
     ],

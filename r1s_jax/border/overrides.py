@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import json
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
@@ -12,12 +13,24 @@ from r1s_jax.border.fields import check_bounds, declared, described, fits
 
 T = TypeVar("T")
 
+# Fields that are no more, by their path, until 0.3: a text says what to write instead, which may be
+# the path of the field that took its place; any other value is what the field is fixed at.
+RETIRED: dict[str, Any] = {
+    "environment.two_hop_fraction": 0.5,
+    "environment.guess_fraction": 0.2,
+    "environment.two_hop_guess_fraction": 0.5,
+    "environment.search_weight": 0.08,
+    "environment.guess_weight": 0.05,
+    "rollout.stop_at_answer": True,
+}
+
 
 def override(config: T, assignments: Sequence[str]) -> T:
     """Applies `section.field=value` strings all at once; of one field the last one counts.
 
-    Raises ConfigError naming the unknown field (with the nearest known one), the value that does
-    not fit its type, or what the sections that result do not allow.
+    Raises ConfigError naming the unknown field (with the nearest known one), what became of one
+    that is no more, the value that does not fit its type, or what the sections that result do not
+    allow.
     """
     changes = []
     for assignment in assignments:
@@ -26,6 +39,17 @@ def override(config: T, assignments: Sequence[str]) -> T:
             raise ConfigError(f"{assignment!r} is no override: write section.field=value")
         changes.append((path.strip().split("."), text.strip(), path.strip()))
     return _apply(config, changes)
+
+
+def retired(path: str) -> str | None:
+    """What to do about a field that is no more; None for any other."""
+    if path not in RETIRED:
+        return None
+    instead = RETIRED[path]
+    if not isinstance(instead, str):
+        return f"{path} is fixed at {json.dumps(instead)} now: leave it out"
+    is_path = instead.replace("_", "").replace(".", "").isalnum()
+    return f"{path} is called {instead} now" if is_path else f"{path} is no more: {instead}"
 
 
 def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
@@ -56,6 +80,8 @@ def _known(node: Any, name: str, whole: str) -> str:
     """`name`, if it is a field of `node`."""
     fields = {f.name for f in dataclasses.fields(node)}
     if name not in fields:
+        if told := retired(whole):
+            raise ConfigError(told)
         near = difflib.get_close_matches(name, fields, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(fields))}"
         raise ConfigError(f"unknown config field {whole!r}: no {name!r} here{hint}")

@@ -41,6 +41,15 @@ T = TypeVar("T")
 
 # Worlds of different purposes never coincide.
 _COLD_START, _LEARNING, _EVALUATION = 0, 1, 2
+# Of the tiny world: the share of questions that need two facts.
+_TWO_HOP_FRACTION = 0.5
+# Shares of demonstrations: those that guess at once; of two hops, those that guess after the first.
+_GUESS_FRACTION = 0.2
+_TWO_HOP_GUESS_FRACTION = 0.5
+# In the loss: of the decision to search, so that a minority of samples does; of what follows a
+# decision to guess, since random answers are noise that hides how to read.
+_SEARCH_WEIGHT = 0.08
+_GUESS_WEIGHT = 0.05
 
 
 class Batch(NamedTuple):
@@ -120,8 +129,8 @@ class TinyWorldEnvironment:
         known = world.known_questions()
         of_known = min(round(size * c.known_fraction), len(known))
         size -= of_known
-        recalled = round(of_known * c.guess_fraction)
-        guesses = round(size * c.guess_fraction)
+        recalled = round(of_known * _GUESS_FRACTION)
+        guesses = round(size * _GUESS_FRACTION)
         twice = (size - guesses) // 2
         picks = [(one_hop, size - guesses - twice, "search"), (two_hop, twice, "search")]
         picks += [(one_hop, guesses - guesses // 2, "guess"), (two_hop, guesses // 2, "guess")]
@@ -137,20 +146,19 @@ class TinyWorldEnvironment:
             for i in rng.choice(len(questions), count, replace=False):
                 question, chosen = questions[i], style
                 if style == "search" and question.hops == 2:
-                    guess = rng.random() < c.two_hop_guess_fraction
+                    guess = rng.random() < _TWO_HOP_GUESS_FRACTION
                     chosen = "search_then_guess" if guess else "search"
                 out.append(self._demonstration(world, question, chosen))
         return out
 
     def _demonstration(self, world: TinyWorld, question: Question, style: Style) -> Demonstration:
-        """Decisions to search and random answers count less; see TinyWorldConfig."""
-        c = self.config
-        of_guess = 1.0 if question.by_heart else c.guess_weight
+        """Decisions to search and random answers count less."""
+        of_guess = 1.0 if question.by_heart else _GUESS_WEIGHT
         spans = tuple(
             (text, of_guess if text.startswith(GUESS) else float(trained))
             for text, trained in world.demonstration(question, style, self.dialect)
         )
-        return Demonstration(question.question, spans, 1.0 if style == "guess" else c.search_weight)
+        return Demonstration(question.question, spans, 1.0 if style == "guess" else _SEARCH_WEIGHT)
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -159,8 +167,7 @@ class TinyWorldEnvironment:
         pass
 
     def _batch(self, world: TinyWorld, size: int) -> Batch:
-        c = self.config
-        questions = world.questions(size, c.two_hop_fraction, c.known_fraction)
+        questions = world.questions(size, _TWO_HOP_FRACTION, self.config.known_fraction)
         return Batch(questions, self._index(world))
 
     def _index(self, world: TinyWorld) -> Index:

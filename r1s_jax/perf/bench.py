@@ -244,7 +244,6 @@ def bench_rollout(
         max_searches=3,
         documents_per_query=1,
         max_documents_length=160,
-        stop_at_answer=True,
         prefill_rows=1,
         prefill_chunk=96,
     )

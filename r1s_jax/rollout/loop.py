@@ -315,7 +315,7 @@ class Rollout:
         c, s, d = self.config, state.slots, self.dialect
         eos = jnp.isin(token, jnp.array(self.eos_ids, jnp.int32))
         called = s.called | (ended == QUERY_END)
-        answered = (ended == ANSWER_END) & c.stop_at_answer
+        answered = ended == ANSWER_END
         limit = prompts.limits.at[s.row].get(mode="fill", fill_value=0)
         limit = jnp.minimum(limit, c.max_length)
         out_of_tokens = (s.length - s.turn_start >= c.max_turn_length) | (s.length >= limit)

@@ -208,10 +208,10 @@ class SearchEngine(engine_api.Engine):
 
     def _ends(self, tag: Array, token: Array) -> Array:
         """Where the request is over with this token, which ends a tag, or is one that ends all."""
-        dialect, config = self._engine.dialect, self._roll.config
+        dialect = self._engine.dialect
         eos = jnp.isin(token, jnp.array(self._engine.eos_ids, jnp.int32))
         query = (tag == QUERY_END) & (not dialect.acts_at_turn_end)
-        return eos | query | ((tag == ANSWER_END) & config.stop_at_answer)
+        return eos | query | (tag == ANSWER_END)
 
 
 class Text(tokenizer_api.Tokenizer):

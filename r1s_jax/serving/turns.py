@@ -62,7 +62,7 @@ class Turns(ABC):
         """How the trajectory ends with this token, and whether the system is to reply to it."""
         c, d, text = self.config, self.broker.dialect, self.decode(turn)
         eos, asked = turn[-1] in self.eos_ids, d.query_end in text
-        answered = c.stop_at_answer and bool(d.answer_end) and d.answer_end in text
+        answered = bool(d.answer_end) and d.answer_end in text
         full = len(turn) >= c.max_turn_length or len(self.tokens) >= c.max_length
         left = self.replies < c.max_searches
         if asked and eos == d.acts_at_turn_end:

@@ -19,6 +19,7 @@ import msgspec
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.http import without_credentials
 from r1s_jax.border.json import read_object
+from r1s_jax.border.overrides import RETIRED, retired
 from r1s_jax.border.schema import check
 from r1s_jax.config import Config, CorpusConfig
 from r1s_jax.data.corpora import data_digests
@@ -207,6 +208,10 @@ def _differences(old: Any, new: Any, base: Path, path: str = "") -> list[str]:
             for key in sorted(old)
             for difference in _differences(old[key], new.get(key), base, f"{join}{key}")
         ]
+    if path in RETIRED and RETIRED[path] == old and not isinstance(old, str):
+        return []
+    if told := retired(path):
+        return [told]
     if old == new or _CHANGED_DEFAULTS.get(path) == (old, new) or _same_place(old, new, base):
         return []
     return [f"{path} was {old!r}, now {new!r}"]

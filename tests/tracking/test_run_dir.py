@@ -55,6 +55,20 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
         open_run_dir(tmp_path / "run", config(seed=3), resume=True)
 
 
+def test_a_field_that_is_no_more_says_what_to_do_on_resume(tmp_path):
+    """Where a run was begun with another value than the one it is fixed at."""
+    begin(tmp_path / "run", config())
+    file = tmp_path / "run" / "config.json"
+    old = json.loads(file.read_text())
+    old["rollout"]["stop_at_answer"] = True
+    file.write_text(json.dumps(old))
+    open_run_dir(tmp_path / "run", config(), resume=True)
+    old["rollout"]["stop_at_answer"] = False
+    file.write_text(json.dumps(old))
+    with pytest.raises(ConfigError, match=r"rollout\.stop_at_answer is fixed at true now"):
+        open_run_dir(tmp_path / "run", config(), resume=True)
+
+
 def test_one_file_by_two_names_is_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     begin(tmp_path / "run", config())
