@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from msgspec import Meta
 
-from r1s_jax import config
+from r1s_jax import config, presets
 from r1s_jax.border.fields import declared, number
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -25,10 +25,19 @@ A recipe sets fields by section; the command line changes one with `section.fiel
 values separated by commas. [training.md](training.md) says what to choose. Numbers are at most
 2**31 - 1 where the table names no upper bound.
 
-This page is made by `python docs/make_configuration.py` from `r1s_jax/config.py`; do not edit it.
+This page is made by `python docs/make_configuration.py` from `r1s_jax/config.py` and
+`r1s_jax/presets.py`; do not edit it.
+"""
+IN_USE = """## A policy in use
+
+`r1s eval run`, `r1s data select`, `r1s serve` and `r1s ask` take `rollout.field=value` and
+`search.field=value` of the sections above, `seed=`, and the `protocol` section below. Their presets
+differ from the defaults above in these fields of `rollout`; lengths follow `rollout.max_length` and
+what the model reads.
 """
 COLUMNS = """| field | type | default | bounds | meaning |
 | --- | --- | --- | --- | --- |"""
+IN_USE_SECTION = (presets.PromptingConfig, ["protocol"])
 TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
@@ -37,7 +46,20 @@ def page() -> str:
     paths: dict[type, list[str]] = {}
     for path, cls in _sections():
         paths.setdefault(cls, []).append(path)
-    return "\n".join([HEAD, *(_section(cls, names) for cls, names in paths.items())])
+    sections = [_section(cls, names) for cls, names in paths.items()]
+    return "\n".join([HEAD, *sections, IN_USE, _presets(), _section(*IN_USE_SECTION)])
+
+
+def _presets() -> str:
+    """The fields of `rollout` in which a preset differs from the default."""
+    shown = ("evaluation", "selection", "serving", "asking")
+    rollouts = [getattr(presets, name)().rollout for name in shown]
+    rows = [f"| field | default | {' | '.join(shown)} |", "| --- | --- |" + " --- |" * len(shown)]
+    for field in dataclasses.fields(config.RolloutConfig):
+        values = [field.default, *(getattr(rollout, field.name) for rollout in rollouts)]
+        if len(set(values)) > 1:
+            rows.append(f"| `{field.name}` | {' | '.join(map(json.dumps, values))} |")
+    return "\n".join([*rows, ""])
 
 
 def undocumented() -> list[str]:
@@ -61,7 +83,8 @@ def _sections(cls: type = config.Config, path: str = "") -> Iterator[tuple[str, 
 def _section(cls: type, paths: list[str]) -> str:
     """Heading, sentence and table of the sections that are of one class."""
     title = " and ".join(f"`{path}`" for path in paths if path) or "Fields without a section"
-    if paths[0] and sum(path == paths[0] for path, _ in _sections()) > 1:
+    others = [path for path, known in _sections() if known is not cls]
+    if paths[0] and paths[0] in others:
         title += f" ({cls.__name__})"
     meanings, rows = _meanings(cls), []
     for field in dataclasses.fields(cls):
@@ -80,7 +103,7 @@ def _classes_of(kind: Any) -> list[type]:
 def _type(kind: Any) -> str:
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
-        return ", ".join(f"`{one}`" for one in inner)
+        return ", ".join(f"`{one}`" if one else "empty" for one in inner)
     if typing.get_origin(kind) is tuple:
         return f"{TYPES[inner[0]]}s"
     return TYPES.get(kind, "section")
@@ -107,8 +130,9 @@ def _bounds(bounds: Meta | None) -> str:
 
 @cache
 def _source() -> dict[str, ast.ClassDef]:
-    tree = ast.parse(Path(config.__file__).read_text("utf-8"))
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    files = (Path(str(module.__file__)) for module in (config, presets))
+    nodes = [node for file in files for node in ast.parse(file.read_text("utf-8")).body]
+    return {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
 
 def _summary(cls: type) -> str:

@@ -34,6 +34,7 @@ Rank = Annotated[int, Meta(ge=0, le=2**16)]
 Amount = Annotated[float, Meta(ge=0, le=2**31 - 1)]
 Positive = Annotated[float, Meta(gt=0, le=2**31 - 1)]
 Share = Annotated[float, Meta(ge=0, le=1, description="between 0 and 1")]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1, description="from 0 to 2**32 - 1")]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 LearningRate = Annotated[float, Meta(gt=0, le=1e6)]
 # With a decay of 1 Adam divides by zero.
@@ -512,7 +513,7 @@ class Config(Checked):
     environment: TinyWorldConfig | CorpusConfig
     stage1: StageConfig
     stage2: StageConfig
-    seed: Annotated[int, Meta(ge=0, le=2**32 - 1, description="from 0 to 2**32 - 1")] = 0
+    seed: Seed = 0
     """All that is random in the run follows from this number."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.fields import Checked
+from r1s_jax.border.fields import Checked, check
 from r1s_jax.border.json import decode
-from r1s_jax.config import DialectName, RolloutConfig, SearchConfig, Thinking, override
+from r1s_jax.config import DialectName, RolloutConfig, SearchConfig, Seed, Thinking, override
 
 _LENGTH = 4096  # tokens of a trajectory, where nothing else is said
 _NO_LIMIT = 2**31 - 1
@@ -21,13 +21,17 @@ _CHANGE_NO_TOKEN = ("slots", "prefill_rows", "prefill_chunk", "drafts", "carry_o
 
 
 @dataclass(frozen=True)
-class PromptingConfig(Checked):
-    """How the policy is asked; a field left empty is as the policy itself says."""
+class PromptingConfig(Checked, section="protocol"):
+    """How the policy is asked; an empty field leaves that to the policy."""
 
-    dialect: Literal["", DialectName] = ""  # r1_searcher, where the policy says nothing
+    dialect: Literal["", DialectName] = ""
+    """The dialect; empty: the policy's own, or r1_searcher where it names none."""
     thinking: Literal["", Thinking] = ""
-    prompt: str = ""  # a file: a template with {question}
-    force: bool = False  # ask in a dialect that the policy was not trained in
+    """`on` and `off` tell the chat template whether to reason; empty: as it was trained."""
+    prompt: str = ""
+    """A file with {question} in it replaces the policy's own prompt; empty: its own."""
+    force: bool = False
+    """Whether to ask in a dialect that the policy was not trained in."""
 
     def template(self) -> str | None:
         """The text of the prompt's file; None where none is named. ConfigError for no UTF-8."""
@@ -38,12 +42,18 @@ class PromptingConfig(Checked):
 
 @dataclass(frozen=True)
 class InferenceConfig(Checked):
-    """How a policy answers."""
+    """How a policy in use samples and searches, and how it is asked."""
 
     rollout: RolloutConfig
     search: SearchConfig = field(default_factory=SearchConfig)
     protocol: PromptingConfig = field(default_factory=PromptingConfig)
-    seed: int = 0
+    seed: Seed = 0
+    """Random keys come from it."""
+
+    def check_values(self) -> None:
+        told = "is a setting of training: leave it out"
+        check(not self.rollout.carry_over, f"rollout.carry_over {told}")
+        check(self.search.served_by == "each", f"search.served_by {told}")
 
 
 class Settings(NamedTuple):

@@ -101,7 +101,7 @@ def described(kind: Any) -> str:
     """A declared type in words."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        return f"one of {', '.join(inner)}"
+        return f"one of {', '.join(one or 'empty' for one in inner)}"
     if origin is tuple:
         return f"a tuple of {'texts' if inner[0] is str else 'numbers'}"
     if inner:
