@@ -20,33 +20,9 @@ def decode(
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 200,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
-    drafts: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=64,
-            help="Guess so many tokens from a prompt with documents, beside guessing none.",
-        ),
-    ] = None,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="What a cache of int8 changes of the logits.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Greedy decoding, beside `transformers` where PyTorch is installed; or with drafts, or int8.
-
-    --drafts 4 measures what guessing saves: the tokens are the same, the passes fewer. --int8
-    compares logits with the keys and values kept in int8 to exact ones.
-    """
-    if int8:
-        from r1s_jax.perf.bench_int8 import bench_int8
-
-        return _print_result(bench_int8(model, new_tokens=new_tokens), as_json)
-    if drafts is not None:
-        from r1s_jax.perf.bench_drafts import bench_drafts
-
-        drafted = bench_drafts(model, drafts=drafts, batch=batch, new_tokens=new_tokens)
-        return _print_result(drafted, as_json)
+    """Greedy decoding, beside `transformers` where PyTorch is installed."""
     from r1s_jax.perf.bench import bench_decode
 
     result = bench_decode(model, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens)
