@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Ground first. A file imports its own room and those before it; those marked, of ours only border.
 ROOMS = "border config! presets kernels! retrieval! system protocol rewards data models rollout"
-ROOMS += " learning eval tracking perf serving train configs recipes commands cli"
+ROOMS += " learning eval tracking aot perf serving train configs recipes commands cli"
 ORDER = [name.rstrip("!") for name in ROOMS.split()]
 ALONE = {name.rstrip("!") for name in ROOMS.split() if name.endswith("!")}
 BESIDE = ("kernels", "retrieval", "eval", "configs")

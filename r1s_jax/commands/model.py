@@ -58,8 +58,8 @@ def compile_(
     Uses the real TPU compiler (`pip install libtpu`); nothing is run or downloaded. Exit status 1
     when it does not fit. With --fit (minutes), the last line is what to add to the recipe.
     """
-    from r1s_jax.perf import compile_report
-    from r1s_jax.perf import fit as fitting
+    from r1s_jax.aot import compile_report
+    from r1s_jax.aot import fit as fitting
     from r1s_jax.recipes import load_recipe
 
     recipe = load_recipe(config, overrides or [])

@@ -1,1 +1,1 @@
-"""What a step costs: measured here, or told by a compiler."""
+"""What a step costs, measured here."""

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 from jax import lax
 
+from r1s_jax.aot.costs import traced_flops
 from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.kernels.matmul import matmul
@@ -25,7 +26,6 @@ from r1s_jax.models.params import unstack_layers
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
-from r1s_jax.perf.costs import traced_flops
 from r1s_jax.protocol.dialect import Call
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Hit

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from r1s_jax.aot.targets import NO_SPILLS, CannotCompile, compile_for, target_devices
 from r1s_jax.kernels.attention import api
-from r1s_jax.perf.targets import NO_SPILLS, CannotCompile, compile_for, target_devices
 
 pytestmark = pytest.mark.aot
 

@@ -12,15 +12,8 @@ from typing import Any
 
 import jax
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.config import Config
-from r1s_jax.models.architectures import architecture_of
-from r1s_jax.models.sharding import (
-    check_divisible,
-    make_mesh,
-)
-from r1s_jax.perf.costs import collective_bytes, traced_flops
-from r1s_jax.perf.programs import (
+from r1s_jax.aot.costs import collective_bytes, traced_flops
+from r1s_jax.aot.programs import (
     Program,
     Workload,
     abstract_state,
@@ -30,7 +23,14 @@ from r1s_jax.perf.programs import (
     trajectories,
     update_program,
 )
-from r1s_jax.perf.targets import CannotCompile, target_devices
+from r1s_jax.aot.targets import CannotCompile, target_devices
+from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import Config
+from r1s_jax.models.architectures import architecture_of
+from r1s_jax.models.sharding import (
+    check_divisible,
+    make_mesh,
+)
 from r1s_jax.system.chips import CHIPS, Chip
 
 _GIB = 2**30

@@ -8,12 +8,12 @@ import pytest
 from jax import lax
 from typer.testing import CliRunner
 
+from r1s_jax.aot.compile_report import advice, as_text, compile_recipe
+from r1s_jax.aot.costs import collective_bytes, traced_flops
+from r1s_jax.aot.fit import as_text as fit_as_text
+from r1s_jax.aot.targets import CannotCompile, target_devices
 from r1s_jax.cli import app
 from r1s_jax.models.architectures import KNOWN
-from r1s_jax.perf.compile_report import advice, as_text, compile_recipe
-from r1s_jax.perf.costs import collective_bytes, traced_flops
-from r1s_jax.perf.fit import as_text as fit_as_text
-from r1s_jax.perf.targets import CannotCompile, target_devices
 from r1s_jax.recipes import load_recipe, titles
 
 SMALL = ["rollout.slots=16", "rollout.max_length=2048"]

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from r1s_jax.aot.compile_report import compile_recipe, phases_named
+from r1s_jax.aot.programs import Workload, trajectories
+from r1s_jax.aot.targets import target_devices
 from r1s_jax.border.overrides import override
 from r1s_jax.config import Config
 from r1s_jax.models.sharding import batch_shards, make_mesh
-from r1s_jax.perf.compile_report import compile_recipe, phases_named
-from r1s_jax.perf.programs import Workload, trajectories
-from r1s_jax.perf.targets import target_devices
 
 # Of a chip's memory: what runs beside the program wants a little too.
 _MARGIN = 0.9
