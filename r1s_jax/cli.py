@@ -3,11 +3,12 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 
 import typer
 
 from r1s_jax.border.errors import UserError, shorten
-from r1s_jax.commands import bench, corpus, data, index, lab, look, model, serve, train
+from r1s_jax.commands import corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.commands.renamed import refuse_renamed
 from r1s_jax.system.chips import hide_tpu_runtime
@@ -58,10 +59,8 @@ for name, group in {
     "data": data.app,
     "index": index.app,
     "eval": eval_.app,
-    "bench": bench.app,
 }.items():
     app.add_typer(group, name=name)
-
 
 # Switches of JAX that change what its numbers and shapes mean. Our programs hold for the defaults.
 _JAX_SWITCHES = (
@@ -82,7 +81,7 @@ def ignore_jax_switches() -> None:
             )
 
 
-def main() -> None:
+def main(run: Callable[[], None] = app) -> None:
     """Runs the command; an error that the user can mend is one message, not a traceback.
 
     Such errors are a UserError, or what the operating system says of a file or a connection. Any
@@ -92,8 +91,9 @@ def main() -> None:
     speak_to_any_terminal()
     ignore_jax_switches()
     try:
-        refuse_renamed(sys.argv[1:])
-        app()
+        if run is app:
+            refuse_renamed(sys.argv[1:])
+        run()
     except Exception as error:
         from r1s_jax.system.distributed import leave
 
@@ -105,12 +105,12 @@ def main() -> None:
         leave(1, all_know=expected)
 
 
-def command() -> None:
+def command(run: Callable[[], None] = app) -> None:
     """What the `r1s` script runs: `main`, in a process that it may begin anew."""
     read_as_utf8()
     if sys.argv[1:2] != ["compile"]:  # the compiler for TPUs takes half as long again with it
         keep_memory()
-    main()
+    main(run)
 
 
 if __name__ == "__main__":

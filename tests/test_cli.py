@@ -23,7 +23,7 @@ from tests.makers import run_cli as run
 
 def test_help_teaches():
     text = run("--help").output
-    for word in ("train", "ask", "bench", "index", "tiny_world", "wheel:name==version"):
+    for word in ("train", "ask", "index", "tiny_world", "wheel:name==version"):
         assert word in text
     assert "--resume" in run("train", "--help").output
 
@@ -72,29 +72,6 @@ def test_index_encode_build_info_and_plan(tmp_path):
     assert "36,000,000 passages" in run("index", "plan", *size).stdout
 
 
-@pytest.mark.slow
-def test_bench_decode_and_update_print_json(model):
-    short = ("--batch", "2", "--prompt-len", "16", "--new-tokens", "8", "--json")
-    result = json.loads(
-        run("bench", "decode", "--model", str(model), *short).stdout.splitlines()[-1]
-    )
-    assert result["tokens_per_s"] > 0 and result["prefill_tokens_per_s"] > 0
-    assert result["peak_memory_gb"] > 0
-    short = ("--batch", "2", "--length", "32", "--json")
-    result = json.loads(
-        run("bench", "update", "--model", str(model), *short).stdout.splitlines()[-1]
-    )
-    assert result["tokens_per_s"] > 0
-
-
-@pytest.mark.slow
-def test_bench_step_prints_json(model):
-    short = ("--model", str(model), "--samples", "2", "--new-tokens", "8", "--json")
-    result = json.loads(run("bench", "step", *short).stdout.splitlines()[-1])
-    assert result["seconds"] >= result["rollout_s"] > 0 and result["update_s"] > 0
-    assert result["tokens_per_s"] > 0 and result["dtype"] == "bfloat16"
-
-
 def test_ask_streams_to_the_end(model, index):
     done = run("ask", "What is the trade of Bakori?", "--model", str(model), "--index", str(index))
     assert done.exit_code == 0, done.output
@@ -113,7 +90,6 @@ def test_ask_streams_to_the_end(model, index):
         (("index", "search", "/nowhere", "q"), "/nowhere"),
         (("index", "info", "/nowhere"), "/nowhere is not an index"),
         (("index", "encode", "/nowhere.tsv", "--out", "/x", "--shard", "0/2"), "expected I/N"),
-        (("bench", "search"), "name a built index or --synthetic"),
     ],
 )
 def test_bad_input_is_one_clear_message(args, message, capsys, monkeypatch):
@@ -141,6 +117,23 @@ def test_a_number_out_of_range_is_named(args, capsys, monkeypatch):
         cli.main()
     assert stop.value.code == 2
     assert args[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("bench", "decode", "--json"), "`r1s bench` is now `python -m benchmarks`"),
+        (("eval", "run", "q", "--max-length", "9"), "write rollout.max_length=TOKENS"),
+        (("serve", "m", "--slots=8"), "--slots=8 is a setting now: write rollout.slots=N"),
+        (("ask", "Who?", "--force-dialect"), "write protocol.force=true"),
+    ],
+)
+def test_a_command_or_option_by_its_old_name_names_the_new_one(args, told, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["r1s", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert told in capsys.readouterr().err
 
 
 def test_broken_question_file_is_named(tmp_path, monkeypatch, capsys):

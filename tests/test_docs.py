@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from benchmarks.__main__ import app as benchmarks
 from r1s_jax import cli
 from r1s_jax.recipes import load_recipe
 
@@ -23,13 +24,18 @@ def commands(page: Path) -> list[list[str]]:
 
 
 COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
+PROGRAMS = {("r1s",): cli.app, ("python", "-m", "benchmarks"): benchmarks}
+TYPED = [
+    (words, start)
+    for _, words in COMMANDS
+    for start in PROGRAMS
+    if tuple(words[: len(start)]) == start
+]
 
 
-@pytest.mark.parametrize(
-    ("page", "words"), [c for c in COMMANDS if c[1][:1] == ["r1s"]], ids=lambda x: " ".join(x)[:60]
-)
-def test_every_r1s_command_is_one(page, words):
-    command, arguments = typer.main.get_command(cli.app), words[1:]
+@pytest.mark.parametrize(("words", "start"), TYPED, ids=lambda x: " ".join(x)[:60])
+def test_every_command_is_one(words, start):
+    command, arguments = typer.main.get_command(PROGRAMS[start]), words[len(start) :]
     while hasattr(command, "commands"):  # a group
         assert arguments and arguments[0] in command.commands, words
         command = command.commands[arguments.pop(0)]
@@ -55,9 +61,9 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page):
     """Where a change goes, what to read first: a file that moved must not be looked for."""
-    starts = ("r1s_jax/", "kernels/", "retrieval/", "eval/", "configs/", "tests/")
+    starts = ("r1s_jax/", "kernels/", "retrieval/", "eval/", "configs/", "benchmarks/", "tests/")
     named = [n for n in re.findall(r"`([\w./-]+)`", page.read_text()) if n.startswith(starts)]
-    named += re.findall(r"\b(?:tests|r1s_jax|kernels)/[\w/]+\.py\b", page.read_text())
+    named += re.findall(r"\b(?:tests|r1s_jax|kernels|benchmarks)/[\w/]+\.py\b", page.read_text())
     assert page.name != "AGENTS.md" or len(named) > 40
     assert not [name for name in named if not (ROOT / name).exists()]
 

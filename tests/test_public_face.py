@@ -57,7 +57,6 @@ NAMES = {
     "r1s_jax.rewards": REWARDS,
     "r1s_jax.config": CONFIG,
     "r1s_jax.kernels.attention.api": ["attention", "cache_dims", "decode_attention"],
-    "r1s_jax.kernels.attention.bench": ["bench_attention", "as_markdown"],
     "r1s_jax.retrieval.index": ["build_index", "open_index", "save_index"],
     "r1s_jax.retrieval.http": ["HttpRetriever"],
     "r1s_jax.retrieval.encoder": ["BertEncoder", "HashEncoder"],
@@ -142,13 +141,6 @@ COMMANDS = [
     "eval-judge",
     "eval-table",
     "eval-export",
-    "bench-decode",
-    "bench-update",
-    "bench-step",
-    "bench-rollout",
-    "bench-attention",
-    "bench-search",
-    "bench-encode",
 ]
 
 
@@ -176,7 +168,6 @@ KEYS = {
     "reward": "answer parts question reward solution",
     "data select": "chosen easy file hard medium",
     "measured": "answer difficulty first_solved idx question solved",
-    "bench search": "batch cores data dims engines k queries recall_when_built vectors",
 }
 
 
@@ -206,7 +197,6 @@ def test_keys_of_output_are_as_before(model, index, tmp_path, monkeypatch):
         "reward": last("reward", "s.jsonl", "--variant", "stage2"),
         "data select": last("data", "select", *on, "--out", "c.jsonl", "--ratio", "0:0:1"),
         "measured": (tmp_path / "c.jsonl.measured.jsonl").read_text().splitlines()[0],
-        "bench search": last("bench", "search", index, "--json"),
     }
     assert printed.keys() == KEYS.keys()
     for name, text in printed.items():

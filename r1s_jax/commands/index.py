@@ -192,7 +192,8 @@ def plan(
         float | None, typer.Option(min=1, help="Of an average passage; else of 100 words.")
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(min=1e-3, help="Passages encoded a second: r1s bench encode.")
+        float | None,
+        typer.Option(min=1e-3, help="Passages encoded a second: python -m benchmarks encode."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

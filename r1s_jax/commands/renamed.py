@@ -1,9 +1,10 @@
-"""Options by their old names: one message that names the new ones. Kept until 0.3."""
+"""Commands and options by their old names: one message that names the new ones. Until 0.3."""
 
 from collections.abc import Sequence
 
 from r1s_jax.border.errors import ConfigError
 
+_COMMANDS = {"bench": "python -m benchmarks"}
 _ASKING = (("eval", "run"), ("data", "select"), ("serve",), ("ask",))
 _FIELDS = {
     "--k": "rollout.documents_per_query=K",
@@ -24,7 +25,9 @@ _FIELDS = {
 
 
 def refuse_renamed(words: Sequence[str]) -> None:
-    """Raises ConfigError for an option that is a field now."""
+    """Raises ConfigError for a command that moved, or an option that is a field now."""
+    if words and (moved := _COMMANDS.get(words[0])):
+        raise ConfigError(f"`r1s {words[0]}` is now `{moved}`, typed in a checkout of r1s_jax")
     if not any(tuple(words[: len(command)]) == command for command in _ASKING):
         return
     for word in words:

@@ -1,7 +1,6 @@
 """Passages, encoders, indexes and search engines, each by its reference."""
 
 import hashlib
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,10 +15,8 @@ from r1s_jax.config import CorpusConfig
 from r1s_jax.data.aliases import ALIASES
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.retrieval.api import Passage, Retriever
-from r1s_jax.retrieval.bench import bench_encoder, bench_index
-from r1s_jax.retrieval.build import Options, sample_queries, write_index
+from r1s_jax.retrieval.build import Options, write_index
 from r1s_jax.retrieval.corpus import (
-    PassageStore,
     read_passages,
     read_shards,
     shards_of,
@@ -38,7 +35,6 @@ from r1s_jax.retrieval.vectors import Corpus, encode_shard
 from r1s_jax.system.assets import cache_dir, resolve
 from r1s_jax.system.console import console, progress_bar
 
-_BENCH_QUERIES = 1000
 _BARE = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^/]+)?")
 _PART = re.compile(r"(\d+)/(\d+)")
 
@@ -257,21 +253,6 @@ def index_encoder(folder: Path) -> Encoder | None:
     """The encoder that an index's description names, or None where it has none."""
     built_by = read_info(folder)["encoder"]
     return built_by and load_encoder(built_by["reference"], built_by.get("instructions"))
-
-
-def bench_saved_index(folder: Path) -> dict[str, Any]:
-    """Speed, recall and memory of an index, with queries made of its own passages."""
-    passages, encoder = PassageStore(folder), index_encoder(folder)
-    if encoder is None:
-        raise ConfigError(f"{folder} has no vectors to measure")
-    queries = encoder.encode(sample_queries(passages, _BENCH_QUERIES), kind="query")
-    return bench_index(folder, queries, console.print)
-
-
-def bench_corpus_encoder(corpus: Sequence[str], encoder: str, count: int) -> dict[str, Any]:
-    """Speed of an encoder over the first `count` passages of a corpus."""
-    texts = [passage.line for passage in itertools.islice(corpus_passages(corpus), count)]
-    return bench_encoder(encoder_folder(encoder), load_encoder(encoder), texts)
 
 
 def open_search_engine(

@@ -7,17 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.kernels.attention import api, bench, reference, xla
+from benchmarks.attention import normal, packed_segments, untuned
+from r1s_jax.kernels.attention import api, reference, xla
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="no CUDA GPU (see JAX_PLATFORMS)"),
 ]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-
-
-def normal(dtype, *shapes):
-    return bench._normal(dtype, *shapes)
 
 
 def assert_near(got, expected, dtype):
@@ -33,7 +30,7 @@ def assert_near(got, expected, dtype):
 def test_rows_and_their_gradients(dtype, heads, kv_heads, head_dim, length, packed):
     shapes = [(2, length, n, head_dim) for n in (heads, kv_heads, kv_heads)]
     q, k, v = normal(dtype, *shapes)
-    ids = jnp.asarray(bench.packed_segments(2, length)) if packed else None
+    ids = jnp.asarray(packed_segments(2, length)) if packed else None
 
     def loss(attend, q, k, v):
         out = attend(q, k, v, segment_ids=ids)
@@ -44,7 +41,7 @@ def test_rows_and_their_gradients(dtype, heads, kv_heads, head_dim, length, pack
     (_, got), got_grads = jax.jit(grads(partial(loss, api.attention)))(q, k, v)
     wide = (x.astype(jnp.float32) for x in (q, k, v))
     with jax.default_matmul_precision("highest"):
-        run = jax.jit(grads(partial(loss, exact)), compiler_options=bench.untuned())
+        run = jax.jit(grads(partial(loss, exact)), compiler_options=untuned())
         (_, expected), expected_grads = run(*wide)
     assert_near(got, expected, dtype)
     assert_near(got_grads, expected_grads, dtype)

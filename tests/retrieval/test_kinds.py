@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.search import synthetic_vectors
 from r1s_jax.retrieval.api import Passage
-from r1s_jax.retrieval.bench import synthetic_vectors
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.hybrid import HybridSearcher
 from r1s_jax.retrieval.index import (
@@ -111,7 +111,7 @@ def test_scann_parameters_of_large_corpora():
 
 _MESH = """
 import numpy as np, jax
-from r1s_jax.retrieval.bench import synthetic_vectors
+from benchmarks.search import synthetic_vectors
 from r1s_jax.retrieval.encoder import BertEncoder
 from r1s_jax.retrieval.searchers import ExactSearcher, MeshSearcher
 assert jax.device_count() == 4

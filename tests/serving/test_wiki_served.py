@@ -3,9 +3,9 @@
 import openai
 import pytest
 
+from benchmarks.serve_target import open_summaries
 from r1s_jax.border import listen
 from r1s_jax.presets import SERVING
-from r1s_jax.serving.bench_target import open_summaries
 from r1s_jax.serving.server import make_app
 from r1s_jax.serving.start import start
 from tests.makers import with_rollout

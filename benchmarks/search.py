@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ import psutil
 from jaxtyping import Float
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.retrieval.encoder import Encoder
+from r1s_jax.data.corpora import index_encoder
+from r1s_jax.retrieval.build import sample_queries
+from r1s_jax.retrieval.corpus import PassageStore
 from r1s_jax.retrieval.index import read_info
 from r1s_jax.retrieval.scann import ScannSearcher, scann, scann_parameters, stored_vectors
 from r1s_jax.retrieval.searchers import ExactSearcher, Found, oracle, recall
@@ -30,27 +32,30 @@ from r1s_jax.retrieval.searchers import ExactSearcher, Found, oracle, recall
 Say = Callable[[str], None]
 
 _K, _BATCH, _ROUNDS = 5, 64, 2
+_QUERIES = 1000
 _SECONDS = 3.0  # how long each speed is measured
 _PER_CLUSTER = 100
 _SPREAD = 0.7  # the length of the noise around a centre, of length 1
 _FAISS = ("faiss_flat", "faiss_ivfpq", "faiss_hnsw")
 
 
-def bench_synthetic(count: int, dims: int, say: Say, queries: int = 1000) -> dict[str, Any]:
+def bench_synthetic(count: int, dims: int, say: Say, queries: int = _QUERIES) -> dict[str, Any]:
     """Measures ScaNN on vectors drawn from a mixture of Gaussians with a fixed seed."""
-    if count < 1 or dims < 1:
-        raise ConfigError("--synthetic and --dims must be at least 1")
     vectors, asked = synthetic_vectors(count, dims, queries)
     with tempfile.TemporaryDirectory() as work:
         return _bench(Path(work), vectors, asked, None, say) | {"data": "synthetic"}
 
 
-def bench_index(directory: Path, queries: Float[np.ndarray, "n dims"], say: Say) -> dict[str, Any]:
-    """Measures a saved index of vectors on its own vectors (those rounded to int8, if so kept).
+def bench_index(directory: Path, say: Say) -> dict[str, Any]:
+    """Measures a saved index of vectors (those rounded to int8, if so kept).
 
-    Raises ValueError for an index whose vectors are not in its folder.
+    Queries are made of its own passages. Raises ValueError for an index whose vectors are not in
+    its folder.
     """
-    info = read_info(directory)
+    encoder, info = index_encoder(directory), read_info(directory)
+    if encoder is None:
+        raise ConfigError(f"{directory} has no vectors to measure")
+    queries = encoder.encode(sample_queries(PassageStore(directory), _QUERIES), kind="query")
     if info["kind"] == "scann":
         vectors = stored_vectors(directory, info["parameters"])
     elif info["kind"] == "exact":
@@ -124,7 +129,7 @@ def _ratios(engines: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
 
 def _apart(job: str, work: Path, engine: str, ours: Path | None) -> dict[str, float]:
     """Runs `_build` or `_search` in a fresh process; its last line is its answer."""
-    command = [sys.executable, "-m", "r1s_jax.retrieval.bench", job, str(work), engine]
+    command = [sys.executable, "-m", "benchmarks.search", job, str(work), engine]
     command += [str(ours)] if ours else []
     # FAISS' threads would otherwise spin while they wait, which on busy cores slows it a lot.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
@@ -234,43 +239,3 @@ if __name__ == "__main__":
         print(json.dumps(_build(Path(work), engine)))
     else:
         print(json.dumps(_search(Path(work), engine, Path(ours[0]) if ours else None)))
-
-
-def bench_encoder(
-    folder: Path, encoder: Encoder, texts: Sequence[str], turns: int = 3
-) -> dict[str, Any]:
-    """Passages a second, beside sentence-transformers on the same folder where it is installed.
-
-    They take turns over the same texts, on the same threads, in float32; the better turn counts.
-    `difference` is the largest between their vectors' components.
-    """
-    peer = _sentence_transformer(folder)
-    ours, theirs, vectors, others = [], [], None, None
-    encoder.encode(texts, kind="passage")  # compiles
-    for _ in range(turns):
-        begin = time.perf_counter()
-        vectors = encoder.encode(texts, kind="passage")
-        ours.append(time.perf_counter() - begin)
-        if peer:
-            begin = time.perf_counter()
-            others = peer(texts)
-            theirs.append(time.perf_counter() - begin)
-    told = {"texts": len(texts), "passages_per_s": len(texts) / min(ours)}
-    if peer:
-        told["sentence_transformers_per_s"] = len(texts) / min(theirs)
-        told["ratio"] = min(theirs) / min(ours)
-        told["difference"] = float(np.abs(vectors - others).max())
-    return told
-
-
-def _sentence_transformer(folder: Path) -> Callable[[Sequence[str]], np.ndarray] | None:
-    try:
-        import torch
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        return None
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = SentenceTransformer(str(folder), device="cpu")
-    return lambda texts: model.encode(
-        list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False
-    )

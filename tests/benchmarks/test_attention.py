@@ -1,12 +1,12 @@
 import pytest
 
-from r1s_jax.kernels.attention import bench
+from benchmarks import attention
 
 
 @pytest.mark.slow
 def test_every_case_is_right_and_compared():
     heard = []
-    result = bench.bench_attention(bench.QUICK, heard.append)
+    result = attention.bench_attention(attention.QUICK, heard.append)
     assert result["copy_gb_per_s"] > 0 and result["callback_us"] > 0
     cases = result["cases"]
     assert len(cases) == len(heard) == 5
@@ -23,12 +23,12 @@ def test_every_case_is_right_and_compared():
         for name, measured in case["implementations"].items():
             assert measured["max_error"] < 1e-5, (case, name)
             assert measured["tflops" if case["kind"] == "rows" else "gb_per_s"] > 0
-    table = bench.as_markdown(result)
+    table = attention.as_markdown(result)
     assert len(table.splitlines()) == 2 + 2 + len(cases)
 
 
 def test_segments_cover_whole_rows():
-    segments = bench.packed_segments(3, 500)
+    segments = attention.packed_segments(3, 500)
     assert segments.shape == (3, 500)
     for row in segments:
         assert list(dict.fromkeys(row.tolist())) == [1, 2, 3, 4, 5, 6]
@@ -38,9 +38,9 @@ def test_a_refusal_is_written_down_and_does_not_end_the_run():
     def refuse(x):
         raise NotImplementedError("not this shape")
 
-    x = bench._normal("float32", (4,))[0]
-    runs = {bench.OURS: lambda x: x + 1, "other": refuse}
-    measured = bench._measure(runs, lambda x: x + 1, (x,), bench.QUICK)
+    x = attention.normal("float32", (4,))[0]
+    runs = {attention.OURS: lambda x: x + 1, "other": refuse}
+    measured = attention._measure(runs, lambda x: x + 1, (x,), attention.QUICK)
     assert measured["other"] == {"error": "NotImplementedError: not this shape"}
-    assert measured[bench.OURS]["max_error"] == 0
-    assert bench._ratios(measured) == {}
+    assert measured[attention.OURS]["max_error"] == 0
+    assert attention._ratios(measured) == {}

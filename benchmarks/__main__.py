@@ -1,4 +1,4 @@
-"""`r1s bench`: measure the parts on this machine."""
+"""The commands of `python -m benchmarks`."""
 
 import json
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from r1s_jax import cli
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import AsJson, Model
 
@@ -23,7 +24,7 @@ def decode(
     as_json: AsJson = False,
 ) -> None:
     """Greedy decoding, beside `transformers` where PyTorch is installed."""
-    from r1s_jax.perf.bench import bench_decode
+    from benchmarks.decode import bench_decode
 
     result = bench_decode(model, batch=batch, prompt_len=prompt_len, new_tokens=new_tokens)
     _print_result(result, as_json)
@@ -38,7 +39,7 @@ def update(
     as_json: AsJson = False,
 ) -> None:
     """One policy update, beside PyTorch where it is installed."""
-    from r1s_jax.perf.bench import bench_update
+    from benchmarks.decode import bench_update
 
     _print_result(bench_update(model, batch=batch, length=length, dtype=dtype), as_json)
 
@@ -55,7 +56,7 @@ def step(
 
     Both keep float32 parameters and compute in --dtype: bfloat16 is TRL's default.
     """
-    from r1s_jax.perf.bench_step import bench_step
+    from benchmarks.step import bench_step
 
     result = bench_step(model, samples=samples, new_tokens=new_tokens, dtype=dtype)
     _print_result(result, as_json)
@@ -92,13 +93,13 @@ def rollout(
     sampled a token) are those of any. Of traces, --model's tokenizer counts the tokens.
     """
     if lengths is None:
-        from r1s_jax.perf.bench import bench_rollout
+        from benchmarks.decode import bench_rollout
 
         return _print_result(
             bench_rollout(model, latency_ms=latency_ms, slots=slots or 16), as_json
         )
+    from benchmarks.lengths import bench_lengths, read_lengths
     from r1s_jax.models.pretrained import load_pretrained
-    from r1s_jax.perf.bench_lengths import bench_lengths, read_lengths
 
     result = bench_lengths(
         read_lengths(lengths, lambda: load_pretrained(model).tokenizer),
@@ -120,12 +121,12 @@ def attention(
     """Our attention kernels beside XLA, `jax.nn`, cuDNN and tokamax, and a callback's cost."""
     import jax
 
-    from r1s_jax.kernels.attention import bench
+    from benchmarks import attention
 
     on_cpu = jax.default_backend() == "cpu"
-    sweep = bench.QUICK if quick else bench.CPU if on_cpu else bench.Sweep()
-    result = bench.bench_attention(sweep, lambda case: typer.echo(case, err=True))
-    typer.echo(json.dumps(result) if as_json else bench.as_markdown(result))
+    sweep = attention.QUICK if quick else attention.CPU if on_cpu else attention.Sweep()
+    result = attention.bench_attention(sweep, lambda case: typer.echo(case, err=True))
+    typer.echo(json.dumps(result) if as_json else attention.as_markdown(result))
 
 
 @app.command("search")
@@ -139,14 +140,13 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Recall, speed and memory of an index, beside FAISS where it is installed."""
-    from r1s_jax.data.corpora import bench_saved_index
-    from r1s_jax.retrieval.bench import bench_synthetic
+    from benchmarks.search import bench_index, bench_synthetic
     from r1s_jax.system.console import console
 
     if (index is None) == (synthetic is None):
         raise ConfigError("name a built index or --synthetic N, one of them")
     if index:
-        told = bench_saved_index(index)
+        told = bench_index(index, console.print)
     else:
         told = bench_synthetic(int(synthetic), dims, console.print)
     if as_json:
@@ -166,9 +166,9 @@ def encode(
     as_json: AsJson = False,
 ) -> None:
     """Passages encoded a second, beside sentence-transformers where it is installed."""
-    from r1s_jax.data.corpora import bench_corpus_encoder
+    from benchmarks.encode import bench_encode
 
-    _print_result(bench_corpus_encoder(corpus, encoder, passages), as_json)
+    _print_result(bench_encode(corpus, encoder, passages), as_json)
 
 
 @app.command("serve")
@@ -184,7 +184,7 @@ def serve(
     sentences that it writes. Times are those of clients that read streams over sockets.
     """
     try:
-        from r1s_jax.serving.bench import bench_serve
+        from benchmarks.serve import bench_serve
     except ImportError as error:
         raise ConfigError(
             "serving needs the extra `serve`: pip install 'r1s-jax[serve]'"
@@ -201,3 +201,7 @@ def _print_result(result: dict[str, Any], as_json: bool) -> None:
             typer.echo(
                 f"{name:28} {value:,.3f}" if isinstance(value, float) else f"{name:28} {value}"
             )
+
+
+if __name__ == "__main__":
+    cli.command(app)

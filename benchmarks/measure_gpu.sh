@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one go: the kernels right, then fast, then a short training run.
 #
-#   kernels/measure_gpu.sh OUT_DIR [STEP...]            on a machine with a CUDA GPU
-#   kernels/measure_gpu.sh --quick OUT_DIR [STEP...]    the same with small sizes, on any machine
+#   benchmarks/measure_gpu.sh OUT_DIR [STEP...]            on a machine with a CUDA GPU
+#   benchmarks/measure_gpu.sh --quick OUT_DIR [STEP...]    the same with small sizes, on any machine
 #
 # STEP names what to do of it, as its file is named: device.txt, correct.txt, ... (default: all).
 # MODEL names the weights of the decode and rollout benches (default: SmolLM2-135M).
@@ -29,7 +29,7 @@ step() { # NAME COMMAND...: standard output goes to OUT_DIR/NAME, errors to OUT_
 
 table() { python -c '
 import json, sys
-from r1s_jax.kernels.attention.bench import as_markdown
+from benchmarks.attention import as_markdown
 print(as_markdown(json.load(open(sys.argv[1]))))' "$out/attention.json"; }
 
 if [ -n "$quick" ]; then lengths=(--prompt-len 32 --new-tokens 8); size=(--batch 1 --length 64)
@@ -43,14 +43,14 @@ fi
 
 step device.txt python -c 'import jax; print(jax.__version__, jax.devices(), jax.devices()[0].device_kind)'
 step correct.txt python -m pytest -m gpu tests/kernels
-step attention.json r1s bench attention --json $quick
+step attention.json python -m benchmarks attention --json $quick
 step attention.md table
-step decode.json r1s bench decode --model "$model" --batch 8 "${lengths[@]}" --json
-step update.json r1s bench update --model "$model" "${size[@]}" --json
-step update_bfloat16.json r1s bench update --model "$model" "${size[@]}" --dtype bfloat16 --json
-step step.json r1s bench step --model "$model" "${answers[@]}" --json
-step rollout_0ms.json r1s bench rollout --model "$model" --latency-ms 0 --json
-step rollout_200ms.json r1s bench rollout --model "$model" --latency-ms 200 --json
+step decode.json python -m benchmarks decode --model "$model" --batch 8 "${lengths[@]}" --json
+step update.json python -m benchmarks update --model "$model" "${size[@]}" --json
+step update_bfloat16.json python -m benchmarks update --model "$model" "${size[@]}" --dtype bfloat16 --json
+step step.json python -m benchmarks step --model "$model" "${answers[@]}" --json
+step rollout_0ms.json python -m benchmarks rollout --model "$model" --latency-ms 0 --json
+step rollout_200ms.json python -m benchmarks rollout --model "$model" --latency-ms 200 --json
 step train.txt r1s train tiny_world --run-dir "$out/tiny_world" "${run[@]}"
 step wiki.txt r1s train wiki_smollm2 --run-dir "$out/wiki" "${wiki[@]}"
 

@@ -15,6 +15,9 @@ import jax
 import numpy as np
 import psutil
 
+from benchmarks.decode import peak_memory_gb
+from benchmarks.endless import Endless, NothingToFind
+from benchmarks.trl_steps import TrlSettings, TrlSteps, rewards
 from r1s_jax.config import (
     AlgorithmConfig,
     Config,
@@ -34,9 +37,6 @@ from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.tokenizer import encode_start
 from r1s_jax.models.weights import save_params
-from r1s_jax.perf.bench import peak_memory_gb
-from r1s_jax.perf.endless import Endless, NothingToFind
-from r1s_jax.perf.trl_steps import TrlSettings, TrlSteps, rewards
 from r1s_jax.protocol.prompts import renderer
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine

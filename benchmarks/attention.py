@@ -165,7 +165,7 @@ def untuned() -> dict[str, int]:
 def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward: bool) -> dict:
     heads = max(1, sweep.width // head_dim)
     kv_heads, rows = max(1, heads // sweep.per_group), max(1, sweep.tokens // length)
-    q, k, v, dout = _normal(
+    q, k, v, dout = normal(
         sweep.dtype, *[(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     )
     ids = mask = None
@@ -242,7 +242,7 @@ def _decode_case(sweep: Sweep, capacity: int, head_dim: int, copy_gb_per_s: floa
     heads = max(1, sweep.width // head_dim)
     kv_heads, rows = max(1, heads // sweep.per_group), sweep.decode_rows
     stored = api.cache_dims(capacity, head_dim)
-    q, k, v = _normal(
+    q, k, v = normal(
         sweep.dtype,
         (rows, 1, heads, head_dim),
         *[(1, rows, kv_heads, capacity, head_dim)] * 2,
@@ -337,6 +337,6 @@ def _copy_gb_per_s(sweep: Sweep) -> float:
     return 2 * x.nbytes / measured["copy"]["ms"] / 1e6
 
 
-def _normal(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
+def normal(dtype: str, *shapes: tuple[int, ...]) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from benchmarks.lengths import bench_lengths, read_lengths
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.perf.bench_lengths import bench_lengths, read_lengths
-from tests.makers import letters, run_cli
+from tests.benchmarks import run
+from tests.makers import letters
 
 
 def never():
@@ -40,7 +41,7 @@ def test_nonsense_is_refused(tmp_path, text, said):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=said):
         read_lengths(path, never)
-    done = run_cli("bench", "rollout", "--lengths", str(path))
+    done = run("rollout", "--lengths", path)
     assert done.exit_code == 1 and not done.stdout
 
 

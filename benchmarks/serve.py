@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from benchmarks.serve_target import PASSAGES, open_summaries
 from r1s_jax.retrieval.corpus import wiki_summaries
-from r1s_jax.serving.bench_target import PASSAGES, open_summaries
 from r1s_jax.system.assets import resolve
 
 _START_S, _STOP_S, _ANSWER_S = 600, 60, 300
 _QUESTIONS = 512
-# Tokens of an answer. Its policy searches whatever it has just said: see bench_target.py.
+# Tokens of an answer. Its policy searches whatever it has just said: see serve_target.py.
 _TOKENS = 96
 
 
@@ -63,7 +63,7 @@ def _questions() -> list[str]:
 
 @contextmanager
 def _server(engine: str, model: str, slots: int) -> Iterator[str]:
-    command = [sys.executable, "-m", "r1s_jax.serving.bench_target", engine, model, str(slots)]
+    command = [sys.executable, "-m", "benchmarks.serve_target", engine, model, str(slots)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         yield _address(process)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.endless import Endless, NothingToFind
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.json import decode
 from r1s_jax.config import (
@@ -33,7 +34,6 @@ from r1s_jax.models.params import Params, init_params
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.models.tokenizer import encode
-from r1s_jax.perf.endless import Endless, NothingToFind
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.flight import Flight
 from r1s_jax.rollout.trajectory import Finish

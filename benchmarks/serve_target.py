@@ -1,4 +1,4 @@
-"""The server that `r1s bench serve` measures, in a process of its own."""
+"""The server that `python -m benchmarks serve` measures, in a process of its own."""
 
 import sys
 from typing import ClassVar

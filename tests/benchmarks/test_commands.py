@@ -1,0 +1,53 @@
+"""The commands as they are typed, and the keys that they print."""
+
+import json
+
+import pytest
+
+from benchmarks.__main__ import app
+from r1s_jax import cli
+from tests.benchmarks import run
+
+COMMANDS = ("decode", "update", "step", "rollout", "serve", "search", "encode", "attention")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    done = run(command, "--help")
+    assert done.exit_code == 0 and "--json" in done.output
+
+
+def test_there_are_eight():
+    assert {command.name for command in app.registered_commands} == set(COMMANDS)
+
+
+KEYS = {
+    ("decode", "--batch", 2, "--prompt-len", 16, "--new-tokens", 8): "tokens_per_s "
+    "prefill_tokens_per_s peak_memory_gb",
+    ("update", "--batch", 2, "--length", 32): "tokens_per_s seconds dtype gflops peak_gflops "
+    "peak_share peak_memory_gb",
+    ("step", "--samples", 2, "--new-tokens", 8): "seconds rollout_s update_s tokens_per_s samples "
+    "new_tokens dtype peak_memory_gb",
+    ("rollout", "--latency-ms", 1): "sampled_tokens_per_s searches sampled_tokens seconds "
+    "latency_ms slots peak_memory_gb",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", KEYS, ids=lambda args: args[0])
+def test_keys_of_output(model, args):
+    done = run(*args, "--model", model, "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout.splitlines()[-1])
+    keys = KEYS[args].split()
+    assert set(keys) <= told.keys()
+    assert all(told[key] > 0 for key in keys if key not in ("dtype", "searches"))
+
+
+def test_bad_input_is_one_clear_message(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks", "search"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(app)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "name a built index or --synthetic" in error and "Traceback" not in error
