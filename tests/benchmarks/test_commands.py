@@ -18,7 +18,7 @@ def test_every_command_explains_itself(command):
 
 
 def test_there_are_eight():
-    assert {command.name for command in app.registered_commands} == set(COMMANDS)
+    assert {command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
 
 
 KEYS = {

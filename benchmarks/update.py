@@ -1,0 +1,136 @@
+"""One policy update, beside the same in PyTorch where it is installed."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import peak_memory_gb, random_tokens, seconds_of, torch_model, waited_for
+from r1s_jax.aot.costs import traced_flops
+from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig
+from r1s_jax.kernels.matmul import matmul
+from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
+from r1s_jax.learning.losses import clipped_loss
+from r1s_jax.learning.packing import PackedBatch
+from r1s_jax.models.pretrained import Pretrained, load_pretrained
+from r1s_jax.models.sharding import make_mesh, shard_params
+
+
+def bench_update(
+    reference: str,
+    *,
+    batch: int = 4,
+    length: int = 256,
+    dtype: str = "float32",
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """One policy update over `batch` rows of `length` tokens in one pass, Adam.
+
+    `peak_gflops` is what a matrix product of the model's shape reaches here in `dtype`, and
+    `peak_share` what the update's products reach of it. Where PyTorch is installed, the same update
+    there (forward of all rows, clipped loss, backward, Adam).
+    """
+    p = load_pretrained(reference)
+    mesh = make_mesh(MeshConfig())
+    learner = Learner(
+        p.model,
+        mesh,
+        np.dtype(dtype),
+        "none",
+        make_optimizer(OptimizerConfig()),
+        partial(clipped_loss, 0.2),
+    )
+    tokens = random_tokens(p.model, (1, batch, length))
+    packed = _full_rows(tokens)
+    peer = _torch_update(p, tokens[0], dtype)
+    state = learner.init(shard_params(p.params, p.model, mesh))
+    flops = _flops(learner, state, packed)
+    state, _ = learner.update(state, packed, 1)
+    ours, other, peaks = [], [], []
+    for _ in range(repeats):
+        peaks.append(_product_gflops(p.model, batch * length, dtype))
+        begin = time.perf_counter()
+        state, _ = learner.update(state, packed, 1)
+        ours.append(time.perf_counter() - begin)
+        if peer:
+            other.append(seconds_of(peer))
+    result = {
+        "tokens_per_s": batch * length / min(ours),
+        "seconds": min(ours),
+        "dtype": dtype,
+        "gflops": flops / min(ours) / 1e9,
+        "peak_gflops": max(peaks),
+        "peak_share": flops / min(ours) / 1e9 / max(peaks),
+        "peak_memory_gb": peak_memory_gb(),
+    }
+    if peer:
+        result |= {
+            "torch_tokens_per_s": batch * length / min(other),
+            "ratio": min(other) / min(ours),
+        }
+    return result
+
+
+def _full_rows(tokens: np.ndarray) -> PackedBatch:
+    """Every token but a row's first is learned from."""
+    ones = np.ones(tokens.shape, np.float32)
+    ones[..., 0] = 0
+    return PackedBatch(
+        tokens=tokens,
+        segment_ids=np.ones_like(tokens),
+        positions=np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape),
+        weights=ones / ones.sum(),
+        advantages=ones,
+        old_logprobs=-10 * ones,
+        reference_logprobs=0 * ones,
+        kl_weights=0 * ones,
+        fresh=ones,
+    )
+
+
+def _flops(learner: Learner, state: LearnerState, batch: PackedBatch) -> float:
+    """Of the matrix products of one update."""
+    traced = jax.jit(learner.update_step).trace(state, batch, jnp.int32(1), jnp.float32(1))
+    return traced_flops(traced.jaxpr.jaxpr, {})
+
+
+def _product_gflops(model: ModelConfig, tokens: int, dtype: str, repeats: int = 5) -> float:
+    """What the product of the feed-forward block reaches by itself."""
+    x = jax.random.normal(jax.random.key(0), (tokens, model.d_model), dtype)
+    w = jax.random.normal(jax.random.key(1), (model.d_model, model.d_ff), dtype)
+    product = jax.jit(matmul)
+    # An accelerator is done with one before the host has asked for the next: many at a time.
+    calls = 1 if jax.default_backend() == "cpu" else 50
+    jax.block_until_ready(product(x, w))
+    best = min(
+        seconds_of(lambda: jax.block_until_ready([product(x, w) for _ in range(calls)]))
+        for _ in range(repeats)
+    )
+    return 2 * calls * tokens * model.d_model * model.d_ff / best / 1e9
+
+
+def _torch_update(p: Pretrained, tokens: np.ndarray, dtype: str) -> Callable[[], Any] | None:
+    model = torch_model(p)
+    if model is None:
+        return None
+    import torch
+
+    ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-6)
+
+    def update() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(ids).logits[:, :-1]
+        logprobs = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None])[..., 0]
+        ratio = torch.exp(logprobs + 10)
+        loss = -torch.minimum(ratio, ratio.clamp(0.8, 1.2)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return waited_for(update)
