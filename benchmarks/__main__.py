@@ -12,7 +12,12 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import AsJson, Model
 
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What both compute in.")]
-app = typer.Typer(no_args_is_help=True, help="Measure the parts on this machine.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Measure the parts on this machine, beside what others use.",
+)
 
 
 @app.command()

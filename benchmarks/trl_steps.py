@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer in a process of its own, one step at a time.
 
 Two runtimes in one process hold on to each other's cores; here one waits while the other works. It
-runs as its users have it, without what the `r1s` script asks of malloc for itself.
+runs as its users have it, without what our commands ask of malloc for themselves.
 """
 
 import multiprocessing
