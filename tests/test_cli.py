@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -19,6 +18,7 @@ from r1s_jax.models.sharding import make_mesh
 from r1s_jax.system import chips
 from tests.makers import SMALL
 from tests.makers import run_cli as run
+from tests.test_layout import FILES
 
 
 def test_help_teaches():
@@ -233,12 +233,9 @@ def test_a_bug_shows_its_traceback_and_a_mistake_does_not(monkeypatch, capsys):
 
 def test_every_error_of_ours_is_a_user_error():
     """What a command shows as a message derives from one class, and from nothing else of ours."""
-    root = Path(cli.__file__).parents[1]
-    folders = ("r1s_jax", "retrieval", "eval")
-    files = [path for folder in folders for path in (root / folder).rglob("*.py")]
     bases = {
         node.name: {ast.unparse(base) for base in node.bases}
-        for path in files
+        for path in FILES.values()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.ClassDef) and node.name.endswith(("Error", "Failure"))
     }

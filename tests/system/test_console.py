@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import r1s_jax
 from r1s_jax.retrieval.corpus import read_passages
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import build_index, save_index
 from tests.makers import run_cli
+from tests.test_layout import FILES
 
 TEXT = "café 日本 </think> <answer> Göteborg </answer>"
-ROOMS = [Path(r1s_jax.__file__).parent]
-ROOMS += [ROOMS[0].parent / room for room in ("kernels", "retrieval", "eval", "configs")]
 
 
 def r1s(*args: str | Path, **environment: str) -> subprocess.CompletedProcess:
@@ -104,8 +102,7 @@ def calls_without_encoding(source: str) -> list[int]:
 def test_every_text_file_is_utf8_whatever_the_locale():
     wrong = [
         f"{file}:{line}"
-        for room in ROOMS
-        for file in room.rglob("*.py")
+        for file in FILES.values()
         for line in calls_without_encoding(file.read_text("utf-8"))
     ]
     assert not wrong
