@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r1s_jax.border.errors import shorten
+from r1s_jax.border.json import differences
 from r1s_jax.data.questions import Question
 from r1s_jax.data.results import FORMAT, header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
@@ -90,7 +91,7 @@ def refuse_other(out: Path, before: dict[str, Any], now: dict[str, Any], *sectio
     differ = [
         f"{place} was {_told(old)}, now {_told(new)}"
         for name in sections
-        for place, old, new in _differences(name, before.get(name), now.get(name))
+        for place, old, new in differences(before.get(name), now.get(name), name)
         if place not in _NAMES and not (place == "dialect.frame" and new is None)
     ]
     if not differ:
@@ -102,13 +103,6 @@ def refuse_other(out: Path, before: dict[str, Any], now: dict[str, Any], *sectio
         f"{out} was written by another run: {shorten(told, 200)}. Choose another file with --out, "
         f"or give what {header_path(out).name} names"
     )
-
-
-def _differences(place: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        return [d for k in keys for d in _differences(f"{place}.{k}", old.get(k), new.get(k))]
-    return [] if old == new else [(place, old, new)]
 
 
 def _told(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from r1s_jax.border.errors import shorten
 from r1s_jax.border.http import without_credentials
-from r1s_jax.data.results import VERDICTS, header_path, read_header, read_results
+from r1s_jax.data.results import FORMAT, VERDICTS, header_path, read_header, read_results
 from r1s_jax.data.rows import DataError, gold_answers
 from r1s_jax.learning.judged import (
     PROMPT,
@@ -96,7 +96,7 @@ def _prompt(row: Mapping[str, Any]) -> str:
 
 def _write(path: Path, judge: ChatEndpoint, out: Path, rows: list[dict[str, Any]]) -> None:
     write_rows(out, rows)
-    known = read_header(path) or {}
+    known = read_header(path) or {"format": FORMAT}
     write_json(
         header_path(out),
         known | {"judge": {"model": judge.model, "url": without_credentials(judge.url)}},

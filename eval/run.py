@@ -197,7 +197,7 @@ class _Searches:
         self.recount(rows)
 
     def recount(self, rows: Sequence[ResultRow]) -> None:
-        self.outcomes = Counter(o for row in rows for o in row.get("search_outcomes", ()))
+        self.outcomes = Counter(o for row in rows for o in row["search_outcomes"])
 
     def add(self, rows: Sequence[ResultRow]) -> None:
         """Counts more rows."""
@@ -211,7 +211,7 @@ class _Searches:
     @staticmethod
     def failed(row: ResultRow) -> bool:
         """Whether a search of this row failed."""
-        return any(outcome in FAILED for outcome in row.get("search_outcomes", ()))
+        return any(outcome in FAILED for outcome in row["search_outcomes"])
 
     def counts(self) -> dict[str, int]:
         """Searches by what became of them: found, empty, failed, void."""

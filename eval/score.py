@@ -98,11 +98,7 @@ def compare(
     difference, the 95 % bootstrap `interval` of it, and on how many questions the second is
     `better` and `worse`.
     """
-    both = (*first, *second)
-    by_id = all("id" in row for row in both)
-    # A file written before ids that are texts were kept numbers the same questions.
-    kinds = [{isinstance(row.get("id"), str) for row in rows} for rows in (first, second)]
-    by_id = by_id and not (len(kinds[0]) == len(kinds[1]) == 1 and kinds[0] != kinds[1])
+    by_id = all("id" in row for row in (*first, *second))
     known = _groups(first, by_id)
     pairs = [
         (known[place], group) for place, group in _groups(second, by_id).items() if place in known

@@ -14,7 +14,6 @@ import random
 import shutil
 import socket
 import sys
-import tarfile
 import tempfile
 import traceback
 from collections import Counter
@@ -136,6 +135,7 @@ def _answers(folder: Path) -> None:
     """What a stopped `r1s eval run` leaves, and a stopped `r1s data select`."""
     told = {"answer": "Ada", "stop_reason_final": "finished", "gen_text_store": "x", "searches": 1}
     told |= {"prompt_tokens": 3, "sampled_tokens": 4, "seconds": 0.5, "pred_ans": "Ada"}
+    told |= {"search_outcomes": ["found"]}
     rated = {"answer": "Ada", "first_solved": None, "solved": 0, "difficulty": "hard"}
     for name, key, values in (("a.jsonl", "id", told), ("m.jsonl", "idx", rated)):
         rows = [{key: q.id, "question": q.question} | values for q in _journal_questions()]
@@ -178,10 +178,16 @@ def _read_verdicts(folder: Path) -> Any:
 
 
 def _run(folder: Path) -> None:
-    with tarfile.open(Path(__file__).parent / "fixtures" / "old_run.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
-    for name in ("expected_metrics.jsonl", "expected_summary.json"):
-        (folder / name).rename(folder / "run" / name.removeprefix("expected_"))
+    from tests.makers import save_small_run
+
+    save_small_run(folder / "run")
+
+
+def _rows_of_run(folder: Path) -> None:
+    """What a report reads."""
+    _run(folder)
+    for name in ("checkpoints", "policy"):
+        shutil.rmtree(folder / "run" / name)
 
 
 def _resumable(folder: Path) -> None:
@@ -255,8 +261,7 @@ def _resume(folder: Path) -> Any:
 
 
 def _journals(folder: Path) -> None:
-    _run(folder)
-    shutil.rmtree(folder / "run" / "checkpoints")
+    _rows_of_run(folder)
     spans = [["<answer>", False], ["Ada", True]]
     row = {"question": "Who?", "answers": ["Ada"], "f1": 0.5, "searches": 1, "spans": spans}
     (folder / "run" / "evaluation_before.jsonl").write_text(
@@ -330,24 +335,6 @@ def _page(folder: Path) -> Any:
     from r1s_jax.tracking.report import write_report
 
     write_report([folder / "run"], folder / "report.html")
-
-
-def _servable(folder: Path) -> None:
-    """The run with its checkpoint as it is saved now: with checksums and a seal."""
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    from r1s_jax.learning.learner import LearnerState
-    from r1s_jax.models.checkpoint import Checkpoints
-
-    _run(folder)
-    checkpoints = folder / "run" / "checkpoints"
-    state = ocp.StandardCheckpointer().restore(checkpoints / "124" / "state")
-    progress = json.loads((checkpoints / "124" / "progress" / "metadata").read_text())
-    shutil.rmtree(checkpoints)
-    saved = Checkpoints(checkpoints, keep=1)
-    saved.save(124, LearnerState(state["params"], {"count": np.int32(0)}), progress)
-    saved.close()
 
 
 def _load_run(folder: Path) -> Any:
@@ -835,9 +822,9 @@ READERS = {
     "results": Reader(_results, _score),
     "verdicts": Reader(_verdicts, _read_verdicts),
     "rewards": Reader(_solutions, _rewards),
-    "run": Reader(_run, _report),
-    "page": Reader(_run, _page, weight=2),
-    "checkpoint": Reader(_servable, _load_run, sealed=_deep("checkpoints/*/*"), weight=2),
+    "run": Reader(_rows_of_run, _report),
+    "page": Reader(_rows_of_run, _page, weight=2),
+    "checkpoint": Reader(_run, _load_run, sealed=_deep("checkpoints/*/*"), weight=2),
     "resume": Reader(_resumable, _resume, sealed=_deep("checkpoints/*/*"), weight=4),
     "journals": Reader(_journals, _go_on, weight=6),
     "lab": Reader(_lab, _go_on_with_lab, weight=6),

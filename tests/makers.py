@@ -18,15 +18,17 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from r1s_jax import cli
-from r1s_jax.config import MeshConfig, ModelConfig, RolloutConfig, SearchConfig
+from r1s_jax.config import MeshConfig, ModelConfig, RolloutConfig, SearchConfig, override
+from r1s_jax.configs import tiny_world
 from r1s_jax.data.questions import Question
 from r1s_jax.data.tiny_world import PROMPT, TRADES, TinyWorld, build_tokenizer
 from r1s_jax.kernels.tuning import ACCELERATOR
-from r1s_jax.learning.learner import Learner
+from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.packing import PackedBatch, pack
+from r1s_jax.models.checkpoint import Checkpoints
 from r1s_jax.models.params import init_params
-from r1s_jax.models.pretrained import Pretrained
+from r1s_jax.models.pretrained import Pretrained, make_policy, save_policy
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.models.weights import save_params
 from r1s_jax.presets import Settings
@@ -36,6 +38,9 @@ from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.session import Session
 from r1s_jax.rollout.trajectory import Trajectory
+from r1s_jax.system.files import write_json, write_rows
+from r1s_jax.tracking.progress import Progress
+from r1s_jax.tracking.run_dir import open_run_dir, write_held_out
 from tests.fakes import EchoRetriever
 
 # Runs.
@@ -61,7 +66,41 @@ def run_cli(*args: str, stdin: str | None = None):
     return CliRunner().invoke(cli.app, list(args), input=stdin)
 
 
+def save_small_run(run: Path) -> Path:
+    """The directory of a run, as if it had ended after two steps of each phase."""
+    small = ["d_model=16", "d_ff=32", "num_layers=1", "num_heads=2", "num_kv_heads=1", "head_dim=8"]
+    config = override(tiny_world.config(), [f"policy.architecture.{change}" for change in small])
+    open_run_dir(run, config, resume=False)
+    policy = make_policy(config.policy, 0, R1Searcher(prompt=PROMPT))
+    save_policy(run, policy)
+    checkpoints = Checkpoints(run / "checkpoints", keep=2, run=run)
+    progress = Progress(phase="learning", step=2, before={"f1": 0.0})
+    checkpoints.save(124, LearnerState(policy.params, np.int32(0)), progress.as_dict(), 0.5)
+    checkpoints.close()
+    numbers = {"reward": 0.1, "answer_f1": 0.5, "searches": 3, "searches_per_question": 0.25}
+    numbers |= {"sampled_tokens": 9, "seconds_rollout": 0.5, "entropy": 3.0, "ratio_drift": 0.1}
+    learned = {"stage": "stage1", **numbers, "rewards_answers": False, "health": []}
+    spans = [(" Bakori <|end_of_query|>", True), ("<|begin_of_documents|> none", False)]
+    trace = {"question_id": 3, "question": "Who is Bakori?", "answers": ["a smith"], "reward": 0.5}
+    trace |= {"parts": {"format": 0.0}, "advantage": 0.25, "finish": "length", "spans": spans}
+    trace |= {"token_advantages": [(" Bakori", 0.5), (" <|end_of_query|>", 0.25)]}
+    search = {"query": "Bakori", "outcome": "empty", "documents": [], "seconds": 0.1}
+    trace |= {"searches": [search], "prompt_tokens": 12, "sampled_tokens": 2, "tokens": 18}
+    files = {"metrics": learned, "cold_start": {"loss": 5.0, "accuracy": 0.5}, "traces": trace}
+    for name, row in files.items():
+        write_rows(run / f"{name}.jsonl", ({"step": step, **row} for step in (1, 2)))
+    write_held_out(run, [Question(7, "Who is Bakori?", ("a smith",))])
+    write_json(run / "summary.json", {"steps": 2, "f1_before": 0.0, "f1_after": 0.5})
+    return run
+
+
 # Files.
+
+
+def names(folder: Path) -> list[str]:
+    """The names in a folder, without those of locks."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
 
 SMALL = ModelConfig(156, 32, 64, 2, 4, 2, 8, tie_embeddings=True)
 

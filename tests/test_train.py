@@ -139,7 +139,7 @@ def test_a_run_is_reported(whole, tmp_path):
     assert text.count('<details class="card trace"') == len(rows_so_far(whole / "traces.jsonl"))
 
 
-@pytest.mark.slow  # tests/test_old_run.py resumes a killed run, too
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", [0, 1])
 def test_stopped_then_killed_and_resumed_is_the_same_run(whole, tmp_path, attempt):
     """SIGTERM in the cold start, then SIGKILL at a random moment after the next checkpoint."""

@@ -77,6 +77,15 @@ def read_object(path: str | Path, error: type[UserError] = BadInput) -> dict[str
     return parse_object(Path(path).read_bytes(), path, error)
 
 
+def differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
+    """(place, old, new) of every value in which two objects differ; None where one has none."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        join = f"{place}." if place else ""
+        keys = sorted({*old, *new})
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{join}{k}")]
+    return [] if old == new else [(place, old, new)]
+
+
 def decode(data: bytes, where: str | Path, error: type[UserError] = BadInput) -> str:
     """Bytes as text, a byte order mark apart; raises `error` that says where they are no UTF-8."""
     try:

@@ -12,6 +12,11 @@ _CONTROLS: dict[int, int | str] = {
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
+def is_whole_number(text: str) -> bool:
+    """Whether a text is the digits 0 to 9 alone: `isdecimal` takes those of other scripts too."""
+    return text.isascii() and text.isdecimal()
+
+
 def printable(text: str) -> str:
     """The text with every control character shown instead of obeyed; see also `whole`."""
     return whole(text).translate(_CONTROLS)

@@ -35,12 +35,12 @@ class ResultRow(TypedDict):
     prompt_tokens: int
     sampled_tokens: int
     seconds: float
-    search_outcomes: NotRequired[list[str]]  # found, empty, timeout, error, bad_query, long_query
+    search_outcomes: list[str]  # found, empty, timeout, error, bad_query, long_query
     sample: NotRequired[int]  # which of several answers to one question, from 0
     supporting_recall: NotRequired[float]  # see supporting_recall
 
 
-FORMAT = 2  # of headers; those of 1, without a number, name no content of model and questions
+FORMAT = 2  # of headers
 
 
 class _Asked(TypedDict):
@@ -85,17 +85,16 @@ def header_path(results: Path) -> Path:
 def read_header(results: Path) -> dict[str, Any] | None:
     """The header of a result file, None where it has none (files of others).
 
-    Raises DataError for one that is damaged, or that a later version wrote.
+    Raises DataError for one that is damaged, or that another version wrote.
     """
     path = header_path(results)
     if not path.exists():
         return None
     header = read_object(path, DataError)
-    version = header.get("format", 1)
-    if version not in (1, FORMAT) or isinstance(version, bool):
+    if (version := header.get("format")) != FORMAT:
         raise DataError(
-            f"{path} has format {shorten(repr(version), 40)}; this version reads {FORMAT}: use the "
-            "version that wrote it"
+            f"{path} was made by another version (format {shorten(repr(version), 40)}; this one "
+            f"reads {FORMAT}): answer the questions anew"
         )
     check(header, _Header, path, DataError)
     return header

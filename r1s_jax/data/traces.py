@@ -47,11 +47,11 @@ class TraceRow(TypedDict):
 
 
 class _RunConfig(msgspec.Struct):
-    protocol: dict[str, Any] | None = None
+    protocol: dict[str, Any]
 
 
 class _Readable(TypedDict):
-    """What a row must have to be shown; those of old runs have no more."""
+    """What a row must have to be shown."""
 
     step: int
     question: str
@@ -59,7 +59,7 @@ class _Readable(TypedDict):
     reward: float
     finish: str
     spans: list[tuple[str, bool]]
-    token_advantages: NotRequired[list[tuple[str, float]]]
+    token_advantages: list[tuple[str, float]]
     searches: list[Any]
 
 
@@ -74,7 +74,7 @@ class Trace:
     searches: int | None = None
     finish: str = ""
     step: int | None = None
-    # (text, advantage) of each token of the policy's spans, in order; of old runs and answers none
+    # (text, advantage) of each token of the policy's spans, in order; of answers none
     token_advantages: Sequence[tuple[str, float]] = ()
     dialect: Dialect = R1_SEARCHER
 
@@ -189,10 +189,8 @@ def _dialect_of(path: Path) -> Dialect:
     """What a file's trajectories speak: by its run's config, or by its own header."""
     config = path.parent / "config.json"
     if path.name == "traces.jsonl" and config.exists():
-        spoken = check(read_object(config, DataError), _RunConfig, config, DataError).protocol or {}
-        return from_dict(
-            {"dialect": R1_SEARCHER.name} | spoken | {"prompt": None}, config, DataError
-        )
+        spoken = check(read_object(config, DataError), _RunConfig, config, DataError).protocol
+        return from_dict(spoken | {"prompt": None}, config, DataError)
     spoken = (read_header(path) or {}).get("dialect")
     return from_dict(spoken, header_path(path), DataError) if spoken else R1_SEARCHER
 
@@ -221,7 +219,7 @@ def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
         len(row["searches"]),
         row["finish"],
         row["step"],
-        row.get("token_advantages", ()),
+        row["token_advantages"],
         dialect,
     )
     tokens = "".join(text for text, _ in trace.token_advantages)

@@ -167,7 +167,7 @@ class Checkpoints:
         except Exception as error:
             self._set_aside(reason(error))
         found = checksums(state)
-        if wrong := [name for name, value in saved.items() if found.get(name) != value]:
+        if wrong := sorted({name for name, _ in saved.items() ^ found.items()}):
             self._set_aside(f"{len(wrong)} arrays changed since they were saved, first {wrong[0]}")
         return state
 
@@ -225,7 +225,7 @@ def _drop_damaged(directory: epath.Path) -> None:
         warn(_damaged(folder, why, f"was moved to {_aside(folder)}"))
     for path in directory.glob("*/metrics/metrics") if directory.exists() else ():
         try:
-            check(_sound(path, "score"), _Scored, path)
+            check(_sound(path), _Scored, path)
         except BadInput as error:
             # Of a score that cannot be read nothing but the score is lost: its checkpoint stays.
             warn(f"{error}; the checkpoint counts as one without a score")
@@ -273,14 +273,12 @@ def flaw(folder: epath.Path) -> str:
     return ""
 
 
-def _sound(path: epath.Path, mark: str) -> dict[str, Any]:
-    """The values in a file of a checkpoint, which are what was saved.
-
-    Those of early versions have no seal, but what is called `mark`. Raises BadInput.
-    """
+def _sound(path: epath.Path) -> dict[str, Any]:
+    """The values in a file of a checkpoint, which are what was saved. Raises BadInput."""
     values = parse_object(path.read_bytes(), path)
-    early = mark in values and not values.keys() & {SEAL, _CHECKSUMS}
-    if not early and not is_sealed(values):
+    if SEAL not in values:
+        raise BadInput(f"{path}: it has no seal, so it is damaged or of an earlier version")
+    if not is_sealed(values):
         raise BadInput(f"{path}: changed since it was saved, its seal does not fit")
     return values
 
@@ -290,8 +288,8 @@ def _saved_progress(folder: epath.Path) -> dict[str, Any]:
     path = folder / "progress" / "metadata"
     if not path.exists():
         raise BadInput(f"{path} is missing: this is no whole checkpoint of a run")
-    progress = _sound(path, "checksums")
-    if SEAL in progress and _CHECKSUMS not in progress:
+    progress = _sound(path)
+    if _CHECKSUMS not in progress:
         raise BadInput(f"{path} is another file of a checkpoint: it holds no {_CHECKSUMS}")
     return progress
 
@@ -411,8 +409,8 @@ def _stored_dtypes(folder: epath.Path, specs: Params) -> Params:
 
 
 def _saved_sums(folder: epath.Path) -> dict[str, int]:
-    """The checksums that a checkpoint keeps; of those of early versions there are none to check."""
-    sums = _saved_progress(folder).get(_CHECKSUMS, {})
+    """The checksums of a checkpoint's arrays."""
+    sums = _saved_progress(folder)[_CHECKSUMS]
     return check(sums, dict[str, int], folder / "progress" / "metadata", CheckpointError)
 
 
@@ -430,12 +428,8 @@ def _check_shapes(checkpoint: epath.PathLike, params: Params, specs: Params) -> 
 def _check_sums(checkpoint: epath.PathLike, params: Params, saved: dict[str, int]) -> None:
     named, _ = jax.tree_util.tree_flatten_with_path(params)
     found = {f".params{jax.tree_util.keystr(path)}": host_checksum(leaf) for path, leaf in named}
-    # Checkpoints of early versions have none at all; of others every array has one.
-    wrong = [name for name, value in found.items() if saved.get(name, value) != value]
-    missing = [name for name in found if saved and name not in saved]
-    if wrong or missing:
-        first = (wrong or missing)[0]
+    if wrong := [name for name, value in found.items() if saved.get(name) != value]:
         raise CheckpointError(
-            f"{checkpoint} is damaged: {len(wrong or missing)} arrays are not as they were saved, "
-            f"first {first}; take another of the run's checkpoints"
+            f"{checkpoint} is damaged: {len(wrong)} arrays are not as they were saved, first "
+            f"{wrong[0]}; take another of the run's checkpoints"
         )

@@ -11,9 +11,11 @@ from etils import epath
 from r1s_jax.border.errors import UserError
 from r1s_jax.border.json import parse_object, read_object
 from r1s_jax.border.schema import check
+from r1s_jax.border.text import is_whole_number
 from r1s_jax.system.locks import only_one
 
 _MARK = "run.json"
+RUN_FORMAT = 1  # of a run's folder, in `versions.json`; those of earlier versions have none
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -27,24 +29,34 @@ class _Mark(msgspec.Struct):
     folder: str  # where that run was, for people
 
 
-class _Versions(msgspec.Struct):
-    id: str = ""
+class Versions(msgspec.Struct):
+    """What `versions.json` says of a run's start, as far as it is read again."""
+
+    id: str  # tells the run from all others, wherever its folder is
+    folder: str  # that it was started in
 
 
-def identity_of(run: Path) -> str:
-    """What tells a run from all others, wherever its folder is; "" for those of early versions.
+def read_versions(run: Path) -> Versions:
+    """What tells a run from others, and where it was started.
 
-    Raises CheckpointError for a `versions.json` that is damaged.
+    Raises CheckpointError where `versions.json` is missing, damaged or of an earlier version.
     """
     file = run / "versions.json"
-    told = read_object(file, CheckpointError) if file.exists() else {}
-    return check(told, _Versions, file, CheckpointError).id
+    if not file.exists():
+        raise CheckpointError(f"{run} holds no versions.json: it is not the whole folder of a run")
+    told = read_object(file, CheckpointError)
+    if told.get("format") != RUN_FORMAT:
+        raise CheckpointError(
+            f"{file}: the run was made by an earlier version, which this one does not read: start "
+            "a new run"
+        )
+    return check(told, Versions, file, CheckpointError)
 
 
 def check_owner(run: Path, directory: epath.Path) -> None:
     """Raises CheckpointError where the checkpoints in `directory` are another run's."""
     mark = _mark_in(directory)
-    if mark and mark.run != identity_of(run):
+    if mark and mark.run != read_versions(run).id:
         raise _not_ours(directory, mark)
 
 
@@ -55,14 +67,13 @@ def held_for(run: Path, directory: epath.Path) -> Iterator[None]:
     Raises CheckpointError where it holds the checkpoints of another run, InUse where another
     process writes there. A bucket has no locks: there a mark alone makes it another's.
     """
-    local, identity = is_local(directory), identity_of(run)
+    local, identity = is_local(directory), read_versions(run).id
     with ExitStack() as held:
         if local:
             held.enter_context(only_one(Path(directory), "this folder of checkpoints"))
-        mark, begun = _mark_in(directory), bool(saved_in(directory))
-        inside = local and run.resolve() in Path(directory).parents
-        ours = mark.run == identity if mark else inside or not begun
-        if not ours and (begun or not local):
+        mark, used = _mark_in(directory), bool(saved_in(directory))
+        ours = mark.run == identity if mark else not used
+        if not ours and (used or not local):
             raise _not_ours(directory, mark)
         if not (mark and ours):
             directory.mkdir(parents=True, exist_ok=True)
@@ -75,11 +86,8 @@ def held_for(run: Path, directory: epath.Path) -> Iterator[None]:
 
 def saved_in(directory: epath.Path) -> list[epath.Path]:
     """The checkpoints of a folder, the newest first; none where there is no folder."""
-    found = (
-        [p for p in directory.iterdir() if p.name.isascii() and p.name.isdecimal()]
-        if directory.exists()
-        else []
-    )
+    inside = directory.iterdir() if directory.exists() else ()
+    found = [path for path in inside if is_whole_number(path.name)]
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
 

@@ -14,8 +14,9 @@ from etils import epath
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
+from r1s_jax.border.text import is_whole_number
 from r1s_jax.config import ModelConfig, PolicyConfig
-from r1s_jax.data.tiny_world import build_tokenizer, prompt_of
+from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.models.checkpoint import (
     CheckpointError,
     checkpoint_directory,
@@ -23,6 +24,7 @@ from r1s_jax.models.checkpoint import (
     read_params,
     run_of,
 )
+from r1s_jax.models.checkpoint_owner import read_versions
 from r1s_jax.models.lora import merge_adapters
 from r1s_jax.models.params import Params, add_adapters, init_params
 from r1s_jax.models.tokenizer import TokenId, check_tokenizer, eos_ids, load_tokenizer
@@ -31,7 +33,6 @@ from r1s_jax.presets import PromptingConfig
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import FILE, from_dict, make_dialect, read_dialect
 from r1s_jax.protocol.prompts import bound
-from r1s_jax.protocol.r1_searcher import BASE_PROMPT, R1Searcher
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.system.assets import AssetError, resolve
 from r1s_jax.system.console import warn
@@ -96,8 +97,7 @@ def dialect_at(reference: str) -> Dialect | None:
             return read_dialect(resolve(reference), CheckpointError)
         except AssetError:
             return None
-    config = _config_of(run)
-    return saved_dialect(run) or _earlier_dialect(config)
+    return _dialect_of(run)
 
 
 def load_pretrained(
@@ -122,7 +122,7 @@ def load_pretrained(
 
 
 def saved_dialect(run: Path) -> Dialect | None:
-    """The dialect that a run keeps; None where there is no run, or none of this version."""
+    """The dialect that a run keeps; None where there is none yet."""
     return read_dialect(run / _POLICY, CheckpointError)
 
 
@@ -168,9 +168,8 @@ def _refuse_changed(run: Path, folder: Path, policy: Pretrained, described: dict
 
 
 def _load_run(source: Path, run: Path, dtype: Any, number: int | None) -> Pretrained:
-    file, config = run / "config.json", _config_of(run)
-    model, tokenizer, ends = _saved_policy(run) or _described_policy(config.policy, file)
-    adapted = model.with_lora(config.policy.lora_rank, config.policy.lora_alpha)
+    config, saved = _config_of(run), _saved_policy(run)
+    adapted = saved.model.with_lora(config.policy.lora_rank, config.policy.lora_alpha)
     folder = checkpoint_directory(run, config.run.checkpoint_dir)
     if source == run and number is None:
         checkpoint, params = newest_params(run, folder, adapted, dtype)
@@ -180,8 +179,8 @@ def _load_run(source: Path, run: Path, dtype: Any, number: int | None) -> Pretra
             raise CheckpointError(f"{folder} holds no checkpoint {number} any more")
         params = read_params(checkpoint, adapted, dtype)
     params = merge_adapters(params, adapted.lora_scale)
-    taken = int(checkpoint.name) if checkpoint.name.isdecimal() else None
-    return Pretrained(model, params, tokenizer, ends, dialect_at(str(source)), taken)
+    taken = int(checkpoint.name) if is_whole_number(checkpoint.name) else None
+    return saved._replace(params=params, checkpoint=taken)
 
 
 def _config_of(run: Path) -> "_RunConfig":
@@ -189,55 +188,38 @@ def _config_of(run: Path) -> "_RunConfig":
     return check(read_object(file, CheckpointError), _RunConfig, file, CheckpointError)
 
 
-def _earlier_dialect(config: "_RunConfig") -> Dialect:
-    """Of a run that keeps none: there was one dialect, and a prompt by the environment."""
-    if "people" in config.environment:
-        return R1Searcher(prompt=prompt_of(R1_SEARCHER))
-    base = config.environment.get("prompt") == "base"
-    return R1Searcher(prompt=BASE_PROMPT if base else None)
+def _dialect_of(run: Path) -> Dialect:
+    """The dialect of a run that has begun. Raises CheckpointError for any other."""
+    read_versions(run)
+    if dialect := saved_dialect(run):
+        return dialect
+    raise CheckpointError(f"{run / _POLICY} holds no {FILE}: the run has not begun, or lost it")
 
 
-def _saved_policy(run: Path) -> tuple[ModelConfig, Any, tuple[int, ...]] | None:
-    """What `save_policy` wrote; None in the folders of earlier versions."""
-    file = run / _POLICY / "policy.json"
+def _saved_policy(run: Path) -> Pretrained:
+    """What `save_policy` wrote: all but parameters. Raises CheckpointError where it is missing."""
+    dialect, file = _dialect_of(run), run / _POLICY / "policy.json"
     if not file.exists():
-        return None
+        raise CheckpointError(f"{file} is missing: the run's architecture is lost")
     saved = check(read_object(file, CheckpointError), _Saved, file, CheckpointError)
-    model = _architecture(saved.model, file).without_lora()
-    return model, load_tokenizer(file.parent), tuple(saved.eos_ids)
-
-
-def _described_policy(policy: "_RunPolicy", file: Path) -> tuple[ModelConfig, Any, tuple[int, ...]]:
-    """The policy of a run that keeps none: of its base model's files, or of the tiny world."""
-    if policy.model:
-        path = resolve(policy.model)
-        tokenizer = load_tokenizer(path)
-        return load_config(path), tokenizer, eos_ids(tokenizer, path)
-    tokenizer = build_tokenizer()
-    return _architecture(policy.architecture or {}, file), tokenizer, (tokenizer.eos_token_id,)
-
-
-def _architecture(fields: dict[str, Any], file: Path) -> ModelConfig:
-    return check(fields, ModelConfig, file, CheckpointError)
+    model = check(saved.model, ModelConfig, file, CheckpointError).without_lora()
+    return Pretrained(model, {}, load_tokenizer(file.parent), tuple(saved.eos_ids), dialect)
 
 
 class _RunPolicy(msgspec.Struct):
     """Of a run's config, what it takes to read its parameters."""
 
-    model: str = ""
-    architecture: dict[str, Any] | None = None
-    lora_rank: int = 0
-    lora_alpha: float = 32.0
+    lora_rank: int
+    lora_alpha: float
 
 
 class _RunPlace(msgspec.Struct):
-    checkpoint_dir: str = ""
+    checkpoint_dir: str
 
 
 class _RunConfig(msgspec.Struct):
     policy: _RunPolicy
     run: _RunPlace
-    environment: dict[str, Any] = {}
 
 
 class _Saved(msgspec.Struct):

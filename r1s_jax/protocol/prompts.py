@@ -13,13 +13,6 @@ from r1s_jax.protocol.tool_call import ToolCall
 _TEMPLATE_SECONDS = 20.0
 
 
-def render_prompt(template: str, question: str) -> str:
-    """Puts `question` into a template whose only field is `{question}` (other braces are kept)."""
-    if "{question}" not in template:
-        raise ConfigError("a prompt template needs the field {question}; this one has none")
-    return template.replace("{question}", question)
-
-
 def renderer(dialect: Dialect, tokenizer: Any) -> Callable[[str], str]:
     """Makes the prompt of a question in the dialect: its chat form where there is a template.
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from r1s_jax.border.errors import UserError
+from r1s_jax.border.text import is_whole_number
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ def join() -> None:
     named: dict[str, Any] = {}
     if any(given):
         coordinator, count, index = given
-        if not (coordinator and count and index and count.isdecimal() and index.isdecimal()):
+        if not (coordinator and is_whole_number(count or "") and is_whole_number(index or "")):
             raise ProcessError(f"set all of {', '.join(_VARIABLES)}: host:port, how many, which")
         named = {
             "coordinator_address": coordinator,

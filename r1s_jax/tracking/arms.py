@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
@@ -34,7 +34,7 @@ class _Step(TypedDict):
     answer_f1: float
     seconds_rollout: float
     seconds_update: float
-    health: NotRequired[list[_Signal]]
+    health: list[_Signal]
 
 
 class _Summary(msgspec.Struct):
@@ -69,7 +69,7 @@ def run_result(folder: Path) -> dict[str, Any]:
     spent = np.cumsum([row["seconds_rollout"] + row["seconds_update"] for row in rows])
     signals: dict[str, int] = {}
     for row in rows:
-        for fired in row.get("health", ()):
+        for fired in row["health"]:
             signals.setdefault(fired["signal"], row["step"])
     return {
         "f1_before": summary.get("f1_before"),

@@ -13,6 +13,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
+from r1s_jax.border.text import is_whole_number
+
 
 class Board:
     """One file of events in `folder`; a resumed run begins another.
@@ -25,7 +27,8 @@ class Board:
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads files in the order of their names.
         stamps = [p.name.split(".")[3] for p in folder.glob("events.out.tfevents.*")]
-        begun = max([int(time.time()), *(int(stamp) + 1 for stamp in stamps if stamp.isdecimal())])
+        used = [int(stamp) + 1 for stamp in stamps if is_whole_number(stamp)]
+        begun = max([int(time.time()), *used])
         name = f"events.out.tfevents.{begun:010d}.{socket.gethostname()}"
         self._records = RecordWriter(str(folder / name))
         self._write(Event(file_version="brain.Event:2"))

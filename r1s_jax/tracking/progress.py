@@ -25,7 +25,7 @@ class Progress(Standing):
 
     @staticmethod
     def of(saved: Mapping[str, Any]) -> "Progress":
-        """What a checkpoint kept; what it does not say is as at first. BadInput for wrong types."""
+        """What a checkpoint kept. BadInput for wrong types."""
         return check(saved, Progress, "where a checkpoint stands")
 
     def as_dict(self) -> dict[str, Any]:

@@ -14,17 +14,15 @@ from types import FrameType
 from typing import Any
 
 import jax
-import msgspec
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.http import without_credentials
-from r1s_jax.border.json import read_object
-from r1s_jax.border.overrides import RETIRED, retired
+from r1s_jax.border.json import differences, read_object
 from r1s_jax.border.schema import check
 from r1s_jax.config import Config, CorpusConfig
 from r1s_jax.data.corpora import data_digests
 from r1s_jax.data.questions import Question
-from r1s_jax.models.checkpoint_owner import identity_of
+from r1s_jax.models.checkpoint_owner import RUN_FORMAT, read_versions
 from r1s_jax.system.distributed import gather
 from r1s_jax.system.files import write_json, write_rows
 
@@ -49,11 +47,14 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     if ours and any(any(path.glob(name)) for name in _BEGUN):
         if not resume:
             raise ConfigError(f"{path} already holds a run: add --resume, or choose another")
-        differ = _differences(_read_config(known), described, _where(versions))
+        base = Path(read_versions(path).folder)
+        differ = [
+            f"{place} was {old!r}, now {new!r}"
+            for place, old, new in differences(read_object(known, ConfigError), described)
+            if not _same_place(old, new, base)
+        ]
         if differ:
             raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")
-        if not identity_of(path):  # of a version that gave runs none
-            write_json(versions, read_object(versions, ConfigError) | {"id": _new_identity()})
         return path
     if not ours and path.exists() and not (path.is_dir() and _names(path) <= _STARTING):
         raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
@@ -62,7 +63,8 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     shutil.rmtree(path / "policy", ignore_errors=True)
     (path / "data.json").unlink(missing_ok=True)
     # That of a run which ended before its first step goes on: a place for checkpoints may have it.
-    write_json(versions, {"id": identity_of(path) or _new_identity(), **_versions()})
+    identity = read_versions(path).id if versions.exists() else uuid.uuid4().hex
+    write_json(versions, {"format": RUN_FORMAT, "id": identity, **_versions()})
     write_json(known, described)
     return path
 
@@ -73,11 +75,6 @@ def write_held_out(path: Path, questions: Sequence[Question]) -> None:
         path / "held_out.jsonl",
         ({"id": q.id, "question": q.question, "answer": q.answers} for q in questions),
     )
-
-
-def _new_identity() -> str:
-    """A run's own, which its checkpoints name."""
-    return uuid.uuid4().hex
 
 
 def _names(path: Path) -> set[str]:
@@ -98,20 +95,6 @@ def as_written(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(hidden(dataclasses.asdict(config))))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    return read_object(path, ConfigError)
-
-
-class _Versions(msgspec.Struct):
-    folder: str = "."
-
-
-def _where(versions: Path) -> Path:
-    """The folder that a run was started in, which relative names in its config start from."""
-    told = check(read_object(versions, ConfigError), _Versions, versions, ConfigError)
-    return Path(told.folder)
-
-
 def check_data(path: Path, config: Config, accept_changed: bool) -> None:
     """Writes `data.json`, or compares it with what the run's files of data are now.
 
@@ -124,9 +107,7 @@ def check_data(path: Path, config: Config, accept_changed: bool) -> None:
     if file.exists():
         before = check(read_object(file, ConfigError), dict[str, str], file, ConfigError)
         changed = [
-            reference
-            for place, (reference, digest) in data.items()
-            if before.get(place, digest) != digest
+            reference for place, (reference, digest) in data.items() if before.get(place) != digest
         ]
         if changed and not accept_changed:
             raise ConfigError(
@@ -192,29 +173,6 @@ def _installed(name: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-# Defaults that changed: (before, now). A run begun with the one goes on with the other.
-_CHANGED_DEFAULTS = {"rollout.max_query_length": (64, 128)}
-
-
-def _differences(old: Any, new: Any, base: Path, path: str = "") -> list[str]:
-    """What differs between the config of a run and one to go on with, in words."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        join = f"{path}." if path else ""
-        # What an older version did not know of is not in the old one, and no difference.
-        return [
-            difference
-            for key in sorted(old)
-            for difference in _differences(old[key], new.get(key), base, f"{join}{key}")
-        ]
-    if path in RETIRED and RETIRED[path] == old and not isinstance(old, str):
-        return []
-    if told := retired(path):
-        return [told]
-    if old == new or _CHANGED_DEFAULTS.get(path) == (old, new) or _same_place(old, new, base):
-        return []
-    return [f"{path} was {old!r}, now {new!r}"]
 
 
 def _same_place(old: Any, new: Any, base: Path) -> bool:

@@ -69,12 +69,9 @@ def summarize(
         "run_dir": str(run_dir),
         "best_checkpoint": str(best) if best else None,
     }
-    if after:
+    if after and progress.before:
         for name, value in after.scores().items():
-            if name in (
-                progress.before or {}
-            ):  # of what an earlier version began, not all is known
-                summary |= {f"{name}_before": progress.before[name], f"{name}_after": value}
+            summary |= {f"{name}_before": progress.before[name], f"{name}_after": value}
         by_hops = {"f1_one_hop_after": after.f1_one_hop, "f1_two_hop_after": after.f1_two_hop}
         summary |= {name: f1 for name, f1 in by_hops.items() if f1 is not None}
         note_evaluation(run_dir, "after", after)
@@ -144,7 +141,7 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
 
 
 def _evaluated(run_dir: Path, when: str) -> list[dict[str, Any]]:
-    """The rows of an evaluation, by question; none in the directories of early versions."""
+    """The rows of an evaluation, by question; none where its file is gone."""
     return rows_so_far(run_dir / f"evaluation_{when}.jsonl", _Evaluated)
 
 

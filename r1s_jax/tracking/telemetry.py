@@ -8,7 +8,7 @@ from typing import Any
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Config
 from r1s_jax.data.rows import rows_so_far
-from r1s_jax.models.checkpoint_owner import identity_of
+from r1s_jax.models.checkpoint_owner import read_versions
 from r1s_jax.system.console import console
 from r1s_jax.system.distributed import is_main
 from r1s_jax.system.files import write_rows
@@ -102,6 +102,6 @@ def _start_wandb(run_dir: Path, config: Config) -> Any:
         project=config.run.wandb_project,
         dir=str(run_dir),
         config=as_written(config),
-        id=identity_of(run_dir),
+        id=read_versions(run_dir).id,
         resume="allow",
     )

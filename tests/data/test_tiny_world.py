@@ -12,7 +12,6 @@ from r1s_jax.data.tiny_world import (
     build_tokenizer,
 )
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.protocol.prompts import render_prompt
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import build_index
 
@@ -39,7 +38,7 @@ def texts_of(world, questions) -> list[str]:
     demonstrations += [world.demonstration(q, "search_then_guess") for q in two_hop]
     return [
         *(passage.line for passage in world.passages),
-        *(render_prompt(PROMPT, q.question) for q in questions),
+        *(PROMPT.replace("{question}", q.question) for q in questions),
         *(text for spans in demonstrations for text, trained in spans if trained),
     ]
 

@@ -32,6 +32,7 @@ RUN_ROW = {
     "reward": 0.5,
     "finish": "finished",
     "spans": [[QUERY, True], [DOCUMENTS, False], [ANSWER, True]],
+    "token_advantages": [[QUERY, 0.5], [ANSWER, 0.25]],
     "searches": [{"query": "Rome"}],
 }
 ANSWERED = {

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,11 @@ from r1s_jax.models.export import export
 from r1s_jax.models.identity import policy_digest
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.system.files import write_json
-from tests.makers import save_other_weights, save_small_model
-from tests.test_old_run import ARCHIVE
+from tests.makers import save_other_weights, save_small_model, save_small_run
 
 QUESTIONS = [Question(0, "Who?", ("A",)), Question(1, "Where?", ("B", "C"))]
 MODEL = {"sha256": "0" * 64}
+HEAD = {"format": 2}
 
 
 def header(asked=QUESTIONS, **settings) -> dict:
@@ -56,13 +55,14 @@ def test_names_may_change_and_contents_may_not(tmp_path):
 @pytest.mark.parametrize(
     ("head", "told"),
     [
-        ({}, "does not say which model and questions"),
-        ({"run": {"model": "m"}, "source": {}}, "does not say which model and questions"),
-        ({"run": []}, "run: Expected `object`, got `array`"),
-        ({"model": {}}, "missing required field `sha256`"),
-        ({"searches": {"found": "x"}}, "Expected `int`, got `str`"),
-        ({"format": 3}, r"has format 3; this version reads 2"),
-        ({"format": "new"}, r"has format 'new'"),
+        ({}, r"made by another version \(format None"),
+        (HEAD, "does not say which model and questions"),
+        (HEAD | {"run": {"model": "m"}, "source": {}}, "does not say which model and questions"),
+        (HEAD | {"run": []}, "run: Expected `object`, got `array`"),
+        (HEAD | {"model": {}}, "missing required field `sha256`"),
+        (HEAD | {"searches": {"found": "x"}}, "Expected `int`, got `str`"),
+        ({"format": 3}, r"made by another version \(format 3; this one reads 2\)"),
+        ({"format": "new"}, r"format 'new'"),
         ("[1]", "expected a JSON object"),
         ('{"run": ', "no JSON"),
     ],
@@ -97,9 +97,7 @@ def test_a_digest_is_of_what_a_model_says(tmp_path):
 
 
 def test_a_run_answers_with_the_checkpoint_that_it_began_with(tmp_path):
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
-    run, out = tmp_path / "run", tmp_path / "o.jsonl"
+    run, out = save_small_run(tmp_path / "run"), tmp_path / "o.jsonl"
     first = header()
     policy = load_described(out, str(run), first, None)
     number = first["model"]["checkpoint"]

@@ -84,7 +84,7 @@ def test_every_row_is_judged_once_whatever_fails(tmp_path):
     assert server.most_open == 32
     scores = summarize(read_results(out))
     assert (scores["judged"], scores["acc_l"]) == (266, 50.0)
-    assert read_header(out) == {"judge": {"model": "j", "url": server.url}}
+    assert read_header(out) == {"format": 2, "judge": {"model": "j", "url": server.url}}
 
 
 def test_what_failed_is_asked_again_and_nothing_else(tmp_path):

@@ -19,7 +19,7 @@ def results(folder: Path, name: str, rows=ROWS, **header) -> Path:
     path = folder / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if header:
-        (folder / f"{name}.header.json").write_text(json.dumps(header))
+        (folder / f"{name}.header.json").write_text(json.dumps(header | {"format": 2}))
     return path
 
 

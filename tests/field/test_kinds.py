@@ -22,9 +22,16 @@ from r1s_jax.models.weights import load_config, load_params, save_params
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.retrieval.encoder import BertEncoder
 from r1s_jax.rollout.engine import NotFinite
-from tests import fuzz
 from tests.http_server import LocalServer
-from tests.makers import QUESTIONS, ROLLOUT, make_engine, roll, run_cli, searching_params
+from tests.makers import (
+    QUESTIONS,
+    ROLLOUT,
+    make_engine,
+    roll,
+    run_cli,
+    save_small_run,
+    searching_params,
+)
 from tests.retrieval.test_encoder import write_bert
 
 DATA = Path(os.environ.get("R1S_DATA", "/nowhere"), "field")
@@ -159,8 +166,7 @@ def test_an_architecture_out_of_range_is_named(model, tmp_path, field, value):
 
 
 def test_flipped_bits_of_a_checkpoint_are_used_by_no_command(tmp_path, index):
-    fuzz._servable(tmp_path)
-    run = tmp_path / "run"
+    run = save_small_run(tmp_path / "run")
     sums = run / "checkpoints" / "124" / "progress" / "metadata"
     progress = json.loads(sums.read_text())
     progress["array_checksums"][".params['embed']"] ^= 1  # as if the numbers were others

@@ -175,7 +175,8 @@ DAMAGES = {
     "another phase": changed("progress/metadata", phase="learning"),
     "what was in flight": changed("progress/metadata", carried="abd"),
     "a checksum": changed("progress/metadata", array_checksums={}),
-    "no seal": changed("progress/metadata", seal=None),
+    "a seal that fits nothing": changed("progress/metadata", seal=None),
+    "no seal": lambda f: (f / "progress" / "metadata").write_text('{"checksums": {}, "step": 2}'),
     "another file": lambda f: (f / "progress" / "metadata").write_text("{}"),
     "a score in its place": lambda f: (f / "progress" / "metadata").write_bytes(
         (f / "metrics" / "metrics").read_bytes()
@@ -245,7 +246,8 @@ def test_what_cannot_be_read_further_sets_its_checkpoint_aside(tmp_path):
 
 def begun(folder: Path, identity: str = "") -> Path:
     folder.mkdir()
-    (folder / "versions.json").write_text(json.dumps({"id": identity or folder.name}))
+    versions = {"format": 1, "id": identity or folder.name, "folder": "."}
+    (folder / "versions.json").write_text(json.dumps(versions))
     return folder
 
 
@@ -269,8 +271,12 @@ def test_a_folder_of_checkpoints_is_one_runs(tmp_path):
     (shared / "run.json").unlink()
     with pytest.raises(CheckpointError, match="holds checkpoints of another run"):
         Checkpoints(shared, keep=2, run=moved)
-    inside = saved_twice(moved / "checkpoints")  # of an early version
-    Checkpoints(inside.parent, keep=2, run=moved).close()
+    inside = saved_twice(moved / "checkpoints")  # by nobody who says so
+    with pytest.raises(CheckpointError, match="holds checkpoints of another run"):
+        Checkpoints(inside.parent, keep=2, run=moved)
+    (one / "versions.json").write_text('{"jax": "0.10.2", "id": "one"}')
+    with pytest.raises(CheckpointError, match=r"made by an earlier version.*start a new run"):
+        Checkpoints(one / "checkpoints", keep=2, run=one)
 
 
 IN_A_BUCKET = """
@@ -303,7 +309,8 @@ again.close()
 runs = [pathlib.Path(os.environ["RUNS"], name) for name in ("one", "two")]
 for run in runs:
     run.mkdir()
-    (run / "versions.json").write_text(json.dumps({"id": run.name}))
+    versions = {"format": 1, "id": run.name, "folder": "."}
+    (run / "versions.json").write_text(json.dumps(versions))
 theirs = Checkpoints("gs://bucket/theirs", keep=2, run=runs[0])
 with pytest.raises(CheckpointError, match="gs://bucket/theirs belongs to the run in .*one"):
     Checkpoints("gs://bucket/theirs", keep=2, run=runs[1])

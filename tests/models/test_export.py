@@ -12,14 +12,15 @@ import pytest
 
 from r1s_jax.config import ModelConfig, PolicyConfig
 from r1s_jax.configs.tiny_world import config as tiny_world
-from r1s_jax.data.tiny_world import build_tokenizer
+from r1s_jax.data.tiny_world import PROMPT, build_tokenizer
 from r1s_jax.learning.learner import LearnerState
 from r1s_jax.models.checkpoint import CheckpointError, Checkpoints
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.export import export
 from r1s_jax.models.params import init_params
-from r1s_jax.models.pretrained import load_pretrained
+from r1s_jax.models.pretrained import Pretrained, load_pretrained, save_policy
 from r1s_jax.models.weights import save_params
+from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.system.files import write_json
 from r1s_jax.tracking.run_dir import open_run_dir
 from tests.models.test_parity import assert_close
@@ -38,6 +39,8 @@ def run(tmp_path_factory):
     """A run's directory with the checkpoints 7 (seed 7) and 12 (seed 12)."""
     config = dataclasses.replace(tiny_world(), policy=PolicyConfig(architecture=MODEL))
     run = open_run_dir(tmp_path_factory.mktemp("runs") / "mine", config, resume=False)
+    tokenizer, dialect = build_tokenizer(), R1Searcher(prompt=PROMPT)
+    save_policy(run, Pretrained(MODEL, {}, tokenizer, (tokenizer.eos_token_id,), dialect))
     checkpoints = Checkpoints(run / "checkpoints", keep=2)
     for step in (7, 12):
         params = init_params(MODEL, step)
@@ -129,9 +132,8 @@ def test_a_newest_checkpoint_that_is_not_whole_is_named_and_passed_over(
 
 
 def test_a_run_without_checkpoints_or_with_a_damaged_one(run, tmp_path):
-    empty = tmp_path / "run"
-    (empty / "checkpoints" / "3").mkdir(parents=True)
-    (empty / "config.json").write_text((run / "config.json").read_text())
+    empty = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("7", "12"))
+    (empty / "checkpoints" / "3").mkdir()
     with pytest.raises(CheckpointError, match="checkpoints/3 cannot be read"):
         export(str(empty), tmp_path / "hf")
     (empty / "checkpoints" / "3").rmdir()

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.protocol.prompts import render_prompt
+from r1s_jax.protocol.dialects import make_dialect
+from r1s_jax.protocol.r1_searcher import R1Searcher
 
 
 @pytest.mark.parametrize(
@@ -89,15 +90,15 @@ def test_what_is_put_between_tags_comes_out(before, inside):
     assert protocol.extract_answer(text) == inside.strip()
 
 
-def test_render_prompt_fills_the_question_and_leaves_other_braces():
+def test_a_template_takes_the_question_and_keeps_other_braces():
     template = 'Q: {question} {"json": {x}} {0} {question}'
-    assert render_prompt(template, "{why}?") == 'Q: {why}? {"json": {x}} {0} {why}?'
+    assert R1Searcher(prompt=template).plain("{why}?") == 'Q: {why}? {"json": {x}} {0} {why}?'
 
 
 @pytest.mark.parametrize("template", ["", "no field", "{Question}", "{ question }"])
 def test_a_template_without_the_field_is_refused(template):
     with pytest.raises(ValueError, match=r"needs the field \{question\}"):
-        render_prompt(template, "why?")
+        make_dialect("r1_searcher", prompt=template)
 
 
 def test_the_prompts_name_every_tag_and_the_base_prompt_ends_thinking():
@@ -105,7 +106,7 @@ def test_the_prompts_name_every_tag_and_the_base_prompt_ends_thinking():
         for name in ("QUERY", "DOCUMENTS", "THINK", "ANSWER"):
             assert getattr(protocol, f"BEGIN_{name}") in prompt
             assert getattr(protocol, f"END_{name}") in prompt
-    rendered = render_prompt(protocol.BASE_PROMPT, "Who wrote {x}?")
+    rendered = R1Searcher().plain("Who wrote {x}?")
     assert "User: Who wrote {x}?\n" in rendered
     assert rendered.endswith("Assistant: <think>")
 

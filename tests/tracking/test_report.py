@@ -322,15 +322,6 @@ def test_runs_with_hardly_anything(tmp_path):
     assert source.count('class="dot"') == 4 and source.count('class="broken"') == 1
 
 
-def test_old_runs_have_no_advantages(tmp_path):
-    old = trace_row(1)
-    del old["token_advantages"]
-    write_report([make_run(tmp_path / "old", traces=[old])], tmp_path / "report.html")
-    text = words(tmp_path / "report.html")
-    assert "No advantages were written" in text and "1 search · finished What" not in text
-    assert "data-a=" not in (tmp_path / "report.html").read_text().partition("<script>")[0]
-
-
 @pytest.mark.parametrize(
     ("name", "line", "message"),
     [

@@ -15,8 +15,8 @@ from r1s_jax.border.errors import UserError
 from r1s_jax.config import ConfigError, CorpusConfig, PolicyConfig
 from r1s_jax.configs import wiki_smollm2
 from r1s_jax.data import corpora
-from r1s_jax.models.checkpoint_owner import identity_of
-from r1s_jax.models.pretrained import make_policy, save_policy
+from r1s_jax.models.checkpoint_owner import read_versions
+from r1s_jax.models.pretrained import load_pretrained, make_policy, save_policy
 from r1s_jax.tracking.run_dir import StopRequest, as_written, check_data, open_run_dir
 from tests.makers import letters, save_other_weights, save_small_model
 
@@ -42,31 +42,31 @@ def test_no_credentials_are_written(tmp_path):
     open_run_dir(tmp_path / "run", config(), resume=True)
 
 
-def test_a_run_of_an_earlier_version_goes_on(tmp_path):
-    """It does not know the newest fields, and a default of its time has changed since."""
+def test_a_run_of_another_config_is_named_by_what_differs(tmp_path):
     begin(tmp_path / "run", config())
     file = tmp_path / "run" / "config.json"
-    old = json.loads(file.read_text())
-    old["rollout"]["max_query_length"] = 64
-    del old["search"]["served_by"], old["eval"]
-    file.write_text(json.dumps(old))
-    open_run_dir(tmp_path / "run", config(), resume=True)
     with pytest.raises(ConfigError, match="another config: seed was 0, now 3"):
         open_run_dir(tmp_path / "run", config(seed=3), resume=True)
-
-
-def test_a_field_that_is_no_more_says_what_to_do_on_resume(tmp_path):
-    """Where a run was begun with another value than the one it is fixed at."""
-    begin(tmp_path / "run", config())
-    file = tmp_path / "run" / "config.json"
     old = json.loads(file.read_text())
-    old["rollout"]["stop_at_answer"] = True
+    del old["search"]["served_by"]
     file.write_text(json.dumps(old))
-    open_run_dir(tmp_path / "run", config(), resume=True)
-    old["rollout"]["stop_at_answer"] = False
-    file.write_text(json.dumps(old))
-    with pytest.raises(ConfigError, match=r"rollout\.stop_at_answer is fixed at true now"):
+    with pytest.raises(ConfigError, match=r"search\.served_by was None, now "):
         open_run_dir(tmp_path / "run", config(), resume=True)
+
+
+def test_a_run_of_an_earlier_version_is_refused(tmp_path):
+    begin(tmp_path / "run", config())
+    versions = tmp_path / "run" / "versions.json"
+    told = json.loads(versions.read_text())
+    del told["format"]
+    versions.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"versions\.json: .* an earlier version.*start a new run"):
+        open_run_dir(tmp_path / "run", config(), resume=True)
+    with pytest.raises(UserError, match="an earlier version"):
+        load_pretrained(str(tmp_path / "run"))
+    versions.unlink()
+    with pytest.raises(UserError, match=r"holds no versions\.json"):
+        read_versions(tmp_path / "run")
 
 
 def test_one_file_by_two_names_is_the_same(tmp_path, monkeypatch):
@@ -119,20 +119,19 @@ def test_the_encoder_of_passages_is_data(tmp_path, monkeypatch):
 
 
 def test_a_run_keeps_its_identity(tmp_path):
-    """Also where it ended before its first step, and where its version gave it none."""
+    """Also where it ended before its first step."""
     run = open_run_dir(tmp_path / "run", config(), resume=False)
-    first = identity_of(run)
+    first = read_versions(run).id
     open_run_dir(run, config(seed=3), resume=False)
     (run / "metrics.jsonl").touch()
     open_run_dir(run, config(seed=3), resume=True)
-    assert identity_of(run) == first != ""
-    (run / "versions.json").write_text('{"jax": "0.10.2"}')
-    open_run_dir(run, config(seed=3), resume=True)
-    assert identity_of(run) and json.loads((run / "versions.json").read_text())["jax"] == "0.10.2"
-    assert identity_of(open_run_dir(tmp_path / "other", config(), resume=False)) != first
+    assert read_versions(run).id == first != ""
+    assert read_versions(open_run_dir(tmp_path / "other", config(), resume=False)).id != first
 
 
-@pytest.mark.parametrize("damaged", ['{"folder": 3}', "[]", '{"id": []}'])
+@pytest.mark.parametrize(
+    "damaged", ['{"format": 1, "id": "a", "folder": 3}', "[]", '{"format": 1, "folder": "."}']
+)
 def test_versions_that_are_damaged_are_named(tmp_path, damaged):
     begin(tmp_path / "run", config())
     (tmp_path / "run" / "versions.json").write_text(damaged)
