@@ -22,7 +22,7 @@ import numpy as np
 
 from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.border.json import decode, parse, read_object
-from r1s_jax.border.text import whole
+from r1s_jax.border.text import is_whole_number, whole
 from r1s_jax.retrieval.api import Passage, contents_line, join_line
 
 PASSAGES_FILE = "passages.tsv"
@@ -50,7 +50,7 @@ class SeenIds:
             self._counted += 1
             return id not in self._others
         # Longer ones are no places in a file, and int() refuses numbers of thousands of digits.
-        counted = id.isascii() and id.isdecimal() and len(id) < 20 and int(id) < self._counted
+        counted = is_whole_number(id) and len(id) < 20 and int(id) < self._counted
         if id in self._others or (counted and id == str(int(id))):
             return False
         self._others.add(id)

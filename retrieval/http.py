@@ -1,5 +1,6 @@
 """A search engine behind HTTP, in either of the contracts that are common."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.http import Client, ServerError, without_credentials
 from r1s_jax.border.json import parse_object
 from r1s_jax.border.schema import check
+from r1s_jax.border.text import is_whole_number
 from r1s_jax.retrieval.api import Hit, contents_line, join_line
 from r1s_jax.retrieval.cache import HitCache
 
@@ -115,7 +117,8 @@ class HttpRetriever:
 def _of_line(line: str) -> Hit:
     """`{id}\\t{passage}` or the passage alone."""
     id, tab, rest = line.partition("\t")
-    return Hit(id, float("nan"), rest) if tab and id.isdigit() else Hit("", float("nan"), line)
+    numbered = tab and is_whole_number(id)
+    return Hit(id, math.nan, rest) if numbered else Hit("", math.nan, line)
 
 
 def _of_document(hit: Any, where: str) -> Hit:

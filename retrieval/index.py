@@ -19,8 +19,6 @@ A saved index is a folder that may be moved:
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +47,8 @@ from r1s_jax.retrieval.searchers import (
     NotInstalled,
     Searcher,
 )
+from r1s_jax.system.files import whole_folder
+from r1s_jax.system.locks import only_one
 
 FORMAT = 2
 _INFO_FILE = "index.json"
@@ -190,18 +190,14 @@ def encoder_of(index: Index) -> Encoder | None:
 def new_folder(directory: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes its name when the block ends well and else disappears.
 
-    Raises FileExistsError where the name is taken by something that is not an empty folder.
+    Raises FileExistsError where the name is taken by something that is not an empty folder, InUse
+    where another process writes there.
     """
     directory = Path(directory)
-    check_free(directory)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with only_one(directory, "the index"):
+        check_free(directory)
+        with whole_folder(directory) as partial:
+            yield partial
 
 
 def check_free(directory: Path) -> None:
@@ -265,7 +261,10 @@ def check_whole(directory: Path, info: dict[str, Any]) -> None:
     Reads everything; `check_files`, which every opening calls, reads evenly spread blocks.
     """
     if not info["digests"]:
-        raise IndexFormatError(f"{directory} keeps no digests of its files: build it again")
+        raise IndexFormatError(
+            f"{directory} keeps no digests: Milvus goes on writing its files, so what they hold "
+            "cannot be compared"
+        )
     for name, known in info["digests"].items():
         with (directory / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
@@ -387,7 +386,7 @@ class _Info(TypedDict):
     corpus: str
     corpus_sample: str
     files: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
-    digests: NotRequired[dict[str, _FileDigests]]  # those of earlier versions have none
+    digests: dict[str, _FileDigests]  # none of Milvus's own files, which go on changing
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
@@ -396,12 +395,13 @@ def read_info(directory: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise IndexFormatError(f"{directory} is not an index: it holds no {_INFO_FILE}")
     info = read_object(path, IndexFormatError)
-    if (version := info.get("format")) != FORMAT:
+    version = info.get("format")
+    if version != FORMAT or "digests" not in info:
         raise IndexFormatError(
-            f"{directory} has format {shorten(repr(version), 40)}; this code reads {FORMAT}: build "
-            "it again"
+            f"{directory} was made by another version (format {shorten(repr(version), 40)}; this "
+            f"one reads {FORMAT}, with digests of all files): build it again"
         )
     check(info, _Info, f"{directory} is not an index: {_INFO_FILE}", IndexFormatError)
     if outside := [name for name in info["files"] if ".." in Path(name).parts or name[:1] == "/"]:
         raise IndexFormatError(f"{path} names a file outside of its folder: {outside[0]!r}")
-    return {"digests": {}} | info
+    return info

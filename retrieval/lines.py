@@ -36,7 +36,6 @@ class Line(NamedTuple):
 
     file: str
     number: int  # in the file, from 1
-    offset: int  # of its first byte in the file, once decompressed
     data: bytes
 
 
@@ -50,8 +49,8 @@ class Source(Protocol):
         """Bytes read so far, as stored."""
         ...
 
-    def files(self, first: str, offset: int) -> Iterator[tuple[str, BinaryIO]]:
-        """(name, stream) from the file `first` ("": the very first), which starts at `offset`."""
+    def files(self) -> Iterator[tuple[str, BinaryIO]]:
+        """The name and the stream of each file."""
         ...
 
 
@@ -75,24 +74,22 @@ def open_archive(reference: str) -> Source:
     return _Archive(path)
 
 
-def read_lines(source: Source, file: str = "", number: int = 1, offset: int = 0) -> Iterator[Line]:
-    """The lines of a source from one of them on (by default from the first), with constant memory.
+def read_lines(source: Source) -> Iterator[Line]:
+    """The lines of a source, with constant memory.
 
     Raises:
         CorpusError: the source is cut or damaged, or a line is too long; the message names the
             file and the last line that could be read.
     """
-    name = file or source.name
-    number -= 1
+    name, number = source.name, 0
     try:
-        for name, stream in source.files(file, offset):
+        for name, stream in source.files():
+            number = 0
             while data := stream.readline(LONGEST_LINE):
                 number += 1
                 if len(data) == LONGEST_LINE:
                     raise CorpusError(name, f"a line of more than {len(data):,} bytes", number)
-                yield Line(name, number, offset, data)
-                offset += len(data)
-            number, offset = 0, 0
+                yield Line(name, number, data)
     except _BROKEN as error:
         reason = "cut or damaged after this line" if number > 0 else "cannot be read"
         reason += f" ({error or type(error).__name__})"
@@ -107,54 +104,45 @@ class _File:
         self._path, self.name, self.total = path, str(path), path.stat().st_size
         self.consumed: Callable[[], int] = int
 
-    def files(self, first: str, offset: int) -> Iterator[tuple[str, BinaryIO]]:
+    def files(self) -> Iterator[tuple[str, BinaryIO]]:
         with self._path.open("rb") as raw:
             self.consumed = raw.tell
-            if self._path.suffix == ".gz":
-                yield self.name, _skip(gzip.GzipFile(fileobj=raw), offset)
-            else:
-                raw.seek(offset)
-                yield self.name, raw
+            yield self.name, gzip.GzipFile(fileobj=raw) if self._path.suffix == ".gz" else raw
 
 
 class _Address:
-    """A file behind HTTP. Going on asks for the rest of it; where that is refused, for all."""
+    """A file behind HTTP."""
 
     def __init__(self, url: str):
         self.name, self.total = url, 0
         self._gzipped = (urllib3.util.parse_url(url).path or "").endswith(".gz")
         self.consumed: Callable[[], int] = int
 
-    def files(self, first: str, offset: int) -> Iterator[tuple[str, BinaryIO]]:
-        with self._get(0 if self._gzipped else offset) as (start, response):
+    def files(self) -> Iterator[tuple[str, BinaryIO]]:
+        with self._get() as response:
             response.auto_close = False  # at its end the response would close itself under us
             raw = io.BufferedReader(response, _CHUNK)
-            self.total = start + int(response.headers.get("Content-Length", -start))
-            self.consumed = lambda: start + response.tell()
-            stream = gzip.GzipFile(fileobj=raw) if self._gzipped else raw
-            yield self.name, _skip(stream, offset - start)
+            self.total = int(response.headers.get("Content-Length", 0))
+            self.consumed = response.tell
+            yield self.name, gzip.GzipFile(fileobj=raw) if self._gzipped else raw
 
     @contextmanager
-    def _get(self, offset: int) -> Iterator[tuple[int, urllib3.HTTPResponse]]:
-        """The response, and the byte of the file with which it starts: `offset` or 0."""
+    def _get(self) -> Iterator[urllib3.HTTPResponse]:
         timeout = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
-        headers = {"Accept-Encoding": "identity"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
         response = Connections().request(
             "GET",
             self.name,
             hops=5,
-            headers=headers,
+            headers={"Accept-Encoding": "identity"},
             timeout=timeout,
             decode_content=False,
             # Of lost connections: a server that asks to come back later is not waited for.
             retries=urllib3.Retry(3, respect_retry_after_header=False),
         )
         try:
-            if response.status not in (200, 206):
+            if response.status != 200:
                 raise CorpusError(self.name, f"the server answers {response.status}")
-            yield offset if response.status == 206 else 0, response
+            yield response
         finally:
             response.close()
 
@@ -169,18 +157,13 @@ class _Folder:
         self.total = sum(file.stat().st_size for file in self._files)
         self.consumed: Callable[[], int] = int
 
-    def files(self, first: str, offset: int) -> Iterator[tuple[str, BinaryIO]]:
-        before, found = 0, not first
+    def files(self) -> Iterator[tuple[str, BinaryIO]]:
+        before = 0
         for path in self._files:
-            found = found or str(path) == first
-            if found:
-                with path.open("rb") as raw:
-                    self.consumed = lambda raw=raw, before=before: before + raw.tell()
-                    yield str(path), _skip(bz2.BZ2File(raw), offset)
-                offset = 0
+            with path.open("rb") as raw:
+                self.consumed = lambda raw=raw, before=before: before + raw.tell()
+                yield str(path), bz2.BZ2File(raw)
             before += path.stat().st_size
-        if not found:
-            raise CorpusError(self.name, f"no file {first!r} to go on from")
 
 
 class _Archive:
@@ -190,26 +173,9 @@ class _Archive:
         self._path, self.name, self.total = path, str(path), path.stat().st_size
         self.consumed: Callable[[], int] = int
 
-    def files(self, first: str, offset: int) -> Iterator[tuple[str, BinaryIO]]:
-        found = not first
+    def files(self) -> Iterator[tuple[str, BinaryIO]]:
         with self._path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as archive:
             self.consumed = raw.tell
             for member in archive:
-                name = f"{self.name}:{member.name}"
-                found = found or name == first
-                base = Path(member.name).name
-                if found and member.isfile() and fnmatch(base, _PAGES):
-                    yield name, _skip(bz2.BZ2File(archive.extractfile(member)), offset)
-                    offset = 0
-        if not found:
-            raise CorpusError(self.name, f"no file {first!r} to go on from")
-
-
-def _skip(stream: BinaryIO, offset: int) -> BinaryIO:
-    """The stream, `offset` bytes further on; raises EOFError where it ends before."""
-    while offset:
-        chunk = stream.read(min(offset, _CHUNK))
-        if not chunk:
-            raise EOFError("shorter than it was")
-        offset -= len(chunk)
-    return stream
+                if member.isfile() and fnmatch(Path(member.name).name, _PAGES):
+                    yield f"{self.name}:{member.name}", bz2.BZ2File(archive.extractfile(member))

@@ -13,6 +13,7 @@ from r1s_jax.retrieval.scann import scann_parameters
 PASSAGE_BYTES = 550
 _POSTINGS = 58  # different words of such a passage
 _SCANN_FIXED = 12e6
+_PEAK_OF_DISK = 1.3
 # Measured on two cores of an AMD EPYC (docs/indexes.md): seconds of ScaNN for each number of the
 # vectors, and passages of 100 words a second by an encoder of so many weights in its layers.
 _SCANN_SECONDS = 93 / (1e6 * 384)
@@ -111,8 +112,8 @@ def expected_recall(parameters: dict[str, Any]) -> str:
     return f"about {low} to 0.98 (a tree of which {share:.0%} is read, {parameters['vectors']})"
 
 
-def shards_within(passages: int, dims: int, times: float = 1.3) -> int | None:
-    """In how many parts ScaNN must be built for its peak to stay below `times` what it writes.
+def shards_within(passages: int, dims: int) -> int | None:
+    """In how many parts ScaNN must be built for its peak to stay below 1.3 times what it writes.
 
     None where that follows from the size, as `scann_parameters` derives it.
     """
@@ -120,5 +121,5 @@ def shards_within(passages: int, dims: int, times: float = 1.3) -> int | None:
     if parameters["scoring"] == "brute_force":
         return None
     one = _scann(passages, dims, parameters | {"shards": 1})
-    needed = math.ceil((one.build_peak - _SCANN_FIXED) / (times * one.disk))
+    needed = math.ceil((one.build_peak - _SCANN_FIXED) / (_PEAK_OF_DISK * one.disk))
     return needed if needed > parameters["shards"] else None

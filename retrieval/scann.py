@@ -47,9 +47,9 @@ class ScannSearcher:
         self._threads = ThreadPoolExecutor(len(shards)) if len(shards) > 1 else None
 
     @classmethod
-    def build(cls, vectors: Vectors, parameters: dict[str, Any] | None = None) -> "ScannSearcher":
-        """Builds in memory; `parameters` are `scann_parameters`, of the size by default."""
-        parameters = parameters or scann_parameters(len(vectors))
+    def build(cls, vectors: Vectors) -> "ScannSearcher":
+        """Builds in memory, with the parameters that follow from the size."""
+        parameters = scann_parameters(len(vectors))
         return cls(list(_build_shards(vectors, parameters)), parameters)
 
     @staticmethod

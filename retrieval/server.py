@@ -36,6 +36,7 @@ from starlette.types import ASGIApp
 from r1s_jax.border import listen
 from r1s_jax.border.listen import bind
 from r1s_jax.border.origins import Callers, callers, guarded
+from r1s_jax.border.text import is_whole_number
 from r1s_jax.retrieval.api import Hit, Retriever
 
 logger = logging.getLogger(__name__)
@@ -293,7 +294,7 @@ def _lines_reply(body: dict[str, Any], hits: list[list[Hit]]) -> dict[str, Any]:
 
 
 def _line(hit: Hit) -> str:
-    return f"{hit.id}\t{hit.line}" if hit.id.isascii() and hit.id.isdigit() else hit.line
+    return f"{hit.id}\t{hit.line}" if is_whole_number(hit.id) else hit.line
 
 
 def _documents_reply(body: dict[str, Any], hits: list[list[Hit]]) -> dict[str, Any]:

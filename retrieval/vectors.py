@@ -9,11 +9,9 @@ float16: components of unit vectors are at most 1, so a dot product moves by som
 disk holds half as much (74 instead of 147 GB for KILT at 1024 dims).
 """
 
-import fcntl
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -24,12 +22,14 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.border.errors import UserError, reading
+from r1s_jax.border.errors import UserError, reading, shorten
 from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.encoder import Encoder, Progress
+from r1s_jax.system.files import write_json, write_text
+from r1s_jax.system.locks import only_one
 
 _FORMAT = 1
 _CHUNK = 4096
@@ -69,25 +69,32 @@ def encode_shard(
 ) -> Path:
     """Encodes the passages of one shard, going on where an earlier try stopped.
 
-    Raises VectorError where the folder holds vectors of another corpus, encoder or division.
+    Raises VectorError where the folder holds vectors of another corpus, encoder or division, InUse
+    where another process encodes the same shard.
     """
     if not 0 <= shard < shards:
         raise VectorError(f"shard {shard + 1} of {shards}: expected 1 to {shards}")
     directory.mkdir(parents=True, exist_ok=True)
     description = _describe(corpus, encoder, shard, shards)
     _check_fits(directory, description)
-    name = f"vectors-{shard:05}-of-{shards:05}"
-    path, partial = directory / f"{name}.npy", directory / f"{name}.part"
-    if path.exists():
-        return path
-    _write_atomically(directory / f"{name}.json", json.dumps(description, indent=2) + "\n")
-    start, rows = description["start"], description["rows"]
+    path = directory / f"vectors-{shard:05}-of-{shards:05}.npy"
+    with only_one(path, "this part of the vectors"):
+        if not path.exists():
+            write_json(path.with_suffix(".json"), description)
+            _encode(corpus, encoder, path, description, progress)
+    return path
+
+
+def _encode(
+    corpus: Corpus,
+    encoder: Encoder,
+    path: Path,
+    description: dict[str, Any],
+    progress: Progress | None,
+) -> None:
+    partial, start, rows = path.with_suffix(".part"), description["start"], description["rows"]
     header = _npy_header((rows, encoder.dims))
     with partial.open("r+b" if partial.exists() else "w+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise VectorError(f"{partial}: another process is writing it") from error
         done = _resume(file, header, 2 * encoder.dims)
         passages = itertools.islice(iter(corpus.read()), start + done, start + rows)
         while chunk := list(itertools.islice(passages, _CHUNK)):
@@ -103,9 +110,8 @@ def encode_shard(
             os.fsync(file.fileno())  # a length that the disk holds, data that it does not: never
             done += len(chunk)
     with partial.open("rb") as file:
-        _write_atomically(_digest_file(path), hashlib.file_digest(file, "sha256").hexdigest())
+        write_text(_digest_file(path), [hashlib.file_digest(file, "sha256").hexdigest()])
     partial.rename(path)
-    return path
 
 
 def _digest_file(path: Path) -> Path:
@@ -147,7 +153,13 @@ class _Description(TypedDict):
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    return check(read_object(path, VectorError), _Description, path, VectorError)
+    told = read_object(path, VectorError)
+    if (version := told.get("format")) != _FORMAT:
+        raise VectorError(
+            f"{path} was made by another version (format {shorten(repr(version), 40)}; this one "
+            f"reads {_FORMAT}): encode the passages anew"
+        )
+    return check(told, _Description, path, VectorError)
 
 
 def _check_fits(directory: Path, ours: dict[str, Any]) -> None:
@@ -155,18 +167,12 @@ def _check_fits(directory: Path, ours: dict[str, Any]) -> None:
     for path in sorted(directory.iterdir()):
         if _NAME.fullmatch(path.name):
             theirs = _read_description(path)
-            for key in ("format", "shards", "passages", "dims", "corpus", "encoder"):
+            for key in ("shards", "passages", "dims", "corpus", "encoder"):
                 if theirs[key] != ours[key]:
                     raise VectorError(
                         f"{path}: {key} is {theirs[key]!r}, not {ours[key]!r}: "
                         "name another folder, or remove this one"
                     )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(text, "utf-8")
-    partial.rename(path)
 
 
 def _npy_header(shape: tuple[int, int]) -> bytes:
@@ -246,12 +252,11 @@ class VectorShards:
 
 def _open_shard(path: Path, dims: int) -> np.ndarray:
     known = _digest_file(path)
-    if known.exists():  # those of earlier versions have none
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != known.read_text(
-                "ascii", "replace"
-            ):
-                raise VectorError(f"{path} is damaged: encode that part again")
+    if not known.exists():
+        raise VectorError(f"{known} is missing: remove {path.name} and encode that part again")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != known.read_text("ascii", "replace"):
+            raise VectorError(f"{path} is damaged: encode that part again")
     with reading(path, VectorError):
         part = np.load(path, mmap_mode="r")
     if part.ndim != 2 or part.shape[1] != dims or part.dtype != np.float16:

@@ -48,11 +48,6 @@ def test_index_search_reads_arguments_and_lines(index):
         assert best["title"] == name
 
 
-def test_index_search_prints_the_same_with_json(index):
-    plain = run("index", "search", str(index), "Bakori", "--k", "1")
-    assert run("index", "search", str(index), "Bakori", "--k", "1", "--json").output == plain.output
-
-
 def test_index_encode_build_info_and_plan(tmp_path):
     passages, out = tmp_path / "p.tsv", tmp_path / "i"
     passages.write_text("".join(f"{i}\tTown {i}   lies by river {i}\n" for i in range(40)))

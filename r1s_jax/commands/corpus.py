@@ -24,8 +24,7 @@ def kilt(
 ) -> None:
     """KILT pages as passages of 100 words, `{idx}<TAB>{title}   {text}`.
 
-    Needs little memory. After any stop the same command goes on where it stood. Malformed pages are
-    skipped; the last line printed is a summary as JSON.
+    Needs little memory. Malformed pages are skipped; the last line printed is a summary as JSON.
     """
     from r1s_jax.retrieval.kilt import KILT
     from r1s_jax.retrieval.lines import open_source
@@ -42,7 +41,7 @@ def abstracts(
 ) -> None:
     """HotpotQA's Wikipedia abstracts as passages, `{idx}<TAB>Title: {title} Text:  {text}`.
 
-    Stops, goes on and skips as `r1s corpus kilt` does.
+    Skips malformed pages as `r1s corpus kilt` does.
     """
     from r1s_jax.retrieval.kilt import ABSTRACTS
     from r1s_jax.retrieval.lines import open_archive

@@ -135,9 +135,6 @@ def search(
         list[str] | None, typer.Argument(help="Queries; none: one a line from standard input.")
     ] = None,
     k: Annotated[int, typer.Option(min=1, help="Passages a query.")] = 5,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="The only form there is: one JSON object a query.")
-    ] = True,
 ) -> None:
     """Search an index: one JSON object a query, `{"query", "results": [...]}`."""
     import jax
@@ -276,7 +273,6 @@ def serve(
 
     Prints the address once it listens. SIGTERM and Ctrl-C finish what is in flight.
     """
-    from r1s_jax.border.errors import ConfigError
     from r1s_jax.data.corpora import open_saved_index
 
     try:

@@ -6,15 +6,26 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the name `path` when the block ends well, and else is gone."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: Path, parts: Iterable[str]) -> None:
     """Writes the joined parts, in UTF-8, in the place of whatever `path` held."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(parts)
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.writelines(part.encode() for part in parts)
 
 
 def write_json(path: Path, value: Any) -> None:

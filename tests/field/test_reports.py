@@ -42,7 +42,7 @@ def test_a_folder_of_shards_is_a_corpus(tmp_path):
         *("--encoder", "hash", "--kind", "exact"),
     )
     assert built.exit_code == 0, built.output
-    found = result("index", "search", tmp_path / "idx", "Passage number 39", "--k", 1, "--json")
+    found = result("index", "search", tmp_path / "idx", "Passage number 39", "--k", 1)
     assert "d39" in found.output, "the last passage of the second file, by its own id"
 
 

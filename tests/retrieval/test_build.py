@@ -27,6 +27,7 @@ from r1s_jax.retrieval.scann import ScannSearcher, scann_parameters
 from r1s_jax.retrieval.searchers import ExactSearcher, recall
 from r1s_jax.retrieval.vectors import Corpus, VectorError, encode_shard
 from r1s_jax.system.assets import AssetError
+from tests.makers import names
 from tests.retrieval.test_encoder import write_bert
 from tests.retrieval.test_vectors import Interrupted
 
@@ -46,7 +47,7 @@ def test_a_built_index_finds_and_tells(tmp_path, kind):
         pytest.importorskip(module)
     told = []
     write_index(tmp_path / "a", PASSAGES, ENCODER, stage, kind=kind, tell=told.append)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert names(tmp_path) == ["a"]
     assert "300 passages" in told[0]
     info = index_info(tmp_path / "a")
     assert (info["kind"], info["passages"]) == (kind, 300)
@@ -84,7 +85,7 @@ def test_a_stopped_build_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(vectors_module, "_CHUNK", 50)
     with pytest.raises(KeyboardInterrupt):
         write_index(tmp_path / "a", PASSAGES, Interrupted(4), stage, kind="exact")
-    assert [path.name for path in tmp_path.iterdir()] == [".a.vectors"]
+    assert names(tmp_path) == [".a.vectors"]
     second = Interrupted(100)
     write_index(tmp_path / "a", PASSAGES, second, stage, kind="exact")
     assert 100 - second.calls == 2 + 1  # the other two chunks, and the queries that measure recall
@@ -93,7 +94,7 @@ def test_a_stopped_build_goes_on(tmp_path, monkeypatch):
         write_index(tmp_path / "b", PASSAGES, Interrupted(4), stage, kind="exact")
     write_index(tmp_path / "b", PASSAGES[:100], ENCODER, stage, kind="exact")
     assert read_info(tmp_path / "b")["passages"] == 100
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert names(tmp_path) == ["a", "b"]
 
 
 def test_passages_longer_than_the_encoder_reads_are_told(tmp_path):

@@ -16,6 +16,7 @@ from r1s_jax.retrieval.importing import import_index
 from r1s_jax.retrieval.index import open_index, read_info
 from r1s_jax.retrieval.plan import shards_within
 from r1s_jax.retrieval.vectors import VectorError
+from tests.makers import names
 from tests.retrieval.test_build import stage
 
 ENCODER = HashEncoder(32)
@@ -71,7 +72,7 @@ def test_an_imported_index_finds_and_tells(tmp_path, kind):
     assert hits[0].line == PASSAGES[77].line
     info = read_info(tmp_path / "a")
     assert info["imported"]["form"] == "FAISS flat, inner product"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "f"]
+    assert names(tmp_path) == ["a", "f"]
     with pytest.raises(FileExistsError):
         imported(tmp_path, tmp_path / "f")
 
@@ -143,7 +144,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
         imported(tmp_path, flat(tmp_path / "g", broken), kind="exact", check=False)
     with pytest.raises(VectorError, match=r"has length 2\.000"):
         imported(tmp_path, flat(tmp_path / "g", 2 * VECTORS, b"IxF2", 1), kind="exact")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "g"]
+    assert names(tmp_path) == ["f", "g"]
     told = imported(tmp_path, path, PASSAGES[::-1], kind="exact", check=False)
     assert told["compared"] is None
 

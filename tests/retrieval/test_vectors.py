@@ -1,5 +1,6 @@
 """Vector shards: written by several, continued, and refused where they do not fit."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -92,6 +93,10 @@ def test_what_does_not_fit_is_named(tmp_path):
         Corpus(lambda: [])
 
 
+def sign(path):
+    path.with_suffix(".sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
 def test_missing_damaged_and_nan_shards_are_named(tmp_path):
     with pytest.raises(VectorError, match="holds no vectors"):
         VectorShards(tmp_path)
@@ -102,20 +107,29 @@ def test_missing_damaged_and_nan_shards_are_named(tmp_path):
         path.write_bytes(bad)
         with pytest.raises(VectorError, match=r"00002-of-00004\.npy is damaged"):
             VectorShards(tmp_path)
-    path.with_suffix(".sha256").unlink()  # as earlier versions left them
     path.write_bytes(whole[:-1])
+    sign(path)
     with pytest.raises(VectorError, match=r"00002-of-00004\.npy cannot be read"):
         VectorShards(tmp_path)
     np.save(path, np.zeros((26, 31), np.float16))
+    sign(path)
     with pytest.raises(VectorError, match="not rows of 32 float16"):
         VectorShards(tmp_path)
     rows = np.zeros((26, 32), np.float16)
     rows[17, 3] = np.nan
     np.save(path, rows)
+    sign(path)
     with pytest.raises(VectorError, match=r"00002-of-00004\.npy: row 17 is not finite"):
         VectorShards(tmp_path)[:]
+    path.with_suffix(".sha256").unlink()
+    with pytest.raises(VectorError, match=r"00002-of-00004\.sha256 is missing.* again"):
+        VectorShards(tmp_path)
     path.unlink()
     with pytest.raises(VectorError, match=r"00002-of-00004\.npy missing"):
+        VectorShards(tmp_path)
+    told = path.with_suffix(".json")
+    told.write_text(told.read_text().replace('"format": 1', '"format": 0'))
+    with pytest.raises(VectorError, match="made by another version"):
         VectorShards(tmp_path)
 
 
