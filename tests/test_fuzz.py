@@ -5,12 +5,13 @@ import time
 import pytest
 
 from r1s_jax.border.errors import BadInput
-from tests import fuzz
+from tests.fuzz import engine as fuzz
+from tests.fuzz.reader import BAD, Reader, digest
 
 
 def test_damaged_input_is_refused_by_name():
     counts = fuzz.run(list(fuzz.READERS), seed=0, inputs=600)
-    bad = {name: dict(found) for name, found in counts.items() if set(found) & set(fuzz.BAD)}
+    bad = {name: dict(found) for name, found in counts.items() if set(found) & set(BAD)}
     assert not bad
     assert sum(found["clear"] for found in counts.values()) > 300
 
@@ -35,8 +36,8 @@ def fails(error):
 )
 def test_the_judge_sees(call, outcome, tmp_path):
     (tmp_path / "a.npy").touch()
-    reader = fuzz.Reader(lambda folder: None, call, sealed=("*.npy",))
-    assert fuzz.judge(reader, tmp_path, "a.npy", fuzz.digest("good"))[0] == outcome
+    reader = Reader(lambda folder: None, call, sealed=("*.npy",))
+    assert fuzz.judge(reader, tmp_path, "a.npy", digest("good"))[0] == outcome
 
 
 def test_a_reader_that_hangs_is_ended(monkeypatch):

@@ -1,0 +1,107 @@
+"""Settings of the command line, and recipes of the user's own."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.fuzz.reader import MOST_CHARACTERS, Reader
+
+
+def _overrides(folder: Path) -> None:
+    texts = ["seed=3", "stage2.steps=4", "rollout.temperature=0.5", "algorithm.clip=0.2"]
+    (folder / "overrides.json").write_text(json.dumps(texts))
+
+
+def _override(folder: Path) -> Any:
+    from r1s_jax.border.json import parse
+    from r1s_jax.recipes import load_recipe
+
+    texts = parse((folder / "overrides.json").read_bytes(), "overrides.json")
+    if not isinstance(texts, list):
+        return None
+    changed = [text for text in texts if isinstance(text, str)]
+    try:
+        return load_recipe("tiny_world", changed)
+    except ValueError as error:
+        if hasattr(error, "add_note") and type(error).__name__ == "ConfigError":
+            raise type(error)(f"overrides.json: {error}"[:MOST_CHARACTERS]) from error
+        raise
+
+
+def _fields(node: Any, path: str = "") -> dict[str, Any]:
+    """Every field of a configuration that holds no section, by its path."""
+    import dataclasses
+
+    found = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        inner = dataclasses.is_dataclass(value)
+        found |= _fields(value, f"{path}{field.name}.") if inner else {path + field.name: value}
+    return found
+
+
+def _settings(folder: Path) -> None:
+    from r1s_jax.configs import tiny_world
+
+    (folder / "settings.json").write_text(json.dumps(_fields(tiny_world.config())))
+
+
+def _set(folder: Path) -> Any:
+    """Each field as a text of the command line."""
+    from r1s_jax.border.errors import ConfigError
+    from r1s_jax.border.json import parse_object
+    from r1s_jax.recipes import load_recipe
+
+    found = parse_object((folder / "settings.json").read_bytes(), "settings.json")
+    known = {p: v for p, v in found.items() if v is not None and p not in ("policy.model",)}
+    try:
+        return load_recipe("tiny_world", [f"{path}={value}" for path, value in known.items()])
+    except ConfigError as error:
+        raise ConfigError(f"settings.json: {error}"[:MOST_CHARACTERS]) from error
+
+
+_RECIPE = """
+import json
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+from r1s_jax.configs import tiny_world
+
+VALUES = json.loads(Path(__file__).with_name("values.json").read_text())
+
+
+def config():
+    made = tiny_world.config()
+    for path, value in VALUES.items():
+        section, _, name = path.rpartition(".")
+        if section.count("."):
+            continue
+        if not section:
+            made = replace(made, **{name: value})
+        else:
+            made = replace(made, **{section: replace(getattr(made, section), **{name: value})})
+    return made
+"""
+
+
+def _recipe(folder: Path) -> None:
+    from r1s_jax.configs import tiny_world
+
+    known = {p: v for p, v in _fields(tiny_world.config()).items() if p.count(".") < 2}
+    (folder / "values.json").write_text(json.dumps(known))
+    (folder / "mine.py").write_text(_RECIPE)
+
+
+def _read_recipe(folder: Path) -> Any:
+    from r1s_jax.recipes import load_recipe
+
+    sys.dont_write_bytecode = True  # what Python keeps of a recipe is not read here
+    return load_recipe(str(folder / "mine.py"))
+
+
+READERS = {
+    "settings": Reader(_settings, _set, weight=20),
+    "recipe": Reader(_recipe, _read_recipe, weight=20),
+    "overrides": Reader(_overrides, _override, weight=4),
+}
