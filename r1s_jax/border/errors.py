@@ -1,14 +1,15 @@
 """The errors that are the user's to mend; anything else that is raised is a bug of ours."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
+from os import PathLike
 
 from r1s_jax.border.text import printable
 
 # Of a message: enough to say what, where and what to do; never the file itself.
 MOST_CHARACTERS = 390
 _MOST_REASON = 200
+Where = str | PathLike[str]  # what a message names: a file or an address
 
 
 class UserError(Exception):
@@ -47,7 +48,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def reading(where: str | Path, error: type[UserError] = BadInput) -> Iterator[None]:
+def reading(where: Where, error: type[UserError] = BadInput) -> Generator[None]:
     """Around a reader that is not ours, which may raise anything: within, that becomes `error`.
 
     Errors of ours pass, as do those of the operating system that name their file, and interrupts.

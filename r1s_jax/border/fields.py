@@ -5,7 +5,7 @@ import functools
 import operator
 import sys
 import typing
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from msgspec import Meta
 
@@ -87,7 +87,8 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in inner
     if origin is tuple:  # of any length, of one kind
-        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
+        items = cast("tuple[Any, ...]", value)
+        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in items)
     if inner:  # a union
         return any(fits(value, one) for one in inner)
     if isinstance(value, bool) or kind not in (int, float):
@@ -107,7 +108,7 @@ def described(kind: Any) -> str:
     if inner:
         return " or ".join(map(described, inner))
     if dataclasses.is_dataclass(kind):
-        return f"a {kind.__name__}"
+        return f"a {cast('type[object]', kind).__name__}"
     return _NAMES.get(kind, "None" if kind is type(None) else str(kind))
 
 

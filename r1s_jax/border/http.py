@@ -13,13 +13,19 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+
+# typeshed declares it for macOS only.
+from urllib.request import (
+    getproxies_environment,
+    proxy_bypass_environment,  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+)
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.util import parse_url
 
 from r1s_jax.border.errors import UserError, reason
 
@@ -54,7 +60,7 @@ class _Watch(threading.local):
 _watch = _Watch()
 
 
-class Deadline:
+class Deadline(HTTPConnection):
     """A connection that is shut down when the deadline has passed, whatever it waits for.
 
     The deadline is that of the `within` which the asking thread is in.
@@ -85,7 +91,7 @@ def _shut(sock: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
+def within(seconds: float) -> Generator[None]:
     """One deadline over all that a `Deadline` connection of this thread does inside.
 
     Inside another one, the earlier deadline holds.
@@ -138,7 +144,7 @@ class Connections:
 
     def __init__(self, plain: type = _Plain, secure: type = _Secure, **options: Any):
         """`plain` and `secure` are the classes of connections; `options` those of PoolManager."""
-        self._pools = {
+        self._pools: dict[str, Any] = {
             scheme: type(pool.__name__, (pool,), {"ConnectionCls": connection})
             for scheme, pool, connection in (
                 ("http", urllib3.HTTPConnectionPool, plain),
@@ -230,7 +236,7 @@ def _in_networks(host: str, names: list[str]) -> bool:
 
 
 def _proxy_headers(proxy: str) -> dict[str, Any]:
-    auth = urllib3.util.parse_url(proxy).auth
+    auth = parse_url(proxy).auth
     if not auth:
         return {}
     return {"proxy_headers": urllib3.make_headers(proxy_basic_auth=unquote(auth))}
@@ -311,7 +317,7 @@ class Client:
 
 
 def _own_headers(url: str) -> dict[str, str]:
-    auth = urllib3.util.parse_url(url).auth
+    auth = parse_url(url).auth
     return urllib3.make_headers(basic_auth=unquote(auth)) if auth else {}
 
 
@@ -338,6 +344,6 @@ def _reason(error: Exception) -> str:
 
 def without_credentials(url: str) -> str:
     """The address for messages and files: who asked, and with which key, is nobody's business."""
-    parts = urllib3.util.parse_url(url)
+    parts = parse_url(url)
     hidden = parts._replace(auth="***" if parts.auth else None)
     return hidden._replace(query="***" if parts.query else None).url

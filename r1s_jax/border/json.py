@@ -2,18 +2,19 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from r1s_jax.border.errors import BadInput, UserError, shorten
+from r1s_jax.border.errors import BadInput, UserError, Where, shorten
 from r1s_jax.border.text import has_surrogates, whole
 
 _DEEPEST = 64
 _SPACE = re.compile(r"[ \t\n\r]*")
+_Scan = Callable[[str, int], tuple[Any, int]]
 
 
-def parse(data: bytes | str, where: str | Path, error: type[UserError] = BadInput) -> Any:
+def parse(data: bytes | str, where: Where, error: type[UserError] = BadInput) -> Any:
     """The value that JSON text holds, lone surrogates in its texts replaced.
 
     Raises `error`, naming `where`, for bytes that are no UTF-8 (which, and where), for what is no
@@ -29,23 +30,25 @@ def parse(data: bytes | str, where: str | Path, error: type[UserError] = BadInpu
 
 
 def parse_items(
-    data: bytes | str, where: str | Path, error: type[UserError] = BadInput
+    data: bytes | str, where: Where, error: type[UserError] = BadInput
 ) -> Iterator[Any]:
     """The values of a JSON array, one after the other; `data` is gone through once.
 
     Raises as `parse` does, when it comes to the damaged place.
     """
     text = decode(data, where, error) if isinstance(data, bytes) else data.removeprefix("\ufeff")
-    scan, at = json.JSONDecoder().scan_once, _SPACE.match(text).end()
+    decoder: Any = json.JSONDecoder()  # typeshed leaves its scan_once out
+    scan: _Scan = decoder.scan_once
+    at = _after_space(text, 0)
     if text[at : at + 1] != "[":
         raise error(f"{where}: expected a JSON array")
-    after, item = _SPACE.match(text, at + 1).end(), 0
+    after, item = _after_space(text, at + 1), 0
     ended = text[after : after + 1] == "]"
     while not ended:
         item, at = item + 1, after
         try:
             value, after = scan(text, at)
-            after = _SPACE.match(text, after).end()
+            after = _after_space(text, after)
             if text[after : after + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, after)
         except StopIteration as wrong:
@@ -57,19 +60,19 @@ def parse_items(
         _check_depth(own, f"{where}, item {item}", error)
         yield _mended(value, own)
         ended = text[after] == "]"
-        after = after if ended else _SPACE.match(text, after + 1).end()
-    if _SPACE.match(text, after + 1).end() < len(text):
+        after = after if ended else _after_space(text, after + 1)
+    if _after_space(text, after + 1) < len(text):
         raise _no_json(json.JSONDecodeError("Extra data", text, after + 1), where, error)
 
 
 def parse_object(
-    data: bytes | str, where: str | Path, error: type[UserError] = BadInput
+    data: bytes | str, where: Where, error: type[UserError] = BadInput
 ) -> dict[str, Any]:
     """The JSON object that the text holds; raises as `parse` does, and for any other value."""
     value = parse(data, where, error)
     if not isinstance(value, dict):
         raise error(f"{where}: expected a JSON object, found {_name(value)}")
-    return value
+    return cast("dict[str, Any]", value)
 
 
 def read_object(path: str | Path, error: type[UserError] = BadInput) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any
     return [] if old == new else [(place, old, new)]
 
 
-def decode(data: bytes, where: str | Path, error: type[UserError] = BadInput) -> str:
+def decode(data: bytes, where: Where, error: type[UserError] = BadInput) -> str:
     """Bytes as text, a byte order mark apart; raises `error` that says where they are no UTF-8."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -97,7 +100,7 @@ def decode(data: bytes, where: str | Path, error: type[UserError] = BadInput) ->
         raise error(f"{where}: no UTF-8: byte 0x{byte:02x} at {place}") from None
 
 
-def _no_json(wrong: Exception, where: str | Path, error: type[UserError]) -> UserError:
+def _no_json(wrong: Exception, where: Where, error: type[UserError]) -> UserError:
     """The error of a text that is no JSON, with its place where the parser tells it."""
     if isinstance(wrong, json.JSONDecodeError):
         place = f"line {wrong.lineno}, column {wrong.colno}"
@@ -105,7 +108,13 @@ def _no_json(wrong: Exception, where: str | Path, error: type[UserError]) -> Use
     return error(f"{where}: no JSON: {shorten(str(wrong), 100)}")  # digits by the thousand
 
 
-def _check_depth(text: str, where: str | Path, error: type[UserError]) -> None:
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None  # no space matches as well
+    return found.end()
+
+
+def _check_depth(text: str, where: Where, error: type[UserError]) -> None:
     if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
         raise error(f"{where}: JSON nested deeper than {_DEEPEST} levels")
 
@@ -143,12 +152,18 @@ def _whole(value: Any) -> Any:
     if isinstance(value, str):
         return whole(value)
     if isinstance(value, list):
-        return [_whole(item) for item in value]
+        return [_whole(item) for item in cast("list[Any]", value)]
     if isinstance(value, dict):
-        return {whole(key): _whole(item) for key, item in value.items()}
+        items = cast("dict[str, Any]", value).items()
+        return {whole(key): _whole(item) for key, item in items}
     return value
 
 
-def _name(value: Any) -> str:
-    names = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+def _name(value: object) -> str:
+    names: dict[type[object], str] = {
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
     return names.get(type(value), "a number")

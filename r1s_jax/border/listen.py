@@ -38,7 +38,8 @@ async def read_body(request: Request, limit: int) -> bytes:
 
     One that is too large is read on for a while, or its sender sees no answer.
     """
-    size, parts = 0, []
+    size = 0
+    parts: list[bytes] = []
     async for chunk in request.stream():
         size += len(chunk)
         if size <= limit:
@@ -166,7 +167,8 @@ class _Patient(H11Protocol):
     def shutdown(self) -> None:
         """The server is told to stop: a request that has begun to come has a moment left."""
         self._leaving = True
-        if self.cycle is not None:
+        # None until a first request, though uvicorn declares otherwise.
+        if self.cycle is not None:  # pyright: ignore[reportUnnecessaryComparison]
             super().shutdown()
         if not self.transport.is_closing() and not self._whole():
             self._slow.cancel()

@@ -32,7 +32,7 @@ def override(config: T, assignments: Sequence[str]) -> T:
     that is no more, the value that does not fit its type, or what the sections that result do not
     allow.
     """
-    changes = []
+    changes: list[tuple[list[str], str, str]] = []
     for assignment in assignments:
         path, sep, text = assignment.partition("=")
         if not sep:

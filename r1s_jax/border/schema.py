@@ -1,16 +1,15 @@
 """Declared shapes of what is read: types and ranges checked in one call."""
 
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from r1s_jax.border.errors import BadInput, UserError, reason, shorten
+from r1s_jax.border.errors import BadInput, UserError, Where, reason, shorten
 
 T = TypeVar("T")
 
 
-def check(value: Any, kind: type[T], where: str | Path, error: type[UserError] = BadInput) -> T:
+def check(value: Any, kind: type[T], where: Where, error: type[UserError] = BadInput) -> T:
     """`value` as a `kind`: a msgspec.Struct, a TypedDict, or any type that msgspec knows.
 
     Keys that the kind does not name pass. Raises `error` that names `where`, the key, what it must

@@ -6,9 +6,9 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any, cast
 
-from r1s_jax.border.errors import BadInput, UserError, reason
+from r1s_jax.border.errors import BadInput, UserError, Where, reason
 from r1s_jax.border.json import decode
 
 _DELIMITERS = ("\t", ",", ";")
@@ -20,7 +20,7 @@ Cell = str | list[str]
 
 
 def parse_table(
-    data: bytes, where: str | Path, error: type[UserError] = BadInput
+    data: bytes, where: Where, error: type[UserError] = BadInput
 ) -> Iterator[tuple[int, dict[str, Cell]]]:
     """The rows of a table, numbered from 1: each row's cells by name, without the empty ones.
 
@@ -54,7 +54,7 @@ def parse_table(
         raise error(f"{where}, line {lines.line_num}: no table: {reason(wrong)}") from None
 
 
-def _names(cells: list[str], where: str | Path, error: type[UserError]) -> list[str]:
+def _names(cells: list[str], where: Where, error: type[UserError]) -> list[str]:
     names = [cell.strip().lower() for cell in cells]
     twice = next((name for i, name in enumerate(names) if name and name in names[:i]), None)
     if twice:
@@ -74,9 +74,12 @@ def _cell(cell: str, place: str, error: type[UserError]) -> Cell:
             value = read(cell.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list):
+            continue
+        items = cast("list[Any]", value)
+        if not all(isinstance(item, str) for item in items):
             continue
         if read is ast.literal_eval and _NO_COMMAS.search(cell):
             raise error(f"{place}: a list without commas between its texts; write it as JSON")
-        return value
+        return items
     return cell
