@@ -6,16 +6,16 @@ gradient too, written here as what the compiler takes.
 """
 
 import math
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from r1s_jax.kernels.gradients import own_gradient
 
 _SPLIT = 4  # into how many parts rows are cut that are summed over
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@own_gradient(2)
 def matmul(
     x: Float[Array, "*B M D"],
     w: Float[Array, "*B D F"] | Float[Array, "*B F D"],

@@ -5,23 +5,27 @@ or "interpret" (the TPU kernels, interpreted: slow, for tests). None takes the b
 default device. A backend that cannot serve a shape says so; nothing falls back in silence.
 """
 
+from types import ModuleType
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention import gpu, interpret, tpu, xla
 from r1s_jax.kernels.attention.reference import Scales
 
+Impl = Literal["xla", "tpu", "gpu", "interpret"]
 # Each has `attention`, `decode_attention` and SUPPORT, what it serves.
-BACKENDS = {"xla": xla, "tpu": tpu, "gpu": gpu, "interpret": interpret}
-Impl = str  # a name of BACKENDS
+BACKENDS: dict[Impl, ModuleType] = {"xla": xla, "tpu": tpu, "gpu": gpu, "interpret": interpret}
 
 
 def default_impl(platform: str | None = None) -> Impl:
     """The backend for a platform as JAX names it (None: that of the default device)."""
-    platform = platform or jax.default_backend()
-    return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform, "xla")
+    backends: dict[str, Impl] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}
+    return backends.get(platform or jax.default_backend(), "xla")
 
 
 def cache_dims(capacity: int, head_dim: int, impl: Impl | None = None) -> tuple[int, int]:
@@ -95,7 +99,7 @@ def decode_attention(
             raise ValueError(f"q has {batch} rows, {name} the shape {x.shape}")
     if new > capacity:
         raise ValueError(f"{new} new tokens do not fit a cache of {capacity}")
-    longest = 0 if isinstance(lengths, jax.core.Tracer) else max(np.asarray(lengths), default=0)
+    longest = 0 if isinstance(lengths, Tracer) else max(np.asarray(lengths), default=0)
     if longest > capacity:
         raise ValueError(f"lengths reach {longest}, the cache holds {capacity}")
     if cache_dims(capacity, width, impl) != (capacity, width):

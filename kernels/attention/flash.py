@@ -21,6 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
+from r1s_jax.kernels.gradients import own_gradient
+
 LOG2_E = math.log2(math.e)
 # A masked score lies far below the lowest running maximum: its exponential is an exact zero even
 # in a row that has seen no allowed key yet.
@@ -93,7 +95,7 @@ def flash_rows(
     return flash_attention(backend, scale, q, k, v, ranges)[:, :, :length].swapaxes(1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@own_gradient(0, 1)
 def flash_attention(
     backend: Backend,
     scale: float,
@@ -328,7 +330,8 @@ def _span(meets: Bool[Array, "B I J"], axis: int) -> tuple[Array, Array]:
     lo = jnp.argmax(meets, axis)
     hi = meets.shape[axis] - jnp.argmax(jnp.flip(meets, axis), axis)
     some = meets.any(axis)
-    return tuple(jnp.where(some, x, 0).astype(jnp.int32) for x in (lo, hi))
+    lo, hi = (jnp.where(some, x, 0).astype(jnp.int32) for x in (lo, hi))
+    return lo, hi
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:

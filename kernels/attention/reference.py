@@ -43,9 +43,9 @@ def masked_attention(
 ) -> Float[Array, "B T H K"]:
     """`attention` of the queries from `first` on to S keys, each side with its segment ids."""
     head_dim = q.shape[3]
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     q = group_heads(q, k.shape[2])
-    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32) * factor
     query, key = jnp.arange(first, first + q.shape[1]), jnp.arange(k.shape[1])
     allowed = (query[:, None] >= key if causal else jnp.ones((len(query), len(key)), bool))[None]
     if segment_ids is not None:
@@ -85,12 +85,12 @@ def decode_attention(
             (x * scale[layer, rows][..., None]).astype(q.dtype)
             for x, scale in zip((k_cache, v_cache), scales, strict=True)
         )
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
     q = group_heads(q, k_cache.shape[1])
     scores = jnp.einsum("btngk,bnsk->bntgs", q, k_cache, preferred_element_type=jnp.float32)
     position = lengths[:, None] - new + jnp.arange(new)
     allowed = jnp.arange(k_cache.shape[2])[None, None, :] <= position[:, :, None]
-    scores = jnp.where(allowed[:, None, :, None], scores * scale, MASKED)
+    scores = jnp.where(allowed[:, None, :, None], scores * factor, MASKED)
     probs = jax.nn.softmax(scores, axis=-1) * allowed[:, None, :, None]
     out = jnp.einsum("bntgs,bnsk->btngk", probs.astype(v_cache.dtype), v_cache)
     return out.reshape(*out.shape[:2], -1, head_dim)

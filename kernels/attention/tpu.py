@@ -110,13 +110,13 @@ def decode_attention(
     by_row = pl.BlockSpec((None, kv_heads, queries, head_dim), lambda b, s, *_: (b, 0, 0, 0))
     by_block = pl.BlockSpec((None, None, kv_heads, size, head_dim), cache_block)
     by_token = pl.BlockSpec((None, None, kv_heads, size), lambda *at: cache_block(*at)[:-1])
-    scales = tuple(scales or ())
+    quantized = tuple(scales or ())
     out = pl.pallas_call(
         partial(_decode_kernel, scale * LOG2_E, new, queries // new),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, capacity // size),
-            in_specs=[by_row, by_block, by_block, *[by_token] * len(scales)],
+            in_specs=[by_row, by_block, by_block, *[by_token] * len(quantized)],
             out_specs=by_row,
             scratch_shapes=[
                 pltpu.VMEM((kv_heads, queries, 1), jnp.float32),
@@ -131,7 +131,7 @@ def decode_attention(
         interpret=interpret,
         cost_estimate=decode_cost(q.shape, k_cache),
         name="decode_attention_tpu",
-    )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache, *scales)
+    )(*as_scalars(layer, lengths, rows), q, k_cache, v_cache, *quantized)
     return ungroup_queries(out, new)
 
 

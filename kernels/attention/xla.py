@@ -4,15 +4,13 @@ The meaning is that of `reference`; the blocks keep scores in the processor's ca
 nobody may see.
 """
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from r1s_jax.kernels.attention.reference import MASKED, Scales, group_heads
 from r1s_jax.kernels.attention.support import Support
+from r1s_jax.kernels.gradients import own_gradient
 from r1s_jax.kernels.matmul import matmul, summed_over_rows
 
 SUPPORT = Support()
@@ -46,7 +44,7 @@ def attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@own_gradient(4)
 def _attend(
     q: Float[Array, "B N G T K"],
     k: Float[Array, "B N T K"],
