@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from r1s_jax.data.corpora import corpus_passages, encoder_folder, load_encoder
 from r1s_jax.retrieval.encoder import Encoder
+from r1s_jax.retrieval.references import corpus_passages, encoder_folder, load_encoder
 
 
 def bench_encode(corpus: Sequence[str], encoder: str, count: int) -> dict[str, Any]:

@@ -22,10 +22,10 @@ import psutil
 from jaxtyping import Float
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.data.corpora import index_encoder
 from r1s_jax.retrieval.build import sample_queries
 from r1s_jax.retrieval.corpus import PassageStore
 from r1s_jax.retrieval.index import read_info
+from r1s_jax.retrieval.references import index_encoder
 from r1s_jax.retrieval.scann import ScannSearcher, scann, scann_parameters, stored_vectors
 from r1s_jax.retrieval.searchers import ExactSearcher, Found, oracle, recall
 

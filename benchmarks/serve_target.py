@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from r1s_jax.border import listen
 from r1s_jax.config import CorpusConfig, RolloutConfig
-from r1s_jax.data.corpora import open_retriever
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
 from r1s_jax.protocol.dialect import Call
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Retriever
+from r1s_jax.retrieval.references import open_retriever
 from r1s_jax.serving.searcher import Searcher
 from r1s_jax.serving.server import Service
 from r1s_jax.serving.start import serve

@@ -10,6 +10,7 @@ import numpy as np
 
 from r1s_jax.config import Config, RolloutConfig
 from r1s_jax.data.environment import dialect_of, open_environment
+from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.eval.held_out import Evaluation, evaluate
 from r1s_jax.learning.cold_start import demonstrations_of, imitate
 from r1s_jax.learning.collect import Collector
@@ -94,7 +95,10 @@ class Run:
         on_main(lambda: check_data(self.dir, config, accept_changed_data))
         self.mesh = make_mesh(config.mesh)
         dialect = together(lambda: dialect_of(config, lambda: saved_dialect(self.dir)))
-        policy = together(lambda: make_policy(config.policy, config.seed, dialect, self.dir))
+        tokenizer = None if config.policy.model else build_tokenizer(dialect.name)
+        policy = together(
+            lambda: make_policy(config.policy, config.seed, dialect, self.dir, tokenizer)
+        )
         self.params = shard_params(policy.params, policy.model, self.mesh)
         self.policy = policy._replace(params={})  # the host's copy is not needed any more
         on_main(lambda: save_policy(self.dir, self.policy))

@@ -71,7 +71,7 @@ def save_small_run(run: Path) -> Path:
     small = ["d_model=16", "d_ff=32", "num_layers=1", "num_heads=2", "num_kv_heads=1", "head_dim=8"]
     config = override(tiny_world.config(), [f"policy.architecture.{change}" for change in small])
     open_run_dir(run, config, resume=False)
-    policy = make_policy(config.policy, 0, R1Searcher(prompt=PROMPT))
+    policy = make_policy(config.policy, 0, R1Searcher(prompt=PROMPT), tokenizer=build_tokenizer())
     save_policy(run, policy)
     checkpoints = Checkpoints(run / "checkpoints", keep=2, run=run)
     progress = Progress(phase="learning", step=2, before={"f1": 0.0})

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = "border config presets kernels system retrieval protocol rewards data models rollout"
 ROOMS += " learning eval tracking aot serving train configs recipes commands cli"
 ORDER = ROOMS.split()
-ONLY = {"config": {"border"}, "kernels": {"border"}, "retrieval": {"border", "system"}}
+ONLY = {"config": {"border"}, "kernels": {"border"}, "retrieval": {"border", "config", "system"}}
 BESIDE = ("kernels", "retrieval", "eval", "configs")
 
 

@@ -41,10 +41,10 @@ def select(
     there are of each class.
     """
     from r1s_jax import presets
-    from r1s_jax.data.corpora import open_search_engine
     from r1s_jax.eval.difficulty import Selection
     from r1s_jax.eval.difficulty import select as select_questions
     from r1s_jax.presets import Settings
+    from r1s_jax.retrieval.references import open_search_engine
     from r1s_jax.system.console import progress_bar
 
     settings = Settings(presets.selection, changes or ())

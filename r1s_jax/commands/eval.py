@@ -60,10 +60,10 @@ def run(
     Where too many searches fail it ends with exit status 1; the rows say which.
     """
     from r1s_jax import presets
-    from r1s_jax.data.corpora import open_search_engine
     from r1s_jax.data.results import read_header
     from r1s_jax.eval.run import EvalRun, answer_file
     from r1s_jax.presets import Settings
+    from r1s_jax.retrieval.references import open_search_engine
     from r1s_jax.system.console import console, progress_bar
 
     settings = Settings(presets.evaluation, changes or ())

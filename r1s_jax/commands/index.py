@@ -63,8 +63,8 @@ def build(
     passage_instruction: PassageInstruction = None,
 ) -> None:
     """Encode passages and save a searchable index; a stopped build goes on."""
-    from r1s_jax.data.corpora import load_encoder, write_corpus_index
     from r1s_jax.retrieval.build import Options
+    from r1s_jax.retrieval.references import load_encoder, write_corpus_index
 
     write_corpus_index(
         corpus,
@@ -105,7 +105,7 @@ def import_(
 
     The last line printed tells as JSON what was built: recall@10, bytes a vector, seconds.
     """
-    from r1s_jax.data.corpora import import_corpus_index, load_encoder
+    from r1s_jax.retrieval.references import import_corpus_index, load_encoder
 
     opened = load_encoder(encoder, _instructions(query_instruction, passage_instruction))
     told = import_corpus_index(file, passages, opened, out, kind=kind.value, check=check)
@@ -122,7 +122,7 @@ def encode(
     passage_instruction: PassageInstruction = None,
 ) -> None:
     """Encode passages only: each host its part of them, a stopped one goes on."""
-    from r1s_jax.data.corpora import encode_corpus, load_encoder
+    from r1s_jax.retrieval.references import encode_corpus, load_encoder
 
     opened = load_encoder(encoder, _instructions(query_instruction, passage_instruction))
     typer.echo(str(encode_corpus(corpus, opened, out, shard)))
@@ -139,7 +139,7 @@ def search(
     """Search an index: one JSON object a query, `{"query", "results": [...]}`."""
     import jax
 
-    from r1s_jax.data.corpora import open_saved_index
+    from r1s_jax.retrieval.references import open_saved_index
 
     devices = None if jax.default_backend() == "cpu" else jax.local_devices()
     opened = open_saved_index(index, devices)
@@ -273,7 +273,7 @@ def serve(
 
     Prints the address once it listens. SIGTERM and Ctrl-C finish what is in flight.
     """
-    from r1s_jax.data.corpora import open_saved_index
+    from r1s_jax.retrieval.references import open_saved_index
 
     try:
         from r1s_jax.border.origins import callers

@@ -31,8 +31,8 @@ def ask(
 ) -> None:
     """Answer one question, streaming what the model writes, searches and is given, in colour."""
     from r1s_jax import presets
-    from r1s_jax.data.corpora import open_search_engine
     from r1s_jax.presets import Settings
+    from r1s_jax.retrieval.references import open_search_engine
     from r1s_jax.serving.ask import ask as stream_answer
 
     settings = Settings(presets.asking, changes or ())

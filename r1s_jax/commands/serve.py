@@ -55,8 +55,8 @@ def serve(
     """
     from r1s_jax import presets
     from r1s_jax.border.errors import ConfigError
-    from r1s_jax.data.corpora import open_search_engine
     from r1s_jax.presets import Settings
+    from r1s_jax.retrieval.references import open_search_engine
 
     try:
         from r1s_jax.border import listen

@@ -13,7 +13,6 @@ from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.json import decode
 from r1s_jax.config import Config, CorpusConfig, TinyWorldConfig
 from r1s_jax.data.benchmarks import questions_file
-from r1s_jax.data.corpora import is_summaries, open_retriever
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
 from r1s_jax.data.questions import (
     Question,
@@ -31,6 +30,7 @@ from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import Index, build_index
+from r1s_jax.retrieval.references import is_summaries, open_retriever
 from r1s_jax.retrieval.tables import HUB
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.assets import AssetError, resolve

@@ -17,7 +17,7 @@ from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
 from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.questions import Question
-from r1s_jax.data.results import header_path
+from r1s_jax.data.results import FORMAT, header_path
 from r1s_jax.data.rows import DataError, read_rows
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
@@ -153,7 +153,7 @@ def write_titles(
          for q in title_questions(asked)),
     )  # fmt: skip
     made_of = {"dialect": dialect.as_dict(), "source": {"articles": str(source)}}
-    write_json(header_path(demonstrations), made_of)
+    write_json(header_path(demonstrations), {"format": FORMAT} | made_of)
     write_rows(demonstrations, map(_trace_row, made, shown))
     return {"questions": len(asked), "demonstrations": len(made), "folder": str(out)}
 

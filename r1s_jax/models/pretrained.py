@@ -16,7 +16,6 @@ from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
 from r1s_jax.border.text import is_whole_number
 from r1s_jax.config import ModelConfig, PolicyConfig
-from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.models.checkpoint import (
     CheckpointError,
     checkpoint_directory,
@@ -228,9 +227,13 @@ class _Saved(msgspec.Struct):
 
 
 def make_policy(
-    config: PolicyConfig, seed: int, dialect: Dialect = R1_SEARCHER, run: Path | None = None
+    config: PolicyConfig,
+    seed: int,
+    dialect: Dialect = R1_SEARCHER,
+    run: Path | None = None,
+    tokenizer: Any = None,
 ) -> Pretrained:
-    """The policy a run starts from: pretrained, or random weights that speak the tiny world.
+    """The policy a run starts from: pretrained, or random weights with that `tokenizer`.
 
     It speaks `dialect` from now on, whatever it spoke before. A `run` that goes on stands in for
     the model it began with, where that is gone: its checkpoints hold every parameter.
@@ -240,7 +243,6 @@ def make_policy(
         policy = _load_base(config.model, run, dtype)
         _tell_of_change(config.model, policy.dialect, dialect)
     else:
-        tokenizer = build_tokenizer(dialect.name)
         model = config.architecture
         model = dataclasses.replace(model, vocab_size=max(model.vocab_size, len(tokenizer)))
         params = init_params(model, seed, dtype)

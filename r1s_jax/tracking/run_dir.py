@@ -20,7 +20,7 @@ from r1s_jax.border.http import without_credentials
 from r1s_jax.border.json import differences, read_object
 from r1s_jax.border.schema import check
 from r1s_jax.config import Config, CorpusConfig
-from r1s_jax.data.corpora import data_digests
+from r1s_jax.data.digests import data_digests
 from r1s_jax.data.questions import Question
 from r1s_jax.models.checkpoint_owner import RUN_FORMAT, read_versions
 from r1s_jax.system.distributed import gather

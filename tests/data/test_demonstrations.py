@@ -93,6 +93,7 @@ def test_the_end_of_the_last_turn_is_imitated_where_it_acts(tmp_path, thinking, 
     spans = [*made[:-1], (made[-1][0].removesuffix("" if with_end else dialect.turn_end), True)]
     row = {"step": 0, "question": question.question, "answers": question.answers, "reward": 1.0}
     path = tmp_path / "traces.jsonl"
+    row |= {"token_advantages": [(text, 0.0) for text, by_policy in spans if by_policy]}
     path.write_text(json.dumps(row | {"finish": "finished", "spans": spans, "searches": []}) + "\n")
     (read,) = read_demonstrations([path], dialect=dialect)
     generated = Demonstration(question.question, tuple((t, float(own)) for t, own in made))

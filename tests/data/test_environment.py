@@ -6,12 +6,12 @@ import pytest
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import CorpusConfig
-from r1s_jax.data.corpora import open_search_engine
 from r1s_jax.data.environment import CorpusEnvironment
 from r1s_jax.data.rows import DataError
 from r1s_jax.retrieval.corpus import read_passages
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import build_index, save_index
+from r1s_jax.retrieval.references import open_search_engine
 from tests.http_server import LocalServer
 
 LINES = {"0": "Rome   Rome is a city in Italy.", "1": "Dune   Dune is a novel by Herbert."}

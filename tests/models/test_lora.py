@@ -134,7 +134,8 @@ def test_only_the_adapters_are_trained_and_with_their_own_gradient(remat):
 
 def test_the_optimizer_knows_only_the_adapters_and_the_weights_may_be_half():
     config = PolicyConfig(architecture=replace(MODEL, vocab_size=156, lora_rank=0), lora_rank=3)
-    policy = make_policy(replace(config, param_dtype="bfloat16"), 0)
+    half = replace(config, param_dtype="bfloat16")
+    policy = make_policy(half, 0, tokenizer=makers.build_tokenizer())
     kinds = {n: p.dtype for n, p in policy.params["layers"].items()}
     assert kinds["wq"] == jnp.bfloat16 and kinds["wq_lora_a"] == jnp.float32
     learner = make_learner(

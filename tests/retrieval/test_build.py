@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from benchmarks.search import synthetic_vectors
-from r1s_jax.data.corpora import corpus_passages, load_encoder
 from r1s_jax.retrieval import vectors as vectors_module
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.build import Options, write_index
@@ -23,6 +22,7 @@ from r1s_jax.retrieval.index import (
 )
 from r1s_jax.retrieval.info import index_info
 from r1s_jax.retrieval.plan import cost, plan
+from r1s_jax.retrieval.references import corpus_passages, load_encoder
 from r1s_jax.retrieval.scann import ScannSearcher, scann_parameters
 from r1s_jax.retrieval.searchers import ExactSearcher, recall
 from r1s_jax.retrieval.vectors import Corpus, VectorError, encode_shard

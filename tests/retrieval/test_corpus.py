@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.data.corpora import corpus_passages, write_corpus_index
 from r1s_jax.retrieval.api import Passage, join_line, split_line
 from r1s_jax.retrieval.corpus import (
     CorpusError,
@@ -18,6 +17,7 @@ from r1s_jax.retrieval.corpus import (
     wiki_summaries,
 )
 from r1s_jax.retrieval.encoder import HashEncoder
+from r1s_jax.retrieval.references import corpus_passages, write_corpus_index
 from tests.full_disk import r1s_on_a_full_disk
 from tests.makers import names, run_cli
 

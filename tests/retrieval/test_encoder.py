@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from r1s_jax.border.errors import BadInput, ConfigError
-from r1s_jax.data import corpora
+from r1s_jax.retrieval import references
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
 from r1s_jax.retrieval.tokenizers import rust_tokenize
 from r1s_jax.system.assets import AssetError, resolve
@@ -217,14 +217,14 @@ def test_the_length_by_name_is_never_beyond_the_models(folder):
 
 def test_a_bare_name_is_the_hubs(folder, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(corpora, "resolve", lambda reference: asked.append(reference) or folder)
-    encoder = corpora.load_encoder("intfloat/e5-base-v2")
+    monkeypatch.setattr(references, "resolve", lambda reference: asked.append(reference) or folder)
+    encoder = references.load_encoder("intfloat/e5-base-v2")
     assert encoder.reference == asked[-1] == "hf:intfloat/e5-base-v2"
     assert encoder.instructions["query"] == "query: "
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     for here in ("models/mine", "./no/mine", "/no/mine", "no/such/mine", "hf:no/mine"):
-        corpora.load_encoder(here)
+        references.load_encoder(here)
         assert asked[-1] == here
 
 
@@ -248,10 +248,10 @@ def test_devices_share_the_rows_and_change_nothing(folder):
 
 def test_a_folder_without_an_encoder_says_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match=r"found no config\.json$"):
-        corpora.load_encoder(str(tmp_path))
+        references.load_encoder(str(tmp_path))
     (tmp_path / "model_world_size_8_rank_0.pt").touch()
     with pytest.raises(ConfigError, match=r"model_world_size_8_rank_0\.pt: merge the shards"):
-        corpora.load_encoder(str(tmp_path))
+        references.load_encoder(str(tmp_path))
 
 
 def test_other_models_are_refused(folder):

@@ -9,7 +9,7 @@ import typer
 
 from r1s_jax import cli
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.data import corpora
+from r1s_jax.retrieval import references
 from r1s_jax.retrieval.plan import durations
 from r1s_jax.retrieval.presets import PRESETS
 from tests.makers import run_cli
@@ -58,19 +58,19 @@ def test_passages_by_name(tmp_path, monkeypatch):
     (tmp_path / "w.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     asked = []
     monkeypatch.setattr(
-        corpora, "resolve", lambda ref: asked.append(ref) or tmp_path / "w.jsonl.gz"
+        references, "resolve", lambda ref: asked.append(ref) or tmp_path / "w.jsonl.gz"
     )
-    assert list(corpora.corpus_passages(["wiki-18"])) == [
+    assert list(references.corpus_passages(["wiki-18"])) == [
         ("0", "Heroes (album)   is the twelfth."),
         ("1", '"Heroes" (song)   A song.'),
     ]
     assert asked == ["hf:datasets/PeterJinGo/wiki-18-corpus:wiki-18.jsonl.gz"]
     with pytest.raises(ConfigError, match="r1s corpus kilt") as error:
-        list(corpora.corpus_passages(["kilt"]))
+        list(references.corpus_passages(["kilt"]))
     assert len(str(error.value)) < 400
     monkeypatch.chdir(tmp_path)
     (tmp_path / "kilt").touch()  # a file of that name is that file
-    list(corpora.corpus_passages(["kilt"]))
+    list(references.corpus_passages(["kilt"]))
     assert asked[-1] == "kilt"
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import CorpusConfig
-from r1s_jax.data.corpora import open_retriever, read_corpus
 from r1s_jax.retrieval.corpus import CorpusError
+from r1s_jax.retrieval.references import open_retriever, read_corpus
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1s_jax.data.corpora import encoder_folder
+from r1s_jax.retrieval.references import encoder_folder
 from r1s_jax.retrieval.tokenizers import rust_tokenize, tensorflow_tokenize
 from r1s_jax.system.assets import AssetError
 

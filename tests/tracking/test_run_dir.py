@@ -14,7 +14,7 @@ import pytest
 from r1s_jax.border.errors import UserError
 from r1s_jax.config import ConfigError, CorpusConfig, PolicyConfig
 from r1s_jax.configs import wiki_smollm2
-from r1s_jax.data import corpora
+from r1s_jax.data import digests
 from r1s_jax.models.checkpoint_owner import read_versions
 from r1s_jax.models.pretrained import load_pretrained, make_policy, save_policy
 from r1s_jax.tracking.run_dir import StopRequest, as_written, check_data, open_run_dir
@@ -112,7 +112,7 @@ def test_the_encoder_of_passages_is_data(tmp_path, monkeypatch):
     check_data(tmp_path, given, accept_changed=False)
     check_data(tmp_path, given, accept_changed=False)
     other = SimpleNamespace(fingerprint="another")
-    monkeypatch.setattr(corpora, "load_encoder", lambda reference: other)
+    monkeypatch.setattr(digests, "load_encoder", lambda reference: other)
     with pytest.raises(ConfigError, match="hash changed since the run began"):
         check_data(tmp_path, given, accept_changed=False)
     check_data(tmp_path, given, accept_changed=True)

@@ -12,8 +12,6 @@ import jax
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.http import without_credentials
 from r1s_jax.config import CorpusConfig
-from r1s_jax.data.aliases import ALIASES
-from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.retrieval.api import Passage, Retriever
 from r1s_jax.retrieval.build import Options, write_index
 from r1s_jax.retrieval.corpus import (
@@ -86,7 +84,7 @@ def open_retriever(config: CorpusConfig) -> Retriever:
         return open_search_engine(index, config.retriever)[0]
     encoder = load_encoder(config.encoder)
     digest = hashlib.sha256(f"{FORMAT} {encoder.fingerprint}".encode())
-    for path in _files_of(config.passages):
+    for path in files_of(config.passages):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     folder = cache_dir() / "indexes" / digest.hexdigest()[:16]
@@ -96,7 +94,7 @@ def open_retriever(config: CorpusConfig) -> Retriever:
     return open_index(folder, encoder)
 
 
-def _files_of(references: Sequence[str | Path]) -> list[Path]:
+def files_of(references: Sequence[str | Path]) -> list[Path]:
     """Every file of some passages, by which a cached index is known again."""
     for reference in references:
         if str(reference).startswith(HUB):
@@ -111,31 +109,6 @@ def _files_of(references: Sequence[str | Path]) -> list[Path]:
         for f in (sorted(path.rglob("*")) if path.is_dir() else [path])
         if f.is_file()
     ]
-
-
-def data_digests(config: CorpusConfig) -> dict[str, tuple[str, str]]:
-    """(reference, digest) of every file of data that a run reads, by its place in the config.
-
-    Tables of the hub have none. Of an index it is that of its description, which has digests of all
-    else; of the encoder of passages its fingerprint. Raises AssetError where one is not there.
-    """
-    digests = {}
-    for field in ("questions", "exclude", "demonstrations", "passages"):
-        for place, reference in enumerate(getattr(config, field)):
-            if not reference.startswith(HUB):
-                digest = hashlib.sha256()
-                files = _files_of([questions_file(reference)])
-                files += [path for f in files[:1] if (path := f.parent / ALIASES).is_file()]
-                for path in files:
-                    with path.open("rb") as file:
-                        digest.update(hashlib.file_digest(file, "sha256").digest())
-                digests[f"{field}[{place}]"] = reference, digest.hexdigest()
-    if config.passages:
-        digests["encoder"] = config.encoder, load_encoder(config.encoder).fingerprint
-    if config.index:
-        description = (resolve(config.index) / "index.json").read_bytes()
-        digests["index"] = config.index, hashlib.sha256(description).hexdigest()
-    return digests
 
 
 def write_corpus_index(

@@ -1,0 +1,35 @@
+"""What a run's files of data hold, as digests: a resume compares them."""
+
+import hashlib
+
+from r1s_jax.config import CorpusConfig
+from r1s_jax.data.aliases import ALIASES
+from r1s_jax.data.benchmarks import questions_file
+from r1s_jax.retrieval.references import files_of, load_encoder
+from r1s_jax.retrieval.tables import HUB
+from r1s_jax.system.assets import resolve
+
+
+def data_digests(config: CorpusConfig) -> dict[str, tuple[str, str]]:
+    """(reference, digest) of every file of data that a run reads, by its place in the config.
+
+    Tables of the hub have none. Of an index it is that of its description, which has digests of all
+    else; of the encoder of passages its fingerprint. Raises AssetError where one is not there.
+    """
+    digests = {}
+    for field in ("questions", "exclude", "demonstrations", "passages"):
+        for place, reference in enumerate(getattr(config, field)):
+            if not reference.startswith(HUB):
+                digest = hashlib.sha256()
+                files = files_of([questions_file(reference)])
+                files += [path for f in files[:1] if (path := f.parent / ALIASES).is_file()]
+                for path in files:
+                    with path.open("rb") as file:
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
+                digests[f"{field}[{place}]"] = reference, digest.hexdigest()
+    if config.passages:
+        digests["encoder"] = config.encoder, load_encoder(config.encoder).fingerprint
+    if config.index:
+        description = (resolve(config.index) / "index.json").read_bytes()
+        digests["index"] = config.index, hashlib.sha256(description).hexdigest()
+    return digests
