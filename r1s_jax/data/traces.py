@@ -59,7 +59,7 @@ class _Readable(TypedDict):
     reward: float
     finish: str
     spans: list[tuple[str, bool]]
-    token_advantages: list[tuple[str, float]]
+    token_advantages: NotRequired[list[tuple[str, float]]]  # demonstrations have none
     searches: list[Any]
 
 
@@ -74,7 +74,7 @@ class Trace:
     searches: int | None = None
     finish: str = ""
     step: int | None = None
-    # (text, advantage) of each token of the policy's spans, in order; of answers none
+    # (text, advantage) of each token of the policy's spans, in order; empty where none is known
     token_advantages: Sequence[tuple[str, float]] = ()
     dialect: Dialect = R1_SEARCHER
 
@@ -219,7 +219,7 @@ def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
         len(row["searches"]),
         row["finish"],
         row["step"],
-        row["token_advantages"],
+        row.get("token_advantages", ()),
         dialect,
     )
     tokens = "".join(text for text, _ in trace.token_advantages)
