@@ -21,9 +21,9 @@ from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import header_path
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.journal import begun, describe, load_described
-from r1s_jax.models.pretrained import Pretrained, choose_dialect, dialect_at
+from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
-from r1s_jax.presets import SELECTION, Settings, decisive
+from r1s_jax.presets import SELECTION, Settings
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rewards.answer_scores import cover_exact_match
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -108,7 +108,15 @@ def _select(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     measured.parent.mkdir(parents=True, exist_ok=True)
-    described = _header(selection, questions, source)
+    described = describe(
+        selection.model,
+        selection.questions,
+        questions,
+        selection.settings,
+        source,
+        rollouts=selection.rollouts,
+    )
+    described["dialect"].pop("frame", None)
     rows, before = _resume(measured, described, questions)
     policy = load_described(measured, selection.model, described, before)
     if not before:
@@ -151,22 +159,6 @@ def mixed(rows: Sequence[dict[str, Any]], ratio: Sequence[float], seed: int) -> 
         for i in rng.permutation(places[name])[: max(1, int(unit * share + 1e-9))]
     ]
     return [rows[i] for i in sorted(chosen)]
-
-
-def _header(
-    selection: Selection, questions: Sequence[Question], source: dict[str, Any]
-) -> dict[str, Any]:
-    config = selection.settings.config()
-    told = {
-        "questions": selection.questions,
-        "model": selection.model,
-        "rollouts": selection.rollouts,
-        "seed": config.seed,
-        "rollout": decisive(config.rollout),
-    }
-    spoken = choose_dialect(dialect_at(selection.model), config.protocol).as_dict()
-    spoken.pop("frame", None)
-    return describe(told, questions, source) | {"dialect": spoken}
 
 
 def _resume(

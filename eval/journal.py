@@ -17,22 +17,44 @@ from r1s_jax.data.results import FORMAT, header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.models.identity import policy_digest
-from r1s_jax.models.pretrained import Pretrained, default_dtype, load_pretrained
+from r1s_jax.models.pretrained import (
+    Pretrained,
+    choose_dialect,
+    default_dtype,
+    dialect_at,
+    load_pretrained,
+)
+from r1s_jax.presets import Settings, decisive
 
 # Names of what the header knows by its content.
 _NAMES = ("run.model", "run.questions", "source.folder")
 
 
 def describe(
-    settings: dict[str, Any], questions: Sequence[Question], source: dict[str, Any]
+    model: str,
+    file: str,
+    questions: Sequence[Question],
+    settings: Settings,
+    source: dict[str, Any],
+    **others: Any,
 ) -> dict[str, Any]:
-    """The header of a file in which a model answers `questions`, before the model is known."""
+    """The header of a file in which `model` answers the `questions` of `file`, before it is loaded.
+
+    `source` describes the index; `others` are settings of the run besides `settings`.
+    """
+    config, known = settings.config(), dialect_at(model)
+    spoken = choose_dialect(known, config.protocol).as_dict()
+    if known and known.name != spoken["dialect"]:
+        spoken["trained_in"] = known.name
+    named = Path(file).name if Path(file).exists() else file
+    run = {"model": model, "questions": named, "seed": config.seed, **others}
     header = {
         "format": FORMAT,
-        "run": settings,
+        "run": run | {"rollout": decisive(config.rollout)},
         "questions": {"count": len(questions), "sha256": _digest_of(questions)},
         "source": source,
         "dtype": default_dtype().name,
+        "dialect": spoken,
     }
     return json.loads(json.dumps(header))  # as it will be read
 

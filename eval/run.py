@@ -20,9 +20,9 @@ from r1s_jax.data.results import ResultRow, header_path, supporting_recall
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.journal import begun, describe, load_described, refuse_other
 from r1s_jax.models.params import Params
-from r1s_jax.models.pretrained import Pretrained, choose_dialect, dialect_at
+from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
-from r1s_jax.presets import EVALUATION, Settings, decisive
+from r1s_jax.presets import EVALUATION, Settings
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
@@ -286,21 +286,10 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[first : first + size]
 
 
-def _header(run: EvalRun, questions: Sequence[Question], source: dict[str, Any]) -> dict[str, Any]:
-    file, config = Path(run.questions), run.settings.config()
-    told = {
-        "questions": file.name if file.exists() else run.questions,
-        "model": run.model,
-        "mode": run.mode,
-        "samples": run.samples,
-        "seed": config.seed,
-        "rollout": decisive(config.rollout),
-    }
-    known = dialect_at(run.model)
-    spoken = choose_dialect(known, config.protocol).as_dict()
-    if known and known.name != spoken["dialect"]:
-        spoken["trained_in"] = known.name
-    return describe(told, questions, source) | {"dialect": spoken}
+def _header(run: EvalRun, every: Sequence[Question], source: dict[str, Any]) -> dict[str, Any]:
+    return describe(
+        run.model, run.questions, every, run.settings, source, mode=run.mode, samples=run.samples
+    )
 
 
 def _already(

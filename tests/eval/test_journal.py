@@ -13,17 +13,18 @@ from r1s_jax.eval.journal import begun, describe, load_described
 from r1s_jax.models.export import export
 from r1s_jax.models.identity import policy_digest
 from r1s_jax.models.pretrained import load_pretrained
+from r1s_jax.presets import EVALUATION
 from r1s_jax.system.files import write_json
-from tests.makers import save_other_weights, save_small_model, save_small_run
+from tests.makers import save_other_weights, save_small_model, save_small_run, with_rollout
 
 QUESTIONS = [Question(0, "Who?", ("A",)), Question(1, "Where?", ("B", "C"))]
 MODEL = {"sha256": "0" * 64}
 HEAD = {"format": 2}
 
 
-def header(asked=QUESTIONS, **settings) -> dict:
-    settings = {"model": "m", "mode": "direct", "questions": "q.jsonl", "k": 5} | settings
-    return describe(settings, asked, {"corpus": "c", "folder": "i"})
+def header(asked=QUESTIONS, model="m", questions="q.jsonl", **fields) -> dict:
+    settings, source = with_rollout(EVALUATION, **fields), {"corpus": "c", "folder": "i"}
+    return describe(model, questions, asked, settings, source, mode="direct")
 
 
 def write(out: Path, head: dict | str) -> Path:
@@ -39,7 +40,7 @@ def test_names_may_change_and_contents_may_not(tmp_path):
     rows, before = begun(out, moved)
     assert rows == [{"id": 0}] and before["model"] == MODEL
     for change, told in (
-        ({"run": header(k=3)["run"]}, "run.k was 5, now 3"),
+        ({"run": header(top_p=0.5)["run"]}, r"run\.rollout\.top_p was 0\.95, now 0\.5"),
         ({"source": {"corpus": "d"}}, "source.corpus was c, now d"),
         ({"dtype": "bfloat16"}, "dtype was float32, now bfloat16"),
         ({"questions": header(QUESTIONS[:1])["questions"]}, r"other questions \(.*count was 2, no"),
@@ -77,7 +78,7 @@ def test_a_damaged_header_says_what_is_wrong_with_it(tmp_path, head, told):
 def test_where_no_row_is_there_yet_another_run_may_begin(tmp_path):
     out = write(tmp_path / "o.jsonl", header() | {"model": MODEL})
     out.write_text('{"id": 0, "quest')  # as a kill leaves it
-    assert begun(out, header(k=3)) == ([], None) and not out.read_text()
+    assert begun(out, header(top_p=0.5)) == ([], None) and not out.read_text()
     out.write_text("somebody's notes")  # a file that is none of ours is not cut
     header_path(out).unlink()
     with pytest.raises(DataError, match="does not say"):
