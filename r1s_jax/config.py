@@ -24,6 +24,7 @@ DialectName = Literal["r1_searcher", "search_r1", "tool_call"]
 Thinking = Literal["template", "on", "off"]
 # The backends of attention (see kernels/attention/api.py).
 Impl = Literal["xla", "tpu", "gpu", "interpret"]
+Attention = Literal["auto", Impl]
 
 # Bounds that several fields share. Numbers are at most 2**31 - 1 where nothing else is said.
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -153,7 +154,7 @@ class PolicyConfig(Checked, section="policy"):
     0 trains all weights."""
     lora_alpha: Annotated[float, Meta(gt=0, le=1e6)] = 32.0
     """The adapters' product is scaled by lora_alpha / lora_rank."""
-    attention: Literal["auto", Impl] = "auto"
+    attention: Attention = "auto"
     """The attention kernel; `auto` takes that of the mesh's devices."""
 
     def check_values(self) -> None:

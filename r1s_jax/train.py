@@ -102,7 +102,7 @@ class Run:
         self.params = shard_params(policy.params, policy.model, self.mesh)
         self.policy = policy._replace(params={})  # the host's copy is not needed any more
         on_main(lambda: save_policy(self.dir, self.policy))
-        self.environment = open_environment(config, policy.dialect)
+        self.environment = open_environment(config, policy.spoken)
         if count := config.eval.questions:
             held_out = self.environment.evaluation(count).questions
             on_main(lambda: write_held_out(self.dir, held_out))

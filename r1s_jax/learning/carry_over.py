@@ -29,6 +29,7 @@ from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.flight import Flight, group_numbers
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.session import Session
+from r1s_jax.rollout.trajectory import Position
 
 Group = list[Flight]  # the samples of one question
 _WHERE = "the checkpoint's carried trajectories"
@@ -199,11 +200,13 @@ class _Saved(msgspec.Struct):
         arrays = {n: getattr(f, n).astype(kind).tobytes() for n, kind in _ARRAYS.items()}
         searches = [{name: getattr(s, name) for name in _SEARCH} for s in f.searches]
         same = {name: getattr(f, name) for name in _SAME}
-        return _Saved(**same, at=tuple(f.at), arrays=arrays, searches=searches)
+        return _Saved(**same, at=Position(*f.at), arrays=arrays, searches=searches)
 
     def flight(self) -> Flight:
         """Raises ValueError, KeyError or TypeError where the parts do not fit together."""
-        arrays = {n: np.frombuffer(self.arrays[n], kind).copy() for n, kind in _ARRAYS.items()}
+        arrays: dict[str, Any] = {
+            n: np.frombuffer(self.arrays[n], kind).copy() for n, kind in _ARRAYS.items()
+        }
         if len({len(array) for array in arrays.values()}) != 1:
             raise ValueError("its arrays differ in length")
         same = {name: getattr(self, name) for name in _SAME}

@@ -34,7 +34,7 @@ def imitate(
     learner: Learner,
     state: LearnerState,
     at: Standing,
-    batch_of: Callable[[int], tuple[PackedBatch, int]],
+    batch_of: Callable[[int], tuple[PackedBatch[np.ndarray], int]],
     after_step: Callable[[LearnerState, dict[str, float]], bool],
 ) -> LearnerState:
     """Goes on with the cold start from `at`, which it keeps up to date, to its end.
@@ -72,13 +72,13 @@ def demonstrations_of(
     engine: Engine,
     learner: Learner,
     state: LearnerState,
-) -> Callable[[int], tuple[PackedBatch, int]]:
+) -> Callable[[int], tuple[PackedBatch[np.ndarray], int]]:
     """What a run imitates at a step: demonstrations packed as its rollouts will be."""
     rows = 1
     if config.cold_start.steps:
         rows = micro_rows(config, learner, state, config.cold_start.batch_size)
 
-    def batch_of(step: int) -> tuple[PackedBatch, int]:
+    def batch_of(step: int) -> tuple[PackedBatch[np.ndarray], int]:
         return demonstration_batch(
             environment.demonstrations(step, config.cold_start.batch_size),
             engine.encode,
@@ -124,7 +124,7 @@ def demonstration_batch(
     capacity: int,
     micro_rows: int,
     dialect: Dialect = R1_SEARCHER,
-) -> tuple[PackedBatch, int]:
+) -> tuple[PackedBatch[np.ndarray], int]:
     """Packs demonstrations, the loss on what the policy would have written and nothing else.
 
     Each span is tokenised by itself, as prompts and documents are in a rollout; a document block

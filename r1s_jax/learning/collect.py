@@ -36,7 +36,7 @@ class Rewarded:
     def of(rolled: Rolled, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> "Rewarded":
         values = np.array([r.value for r in rewards], np.float32)
         mask = learnable(rolled.trajectory, algorithm, rolled.void, values)
-        teaches = mask.any(-1)
+        teaches = np.asarray(mask.any(-1))
         groups = rolled.trajectory.groups
         teaches[teaches] = has_signal(values[teaches], groups[teaches])
         return Rewarded(rolled, rewards, values, mask, teaches)
@@ -62,7 +62,7 @@ class Rewarded:
         rows = np.flatnonzero(np.isin(self.groups, names[:count]))
         return Rewarded(
             self.rolled.take(rows),
-            [self.rewards[i] for i in rows],
+            [self.rewards[i] for i in rows.tolist()],
             self.values[rows],
             self.mask[rows],
             self.teaches[rows],
@@ -131,7 +131,7 @@ class Collector:
 
 
 def learnable(
-    t: Trajectory,
+    t: Trajectory[np.ndarray],
     algorithm: AlgorithmConfig,
     void: Bool[np.ndarray, " N"],
     rewards: Float[np.ndarray, " N"],

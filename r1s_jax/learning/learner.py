@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from r1s_jax.config import ModelConfig, OptimizerConfig, PolicyConfig, Remat
+from r1s_jax.config import Attention, ModelConfig, OptimizerConfig, PolicyConfig, Remat
 from r1s_jax.learning.logprobs import token_logprobs
 from r1s_jax.learning.losses import Metrics, TokenLoss
 from r1s_jax.learning.packing import PackedBatch
@@ -79,7 +79,7 @@ class Learner:
     remat: Remat
     optimizer: optax.GradientTransformation
     loss: TokenLoss
-    attention: str = "auto"
+    attention: Attention = "auto"
 
     @staticmethod
     def of(
@@ -121,7 +121,7 @@ class Learner:
         )
 
     def update(
-        self, state: LearnerState, batch: PackedBatch, micro: int, scale: float = 1.0
+        self, state: LearnerState, batch: PackedBatch[np.ndarray], micro: int, scale: float = 1.0
     ) -> tuple[LearnerState, dict[str, float]]:
         """One optimizer step over the first `micro` micro-batches; donates `state`.
 
@@ -137,11 +137,11 @@ class Learner:
         """The program of `update`, for a batch, `micro` and `scale` given as shapes on the mesh."""
         return self._update.lower(self, state, *shapes)
 
-    def logprobs(self, params: Params, batch: PackedBatch, micro: int) -> np.ndarray:
+    def logprobs(self, params: Params, batch: PackedBatch[np.ndarray], micro: int) -> np.ndarray:
         """float32[M, R, T] log-probability of every token under `params`."""
         return to_host(self._logprobs(params, self._place(batch), jnp.int32(micro)))
 
-    def _place(self, batch: PackedBatch) -> PackedBatch:
+    def _place(self, batch: PackedBatch[np.ndarray]) -> PackedBatch:
         return place(batch, NamedSharding(self.mesh, P(None, BATCH_AXES)))
 
     def _forward(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
@@ -194,7 +194,8 @@ class Learner:
         metrics |= {"loss": value, "grad_norm": optax.tree.norm(grads)}
         updates, optimizer = self.optimizer.update(grads, state.optimizer, trained)
         updates = jax.tree.map(lambda u: scale * u, updates)
-        params = combine(state.params, optax.apply_updates(trained, updates))
+        learned: Any = optax.apply_updates(trained, updates)
+        params = combine(state.params, learned)
         return LearnerState(params, optimizer, state.reference), metrics
 
     _update = partial(jax.jit, static_argnums=0, donate_argnums=1)(update_step)

@@ -51,7 +51,7 @@ def token_logprobs(
         x = x.swapaxes(0, 1).reshape(tokens.shape[0], -1)[:, :length]
         return jnp.pad(permuted(x, back, order)[:, :-1], ((0, 0), (1, 0)))
 
-    def chunk(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    def chunk(args: tuple[Array, ...]) -> tuple[Array, Array]:
         hidden, targets, wanted = args
         zeros = jnp.zeros(targets.shape, jnp.float32)
         return lax.cond(

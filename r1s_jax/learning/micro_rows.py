@@ -49,7 +49,9 @@ def most_rows(config: Config, sequences: int, shards: int) -> int:
     return 1 << max(0, (rows // 8).bit_length() - 1)
 
 
-def packed_shapes(learner: Learner, sequences: int, rows: int, length: int) -> PackedBatch:
+def packed_shapes(
+    learner: Learner, sequences: int, rows: int, length: int
+) -> PackedBatch[jax.ShapeDtypeStruct]:
     """The batch of an update as shapes: `rows` rows of `length` tokens a data shard and pass."""
     rows *= batch_shards(learner.mesh)
     shape = (-(-sequences // rows), rows, length)
@@ -81,6 +83,7 @@ def _bytes(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return np.inf
+    assert memory is not None  # every backend that learns has an account
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 

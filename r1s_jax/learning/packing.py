@@ -5,25 +5,26 @@ Rows of equal length waste nothing on padding when trajectories are ragged. A to
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import numpy as np
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.rollout.trajectory import A
 
 
-class PackedBatch(NamedTuple):
+class PackedBatch(NamedTuple, Generic[A]):
     """Micro-batches of packed rows: every array is [M, R, T] (micro-batch, row, token)."""
 
-    tokens: np.ndarray  # int32
-    segment_ids: np.ndarray  # int32, 0 is padding
-    positions: np.ndarray  # int32, restarting in each segment
-    weights: np.ndarray  # float32, a token's share of the loss; 0 on all the policy did not write
-    advantages: np.ndarray  # float32
-    old_logprobs: np.ndarray  # float32, when the token was sampled
-    reference_logprobs: np.ndarray  # float32, under the frozen reference; 0 where there is none
-    kl_weights: np.ndarray  # float32, a token's share of a KL in the loss; 0 where there is none
-    fresh: np.ndarray  # float32, 1 where the parameters that learn drew the token; for metrics
+    tokens: A  # int32
+    segment_ids: A  # int32, 0 is padding
+    positions: A  # int32, restarting in each segment
+    weights: A  # float32, a token's share of the loss; 0 on all the policy did not write
+    advantages: A  # float32
+    old_logprobs: A  # float32, when the token was sampled
+    reference_logprobs: A  # float32, under the frozen reference; 0 where there is none
+    kl_weights: A  # float32, a token's share of a KL in the loss; 0 where there is none
+    fresh: A  # float32, 1 where the parameters that learn drew the token; for metrics
 
 
 class Layout(NamedTuple):
@@ -68,13 +69,13 @@ def pack(
     capacity: int,
     micro_rows: int,
     max_micro: int | None = None,
-) -> tuple[PackedBatch, Layout, int]:
+) -> tuple[PackedBatch[np.ndarray], Layout, int]:
     """Packs N sequences ([N, W] arrays, `lengths` int[N]) into micro-batches.
 
     Always returns `max_micro` micro-batches of `micro_rows` rows (by default enough for one
     sequence a row), so that the update compiles once; the number that hold anything comes third.
     """
-    layout = first_fit(lengths, capacity)
+    layout = first_fit(np.asarray(lengths).tolist(), capacity)
     micro = -(-layout.rows // micro_rows)
     max_micro = max_micro or -(-len(lengths) // micro_rows)
     shape = (max_micro * micro_rows, capacity)

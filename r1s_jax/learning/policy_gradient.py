@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -131,7 +132,7 @@ class PolicyGradient:
     def _logprobs(
         self,
         params: Params,
-        t: Trajectory,
+        t: Trajectory[np.ndarray],
         mask: Bool[np.ndarray, "N W"],
         parts: Sequence[np.ndarray],
     ) -> Float[np.ndarray, "N W"]:
@@ -149,8 +150,9 @@ class PolicyGradient:
             out[part] = unpack(packed, layout, t.lengths[part], mask.shape[1])
         return np.where(mask, out, 0.0)
 
-    def _pack(self, t: Trajectory, rows: np.ndarray, **values: np.ndarray | None):
+    def _pack(self, t: Trajectory[np.ndarray], rows: np.ndarray, **values: Any):
         c = self.config
+        assert self._rows is not None  # learn has chosen
         return pack(
             t.tokens[rows],
             t.lengths[rows],

@@ -161,7 +161,8 @@ class Checkpoints:
             saved = _saved_sums(self._directory / str(newest))
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            state = self._manager.restore(newest, args=args).state
+            restored: Any = self._manager.restore(newest, args=args)
+            state = restored.state
         except jax.errors.JaxRuntimeError:
             raise  # no memory on the devices, say: no fault of the checkpoint
         except Exception as error:

@@ -73,7 +73,7 @@ class Policy(nnx.Module):
         self.compute_dtype = compute_dtype
         self.tensor_axis = tensor_axis
         self.remat = remat
-        self.impl = impl
+        self.impl: Impl | None = impl
         self.tuning = tuning
         self.attend_rows = attend_rows or partial(attention, impl=impl)
         self.embed = nnx.Param(params["embed"])

@@ -50,14 +50,16 @@ class KVCache(NamedTuple):
     @property
     def scales(self) -> tuple[Array, Array] | None:
         """What the attention backends take beside keys and values of int8."""
-        return None if self.k_scale is None else (self.k_scale, self.v_scale)
+        if self.k_scale is None or self.v_scale is None:
+            return None
+        return self.k_scale, self.v_scale
 
     def written(
         self, k: Float[Array, "B T N k"], v: Float[Array, "B T N k"], write: Write
     ) -> "KVCache":
         """The cache after `write` has put new keys and values where they belong."""
         k, v = (self._padded(x.swapaxes(1, 2)) for x in (k, v))
-        if self.k_scale is None:
+        if self.k_scale is None or self.v_scale is None:
             k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
             return KVCache(write(self.k, k), write(self.v, v))
         (k, k_scale), (v, v_scale) = quantize(k), quantize(v)

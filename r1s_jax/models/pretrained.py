@@ -54,6 +54,12 @@ class Pretrained(NamedTuple):
     dialect: Dialect | None = None
     checkpoint: int | None = None
 
+    @property
+    def spoken(self) -> Dialect:
+        """The dialect of a policy that is made to speak one: see `speaking` and `make_policy`."""
+        assert self.dialect is not None
+        return self.dialect
+
     def speaking(self, asked: PromptingConfig | None = None) -> "Pretrained":
         """The policy with its own dialect, or the one of `asked` where it has none.
 
@@ -243,10 +249,12 @@ def make_policy(
         policy = _load_base(config.model, run, dtype)
         _tell_of_change(config.model, policy.dialect, dialect)
     else:
+        eos: Any = tokenizer.eos_token_id
         model = config.architecture
+        assert model is not None  # PolicyConfig has the one or the other
         model = dataclasses.replace(model, vocab_size=max(model.vocab_size, len(tokenizer)))
         params = init_params(model, seed, dtype)
-        policy = Pretrained(model, params, tokenizer, (tokenizer.eos_token_id,))
+        policy = Pretrained(model, params, tokenizer, (eos,))
     if not (policy.tokenizer.chat_template or dialect.prompt) and dialect.name == R1_SEARCHER.name:
         raise ConfigError("this tokenizer has no chat template: use environment.prompt=base")
     policy = policy._replace(dialect=bound(dialect, policy.tokenizer))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 # Any pytree of arrays: a learner's state.
-State = TypeVar("State")
+State = Any  # a pytree of arrays
 
 SEAL = "seal"
 # Elements that the host's sum takes at a time: what it makes of them stays in a core's cache.

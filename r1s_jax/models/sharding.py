@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from r1s_jax.border.errors import ConfigError
-from r1s_jax.config import Impl, MeshConfig, ModelConfig
+from r1s_jax.config import Attention, Impl, MeshConfig, ModelConfig
 from r1s_jax.kernels.attention.api import attention, check_support, default_impl
 from r1s_jax.kernels.tuning import Tuning, default_tuning
 from r1s_jax.models.decoder import RowAttention
@@ -43,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises ConfigError when the axes do not multiply to the number of devices, or where JAX is set
     to 64 bits.
     """
-    if jax.config.jax_enable_x64:
+    if jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]  # defined at import
         raise ConfigError(
             "jax_enable_x64 is on: r1s_jax computes in 32 bits; unset JAX_ENABLE_X64, or call "
             "jax.config.update('jax_enable_x64', False)"
@@ -124,7 +125,7 @@ def place(tree: Any, shardings: Any) -> Any:
         return jax.device_put(tree, shardings)
 
     def put(x: Any, sharding: NamedSharding) -> Array:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put(jax.random.key_data(x), sharding))
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -134,7 +135,7 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
-def attention_impl(name: str, mesh: Mesh) -> Impl:
+def attention_impl(name: Attention, mesh: Mesh) -> Impl:
     """The attention backend that `policy.attention` means on this mesh."""
     return default_impl(_platform(mesh)) if name == "auto" else name
 
@@ -148,7 +149,7 @@ def _platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def check_attention(name: str, mesh: Mesh, model: ModelConfig, compute_dtype: Any) -> None:
+def check_attention(name: Attention, mesh: Mesh, model: ModelConfig, compute_dtype: Any) -> None:
     """Raises ConfigError where the attention backend does not serve this model in this dtype."""
     dtype = np.dtype(compute_dtype).name
     try:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 from tokenizers import (
@@ -154,7 +154,7 @@ def _inside(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     Those of SentencePiece put a space before every text that they encode, and take one from every
     text that they decode. That is right at the start of a sequence and wrong everywhere else.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
         name: json.loads(part.__getstate__())
         for name in ("normalizer", "pre_tokenizer", "decoder")
@@ -211,12 +211,13 @@ def foreign(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
         return whole
     names = sorted((token.content for token in control.values()), key=len, reverse=True)
     spelled = re.compile("|".join(map(re.escape, names)))
-    backend = _inside(tokenizer) or getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = _inside(tokenizer) or getattr(tokenizer, "backend_tokenizer", None)
     # Else a token is known by its exact name alone, and nothing need be encoded to be sure.
     normalises = getattr(backend, "normalizer", None) is not None and any(
         t.normalized or backend.model.token_to_id(t.content) is not None for t in control.values()
     )
-    ids = control.keys() - {tokenizer.unk_token_id}  # which stands for any unknown word
+    unknown: Any = tokenizer.unk_token_id
+    ids = control.keys() - {unknown}  # which stands for any unknown word
 
     def clean(text: str) -> str:
         text = spelled.sub(lambda name: f"{name[0][0]} {name[0][1:]}", whole(text))
@@ -225,7 +226,7 @@ def foreign(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     return clean
 
 
-def _controls(token: AddedToken) -> bool:
+def _controls(token: Any) -> bool:
     """Whether an added token may steer a model: special, or it begins with a sign."""
     name = token.content.strip()
     sign = name[:1] not in ("", "▁") and not name[0].isalnum()
@@ -248,7 +249,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """The exact text of token ids inside a sequence, special tokens included."""
     if inside := _inside(tokenizer):
         return inside.decode([int(i) for i in ids], skip_special_tokens=False)
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return cast(str, text)  # of one sequence
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -312,7 +314,8 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) 
     elif path is not None and (file := Path(path) / "generation_config.json").exists():
         eos = check(read_object(file, WeightsError), _Generation, file, WeightsError).eos_token_id
         ids += eos if isinstance(eos, list) else [eos]
-    ids.append(tokenizer.eos_token_id)
+    eos: Any = tokenizer.eos_token_id
+    ids.append(eos)
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     ids += [added.get(marker) for marker in END_MARKERS]
     known = tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -279,12 +279,12 @@ class Broker:
 
         Raises ConfigError where not even the tags fit; see reply.fitted.
         """
-        less = width is not None and width < self._width
+        room = self._width if width is None else min(width, self._width)
         return fitted(
             [f if isinstance(f, str) else self._cleaned(f) for f in found],
-            min(width, self._width) if less else self._width,
+            room,
             lambda texts: self._encode(self.dialect.reply(texts)),
-            may_drop=less or len(found) > 1,
+            may_drop=room < self._width or len(found) > 1,
         )
 
     def _cleaned(self, documents: Sequence[str]) -> list[str]:
@@ -324,22 +324,24 @@ class Broker:
         return calls
 
     def _start(self, searches: list[Search]) -> None:
-        asked: dict[int, tuple[Retriever, list[Search]]] = {}
+        asked: dict[int, tuple[Retriever | None, list[Search]]] = {}
         for search in searches:
-            of_row = self._by_row and search.trajectory >= 0
-            retriever = self._by_row[search.trajectory] if of_row else self._retriever
+            retriever = self._retriever
+            if self._by_row and search.trajectory >= 0:
+                retriever = self._by_row[search.trajectory]
             asked.setdefault(id(retriever), (retriever, []))[1].append(search)
         # A daemon thread for each batch: one that hangs for ever must not keep the process alive.
         for batch in asked.values():
             threading.Thread(target=self._run, args=batch, daemon=True).start()
 
-    def _run(self, retriever: Retriever, searches: list[Search]) -> None:
+    def _run(self, retriever: Retriever | None, searches: list[Search]) -> None:
         deadline = searches[0].started + self.config.timeout_s
         queries, detail = [s.query for s in searches], ""
         for attempt in range(self.config.retries + 1):
             if time.monotonic() > deadline:
                 return  # already given up on
             try:
+                assert retriever is not None, "a rollout that searches has a retriever"
                 with within(deadline - time.monotonic()):  # or the thread outlives the search
                     hits = _checked(retriever.search(queries, self._k), len(queries))
             except Exception as error:

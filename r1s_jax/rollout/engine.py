@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from r1s_jax.border.errors import UserError
-from r1s_jax.config import MeshConfig, RolloutConfig, SearchConfig
+from r1s_jax.config import Attention, MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.data.rows import DataError
 from r1s_jax.models.params import Params
@@ -54,7 +54,7 @@ class Rolled:
     """A batch rolled out: row `i` of `trajectory` is sample `i % samples` of its question."""
 
     questions: tuple[Question, ...]  # one a row
-    trajectory: Trajectory  # NumPy arrays
+    trajectory: Trajectory[np.ndarray]
     solutions: tuple[Solution, ...]
     searches: tuple[tuple[Search, ...], ...]  # of each row, in order
     outcomes: dict[str, int]  # searches of the batch by outcome
@@ -113,7 +113,7 @@ class NotFinite(UserError, ArithmeticError):
     """A policy whose logits are no numbers."""
 
 
-def check_finite(t: Trajectory) -> None:
+def check_finite(t: Trajectory[np.ndarray]) -> None:
     """Raises NotFinite where a sampled token's log-probability is not a number."""
     if not np.isfinite(t.policy_logprobs[t.loss_mask]).all():
         rows = int((~np.isfinite(t.policy_logprobs) & t.loss_mask).any(-1).sum())
@@ -135,7 +135,7 @@ class Engine:
         search: SearchConfig | None = None,
         mesh: Mesh | None = None,
         compute_dtype: np.dtype | None = None,
-        attention: str = "auto",
+        attention: Attention = "auto",
         evaluation: bool = False,
         forgiving: bool = False,
     ):
@@ -306,7 +306,9 @@ class Engine:
         for search in self.broker.log:
             reached = search.turn is None or search.turn.delivered
             if 0 <= search.trajectory < len(placed) and reached:
-                placed[search.trajectory].searches.append(search)
+                flight = placed[search.trajectory]
+                assert flight is not None  # a row without one searches nothing
+                flight.searches.append(search)
 
     def rolled(
         self,
@@ -333,13 +335,13 @@ class Engine:
             **more,
         )
 
-    def solution(self, trajectory: Trajectory, row: int, start: int) -> Solution:
+    def solution(self, trajectory: Trajectory[np.ndarray], row: int, start: int) -> Solution:
         """The text of a trajectory from token `start` on, split by who wrote it."""
         spans = self._token_spans(trajectory, row, start)
         texts = tuple((self.decode(ids), by_policy) for ids, by_policy in spans)
         return Solution(texts, self.dialect, Finish(int(trajectory.finish[row])).complete)
 
-    def token_texts(self, trajectory: Trajectory, row: int) -> list[str]:
+    def token_texts(self, trajectory: Trajectory[np.ndarray], row: int) -> list[str]:
         """What each token that the policy wrote added to the policy's spans, in order.
 
         The end of sequence, which is in no span, added nothing.
@@ -349,7 +351,7 @@ class Engine:
         return texts + [""] * (int(trajectory.loss_mask[row].sum()) - len(texts))
 
     def _token_spans(
-        self, trajectory: Trajectory, row: int, start: int = 0
+        self, trajectory: Trajectory[np.ndarray], row: int, start: int = 0
     ) -> list[tuple[list[int], bool]]:
         """Token ids from `start` on, without the end of sequence, split by who wrote them."""
         end = int(trajectory.lengths[row])

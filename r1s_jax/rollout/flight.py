@@ -82,7 +82,14 @@ class Flight:
         else:
             self.at = tuple(Position(*self.at)._replace(searches=1))
 
-    def absorb(self, t: Trajectory, row: int, *, step: int, at: Position | None = None) -> None:
+    def absorb(
+        self,
+        t: Trajectory[np.ndarray],
+        row: int,
+        *,
+        step: int,
+        at: Position[np.ndarray] | None = None,
+    ) -> None:
         """Takes over what row `row` of a rollout has become of it.
 
         `at` says where it stands, should it not have ended.
@@ -111,7 +118,9 @@ class Flight:
         self.finish, self.found = int(Finish.TOO_OLD), Position(*self.at).searches
 
 
-def trajectories(flights: Sequence[Flight], width: int, groups: Sequence[int]) -> Trajectory:
+def trajectories(
+    flights: Sequence[Flight], width: int, groups: Sequence[int]
+) -> Trajectory[np.ndarray]:
     """Flights as the rows of arrays of `width` columns."""
 
     def rows(name: str) -> np.ndarray:

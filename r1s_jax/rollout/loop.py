@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from r1s_jax.config import Impl, ModelConfig, RolloutConfig
+from r1s_jax.config import Attention, Impl, ModelConfig, RolloutConfig
 from r1s_jax.kernels.tuning import Tuning
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
@@ -89,7 +89,7 @@ class Rollout:
     num_tag_states: int
     exchange: Exchange
     dialect: Dialect = R1_SEARCHER
-    attention: str = "auto"
+    attention: Attention = "auto"
 
     def __call__(
         self, params: Params, prompts: Prompts, tag_table: Int[Array, "Q V"]

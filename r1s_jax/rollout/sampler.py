@@ -4,8 +4,11 @@ Both steps avoid sorting the vocabulary: the nucleus is found by bisection on a 
 threshold and the token by inverting the cumulative distribution with one uniform number.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -17,10 +20,10 @@ _BLOCK = 128
 
 def trajectory_keys(
     seed: int,
-    steps: Int[Array, " N"] | int,
-    questions: Int[Array, " N"],
-    samples: Int[Array, " N"],
-    occurrences: Int[Array, " N"],
+    steps: Int[Array | np.ndarray, " N"] | int,
+    questions: Int[Array | np.ndarray, " N"],
+    samples: Int[Array | np.ndarray, " N"],
+    occurrences: Int[Array | np.ndarray, " N"],
 ) -> Array:
     """One random key a trajectory, a function of (seed, step, question, sample) alone.
 
@@ -28,7 +31,7 @@ def trajectory_keys(
     """
     root = jax.random.key(seed)
 
-    def key(step: Array, question: Array, sample: Array, occurrence: Array) -> Array:
+    def key(step: Any, question: Any, sample: Any, occurrence: Any) -> Array:
         base = jax.random.fold_in(root, step)
         first = jax.random.fold_in(jax.random.fold_in(base, question), sample)
         again = jax.random.fold_in(first, occurrence)
@@ -91,12 +94,14 @@ def _draw(
     return token, sample_logprob, _logprob(logits, token)
 
 
-def _nucleus(probs: Float[Array, "S V"], top_p: Float[Array, " S"] | float) -> Float[Array, "S V"]:
+def _nucleus(
+    probs: Float[Array, "S V"], top_p: Float[Array, " S"] | Float[Array, ""] | float
+) -> Float[Array, "S V"]:
     return jnp.where(probs >= nucleus_threshold(probs, top_p)[:, None], probs, 0)
 
 
 def nucleus_threshold(
-    probs: Float[Array, "S V"], top_p: Float[Array, " S"] | float
+    probs: Float[Array, "S V"], top_p: Float[Array, " S"] | Float[Array, ""] | float
 ) -> Float[Array, " S"]:
     """The largest t such that the tokens of probability >= t hold at least `top_p` of the mass.
 

@@ -64,12 +64,12 @@ class Session:
         """Whether every trajectory has ended."""
         return bool((to_host(self._state.slots.phase) == Phase.EMPTY).all())
 
-    def results(self) -> tuple[Trajectory, dict[str, np.ndarray]]:
-        """NumPy arrays: the trajectories as far as they are, and the loop's counters by shard."""
+    def results(self) -> tuple[Trajectory[np.ndarray], dict[str, np.ndarray]]:
+        """The trajectories as far as they are, and the loop's counters by shard."""
         return to_host(self._programs.results(self._state))
 
-    def positions(self) -> Position:
-        """NumPy arrays of every trajectory that has begun and not ended; zeros for the others."""
+    def positions(self) -> Position[np.ndarray]:
+        """Where each trajectory that has begun and not ended stands; zeros for the others."""
         slots = to_host(self._state.slots)
         count, shards = len(self._prompts.lengths), len(self._state.next_row)
         shard = np.repeat(np.arange(shards), len(slots.row) // shards)

@@ -6,7 +6,7 @@ program and come back; outside of it, every array holds the parts of all data sh
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Generic, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 from r1s_jax.config import RolloutConfig
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS
-from r1s_jax.rollout.trajectory import Prompts, Trajectory
+from r1s_jax.rollout.trajectory import A, Prompts, Trajectory
 
 
 class Phase(IntEnum):
@@ -29,39 +29,39 @@ class Phase(IntEnum):
     WAIT = 3  # the host is searching
 
 
-class Slots(NamedTuple):
+class Slots(NamedTuple, Generic[A]):
     """Bookkeeping of the slots, each int32[S]."""
 
-    row: Array  # the trajectory in the slot; N when empty, so that writes fall away
-    length: Array  # tokens known
-    cached: Array  # of those, how many are in the KV cache
-    turn_start: Array  # length when the policy's turn began
-    tag_state: Array  # of the automaton that looks for the end of a tag
-    searches: Array
-    replies: Array  # of the system's to its turns: searches, and turns that it could not act on
-    called: Array  # whether the turn asks for a search, in dialects that act at its end
-    phase: Array
+    row: A  # the trajectory in the slot; N when empty, so that writes fall away
+    length: A  # tokens known
+    cached: A  # of those, how many are in the KV cache
+    turn_start: A  # length when the policy's turn began
+    tag_state: A  # of the automaton that looks for the end of a tag
+    searches: A
+    replies: A  # of the system's to its turns: searches, and turns that it could not act on
+    called: A  # whether the turn asks for a search, in dialects that act at its end
+    phase: A
 
 
-class State(NamedTuple):
+class State(NamedTuple, Generic[A]):
     """The loop's carry. The counters have one entry: outside of the program, one a data shard."""
 
-    slots: Slots
-    out: Trajectory
+    slots: Slots[A]
+    out: Trajectory[A]
     cache: KVCache
-    next_row: Int[Array, "1"]  # first trajectory that no slot has taken yet
-    decode_steps: Int[Array, "1"]
-    prefill_chunks: Int[Array, "1"]
-    busy: Int[Array, "1"]  # tokens sampled: decode steps, each counted once a slot that took part
+    next_row: Int[A, "1"]  # first trajectory that no slot has taken yet
+    decode_steps: Int[A, "1"]
+    prefill_chunks: Int[A, "1"]
+    busy: Int[A, "1"]  # tokens sampled: decode steps, each counted once a slot that took part
 
     @staticmethod
-    def partition() -> "State":
+    def partition() -> "State[P]":
         """The PartitionSpec of every array."""
         batch, cache = P(BATCH_AXES), P(None, BATCH_AXES, TENSOR_AXIS)
         return State(
             slots=Slots(*[batch] * len(Slots._fields)),
             out=Trajectory(*[batch] * len(Trajectory._fields)),
-            cache=cache,
+            cache=cache,  # pyright: ignore[reportArgumentType]  # one for all its arrays
             next_row=batch,
             decode_steps=batch,
             prefill_chunks=batch,
@@ -146,11 +146,11 @@ def _begun(prompts: Prompts, row: Int[Array, " S"]) -> Slots:
     )
 
 
-def _empty(rows: int) -> Slots:
-    return Slots(rows, *[0] * (len(Slots._fields) - 2), Phase.EMPTY)
+def _empty(rows: int) -> Slots[int]:
+    return Slots(rows, *[0] * (len(Slots._fields) - 1))._replace(phase=Phase.EMPTY)
 
 
-def _where(chosen: Bool[Array, " S"], new: Slots, old: Slots) -> Slots:
+def _where(chosen: Bool[Array, " S"], new: Slots[Array] | Slots[int], old: Slots) -> Slots:
     return Slots(*(jnp.where(chosen, n, o) for n, o in zip(new, old, strict=True)))
 
 
