@@ -200,6 +200,7 @@ def _timed(search: Callable[[np.ndarray], Found], queries: np.ndarray, rows: int
         seconds.append(time.perf_counter() - began)
         if time.perf_counter() > end:
             return seconds
+    raise AssertionError("counting ends at no number")
 
 
 def _open_ours(work: Path, engine: str, ours: Path | None) -> Callable[[], Callable]:
@@ -222,7 +223,7 @@ def _open_faiss(work: Path, engine: str) -> Callable[[], Callable]:
     import faiss
 
     def opened() -> Callable[[np.ndarray], Found]:
-        index = faiss.read_index(str(work / engine))
+        index: Any = faiss.read_index(str(work / engine))
         if engine == "faiss_ivfpq":
             lists = faiss.extract_index_ivf(index)
             lists.nprobe, index.k_factor = max(1, lists.nlist // 10), 20

@@ -3,10 +3,13 @@
 350 questions in stage 1 and 8,148 in stage 2, 64 to a step and each seen once.
 """
 
+from typing import Literal
+
 from r1s_jax.config import (
     AlgorithmConfig,
     Config,
     CorpusConfig,
+    Estimator,
     MeshConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -23,8 +26,8 @@ def published(
     *,
     stage1: int = 0,
     stage2: int = 0,
-    prompt: str = "base",
-    estimator: str = "reinforce_baseline",
+    prompt: Literal["base", "chat"] = "base",
+    estimator: Estimator = "reinforce_baseline",
     kl_coefficient: float = 0.0,
     tensor: int = 1,
 ) -> Config:

@@ -222,7 +222,7 @@ def _row(rolled: Rolled, i: int, question: Question, selection: Selection) -> di
         "idx": question.id,
         **({"_id": question.source_id} if question.source_id else {}),
         "question": question.question,
-        "answer": list(question.answers) if len(question.answers) > 1 else question.answers[0],
+        "answer": question.answers[0] if len(question.answers) == 1 else list(question.answers),
         "first_solved": first,
         "solved": sum(solved),
         "difficulty": difficulty(first),
@@ -246,7 +246,7 @@ def _plot(rows: Sequence[dict[str, Any]], rollouts: int, path: Path) -> None:
     for name, colour in zip(CLASSES, ("#2a9d8f", "#e9c46a", "#e76f51"), strict=True):
         at = [f or rollouts + 1 for f in firsts if difficulty(f) == name]
         bins = np.arange(0.5, rollouts + 2)
-        axes.hist(at, bins=bins, color=colour, label=f"{name} ({len(at)})")
+        axes.hist(at, bins=bins.tolist(), color=colour, label=f"{name} ({len(at)})")
     axes.set(
         title=f"{len(rows)} questions: the rollout that first solved each",
         xlabel=f"rollout ({rollouts + 1}: none of {rollouts})",

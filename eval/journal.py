@@ -77,9 +77,10 @@ def load_described(
             f"{out} was begun with checkpoint {wanted} of {reference}: {error}. Choose another "
             "file with --out"
         ) from error
-    described["model"] = {"sha256": policy_digest(policy)}
+    told: dict[str, Any] = {"sha256": policy_digest(policy)}
     if policy.checkpoint is not None:
-        described["model"]["checkpoint"] = policy.checkpoint
+        told["checkpoint"] = policy.checkpoint
+    described["model"] = told
     if before:
         refuse_other(out, before, described, "model")
     return policy

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.schema import check
@@ -183,9 +183,9 @@ def _answer(
     k, seed = run.samples, run.settings.config().seed
     rolled = engine.run(params, padded, samples=k, seed=seed, step=0, retriever=retriever)
     seconds = (time.perf_counter() - begin) / (len(batch) * k)
-    rows = [_row(rolled, i, batch[i // k], seconds) for i in range(len(batch) * k)]
+    rows: list[ResultRow] = [_row(rolled, i, batch[i // k], seconds) for i in range(len(batch) * k)]
     if k > 1:
-        rows = [row | {"sample": i % k} for i, row in enumerate(rows)]
+        rows = [{**row, "sample": i % k} for i, row in enumerate(rows)]
     return rows
 
 
@@ -201,7 +201,7 @@ class _Searches:
 
     def add(self, rows: Sequence[ResultRow]) -> None:
         """Counts more rows."""
-        self.outcomes.update(o for row in rows for o in row["search_outcomes"])
+        self.outcomes.update(o for row in rows for o in row.get("search_outcomes", ()))
 
     def note(self, rows: Sequence[ResultRow], reasons: str) -> None:
         """Keeps `reasons`, what the failures of these rows were."""
@@ -306,4 +306,4 @@ def _already(
                 f"{out}, line {i + 1} holds the answer to another question (id {row['id']!r}) than "
                 "the one asked there: choose another file with --out"
             )
-    return rows, before
+    return cast("list[ResultRow]", rows), before  # each was checked

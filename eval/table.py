@@ -49,10 +49,15 @@ class Cell:
 def published() -> list[Cell]:
     """The rows of the paper that others are measured against."""
     return [
-        Cell(model, benchmark, *map(float, pair.split("/")))
+        Cell(model, benchmark, *_pair(pair))
         for model, row in _PUBLISHED.items()
         for benchmark, pair in zip(_COLUMNS, row, strict=True)
     ]
+
+
+def _pair(text: str) -> tuple[float, float]:
+    acc_r, acc_l = map(float, text.split("/"))
+    return acc_r, acc_l
 
 
 def measured(files: Iterable[Path]) -> list[Cell]:

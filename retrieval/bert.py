@@ -5,11 +5,11 @@ bulk encoding. On NumPy it needs no device, for queries that arrive while the de
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from r1s_jax.border.json import read_object
 from r1s_jax.border.schema import check
 
 Array = jax.Array | np.ndarray
-Weights = dict[str, Array]
+Weights = Mapping[str, Array]
 
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
@@ -179,7 +179,7 @@ def bert(
     mask: Bool[Array, "batch time"],
     config: BertConfig,
     engine: Engine = JAX,
-) -> Float[Array, "batch time dims"]:
+) -> Float[Any, "batch time dims"]:
     """The last hidden states of a batch; `mask` is True at real tokens. Computes in float32."""
     xp = engine.xp
     table = weights.embeddings

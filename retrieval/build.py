@@ -183,14 +183,20 @@ class _Build(NamedTuple):
     milvus_url: str
     advance: Progress
 
+    @property
+    def dense(self) -> Vectors:
+        """The vectors, of a kind that is made of them."""
+        assert self.vectors is not None
+        return self.vectors
+
     def write(self, kind: IndexKind) -> dict[str, Any]:
         """Writes the files of one kind; returns its parameters."""
         match kind:
             case "scann":
-                ScannSearcher.write(self.directory, self.vectors, self.scann, self.advance)
+                ScannSearcher.write(self.directory, self.dense, self.scann, self.advance)
                 return self.scann
             case "exact":
-                write_vectors(self.directory, self.vectors, self.advance)
+                write_vectors(self.directory, self.dense, self.advance)
                 return {}
             case "bm25":
                 lines = (passage.line for passage in self.store)
@@ -199,7 +205,7 @@ class _Build(NamedTuple):
                 return searcher.parameters
             case "milvus":
                 return MilvusSearcher.write(
-                    self.directory, self.vectors, self.milvus_url, self.advance
+                    self.directory, self.dense, self.milvus_url, self.advance
                 )
             case "hybrid":  # one after the other, neither in memory beside the other
                 return hybrid_parameters([self._part(0, "scann"), self._part(1, "bm25")])

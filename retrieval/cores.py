@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 _lock = threading.RLock()  # of a thread that has it: a generator given up may be closed by the GC
-_inside: list[object] = []  # the limit, once for each thread that is in it
+_inside: list[Any] = []  # the limit, once for each thread that is in it
 
 
 def on_all_cores(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -165,7 +165,7 @@ def _parse_tsv(text: str) -> Passage:
 
 
 def _parse_json(text: str) -> Passage:
-    return row_passage(parse(text, "the line", ValueError))
+    return row_passage(parse(text, "the line"))
 
 
 def row_passage(row: Any) -> Passage:
@@ -187,7 +187,7 @@ def row_passage(row: Any) -> Passage:
     return Passage(str(id), contents_line(row["contents"]))
 
 
-def _unless_cut(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _unless_cut(path: Path, file: Iterable[bytes]) -> Iterator[bytes]:
     number = 0
     try:
         for line in file:
@@ -243,6 +243,9 @@ class PassageStore:
             raise IndexError(f"passage {i} of {len(self)}")
         line = self._bytes[self._offsets[i] : self._offsets[i + 1] - 1]
         return Passage(*line.decode("utf-8").split("\t", 1))
+
+    def __iter__(self) -> Iterator[Passage]:
+        return (self[i] for i in range(len(self)))
 
     @classmethod
     def write(cls, directory: str | Path, passages: Iterable[Passage]) -> "PassageStore":

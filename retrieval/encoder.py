@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class Encoder(Protocol):
         ...
 
 
-def _unit(x: Float[Array, "*n dims"], xp=np) -> Float[Array, "*n dims"]:
+def _unit(x: Float[Any, "*n dims"], xp: Any = np) -> Float[Any, "*n dims"]:
     return x / xp.maximum(xp.sqrt((x * x).sum(-1, keepdims=True)), 1e-12)
 
 
@@ -83,7 +83,7 @@ class BertEncoder:
         query_instruction: str | None = None,
         passage_instruction: str | None = None,
         reference: str | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         """Loads the model.
 
@@ -108,7 +108,7 @@ class BertEncoder:
         self.instructions |= {kind: text for kind, text in given.items() if text is not None}
         self._devices = devices
         self._config = BertConfig.load(directory)
-        self._pooling = _read_pooling(directory, known)
+        self._pooling: Pooling = _read_pooling(directory, known)
         self.max_length = _read_max_length(directory, self._config, known)
         self._weights = load_weights(directory, self._config)
         self._directory = directory
@@ -220,11 +220,11 @@ def _encode_batch(
 
 
 def _pool(
-    states: Float[Array, "batch time dims"],
+    states: Float[Any, "batch time dims"],
     mask: Bool[Array, "batch time"],
     pooling: Pooling,
-    xp=np,
-) -> Float[Array, "batch dims"]:
+    xp: Any = np,
+) -> Float[Any, "batch dims"]:
     if pooling == "cls":
         return states[:, 0]
     weights = mask.astype(states.dtype)[..., None]
@@ -345,7 +345,8 @@ class HashEncoder:
             hashed = [_hash_word(word, self.dims, *self._ngrams) for word in words]
             buckets, signs = (np.concatenate(part) for part in zip(*hashed, strict=True))
             by_bucket = _sparse([len(row) for row, _ in hashed], buckets, signs, self.dims)
-            vectors = _unit((by_word @ by_bucket).toarray())
+            summed: Any = by_word @ by_bucket
+            vectors = _unit(summed.toarray())
         if progress:
             progress(len(texts), len(texts))
         return vectors

@@ -136,7 +136,7 @@ class FlatVectors:
             )
         self.form = f"npy, {rows.dtype}"
         self._check_size(rows.offset + rows.nbytes)
-        return rows.shape, rows.dtype, rows.offset
+        return rows.shape, np.dtype(rows.dtype), rows.offset
 
     def _check_size(self, wanted: int) -> None:
         if (size := self.path.stat().st_size) != wanted:
@@ -157,7 +157,8 @@ class FlatVectors:
             part = out[at - start : at - start + _COPIED]
             # Not by a memory map, whose pages would count as this process's memory.
             place = self._offset + at * self.shape[1] * self._dtype.itemsize
-            part.flat = np.fromfile(self.path, self._dtype, part.size, offset=place)
+            read = np.fromfile(self.path, self._dtype, part.size, offset=place)
+            part.flat = read  # pyright: ignore[reportAttributeAccessIssue]  # NumPy's stubs do not know
             finite = np.isfinite(part).all(axis=1)
             if not finite.all():
                 raise VectorError(

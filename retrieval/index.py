@@ -24,7 +24,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-import jax
 import msgspec
 import numpy as np
 from jaxtyping import Float
@@ -180,7 +179,8 @@ def encoder_of(index: Index) -> Encoder | None:
     """The one encoder of an index or of its parts."""
     if not isinstance(index.searcher, HybridSearcher):
         return index.encoder
-    found = {e.fingerprint: e for p in index.searcher.parts if (e := encoder_of(p))}
+    parts = [part for part in index.searcher.parts if isinstance(part, Index)]
+    found = {e.fingerprint: e for p in parts if (e := encoder_of(p))}
     if len(found) > 1:
         raise ConfigError(f"a saved hybrid has one encoder at most, not {', '.join(found)}")
     return next(iter(found.values()), None)
@@ -280,7 +280,7 @@ def open_index(
     directory: str | Path,
     encoder: Encoder | None,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Index:
     """Opens a saved index with the encoder that it was built with (any, where it has none).
 
@@ -342,7 +342,7 @@ def open_searcher(
     info: dict[str, Any],
     encoder: Encoder | None,
     passages: PassageStore,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Searcher:
     """The searcher of a folder whose files are known to be whole."""
     kind, parameters = info["kind"], info["parameters"]

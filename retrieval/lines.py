@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import urllib3
+from urllib3.util import parse_url
 
 from r1s_jax.border.http import Connections, ServerError
 from r1s_jax.retrieval.corpus import CorpusError
@@ -49,7 +50,7 @@ class Source(Protocol):
         """Bytes read so far, as stored."""
         ...
 
-    def files(self) -> Iterator[tuple[str, BinaryIO]]:
+    def files(self) -> Iterator[tuple[str, io.BufferedIOBase]]:
         """The name and the stream of each file."""
         ...
 
@@ -104,7 +105,7 @@ class _File:
         self._path, self.name, self.total = path, str(path), path.stat().st_size
         self.consumed: Callable[[], int] = int
 
-    def files(self) -> Iterator[tuple[str, BinaryIO]]:
+    def files(self) -> Iterator[tuple[str, io.BufferedIOBase]]:
         with self._path.open("rb") as raw:
             self.consumed = raw.tell
             yield self.name, gzip.GzipFile(fileobj=raw) if self._path.suffix == ".gz" else raw
@@ -115,19 +116,20 @@ class _Address:
 
     def __init__(self, url: str):
         self.name, self.total = url, 0
-        self._gzipped = (urllib3.util.parse_url(url).path or "").endswith(".gz")
+        self._gzipped = (parse_url(url).path or "").endswith(".gz")
         self.consumed: Callable[[], int] = int
 
-    def files(self) -> Iterator[tuple[str, BinaryIO]]:
+    def files(self) -> Iterator[tuple[str, io.BufferedIOBase]]:
         with self._get() as response:
-            response.auto_close = False  # at its end the response would close itself under us
+            # At its end the response would close itself under us.
+            response.auto_close = False  # pyright: ignore[reportAttributeAccessIssue]  # of any but a base
             raw = io.BufferedReader(response, _CHUNK)
             self.total = int(response.headers.get("Content-Length", 0))
             self.consumed = response.tell
             yield self.name, gzip.GzipFile(fileobj=raw) if self._gzipped else raw
 
     @contextmanager
-    def _get(self) -> Iterator[urllib3.HTTPResponse]:
+    def _get(self) -> Iterator[urllib3.BaseHTTPResponse]:
         timeout = urllib3.Timeout(connect=_CONNECT_S, read=_READ_S)
         response = Connections().request(
             "GET",
@@ -157,7 +159,7 @@ class _Folder:
         self.total = sum(file.stat().st_size for file in self._files)
         self.consumed: Callable[[], int] = int
 
-    def files(self) -> Iterator[tuple[str, BinaryIO]]:
+    def files(self) -> Iterator[tuple[str, io.BufferedIOBase]]:
         before = 0
         for path in self._files:
             with path.open("rb") as raw:
@@ -173,9 +175,11 @@ class _Archive:
         self._path, self.name, self.total = path, str(path), path.stat().st_size
         self.consumed: Callable[[], int] = int
 
-    def files(self) -> Iterator[tuple[str, BinaryIO]]:
+    def files(self) -> Iterator[tuple[str, io.BufferedIOBase]]:
         with self._path.open("rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as archive:
             self.consumed = raw.tell
             for member in archive:
                 if member.isfile() and fnmatch(Path(member.name).name, _PAGES):
-                    yield f"{self.name}:{member.name}", bz2.BZ2File(archive.extractfile(member))
+                    held = archive.extractfile(member)
+                    assert held is not None  # it is a file
+                    yield f"{self.name}:{member.name}", bz2.BZ2File(held)

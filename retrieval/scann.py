@@ -76,7 +76,8 @@ class ScannSearcher:
         parts = self._threads.map(
             lambda i: self._search_shard(i, queries, k), range(len(self._shards))
         )
-        return top_k(*map(np.hstack, zip(*parts, strict=True)), k)
+        ids, scores = map(np.hstack, zip(*parts, strict=True))
+        return top_k(ids, scores, k)
 
     def _search_shard(self, i: int, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
         k = min(k, self._shards[i].size())
@@ -196,7 +197,7 @@ def scann() -> ModuleType:
     """ScaNN's NumPy interface. It would also load TensorFlow, at a cost, if it could find it."""
     with _import_lock:
         hidden = sys.modules.get("tensorflow")
-        sys.modules["tensorflow"] = None
+        sys.modules["tensorflow"] = None  # pyright: ignore[reportArgumentType]  # None is allowed
         try:
             from scann import scann_ops_pybind
         except ImportError as error:

@@ -34,14 +34,18 @@ class Vectors(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
+    def __getitem__(self, rows: slice, /) -> np.ndarray: ...
 
 
 class Searcher(Protocol):
     """Ranks passages by their positions; safe to share by threads."""
 
     kind: IndexKind
-    parameters: dict[str, Any]  # JSON-able: what the kind was built with
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """JSON-able: what the kind was built with."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -103,6 +107,7 @@ class ExactSearcher:
             ids = np.arange(start, start + len(rows))[None].repeat(len(queries), 0)
             best = top_k(ids, queries @ rows.T, k)
             found = top_k(*map(np.hstack, zip(found, best, strict=True)), k) if found else best
+        assert found is not None  # there is a vector at least
         return found
 
     def save(self, directory: Path) -> None:
@@ -137,12 +142,12 @@ class MeshSearcher(ExactSearcher):
 
     _ROWS = 64  # queries a call: one compiled shape for each k
 
-    def __init__(self, vectors: Vectors, devices: Sequence[jax.Device]):
+    def __init__(self, vectors: Vectors, devices: Sequence[Any]):
         super().__init__(vectors)
         self._mesh = jax.make_mesh((len(devices),), ("x",), (AxisType.Auto,), devices=devices)
         self._share = -(-len(vectors) // len(devices))
 
-        def rows_of(index: tuple[slice, ...]) -> np.ndarray:
+        def rows_of(index: Any) -> np.ndarray:
             rows = np.zeros((self._share, vectors.shape[1]), np.float32)
             own = np.asarray(vectors[index[0]], np.float32)
             rows[: len(own)] = own
@@ -181,8 +186,10 @@ def _rank(queries: jax.Array, vectors: jax.Array, mesh: jax.sharding.Mesh, k: in
         scores, best = jax.lax.top_k(every[1], k)
         return jnp.take_along_axis(every[0], best, 1), scores
 
-    specs = {"in_specs": (P(), P("x")), "out_specs": (P(), P())}
-    return jax.shard_map(share, mesh=mesh, check_vma=False, **specs)(queries, vectors)
+    ranked = jax.shard_map(
+        share, mesh=mesh, in_specs=(P(), P("x")), out_specs=(P(), P()), check_vma=False
+    )
+    return ranked(queries, vectors)
 
 
 def oracle(vectors: Vectors) -> ExactSearcher:

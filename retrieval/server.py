@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -79,8 +79,8 @@ class _Job:
 
     queries: list[str]
     k: int
-    done: Future[list[list[Hit]]]
-    found: list[list[Hit]] = field(default_factory=list)  # of its first queries
+    done: Future[list[Sequence[Hit]]]
+    found: list[Sequence[Hit]] = field(default_factory=list)  # of its first queries
     taken: int = 0  # of its queries, those that are searched or were
 
 
@@ -98,7 +98,7 @@ class Batcher:
         self._thread = threading.Thread(target=self._work, name="search", daemon=True)
         self._thread.start()
 
-    def submit(self, queries: list[str], k: int) -> Future[list[list[Hit]]]:
+    def submit(self, queries: list[str], k: int) -> Future[list[Sequence[Hit]]]:
         """The passages of each query, once found; raises Refused where too many wait."""
         job = _Job(queries, k, Future())
         if not queries:
@@ -217,7 +217,7 @@ class _Service:
         return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
 
     async def _answer(
-        self, request: Request, k_name: str, reply: Callable[[dict, list[list[Hit]]], dict]
+        self, request: Request, k_name: str, reply: Callable[[dict, list[Sequence[Hit]]], dict]
     ) -> Response:
         started, headers = time.perf_counter(), {}
         content: Any
@@ -288,7 +288,7 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _lines_reply(body: dict[str, Any], hits: list[list[Hit]]) -> dict[str, Any]:
+def _lines_reply(body: dict[str, Any], hits: list[Sequence[Hit]]) -> dict[str, Any]:
     """Lines as R1-Searcher's corpora hold them; clients cut a number at their start."""
     return {"queries": body["queries"], "answers": [[_line(hit) for hit in row] for row in hits]}
 
@@ -297,7 +297,7 @@ def _line(hit: Hit) -> str:
     return f"{hit.id}\t{hit.line}" if is_whole_number(hit.id) else hit.line
 
 
-def _documents_reply(body: dict[str, Any], hits: list[list[Hit]]) -> dict[str, Any]:
+def _documents_reply(body: dict[str, Any], hits: list[Sequence[Hit]]) -> dict[str, Any]:
     """With scores as pairs, without them bare documents, as Search-R1's server has it."""
     if not body.get("return_scores"):
         return {"result": [[_document(hit) for hit in row] for row in hits]}
@@ -322,7 +322,8 @@ def make_app(retriever: Served, limits: Limits, allowed: Callers | None = None) 
         yield
         await asyncio.to_thread(service.batcher.close)
 
-    def error(request: Request, refused: HTTPException) -> Response:
+    def error(request: Request, refused: Exception) -> Response:
+        assert isinstance(refused, HTTPException)  # as registered below
         told = refused.detail
         if refused.status_code in (404, 405):
             told = f"{told}: this server has {_SERVED}"

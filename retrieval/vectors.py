@@ -118,7 +118,7 @@ def _digest_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> dict[str, Any]:
+def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> "_Description":
     start, end = (corpus.length * i // shards for i in (shard, shard + 1))
     return {
         "format": _FORMAT,
@@ -152,7 +152,7 @@ class _Description(TypedDict):
     reference: str
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def _read_description(path: Path) -> _Description:
     told = read_object(path, VectorError)
     if (version := told.get("format")) != _FORMAT:
         raise VectorError(
@@ -162,7 +162,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     return check(told, _Description, path, VectorError)
 
 
-def _check_fits(directory: Path, ours: dict[str, Any]) -> None:
+def _check_fits(directory: Path, ours: _Description) -> None:
     """Raises VectorError where the folder holds shards that ours could not stand beside."""
     for path in sorted(directory.iterdir()):
         if _NAME.fullmatch(path.name):
