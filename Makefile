@@ -27,9 +27,10 @@ fuzz: .venv/dev ## Damage everything that is read, 10,000 times
 test-all: .venv/dev .venv/aot ## All tests that need no GPU
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)
 
-lint: .venv/dev ## Format and lint checks
+lint: .venv/dev ## Format, lint and type checks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/basedpyright
 
 format: .venv/dev ## Format in place
 	$(BIN)/ruff format .

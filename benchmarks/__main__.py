@@ -152,6 +152,7 @@ def search(
     if index:
         told = bench_index(index, console.print)
     else:
+        assert synthetic is not None  # as checked above
         told = bench_synthetic(int(synthetic), dims, console.print)
     if as_json:
         return _print_result(told, as_json)

@@ -113,7 +113,7 @@ def bench_lengths(
 def _steps(
     config: Config, engine: Engine, params: Params, questions: int
 ) -> Callable[[int], Rolled]:
-    world = _Questions()
+    world: Any = _Questions()  # what is asked of an environment here
     if config.rollout.carry_over:
         carried = CarryOver(config, engine, world)
         return lambda step: carried.roll(params, step, questions)

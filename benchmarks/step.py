@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -42,11 +42,12 @@ from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine
 
 _QUESTION = "Which rivers flow through the capital of Austria?"
+Dtype = Literal["float32", "bfloat16"]
 _LEARNING_RATE, _CLIP = 1e-6, 0.2
 
 
 def bench_step(
-    reference: str, *, samples: int, new_tokens: int, dtype: str, repeats: int = 3
+    reference: str, *, samples: int, new_tokens: int, dtype: Dtype, repeats: int = 3
 ) -> dict[str, Any]:
     """Seconds of a step: the rollout of `samples` answers, their rewards, advantages, an update.
 
@@ -80,7 +81,7 @@ def bench_step(
 
 
 def _our_step(
-    policy: Pretrained, samples: int, new_tokens: int, dtype: str
+    policy: Pretrained, samples: int, new_tokens: int, dtype: Dtype
 ) -> Callable[[int], dict[str, float]]:
     config = _config(policy, samples, new_tokens, dtype)
     mesh = make_mesh(MeshConfig())
@@ -124,10 +125,10 @@ def _our_step(
 
 
 def _prompt(policy: Pretrained) -> str:
-    return renderer(policy.dialect, policy.tokenizer)(_QUESTION)
+    return renderer(policy.spoken, policy.tokenizer)(_QUESTION)
 
 
-def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: str) -> Config:
+def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: Dtype) -> Config:
     prompt = len(encode_start(policy.tokenizer, _prompt(policy)))
     length, stage = prompt + new_tokens, StageConfig(steps=0, reward="stage2")
     return Config(
@@ -155,7 +156,7 @@ def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: str) -> Co
 
 
 def _trl(
-    policy: Pretrained, folder: Path, samples: int, new_tokens: int, dtype: str, steps: int
+    policy: Pretrained, folder: Path, samples: int, new_tokens: int, dtype: Dtype, steps: int
 ) -> TrlSteps:
     save_params(policy.params, policy.model, folder, dtype="float32")
     policy.tokenizer.save_pretrained(folder)

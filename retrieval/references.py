@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from r1s_jax.border.errors import ConfigError
 from r1s_jax.border.http import without_credentials
 from r1s_jax.config import CorpusConfig
@@ -217,7 +215,7 @@ def _published(name: str) -> str:
     return preset.passages
 
 
-def open_saved_index(folder: Path, devices: Sequence[jax.Device] | None = None) -> Index:
+def open_saved_index(folder: Path, devices: Sequence[Any] | None = None) -> Index:
     """Opens an index with the encoder that its own description names."""
     return open_index(folder, index_encoder(folder), devices=devices)
 

@@ -139,7 +139,7 @@ def test_broken_question_file_is_named(tmp_path, monkeypatch, capsys):
     changes = [f"environment.questions={questions}", f"environment.passages={passages}"]
     monkeypatch.setenv("R1S_CACHE", str(tmp_path / "cache"))
     model = "policy.model=tests/fixtures/parity/llama"
-    monkeypatch.setattr("r1s_jax.train.make_policy", lambda *_: _tiny_policy())
+    monkeypatch.setattr("r1s_jax.train.make_policy", lambda *told: _tiny_policy(dialect=told[2]))
     args = ["r1s", "train", "wiki_smollm2", model, "environment.encoder=hash", *changes]
     monkeypatch.setattr("sys.argv", [*args, "--run-dir", str(tmp_path / "run")])
     with pytest.raises(SystemExit):
@@ -147,11 +147,11 @@ def test_broken_question_file_is_named(tmp_path, monkeypatch, capsys):
     assert "questions.jsonl, line 2" in capsys.readouterr().err
 
 
-def _tiny_policy():
+def _tiny_policy(dialect):
     from r1s_jax.models.pretrained import Pretrained
 
     tokenizer = build_tokenizer()
-    return Pretrained(SMALL, init_params(SMALL, 0), tokenizer, (tokenizer.eos_token_id,))
+    return Pretrained(SMALL, init_params(SMALL, 0), tokenizer, (tokenizer.eos_token_id,), dialect)
 
 
 def test_reward_writes_every_row_back(tmp_path):

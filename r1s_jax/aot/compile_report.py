@@ -103,8 +103,9 @@ def _report(program: Program, chip: Chip) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         return _refused(error, program, chip, flops, time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
-    collectives = collective_bytes(compiled.as_text(), program.trips)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None  # every target's compiler tells both
+    collectives = collective_bytes(text, program.trips)
     peak = memory.peak_memory_in_bytes or (
         memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     )

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,12 +62,12 @@ def collective_bytes(text: str, trips: Mapping[str, float]) -> dict[str, float]:
     loop runs as often as the scopes (`jax.named_scope`) in its name say, `trips[scope]` times each.
     """
     computations, entry = _parse(text)
-    total: Counter[str] = Counter()
+    total: dict[str, float] = {}
     for name, in_loop in _visits(computations, entry):
         for kind, size, scope in computations[name][0]:
             times = math.prod(n for s, n in trips.items() if in_loop and s in scope)
-            total[kind] += size * times
-    return dict(total)
+            total[kind] = total.get(kind, 0) + size * times
+    return total
 
 
 # Collectives as (kind, bytes, op_name); calls as (computation, whether a loop runs it).

@@ -150,7 +150,7 @@ def rollout_program(
     )
 
 
-def _prompts(config: Config, mesh: Mesh) -> Prompts:
+def _prompts(config: Config, mesh: Mesh) -> Prompts[jax.ShapeDtypeStruct]:
     """What a rollout starts from, as shapes on the mesh."""
     c, count = config.rollout, trajectories(config)
     # Carried over, twice as many are in flight as a step learns from, with their text so far.

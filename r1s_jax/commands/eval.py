@@ -3,7 +3,7 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -60,23 +60,29 @@ def run(
     Where too many searches fail it ends with exit status 1; the rows say which.
     """
     from r1s_jax import presets
-    from r1s_jax.data.results import read_header
     from r1s_jax.eval.run import EvalRun, answer_file
     from r1s_jax.presets import Settings
     from r1s_jax.retrieval.references import open_search_engine
-    from r1s_jax.system.console import console, progress_bar
+    from r1s_jax.system.console import progress_bar
 
     settings = Settings(presets.evaluation, changes or ())
-    run = EvalRun(questions, model, settings, mode, samples, limit)
+    run = EvalRun(questions, model, settings, cast(Any, mode), samples, limit)
     engine, source = None, {}
     if mode != "direct":
         engine, source = open_search_engine(index, retriever, site if online else None)
     with progress_bar("Answering") as advance:
         answer_file(run, engine, source, out, advance, retry_failed=retry_failed)
+    _tell_searches(out)
+    typer.echo(str(out))
+
+
+def _tell_searches(out: Path) -> None:
+    from r1s_jax.data.results import read_header
+    from r1s_jax.system.console import console
+
     if searches := (read_header(out) or {}).get("searches"):
         told = ", ".join(f"{n} {outcome}" for outcome, n in searches.items())
         console.print(f"Searches: {told}")
-    typer.echo(str(out))
 
 
 @app.command("score")

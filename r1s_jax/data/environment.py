@@ -132,9 +132,14 @@ class TinyWorldEnvironment:
         recalled = round(of_known * _GUESS_FRACTION)
         guesses = round(size * _GUESS_FRACTION)
         twice = (size - guesses) // 2
-        picks = [(one_hop, size - guesses - twice, "search"), (two_hop, twice, "search")]
-        picks += [(one_hop, guesses - guesses // 2, "guess"), (two_hop, guesses // 2, "guess")]
-        picks += [(known, recalled, "guess"), (known, of_known - recalled, "search")]
+        picks: list[tuple[Sequence[Question], int, Style]] = [
+            (one_hop, size - guesses - twice, "search"),
+            (two_hop, twice, "search"),
+            (one_hop, guesses - guesses // 2, "guess"),
+            (two_hop, guesses // 2, "guess"),
+            (known, recalled, "guess"),
+            (known, of_known - recalled, "search"),
+        ]
         out = []
         if any(count > len(questions) for questions, count, _ in picks):
             raise ConfigError(
@@ -289,9 +294,10 @@ def open_environment(config: Config, dialect: Dialect) -> Environment:
     Raises ProcessError on all where it fails on any, or where one was told otherwise than the rest.
     """
     check_alike("recipe", lambda: config)
-    if config.search.served_by == "main" and isinstance(config.environment, CorpusConfig):
-        url = on_main(lambda: _serve(open_retriever(config.environment)))
-        served = replace(config.environment, passages=(), index="", retriever=url)
+    corpus = config.environment
+    if config.search.served_by == "main" and isinstance(corpus, CorpusConfig):
+        url = on_main(lambda: _serve(open_retriever(corpus)))
+        served = replace(corpus, passages=(), index="", retriever=url)
         config = replace(config, environment=served)
     environment = together(lambda: make_environment(config, dialect))
     check_alike("file of questions", environment.questions)

@@ -1,11 +1,12 @@
 """Files of rows: read whole, read while they are written, and journals that are gone on with."""
 
 import gzip
+import io
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from r1s_jax.border.errors import UserError, shorten
 from r1s_jax.border.json import parse, parse_items, parse_object
@@ -64,7 +65,7 @@ def _rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
         yield from (("line", n, parse_row(line, path, n)) for n, line in numbered)
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 

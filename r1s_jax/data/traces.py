@@ -210,16 +210,16 @@ def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str
 
 
 def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
-    row = check(row, _Readable, "this row", DataError)
+    read = check(row, _Readable, "this row", DataError)
     trace = Trace(
-        row["question"],
-        tuple(row["answers"]),
-        row["spans"],
-        row["reward"],
-        len(row["searches"]),
-        row["finish"],
-        row["step"],
-        row.get("token_advantages", ()),
+        read["question"],
+        tuple(read["answers"]),
+        read["spans"],
+        read["reward"],
+        len(read["searches"]),
+        read["finish"],
+        read["step"],
+        read.get("token_advantages", ()),
         dialect,
     )
     tokens = "".join(text for text, _ in trace.token_advantages)

@@ -92,7 +92,7 @@ def parse(text: str, error: type[UserError]) -> list[Term]:
                 f"reward {text!r}: expected WEIGHT*NAME, added or subtracted, at {text[at:][:30]!r}"
             )
         sign = -1.0 if found["sign"] == "-" else 1.0
-        argument = found["argument"] and float(found["argument"])
+        argument = float(found["argument"]) if found["argument"] else None
         terms.append(Term(sign * float(found["weight"] or 1), found["name"], argument))
         at = found.end()
     if not 0 < len(terms) <= _MOST_TERMS:

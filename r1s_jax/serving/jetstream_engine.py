@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from r1s_jax.border.errors import ConfigError
+from r1s_jax.config import Impl
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
@@ -24,7 +25,7 @@ from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.loop import ANSWER_END, QUERY_END
 
 if not hasattr(jax, "tree_map"):  # it was moved after JetStream's last release
-    jax.tree_map = jax.tree.map
+    jax.tree_map = jax.tree.map  # pyright: ignore[reportAttributeAccessIssue]  # made here
 _root = logging.getLogger()
 _level, _handlers = _root.level, list(_root.handlers)
 from jetstream.core import orchestrator  # noqa: E402
@@ -74,7 +75,7 @@ class SearchEngine(engine_api.Engine):
             raise ConfigError(f"JetStream serves up to rollout.max_length={max(_BUCKETS)}")
         self._longest = next(size for size in _BUCKETS if size >= roll.config.max_length)
         self._slots, self._tuning = roll.config.slots, mesh_tuning(roll.mesh)
-        self._impl = attention_impl(roll.attention, roll.mesh)
+        self._impl: Impl = attention_impl(roll.attention, roll.mesh)
         self._compute_dtype, self._roll = roll.compute_dtype, roll
         self._prefill = jax.jit(self._run_prefill)
         self._insert = jax.jit(self._run_insert, donate_argnums=1)

@@ -1,7 +1,7 @@
 """What a policy writes, told apart as it comes: thoughts, and the answer without its tags."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 from r1s_jax.protocol.dialect import (
@@ -98,7 +98,7 @@ def _rules(dialect: Dialect) -> dict[str, str]:
     return rules
 
 
-def _settled(text: str, tags: Sequence[str]) -> str:
+def _settled(text: str, tags: Collection[str]) -> str:
     """`text` without an end that may become something else: a tag, or a character."""
     text = text.rstrip(_HALF)
     for size in range(min(len(text), max(map(len, tags)) - 1), 0, -1):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r1s_jax.config import RolloutConfig, SearchConfig
+from r1s_jax.config import Attention, RolloutConfig, SearchConfig
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import batch_sharding, place, shard_params
 from r1s_jax.retrieval.api import Retriever
@@ -42,7 +42,7 @@ class Searcher(Jobs):
         *,
         search: SearchConfig | None = None,
         waiting: int = 256,
-        attention: str = "auto",
+        attention: Attention = "auto",
         compute_dtype: np.dtype | None = None,
     ):
         """At most `waiting` answers wait for a slot. Compiles, which may take a minute."""
@@ -114,7 +114,8 @@ class Searcher(Jobs):
 
     def _admit(self, begun: list[int], ended: list[int]) -> None:
         self.engine.broker.forget({*begun, *ended})
-        p = self._prompts
+        p, settings = self._prompts, self._prompts.settings
+        assert settings is not None  # _nothing has made them
         for row in begun:
             job, length = self._jobs[row], len(self._jobs[row].prompt)
             job.seen = length
@@ -122,7 +123,7 @@ class Searcher(Jobs):
             p.lengths[row] = p.prompt_lengths[row] = p.at.turn_start[row] = length
             p.groups[row] = job.group
             p.keys[row] = _key_data(job.seed, job.sample)
-            p.settings.temperature[row], p.settings.top_p[row] = job.temperature, job.top_p
+            settings.temperature[row], settings.top_p[row] = job.temperature, job.top_p
         chosen = [np.isin(np.arange(self.rows), rows) for rows in (begun, ended)]
         masks = place(chosen, batch_sharding(self.engine.mesh))
         self._state = self.engine.programs.admit(self._placed(), self._state, *masks)
@@ -204,7 +205,7 @@ def _key_data(seed: int, sample: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
-def _nothing(rows: int, width: int) -> Prompts:
+def _nothing(rows: int, width: int) -> Prompts[np.ndarray]:
     """NumPy arrays of rows that are not used, to be written into."""
     zeros = np.zeros(rows, np.int32)
     prompts = Prompts.fresh(

@@ -34,6 +34,7 @@ from r1s_jax.serving.jobs import Jobs
 logger = logging.getLogger(__name__)
 
 _PAGE = resources.files("r1s_jax.serving").joinpath("page.html")
+_SCRIPT = resources.files("r1s_jax.serving").joinpath("page.js")
 _POLICY_OF_PAGE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; "
 _POLICY_OF_PAGE += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 _RETRY_AFTER_S = "2"
@@ -106,7 +107,7 @@ class Service:
         return HTMLResponse(_PAGE.read_text("utf-8"), headers=headers)
 
     async def script(self, request: Request) -> Response:
-        text = _PAGE.with_name("page.js").read_text("utf-8")
+        text = _SCRIPT.read_text("utf-8")
         return Response(text, media_type="text/javascript")
 
     # Behind them.
@@ -170,7 +171,8 @@ def make_app(service: Service, allowed: Callers | None = None) -> ASGIApp:
         yield
         await asyncio.to_thread(service.desk.close)
 
-    def error(request: Request, refused: HTTPException) -> Response:
+    def error(request: Request, refused: Exception) -> Response:
+        assert isinstance(refused, HTTPException)  # as registered below
         told = refused.detail
         if refused.status_code in (404, 405):
             told = f"{told}: {request.method} {shorten(request.url.path, 80)}; served is {_SERVED}"

@@ -116,8 +116,10 @@ def _client(endpoint: ChatEndpoint) -> Any:
 
     # Left alone, the client goes through a proxy to this machine, too.
     proxy = proxy_of(endpoint.url)
-    straight = dict.fromkeys(("http://", "https://", "all://"))
-    route = {"proxy": proxy} if proxy else {"mounts": straight}
+    straight: dict[str, Any] = dict.fromkeys(("http://", "https://", "all://"))
+    client = (
+        DefaultAsyncHttpxClient(proxy=proxy) if proxy else DefaultAsyncHttpxClient(mounts=straight)
+    )
     # A server of one's own asks for no key; the client insists on having one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     return AsyncOpenAI(
@@ -125,7 +127,7 @@ def _client(endpoint: ChatEndpoint) -> Any:
         api_key=key,
         timeout=endpoint.timeout_s,
         max_retries=endpoint.retries,
-        http_client=DefaultAsyncHttpxClient(**route),
+        http_client=client,
     )
 
 

@@ -38,7 +38,8 @@ def hide_tpu_runtime() -> None:
     come before JAX is imported.
     """
     if not _found(_TPU_DEVICES) and not any(name in os.environ for name in _TPU_WANTED):
-        sys.modules.setdefault("libtpu", None)  # importing it now raises ImportError
+        # Importing it now raises ImportError.
+        sys.modules.setdefault("libtpu", None)  # pyright: ignore[reportArgumentType]  # None is allowed
 
 
 def has_accelerator() -> bool:

@@ -30,8 +30,8 @@ out_console = Console(soft_wrap=True, highlight=False)
 def speak_to_any_terminal() -> None:
     """From now on a character that the terminal does not have is written as a `?`."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
 
 
 def read_as_utf8() -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import jax
 import numpy as np
@@ -128,7 +128,7 @@ def on_main(action: Callable[[], T]) -> T:
     result, failed = gather((result, error))[0]
     if failed:
         raise ProcessError(f"process 0: {failed}")
-    return result
+    return cast(T, result)  # it did not fail
 
 
 def together(action: Callable[[], T]) -> T:
@@ -142,7 +142,7 @@ def together(action: Callable[[], T]) -> T:
     for process, failed in enumerate(gather(error)):
         if failed:
             raise ProcessError(f"process {process}: {failed}")
-    return result
+    return cast(T, result)  # it did not fail
 
 
 def check_alike(what: str, value: Callable[[], Any]) -> None:

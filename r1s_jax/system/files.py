@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, [json.dumps(value, indent=2, ensure_ascii=False), "\n"])
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON lines."""
     write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

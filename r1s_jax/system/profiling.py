@@ -30,7 +30,7 @@ class Compilations:
         count, self._count = self._count, 0
         return count
 
-    def _note(self, event: str, _: float, **__: Any) -> None:
+    def _note(self, event: str, duration_secs: float, **more: Any) -> None:
         self._count += event == _COMPILED
 
 
@@ -45,7 +45,8 @@ def keep_compiled_programs() -> None:
     JAX_COMPILATION_CACHE_DIR says where, else it is this package's cache. Not on CPU by itself:
     programs compile in seconds there, and only for the very CPU that compiled them.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    known = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # defined at import
+    if jax.default_backend() != "cpu" and not known:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 

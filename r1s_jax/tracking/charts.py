@@ -7,7 +7,7 @@ the units of the SVG's view box, which a page shows at about one pixel each.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -127,7 +127,7 @@ def x_scale(runs: Sequence[Sequence[Row]]) -> Scale:
     if low == high:
         return Scale(low - 1, high + 1, LEFT, RIGHT, (low,))
     ticks = MaxNLocator(5, integer=True).tick_values(low, high)
-    return Scale(low, high, LEFT, RIGHT, tuple(t for t in ticks.tolist() if low <= t <= high))
+    return Scale(low, high, LEFT, RIGHT, tuple(float(t) for t in ticks if low <= t <= high))
 
 
 def panel(key: str, title: str, runs: Sequence[Sequence[Row]], x: Scale) -> Panel | None:
@@ -164,9 +164,9 @@ def _extremes(values: Sequence[float | None]) -> list[int]:
         return list(range(len(values)))
     kept = {0, len(values) - 1}
     for part in np.array_split(np.arange(len(values)), _MOST_POINTS // 2):
-        known = [i for i in part.tolist() if values[i] is not None]
+        known = {i: v for i in part.tolist() if (v := values[i]) is not None}
         if known:
-            kept |= {min(known, key=values.__getitem__), max(known, key=values.__getitem__)}
+            kept |= {min(known, key=known.__getitem__), max(known, key=known.__getitem__)}
         else:  # a part without any value still breaks the line
             kept.add(int(part[0]))
     return sorted(kept)
@@ -177,11 +177,11 @@ def _y_scale(curves: Sequence[Curve]) -> Scale:
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # flat, but for rounding
         low, high = (low - 0.1 * abs(low), high + 0.1 * abs(high)) if high else (0.0, 1.0)
-    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high).tolist()
+    ticks = [float(t) for t in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
     return Scale(ticks[0], ticks[-1], BOTTOM, TOP, tuple(ticks))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     """Whether it can be drawn; whole numbers of hundreds of digits cannot."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False

@@ -38,6 +38,9 @@ class PlannedConfig(TypedDict, total=False):
     stage2: _Planned
 
 
+_NUMBER: Any = float | bool
+
+
 class _LearningRow(StepRow):
     """A row of `metrics.jsonl`: what is read by its name. All others of it are numbers too."""
 
@@ -59,7 +62,7 @@ def step_rows(path: Path) -> list[dict[str, Any]]:
     for row in rows:
         for name, value in row.items():
             if isinstance(value, int):
-                check(value, float | bool, f"{path}, step {row['step']}: {name}", DataError)
+                check(value, _NUMBER, f"{path}, step {row['step']}: {name}", DataError)
     return sorted(rows, key=lambda row: row["step"])
 
 
@@ -69,7 +72,7 @@ def learning_rows(run: Path) -> list[dict[str, Any]]:
     rows = rows_so_far(path, _LearningRow)
     for row in rows:
         for name in row.keys() - {"stage", "health"}:
-            check(row[name], float | bool, f"{path}, step {row['step']}: {name}", DataError)
+            check(row[name], _NUMBER, f"{path}, step {row['step']}: {name}", DataError)
     return rows
 
 

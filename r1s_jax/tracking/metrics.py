@@ -139,7 +139,7 @@ def trace_rows(
     rewards: Sequence[Reward],
     advantages: np.ndarray,
     count: int,
-    token_texts: Callable[[Trajectory, int], list[str]],
+    token_texts: Callable[[Trajectory[np.ndarray], int], list[str]],
 ) -> Iterator[TraceRow]:
     """The trajectories of a step that go into `traces.jsonl`: spread over the batch.
 

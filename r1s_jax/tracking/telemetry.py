@@ -30,10 +30,11 @@ class Telemetry:
         self.run_dir, self._writes = run_dir, is_main()
         console.quiet = not self._writes
         self._boards: dict[str, Board] = {}
-        self._first = dict.fromkeys(_PREFIXES, 1)  # the first step to come of each
+        self._first: dict[str, int] = dict.fromkeys(_PREFIXES, 1)  # the first step to come of each
         self._cold_steps = config.cold_start.steps if config else 0
-        use_wandb = config and config.run.wandb_project and self._writes
-        self._wandb = _start_wandb(run_dir, config) if use_wandb else None
+        self._wandb = None
+        if config and config.run.wandb_project and self._writes:
+            self._wandb = _start_wandb(run_dir, config)
 
     def step(self, row: Mapping[str, Any]) -> None:
         """One row of `metrics.jsonl`, its numbers as scalars by step elsewhere."""
