@@ -85,11 +85,26 @@ def encode_shard(
     return path
 
 
+class _Description(TypedDict):
+    """What `vectors-*.json` holds."""
+
+    format: int
+    shard: Annotated[int, msgspec.Meta(ge=0, lt=100_000)]
+    shards: Annotated[int, msgspec.Meta(ge=1, lt=100_000)]
+    start: Count
+    rows: Count
+    passages: Count
+    dims: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+    corpus: str
+    encoder: str
+    reference: str
+
+
 def _encode(
     corpus: Corpus,
     encoder: Encoder,
     path: Path,
-    description: dict[str, Any],
+    description: _Description,
     progress: Progress | None,
 ) -> None:
     partial, start, rows = path.with_suffix(".part"), description["start"], description["rows"]
@@ -135,21 +150,6 @@ def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> "_De
 
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
-
-
-class _Description(TypedDict):
-    """What `vectors-*.json` holds."""
-
-    format: int
-    shard: Annotated[int, msgspec.Meta(ge=0, lt=100_000)]
-    shards: Annotated[int, msgspec.Meta(ge=1, lt=100_000)]
-    start: Count
-    rows: Count
-    passages: Count
-    dims: Annotated[int, msgspec.Meta(ge=1, le=2**20)]
-    corpus: str
-    encoder: str
-    reference: str
 
 
 def _read_description(path: Path) -> _Description:

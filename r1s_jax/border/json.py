@@ -83,9 +83,10 @@ def read_object(path: str | Path, error: type[UserError] = BadInput) -> dict[str
 def differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
     """(place, old, new) of every value in which two objects differ; None where one has none."""
     if isinstance(old, dict) and isinstance(new, dict):
+        before, now = cast(dict[str, Any], old), cast(dict[str, Any], new)
         join = f"{place}." if place else ""
-        keys = sorted({*old, *new})
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{join}{k}")]
+        keys = sorted({*before, *now})
+        return [d for k in keys for d in differences(before.get(k), now.get(k), f"{join}{k}")]
     return [] if old == new else [(place, old, new)]
 
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import typing
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from r1s_jax.border.errors import ConfigError, shorten
 from r1s_jax.border.fields import check_bounds, declared, described, fits
@@ -56,7 +56,7 @@ def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
     """`node` with (path from here, value as text, whole path) changed."""
     values: dict[str, Any] = {}
     sections: dict[str, list[tuple[list[str], str, str]]] = {}
-    kinds = declared(type(node))
+    kinds = declared(cast(type, type(node)))
     paths: dict[str, str] = {}
     for (name, *rest), text, whole in changes:
         if rest:

@@ -47,7 +47,8 @@ def join() -> None:
     named: dict[str, Any] = {}
     if any(given):
         coordinator, count, index = given
-        if not (coordinator and is_whole_number(count or "") and is_whole_number(index or "")):
+        count, index = count or "", index or ""
+        if not (coordinator and is_whole_number(count) and is_whole_number(index)):
             raise ProcessError(f"set all of {', '.join(_VARIABLES)}: host:port, how many, which")
         named = {
             "coordinator_address": coordinator,
