@@ -85,6 +85,9 @@ def encode_shard(
     return path
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+
+
 class _Description(TypedDict):
     """What `vectors-*.json` holds."""
 
@@ -147,9 +150,6 @@ def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> "_De
         "encoder": encoder.fingerprint,
         "reference": encoder.reference,
     }
-
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 
 
 def _read_description(path: Path) -> _Description:

@@ -56,7 +56,7 @@ def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
     """`node` with (path from here, value as text, whole path) changed."""
     values: dict[str, Any] = {}
     sections: dict[str, list[tuple[list[str], str, str]]] = {}
-    kinds = declared(cast(type, type(node)))
+    kinds = declared(cast(Any, type(node)))
     paths: dict[str, str] = {}
     for (name, *rest), text, whole in changes:
         if rest:
