@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from r1s_jax.retrieval.encoder import Progress
 
 IndexKind = Literal["scann", "exact", "bm25", "hybrid", "milvus"]
-Found = tuple[Int[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]
+Found = tuple[Integer[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]
 # Opens a progress bar with a title and gives the function that moves it.
 Stage = Callable[[str], AbstractContextManager[Progress]]
 
@@ -68,7 +68,7 @@ class Ranker(Protocol):
 
 
 def top_k(
-    ids: Int[np.ndarray, "queries n"], scores: Float[np.ndarray, "queries n"], k: int
+    ids: Integer[np.ndarray, "queries n"], scores: Float[np.ndarray, "queries n"], k: int
 ) -> Found:
     """The k best of each row, best first; equal scores in order of position, NaN last."""
     ranked = np.where(np.isnan(scores), -np.inf, scores)

@@ -6,9 +6,18 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
+from jaxtyping import install_import_hook
 
-from r1s_jax.system.profiling import forget_compiled_programs
-from tests import makers
+from tests.checked import checked
+
+# Every call is checked against its annotations, the shapes of arrays among them.
+ROOMS = ("kernels", "retrieval", "models", "rollout", "learning", "eval")
+install_import_hook(
+    [f"r1s_jax.{room}" for room in ROOMS], f"{checked.__module__}.{checked.__name__}"
+)
+
+from r1s_jax.system.profiling import forget_compiled_programs  # noqa: E402
+from tests import makers  # noqa: E402
 
 # Linux allows a process 65,530 memory maps by default, and each compiled program takes several: a
 # worker that keeps the programs of all its tests dies of them.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from r1s_jax.kernels.attention import gpu, interpret, tpu, xla
 from r1s_jax.kernels.attention.reference import Scales
@@ -71,9 +71,9 @@ def attention(
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L R N S W"],
-    v_cache: Float[Array, "L R N S W"],
-    layer: Int[Array, ""],
+    k_cache: Num[Array, "L R N S W"],
+    v_cache: Num[Array, "L R N S W"],
+    layer: Int[Array, ""] | int,
     lengths: Int[Array, " B"],
     rows: Int[Array, " B"] | None = None,
     *,

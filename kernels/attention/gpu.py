@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from r1s_jax.kernels.attention.decode import (
     as_scalars,
@@ -88,9 +88,9 @@ def attention(
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L R N S K"],
-    v_cache: Float[Array, "L R N S K"],
-    layer: Int[Array, ""],
+    k_cache: Num[Array, "L R N S K"],
+    v_cache: Num[Array, "L R N S K"],
+    layer: Int[Array, ""] | int,
     lengths: Int[Array, " B"],
     rows: Int[Array, " B"] | None = None,
     *,

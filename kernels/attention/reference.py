@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 # Large enough to vanish after softmax, small enough that a fully masked row stays finite.
 MASKED = -1e30
@@ -61,9 +61,9 @@ def masked_attention(
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L R N S K"],
-    v_cache: Float[Array, "L R N S K"],
-    layer: Int[Array, ""],
+    k_cache: Num[Array, "L R N S K"],
+    v_cache: Num[Array, "L R N S K"],
+    layer: Int[Array, ""] | int,
     lengths: Int[Array, " B"],
     rows: Int[Array, " B"] | None = None,
     *,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from r1s_jax.kernels.attention.decode import (
     as_scalars,
@@ -82,9 +82,9 @@ def attention(
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L R N S K"],
-    v_cache: Float[Array, "L R N S K"],
-    layer: Int[Array, ""],
+    k_cache: Num[Array, "L R N S K"],
+    v_cache: Num[Array, "L R N S K"],
+    layer: Int[Array, ""] | int,
     lengths: Int[Array, " B"],
     rows: Int[Array, " B"] | None = None,
     *,

@@ -6,7 +6,7 @@ nobody may see.
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from r1s_jax.kernels.attention.reference import MASKED, Scales, group_heads
 from r1s_jax.kernels.attention.support import Support
@@ -128,9 +128,9 @@ def _real(segment_ids: Int[Array, "B T"]) -> Array:
 
 def decode_attention(
     q: Float[Array, "B T H K"],
-    k_cache: Float[Array, "L R N S K"],
-    v_cache: Float[Array, "L R N S K"],
-    layer: Int[Array, ""],
+    k_cache: Num[Array, "L R N S K"],
+    v_cache: Num[Array, "L R N S K"],
+    layer: Int[Array, ""] | int,
     lengths: Int[Array, " B"],
     rows: Int[Array, " B"] | None = None,
     *,
@@ -186,13 +186,13 @@ def decode_attention(
 
 
 def _read(
-    cache: Float[Array, "L R N S *K"],
+    cache: Num[Array, "L R N S *K"],
     layer: Array,
     rows: Array | None,
     batch: int,
     first: Array,
     block: int,
-) -> Float[Array, "B N M *K"]:
+) -> Num[Array, "B N M *K"]:
     """M = `block` tokens of the rows of one layer, from `first` on."""
     kv_heads, width = cache.shape[2], cache.shape[4:]
     rest = (0,) * len(width)

@@ -6,7 +6,7 @@ Shapes: R packed rows of T tokens, D model width.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from r1s_jax.kernels.token_logprobs import logprobs_and_entropies
 from r1s_jax.models.decoder import Policy
@@ -82,8 +82,8 @@ def _measure(policy: Policy, hidden: Array, targets: Array) -> tuple[Array, Arra
 
 @jax.custom_vjp
 def permuted(
-    x: Float[Array, "R T *D"], order: Int[Array, "R T"], back: Int[Array, "R T"]
-) -> Float[Array, "R T *D"]:
+    x: Shaped[Array, "R T *D"], order: Int[Array, "R T"], back: Int[Array, "R T"]
+) -> Shaped[Array, "R T *D"]:
     """Each row's tokens in the order given; `back` is the permutation that undoes it.
 
     The gradient is read by `back` too: the compiler would scatter it, since it does not know that

@@ -326,7 +326,7 @@ def test_a_loss_names_its_own_metrics():
     assert metrics["tokens"] == (sequences["weights"] > 0).sum()
     assert 0 < metrics["entropy"] < np.log(MODEL.vocab_size) + 1e-6
     assert metrics["surprise"] < metrics["surprise_max"] < 10
-    learned = Learned(np.zeros(()), [metrics, metrics], kl=0.0, importance_weight=1.0)
+    learned = Learned(np.zeros((1, 1)), [metrics, metrics], kl=0.0, importance_weight=1.0)
     row = update_metrics(learned, seconds=2.0)
     assert row["surprise"] == metrics["surprise"] and row["trained_tokens"] == 2 * metrics["tokens"]
     assert "clip_fraction" not in row and "ratio_drift" not in row
