@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 from tests.checked import checked
 
-# Every call is checked against its annotations, the shapes of arrays among them.
+# At every call arrays are checked against their annotations, their shapes among them.
 ROOMS = ("kernels", "retrieval", "models", "rollout", "learning", "eval")
 install_import_hook(
     [f"r1s_jax.{room}" for room in ROOMS], f"{checked.__module__}.{checked.__name__}"

@@ -22,7 +22,7 @@ def ungroup_queries(out: Float[Array, "B N M K"], new: int) -> Float[Array, "B T
     return out.reshape(batch, new, -1, head_dim)
 
 
-def as_scalars(layer: Array, lengths: Array, rows: Array) -> tuple[Array, Array, Array]:
+def as_scalars(layer: Array | int, lengths: Array, rows: Array) -> tuple[Array, Array, Array]:
     """What a decode kernel reads one number at a time, int32."""
     layer, lengths, rows = (jnp.asarray(x, jnp.int32) for x in (layer, lengths, rows))
     return layer.reshape(1), lengths, rows

@@ -187,7 +187,7 @@ def decode_attention(
 
 def _read(
     cache: Num[Array, "L R N S *K"],
-    layer: Array,
+    layer: Array | int,
     rows: Array | None,
     batch: int,
     first: Array,
