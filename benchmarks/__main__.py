@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from r1s_jax import cli
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import AsJson, Model
+from r1s_jax.io.errors import ConfigError
 
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What both compute in.")]
 app = typer.Typer(
@@ -85,7 +85,7 @@ def rollout(
         float, typer.Option(min=0, max=1, help="Share of those that go on to --limit tokens.")
     ] = 0.0,
     limit: Annotated[int, typer.Option(min=1, max=65536, help="Tokens that one may write.")] = 2048,
-    carry_over: Annotated[
+    partial_rollouts: Annotated[
         bool, typer.Option("--carry-over", help="Keep what is unfinished for the next batch.")
     ] = False,
     batch: Annotated[int, typer.Option(min=16, help="Trajectories of a batch.")] = 256,
@@ -109,7 +109,7 @@ def rollout(
         read_lengths(lengths, lambda: load_pretrained(model).tokenizer),
         runaway=runaway,
         limit=limit,
-        carry_over=carry_over,
+        partial_rollouts=partial_rollouts,
         slots=slots or 64,
         batch=batch,
         batches=batches,

@@ -129,7 +129,7 @@ def _in_words(case: dict) -> str:
 def packed_segments(rows: int, length: int) -> np.ndarray:
     """Trajectories laid end to end, int32[rows, length]: six a row, uneven.
 
-    Without padding: on it the others would do, and be compared on, what nobody reads.
+    No padding, so that peers are neither timed nor compared on discarded values.
     """
     rng = np.random.default_rng(length)
     cuts = np.sort([rng.choice(np.arange(1, length), 5, replace=False) for _ in range(rows)])

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks.endless import Endless, NothingToFind
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.json import decode
 from r1s_jax.config import (
     AlgorithmConfig,
     Config,
@@ -29,13 +27,15 @@ from r1s_jax.data.environment import Batch
 from r1s_jax.data.questions import Question
 from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.data.traces import read_traces
-from r1s_jax.learning.carry_over import CarryOver
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.json import decode
+from r1s_jax.learning.partial_rollouts import CarryOver
 from r1s_jax.models.params import Params, init_params
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.models.tokenizer import encode
 from r1s_jax.rollout.engine import Engine, Rolled
-from r1s_jax.rollout.flight import Flight
+from r1s_jax.rollout.in_flight import InFlight
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.console import make_progress
 
@@ -62,7 +62,7 @@ class _Cut(Engine):
         super().__init__(*args, **kwargs)
         self._lengths, self._runaway, self._most = lengths, runaway, most
 
-    def limit(self, flight: Flight) -> int:
+    def limit(self, flight: InFlight) -> int:
         rng = np.random.default_rng((flight.question.id, flight.sample))
         length = self._most if rng.random() < self._runaway else int(rng.choice(self._lengths))
         return flight.prompt_length + min(length, self._most)
@@ -73,7 +73,7 @@ def bench_lengths(
     *,
     runaway: float,
     limit: int = 2048,
-    carry_over: bool,
+    partial_rollouts: bool,
     slots: int = 64,
     batch: int = 256,
     batches: int = 8,
@@ -81,12 +81,12 @@ def bench_lengths(
     """Decode steps of `batches` steps that learn from `batch` trajectories each.
 
     Lengths are drawn from `lengths`; a share of `runaway` goes on to `limit`. With
-    `carry_over`, twice as many are in flight, and a step ends when enough of them are whole.
+    `partial_rollouts`, twice as many are in flight, and a step ends when enough of them are whole.
     Raises ConfigError for a `batch` that is no multiple of 16, the samples of a question.
     """
     if batch % _SAMPLES:
         raise ConfigError(f"--batch must be a multiple of {_SAMPLES}, got {batch}")
-    config = _config(slots, batch, limit, carry_over)
+    config = _config(slots, batch, limit, partial_rollouts)
     tokenizer = build_tokenizer()
     policy = Pretrained(_MODEL, {}, tokenizer, (-1,), Endless(prompt="{question}"))
     drawn = {"lengths": np.array(lengths), "runaway": runaway, "most": limit}
@@ -105,7 +105,7 @@ def bench_lengths(
         "batches": batches,
         "runaway": runaway,
         "limit": limit,
-        "carry_over": carry_over,
+        "partial_rollouts": partial_rollouts,
         "mean_length": float(np.mean(lengths)),
     }
 
@@ -114,7 +114,7 @@ def _steps(
     config: Config, engine: Engine, params: Params, questions: int
 ) -> Callable[[int], Rolled]:
     world: Any = _Questions()  # what is asked of an environment here
-    if config.rollout.carry_over:
+    if config.rollout.partial_rollouts:
         carried = CarryOver(config, engine, world)
         return lambda step: carried.roll(params, step, questions)
 
@@ -144,7 +144,7 @@ def _summary(rolled: Sequence[Rolled], slots: int, seconds: float) -> dict[str, 
     }
 
 
-def _config(slots: int, batch: int, limit: int, carry_over: bool) -> Config:
+def _config(slots: int, batch: int, limit: int, partial_rollouts: bool) -> Config:
     stage = StageConfig(steps=1, reward="stage2", questions_per_step=batch // _SAMPLES)
     return Config(
         name="bench",
@@ -154,7 +154,7 @@ def _config(slots: int, batch: int, limit: int, carry_over: bool) -> Config:
         stage2=stage,
         rollout=RolloutConfig(
             slots=slots,
-            carry_over=carry_over,
+            partial_rollouts=partial_rollouts,
             max_length=_PROMPT + limit + 1,
             max_prompt_length=_PROMPT,
             max_turn_length=limit + 1,

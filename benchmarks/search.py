@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 from jaxtyping import Float
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.retrieval.build import sample_queries
 from r1s_jax.retrieval.corpus import PassageStore
 from r1s_jax.retrieval.index import read_info

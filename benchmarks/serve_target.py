@@ -3,14 +3,14 @@
 import sys
 from typing import ClassVar
 
-from r1s_jax.border import listen
 from r1s_jax.config import CorpusConfig, RolloutConfig
+from r1s_jax.io import listen
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
 from r1s_jax.protocol.dialect import Call
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.retrieval.references import open_retriever
-from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.loop import ServingLoop
 from r1s_jax.serving.server import Service
 from r1s_jax.serving.start import serve
 
@@ -48,9 +48,9 @@ def main(engine: str, model: str, slots: int) -> None:
     )
     retriever = open_summaries()
     if engine == "jetstream":
-        from r1s_jax.serving.jetstream import JetStreamSearcher as Kind
+        from r1s_jax.serving.jetstream import JetStreamLoop as Kind
     else:
-        Kind = Searcher
+        Kind = ServingLoop
     with listen.bind("127.0.0.1", 0) as bound:
         service = Service(Kind(policy, retriever, config), "measured")
         serve(service, bound, lambda address: print(address, flush=True))

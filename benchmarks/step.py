@@ -147,10 +147,10 @@ def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: Dtype) -> 
             prefill_chunk=prompt,
         ),
         algorithm=AlgorithmConfig(
-            estimator="group_norm", samples_per_question=samples, updates_per_rollout=1
+            estimator="grpo", samples_per_question=samples, updates_per_rollout=1
         ),
         optimizer=OptimizerConfig(
-            learning_rate=_LEARNING_RATE, pack_length=length, micro_rows=samples
+            learning_rate=_LEARNING_RATE, pack_length=length, micro_batch_rows=samples
         ),
     )
 

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.system.memory import malloc_as_it_comes
 
 

@@ -59,7 +59,7 @@ def published(
             max_documents_length=768,
             prefill_rows=8,
             prefill_chunk=128,
-            carry_over=True,
+            partial_rollouts=True,
         ),
         algorithm=AlgorithmConfig(
             estimator=estimator,
@@ -68,6 +68,8 @@ def published(
             clip=0.2,
             kl_coefficient=kl_coefficient,
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-6, b1=0.9, b2=0.95, grad_clip=1.0, micro_rows=2),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-6, b1=0.9, b2=0.95, grad_clip=1.0, micro_batch_rows=2
+        ),
         mesh=MeshConfig(tensor=tensor),
     )

@@ -55,6 +55,6 @@ def config() -> Config:
             max_documents_length=640,
         ),
         algorithm=AlgorithmConfig(samples_per_question=8),
-        optimizer=OptimizerConfig(learning_rate=5e-6, micro_rows=2),
+        optimizer=OptimizerConfig(learning_rate=5e-6, micro_batch_rows=2),
         eval=EvalConfig(questions=125),  # a fifth
     )

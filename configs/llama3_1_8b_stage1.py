@@ -10,7 +10,7 @@ def config() -> Config:
         "hf:meta-llama/Llama-3.1-8B-Instruct",
         stage1=STAGE1,
         prompt="chat",
-        estimator="group_norm",
+        estimator="grpo",
         kl_coefficient=1e-4,
         tensor=4,
     )

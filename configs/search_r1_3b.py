@@ -41,7 +41,7 @@ def config() -> Config:
             prefill_chunk=128,
         ),
         algorithm=AlgorithmConfig(
-            estimator="group_norm",
+            estimator="grpo",
             samples_per_question=5,
             updates_per_rollout=10,
             kl_coefficient=0.001,

@@ -50,6 +50,6 @@ def config() -> Config:
             prefill_chunk=32,
         ),
         algorithm=AlgorithmConfig(samples_per_question=8),
-        optimizer=OptimizerConfig(learning_rate=2e-4, decay_to=0.1, b2=0.99, micro_rows=8),
+        optimizer=OptimizerConfig(learning_rate=2e-4, decay_to=0.1, b2=0.99, micro_batch_rows=8),
         eval=EvalConfig(questions=200),
     )

@@ -49,6 +49,6 @@ def config() -> Config:
             prefill_chunk=64,
         ),
         algorithm=AlgorithmConfig(samples_per_question=8, updates_per_rollout=1),
-        optimizer=OptimizerConfig(learning_rate=2e-5, micro_rows=4),
+        optimizer=OptimizerConfig(learning_rate=2e-5, micro_batch_rows=4),
         eval=EvalConfig(questions=200),
     )

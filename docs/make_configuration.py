@@ -16,7 +16,7 @@ from typing import Any, Literal
 from msgspec import Meta
 
 from r1s_jax import config, presets
-from r1s_jax.border.fields import declared, number
+from r1s_jax.io.fields import declared, number
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Every field of a recipe

@@ -103,12 +103,12 @@ def search_by_need(
 ) -> dict[str, float]:
     """Whether a policy searches where it must: shares of questions for which it searched, and F1,
     apart for those whose facts it cannot know (`needed`) and those it may know by heart
-    (`by_heart`). Empty where there are not both kinds.
+    (`memorised`). Empty where there are not both kinds.
     """
-    known = np.array([question.by_heart for question in questions])
+    known = np.array([question.memorised for question in questions])
     if known.all() or not known.any():
         return {}
-    kinds = {"needed": ~known, "by_heart": known}
+    kinds = {"needed": ~known, "memorised": known}
     of_searches = {f"searched_{kind}": float(searched[at].mean()) for kind, at in kinds.items()}
     return of_searches | {f"f1_{kind}": float(f1[at].mean()) for kind, at in kinds.items()}
 

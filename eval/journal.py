@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.border.errors import shorten
-from r1s_jax.border.json import differences
 from r1s_jax.data.questions import Question
 from r1s_jax.data.results import FORMAT, header_path, read_header
 from r1s_jax.data.rows import DataError, journal_rows
+from r1s_jax.io.errors import shorten
+from r1s_jax.io.json import differences
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.models.identity import policy_digest
 from r1s_jax.models.pretrained import (

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.border.errors import shorten
-from r1s_jax.border.http import without_credentials
 from r1s_jax.data.results import FORMAT, VERDICTS, header_path, read_header, read_results
 from r1s_jax.data.rows import DataError, gold_answers
+from r1s_jax.io.errors import shorten
+from r1s_jax.io.http import without_credentials
 from r1s_jax.learning.judged import (
     PROMPT,
     Verdict,

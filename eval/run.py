@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.schema import check
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import ResultRow, header_path, supporting_recall
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.journal import begun, describe, load_described, refuse_other
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.schema import check
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.presets import EVALUATION, Settings
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.rollout.broker import FAILED, VOID, SearchFailure, too_many
+from r1s_jax.rollout.broker import FAILED, UNANSWERED, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.sampler import GREEDY_BELOW
 from r1s_jax.rollout.trajectory import Finish
@@ -214,11 +214,11 @@ class _Searches:
         return any(outcome in FAILED for outcome in row["search_outcomes"])
 
     def counts(self) -> dict[str, int]:
-        """Searches by what became of them: found, empty, failed, void."""
+        """Searches by what became of them: found, empty, failed, unanswered."""
         failed = sum(self.outcomes[name] for name in FAILED)
-        void = sum(self.outcomes[name] for name in VOID)
+        unanswered = sum(self.outcomes[name] for name in UNANSWERED)
         found, empty = self.outcomes["found"], self.outcomes["empty"]
-        return {"found": found, "empty": empty, "failed": failed, "void": void}
+        return {"found": found, "empty": empty, "failed": failed, "unanswered": unanswered}
 
     def check(self, out: Path, *, midway: bool = False) -> None:
         """Raises SearchFailure past the limit (see broker.too_many)."""
@@ -249,7 +249,7 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
         # The documents of a first search belong to the prompt.
         longest = rollout.max_prompt_length + rollout.max_documents_length
         longest = min(longest, rollout.max_length - 1)
-        rollout = replace(rollout, first_search=True, max_prompt_length=longest)
+        rollout = replace(rollout, retrieve_first=True, max_prompt_length=longest)
     if run.mode != "search":
         rollout = replace(rollout, max_searches=0)
     # Failures are counted over all rows, not over those of one batch: see _Searches.

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from r1s_jax.border.errors import ConfigError as ConfigError
-from r1s_jax.border.fields import Checked, check
-from r1s_jax.border.overrides import override as override
+from r1s_jax.io.errors import ConfigError as ConfigError
+from r1s_jax.io.fields import Checked, check
+from r1s_jax.io.overrides import override as override
 
-Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "group_norm", "dr_grpo"]
+Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "grpo", "dr_grpo"]
 Loss = Literal["clip", "gspo", "cispo", "gmpo", "reinforce"]
 KlEstimator = Literal["k1", "k3"]
 # What the backward pass recomputes of each layer (see PolicyConfig.remat).
@@ -205,18 +205,18 @@ class RolloutConfig(Checked, section="rollout"):
     """A query has at most this many tokens; the longest published one has 105."""
     max_documents_length: Size = 768
     """The documents of a search are cut to this many tokens."""
-    first_search: bool = False
+    retrieve_first: bool = False
     """The system searches for the question itself before the policy starts."""
     prefill_rows: Size = 4
     """Prompts and documents enter the cache for this many trajectories at a time."""
     prefill_chunk: Size = 64
     """Prompts and documents enter the cache this many tokens of a trajectory at a time."""
-    carry_over: bool = False
+    partial_rollouts: bool = False
     """A trajectory that is unfinished when a step has its groups goes on in the next step, so that
     the slowest one does not decide how long a step takes."""
-    max_age: Annotated[int, Meta(ge=1, le=1000)] = 2
-    """With carry_over, a trajectory is cut off after this many steps."""
-    drafts: Annotated[int, Meta(ge=0, le=64)] = 0
+    max_staleness: Annotated[int, Meta(ge=1, le=1000)] = 2
+    """With partial_rollouts, a trajectory is cut off after this many steps."""
+    speculative_tokens: Annotated[int, Meta(ge=0, le=64)] = 0
     """This many next tokens are guessed from the trajectory's own text and verified in one pass:
     the same tokens in fewer passes where text repeats itself; 0 guesses none."""
     cache_dtype: Literal["auto", "int8"] = "auto"
@@ -272,16 +272,16 @@ class AlgorithmConfig(Checked, section="algorithm"):
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
     """The loss is a mean over each sequence's tokens and then over sequences, a mean over all
     tokens, or a mean over sequences of sums divided by rollout.max_length (`constant`)."""
-    likelihood_coefficient: Amount = 0.0
+    llds_coefficient: Amount = 0.0
     """Price of the likelihood that trajectories of no negative advantage lose (LLDS, arXiv
     2512.04220); 0 means none."""
     mask_truncated: bool = False
     """Trajectories that ran out of tokens or searches, or grew too old, are in no loss and in no
     statistic of their group."""
-    mask_void: bool = False
+    mask_unanswered: bool = False
     """Trajectories that end without a whole search or answer are in no loss and in no statistic of
     their group."""
-    importance_cap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
+    tis_cap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """Each token is weighted by its probability under the learner over that under the sampler, at
     most by this (2 is usual; costs one more forward pass); 0 means no correction."""
     kl_coefficient: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
@@ -302,8 +302,8 @@ class AlgorithmConfig(Checked, section="algorithm"):
         dual = self.dual_clip == 0 or (self.dual_clip > 1 and self.loss == "clip")
         told = f"algorithm.dual_clip={self.dual_clip} with algorithm.loss={self.loss}"
         check(dual, f"{told}: it must be 0, or more than 1 with loss=clip")
-        cap = self.importance_cap
-        check(cap == 0 or cap >= 1, f"algorithm.importance_cap={cap}: it must be 0, or at least 1")
+        cap = self.tis_cap
+        check(cap == 0 or cap >= 1, f"algorithm.tis_cap={cap}: it must be 0, or at least 1")
         check(
             self.samples_per_question > 1 or self.estimator == "reinforce++",
             f"algorithm.samples_per_question=1 with algorithm.estimator={self.estimator}: one "
@@ -341,7 +341,7 @@ class OptimizerConfig(Checked, section="optimizer"):
     the parameters."""
     pack_length: Count = 0
     """Trajectories are packed into rows of this many tokens; 0 takes rollout.max_length."""
-    micro_rows: Count = 1
+    micro_batch_rows: Count = 1
     """Each data shard takes this many packed rows through one forward and backward pass; 0 takes
     what memory allows."""
 
@@ -398,15 +398,15 @@ class TinyWorldConfig(Checked, section="environment"):
     """The world of a cold-start step has this many people."""
     eval_people: People = 200
     """The world of the evaluation has this many people."""
-    known_people: Annotated[int, Meta(ge=0, le=10**5)] = 0
+    memorised_people: Annotated[int, Meta(ge=0, le=10**5)] = 0
     """This many people are the same in every world, so that the policy can learn their facts by
     heart; 0 means none, otherwise at least 3."""
-    known_fraction: Share = 0.3
+    memorised_fraction: Share = 0.3
     """This share of questions and demonstrations is about known people, where there are any."""
 
     def check_values(self) -> None:
-        ring = self.known_people not in (1, 2)
-        check(ring, f"environment.known_people={self.known_people} must be 0 or at least 3")
+        ring = self.memorised_people not in (1, 2)
+        check(ring, f"environment.memorised_people={self.memorised_people} must be 0 or at least 3")
 
 
 @dataclass(frozen=True)
@@ -541,15 +541,15 @@ def _check_sections(config: Config) -> None:
         f"rollout.max_length={config.rollout.max_length}: a trajectory may fill a row",
     )
     check(
-        not (config.rollout.carry_over and config.algorithm.dynamic_sampling),
-        "rollout.carry_over and algorithm.dynamic_sampling: a step that waits for a number of "
-        "groups cannot ask for more of them; switch one off",
+        not (config.rollout.partial_rollouts and config.algorithm.dynamic_sampling),
+        "rollout.partial_rollouts and algorithm.dynamic_sampling: a step that waits for a number "
+        "of groups cannot ask for more of them; switch one off",
     )
-    weighed = config.algorithm.loss != "reinforce" or config.algorithm.importance_cap > 0
+    weighed = config.algorithm.loss != "reinforce" or config.algorithm.tis_cap > 0
     check(
-        not config.rollout.carry_over or weighed,
-        "rollout.carry_over with algorithm.loss=reinforce: that loss has no ratio, so tokens of "
-        "older parameters would count as new ones; set algorithm.importance_cap=2, or take another "
+        not config.rollout.partial_rollouts or weighed,
+        "rollout.partial_rollouts with algorithm.loss=reinforce: that loss has no ratio, so tokens "
+        "of older parameters would count as new ones; set algorithm.tis_cap=2, or take another "
         "loss",
     )
     for name in ("stage1", "stage2"):

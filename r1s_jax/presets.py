@@ -9,15 +9,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.fields import Checked, check
-from r1s_jax.border.json import decode
 from r1s_jax.config import DialectName, RolloutConfig, SearchConfig, Seed, Thinking, override
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.fields import Checked, check
+from r1s_jax.io.json import decode
 
 _LENGTH = 4096  # tokens of a trajectory, where nothing else is said
 _NO_LIMIT = 2**31 - 1
 # With these the same tokens are computed, sooner or later.
-_CHANGE_NO_TOKEN = ("slots", "prefill_rows", "prefill_chunk", "drafts", "carry_over", "max_age")
+_CHANGE_NO_TOKEN = (
+    "slots",
+    "prefill_rows",
+    "prefill_chunk",
+    "speculative_tokens",
+    "partial_rollouts",
+    "max_staleness",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class InferenceConfig(Checked):
 
     def check_values(self) -> None:
         told = "is a setting of training: leave it out"
-        check(not self.rollout.carry_over, f"rollout.carry_over {told}")
+        check(not self.rollout.partial_rollouts, f"rollout.partial_rollouts {told}")
         check(self.search.served_by == "each", f"search.served_by {told}")
 
 

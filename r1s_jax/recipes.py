@@ -4,14 +4,16 @@ import ast
 import importlib
 import importlib.util
 import pkgutil
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import r1s_jax.configs as package
-from r1s_jax.border.errors import ConfigError, reading
 from r1s_jax.config import Config, override
+from r1s_jax.io.errors import ConfigError, reading
+from r1s_jax.io.overrides import RETIRED, retired
 
 
 def titles() -> dict[str, str]:
@@ -86,7 +88,12 @@ def _of_user(file: Path) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise error if str(file) in str(error) else ConfigError(f"{file}: {error}") from error
+        told = str(error) if str(file) in str(error) else f"{file}: {error}"
+        if named := re.search(r"unexpected keyword argument '(\w+)'", told):
+            told += "".join(
+                f"; {r}" for p in RETIRED if p.endswith(f".{named[1]}") and (r := retired(p))
+            )
+        raise ConfigError(told) from error
     except SystemExit as error:
         raise ConfigError(f"{file} ends the program (sys.exit): let config() return it") from error
 

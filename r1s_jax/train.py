@@ -66,7 +66,7 @@ def train(
 def _train(run: "Run", trace: StepTrace, cold_start_only: bool) -> dict[str, Any]:
     try:
         with StopRequest() as stop:
-            state = run.cold_start(stop, examined=not cold_start_only)
+            state = run.cold_start(stop, evaluated=not cold_start_only)
             if cold_start_only:
                 stop.requested = stop.requested or "end of the cold start"
             if not stop.agree():
@@ -108,7 +108,7 @@ class Run:
             on_main(lambda: write_held_out(self.dir, held_out))
         self.engine = self._engine(config.rollout)
         self.engine.check_prompts(self.environment.questions())
-        self.examiner = self._engine(dataclasses.replace(config.rollout, temperature=0.0))
+        self.evaluation_engine = self._engine(dataclasses.replace(config.rollout, temperature=0.0))
         self.collector = Collector(config, self.engine, self.environment, rewards)
         self.telemetry = Telemetry(self.dir, config)
         where = checkpoint_directory(self.dir, config.run.checkpoint_dir)
@@ -122,7 +122,7 @@ class Run:
         self.telemetry.rewind(**self.progress.rows(config))
         self.history = health.History(on_main(self.telemetry.steps))
 
-    def cold_start(self, stop: StopRequest, *, examined: bool = True) -> LearnerState:
+    def cold_start(self, stop: StopRequest, *, evaluated: bool = True) -> LearnerState:
         """Imitates demonstrations; returns the state that reinforcement learning starts from."""
         c, progress = self.config.cold_start, self.progress
         if progress.phase == "learning":
@@ -146,7 +146,7 @@ class Run:
             return state
         state = self._learning_state(state.params)
         progress.phase, progress.step = "learning", 0
-        if examined:
+        if evaluated:
             self._examine(state)
         self._save(state)
         return state
@@ -236,7 +236,7 @@ class Run:
         if not (count := self.config.eval.questions):
             return None
         batch, drawn = self.environment.evaluation(count), (self.engine, self.config.eval.samples)
-        return evaluate(self.examiner, state.params, batch, *drawn)
+        return evaluate(self.evaluation_engine, state.params, batch, *drawn)
 
     def _engine(self, rollout: RolloutConfig) -> Engine:
         p, search = self.config.policy, self.config.search

@@ -20,9 +20,9 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 from safetensors.numpy import load_file
 
-from r1s_jax.border.errors import BadInput, ConfigError, reading, shorten
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
+from r1s_jax.io.errors import BadInput, ConfigError, reading, shorten
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 
 Array = jax.Array | np.ndarray
 Weights = Mapping[str, Array]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.retrieval.api import Passage, split_line
 from r1s_jax.retrieval.bm25 import Bm25Searcher, bm25s
 from r1s_jax.retrieval.corpus import PassageStore

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from r1s_jax.border.errors import UserError, shorten
-from r1s_jax.border.json import decode, parse, read_object
-from r1s_jax.border.text import is_whole_number, whole
+from r1s_jax.io.errors import UserError, shorten
+from r1s_jax.io.json import decode, parse, read_object
+from r1s_jax.io.text import is_whole_number, whole
 from r1s_jax.retrieval.api import Passage, contents_line, join_line
 
 PASSAGES_FILE = "passages.tsv"

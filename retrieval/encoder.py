@@ -26,9 +26,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Bool, Float, Int
 
-from r1s_jax.border.errors import ConfigError, shorten
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
+from r1s_jax.io.errors import ConfigError, shorten
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.retrieval.bert import NUMPY, Array, Bert, BertConfig, bert, load_weights
 from r1s_jax.retrieval.cores import on_all_cores
 from r1s_jax.retrieval.known import Known, Pooling, known_encoder

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.border.errors import reading, shorten
+from r1s_jax.io.errors import reading, shorten
 from r1s_jax.retrieval.vectors import VectorError
 
 _HEADER = struct.Struct("<4siqqqBiQ")

@@ -7,11 +7,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.http import Client, ServerError, without_credentials
-from r1s_jax.border.json import parse_object
-from r1s_jax.border.schema import check
-from r1s_jax.border.text import is_whole_number
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.http import Client, ServerError, without_credentials
+from r1s_jax.io.json import parse_object
+from r1s_jax.io.schema import check
+from r1s_jax.io.text import is_whole_number
 from r1s_jax.retrieval.api import Hit, contents_line, join_line
 from r1s_jax.retrieval.cache import HitCache
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.retrieval.searchers import Found, IndexKind, Ranker, top_k
 
 _K = 60  # the paper's: ranks further down count ever less

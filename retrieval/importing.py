@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.retrieval.api import Passage, split_line
 from r1s_jax.retrieval.corpus import OFFSETS_FILE, PASSAGES_FILE, PassageStore
 from r1s_jax.retrieval.encoder import Encoder, Progress

@@ -28,9 +28,9 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.border.errors import ConfigError, UserError, reading, shorten
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
+from r1s_jax.io.errors import ConfigError, UserError, reading, shorten
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.retrieval.api import Hit, Passage
 from r1s_jax.retrieval.bm25 import Bm25Searcher
 from r1s_jax.retrieval.corpus import PASSAGES_FILE, CorpusError, PassageStore

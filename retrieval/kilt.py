@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from r1s_jax.border.errors import UserError
-from r1s_jax.border.json import parse
+from r1s_jax.io.errors import UserError
+from r1s_jax.io.json import parse
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.encoder import Progress
 from r1s_jax.retrieval.lines import Line, Source, read_lines

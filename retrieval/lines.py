@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import urllib3
 from urllib3.util import parse_url
 
-from r1s_jax.border.http import Connections, ServerError
+from r1s_jax.io.http import Connections, ServerError
 from r1s_jax.retrieval.corpus import CorpusError
 
 LONGEST_LINE = 2**26  # bytes; the longest Wikipedia page is a few million

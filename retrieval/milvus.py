@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.retrieval.encoder import Progress
 from r1s_jax.retrieval.searchers import Found, IndexKind, NotInstalled, Searcher, Vectors
 

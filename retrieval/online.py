@@ -17,10 +17,10 @@ import numpy as np
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from r1s_jax.border.errors import BadInput, ConfigError
-from r1s_jax.border.http import Client, Connections, Deadline, ServerError, is_late, left, within
-from r1s_jax.border.json import parse_object
-from r1s_jax.border.schema import check
+from r1s_jax.io.errors import BadInput, ConfigError
+from r1s_jax.io.http import Client, Connections, Deadline, ServerError, is_late, left, within
+from r1s_jax.io.json import parse_object
+from r1s_jax.io.schema import check
 from r1s_jax.retrieval.api import Hit, join_line
 from r1s_jax.retrieval.cache import HitCache
 from r1s_jax.retrieval.encoder import Encoder

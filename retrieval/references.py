@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.http import without_credentials
 from r1s_jax.config import CorpusConfig
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.http import without_credentials
 from r1s_jax.retrieval.api import Passage, Retriever
 from r1s_jax.retrieval.build import Options, write_index
 from r1s_jax.retrieval.corpus import (

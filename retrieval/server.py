@@ -33,10 +33,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from r1s_jax.border import listen
-from r1s_jax.border.listen import bind
-from r1s_jax.border.origins import Callers, callers, guarded
-from r1s_jax.border.text import is_whole_number
+from r1s_jax.io import listen
+from r1s_jax.io.listen import bind
+from r1s_jax.io.origins import Callers, callers, guarded
+from r1s_jax.io.text import is_whole_number
 from r1s_jax.retrieval.api import Hit, Retriever
 
 logger = logging.getLogger(__name__)

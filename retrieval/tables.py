@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.border.errors import shorten
+from r1s_jax.io.errors import shorten
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.corpus import CorpusError, SeenIds, row_passage
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from r1s_jax.border.errors import reading
-from r1s_jax.border.json import decode, read_object
+from r1s_jax.io.errors import reading
+from r1s_jax.io.json import decode, read_object
 
 # Texts -> token ids, with [CLS] and [SEP], cut to a length where there is one.
 Tokenize = Callable[[Sequence[str]], list[list[int]]]

@@ -22,9 +22,9 @@ import msgspec
 import numpy as np
 from jaxtyping import Float
 
-from r1s_jax.border.errors import UserError, reading, shorten
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
+from r1s_jax.io.errors import UserError, reading, shorten
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.encoder import Encoder, Progress

@@ -34,7 +34,7 @@ SHORT = (
     "rollout.prefill_rows=4",
     "rollout.max_length=192",
     "rollout.max_prompt_length=96",
-    "rollout.first_search=true",
+    "rollout.retrieve_first=true",
     "algorithm.samples_per_question=4",
 )
 
@@ -84,7 +84,7 @@ def decide_alike(me: int) -> None:
     import signal
     from types import SimpleNamespace
 
-    from r1s_jax.learning import micro_rows
+    from r1s_jax.learning import micro_batch_rows
     from r1s_jax.learning.collect import Collector
     from r1s_jax.protocol.solution import Solution
     from r1s_jax.rewards.registry import batch_reward
@@ -106,11 +106,15 @@ def decide_alike(me: int) -> None:
     else:
         raise AssertionError("the error of a reward did not arrive")
 
-    micro_rows._memory = lambda learner: 100.0 * (me + 1)
-    micro_rows._bytes = lambda config, learner, state, sequences, rows: 20.0 * rows
-    config = override(tiny_world.config(), ["optimizer.micro_rows=0", "rollout.max_length=160"])
+    micro_batch_rows._memory = lambda learner: 100.0 * (me + 1)
+    micro_batch_rows._bytes = lambda config, learner, state, sequences, rows: 20.0 * rows
+    config = override(
+        tiny_world.config(), ["optimizer.micro_batch_rows=0", "rollout.max_length=160"]
+    )
     learner = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1}))
-    assert micro_rows.micro_rows(config, learner, None, 64) == 4  # the first one's memory
+    assert (
+        micro_batch_rows.micro_batch_rows(config, learner, None, 64) == 4
+    )  # the first one's memory
 
     with StopRequest() as stop:
         if me == 1:

@@ -24,7 +24,7 @@ from r1s_jax.serving.turns import Event, Turns
 class HostLoop(Turns):
     """A trajectory sampled from a policy here, with a KV cache of its own.
 
-    With `config.drafts` a pass verifies guesses (see lookup.py); its tokens are the same.
+    With `config.speculative_tokens` a pass verifies several (see lookup.py): the same tokens.
     """
 
     model: ModelConfig
@@ -33,7 +33,9 @@ class HostLoop(Turns):
 
     def run(self, prompt: Sequence[int], key: Any) -> Iterator[Event]:
         self._cached, self._drawn = 0, []
-        capacity = self.config.max_length + max(self.config.prefill_chunk, self.config.drafts + 1)
+        capacity = self.config.max_length + max(
+            self.config.prefill_chunk, self.config.speculative_tokens + 1
+        )
         heads = self.model.num_kv_heads
         dtype = default_tuning().cache_dtype or self.compute_dtype
         self._cache = KVCache.empty(self.model, 1, capacity, heads, dtype, default_impl())
@@ -66,10 +68,10 @@ class HostLoop(Turns):
         """The next token, and those after it whose guesses prove right, with log-probabilities."""
         c, known = self.config, len(self.tokens)
         fed = np.array(self.tokens[-1:], np.int32)
-        if c.drafts:
+        if c.speculative_tokens:
             text = np.zeros((1, c.max_length + c.max_documents_length), np.int32)
             text[0, :known] = self.tokens
-            guesses = _lookup(text, jnp.array([known]), c.drafts)[0]
+            guesses = _lookup(text, jnp.array([known]), c.speculative_tokens)[0]
             fed = np.concatenate([fed, np.asarray(guesses)])
         start = jnp.array([self._cached])
         logits, self._cache = _decode(self._static, self.params, fed, start, self._cache)

@@ -345,8 +345,10 @@ def make_sequences(seed: int = 0) -> dict[str, np.ndarray]:
     )
 
 
-def packed(sequences, capacity: int = 16, micro_rows: int = 1) -> tuple[PackedBatch, int]:
-    batch, _, micro = pack(**sequences, lengths=LENGTHS, capacity=capacity, micro_rows=micro_rows)
+def packed(sequences, capacity: int = 16, micro_batch_rows: int = 1) -> tuple[PackedBatch, int]:
+    batch, _, micro = pack(
+        **sequences, lengths=LENGTHS, capacity=capacity, micro_batch_rows=micro_batch_rows
+    )
     return batch, micro
 
 

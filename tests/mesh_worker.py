@@ -25,7 +25,7 @@ def on_mesh(shape: str) -> dict[str, np.ndarray]:
     trajectory = makers.roll(engine).trajectory
     assert (makers.roll_in_pieces(engine).tokens == trajectory.tokens).all()
     learner = makers.make_learner(optax.sgd(1.0), model=MODEL, mesh=mesh)
-    batch, micro = makers.packed(makers.make_sequences(), micro_rows=8)
+    batch, micro = makers.packed(makers.make_sequences(), micro_batch_rows=8)
     params, metrics = makers.step(learner, batch, micro)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -6,8 +6,6 @@ import re
 import pytest
 
 import r1s_jax.configs
-from r1s_jax.border import overrides
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import (
     AlgorithmConfig,
     Config,
@@ -19,6 +17,8 @@ from r1s_jax.config import (
     TinyWorldConfig,
     override,
 )
+from r1s_jax.io import overrides
+from r1s_jax.io.errors import ConfigError
 
 MODEL = ModelConfig(32, 8, 16, 1, 2, 1, 4)
 
@@ -46,7 +46,7 @@ CORPUS = make_config(environment=CorpusConfig(questions=("q.jsonl",), passages=(
         ("mesh.fsdp=-1", lambda c: c.mesh.fsdp, -1),
         ("optimizer.learning_rate=1e-5", lambda c: c.optimizer.learning_rate, 1e-5),
         ("rollout.top_p=1", lambda c: c.rollout.top_p, 1.0),
-        ("rollout.first_search=true", lambda c: c.rollout.first_search, True),
+        ("rollout.retrieve_first=true", lambda c: c.rollout.retrieve_first, True),
         ("run.stop_when_unhealthy=False", lambda c: c.run.stop_when_unhealthy, False),
         ("policy.compute_dtype=bfloat16", lambda c: c.policy.compute_dtype, "bfloat16"),
         ("algorithm.estimator=reinforce++", lambda c: c.algorithm.estimator, "reinforce++"),
@@ -104,8 +104,8 @@ def test_overrides_apply_from_left_to_right():
         ("rollout.slots=2.5", r"must be a whole number"),
         ("rollout.slots=", r"must be a whole number"),
         ("rollout.top_p=high", r"must be a number"),
-        ("rollout.first_search=yes", r"must be true or false"),
-        ("rollout.first_search=1", r"must be true or false"),
+        ("rollout.retrieve_first=yes", r"must be true or false"),
+        ("rollout.retrieve_first=1", r"must be true or false"),
         ("algorithm.estimator=ppo", r"must be one of reinforce\+\+, reinforce_baseline"),
         ("policy.architecture.rope_scaling=1", r"cannot be set from the command line \(a Rope"),
     ],
@@ -130,6 +130,11 @@ def test_a_field_that_is_no_more_says_what_to_do(path, complaint, monkeypatch):
     for value in ("0", "false"):
         with pytest.raises(ConfigError, match=complaint):
             override(make_config(), [f"{path}={value}"])
+
+
+def test_a_value_by_its_old_name_names_the_new_one():
+    with pytest.raises(ConfigError, match=r"one of .*; group_norm is called grpo now"):
+        override(make_config(), ["algorithm.estimator=group_norm"])
 
 
 def test_fields_that_are_no_more_are_no_fields():
@@ -163,13 +168,13 @@ def test_an_absent_architecture_cannot_be_set_from_the_command_line():
         ("rollout.max_searches=-1", "max_searches must be at least 0"),
         ("mesh.data=0", "mesh.data must be at least 1"),
         ("mesh.fsdp=0", "mesh.fsdp must be -1 or at least 1"),
-        ("environment.known_people=2", "known_people=2 must be 0 or at least 3"),
+        ("environment.memorised_people=2", "memorised_people=2 must be 0 or at least 3"),
         ("policy.lora_rank=-4", "policy.lora_rank must be at least 0"),
         ("search.timeout_s=0", "search.timeout_s must be above 0"),
         ("search.max_failure_rate=5", "search.max_failure_rate must be between 0 and 1"),
         ("optimizer.learning_rate=1e400", "optimizer.learning_rate='1e400': must be a number"),
         ("optimizer.b1=1", "optimizer.b1 must be at most 0.99999, got 1.0"),
-        ("optimizer.micro_rows=-1", "optimizer.micro_rows must be at least 0"),
+        ("optimizer.micro_batch_rows=-1", "optimizer.micro_batch_rows must be at least 0"),
         ("optimizer.pack_length=3", "must be 0 or at least rollout.max_length"),
         ("cold_start.checkpoint_every=0", "cold_start.checkpoint_every must be at least 1"),
         ("stage1.steps=-3", "stage1.steps must be at least 0"),
@@ -181,7 +186,7 @@ def test_an_absent_architecture_cannot_be_set_from_the_command_line():
         ("rollout.slots=\u0663", "rollout.slots='\u0663': must be a whole number"),
         ("rollout.top_p=\uff11", "must be a number"),
         ("policy.lora_alpha=0", "policy.lora_alpha must be above 0"),
-        ("algorithm.importance_cap=0.5", "importance_cap=0.5: it must be 0, or at least 1"),
+        ("algorithm.tis_cap=0.5", "tis_cap=0.5: it must be 0, or at least 1"),
         ("algorithm.samples_per_question=1", "samples_per_question=1 with algorithm.estimator"),
         ("rollout.top_p=1e-9", "rollout.top_p=1e-09 draws the same answer"),
         ("rollout.temperature=0", "rollout.temperature=0 draws the same answer"),
@@ -266,7 +271,7 @@ def test_overrides_are_judged_together():
         "search.timeout_s=nan",
         "seed=99999999999999999999",
         "stage2.steps=1000000000000",
-        "environment.known_fraction=nan",
+        "environment.memorised_fraction=nan",
         "environment.people=1",
         "policy.lora_alpha=inf",
     ],

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from r1s_jax.border.errors import BadInput
+from r1s_jax.io.errors import BadInput
 from tests.fuzz import engine as fuzz
 from tests.fuzz.reader import BAD, Reader, digest
 

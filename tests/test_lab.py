@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.lab import _is_done, _note_move, _Plan, _planned, run_folder
 from r1s_jax.config import CorpusConfig
 from r1s_jax.configs import wiki_smollm2
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.tracking.arms import Arm
 from r1s_jax.tracking.run_dir import check_data, open_run_dir
 from tests.makers import SHORT, run_cli

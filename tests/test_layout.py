@@ -8,10 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # Ground first. A file imports its own room and those before it; some of those only.
-ROOMS = "border config presets kernels system retrieval protocol rewards data models rollout"
+ROOMS = "io config presets kernels system retrieval protocol rewards data models rollout"
 ROOMS += " learning eval tracking aot serving train configs recipes commands cli"
 ORDER = ROOMS.split()
-ONLY = {"config": {"border"}, "kernels": {"border"}, "retrieval": {"border", "config", "system"}}
+ONLY = {"config": {"io"}, "kernels": {"io"}, "retrieval": {"io", "config", "system"}}
 BESIDE = ("kernels", "retrieval", "eval", "configs")
 
 

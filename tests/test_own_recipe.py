@@ -27,10 +27,10 @@ CHANGES = {changes!r}
 def config():
     return override(wiki_smollm2.config(), CHANGES)
 """
-CHANGES = [c for c in CORPUS if "length" not in c and "first_search" not in c]
+CHANGES = [c for c in CORPUS if "length" not in c and "retrieve_first" not in c]
 CHANGES += ["rollout.max_length=2048", "rollout.max_prompt_length=1536", "environment.passages="]
 CHANGES += ["optimizer.pack_length=0", "rollout.max_turn_length=8", "rollout.prefill_chunk=256"]
-CHANGES += ["rollout.first_search=false", "eval.questions=1", "search.max_failure_rate=1"]
+CHANGES += ["rollout.retrieve_first=false", "eval.questions=1", "search.max_failure_rate=1"]
 
 
 @pytest.fixture
@@ -152,7 +152,10 @@ def config():
         ("seed='3'", "Config.seed must be a whole number, got '3'"),
         ("seed=10**5000", "seed must be from 0"),
         ("name=b'x'", "Config.name must be a text"),
-        ("rollout=replace(c.rollout, carry_over=1)", "carry_over must be true or false, got 1"),
+        (
+            "rollout=replace(c.rollout, partial_rollouts=1)",
+            "partial_rollouts must be true or false, got 1",
+        ),
         (
             "rollout=replace(c.rollout, slots=10**5000)",
             "rollout.slots must be at most .* cannot be",

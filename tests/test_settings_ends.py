@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.border.errors import ConfigError, UserError
-from r1s_jax.border.fields import declared
 from r1s_jax.config import Config, MeshConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import TinyWorldEnvironment
+from r1s_jax.io.errors import ConfigError, UserError
+from r1s_jax.io.fields import declared
 from r1s_jax.learning.cold_start import (
     cold_start_end,
     cooldown_begins,
@@ -38,12 +38,12 @@ from tests.learning.test_policy_gradient import VOCABULARY, TableLearner, make_b
 LOWEST = {int: (-1, 0, 1, 2, 3), float: (0.0, 1e-6, 0.01)}
 # Numbers of things: the highest that is allowed is a matter of memory and of patience.
 SIZES = "slots length rows chunk people questions samples steps documents searches batch_size pack"
-SIZES += " architecture lora_rank drafts dynamic_sampling mesh traces queries checkpoint_every"
-SIZES += " concurrency"
+SIZES += " architecture lora_rank speculative_tokens dynamic_sampling mesh traces queries"
+SIZES += " checkpoint_every concurrency"
 # One that another must go with.
 NEEDS = {"kl_target": ["algorithm.kl_coefficient=0.1"], "lora_alpha": ["policy.lora_rank=2"]}
 NEEDS |= {"slots": ["rollout.prefill_rows=1"], "max_length": ["rollout.max_prompt_length=1"]}
-NEEDS |= {"timeout_s": ["search.retries=0"], "max_age": ["rollout.carry_over=true"]}
+NEEDS |= {"timeout_s": ["search.retries=0"], "max_staleness": ["rollout.partial_rollouts=true"]}
 
 
 def numbers(node: Any, path: str = "") -> dict[str, type]:
@@ -138,7 +138,7 @@ def learned(config: Config) -> np.ndarray:
     return np.abs(np.asarray(state.params["table"]) - table)
 
 
-SHORT = ["rollout.max_length=17", "rollout.max_prompt_length=8", "optimizer.micro_rows=1"]
+SHORT = ["rollout.max_length=17", "rollout.max_prompt_length=8", "optimizer.micro_batch_rows=1"]
 SHORT += ["stage1.steps=0", "stage2.steps=3", "algorithm.updates_per_rollout=1"]
 SHORT += ["optimizer.decay_to=1", "optimizer.learning_rate=1e-3"]
 
@@ -193,8 +193,8 @@ def test_demonstrations_that_are_cut_to_nothing_are_no_batch():
     made = TinyWorldEnvironment(tiny_world.config().environment, 0).demonstrations(0, 4)
     encoders = (lambda text: [1] * 4,) * 3
     with pytest.raises(ConfigError, match="anything to learn within 2 tokens: raise rollout"):
-        demonstration_batch(made, *encoders, capacity=2, micro_rows=1)
-    demonstration_batch(made, *encoders, capacity=64, micro_rows=1)
+        demonstration_batch(made, *encoders, capacity=2, micro_batch_rows=1)
+    demonstration_batch(made, *encoders, capacity=64, micro_batch_rows=1)
 
 
 # Whole runs.
@@ -213,7 +213,7 @@ RUN += [f"stage{i}.questions_per_step=2" for i in (1, 2)]
 RUN += [f"stage{i}.reward={__name__}:{pays_by_text.__name__}" for i in (1, 2)]
 RUN += ["algorithm.samples_per_question=4", "algorithm.updates_per_rollout=1", "rollout.slots=8"]
 RUN += ["rollout.prefill_rows=4", "rollout.max_length=64", "rollout.prefill_chunk=16"]
-RUN += ["rollout.max_turn_length=8", "optimizer.micro_rows=2", "optimizer.learning_rate=1e-3"]
+RUN += ["rollout.max_turn_length=8", "optimizer.micro_batch_rows=2", "optimizer.learning_rate=1e-3"]
 RUN += ["eval.questions=0", "run.keep_checkpoints=9", "environment.people=20"]
 RUN += ["run.stop_when_unhealthy=false", "search.max_failure_rate=1", "run.traces_per_step=1"]
 

@@ -16,10 +16,10 @@ import numpy as np
 import psutil
 import pytest
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.rows import rows_so_far
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.system.locks import InUse, only_one
 from r1s_jax.tracking.progress import Progress
@@ -79,12 +79,12 @@ def test_a_run_leaves_its_files(whole):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["stage"] for row in rows] == ["stage1"] * 2 + ["stage2"] * 4
     named = {"reward", "format_valid", "searches_per_question", "searches_empty", "answer_f1"}
-    named |= {"searches_failed", "entropy", "kl", "clip_fraction", "logprob_gap_mean", "loss"}
-    named |= {"logprob_gap_max", "grad_norm", "response_length", "sampled_tokens_per_s"}
+    named |= {"searches_failed", "entropy", "kl", "clip_fraction", "logprob_diff_mean", "loss"}
+    named |= {"logprob_diff_max", "grad_norm", "response_length", "sampled_tokens_per_s"}
     named |= {"trained_tokens_per_s", "seconds_rollout", "seconds_reward", "seconds_update"}
     for row in rows:
         assert named <= row.keys()
-        assert row["logprob_gap_max"] < 1e-4, "training sees what sampling saw"
+        assert row["logprob_diff_max"] < 1e-4, "training sees what sampling saw"
     assert [row["compilations"] for row in rows[2:]] == [0] * 4, "nothing is compiled again"
     for trace in rows_so_far(whole / "traces.jsonl"):
         assert trace["spans"] and {"question", "answers", "reward", "parts"} <= trace.keys()
@@ -182,7 +182,7 @@ def test_carrying_over_is_the_same_run_when_killed_and_resumed(tmp_path):
     """What is in flight is in the checkpoint, and no clock decides what a step waits for."""
     paths = tmp_path / "whole", tmp_path / "killed"
     for path in paths:
-        carry = "rollout.carry_over=true"
+        carry = "rollout.partial_rollouts=true"
         run = begin(command(path, carry))
         if path is paths[1]:
             wait_until(lambda: len(rows_so_far(paths[1] / "metrics.jsonl")) >= 3, run)
@@ -192,7 +192,7 @@ def test_carrying_over_is_the_same_run_when_killed_and_resumed(tmp_path):
         out, _ = run.communicate(timeout=900)
         assert run.returncode == 0, out
     rows = rows_so_far(paths[0] / "metrics.jsonl")
-    assert sum(row["carried_trajectories"] for row in rows) > 0
+    assert sum(row["partial_trajectories"] for row in rows) > 0
     assert max(row["token_age_mean"] for row in rows) > 0
     assert [row["decode_steps"] for row in rows] == [
         row["decode_steps"] for row in rows_so_far(paths[1] / "metrics.jsonl")
@@ -293,7 +293,7 @@ def test_kl_to_the_reference(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kills", "changes"),
-    [(20, ["stage2.steps=60"]), (10, ["stage2.steps=58", "rollout.carry_over=true"])],
+    [(20, ["stage2.steps=60"]), (10, ["stage2.steps=58", "rollout.partial_rollouts=true"])],
     ids=["20 kills", "10 kills, trajectories carried over"],
 )
 def test_kills_at_random_moments_change_nothing(tmp_path, kills, changes):
@@ -351,7 +351,7 @@ CORPUS += ["rollout.slots=4", "rollout.prefill_rows=2", "rollout.max_length=384"
 CORPUS += [
     "rollout.max_prompt_length=256",
     "rollout.max_turn_length=8",
-    "rollout.first_search=true",
+    "rollout.retrieve_first=true",
 ]
 
 

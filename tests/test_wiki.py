@@ -22,13 +22,13 @@ def test_wiki_recipe_learns_a_step(tmp_path, monkeypatch):
     changes = [f"environment.{name}={path}" for name in named]
     changes += ["cold_start.steps=1", "cold_start.batch_size=4", "stage1.steps=0"]
     changes += ["stage2.steps=1", "stage2.questions_per_step=2", "eval.questions=2"]
-    changes += ["rollout.first_search=true", "rollout.max_prompt_length=320"]
+    changes += ["rollout.retrieve_first=true", "rollout.max_prompt_length=320"]
     changes += ["rollout.max_length=384", "policy.compute_dtype=float32"]  # to compare logprobs
     changes += ["algorithm.samples_per_question=2", "rollout.max_turn_length=16"]
     result = train(override(wiki_smollm2.config(), changes), tmp_path / "run")
     assert result["steps"] == 1 and result["searches"] >= 4
     (row,) = rows_so_far(tmp_path / "run" / "metrics.jsonl")
     assert row["loss"] == row["loss"] and row["grad_norm"] >= 0
-    assert row["logprob_gap_max"] < 1e-2
+    assert row["logprob_diff_max"] < 1e-2
     trace = rows_so_far(tmp_path / "run" / "traces.jsonl")[0]
     assert "<|begin_of_documents|>" in trace["spans"][0][0] and not trace["spans"][0][1]

@@ -24,8 +24,8 @@ from r1s_jax.aot.programs import (
     update_program,
 )
 from r1s_jax.aot.targets import CannotCompile, target_devices
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Config
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.models.architectures import architecture_of
 from r1s_jax.models.sharding import (
     check_divisible,
@@ -170,7 +170,7 @@ def advice(report: dict[str, Any]) -> str:
         fewer = (
             "rollout.slots or rollout.max_length"
             if name == "rollout"
-            else ("optimizer.micro_rows or optimizer.pack_length (and set policy.remat=full)")
+            else ("optimizer.micro_batch_rows or optimizer.pack_length (and set policy.remat=full)")
         )
         lines.append(
             f"the {name} needs {needs:.1f} GiB a chip, {p['hbm_gib']:.0f} are there: "

@@ -6,8 +6,8 @@ from typing import Any
 from r1s_jax.aot.compile_report import compile_recipe, phases_named
 from r1s_jax.aot.programs import Workload, trajectories
 from r1s_jax.aot.targets import target_devices
-from r1s_jax.border.overrides import override
 from r1s_jax.config import Config
+from r1s_jax.io.overrides import override
 from r1s_jax.models.sharding import batch_shards, make_mesh
 
 # Of a chip's memory: what runs beside the program wants a little too.
@@ -24,7 +24,7 @@ def fit_recipe(
 ) -> dict[str, Any]:
     """Compiles the phases of a recipe with every size worth trying.
 
-    Of the rollout, `rollout.slots`; of the update, `optimizer.micro_rows` with each
+    Of the rollout, `rollout.slots`; of the update, `optimizer.micro_batch_rows` with each
     `policy.remat`; in powers of two, each until one does not fit. Returns `tried` (a row for each:
     `phase`, `settings`, `peak_gib`, `resident_gib`, `hbm_gib`, `roofline_s`, `fits` with a tenth to
     spare), and `best`, the settings of the lowest roofline among those that fit.
@@ -57,7 +57,7 @@ def _rows(config: Config, shards: int, workload: Workload) -> list[list[Sequence
     tokens = sequences * (workload.prompt + workload.sampled + workload.documents)
     most = max(1, tokens // length // shards)
     return [
-        [[f"optimizer.micro_rows={n}", f"policy.remat={remat}"] for n in _powers(1, most)]
+        [[f"optimizer.micro_batch_rows={n}", f"policy.remat={remat}"] for n in _powers(1, most)]
         for remat in ("none", "attention", "full")
     ]
 

@@ -19,7 +19,7 @@ from r1s_jax.kernels.attention.api import cache_dims
 from r1s_jax.learning.learner import MICRO_SCOPE, Learner, LearnerState, make_optimizer
 from r1s_jax.learning.logprobs import LOGITS_SCOPE, logit_chunks
 from r1s_jax.learning.losses import policy_loss
-from r1s_jax.learning.micro_rows import most_rows, packed_shapes
+from r1s_jax.learning.micro_batch_rows import most_rows, packed_shapes
 from r1s_jax.models.decoder import LAYERS_SCOPE
 from r1s_jax.models.lora import is_adapter, trainable
 from r1s_jax.models.params import ParamSpec, param_specs
@@ -112,7 +112,7 @@ def rollout_program(
         compute_dtype=learner.compute_dtype,
         eos_ids=(0,),
         num_tag_states=_TAG_STATES,
-        exchange=_no_host,
+        host_callback=_no_host,
         dialect=make_dialect(config.protocol.dialect),
         attention=config.policy.attention,
     )
@@ -122,7 +122,7 @@ def rollout_program(
     tags = jax.ShapeDtypeStruct(table, jnp.int16, sharding=replicated(mesh))
     slots = min(c.slots, prompts.lengths.shape[0] // shards)
     turns = count / shards / slots  # of each slot; carried over, none waits for the others' last
-    decode_steps = (turns if c.carry_over else math.ceil(turns)) * workload.sampled
+    decode_steps = (turns if c.partial_rollouts else math.ceil(turns)) * workload.sampled
     # Samples of a question share its prompt; a chunk takes `prefill_rows` rows.
     forced = workload.documents + workload.prompt / config.algorithm.samples_per_question
     chunks = count / shards * forced / (c.prefill_rows * c.prefill_chunk)
@@ -154,7 +154,9 @@ def _prompts(config: Config, mesh: Mesh) -> Prompts[jax.ShapeDtypeStruct]:
     """What a rollout starts from, as shapes on the mesh."""
     c, count = config.rollout, trajectories(config)
     # Carried over, twice as many are in flight as a step learns from, with their text so far.
-    rows, columns = (2 * count, c.max_length) if c.carry_over else (count, c.max_prompt_length)
+    rows, columns = (
+        (2 * count, c.max_length) if c.partial_rollouts else (count, c.max_prompt_length)
+    )
 
     def by_row(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))
@@ -183,7 +185,7 @@ def update_program(
     length = config.optimizer.pack_length or config.rollout.max_length
     shards = batch_shards(mesh)
     sequences = trajectories(config) // config.algorithm.updates_per_rollout
-    per_shard = config.optimizer.micro_rows or most_rows(config, sequences, shards)
+    per_shard = config.optimizer.micro_batch_rows or most_rows(config, sequences, shards)
     rows = per_shard * shards
     tokens = workload.prompt + workload.sampled + workload.documents
     micro = math.ceil(sequences * tokens / (rows * length))

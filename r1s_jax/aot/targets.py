@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.io.errors import UserError
 from r1s_jax.system.chips import show_tpu_runtime
 
 # What libtpu asks of its surroundings before it compiles without a TPU.

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import (
     WIKIPEDIA,
     Changes,
@@ -16,6 +15,7 @@ from r1s_jax.commands.options import (
     SearchUrl,
     Site,
 )
+from r1s_jax.io.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Choose questions to learn from.")
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.json import decode
 from r1s_jax.commands.options import AsJson, CorsOption
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.json import decode
 from r1s_jax.system.console import json_line
 
 app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes.")
@@ -276,7 +276,7 @@ def serve(
     from r1s_jax.retrieval.references import open_saved_index
 
     try:
-        from r1s_jax.border.origins import callers
+        from r1s_jax.io.origins import callers
         from r1s_jax.retrieval import server
     except ImportError as error:
         raise ConfigError(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 import typer
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import Overrides, Recipe
+from r1s_jax.io.errors import ConfigError
 
 if TYPE_CHECKING:
     from r1s_jax.config import Config
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # evaluation are among it, since demonstrations of them are left out.
 _OF_COLD_START = ("seed", "policy", "environment", "protocol", "cold_start", "mesh", "eval")
 _ROLLOUT = ("max_length", "max_prompt_length", "documents_per_query", "max_documents_length")
-_NOT_OF_OPTIMIZER = ("learning_rate", "decay_to", "micro_rows")
+_NOT_OF_OPTIMIZER = ("learning_rate", "decay_to", "micro_batch_rows")
 
 
 def lab(
@@ -140,8 +140,8 @@ class _PlanFile(TypedDict):
 
 def _check_same_lab(out: Path, recipe: str, overrides: list[str], arms: list["Arm"]) -> None:
     """Arms and seeds may be added to a directory, but none may change its meaning."""
-    from r1s_jax.border.json import read_object
-    from r1s_jax.border.schema import check
+    from r1s_jax.io.json import read_object
+    from r1s_jax.io.schema import check
     from r1s_jax.system.files import write_json
 
     file = out / "plan.json"
@@ -163,8 +163,8 @@ def _note_move(folder: Path, plan: _Plan) -> None:
 
     It is the same one: its name is a digest of all that it depends on.
     """
-    from r1s_jax.border.json import read_object
-    from r1s_jax.border.schema import check
+    from r1s_jax.io.json import read_object
+    from r1s_jax.io.schema import check
     from r1s_jax.system.files import write_json
 
     file, now = folder / "config.json", plan.config.policy.model

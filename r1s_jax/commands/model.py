@@ -49,7 +49,8 @@ def compile_(
     ] = "v5e:2x4",
     phase: Annotated[str, typer.Option(help="rollout, update or all.")] = "all",
     fit: Annotated[
-        bool, typer.Option("--fit", help="Try slots, micro_rows and remat: which are cheapest?")
+        bool,
+        typer.Option("--fit", help="Try slots, micro_batch_rows and remat: which are cheapest?"),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 
 _COMMANDS = {"bench": "python -m benchmarks"}
 _ASKING = (("eval", "run"), ("data", "select"), ("serve",), ("ask",))
@@ -13,8 +13,8 @@ _FIELDS = {
     "--max-searches": "rollout.max_searches=N",
     "--slots": "rollout.slots=N",
     "--temperature": "rollout.temperature=T",
-    "--drafts": "rollout.drafts=N",
-    "--first-search": "rollout.first_search=true",
+    "--drafts": "rollout.speculative_tokens=N",
+    "--first-search": "rollout.retrieve_first=true",
     "--max-failure-rate": "search.max_failure_rate=SHARE",
     "--prompt": "protocol.prompt=FILE",
     "--dialect": "protocol.dialect=NAME",

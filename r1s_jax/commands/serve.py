@@ -54,13 +54,13 @@ def serve(
     found. SIGTERM and Ctrl-C finish what is in flight. /health and /metrics tell how it is.
     """
     from r1s_jax import presets
-    from r1s_jax.border.errors import ConfigError
+    from r1s_jax.io.errors import ConfigError
     from r1s_jax.presets import Settings
     from r1s_jax.retrieval.references import open_search_engine
 
     try:
-        from r1s_jax.border import listen
-        from r1s_jax.border.origins import callers
+        from r1s_jax.io import listen
+        from r1s_jax.io.origins import callers
         from r1s_jax.serving import start
     except ImportError as error:
         raise ConfigError(

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.commands.options import Overrides, Recipe
+from r1s_jax.io.errors import ConfigError
 
 RunDir = Annotated[
     Path | None, typer.Option(help="Where the run is kept. [default: runs/NAME-TIME]")

@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
-from r1s_jax.border.schema import check
 from r1s_jax.data.question_forms import Question
 from r1s_jax.data.rows import DataError, read_rows
+from r1s_jax.io.schema import check
 from r1s_jax.system.console import console
 
 ALIASES = "id_aliases.json"

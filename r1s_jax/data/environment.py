@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.json import decode
 from r1s_jax.config import Config, CorpusConfig, TinyWorldConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
@@ -24,6 +22,8 @@ from r1s_jax.data.questions import (
 from r1s_jax.data.rows import DataError
 from r1s_jax.data.tiny_world import GUESS, Style, TinyWorld, prompt_of
 from r1s_jax.data.titles import apart, read_articles, title_demonstrations, title_questions
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.json import decode
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import from_dict, make_dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
@@ -107,11 +107,11 @@ class TinyWorldEnvironment:
 
     def _world(self, step: int, draw: int) -> TinyWorld:
         seed = (self.seed, _LEARNING, step, draw) if draw else (self.seed, _LEARNING, step)
-        return TinyWorld(seed, self.config.people, self.config.known_people)
+        return TinyWorld(seed, self.config.people, self.config.memorised_people)
 
     def evaluation(self, size: int) -> Batch:
         c = self.config
-        world = TinyWorld((self.seed, _EVALUATION, 0), c.eval_people, c.known_people)
+        world = TinyWorld((self.seed, _EVALUATION, 0), c.eval_people, c.memorised_people)
         return self._batch(world, size)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
@@ -122,12 +122,12 @@ class TinyWorldEnvironment:
         about known people, where there are any, guess as often, and guess right.
         """
         c = self.config
-        world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people, c.known_people)
+        world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people, c.memorised_people)
         rng = np.random.default_rng((self.seed, _COLD_START, step))
         one_hop = world.questions(3 * c.cold_start_people, 0.0)
         two_hop = world.questions(3 * c.cold_start_people, 1.0)
         known = world.known_questions()
-        of_known = min(round(size * c.known_fraction), len(known))
+        of_known = min(round(size * c.memorised_fraction), len(known))
         size -= of_known
         recalled = round(of_known * _GUESS_FRACTION)
         guesses = round(size * _GUESS_FRACTION)
@@ -158,7 +158,7 @@ class TinyWorldEnvironment:
 
     def _demonstration(self, world: TinyWorld, question: Question, style: Style) -> Demonstration:
         """Decisions to search and random answers count less."""
-        of_guess = 1.0 if question.by_heart else _GUESS_WEIGHT
+        of_guess = 1.0 if question.memorised else _GUESS_WEIGHT
         spans = tuple(
             (text, of_guess if text.startswith(GUESS) else float(trained))
             for text, trained in world.demonstration(question, style, self.dialect)
@@ -172,7 +172,7 @@ class TinyWorldEnvironment:
         pass
 
     def _batch(self, world: TinyWorld, size: int) -> Batch:
-        questions = world.questions(size, _TWO_HOP_FRACTION, self.config.known_fraction)
+        questions = world.questions(size, _TWO_HOP_FRACTION, self.config.memorised_fraction)
         return Batch(questions, self._index(world))
 
     def _index(self, world: TinyWorld) -> Index:

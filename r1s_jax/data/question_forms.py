@@ -16,7 +16,7 @@ _SOURCE_IDS = ("_id", "id", "question_id", "idx")
 class Question:
     """One question; `answers` are equally good, `hops` is how many facts it takes (0: unknown).
 
-    `by_heart`: its facts never change, so a policy may know the answer without a search.
+    `memorised`: its facts never change, so a policy may know the answer without a search.
     """
 
     id: int
@@ -25,7 +25,7 @@ class Question:
     hops: int = 0
     source_id: str = ""  # its name in its file, where that is no number
     supporting: tuple[str, ...] = ()  # titles of the pages that hold its facts, where known
-    by_heart: bool = False
+    memorised: bool = False
 
 
 def parse_question(row: Mapping[str, Any]) -> tuple[int | None, Question]:

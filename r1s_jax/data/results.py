@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from r1s_jax.border.errors import shorten
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
 from r1s_jax.data.rows import DataError, gold_answers, placed_rows
+from r1s_jax.io.errors import shorten
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.retrieval.api import split_line
 from r1s_jax.rewards.answer_scores import (

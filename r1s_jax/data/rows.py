@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.border.errors import UserError, shorten
-from r1s_jax.border.json import parse, parse_items, parse_object
-from r1s_jax.border.schema import check
-from r1s_jax.border.separated import parse_table
+from r1s_jax.io.errors import UserError, shorten
+from r1s_jax.io.json import parse, parse_items, parse_object
+from r1s_jax.io.schema import check
+from r1s_jax.io.separated import parse_table
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.tables import is_table, table_rows
 

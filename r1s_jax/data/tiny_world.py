@@ -16,8 +16,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.data.questions import Question
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.protocol.dialect import BEGIN_THINK, Dialect
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.protocol.search_r1 import SearchR1
@@ -163,15 +163,15 @@ class TinyWorld:
 
     A ring of three or more makes nobody their own teacher, nor their teacher's. Everything follows
     from `seed_key` (say, seed, split and index) and the numbers of people; no method changes the
-    world. Beside them live `known_people` who are the same, with the same facts, in every world,
-    and have nothing to do with the others.
+    world. Beside them live `memorised_people`, who have the same facts in every world and nothing
+    to do with the others.
     """
 
-    def __init__(self, seed_key: tuple[int, ...], num_people: int, known_people: int = 0):
+    def __init__(self, seed_key: tuple[int, ...], num_people: int, memorised_people: int = 0):
         if num_people < 3:
             raise ConfigError(f"a world needs at least 3 people, not {num_people}")
         self.seed_key = seed_key
-        known = TinyWorld(_KNOWN, known_people) if known_people else None
+        known = TinyWorld(_KNOWN, memorised_people) if memorised_people else None
         self.known = known.people if known else []
         rng = self._rng("facts")
         # As many places as people: a few that recur would be remembered rather than read.
@@ -212,15 +212,15 @@ class TinyWorld:
         return [Passage(str(i), person.passage) for i, person in enumerate(people)]
 
     def questions(
-        self, n: int, two_hop_fraction: float, known_fraction: float = 0.0
+        self, n: int, two_hop_fraction: float, memorised_fraction: float = 0.0
     ) -> list[Question]:
         """`n` different questions in random order, that share of them about the known people, or
         all about them that there are, and that share of the others with two hops.
 
         Their ids name them within this world. Raises ValueError when there are not so many.
         """
-        by_heart = self.known_questions()
-        of_known = min(round(n * known_fraction), len(by_heart))
+        memorised = self.known_questions()
+        of_known = min(round(n * memorised_fraction), len(memorised))
         n -= of_known
         two_hop = round(n * two_hop_fraction)
         rng, each = self._rng("questions"), len(self.people) * len(RELATIONS)
@@ -230,7 +230,7 @@ class TinyWorld:
             )
         one_hop_ids = rng.permutation(each)[: n - two_hop]
         two_hop_ids = rng.permutation(each)[:two_hop] + each
-        known_ids = rng.permutation([q.id for q in by_heart])[:of_known] if of_known else []
+        known_ids = rng.permutation([q.id for q in memorised])[:of_known] if of_known else []
         ids = rng.permutation([*one_hop_ids, *two_hop_ids, *known_ids])
         return [self._question(int(i)) for i in ids]
 
@@ -250,10 +250,10 @@ class TinyWorld:
         answer = name
         for relation in relations:
             answer = self._by_name[answer].facts[relation]
-        text, by_heart = f"What is {chain} of {name}?", id >= self._first_known
+        text, memorised = f"What is {chain} of {name}?", id >= self._first_known
         # Neither of one hop nor of two: scores by hops are of what has to be looked up.
-        hops = 0 if by_heart else len(relations)
-        return Question(id, text, (answer,), hops=hops, by_heart=by_heart)
+        hops = 0 if memorised else len(relations)
+        return Question(id, text, (answer,), hops=hops, memorised=memorised)
 
     def _hops(self, id: int) -> tuple[str, tuple[str, ...]]:
         """Whom question `id` starts from and the relations to follow, the first hop first."""
@@ -296,7 +296,7 @@ class TinyWorld:
         thought = ""
         if style != "search":
             value = question.answers[0]
-            if not question.by_heart:
+            if not question.memorised:
                 value = self._guess(question.id, relations[-1])
             thought = GUESS if dialect.talks else ""
         answer = dialect.answer_turn(value) + _FORMS[dialect.name].end

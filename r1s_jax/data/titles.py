@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
 from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.questions import Question
 from r1s_jax.data.results import FORMAT, header_path
 from r1s_jax.data.rows import DataError, read_rows
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.retrieval.api import join_line

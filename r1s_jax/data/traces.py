@@ -8,10 +8,10 @@ from typing import Any, NotRequired, TypedDict
 import msgspec
 import numpy as np
 
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
 from r1s_jax.data.results import header_path, read_header, score_row
 from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows, whole_rows
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import from_dict
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution

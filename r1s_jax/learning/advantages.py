@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from r1s_jax.config import Estimator, KlEstimator
 
 # Of GRPO and its relative, the advantages of a group stand by themselves.
-_NOT_WHITENED = ("group_norm", "dr_grpo")
+_NOT_WHITENED = ("grpo", "dr_grpo")
 # Where all rewards are alike, what is left to whiten is the noise of a KL penalty. One trajectory
 # of a thousand that earns 1 more than the others deviates by three times this.
 _LEAST_DEVIATION = 0.01
@@ -38,7 +38,7 @@ def token_advantages(
     Args:
       estimator: `reinforce++` (arXiv 2501.03262: no group, whitened over the batch),
         `reinforce_baseline` (minus the group's mean, whitened), `rloo` (minus the mean of the
-        group's others, arXiv 2402.14740, whitened), `group_norm` (GRPO, arXiv 2402.03300: in
+        group's others, arXiv 2402.14740, whitened), `grpo` (GRPO, arXiv 2402.03300: in
         units of the group's standard deviation, not whitened) or `dr_grpo` (arXiv 2503.20783:
         minus the group's mean and nothing else; goes with `loss_average=constant`).
       rewards: outcome of each trajectory, clamped to +-reward_clip (0: as they are).
@@ -126,7 +126,7 @@ def _relative_to_group(
     centred[~has_signal(rewards, groups)] = 0.0
     if estimator == "rloo":  # r - (sum of the others) / (count - 1)
         return centred * (count / np.maximum(count - 1, 1))[at]
-    if estimator == "group_norm":
+    if estimator == "grpo":
         # The sample's standard deviation (over count - 1), as in the released code.
         return centred / (np.sqrt(mean_of(centred**2, count - 1)) + 1e-9)
     return centred

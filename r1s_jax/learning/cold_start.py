@@ -11,7 +11,7 @@ from r1s_jax.config import ColdStartConfig, Config, ConfigError
 from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.environment import Environment
 from r1s_jax.learning.learner import Learner, LearnerState
-from r1s_jax.learning.micro_rows import micro_rows
+from r1s_jax.learning.micro_batch_rows import micro_batch_rows
 from r1s_jax.learning.packing import PackedBatch, pack
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.protocol.dialect import Dialect
@@ -76,7 +76,7 @@ def demonstrations_of(
     """What a run imitates at a step: demonstrations packed as its rollouts will be."""
     rows = 1
     if config.cold_start.steps:
-        rows = micro_rows(config, learner, state, config.cold_start.batch_size)
+        rows = micro_batch_rows(config, learner, state, config.cold_start.batch_size)
 
     def batch_of(step: int) -> tuple[PackedBatch[np.ndarray], int]:
         return demonstration_batch(
@@ -86,7 +86,7 @@ def demonstrations_of(
             engine.document_tokens,
             dialect=engine.dialect,
             capacity=config.optimizer.pack_length or config.rollout.max_length,
-            micro_rows=rows * batch_shards(engine.mesh),
+            micro_batch_rows=rows * batch_shards(engine.mesh),
         )
 
     return batch_of
@@ -122,7 +122,7 @@ def demonstration_batch(
     document_tokens: Callable[[Sequence[str]], list[int]],
     *,
     capacity: int,
-    micro_rows: int,
+    micro_batch_rows: int,
     dialect: Dialect = R1_SEARCHER,
 ) -> tuple[PackedBatch[np.ndarray], int]:
     """Packs demonstrations, the loss on what the policy would have written and nothing else.
@@ -147,7 +147,13 @@ def demonstration_batch(
     weights /= total
     unused = np.zeros_like(weights)
     batch, _, micro = pack(
-        tokens, lengths, weights, unused, unused, capacity=capacity, micro_rows=micro_rows
+        tokens,
+        lengths,
+        weights,
+        unused,
+        unused,
+        capacity=capacity,
+        micro_batch_rows=micro_batch_rows,
     )
     return batch, micro
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from r1s_jax.config import AlgorithmConfig, Config, StageConfig
 from r1s_jax.data.environment import Environment
 from r1s_jax.learning.advantages import has_signal
-from r1s_jax.learning.carry_over import CarryOver
+from r1s_jax.learning.partial_rollouts import CarryOver
 from r1s_jax.models.params import Params
 from r1s_jax.rewards.registry import BatchReward
 from r1s_jax.rewards.rules import Reward
@@ -35,7 +35,7 @@ class Rewarded:
     @staticmethod
     def of(rolled: Rolled, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> "Rewarded":
         values = np.array([r.value for r in rewards], np.float32)
-        mask = learnable(rolled.trajectory, algorithm, rolled.void, values)
+        mask = learnable(rolled.trajectory, algorithm, rolled.unanswered, values)
         teaches = np.asarray(mask.any(-1))
         groups = rolled.trajectory.groups
         teaches[teaches] = has_signal(values[teaches], groups[teaches])
@@ -89,7 +89,7 @@ class Collector:
 
         Raises SearchFailure, RewardError or RewardServerError.
         """
-        if self.config.rollout.carry_over:
+        if self.config.rollout.partial_rollouts:
             rolled = self.carried.roll(params, step, settings.questions_per_step)
             return Rewarded.of(rolled, self._reward(rolled, stage), self.config.algorithm)
         c, batches, rewards = self.config, [], []
@@ -133,15 +133,15 @@ class Collector:
 def learnable(
     t: Trajectory[np.ndarray],
     algorithm: AlgorithmConfig,
-    void: Bool[np.ndarray, " N"],
+    unanswered: Bool[np.ndarray, " N"],
     rewards: Float[np.ndarray, " N"],
 ) -> Bool[np.ndarray, "N W"]:
     """The tokens to learn from: sampled, and not in a trajectory that a failed search ended, or
     which no judge would judge (a reward that is not a number).
 
-    Neither is the policy's doing. `void` trajectories and those cut off are left
+    Neither is the policy's doing. `unanswered` trajectories and those cut off are left
     out too, where the algorithm says so.
     """
     ends = [Finish.SEARCH_ERROR, Finish.ABORTED, *CUT_OFF * algorithm.mask_truncated]
-    out = np.isin(t.finish, ends) | (void & algorithm.mask_void) | np.isnan(rewards)
+    out = np.isin(t.finish, ends) | (unanswered & algorithm.mask_unanswered) | np.isnan(rewards)
     return t.loss_mask & ~out[:, None]

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from r1s_jax.border.errors import UserError, shorten
-from r1s_jax.border.http import without_credentials
-from r1s_jax.border.schema import check
 from r1s_jax.config import Config, JudgeConfig
 from r1s_jax.data.rows import journal_rows
+from r1s_jax.io.errors import UserError, shorten
+from r1s_jax.io.http import without_credentials
+from r1s_jax.io.schema import check
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.composed import is_composed, parse, without
 from r1s_jax.rewards.registry import BatchReward, RewardError, batch_reward, reward_rule

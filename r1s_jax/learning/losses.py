@@ -32,8 +32,8 @@ def policy_loss(config: AlgorithmConfig) -> TokenLoss:
         "gmpo": partial(gmpo_loss, a.clip, **limits),
         "reinforce": reinforce_loss,
     }[a.loss]
-    if a.likelihood_coefficient:
-        loss = partial(_preserving, a.likelihood_coefficient, loss)
+    if a.llds_coefficient:
+        loss = partial(_preserving, a.llds_coefficient, loss)
     return loss
 
 
@@ -172,8 +172,8 @@ def _loss(objective: Array, logprobs: Array, batch: PackedBatch) -> Float[Array,
 
 
 def _metrics(logprobs: Array, log_ratio: Array, outside: Array, batch: PackedBatch) -> Metrics:
-    """`log_ratio` is what the loss takes: of tokens or of sequences. `logprob_gap_*` are of tokens,
-    of the `fresh` ones only: older parameters drew the others, so a gap there is their age."""
+    """`log_ratio` is what the loss takes: of tokens or of sequences. `logprob_diff_*` are of
+    `fresh` tokens only: older parameters drew the others, so a difference is their age."""
     mask = (batch.weights > 0).astype(jnp.float32)
     fresh = mask * batch.fresh
     gap = fresh * jnp.abs(_log_ratio(logprobs, batch))
@@ -181,8 +181,8 @@ def _metrics(logprobs: Array, log_ratio: Array, outside: Array, batch: PackedBat
         "clip_fraction": (mask * outside).sum(),
         "ratio": (mask * jnp.exp(log_ratio)).sum(),
         "ratio_drift": (mask * jnp.abs(log_ratio)).sum(),
-        "logprob_gap_mean": gap.sum(),
-        "logprob_gap_max": gap.max(),
+        "logprob_diff_mean": gap.sum(),
+        "logprob_diff_max": gap.max(),
         "fresh": fresh.sum(),
     }
 

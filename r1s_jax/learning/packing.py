@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple
 
 import numpy as np
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.rollout.trajectory import A
 
 
@@ -67,18 +67,18 @@ def pack(
     fresh: np.ndarray | None = None,
     *,
     capacity: int,
-    micro_rows: int,
+    micro_batch_rows: int,
     max_micro: int | None = None,
 ) -> tuple[PackedBatch[np.ndarray], Layout, int]:
     """Packs N sequences ([N, W] arrays, `lengths` int[N]) into micro-batches.
 
-    Always returns `max_micro` micro-batches of `micro_rows` rows (by default enough for one
+    Always returns `max_micro` micro-batches of `micro_batch_rows` rows (by default enough for one
     sequence a row), so that the update compiles once; the number that hold anything comes third.
     """
     layout = first_fit(np.asarray(lengths).tolist(), capacity)
-    micro = -(-layout.rows // micro_rows)
-    max_micro = max_micro or -(-len(lengths) // micro_rows)
-    shape = (max_micro * micro_rows, capacity)
+    micro = -(-layout.rows // micro_batch_rows)
+    max_micro = max_micro or -(-len(lengths) // micro_batch_rows)
+    shape = (max_micro * micro_batch_rows, capacity)
     segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     sources = {"tokens": tokens, "weights": weights, "advantages": advantages}
     sources |= {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs}
@@ -94,7 +94,7 @@ def pack(
             if source is not None:
                 packed[name][r, cut] = source[i, :n]
     batch = PackedBatch(segment_ids=segment_ids, positions=positions, **packed)
-    split = (max_micro, micro_rows, capacity)
+    split = (max_micro, micro_batch_rows, capacity)
     return PackedBatch(*(a.reshape(split) for a in batch)), layout, micro
 
 

@@ -11,14 +11,14 @@ from r1s_jax.config import Config
 from r1s_jax.learning.advantages import kl_divergence, token_advantages
 from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.learner import Learner, LearnerState
-from r1s_jax.learning.micro_rows import micro_rows
+from r1s_jax.learning.micro_batch_rows import micro_batch_rows
 from r1s_jax.learning.packing import pack, unpack
 from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.rollout.trajectory import Trajectory
 
-GAP_METRICS = ("logprob_gap_mean", "logprob_gap_max")
+GAP_METRICS = ("logprob_diff_mean", "logprob_diff_max")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Learned:
     importance_weight: float  # mean over sampled tokens; 1 without the correction
     # Mean and maximum over the tokens that this step's parameters drew: |learner's - sampler's
     # log-probability|, before any update. Empty where they drew none.
-    logprob_gap: dict[str, float] = field(default_factory=dict)
+    logprob_diff: dict[str, float] = field(default_factory=dict)
 
 
 def token_weights(
@@ -79,8 +79,8 @@ class PolicyGradient:
             old = self._logprobs(state.params, t, mask, parts)
             gap = gap_metrics(old, t.policy_logprobs, rewarded.fresh)
         correction = np.ones(mask.shape)
-        if a.importance_cap:
-            weights = importance_weights(old, t.policy_logprobs, a.importance_cap)
+        if a.tis_cap:
+            weights = importance_weights(old, t.policy_logprobs, a.tis_cap)
             correction = np.where(mask, weights, 1)
         reference = None
         kl = np.zeros(mask.shape)
@@ -114,7 +114,7 @@ class PolicyGradient:
             gap = seen if gap is None else gap  # later updates see a policy that the first moved
             rows.append(row)
         means = (float(x[mask].mean()) for x in (kl, correction)) if mask.any() else (0.0, 1.0)
-        return state, Learned(advantages, rows, *means, logprob_gap=gap or {})
+        return state, Learned(advantages, rows, *means, logprob_diff=gap or {})
 
     def _asks_learner(self) -> bool:
         """Whether ratios compare with the learner's own log-probabilities, not the sampler's.
@@ -123,11 +123,11 @@ class PolicyGradient:
         """
         a = self.config.algorithm
         rounded = self.learner.compute_dtype != np.dtype("float32")
-        return a.importance_cap > 0 or (a.loss == "gspo" and rounded)
+        return a.tis_cap > 0 or (a.loss == "gspo" and rounded)
 
     def _choose_rows(self, state: LearnerState, trajectories: int) -> int:
         sequences = -(-trajectories // self.config.algorithm.updates_per_rollout)
-        return micro_rows(self.config, self.learner, state, sequences)
+        return micro_batch_rows(self.config, self.learner, state, sequences)
 
     def _logprobs(
         self,
@@ -158,7 +158,7 @@ class PolicyGradient:
             t.lengths[rows],
             **values,
             capacity=c.optimizer.pack_length or c.rollout.max_length,
-            micro_rows=self._rows * batch_shards(self.learner.mesh),
+            micro_batch_rows=self._rows * batch_shards(self.learner.mesh),
         )
 
 

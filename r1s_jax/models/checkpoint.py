@@ -24,10 +24,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from r1s_jax.border.errors import BadInput, UserError, reading, reason, shorten
-from r1s_jax.border.json import parse_object
-from r1s_jax.border.schema import check
 from r1s_jax.config import ModelConfig
+from r1s_jax.io.errors import BadInput, UserError, reading, reason, shorten
+from r1s_jax.io.json import parse_object
+from r1s_jax.io.schema import check
 from r1s_jax.models.checkpoint_owner import (
     CheckpointError,
     check_owner,
@@ -112,7 +112,7 @@ class Checkpoints:
         self._guard(self._manager.wait_until_finished)
 
     def close_after_error(self) -> None:
-        """Lets what is being saved get to the disk, but not for ever: others may have gone."""
+        """Waits for pending saves, with a time-out in case other processes died."""
 
         def close() -> None:
             with contextlib.suppress(Exception):  # that it failed is known already

@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 from etils import epath
 
-from r1s_jax.border.errors import UserError
-from r1s_jax.border.json import parse_object, read_object
-from r1s_jax.border.schema import check
-from r1s_jax.border.text import is_whole_number
+from r1s_jax.io.errors import UserError
+from r1s_jax.io.json import parse_object, read_object
+from r1s_jax.io.schema import check
+from r1s_jax.io.text import is_whole_number
 from r1s_jax.system.locks import only_one
 
 _MARK = "run.json"

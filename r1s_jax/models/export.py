@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TypedDict
 
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.models.checkpoint import CheckpointError, run_of
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.weights import save_params

@@ -12,8 +12,8 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from r1s_jax.border.errors import ConfigError, UserError, reading
 from r1s_jax.config import ModelConfig, RopeScaling
+from r1s_jax.io.errors import ConfigError, UserError, reading
 from r1s_jax.models.decoder import rope_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from r1s_jax.border.errors import ConfigError, shorten
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
 from r1s_jax.config import ModelConfig, RopeScaling
+from r1s_jax.io.errors import ConfigError, shorten
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.models.gguf import WeightsError
 
 # The oldest release that reads what is written here; without one, releases warn of what they guess.

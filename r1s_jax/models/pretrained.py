@@ -11,11 +11,11 @@ import msgspec
 import numpy as np
 from etils import epath
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
-from r1s_jax.border.text import is_whole_number
 from r1s_jax.config import ModelConfig, PolicyConfig
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
+from r1s_jax.io.text import is_whole_number
 from r1s_jax.models.checkpoint import (
     CheckpointError,
     checkpoint_directory,

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Attention, Impl, MeshConfig, ModelConfig
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.kernels.attention.api import attention, check_support, default_impl
 from r1s_jax.kernels.tuning import Tuning, default_tuning
 from r1s_jax.models.decoder import RowAttention

@@ -23,11 +23,11 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from r1s_jax.border.errors import reading
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
-from r1s_jax.border.text import whole
 from r1s_jax.config import ModelConfig
+from r1s_jax.io.errors import reading
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
+from r1s_jax.io.text import whole
 from r1s_jax.models.gguf import GGUFFile, WeightsError, gguf_in, open_gguf
 
 # Special tokens that end a turn or a text in one of the supported families.

@@ -19,10 +19,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from r1s_jax.border.errors import ConfigError, reading, shorten
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
 from r1s_jax.config import ModelConfig
+from r1s_jax.io.errors import ConfigError, reading, shorten
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.models.gguf import WeightsError, gguf_in, open_gguf
 from r1s_jax.models.hf_config import hf_config, parse_config, read_model_json
 from r1s_jax.models.params import Params, param_specs

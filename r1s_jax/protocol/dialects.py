@@ -5,10 +5,10 @@ from typing import Any
 
 import msgspec
 
-from r1s_jax.border.errors import ConfigError, UserError
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
 from r1s_jax.config import Thinking
+from r1s_jax.io.errors import ConfigError, UserError
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.protocol.search_r1 import SearchR1

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from r1s_jax.border.errors import ConfigError, reason
+from r1s_jax.io.errors import ConfigError, reason
 from r1s_jax.protocol.dialect import Dialect, Message
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.protocol.tool_call import ToolCall

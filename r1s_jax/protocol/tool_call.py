@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
-from r1s_jax.border.errors import BadInput, ConfigError
-from r1s_jax.border.json import parse
+from r1s_jax.io.errors import BadInput, ConfigError
+from r1s_jax.io.json import parse
 from r1s_jax.protocol.dialect import (
     BEGIN_ANSWER,
     BEGIN_THINK,

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.io.errors import UserError
 from r1s_jax.protocol.dialect import turns
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.answer_scores import normalize_answer

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from r1s_jax.border.errors import BadInput, UserError, shorten
-from r1s_jax.border.http import Client, without_credentials
-from r1s_jax.border.json import parse_object
-from r1s_jax.border.schema import check
+from r1s_jax.io.errors import BadInput, UserError, shorten
+from r1s_jax.io.http import Client, without_credentials
+from r1s_jax.io.json import parse_object
+from r1s_jax.io.schema import check
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.rules import Reward, reward_parts
 

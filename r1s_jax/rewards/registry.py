@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.io.errors import UserError
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards import released, released_search_r1, rules
 from r1s_jax.rewards.composed import TERMS, composed, is_composed

@@ -15,23 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from r1s_jax.border.errors import ConfigError, UserError, reason, shorten
-from r1s_jax.border.http import within
-from r1s_jax.border.text import whole
 from r1s_jax.config import SearchConfig
+from r1s_jax.io.errors import ConfigError, UserError, reason, shorten
+from r1s_jax.io.http import within
+from r1s_jax.io.text import whole
 from r1s_jax.protocol.dialect import Call, Dialect, Found
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.retrieval.api import Hit, Retriever
-from r1s_jax.rollout.exchange import RESULTS, Status, pack_results
+from r1s_jax.rollout.callback_arrays import RESULTS, Status, pack_results
 from r1s_jax.rollout.reply import fitted
 from r1s_jax.system.distributed import gather
 
 # With nothing else to do the program waits this long for documents before it asks again.
 _IDLE_WAIT_S = 0.02
-# What becomes of a search: these are the retriever's doing, those the policy's. A turn that is told
-# what is wrong with it is invalid; where a dialect tells nothing, its query is bad.
-FAILED, VOID = ("timeout", "error"), ("bad_query", "long_query", "invalid_turn")
-# Where a rollout may be left early: documents arrive so many turns of the loop after their query.
+# Outcomes of a search without documents. FAILED: caused by the retriever. UNANSWERED: malformed by
+# the policy; an invalid turn is told what is wrong with it, a bad query is not.
+FAILED, UNANSWERED = ("timeout", "error"), ("bad_query", "long_query", "invalid_turn")
+# Where a rollout may be left early, documents arrive this many iterations after their query.
 _LAG = 8
 # A retriever that finds nothing in so many searches of a rollout, and nothing else, is broken.
 _ALL_EMPTY = 64
@@ -55,7 +55,7 @@ class Search:
 
     trajectory: int  # row in the rollout's batch
     query: str
-    outcome: str = "pending"  # found, empty, one of FAILED, one of VOID
+    outcome: str = "pending"  # found, empty, one of FAILED, one of UNANSWERED
     documents: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()  # of the documents; "" where a retriever tells none
     seconds: float = 0.0
@@ -150,7 +150,7 @@ class Broker:
     @property
     def _total(self) -> int:
         """Searches that were made: what the policy failed to ask was none."""
-        return sum(self._counts.values()) - sum(self._counts[outcome] for outcome in VOID)
+        return sum(self._counts.values()) - sum(self._counts[outcome] for outcome in UNANSWERED)
 
     def share(self) -> None:
         """Adds what the brokers of the other processes saw, so that all judge it alike."""
@@ -219,7 +219,7 @@ class Broker:
           submit: bool[S] slots that just ended a query.
           query: int32[S, Q] their last tokens of this turn, -1 where the turn is shorter.
 
-        Returns the array of exchange.py.
+        Returns the array of callback_arrays.py.
         """
         shard, submit = int(shard), np.asarray(submit)
         try:
@@ -248,10 +248,10 @@ class Broker:
         `full`: the tokens of the turn are all that fit into the window of a query.
         """
         calls = self._calls(turn, full)
-        made = iter(self.search_now([call.query for call, void in calls if not void]))
+        made = iter(self.search_now([call.query for call, unanswered in calls if not unanswered]))
         searches = [
-            Search(-1, call.query, void, detail=call.problem) if void else next(made)
-            for call, void in calls
+            Search(-1, call.query, unanswered, detail=call.problem) if unanswered else next(made)
+            for call, unanswered in calls
         ]
         return *self._result(searches), searches
 
@@ -302,9 +302,9 @@ class Broker:
             turn.searches = [Search(int(rows[slot]), call.query, turn=turn) for call, _ in calls]
             with self._changed:
                 self._pending[shard, turn.slot] = turn
-                for search, (call, void) in zip(turn.searches, calls, strict=True):
-                    if void:
-                        self._close(search, void, detail=call.problem)
+                for search, (call, unanswered) in zip(turn.searches, calls, strict=True):
+                    if unanswered:
+                        self._close(search, unanswered, detail=call.problem)
                     else:
                         asked.append(search)
         if asked:
@@ -314,13 +314,13 @@ class Broker:
         """What a turn asks, each with its outcome where it cannot be searched, "" else."""
         calls = []
         for call in self.dialect.calls(self._decode(ids), self._evaluation):
-            void = "" if not call.problem else "bad_query"
-            if void and self.dialect.tells_invalid:
-                void = "invalid_turn"
-            elif void and full and not self.dialect.reads_whole_turn and not call.query:
-                void = "long_query"
+            unanswered = "" if not call.problem else "bad_query"
+            if unanswered and self.dialect.tells_invalid:
+                unanswered = "invalid_turn"
+            elif unanswered and full and not self.dialect.reads_whole_turn and not call.query:
+                unanswered = "long_query"
                 call = Call("", f"over rollout.max_query_length={len(ids)} tokens")
-            calls.append((call, void))
+            calls.append((call, unanswered))
         return calls
 
     def _start(self, searches: list[Search]) -> None:
@@ -385,7 +385,7 @@ class Broker:
             ready = self._ready.setdefault(shard, deque())
             if wait and not ready:
                 self._changed.wait(_IDLE_WAIT_S)
-            self._give_up_late_ones()
+            self._abandon_late_ones()
             return [ready.popleft() for _ in range(min(len(ready), RESULTS))]
 
     def _collect_due(self, shard: int, idle: bool) -> list[Turn]:
@@ -400,12 +400,12 @@ class Broker:
             due = [turn for turn in out if turn.due <= self._turns[shard]][:RESULTS]
             while not all(turn.settled for turn in due):
                 self._changed.wait(_IDLE_WAIT_S)
-                self._give_up_late_ones()
+                self._abandon_late_ones()
             for turn in due:
                 ready.remove(turn)
             return due
 
-    def _give_up_late_ones(self) -> None:
+    def _abandon_late_ones(self) -> None:
         now = time.monotonic()
         for search in [s for turn in self._pending.values() for s in turn.searches]:
             if now - search.started > self.config.timeout_s:
@@ -416,12 +416,12 @@ class Broker:
         outcomes = {search.outcome for search in searches}
         if not outcomes.isdisjoint(FAILED) and not self._forgiving:
             return Status.ERROR, 0, []
-        if not outcomes.isdisjoint(VOID) and not self.dialect.tells_invalid:
+        if not outcomes.isdisjoint(UNANSWERED) and not self.dialect.tells_invalid:
             return Status.BAD_QUERY, 0, []
-        made = sum(search.outcome not in VOID for search in searches)
+        made = sum(search.outcome not in UNANSWERED for search in searches)
         found = any(search.documents for search in searches)
         status = Status.FOUND if found else Status.EMPTY if made else Status.INVALID
-        told: list[Found] = [s.detail if s.outcome in VOID else s.documents for s in searches]
+        told: list[Found] = [s.detail if s.outcome in UNANSWERED else s.documents for s in searches]
         try:
             return status, made, self.reply_tokens(told)
         except ConfigError as error:  # more replies than there is room for: a search that failed

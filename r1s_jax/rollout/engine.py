@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from r1s_jax.border.errors import UserError
 from r1s_jax.config import Attention, MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.data.rows import DataError
+from r1s_jax.io.errors import UserError
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained, default_dtype
 from r1s_jax.models.sharding import (
@@ -37,7 +37,7 @@ from r1s_jax.protocol.prompts import bound, renderer
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Broker, Search
-from r1s_jax.rollout.flight import NOBODY, Flight, group_numbers, trajectories
+from r1s_jax.rollout.in_flight import NOBODY, InFlight, group_numbers, trajectories
 from r1s_jax.rollout.loop import Rollout
 from r1s_jax.rollout.sampler import trajectory_keys
 from r1s_jax.rollout.session import Programs
@@ -70,7 +70,7 @@ class Rolled:
         return int(self.trajectory.loss_mask.sum())
 
     @property
-    def void(self) -> np.ndarray:
+    def unanswered(self) -> np.ndarray:
         """bool[N]: ended by themselves, and not with an answer."""
         return np.array([s.complete and s.answer is None for s in self.solutions])
 
@@ -180,7 +180,7 @@ class Engine:
             compute_dtype=compute_dtype,
             eos_ids=self.eos_ids,
             num_tag_states=tags.num_states,
-            exchange=self.broker.exchange,
+            host_callback=self.broker.exchange,
             dialect=self.dialect,
             attention=attention,
         )
@@ -239,7 +239,7 @@ class Engine:
 
     def begin(
         self, questions: Sequence[Question], *, samples: int, step: int, draw: int = 0
-    ) -> list[Flight]:
+    ) -> list[InFlight]:
         """`samples` trajectories of each question, of which there is nothing yet but the prompt.
 
         Where the config asks for the system's own first search, the broker makes it here.
@@ -250,7 +250,7 @@ class Engine:
         flights = []
         for i, question in enumerate(questions):
             for sample in range(samples):
-                flight = Flight.begun(
+                flight = InFlight.begun(
                     question,
                     prompts[i],
                     sample=sample,
@@ -265,7 +265,7 @@ class Engine:
             seen[question.id] += 1
         return flights
 
-    def prompts(self, placed: Sequence[Flight | None], seed: int, width: int) -> Prompts:
+    def prompts(self, placed: Sequence[InFlight | None], seed: int, width: int) -> Prompts:
         """What the loop starts from, on the mesh: a flight a row, None where a row is not used.
 
         Neighbours of one question and step are a group.
@@ -297,11 +297,11 @@ class Engine:
         )
         return place(arrays, batch_sharding(self.mesh))
 
-    def limit(self, flight: Flight) -> int:
+    def limit(self, flight: InFlight) -> int:
         """Tokens that it may have in all; never more than `rollout.max_length`."""
         return self.config.max_length
 
-    def note_searches(self, placed: Sequence[Flight | None]) -> None:
+    def note_searches(self, placed: Sequence[InFlight | None]) -> None:
         """Gives every flight the searches whose outcome reached it; the others are made again."""
         for search in self.broker.log:
             reached = search.turn is None or search.turn.delivered
@@ -312,7 +312,7 @@ class Engine:
 
     def rolled(
         self,
-        flights: Sequence[Flight],
+        flights: Sequence[InFlight],
         *,
         seconds: float,
         counters: Mapping[str, np.ndarray],
@@ -364,7 +364,7 @@ class Engine:
 
     def _first_searches(self, questions: Sequence[Question]) -> list[Search]:
         """The system's own search of every question, where the config asks for one."""
-        if not self.config.first_search:
+        if not self.config.retrieve_first:
             return []
         # Each process searches its share, and all read the same documents.
         count, index = jax.process_count(), jax.process_index()
@@ -404,7 +404,7 @@ class Engine:
     def _check_prompt(self, question: Question, prompt: Sequence[int]) -> None:
         limit, what = self.config.max_prompt_length, "has"
         needed = len(prompt)
-        if self.config.first_search:  # its documents are cut to what is left, but some must fit
+        if self.config.retrieve_first:  # its documents are cut to what is left, but some must fit
             what = "has, with room for a first search,"
             needed += self.first_search_room(question.question)
         if needed > limit:

@@ -1,6 +1,6 @@
 """The search loop inside the program: prompts in, trajectories out, in one jitted call.
 
-A fixed number of slots works through all trajectories. Each turn of the loop refills empty slots,
+A fixed number of slots works through all trajectories. Each iteration refills empty slots,
 exchanges queries and documents with the host, feeds forced tokens (prompts, documents) to the KV
 cache in chunks, and samples one token for every slot that is ready. A slot waiting for documents
 stops nobody. Every data shard runs the loop on its own trajectories with its own slots.
@@ -35,7 +35,13 @@ from r1s_jax.models.sharding import (
 )
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
-from r1s_jax.rollout.exchange import Result, Status, exchange_shape, unpack_head, unpack_result
+from r1s_jax.rollout.callback_arrays import (
+    Result,
+    Status,
+    callback_shape,
+    unpack_head,
+    unpack_result,
+)
 from r1s_jax.rollout.feeding import behind, feed
 from r1s_jax.rollout.lookup import lookup
 from r1s_jax.rollout.sampler import sample, sample_each
@@ -62,19 +68,19 @@ _NEVER = 2**30
 class Until(NamedTuple):
     """When to leave the loop before its end: each data shard for itself, at whichever comes first.
 
-    int32[] each: decode steps of this entry; groups that are complete; turns of this entry, some of
-    which sample nothing, where every slot waits for documents.
+    int32[] each: decode steps of this entry; groups that are complete; iterations of this entry
+    (one in which every slot waits for documents samples nothing).
     """
 
     steps: Array | int = _NEVER
     groups: Array | int = _NEVER
-    turns: Array | int = _NEVER
+    iterations: Array | int = _NEVER
 
 
 _TO_THE_END = Until()
 
-# (shard, idle, rows, submit, query tokens) -> the array of exchange.py; see broker.py.
-Exchange = Callable[..., Any]
+# (shard, idle, rows, submit, query tokens) -> the array of callback_arrays.py; see broker.py.
+HostCallback = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Rollout:
     compute_dtype: Any
     eos_ids: tuple[int, ...]
     num_tag_states: int
-    exchange: Exchange
+    host_callback: HostCallback
     dialect: Dialect = R1_SEARCHER
     attention: Attention = "auto"
 
@@ -110,10 +116,10 @@ class Rollout:
         return self._on_shards(unstack_layers, (stacked,), self._partition)(params)
 
     def start(self, prompts: Prompts) -> State:
-        """The loop before its first turn."""
+        """The loop before its first iteration."""
         heads = self.model.num_kv_heads // self.mesh.shape[TENSOR_AXIS]
         c = self.config
-        capacity = c.max_length + max(c.prefill_chunk, c.drafts + 1)
+        capacity = c.max_length + max(c.prefill_chunk, c.speculative_tokens + 1)
 
         def cache(slots: int) -> KVCache:
             dtype = self._tuning.cache_dtype or self.compute_dtype
@@ -199,13 +205,13 @@ class Rollout:
         last_step = state.decode_steps + until.steps
 
         def going(carry: tuple[Array, State]) -> Array:
-            turn, s = carry
-            some = jnp.any(s.slots.phase != Phase.EMPTY) & (turn < until.turns)
+            iteration, s = carry
+            some = jnp.any(s.slots.phase != Phase.EMPTY) & (iteration < until.iterations)
             early = (s.decode_steps >= last_step) | (complete_groups(prompts, s) >= until.groups)
             return some & ~early[0]
 
         def go(carry: tuple[Array, State]) -> tuple[Array, State]:
-            return carry[0] + 1, self._turn(policy, prompts, tag_table, carry[1])
+            return carry[0] + 1, self._iteration(policy, prompts, tag_table, carry[1])
 
         return lax.while_loop(going, go, (jnp.int32(0), state))[1]
 
@@ -222,7 +228,7 @@ class Rollout:
     def _tuning(self) -> Tuning:
         return mesh_tuning(self.mesh)
 
-    def _turn(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
+    def _iteration(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
         phase = state.slots.phase
         searching = jnp.any((phase == Phase.SUBMIT) | (phase == Phase.WAIT))
         state = when(searching, partial(self._search, prompts), state)
@@ -242,14 +248,14 @@ class Rollout:
 
     @jax.named_scope(DECODE_SCOPE)
     def _decode(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
-        """Samples the next token of every ready slot; of its drafts, those that prove right too."""
-        s, out, drafts = state.slots, state.out, self.config.drafts
+        """Samples the next token of every ready slot, and accepts its right speculative tokens."""
+        s, out, speculative_tokens = state.slots, state.out, self.config.speculative_tokens
         ready = s.phase == Phase.ACTIVE
         fed = out.tokens.at[s.row, s.length - 1].get(mode="fill", fill_value=0)[:, None]
         guesses = fed[:, :0]
-        if drafts:
+        if speculative_tokens:
             text = out.tokens.at[s.row].get(mode="fill", fill_value=0)
-            guesses = lookup(text, s.length, drafts)
+            guesses = lookup(text, s.length, speculative_tokens)
             fed = jnp.concatenate([fed, guesses], axis=1)
         # Slots that are not ready take part too: what they write lies past their text.
         hidden, cache = policy.decode(fed, s.cached, state.cache)
@@ -267,8 +273,8 @@ class Rollout:
             going &= (state.slots.phase == Phase.ACTIVE) & (token == guesses[:, j - 1])
             return *sample_at(j, going, state), going
 
-        if drafts:
-            state, *_ = lax.fori_loop(1, drafts + 1, verify, (state, token, ready))
+        if speculative_tokens:
+            state, *_ = lax.fori_loop(1, speculative_tokens + 1, verify, (state, token, ready))
         return state
 
     def _sample(
@@ -368,14 +374,14 @@ class Rollout:
         return state._replace(next_row=next_row)
 
     def _call_host(self, *operands: Array) -> Int[Array, "R D"]:
-        shape = exchange_shape(self.config.max_documents_length)
+        shape = callback_shape(self.config.max_documents_length)
         result = jax.ShapeDtypeStruct(shape, jnp.int32)
         if self.mesh.shape[TENSOR_AXIS] == 1:
-            return io_callback(self.exchange, result, *operands, ordered=False)
+            return io_callback(self.host_callback, result, *operands, ordered=False)
         # One member of a tensor group asks; the sum hands its answer to the others.
         answer = lax.cond(
             lax.axis_index(TENSOR_AXIS) == 0,
-            lambda: io_callback(self.exchange, result, *operands, ordered=False),
+            lambda: io_callback(self.host_callback, result, *operands, ordered=False),
             lambda: jnp.zeros(shape, jnp.int32),
         )
         return lax.psum(answer, TENSOR_AXIS)

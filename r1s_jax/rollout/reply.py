@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.protocol.dialect import Found
 
 

@@ -24,7 +24,7 @@ class Finish(IntEnum):
     BAD_QUERY = 4  # an empty query, or an end of query without its beginning
     SEARCH_ERROR = 5  # the retriever timed out or failed
     ABORTED = 6  # too many searches failed in this rollout
-    TOO_OLD = 7  # unfinished after as many steps as `rollout.max_age` allows
+    TOO_OLD = 7  # unfinished after as many steps as `rollout.max_staleness` allows
 
     @property
     def complete(self) -> bool:

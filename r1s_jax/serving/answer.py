@@ -6,7 +6,7 @@ from typing import Any
 
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.retrieval.api import split_line
-from r1s_jax.rollout.broker import VOID, Search
+from r1s_jax.rollout.broker import UNANSWERED, Search
 from r1s_jax.rollout.trajectory import CUT_OFF, Finish
 from r1s_jax.serving.jobs import Update
 from r1s_jax.serving.pieces import Piece, Pieces
@@ -20,7 +20,7 @@ class Failed(Exception):
 
 
 class Answer:
-    """Takes what the searcher tells of one job, and tells what is new of the answer."""
+    """Takes what the serving_loop tells of one job, and tells what is new of the answer."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ def _overlap(text: str, stop: str) -> int:
 
 def search_json(search: Search) -> dict[str, Any]:
     """A search as clients see it. Why one failed stays with the server: it may name addresses."""
-    if search.outcome in VOID:
+    if search.outcome in UNANSWERED:
         status, error = "invalid", search.detail or "no query"
     elif search.outcome in _FAILED:
         status, error = "failed", _FAILED[search.outcome]

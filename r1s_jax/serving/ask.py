@@ -7,8 +7,8 @@ import queue
 import jax
 from rich.text import Text
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.text import printable
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.text import printable
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
 from r1s_jax.presets import Settings
 from r1s_jax.protocol.solution import Solution, kind_of_new
@@ -17,7 +17,7 @@ from r1s_jax.rollout.broker import FAILED, Search, SearchFailure
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.serving.jobs import Job, Update
-from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.loop import ServingLoop
 from r1s_jax.system.console import out_console as console
 from r1s_jax.tracking.trace_view import STYLES
 
@@ -27,7 +27,7 @@ _WHY = {
     Finish.BAD_QUERY: "wrote an empty query",
     Finish.SEARCH_ERROR: "a search failed",
 }
-_SPECULATIVE = "rollout.drafts=4"
+_SPECULATIVE = "rollout.speculative_tokens=4"
 
 
 def ask(question: str, model: str, retriever: Retriever, settings: Settings) -> str | None:
@@ -42,19 +42,19 @@ def ask(question: str, model: str, retriever: Retriever, settings: Settings) -> 
     asked = settings.config().protocol
     policy = load_pretrained(model, default_dtype()).speaking(asked)
     config = settings.config(policy.model.max_position)
-    searcher = Searcher(policy, retriever, config.rollout, search=config.search, waiting=0)
-    printer = _Printer(searcher.engine)
-    prompt = _prompt(searcher.engine, question, printer)
+    serving_loop = ServingLoop(policy, retriever, config.rollout, search=config.search, waiting=0)
+    printer = _Printer(serving_loop.engine)
+    prompt = _prompt(serving_loop.engine, question, printer)
     updates: queue.Queue[Update] = queue.Queue()
     seed = int.from_bytes(os.urandom(4)) >> 1
     drawn = config.rollout.temperature, config.rollout.top_p
-    searcher.submit([Job(prompt, seed, updates.put, temperature=drawn[0], top_p=drawn[1])])
+    serving_loop.submit([Job(prompt, seed, updates.put, temperature=drawn[0], top_p=drawn[1])])
     finish = Finish.NONE
     while finish == Finish.NONE:
         update = updates.get()
         printer.feed(update)
         finish = update.finish
-    searcher.close()
+    serving_loop.close()
     console.print()
     if not finish.complete:
         why = update.error or _WHY.get(finish, finish.name)
@@ -66,14 +66,14 @@ def _prompt(engine: Engine, question: str, printer: "_Printer") -> list[int]:
     """Token ids of the question, and of the system's own first search where there is one."""
     prompt = engine.prompt_tokens(question)
     needed = len(prompt)
-    if engine.config.first_search:
+    if engine.config.retrieve_first:
         needed += engine.first_search_room(question)
     if needed > engine.config.max_prompt_length:
         raise ConfigError(
             f"the question takes {needed} tokens, and the model reads {engine.config.max_length} "
             "with its answer: shorten it"
         )
-    if engine.config.first_search:
+    if engine.config.retrieve_first:
         (search,) = engine.broker.search_now([question])
         if search.outcome in FAILED:
             raise SearchFailure(f"the first search failed: {engine.broker.common_failures()}")

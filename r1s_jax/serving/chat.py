@@ -5,9 +5,9 @@ from typing import Any
 
 import msgspec
 
-from r1s_jax.border.errors import BadInput, UserError
-from r1s_jax.border.json import parse_object
-from r1s_jax.border.schema import check
+from r1s_jax.io.errors import BadInput, UserError
+from r1s_jax.io.json import parse_object
+from r1s_jax.io.schema import check
 from r1s_jax.protocol.dialect import Message
 
 MOST_ANSWERS = 16

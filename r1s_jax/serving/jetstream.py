@@ -25,7 +25,7 @@ from r1s_jax.serving.turns import Event, Turns
 logger = logging.getLogger(__name__)
 
 
-class JetStreamSearcher(Jobs):
+class JetStreamLoop(Jobs):
     """See the module; a thread for each answer that is being made."""
 
     greedy_only = True

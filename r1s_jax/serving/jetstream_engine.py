@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import Impl
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params

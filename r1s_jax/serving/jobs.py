@@ -34,7 +34,7 @@ class Job:
 
     prompt: Sequence[int]
     seed: int
-    update: Callable[[Update], None]  # called on the searcher's thread
+    update: Callable[[Update], None]  # called on the serving_loop's thread
     sample: int = 0
     group: int = 0
     temperature: float = 1.0
@@ -43,7 +43,7 @@ class Job:
 
     seen: int = 0  # tokens told, the prompt's included
     wrote: int = 0
-    told: list[tuple[Search, str]] = field(default_factory=list)  # with the outcome last told
+    reported: list[tuple[Search, str]] = field(default_factory=list)  # with the last outcome
     cancelled: bool = False
 
 

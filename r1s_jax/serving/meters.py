@@ -12,9 +12,9 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Meters:
-    """Requests, tokens, searches, slots and times of one searcher."""
+    """Requests, tokens, searches, slots and times of one serving_loop."""
 
-    def __init__(self, searcher: Jobs):
+    def __init__(self, serving_loop: Jobs):
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "r1s_requests", "Requests answered.", ["status"], registry=registry
@@ -33,13 +33,13 @@ class Meters:
         )
         self._begun: set[int] = set()
         self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
-        self._searcher = searcher
+        self._serving_loop = serving_loop
         read = {
-            "r1s_tokens_written": ("Tokens that the policy wrote.", lambda: searcher.tokens),
-            "r1s_tokens_given": ("Tokens of documents.", lambda: searcher.documents),
-            "r1s_queue": ("Answers that wait for a slot.", lambda: searcher.queued),
-            "r1s_slots_busy": ("Slots with an answer.", lambda: searcher.slots_busy),
-            "r1s_slots": ("Slots.", lambda: searcher.rows),
+            "r1s_tokens_written": ("Tokens that the policy wrote.", lambda: serving_loop.tokens),
+            "r1s_tokens_given": ("Tokens of documents.", lambda: serving_loop.documents),
+            "r1s_queue": ("Answers that wait for a slot.", lambda: serving_loop.queued),
+            "r1s_slots_busy": ("Slots with an answer.", lambda: serving_loop.slots_busy),
+            "r1s_slots": ("Slots.", lambda: serving_loop.rows),
             "r1s_tokens_per_second": (f"Written, over {_WINDOW_S:.0f} s.", self._rate),
         }
         for name, (text, value) in read.items():
@@ -52,26 +52,26 @@ class Meters:
         """One more was answered."""
         self._requests.labels(status).inc()
 
-    def first_token(self, exchange: object, seconds: float) -> None:
-        """Of an exchange, the first time that it is told."""
-        if id(exchange) not in self._begun:
-            self._begun.add(id(exchange))
+    def first_token(self, completion: object, seconds: float) -> None:
+        """Of an completion, the first time that it is told."""
+        if id(completion) not in self._begun:
+            self._begun.add(id(completion))
             self._first.observe(seconds)
 
-    def answered(self, exchange: object, seconds: float) -> None:
-        """An exchange is over."""
-        self._begun.discard(id(exchange))
+    def answered(self, completion: object, seconds: float) -> None:
+        """An completion is over."""
+        self._begun.discard(id(completion))
         self._seconds.observe(seconds)
 
     def text(self) -> bytes:
         """Everything, for a scraper."""
-        for outcome, count in self._searcher.engine.broker.counts.items():
+        for outcome, count in self._serving_loop.engine.broker.counts.items():
             self._searches.labels(outcome).set(count)
         return generate_latest(self._registry)
 
     def _rate(self) -> float:
         """Tokens a second since about ten seconds ago, or the scrape before."""
-        now, tokens = time.monotonic(), self._searcher.tokens
+        now, tokens = time.monotonic(), self._serving_loop.tokens
         self._samples.append((now, tokens))
         while len(self._samples) > 2 and now - self._samples[1][0] >= _WINDOW_S:
             self._samples.popleft()

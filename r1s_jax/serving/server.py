@@ -23,12 +23,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from r1s_jax.border import listen
-from r1s_jax.border.errors import ConfigError, shorten
-from r1s_jax.border.origins import Callers, guarded
+from r1s_jax.io import listen
+from r1s_jax.io.errors import ConfigError, shorten
+from r1s_jax.io.origins import Callers, guarded
 from r1s_jax.serving.chat import Refused
+from r1s_jax.serving.completion import Completion, Desk, Limits
 from r1s_jax.serving.events import EventStream, disconnected
-from r1s_jax.serving.exchange import Desk, Exchange, Limits
 from r1s_jax.serving.jobs import Jobs
 
 logger = logging.getLogger(__name__)
@@ -42,19 +42,19 @@ _SERVED = "POST /v1/chat/completions, GET /v1/models, /health, /metrics and the 
 
 
 class Service:
-    """The handlers. One event loop, one searcher."""
+    """The handlers. One event loop, one serving_loop."""
 
     def __init__(
         self,
-        searcher: Jobs,
+        serving_loop: Jobs,
         name: str,
         *,
         key: str = "",
         limits: Limits | None = None,
     ):
         """`name` is the model's to clients; `key`, where given, has to be sent by them."""
-        self._searcher, self._name, self._key = searcher, name, check_key(key)
-        self.desk = Desk(searcher, name, limits or Limits())
+        self._serving_loop, self._name, self._key = serving_loop, name, check_key(key)
+        self.desk = Desk(serving_loop, name, limits or Limits())
         self.meters, self.limits = self.desk.meters, self.desk.limits
         self.stopping = False
 
@@ -62,25 +62,27 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         started = time.monotonic()
-        exchange: Exchange | None = None
+        completion: Completion | None = None
         try:
             self._check_key(request)
-            if why := self._searcher.failed or ("the server is stopping" if self.stopping else ""):
+            if why := self._serving_loop.failed or (
+                "the server is stopping" if self.stopping else ""
+            ):
                 raise Refused(503, why, kind="server_error")
             raw = await self._body(request)
-            exchange = Exchange(self.desk, started)
-            asked = await exchange.read(raw)
+            completion = Completion(self.desk, started)
+            asked = await completion.read(raw)
             if asked.stream:
-                stream, exchange = EventStream(exchange.events(), exchange.leave), None
+                stream, completion = EventStream(completion.events(), completion.leave), None
                 return stream
-            return await self._whole(exchange, request)
+            return await self._whole(completion, request)
         except Refused as refused:
             return self._refusal(refused)
         except ClientDisconnect:
             return self._refusal(Refused(400, "the client went away"))
         finally:
-            if exchange:
-                exchange.leave()
+            if completion:
+                completion.leave()
 
     async def models(self, request: Request) -> Response:
         model = {"id": self._name, "object": "model", "created": 0, "owned_by": "r1s_jax"}
@@ -94,9 +96,9 @@ class Service:
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(self, request: Request) -> Response:
-        failed = self._searcher.failed
+        failed = self._serving_loop.failed
         told = {"status": failed or ("stopping" if self.stopping else "ok"), "model": self._name}
-        told |= {"slots": self._searcher.rows, "busy": self._searcher.slots_busy}
+        told |= {"slots": self._serving_loop.rows, "busy": self._serving_loop.slots_busy}
         return JSONResponse(told, 503 if failed or self.stopping else 200)
 
     async def metrics(self, request: Request) -> Response:
@@ -126,8 +128,8 @@ class Service:
         except listen.NotJson as error:
             raise Refused(415, str(error)) from None
 
-    async def _whole(self, exchange: Exchange, request: Request) -> Response:
-        work = asyncio.ensure_future(exchange.finish())
+    async def _whole(self, completion: Completion, request: Request) -> Response:
+        work = asyncio.ensure_future(completion.finish())
         gone = asyncio.ensure_future(disconnected(request.receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -138,7 +140,7 @@ class Service:
             work.cancel()
             gone.cancel()
         self.meters.request(200)
-        return Response(exchange.completion(), media_type="application/json")
+        return Response(completion.as_json(), media_type="application/json")
 
     def _refusal(self, refused: Refused) -> Response:
         self.meters.request(refused.status)
@@ -161,7 +163,7 @@ def check_key(key: str) -> str:
 
 
 def make_app(service: Service, allowed: Callers | None = None) -> ASGIApp:
-    """The ASGI application; its searcher ends with it.
+    """The ASGI application; its serving_loop ends with it.
 
     By default only loopback's names and the server's own page are `allowed`.
     """

@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.border import listen
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.origins import Callers
+from r1s_jax.io import listen
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.origins import Callers
 from r1s_jax.models.checkpoint import run_of
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
 from r1s_jax.presets import SERVING, Settings
 from r1s_jax.retrieval.api import Retriever
-from r1s_jax.serving.exchange import Limits
-from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.completion import Limits
+from r1s_jax.serving.loop import ServingLoop
 from r1s_jax.serving.server import Service, check_key, make_app
 from r1s_jax.system.console import console
 
@@ -42,9 +42,9 @@ def start(
     config = settings.config(policy.model.max_position)
     console.print("Compiling")
     kind = _kind(engine)
-    searcher = kind(policy, retriever, config.rollout, search=config.search, waiting=waiting)
+    serving_loop = kind(policy, retriever, config.rollout, search=config.search, waiting=waiting)
     limits = Limits(deadline_s=deadline_s)
-    return Service(searcher, name or name_of(model), key=key, limits=limits)
+    return Service(serving_loop, name or name_of(model), key=key, limits=limits)
 
 
 def name_of(model: str) -> str:
@@ -61,15 +61,15 @@ def name_of(model: str) -> str:
 
 def _kind(engine: str) -> Callable[..., Any]:
     if engine != "jetstream":
-        return Searcher
+        return ServingLoop
     try:
-        from r1s_jax.serving.jetstream import JetStreamSearcher
+        from r1s_jax.serving.jetstream import JetStreamLoop
     except ImportError as error:
         raise ConfigError(
             f"--engine jetstream needs the extra `jetstream` (pip install 'r1s-jax[jetstream]'): "
             f"{error}"
         ) from error
-    return JetStreamSearcher
+    return JetStreamLoop
 
 
 def serve(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from r1s_jax.config import RolloutConfig
 from r1s_jax.rollout.broker import Broker, Search
-from r1s_jax.rollout.exchange import Status
+from r1s_jax.rollout.callback_arrays import Status
 from r1s_jax.rollout.trajectory import Finish
 
 _ENDS = {Status.ERROR: Finish.SEARCH_ERROR, Status.BAD_QUERY: Finish.BAD_QUERY}

@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.io.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from r1s_jax.border.errors import UserError, reason
-from r1s_jax.border.http import proxy_of, without_credentials
-from r1s_jax.border.text import whole
+from r1s_jax.io.errors import UserError, reason
+from r1s_jax.io.http import proxy_of, without_credentials
+from r1s_jax.io.text import whole
 
 
 class ChatApiError(UserError, RuntimeError):

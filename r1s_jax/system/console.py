@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from r1s_jax.border.text import printable
+from r1s_jax.io.text import printable
 
 # Everything for people goes to stderr; stdout carries the one JSON line a program may read.
 console = Console(stderr=True)

@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r1s_jax.border.errors import UserError
-from r1s_jax.border.text import is_whole_number
+from r1s_jax.io.errors import UserError
+from r1s_jax.io.text import is_whole_number
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import filelock
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.io.errors import UserError
 
 
 class InUse(UserError, RuntimeError):

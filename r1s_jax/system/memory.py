@@ -37,7 +37,7 @@ def keep_memory() -> None:
 
 @contextmanager
 def malloc_as_it_comes() -> Iterator[None]:
-    """What is begun within it, the program of others, gets malloc as it would have by itself."""
+    """Child processes started in this context use default malloc settings."""
     told, ours = os.environ.get("GLIBC_TUNABLES"), {f"{n}={v}" for n, v in _ASKED_OF_MALLOC.items()}
     if told is None:
         yield

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import psutil
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.system.assets import cache_dir
 from r1s_jax.system.chips import CHIPS
 

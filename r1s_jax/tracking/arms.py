@@ -19,7 +19,7 @@ _WINDOW = 4  # steps
 _SEARCHES = {
     "searches_after": "searches",
     "searched_needed_after": "searched where it must",
-    "searched_by_heart_after": "and where not",
+    "searched_memorised_after": "and where not",
 }
 
 
@@ -42,7 +42,7 @@ class _Summary(msgspec.Struct):
     f1_after: float | None = None
     searches_after: float | None = None
     searched_needed_after: float | None = None
-    searched_by_heart_after: float | None = None
+    searched_memorised_after: float | None = None
     stopped_unhealthy: str | None = None
 
 

@@ -17,7 +17,7 @@ _WORD = re.compile(r"\w+")
 def behaviour_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, float]:
     """Shares and means over the trajectories of a rollout batch.
 
-    `answered`, `truncated`, `void` (ended by themselves without an answer): shares of them.
+    `answered`, `truncated`, `unanswered` (ended by themselves without an answer): shares of them.
     `repeated_query_share`: of the searches, those whose query the trajectory had searched before.
     `thought_words`: words of reasoning a turn, queries and answers apart. `correct_logprob`: mean
     log-probability of the tokens of right answers, under the policy that drew them; not there
@@ -33,7 +33,7 @@ def behaviour_metrics(rolled: Rolled, rewards: Sequence[Reward]) -> dict[str, fl
     return {
         "answered": float(np.mean([s.answer is not None for s in rolled.solutions])),
         "truncated": float(np.isin(t.finish, CUT_OFF).mean()),
-        "void": float(rolled.void.mean()),
+        "unanswered": float(rolled.unanswered.mean()),
         "repeated_query_share": repeated / max(asked, 1),
         "thought_words": float(np.mean(list(map(_thought_words, rolled.solutions)))),
         **({"correct_logprob": float(logprobs.mean())} if len(logprobs) else {}),

@@ -14,7 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import RecordWriter
 
-from r1s_jax.border.text import is_whole_number
+from r1s_jax.io.text import is_whole_number
 
 
 class Board:

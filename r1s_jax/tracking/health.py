@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from r1s_jax.border.errors import UserError
+from r1s_jax.io.errors import UserError
 from r1s_jax.system.console import console
 
 Row = dict[str, Any]
@@ -181,12 +181,12 @@ SIGNALS = (
         "it fall: optimizer.decay_to=0.1) or algorithm.updates_per_rollout",
     ),
     Signal(
-        "logprob_gap",
+        "logprob_diff",
         "mean gap between sampling and training log-probabilities before any update",
-        lambda h: h.recent("logprob_gap_mean"),
+        lambda h: h.recent("logprob_diff_mean"),
         0.05,
         "the program that learns does not see what the one that sampled saw: set "
-        "policy.compute_dtype=float32 (algorithm.importance_cap=2 corrects for a small gap)",
+        "policy.compute_dtype=float32 (algorithm.tis_cap=2 corrects for a small gap)",
         fatal=1.0,
     ),
     Signal(
@@ -243,7 +243,7 @@ SIGNALS = (
         "not fall (arXiv 2512.04220)",
         _likelihood_lost,
         0.5,
-        "the early sign of a collapse: set algorithm.likelihood_coefficient=0.1, lower "
+        "the early sign of a collapse: set algorithm.llds_coefficient=0.1, lower "
         "optimizer.learning_rate or algorithm.updates_per_rollout, or take "
         "algorithm.estimator=reinforce_baseline",
     ),
@@ -261,7 +261,7 @@ SIGNALS = (
         _fallen("answered", 0.3),
         0.4,
         "the policy learns not to answer: check that no reward is better than a wrong answer's, "
-        "or set algorithm.mask_void=true",
+        "or set algorithm.mask_unanswered=true",
     ),
     Signal(
         "repeated_queries",

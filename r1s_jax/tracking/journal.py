@@ -5,9 +5,9 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from r1s_jax.border.json import read_object
-from r1s_jax.border.schema import check
 from r1s_jax.data.rows import DataError, rows_so_far
+from r1s_jax.io.json import read_object
+from r1s_jax.io.schema import check
 
 
 class Fired(TypedDict):

@@ -71,7 +71,7 @@ def _ages(rolled: Rolled) -> dict[str, float]:
     ages = rolled.ages[rolled.trajectory.loss_mask]
     shares = np.bincount(ages) / max(len(ages), 1)
     return {
-        "carried_trajectories": rolled.carried,
+        "partial_trajectories": rolled.carried,
         "token_age_mean": float(ages.mean()) if len(ages) else 0.0,
         **{f"token_age_{age}": float(share) for age, share in enumerate(shares)},
     }
@@ -88,7 +88,7 @@ def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
     row |= {name: learned.updates[-1][name] for name in names if name == "ratio_drift"}
     return {
         **row,
-        **learned.logprob_gap,
+        **learned.logprob_diff,
         "kl": learned.kl,
         "importance_weight": learned.importance_weight,
         "trained_tokens": tokens,

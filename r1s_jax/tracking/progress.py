@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from r1s_jax.border.schema import check
 from r1s_jax.config import Config, StageConfig
+from r1s_jax.io.schema import check
 from r1s_jax.learning.advantages import adapted_kl_coefficient
 from r1s_jax.learning.cold_start import Standing
 
@@ -17,7 +17,7 @@ class Progress(Standing):
     phase: Literal["cold_start", "learning"] = "cold_start"
     before: dict[str, float] | None = None  # the evaluation before reinforcement learning
     environment: dict[str, Any] = field(default_factory=dict)  # its cursor
-    carried: str | None = None  # the trajectories in flight (see learning/carry_over.py)
+    carried: str | None = None  # the trajectories in flight (see learning/partial_rollouts.py)
     seconds: float = 0.0
     stage1_end: int | None = None  # the step at which stage 1 reached its goal
     kl_coefficient: float | None = None  # as adapted so far

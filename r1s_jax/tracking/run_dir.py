@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.http import without_credentials
-from r1s_jax.border.json import differences, read_object
-from r1s_jax.border.schema import check
 from r1s_jax.config import Config, CorpusConfig
 from r1s_jax.data.digests import data_digests
 from r1s_jax.data.questions import Question
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.http import without_credentials
+from r1s_jax.io.json import differences, read_object
+from r1s_jax.io.schema import check
 from r1s_jax.models.checkpoint_owner import RUN_FORMAT, read_versions
 from r1s_jax.system.distributed import gather
 from r1s_jax.system.files import write_json, write_rows

@@ -126,7 +126,7 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
         ("cover-EM", "cover_em"),
         ("searches a question", "searches"),
         ("searched where it must", "searched_needed"),
-        ("searched where it need not", "searched_by_heart"),
+        ("searched where it need not", "searched_memorised"),
     ):
         if f"{key}_after" in summary:
             values = (summary[f"{key}_{when}"] for when in ("before", "after"))

@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from r1s_jax.border.text import printable
 from r1s_jax.data.traces import Trace
+from r1s_jax.io.text import printable
 from r1s_jax.tracking.pages import write_page
 
 STYLES = {

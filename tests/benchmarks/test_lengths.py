@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.lengths import bench_lengths, read_lengths
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from tests.benchmarks import run
 from tests.makers import letters
 
@@ -49,14 +49,14 @@ def test_a_missing_file_and_an_odd_batch_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         read_lengths(tmp_path / "none.txt", never)
     with pytest.raises(ConfigError, match="multiple of 16, got 40"):
-        bench_lengths([3], runaway=0, carry_over=False, batch=40)
+        bench_lengths([3], runaway=0, partial_rollouts=False, batch=40)
 
 
 @pytest.mark.slow
 def test_carrying_over_keeps_the_slots_busy():
     sizes = {"slots": 8, "batch": 64, "batches": 3, "limit": 160, "runaway": 0.05}
-    waiting = bench_lengths([10, 20, 30], carry_over=False, **sizes)
-    carried = bench_lengths([10, 20, 30], carry_over=True, **sizes)
+    waiting = bench_lengths([10, 20, 30], partial_rollouts=False, **sizes)
+    carried = bench_lengths([10, 20, 30], partial_rollouts=True, **sizes)
     for result in (waiting, carried):
         sampled = result["busy"] * 8 * result["decode_steps"]
         assert result["decode_steps"] >= result["ideal_steps"] > 0

@@ -74,7 +74,7 @@ def tokens_and_weights(demonstration, dialect, tokenizer):
         lambda question: encode(tokenizer, question),
         lambda lines: encode(tokenizer, dialect.reply([lines])),
         capacity=400,
-        micro_rows=1,
+        micro_batch_rows=1,
         dialect=dialect,
     )
     return batch.tokens.ravel().tolist(), (batch.weights.ravel() > 0).tolist()
@@ -117,7 +117,7 @@ def test_the_loss_is_on_what_the_policy_wrote(tmp_path):
         lambda q: list(f"Q: {q} <think>".encode()),
         document_tokens,
         capacity=400,
-        micro_rows=1,
+        micro_batch_rows=1,
     )
     assert micro == 1
     trained = bytes(batch.tokens[batch.weights > 0].tolist()).decode()
@@ -147,7 +147,7 @@ def test_documents_are_shown_as_a_rollout_would_show_them(tmp_path):
         lambda q: list(q.encode()),
         two,
         capacity=400,
-        micro_rows=1,
+        micro_batch_rows=1,
     )
     assert seen == lines
     assert document_block(seen) == block
@@ -163,7 +163,7 @@ def test_what_is_too_long_loses_its_end(tmp_path):
         lambda q: [],
         document_tokens,
         capacity=40,
-        micro_rows=1,
+        micro_batch_rows=1,
     )
     assert bytes(batch.tokens[batch.segment_ids > 0].tolist()).decode() == GOOD[:40]
 

@@ -89,17 +89,19 @@ def test_all_questions_of_a_small_world(num_people):
 
 
 def test_known_people_are_the_same_everywhere_and_disturb_nobody():
-    worlds = [TinyWorld((0, 1, step), 60, known_people=5) for step in (2, 3)]
+    worlds = [TinyWorld((0, 1, step), 60, memorised_people=5) for step in (2, 3)]
     for world in worlds:
         world.check()
-        for question in (asked := world.questions(40, 0.5, known_fraction=0.3)):
+        for question in (asked := world.questions(40, 0.5, memorised_fraction=0.3)):
             assert read_answer(world, question) == list(question.answers)
-            assert (question.hops == 0) == question.by_heart
-        assert sum(q.by_heart for q in asked) == 12
+            assert (question.hops == 0) == question.memorised
+        assert sum(q.memorised for q in asked) == 12
         assert [q.hops for q in asked].count(2) == 14
         known = world.known_questions()
-        assert len(known) == 5 * len(RELATIONS) and all(q.by_heart for q in known)
-        assert sum(q.by_heart for q in world.questions(100, 0.5, known_fraction=0.5)) == len(known)
+        assert len(known) == 5 * len(RELATIONS) and all(q.memorised for q in known)
+        assert sum(q.memorised for q in world.questions(100, 0.5, memorised_fraction=0.5)) == len(
+            known
+        )
         for question in known:
             told = world.demonstration(question, "guess")
             assert rewards.stage2(rewards.Solution(told), question.answers).value == 1.0

@@ -71,7 +71,7 @@ def test_failures_end_an_evaluation_and_can_be_mended(kind, model, questions, tm
         assert [row["stop_reason_final"] for row in rows] == ["retrieve_error"] * 3
         assert all(row["searches"] == 0 and row["pred_ans"] == "I don't know." for row in rows)
         header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
-        assert header["searches"] == {"found": 0, "empty": 0, "failed": 3, "void": 0}
+        assert header["searches"] == {"found": 0, "empty": 0, "failed": 3, "unanswered": 0}
         state["broken"] = False
         with pytest.raises(SearchFailure, match="3 of 3"):  # a resume alone does not hide them
             evaluate(questions, model, out, server.url)
@@ -88,7 +88,7 @@ def test_what_finds_nothing_has_not_failed(model, questions, tmp_path):
     out = answer_file(run, EmptyRetriever(), {}, tmp_path / "out.jsonl")
     assert {tuple(row["search_outcomes"]) for row in rows_so_far(out)} == {("empty",)}
     header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
-    assert header["searches"] == {"found": 0, "empty": 3, "failed": 0, "void": 0}
+    assert header["searches"] == {"found": 0, "empty": 3, "failed": 0, "unanswered": 0}
 
 
 def test_a_second_process_is_told_of_the_first(model, questions, tmp_path):

@@ -35,13 +35,13 @@ def test_what_is_solved_is_told_with_and_without_a_search(told):
 
 
 def test_searching_by_need_is_told_apart_where_some_need_no_search():
-    lookup, known = QUESTIONS[0], dataclasses.replace(QUESTIONS[0], hops=0, by_heart=True)
+    lookup, known = QUESTIONS[0], dataclasses.replace(QUESTIONS[0], hops=0, memorised=True)
     searched, f1 = np.array([True, False, True, False]), np.array([1.0, 0.0, 0.5, 1.0])
     assert search_by_need([lookup, lookup, lookup, known], searched, f1) == {
         "searched_needed": 2 / 3,
-        "searched_by_heart": 0.0,
+        "searched_memorised": 0.0,
         "f1_needed": 0.5,
-        "f1_by_heart": 1.0,
+        "f1_memorised": 1.0,
     }
     for alike in (lookup, known):
         assert search_by_need([alike] * 4, searched, f1) == {}

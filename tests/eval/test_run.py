@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.data.results import read_header, read_results
 from r1s_jax.data.rows import DataError
 from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
 from r1s_jax.eval.score import summarize
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.presets import EVALUATION
 from r1s_jax.protocol import r1_searcher as protocol
 from tests import makers
@@ -269,15 +269,17 @@ def test_the_command(questions, searcher, index, tmp_path):
 
 @pytest.mark.slow  # tests/rollout/test_loop.py holds the same of the loop
 def test_drafts_change_no_answer(questions, searcher, tmp_path):
-    def answers(drafts: int) -> list[dict]:
-        run = make_run(questions, searcher, slots=2, drafts=drafts)
-        return rows_of(answer_file(run, EchoRetriever(), {}, tmp_path / f"{drafts}.jsonl"))
+    def answers(speculative_tokens: int) -> list[dict]:
+        run = make_run(questions, searcher, slots=2, speculative_tokens=speculative_tokens)
+        return rows_of(
+            answer_file(run, EchoRetriever(), {}, tmp_path / f"{speculative_tokens}.jsonl")
+        )
 
-    plain, drafted = (
-        [{k: v for k, v in row.items() if k != "seconds"} for row in answers(drafts)]
-        for drafts in (0, 3)
+    plain, speculated = (
+        [{k: v for k, v in row.items() if k != "seconds"} for row in answers(speculative_tokens)]
+        for speculative_tokens in (0, 3)
     )
-    assert plain == drafted
+    assert plain == speculated
     assert read_header(tmp_path / "0.jsonl") == read_header(tmp_path / "3.jsonl")
 
 

@@ -247,7 +247,7 @@ def test_a_first_search_leaves_room_for_itself():
     """Its documents are cut to what a long question leaves; one that leaves nothing is told."""
     from r1s_jax.data.questions import Question
 
-    config = dataclasses.replace(ROLLOUT, first_search=True, max_prompt_length=64)
+    config = dataclasses.replace(ROLLOUT, retrieve_first=True, max_prompt_length=64)
     engine = make_engine(config)
     long = Question(1, "What is the trade of the teacher of the teacher of Bakori?", ("smith",))
     engine.check_prompts([long])

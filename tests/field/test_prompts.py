@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.models.tokenizer import encode, encode_start, foreign
 from r1s_jax.protocol.prompts import chat_renderer
 from r1s_jax.system.assets import resolve

@@ -128,7 +128,7 @@ def test_an_evaluation_over_a_hostile_server_goes_on_and_counts(
     with Hostile("f555s") as server:  # a search is tried three times
         evaluate(model, questions, server, out)
     header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
-    assert header["searches"] == {"found": 8, "empty": 0, "failed": 4, "void": 0}
+    assert header["searches"] == {"found": 8, "empty": 0, "failed": 4, "unanswered": 0}
     rows = rows_so_far(out)
     assert sum(row["stop_reason_final"] == "retrieve_error" for row in rows) == 4
     written = "".join(row["gen_text_store"] for row in rows)

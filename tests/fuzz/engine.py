@@ -28,7 +28,7 @@ READERS = {
 
 def judge(reader: Reader, folder: Path, damaged: str, good: str) -> tuple[str, str]:
     """(outcome, what was said) of one damaged example."""
-    from r1s_jax.border.errors import UserError
+    from r1s_jax.io.errors import UserError
 
     try:
         found = digest(reader.call(folder))

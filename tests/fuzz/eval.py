@@ -74,7 +74,7 @@ def _verdicts(folder: Path) -> None:
 
 
 def _read_verdicts(folder: Path) -> Any:
-    from r1s_jax.border.errors import BadInput
+    from r1s_jax.io.errors import BadInput
     from r1s_jax.learning.judged import read_verdicts
 
     return read_verdicts(folder / "v.jsonl", BadInput)

@@ -70,7 +70,7 @@ def _sums(folder: Path) -> None:
 
 
 def _read_sums(folder: Path) -> Any:
-    from r1s_jax.border.json import parse
+    from r1s_jax.io.json import parse
     from r1s_jax.rewards.composed import parse as read_sum
     from r1s_jax.rewards.registry import RewardError
 

@@ -160,8 +160,8 @@ def _answer_asked(folder: Path) -> Any:
     """A request to the server of an index, without its socket."""
     import asyncio
 
-    from r1s_jax.border.errors import BadInput
-    from r1s_jax.border.json import parse_object
+    from r1s_jax.io.errors import BadInput
+    from r1s_jax.io.json import parse_object
 
     given = parse_object((folder / "headers.json").read_bytes(), "headers.json")
     headers = [

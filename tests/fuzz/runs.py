@@ -40,13 +40,13 @@ def _resumable(folder: Path) -> None:
 
 def _carried(step: int) -> str | None:
     from r1s_jax.data.questions import Question
-    from r1s_jax.learning.carry_over import CarryOver
+    from r1s_jax.learning.partial_rollouts import CarryOver
     from r1s_jax.rollout.broker import Search
-    from r1s_jax.rollout.flight import Flight
+    from r1s_jax.rollout.in_flight import InFlight
 
     asked = Question(step, "Who is Bakori?", ("a smith",))
     begun = {"occurrence": 0, "step": step, "draw": 0, "start": 3}
-    flights = [Flight.begun(asked, [1, 2, 3], sample=i, **begun) for i in range(2)]
+    flights = [InFlight.begun(asked, [1, 2, 3], sample=i, **begun) for i in range(2)]
     flights[0].note_first(Search(0, "Bakori", "found", ("Bakori   is a smith",), seconds=0.5))
     carried = CarryOver(None, None, None)
     carried.groups = [flights]
@@ -66,7 +66,7 @@ def _resume(folder: Path) -> Any:
     """As a run resumes; what it goes on from, unless that is what was saved."""
     from r1s_jax.config import override
     from r1s_jax.configs import tiny_world
-    from r1s_jax.learning.carry_over import CarryOver
+    from r1s_jax.learning.partial_rollouts import CarryOver
     from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint
     from r1s_jax.tracking.progress import Progress
     from r1s_jax.tracking.run_dir import open_run_dir

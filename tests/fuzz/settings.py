@@ -14,7 +14,7 @@ def _overrides(folder: Path) -> None:
 
 
 def _override(folder: Path) -> Any:
-    from r1s_jax.border.json import parse
+    from r1s_jax.io.json import parse
     from r1s_jax.recipes import load_recipe
 
     texts = parse((folder / "overrides.json").read_bytes(), "overrides.json")
@@ -49,8 +49,8 @@ def _settings(folder: Path) -> None:
 
 def _set(folder: Path) -> Any:
     """Each field as a text of the command line."""
-    from r1s_jax.border.errors import ConfigError
-    from r1s_jax.border.json import parse_object
+    from r1s_jax.io.errors import ConfigError
+    from r1s_jax.io.json import parse_object
     from r1s_jax.recipes import load_recipe
 
     found = parse_object((folder / "settings.json").read_bytes(), "settings.json")

@@ -31,7 +31,7 @@ def oracle(estimator, rewards, groups, mask, kl=None, coefficient=0.0, clip=10.0
             "reinforce++": lambda i=i: rewards[i],
             "reinforce_baseline": lambda i=i, r=r: rewards[i] - r.mean(),
             "rloo": lambda i=i, o=others: rewards[i] - np.mean(o) if o else 0.0,
-            "group_norm": lambda i=i, r=r: (
+            "grpo": lambda i=i, r=r: (
                 (rewards[i] - r.mean()) / (r.std(ddof=1) + 1e-9) if len(r) > 1 else 0.0
             ),
             "dr_grpo": lambda i=i, r=r: rewards[i] - r.mean(),
@@ -40,7 +40,7 @@ def oracle(estimator, rewards, groups, mask, kl=None, coefficient=0.0, clip=10.0
         for t in np.flatnonzero(row)[::-1]:
             total -= coefficient * kl[i, t] if kl is not None else 0.0
             out[i, t] = total
-    if estimator in ("group_norm", "dr_grpo") or not mask.any():
+    if estimator in ("grpo", "dr_grpo") or not mask.any():
         return out
     return np.where(mask, (out - out[mask].mean()) / np.sqrt(out[mask].var() + 1e-8), 0)
 
@@ -93,7 +93,7 @@ def test_what_was_not_sampled_takes_part_in_nothing(estimator):
     np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("estimator", ["reinforce_baseline", "rloo", "group_norm", "dr_grpo"])
+@pytest.mark.parametrize("estimator", ["reinforce_baseline", "rloo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 2 / 3, 0.7])
 def test_equal_rewards_in_a_group_teach_nothing(estimator, reward):
     """Rounding must not pass for a difference, least of all in units of a standard deviation."""
@@ -107,7 +107,7 @@ def test_equal_rewards_in_a_group_teach_nothing(estimator, reward):
 def test_a_sample_alone_in_its_group_has_no_signal_of_its_own():
     mask = np.ones((N, W), bool)
     rewards, groups = np.arange(N, dtype=np.float32), np.arange(N)
-    for estimator in ("reinforce_baseline", "rloo", "group_norm", "dr_grpo"):
+    for estimator in ("reinforce_baseline", "rloo", "grpo", "dr_grpo"):
         assert not np.asarray(token_advantages(estimator, rewards, groups, mask)).any()
     assert np.asarray(token_advantages("reinforce++", rewards, groups, mask)).any()
 
@@ -116,7 +116,7 @@ def test_group_norm_is_in_units_of_the_groups_standard_deviation():
     mask = np.zeros((4, 3), bool)
     mask[:, 1] = True
     rewards = np.array([0.0, 1.0, 5.0, 7.0], np.float32)
-    got = np.asarray(token_advantages("group_norm", rewards, np.array([0, 0, 1, 1]), mask))
+    got = np.asarray(token_advantages("grpo", rewards, np.array([0, 0, 1, 1]), mask))
     np.testing.assert_allclose(got[:, 1], [-(0.5**0.5), 0.5**0.5] * 2, rtol=1e-5)
 
 

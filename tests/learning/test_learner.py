@@ -126,9 +126,11 @@ def test_the_update_is_the_gradient_of_the_loss_over_full_logits(params, alone):
     assert metrics["grad_norm"] > 0.1  # or the comparison above would say little
 
 
-@pytest.mark.parametrize(("capacity", "micro_rows", "micro"), [(16, 1, 3), (24, 2, 1)])
-def test_packing_and_micro_batches_change_nothing(learner, alone, capacity, micro_rows, micro):
-    batch, used = packed(make_sequences(), capacity, micro_rows)
+@pytest.mark.parametrize(("capacity", "micro_batch_rows", "micro"), [(16, 1, 3), (24, 2, 1)])
+def test_packing_and_micro_batches_change_nothing(
+    learner, alone, capacity, micro_batch_rows, micro
+):
+    batch, used = packed(make_sequences(), capacity, micro_batch_rows)
     assert used == micro
     after, metrics = step(learner, batch, micro)
     assert_close(after, alone[0], atol=1e-5)
@@ -159,7 +161,7 @@ def test_bfloat16_learns_what_float32_does(remat, tied):
     """Rows long enough for the matrix units of a CPU to take their products."""
     model = ModelConfig(64, 64, 128, 2, 4, 2, 16, tie_embeddings=tied)
     params = init_params(model, 0)
-    batch, micro = packed(make_sequences(), capacity=96, micro_rows=2)
+    batch, micro = packed(make_sequences(), capacity=96, micro_batch_rows=2)
 
     def gradient(dtype) -> np.ndarray:
         learner = make_learner(model=model, remat=remat, compute_dtype=dtype)
@@ -176,7 +178,7 @@ def test_recomputing_more_keeps_less():
     """Bytes that one update holds at a time, on a model whose activations are most of them."""
     model = ModelConfig(31, 32, 64, 8, 2, 1, 16)
     params = init_params(model, 0)
-    batch, micro = packed(make_sequences(), capacity=256, micro_rows=4)
+    batch, micro = packed(make_sequences(), capacity=256, micro_batch_rows=4)
 
     def held(remat: str) -> int:
         learner = make_learner(model=model, remat=remat)
@@ -205,13 +207,13 @@ def test_micro_batches_past_the_used_ones_are_not_looked_at(learner):
 
 def test_a_segment_does_not_see_its_neighbours(learner, params):
     sequences = make_sequences()
-    batch, layout, micro = pack(**sequences, lengths=LENGTHS, capacity=45, micro_rows=1)
+    batch, layout, micro = pack(**sequences, lengths=LENGTHS, capacity=45, micro_batch_rows=1)
     first = unpack(learner.logprobs(params, batch, micro), layout, LENGTHS, WIDTH)
     for i in range(len(LENGTHS)):
         changed = sequences["tokens"].copy()
         changed[i] = (changed[i] + 1) % MODEL.vocab_size
         batch, _, _ = pack(
-            **sequences | {"tokens": changed}, lengths=LENGTHS, capacity=45, micro_rows=1
+            **sequences | {"tokens": changed}, lengths=LENGTHS, capacity=45, micro_batch_rows=1
         )
         second = unpack(learner.logprobs(params, batch, micro), layout, LENGTHS, WIDTH)
         others = np.arange(len(LENGTHS)) != i
@@ -222,7 +224,7 @@ def test_a_segment_does_not_see_its_neighbours(learner, params):
 
 def test_logprobs_are_those_of_each_sequence_alone(learner, params):
     sequences = make_sequences()
-    batch, layout, micro = pack(**sequences, lengths=LENGTHS, capacity=45, micro_rows=1)
+    batch, layout, micro = pack(**sequences, lengths=LENGTHS, capacity=45, micro_batch_rows=1)
     got = unpack(learner.logprobs(params, batch, micro), layout, LENGTHS, WIDTH)
     logits = jax.jit(lambda p, x: Policy(MODEL, p)(x))(params, sequences["tokens"])
     full = log_softmax(logits)[:, :-1]

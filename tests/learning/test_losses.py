@@ -74,8 +74,8 @@ def test_the_policy_loss_agrees_with_float64(name):
     gaps = gaps[trained & (batch.fresh > 0)]
     assert metrics["fresh"] == len(gaps) < trained.sum()
     assert 0 < outside == metrics["clip_fraction"]
-    np.testing.assert_allclose(metrics["logprob_gap_mean"], gaps.sum(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["logprob_gap_max"], gaps.max(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["logprob_diff_mean"], gaps.sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["logprob_diff_max"], gaps.max(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["asymmetric", "dual", "kl"])
@@ -158,9 +158,9 @@ def sequence_oracle(config: AlgorithmConfig, logprobs, batch, fixed=None) -> flo
             ratios = wide(fixed[row, at]) - wide(batch.old_logprobs[row, at])
         advantage = wide(batch.advantages[row, at])
         loss -= (weights * gain_of(config, ratios, advantage, new)).sum()
-        if config.likelihood_coefficient and log_ratio.mean() < 0:
+        if config.llds_coefficient and log_ratio.mean() < 0:
             lost = np.maximum(-log_ratio, 0) * (advantage >= 0)
-            loss += config.likelihood_coefficient * (weights * lost).sum()
+            loss += config.llds_coefficient * (weights * lost).sum()
     return loss
 
 
@@ -169,7 +169,7 @@ SEQUENCE_CONFIGS = {
     "cispo": AlgorithmConfig(loss="cispo", clip=0.2, clip_high=0.3),
     "gmpo": AlgorithmConfig(loss="gmpo", clip=0.2, clip_high=0.4),
     "reinforce": AlgorithmConfig(loss="reinforce"),
-    "preserving": AlgorithmConfig(loss="reinforce", likelihood_coefficient=0.7),
+    "preserving": AlgorithmConfig(loss="reinforce", llds_coefficient=0.7),
 }
 
 
@@ -192,7 +192,7 @@ def test_other_losses_against_float64_and_finite_differences(name):
         logprobs, batch = packed_rows(seed)
         loss, metrics = loss_of(logprobs, batch)
         np.testing.assert_allclose(loss, sequence_oracle(config, logprobs, batch), rtol=2e-5)
-        assert {"clip_fraction", "ratio", "logprob_gap_mean", "logprob_gap_max"} <= set(metrics)
+        assert {"clip_fraction", "ratio", "logprob_diff_mean", "logprob_diff_max"} <= set(metrics)
         slope = np.asarray(jax.grad(lambda p, b: loss_of(p, b)[0])(logprobs, batch))
         rng = np.random.default_rng(seed)
         for row, column in zip(rng.integers(0, 2, 12), rng.integers(0, 35, 12), strict=True):

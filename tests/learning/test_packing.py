@@ -55,16 +55,16 @@ def test_a_sequence_that_is_too_long_is_refused(call):
 
 
 def pack_all(lengths, **options):
-    options = dict(capacity=CAPACITY, micro_rows=2) | options
+    options = dict(capacity=CAPACITY, micro_batch_rows=2) | options
     return pack(random_batch(lengths)[0], np.array(lengths), *random_batch(lengths)[1:], **options)
 
 
 @given(ragged, st.integers(1, 3))
 @settings(deadline=None)
-def test_everything_lands_on_its_tokens_and_comes_back(lengths, micro_rows):
+def test_everything_lands_on_its_tokens_and_comes_back(lengths, micro_batch_rows):
     arrays = random_batch(lengths)
     inside = np.arange(WIDTH) < np.array(lengths)[:, None]
-    batch, layout, micro = pack_all(lengths, micro_rows=micro_rows)
+    batch, layout, micro = pack_all(lengths, micro_batch_rows=micro_batch_rows)
     names = ("tokens", "weights", "advantages", "old_logprobs")
     for name, array in zip(names, arrays, strict=True):
         packed = getattr(batch, name)
@@ -78,7 +78,7 @@ def test_everything_lands_on_its_tokens_and_comes_back(lengths, micro_rows):
         for t in range(length):
             at = layout.row[i], layout.offset[i] + t
             assert [rows[name][at] for name in names] == [array[i, t] for array in arrays]
-    assert micro == math.ceil(layout.rows / micro_rows)
+    assert micro == math.ceil(layout.rows / micro_batch_rows)
 
 
 @given(ragged)

@@ -83,9 +83,9 @@ def oracle(a, t, rewards, table, reference, seed, step, rate):
     """Every update by hand in float64; returns the table after them."""
     table = table.astype(np.float64)
     mask = t.loss_mask & (t.finish == Finish.FINISHED)[:, None]
-    old = table[t.tokens] if a.importance_cap else t.policy_logprobs
-    capped = np.minimum(np.exp(old - t.policy_logprobs), a.importance_cap)
-    correction = capped if a.importance_cap else np.ones((N, W))
+    old = table[t.tokens] if a.tis_cap else t.policy_logprobs
+    capped = np.minimum(np.exp(old - t.policy_logprobs), a.tis_cap)
+    correction = capped if a.tis_cap else np.ones((N, W))
     gap = reference[t.tokens] - old
     kl = -gap if a.kl_estimator == "k1" else np.exp(gap) - gap - 1
     in_reward = a.kl_coefficient if a.kl_penalty == "reward" else 0.0
@@ -103,8 +103,8 @@ def oracle(a, t, rewards, table, reference, seed, step, rate):
             tokens, advantage = t.tokens[i, at], advantages[i, at]
             log_ratio = table[tokens] - old[i, at]
             slope = -correction[i, at] * slopes(a, log_ratio, advantage) * advantage
-            if a.likelihood_coefficient and log_ratio.mean() < 0:
-                slope -= a.likelihood_coefficient * ((log_ratio < 0) & (advantage >= 0))
+            if a.llds_coefficient and log_ratio.mean() < 0:
+                slope -= a.llds_coefficient * ((log_ratio < 0) & (advantage >= 0))
             if a.kl_penalty == "loss":
                 slope += a.kl_coefficient * (1 - np.exp(reference[tokens] - table[tokens]))
             np.add.at(gradient, tokens, share * slope)
@@ -135,7 +135,7 @@ def slopes(a, log_ratio, advantage):
 SETTINGS = [
     f"rollout.max_length={LONGEST}",
     "rollout.max_prompt_length=8",
-    "optimizer.micro_rows=1",
+    "optimizer.micro_batch_rows=1",
 ]
 
 
@@ -152,7 +152,7 @@ OPTIONS = {
     "dual": {"clip": 0.1, "dual_clip": 1.2},
     "by token": {"loss_average": "token"},
     "by one length": {"loss_average": "constant"},
-    "importance": {"importance_cap": 1.1},
+    "importance": {"tis_cap": 1.1},
     "kl k1": {"kl_coefficient": 0.1},
     "kl k3": {"kl_coefficient": 0.1, "kl_estimator": "k3"},
     "kl loss": {"kl_coefficient": 0.3, "kl_penalty": "loss", "kl_estimator": "k3"},
@@ -160,7 +160,7 @@ OPTIONS = {
     "cispo": {"loss": "cispo", "clip": 0.05},
     "gmpo": {"loss": "gmpo", "clip": 0.05},
     "reinforce": {"loss": "reinforce"},
-    "likelihood": {"likelihood_coefficient": 0.5},
+    "likelihood": {"llds_coefficient": 0.5},
 }
 
 
@@ -226,9 +226,12 @@ def test_groups_without_signal_give_way_and_the_number_stays():
     )
     rewards = np.array([0, 0, 0, 1, 1, 1, 1, 0, 2, 2.0])
 
-    def chosen(wanted: int, *, void=False, **finish) -> list[int]:
-        said = [Solution.of_text("?" if v else "<answer> a </answer>") for v in void | (groups < 0)]
-        a = AlgorithmConfig(mask_truncated=True, mask_void=True)
+    def chosen(wanted: int, *, unanswered=False, **finish) -> list[int]:
+        said = [
+            Solution.of_text("?" if v else "<answer> a </answer>")
+            for v in unanswered | (groups < 0)
+        ]
+        a = AlgorithmConfig(mask_truncated=True, mask_unanswered=True)
         batch = rewarded_of(t._replace(**finish), rewards, a, solutions=tuple(said))
         metrics = rollout_metrics(batch)
         assert metrics["groups_without_signal"] == 1 - len(set(groups[batch.teaches])) / 5
@@ -240,7 +243,7 @@ def test_groups_without_signal_give_way_and_the_number_stays():
     for reason in (Finish.SEARCH_ERROR, Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD):
         ended = np.where(groups == 3, reason, Finish.FINISHED)
         assert chosen(1, finish=ended) == [1, 1], "nothing to learn there"
-    assert chosen(1, void=groups == 1) == [3, 3]
+    assert chosen(1, unanswered=groups == 1) == [3, 3]
 
 
 def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
@@ -250,23 +253,23 @@ def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
     t = t._replace(
         finish=np.resize(ends, N), loss_mask=np.ones((N, W), bool), groups=np.zeros(N, int)
     )
-    void = t.finish == Finish.FINISHED
+    unanswered = t.finish == Finish.FINISHED
 
     def kept(**options) -> set[int]:
-        mask = learnable(t, AlgorithmConfig(**options), void, np.zeros(N))
+        mask = learnable(t, AlgorithmConfig(**options), unanswered, np.zeros(N))
         assert (mask.all(-1) == mask.any(-1)).all()
         return set(t.finish[mask.any(-1)].tolist())
 
     assert kept() == set(ends[:5])
     assert kept(mask_truncated=True) == {Finish.FINISHED, Finish.BAD_QUERY}
-    assert kept(mask_void=True) == set(ends[1:5])
+    assert kept(mask_unanswered=True) == set(ends[1:5])
 
 
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
         ({}, "float32"),
-        ({"importance_cap": 2.0}, "float32"),
+        ({"tis_cap": 2.0}, "float32"),
         ({"loss": "gspo", "clip": 3e-4}, "bfloat16"),
     ],
 )
@@ -290,8 +293,8 @@ def test_the_gap_is_that_of_the_sampler_whatever_ratios_compare_with(options, dt
         learning_rate_scale=1.0,
     )
     row = update_metrics(learned, seconds=1.0)
-    assert row["logprob_gap_mean"] == pytest.approx(3, rel=1e-4)
-    assert row["logprob_gap_max"] == pytest.approx(3, rel=1e-4)
+    assert row["logprob_diff_mean"] == pytest.approx(3, rel=1e-4)
+    assert row["logprob_diff_max"] == pytest.approx(3, rel=1e-4)
     drift = learned.updates[0]["ratio_drift"]
     assert drift == 0 if options else drift >= 3, "ratios to the learner's own begin at 1"
 
@@ -305,8 +308,8 @@ def test_no_fresh_token_no_gap():
     _, learned = PolicyGradient(config, learner).learn(
         state, old, step=0, kl_coefficient=0.0, learning_rate_scale=1.0
     )
-    assert not learned.logprob_gap
-    assert "logprob_gap_mean" not in update_metrics(learned, seconds=1.0)
+    assert not learned.logprob_diff
+    assert "logprob_diff_mean" not in update_metrics(learned, seconds=1.0)
 
 
 def test_dynamic_sampling_draws_until_enough_groups_teach():

@@ -43,7 +43,7 @@ def test_after_twenty_updates_the_gap_is_that_of_parameters_cast_once(lora_rank)
         tokens = rng.integers(0, model.vocab_size, (2, LENGTH)).astype(np.int32)
         ones = np.full(tokens.shape, 1 / tokens.size, np.float32)
         batch, _, micro = pack(
-            tokens, [LENGTH] * 2, ones, ones, ones, capacity=LENGTH, micro_rows=2
+            tokens, [LENGTH] * 2, ones, ones, ones, capacity=LENGTH, micro_batch_rows=2
         )
         state, _ = learner.update(state, batch, micro)
 
@@ -54,11 +54,17 @@ def test_after_twenty_updates_the_gap_is_that_of_parameters_cast_once(lora_rank)
         ).trajectory
         zeros = np.zeros(seen.loss_mask.shape, np.float32)
         batch, layout, micro = pack(
-            seen.tokens, seen.lengths, seen.loss_mask, zeros, zeros, capacity=LENGTH, micro_rows=4
+            seen.tokens,
+            seen.lengths,
+            seen.loss_mask,
+            zeros,
+            zeros,
+            capacity=LENGTH,
+            micro_batch_rows=4,
         )
         own = learner.logprobs(params, batch, micro)
         own = unpack(own, layout, seen.lengths, LENGTH)
-        return gap_metrics(own, seen.policy_logprobs, seen.loss_mask)["logprob_gap_mean"]
+        return gap_metrics(own, seen.policy_logprobs, seen.loss_mask)["logprob_diff_mean"]
 
     once = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(p.dtype), state.params)
     ours, floor = gap(state.params), gap(once)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from r1s_jax.border.errors import BadInput
 from r1s_jax.config import ModelConfig
+from r1s_jax.io.errors import BadInput
 from r1s_jax.learning.learner import LearnerState
 from r1s_jax.models.checkpoint import (
     CheckpointError,

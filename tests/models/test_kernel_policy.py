@@ -43,7 +43,7 @@ def learning_step(impl: str, mesh) -> dict[str, np.ndarray]:
         optax.sgd(1.0), model=LEARNING, mesh=mesh, attention=impl, remat="full"
     )
     params = init_params(LEARNING, 0)
-    batch, micro = makers.packed(makers.make_sequences(), micro_rows=2)
+    batch, micro = makers.packed(makers.make_sequences(), micro_batch_rows=2)
     state, metrics = learner.update(learner.init(params), batch, micro)
     moved = jax.tree.map(lambda a, b: np.asarray(a - b), params, jax.device_get(state.params))
     leaves, _ = jax.tree_util.tree_flatten_with_path(moved)

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import SearchConfig
 from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer, prompt_of
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.models.params import init_params
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from r1s_jax.border.errors import BadInput, ConfigError
+from r1s_jax.io.errors import BadInput, ConfigError
 from r1s_jax.retrieval import references
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
 from r1s_jax.retrieval.tokenizers import rust_tokenize

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from r1s_jax.border.http import Client, ServerError
+from r1s_jax.io.http import Client, ServerError
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError
 from tests.http_server import LocalServer, breaking, drip

@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from r1s_jax import cli
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.retrieval import references
 from r1s_jax.retrieval.plan import durations
 from r1s_jax.retrieval.presets import PRESETS

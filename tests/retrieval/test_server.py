@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 import uvicorn
 
-from r1s_jax.border.origins import Callers, callers
+from r1s_jax.io.origins import Callers, callers
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError
@@ -405,7 +405,7 @@ def test_a_request_that_fails_midway_fails_whole(index):
 
 
 def test_a_client_that_never_finishes_its_request_is_let_go(index, monkeypatch):
-    monkeypatch.setattr("r1s_jax.border.listen._REQUEST_S", 0.3)
+    monkeypatch.setattr("r1s_jax.io.listen._REQUEST_S", 0.3)
     address = serve_in_background(index, "127.0.0.1")
     port = int(address.rpartition(":")[2])
     for begun in (

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import CorpusConfig
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.references import open_retriever, read_corpus
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1s_jax.border.errors import ConfigError
 from r1s_jax.config import SearchConfig
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.rollout.broker import Broker, Search, SearchFailure
-from r1s_jax.rollout.exchange import RESULTS, Status
+from r1s_jax.rollout.callback_arrays import RESULTS, Status
 from tests.fakes import (
     EchoRetriever,
     EmptyRetriever,

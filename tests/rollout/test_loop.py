@@ -18,7 +18,7 @@ from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.broker import Broker, SearchFailure
 from r1s_jax.rollout.engine import Engine
-from r1s_jax.rollout.flight import trajectories
+from r1s_jax.rollout.in_flight import trajectories
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.session import Session
 from r1s_jax.rollout.trajectory import Finish, Position
@@ -97,10 +97,11 @@ def test_log_probabilities_are_those_of_the_policy(rolled):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "drafts"), [(1.0, 0), pytest.param(0.0, 0, marks=pytest.mark.slow), (1.0, 3)]
+    ("temperature", "speculative_tokens"),
+    [(1.0, 0), pytest.param(0.0, 0, marks=pytest.mark.slow), (1.0, 3)],
 )
-def test_the_host_driven_loop_agrees(temperature, drafts):
-    """`drafts` are those of the host's loop alone."""
+def test_the_host_driven_loop_agrees(temperature, speculative_tokens):
+    """`speculative_tokens` are those of the host's loop alone."""
     engine = make_engine(dataclasses.replace(CONFIG, temperature=temperature))
     params = searching_params()
     rolled = roll(engine, params=params)
@@ -116,7 +117,7 @@ def test_the_host_driven_loop_agrees(temperature, drafts):
         question, sample = rolled.questions[row], row % 6
         key = jax.random.fold_in(jax.random.fold_in(base, question.id), sample)
         loop = host_loop(engine, params)
-        loop.config = dataclasses.replace(loop.config, drafts=drafts)
+        loop.config = dataclasses.replace(loop.config, speculative_tokens=speculative_tokens)
         loop._draw = partial(counted, loop)
         list(loop.run(engine.encode(engine.render(question.question)), key))
         t, length = rolled.trajectory, len(loop.tokens)
@@ -124,7 +125,7 @@ def test_the_host_driven_loop_agrees(temperature, drafts):
         assert loop.mask == t.loss_mask[row, :length].tolist()
         assert (loop.finish, loop.searches) == (t.finish[row], t.searches[row])
         np.testing.assert_allclose(loop.policy_logprobs, t.policy_logprobs[row, :length], atol=2e-5)
-    assert (max(passes) > 1) == (drafts > 0)
+    assert (max(passes) > 1) == (speculative_tokens > 0)
 
 
 def test_traces_name_every_token_and_its_advantage(engine, rolled):
@@ -174,8 +175,8 @@ def host_loop(engine: Engine, params) -> HostLoop:
         {"slots": 1, "prefill_rows": 1},
         pytest.param({"slots": 24}, marks=pytest.mark.slow),
         pytest.param({"prefill_chunk": 32}, marks=pytest.mark.slow),
-        pytest.param({"drafts": 1}, marks=pytest.mark.slow),
-        {"drafts": 5},
+        pytest.param({"speculative_tokens": 1}, marks=pytest.mark.slow),
+        {"speculative_tokens": 5},
     ],
 )
 def test_slots_and_chunks_change_nothing(rolled, changes):
@@ -189,9 +190,9 @@ def test_drafts_give_the_same_tokens_in_fewer_passes(temperature):
     """A policy that repeats itself: at low temperatures most guesses are right."""
     config = dataclasses.replace(CONFIG, temperature=temperature)
     plain = roll(make_engine(config))
-    drafted = roll(make_engine(dataclasses.replace(config, drafts=4)))
-    assert_same(drafted.trajectory, plain.trajectory)
-    assert drafted.counters["decode_steps"] < plain.counters["decode_steps"]
+    speculated = roll(make_engine(dataclasses.replace(config, speculative_tokens=4)))
+    assert_same(speculated.trajectory, plain.trajectory)
+    assert speculated.counters["decode_steps"] < plain.counters["decode_steps"]
 
 
 def test_an_int8_cache_draws_from_what_it_computes():
@@ -309,7 +310,7 @@ def test_the_limits_hold(rolled):
 
 
 def test_first_search_is_forced_and_carries_no_loss():
-    config = dataclasses.replace(CONFIG, first_search=True, max_prompt_length=64)
+    config = dataclasses.replace(CONFIG, retrieve_first=True, max_prompt_length=64)
     rolled = roll(make_engine(config))
     for solution, question in zip(rolled.solutions, rolled.questions, strict=True):
         text, by_policy = solution.spans[0]

@@ -27,7 +27,7 @@ def url():
         pytest.skip(f"none of {', '.join(named)} is installed, nor openai for node")
     slow = WebRetriever(lambda: time.sleep(0.1))
     with pytest.MonkeyPatch.context() as patch, serving(slow) as (address, _):
-        patch.setattr("r1s_jax.serving.exchange._QUIET_S", 0.02)
+        patch.setattr("r1s_jax.serving.completion._QUIET_S", 0.02)
         yield f"{address}/v1"
 
 

@@ -12,9 +12,9 @@ import grpc
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.rollout.engine import Engine
-from r1s_jax.serving.jetstream import JetStreamSearcher
+from r1s_jax.serving.jetstream import JetStreamLoop
 from r1s_jax.serving.jetstream_engine import SearchEngine, start_driver
-from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.loop import ServingLoop
 from tests.fakes import EchoRetriever, RaisingRetriever
 from tests.makers import QUESTIONS, ROLLOUT, scripted_policy, searching_params
 from tests.serving.test_searcher import FLOAT32, Heard, answered
@@ -23,14 +23,14 @@ CONFIG = dataclasses.replace(ROLLOUT, slots=4, prefill_rows=2, temperature=0.0)
 
 
 def said(kind, policy, wishes, retriever=None, config=CONFIG) -> list[Heard]:
-    searcher = kind(policy, retriever or EchoRetriever(), config, compute_dtype=FLOAT32)
-    heard = answered(searcher, wishes(searcher), group=1)
-    searcher.close()
+    serving_loop = kind(policy, retriever or EchoRetriever(), config, compute_dtype=FLOAT32)
+    heard = answered(serving_loop, wishes(serving_loop), group=1)
+    serving_loop.close()
     return heard
 
 
-def wishes(searcher) -> list[dict]:
-    prompts = [searcher.engine.prompt_tokens(q.question) for q in QUESTIONS]
+def wishes(serving_loop) -> list[dict]:
+    prompts = [serving_loop.engine.prompt_tokens(q.question) for q in QUESTIONS]
     limits = (None, 3, 5)
     return [
         {"prompt": prompts[i % 4], "seed": i, "temperature": 0.0, "max_tokens": limits[i % 3]}
@@ -45,7 +45,7 @@ def test_answers_are_those_of_our_own_engine(params, retriever):
     if params == "random":
         policy = policy._replace(params=searching_params())
     ours, theirs = (
-        said(kind, policy, wishes, retriever()) for kind in (Searcher, JetStreamSearcher)
+        said(kind, policy, wishes, retriever()) for kind in (ServingLoop, JetStreamLoop)
     )
     for a, b in zip(ours, theirs, strict=True):
         assert (a.tokens, a.mask, a.finish) == (b.tokens, b.mask, b.finish)
@@ -61,12 +61,12 @@ def test_smollm2_says_the_same_to_twenty_questions():
     )
     asked = [f"Who was the {i}th president of the United States?" for i in range(1, 21)]
 
-    def ask(searcher) -> list[dict]:
-        prompts = map(searcher.engine.prompt_tokens, asked)
+    def ask(serving_loop) -> list[dict]:
+        prompts = map(serving_loop.engine.prompt_tokens, asked)
         return [{"prompt": p, "seed": 0, "temperature": 0.0, "max_tokens": 32} for p in prompts]
 
-    ours = said(Searcher, policy, ask, config=config)
-    theirs = said(JetStreamSearcher, policy, ask, config=config)
+    ours = said(ServingLoop, policy, ask, config=config)
+    theirs = said(JetStreamLoop, policy, ask, config=config)
     assert [h.tokens for h in ours] == [h.tokens for h in theirs]
 
 

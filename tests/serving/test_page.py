@@ -28,7 +28,7 @@ class Slow:
 
 def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_path):
     question = f"What is the trade of Bakori? {MARKUP}"
-    with serving(Slow()) as (url, searcher), opened(url) as page:
+    with serving(Slow()) as (url, serving_loop), opened(url) as page:
         page.value(f"box.value = {json.dumps(question)}; form.requestSubmit()")
         page.until("document.querySelector('.query')?.textContent.includes('searching')")
         assert not page.value("document.querySelector('[data-done]')")
@@ -40,7 +40,7 @@ def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_
         assert "2 passages" in page.value("document.querySelector('.query').textContent")
         assert MARKUP in page.value("document.querySelector('.passage').textContent")
         assert page.value("document.querySelectorAll('main img, main .passage b b').length") == 0
-        assert page.value("document.title") == "Ask the searcher"
+        assert page.value("document.title") == "Ask the serving_loop"
         assert page.value("document.querySelector('details').open") is False
 
         page.value("document.querySelectorAll('details').forEach((d) => { d.open = true })")
@@ -53,7 +53,7 @@ def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_
         page.value("form.requestSubmit()")  # the button says Stop
         page.until("document.querySelector('main').textContent.includes('Stopped.')")
         for _ in range(3000):
-            if not searcher.slots_busy:
+            if not serving_loop.slots_busy:
                 return
             time.sleep(0.02)
         raise AssertionError("a stopped answer keeps its slot")

@@ -17,12 +17,12 @@ import numpy as np
 import openai
 import pytest
 
-from r1s_jax.border import listen
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.origins import callers
 from r1s_jax.data.tiny_world import TRADES
-from r1s_jax.serving.exchange import Limits
-from r1s_jax.serving.searcher import Searcher
+from r1s_jax.io import listen
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.origins import callers
+from r1s_jax.serving.completion import Limits
+from r1s_jax.serving.loop import ServingLoop
 from r1s_jax.serving.server import Service, check_key, make_app
 from tests.fakes import GatedRetriever, RaisingRetriever, WebRetriever
 from tests.makers import ROLLOUT, scripted_policy
@@ -34,22 +34,25 @@ HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/js
 
 
 @contextmanager
-def serving(retriever, *, waiting: int = 64, first_search: bool = False, **how):
-    config = dataclasses.replace(CONFIG, first_search=first_search)
-    searcher = Searcher(
+def serving(retriever, *, waiting: int = 64, retrieve_first: bool = False, **how):
+    config = dataclasses.replace(CONFIG, retrieve_first=retrieve_first)
+    serving_loop = ServingLoop(
         scripted_policy(), retriever, config, waiting=waiting, compute_dtype=np.dtype("float32")
     )
-    service = Service(searcher, "tiny", **how)
+    service = Service(serving_loop, "tiny", **how)
     try:
-        yield listen.serve_in_background(make_app(service), listen.bind("127.0.0.1", 0)), searcher
+        yield (
+            listen.serve_in_background(make_app(service), listen.bind("127.0.0.1", 0)),
+            serving_loop,
+        )
     finally:
-        searcher.close()
+        serving_loop.close()
 
 
 @pytest.fixture(scope="module")
 def served():
-    with serving(WebRetriever()) as (url, searcher):
-        yield url, searcher
+    with serving(WebRetriever()) as (url, serving_loop):
+        yield url, serving_loop
 
 
 @pytest.fixture(scope="module")
@@ -277,10 +280,10 @@ def test_only_its_own_pages_may_ask(url):
 
 
 def test_pages_of_an_origin_that_is_allowed(served):
-    _, searcher = served
+    _, serving_loop = served
     page = "http://localhost:5173"
     for key in ("", "secret"):
-        service = Service(searcher, "tiny", key=key)
+        service = Service(serving_loop, "tiny", key=key)
         app = make_app(service, callers("127.0.0.1", [page], key=bool(key)))
         url = listen.serve_in_background(app, listen.bind("127.0.0.1", 0))
         asks = {"Access-Control-Request-Method": "POST"}
@@ -358,33 +361,33 @@ def half_asked(url: str, **more) -> socket.socket:
 
 def test_clients_that_leave_free_their_slots_and_a_full_queue_says_when_to_come_back():
     retriever = GatedRetriever()
-    with serving(retriever, waiting=1) as (url, searcher):
+    with serving(retriever, waiting=1) as (url, serving_loop):
         gone = [half_asked(url, stream=i % 2 == 0) for i in range(4)]
-        until(lambda: searcher.slots_busy == 4)
+        until(lambda: serving_loop.slots_busy == 4)
         waits = half_asked(url)
-        until(lambda: searcher.queued == 1)
+        until(lambda: serving_loop.queued == 1)
         status, reply, headers = post(url, {"messages": ASK})
         assert status == 429 and headers["Retry-After"]
         assert reply["error"]["code"] == "rate_limit_exceeded"
         for sock in gone:
             sock.close()
-        until(lambda: searcher.slots_busy == 1 and searcher.queued == 0)
+        until(lambda: serving_loop.slots_busy == 1 and serving_loop.queued == 0)
         retriever.gate.set()
         reply = http.client.HTTPResponse(waits)
         reply.begin()
         assert json.loads(reply.read())["choices"][0]["message"]["content"] in TRADES
-        until(lambda: searcher.slots_busy == 0)
+        until(lambda: serving_loop.slots_busy == 0)
 
 
 def test_an_answer_that_takes_too_long_is_given_up():
     retriever = GatedRetriever()
-    with serving(retriever, limits=Limits(deadline_s=0.5)) as (url, searcher):
+    with serving(retriever, limits=Limits(deadline_s=0.5)) as (url, serving_loop):
         status, reply, _ = post(url, {"messages": ASK})
         assert status == 504 and reply["error"]["code"] == "deadline"
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
         with pytest.raises(openai.APIError, match="no whole answer"):
             list(client.chat.completions.create(model="tiny", messages=ASK, stream=True))
-        until(lambda: searcher.slots_busy == 0)
+        until(lambda: serving_loop.slots_busy == 0)
         retriever.gate.set()
 
 
@@ -400,9 +403,9 @@ def test_a_retriever_that_fails_is_told_and_takes_nothing_down():
 
 
 def test_the_system_may_search_the_question_itself_first(monkeypatch):
-    monkeypatch.setattr("r1s_jax.serving.exchange._QUIET_S", 0.05)
+    monkeypatch.setattr("r1s_jax.serving.completion._QUIET_S", 0.05)
     retriever = GatedRetriever()
-    with serving(retriever, first_search=True) as (url, searcher):
+    with serving(retriever, retrieve_first=True) as (url, serving_loop):
         asked = {"messages": ASK, "temperature": 0, "stream": True}
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
         stream = client.chat.completions.create(model="tiny", **asked)  # it has begun already
@@ -422,16 +425,16 @@ def test_the_system_may_search_the_question_itself_first(monkeypatch):
         assert search["query"] == ASK[0]["content"] and len(search["documents"]) == 2
         assert answers[0]["searches"][0] == search
         assert answers[0]["content"] == message["content"]
-        until(lambda: searcher.slots_busy == 0)
+        until(lambda: serving_loop.slots_busy == 0)
 
 
 def test_prompts_that_are_read_have_a_place_and_a_deadline(served):
-    _, searcher = served
-    service = Service(searcher, "tiny", limits=Limits(deadline_s=2))
+    _, serving_loop = served
+    service = Service(serving_loop, "tiny", limits=Limits(deadline_s=2))
     gate, read = threading.Event(), service.desk.read
     service.desk.read = lambda raw: gate.wait() and read(raw)
     url = listen.serve_in_background(make_app(service), listen.bind("127.0.0.1", 0))
-    places = searcher.waiting + searcher.rows
+    places = serving_loop.waiting + serving_loop.rows
     asked = [half_asked(url) for _ in range(places)]
     until(lambda: service.desk._promised == places)
     assert post(url, {"messages": ASK})[0] == 429
@@ -445,9 +448,9 @@ def test_prompts_that_are_read_have_a_place_and_a_deadline(served):
 
 
 def test_a_policy_that_breaks_is_said_and_the_server_is_not_well():
-    with serving(WebRetriever()) as (url, searcher):
+    with serving(WebRetriever()) as (url, serving_loop):
         assert post(url, {"messages": ASK})[0] == 200  # nothing of its beginning is left to do
-        searcher.engine.programs = None
+        serving_loop.engine.programs = None
         status, reply, _ = post(url, {"messages": ASK})
         assert status == 500 and "policy failed" in reply["error"]["message"]
         status, reply, _ = post(url, {"messages": ASK})

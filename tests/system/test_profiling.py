@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.system import profiling
 from r1s_jax.system.chips import Chip
 from r1s_jax.system.profiling import (

@@ -81,7 +81,7 @@ def test_a_run_that_was_stopped_and_searches_by_need_stand_in_the_table(tmp_path
     runs = [
         run_result(write_run(tmp_path / n, [0.9] * 4, f1)) for n, f1 in (("a", 0.9), ("b", None))
     ]
-    runs[0] |= {"searched_needed_after": 0.98, "searched_by_heart_after": 0.25}
+    runs[0] |= {"searched_needed_after": 0.98, "searched_memorised_after": 0.25}
     page = as_markdown(table_of({"priced": runs}))
     assert "0.90, 1 stopped" in page
     head, _, line = page.splitlines()

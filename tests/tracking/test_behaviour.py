@@ -66,7 +66,7 @@ def test_behaviour_is_counted(right):
     rule = reward_rule("stage2")
     rewards = [rule(s, q.answers) for s, q in zip(batch.solutions, batch.questions, strict=True)]
     got = behaviour_metrics(batch, rewards)
-    assert got["answered"] == 0.5 and got["truncated"] == 0.25 and got["void"] == 0.25
+    assert got["answered"] == 0.5 and got["truncated"] == 0.25 and got["unanswered"] == 0.25
     assert got["repeated_query_share"] == pytest.approx(1 / 3)
     # I look it up / so: 5 words in two turns; 4 + 4 + 1 in three; 3; 1.
     assert got["thought_words"] == pytest.approx((5 / 2 + 9 / 3 + 3 + 1) / 4)

@@ -10,12 +10,12 @@ import jax
 import pytest
 
 from r1s_jax import train as training
-from r1s_jax.border.fields import declared
 from r1s_jax.config import Config, OptimizerConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch, TinyWorldEnvironment
 from r1s_jax.data.rows import rows_so_far
 from r1s_jax.data.tiny_world import TinyWorld
+from r1s_jax.io.fields import declared
 from r1s_jax.models.export import export
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.tracking.health import SIGNALS, History, UnhealthyRun, check
@@ -29,7 +29,7 @@ HEALTHY = {
     "answer_f1": 0.4,
     "entropy": 0.4,
     "ratio_drift": 0.01,
-    "logprob_gap_mean": 0.001,
+    "logprob_diff_mean": 0.001,
     "format_valid": 0.9,
     "searches_per_question": 1.5,
     "finish_search_limit": 0.01,
@@ -53,7 +53,7 @@ SICK = {
     "entropy_explosion": ({"entropy": 2.0}, "warning"),
     "ratio_drift": ({"ratio_drift": 0.5}, "warning"),
     "drift_returns": ({"ratio_drift": 0.1}, "warning"),
-    "logprob_gap": ({"logprob_gap_mean": 0.1}, "warning"),
+    "logprob_diff": ({"logprob_diff_mean": 0.1}, "warning"),
     "format_falling": ({"format_valid": 0.3}, "warning"),
     "no_searches": ({"searches_per_question": 0.05}, "warning"),
     "search_limit": ({"finish_search_limit": 0.5}, "warning"),
@@ -108,7 +108,7 @@ def test_one_update_that_goes_much_too_far_is_told_after_the_first_step():
 
 
 def test_what_is_very_bad_is_fatal():
-    for last in ({"logprob_gap_mean": 2.0}, {"format_valid": 0.0}):
+    for last in ({"logprob_diff_mean": 2.0}, {"format_valid": 0.0}):
         assert [f["level"] for f in check(rows(last))] == ["fatal"]
 
 
@@ -207,7 +207,7 @@ RUNS = {
     "entropy_collapse": [reward(pays_for_silence), "stage2.steps=30"],
     "entropy_explosion": [reward(pays_for_noise), "stage2.steps=60"],
     "ratio_drift": ["optimizer.learning_rate=1e-2", "algorithm.clip=0.9"],
-    "logprob_gap": [],
+    "logprob_diff": [],
     "format_falling": [reward(pays_for_broken_format)],
     "no_searches": [reward(pays_for_not_searching), "optimizer.learning_rate=2e-4"],
     "search_limit": [reward(pays_for_searching), "rollout.max_searches=1"],
@@ -224,7 +224,7 @@ def test_a_run_made_to_fail_says_so(beginner, tmp_path, monkeypatch, name):
     if name == "empty_documents":
         _original_batch()
         monkeypatch.setattr(TinyWorldEnvironment, "_batch", finds_nothing)
-    if name == "logprob_gap":
+    if name == "logprob_diff":
         monkeypatch.setattr(Engine, "roll", Engine.run, raising=False)
         monkeypatch.setattr(Engine, "run", samples_from_old_weights)
     try:

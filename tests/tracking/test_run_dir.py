@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from r1s_jax.border.errors import UserError
 from r1s_jax.config import ConfigError, CorpusConfig, PolicyConfig
 from r1s_jax.configs import wiki_smollm2
 from r1s_jax.data import digests
+from r1s_jax.io.errors import UserError
 from r1s_jax.models.checkpoint_owner import read_versions
 from r1s_jax.models.pretrained import load_pretrained, make_policy, save_policy
 from r1s_jax.tracking.run_dir import StopRequest, as_written, check_data, open_run_dir

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from r1s_jax.border.errors import BadInput, ConfigError
 from r1s_jax.config import AlgorithmConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch
 from r1s_jax.data.questions import Question
-from r1s_jax.learning.carry_over import CarryOver
+from r1s_jax.io.errors import BadInput, ConfigError
 from r1s_jax.learning.collect import Rewarded
+from r1s_jax.learning.partial_rollouts import CarryOver
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.rewards.registry import reward_rule
@@ -50,7 +50,9 @@ class World:
 @pytest.fixture(scope="module")
 def config():
     c = override(tiny_world.config(), [f"algorithm.samples_per_question={SAMPLES}", "seed=1"])
-    return dataclasses.replace(c, rollout=dataclasses.replace(ROLLOUT, slots=4, carry_over=True))
+    return dataclasses.replace(
+        c, rollout=dataclasses.replace(ROLLOUT, slots=4, partial_rollouts=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def test_a_steps_metrics_can_be_written(batches):
         asked = zip(rolled.solutions, rolled.questions, strict=True)
         rewards = [rule(solution, question.answers) for solution, question in asked]
         row = rollout_metrics(Rewarded.of(rolled, rewards, AlgorithmConfig()))
-        assert json.loads(json.dumps(row))["carried_trajectories"] >= 0
+        assert json.loads(json.dumps(row))["partial_trajectories"] >= 0
     assert any(rolled.carried for rolled in batches)
 
 
@@ -154,7 +156,7 @@ def test_a_checkpoint_holds_all_of_it(batches, config, engine):
 
 
 def test_what_is_too_old_is_cut_off_and_counted(config):
-    short = dataclasses.replace(config.rollout, slots=12, max_age=1)
+    short = dataclasses.replace(config.rollout, slots=12, max_staleness=1)
     config = dataclasses.replace(config, rollout=short)
     batches, carried = steps(config, make_engine(short), restart=False)
     ages = np.concatenate([b.ages.ravel() for b in batches])
@@ -179,9 +181,9 @@ def test_damaged_state_is_refused(config, engine):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (["rollout.max_age=0"], "rollout.max_age must be at least 1"),
-        (["rollout.carry_over=true", "algorithm.dynamic_sampling=2"], "switch one off"),
-        (["rollout.carry_over=true", "algorithm.loss=reinforce"], "set algorithm.importance_cap=2"),
+        (["rollout.max_staleness=0"], "rollout.max_staleness must be at least 1"),
+        (["rollout.partial_rollouts=true", "algorithm.dynamic_sampling=2"], "switch one off"),
+        (["rollout.partial_rollouts=true", "algorithm.loss=reinforce"], "set algorithm.tis_cap=2"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong, said):
@@ -190,7 +192,7 @@ def test_settings_that_make_no_sense_are_refused(wrong, said):
 
 
 def test_first_searches_are_counted_and_too_many_that_fail_end_the_step(config, monkeypatch):
-    searching = dataclasses.replace(config.rollout, first_search=True, max_prompt_length=64)
+    searching = dataclasses.replace(config.rollout, retrieve_first=True, max_prompt_length=64)
     engine = make_engine(searching)
     c = dataclasses.replace(config, rollout=searching)
     params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)

@@ -8,8 +8,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, cast
 
-from r1s_jax.border.errors import ConfigError, shorten
-from r1s_jax.border.fields import check_bounds, declared, described, fits
+from r1s_jax.io.errors import ConfigError, shorten
+from r1s_jax.io.fields import check_bounds, declared, described, fits
 
 T = TypeVar("T")
 
@@ -22,7 +22,18 @@ RETIRED: dict[str, Any] = {
     "environment.search_weight": 0.08,
     "environment.guess_weight": 0.05,
     "rollout.stop_at_answer": True,
+    "rollout.carry_over": "rollout.partial_rollouts",
+    "rollout.max_age": "rollout.max_staleness",
+    "rollout.drafts": "rollout.speculative_tokens",
+    "rollout.first_search": "rollout.retrieve_first",
+    "algorithm.importance_cap": "algorithm.tis_cap",
+    "algorithm.likelihood_coefficient": "algorithm.llds_coefficient",
+    "algorithm.mask_void": "algorithm.mask_unanswered",
+    "optimizer.micro_rows": "optimizer.micro_batch_rows",
+    "environment.known_people": "environment.memorised_people",
+    "environment.known_fraction": "environment.memorised_fraction",
 }
+_RENAMED_VALUES = {"group_norm": "grpo"}  # until 0.3
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
@@ -102,5 +113,6 @@ def _parse(kind: Any, text: str, whole: str) -> Any:
     elif kind is not str and typing.get_origin(kind) is not Literal and kind not in (int, float):
         raise ConfigError(f"{whole} cannot be set from the command line ({described(kind)})")
     if not fits(value, kind):
-        raise ConfigError(f"{whole}={shorten(text, 80)!r}: must be {described(kind)}")
+        renamed = f"; {text} is called {new} now" if (new := _RENAMED_VALUES.get(text)) else ""
+        raise ConfigError(f"{whole}={shorten(text, 80)!r}: must be {described(kind)}{renamed}")
     return value

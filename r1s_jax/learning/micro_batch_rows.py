@@ -17,14 +17,14 @@ from r1s_jax.system.distributed import gather, together
 _MARGIN = 0.9  # of the memory may be used
 
 
-def micro_rows(config: Config, learner: Learner, state: LearnerState, sequences: int) -> int:
+def micro_batch_rows(config: Config, learner: Learner, state: LearnerState, sequences: int) -> int:
     """Rows of one forward and backward pass on each data shard, for updates on `sequences`.
 
-    `optimizer.micro_rows`, or where that is 0 the most that the memory takes of the numbers worth
-    having, by the compiler's own account of the update; the log says which.
+    `optimizer.micro_batch_rows`; where that is 0, the largest useful number that fits in memory by
+    the compiler's account of the update. The log says which.
     """
-    if config.optimizer.micro_rows:
-        return config.optimizer.micro_rows
+    if config.optimizer.micro_batch_rows:
+        return config.optimizer.micro_batch_rows
     rows = most_rows(config, sequences, batch_shards(learner.mesh))
     # Of several processes the one that has least: all must run the same program.
     limit, needed = _MARGIN * min(gather(_memory(learner))), 0.0
@@ -35,7 +35,7 @@ def micro_rows(config: Config, learner: Learner, state: LearnerState, sequences:
     while rows > 1 and (needed := most_needed(rows)) > limit:
         rows //= 2
     told = f" (the update takes {needed / 2**30:.1f} GiB)" if needed else ""
-    console.print(f"optimizer.micro_rows: {rows} rows at a time{told}")
+    console.print(f"optimizer.micro_batch_rows: {rows} rows at a time{told}")
     return rows
 
 

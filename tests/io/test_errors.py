@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1s_jax.border.errors import BadInput, reading
+from r1s_jax.io.errors import BadInput, reading
 
 
 class PanicException(BaseException):

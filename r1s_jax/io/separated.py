@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, cast
 
-from r1s_jax.border.errors import BadInput, UserError, Where, reason
-from r1s_jax.border.json import decode
+from r1s_jax.io.errors import BadInput, UserError, Where, reason
+from r1s_jax.io.json import decode
 
 _DELIMITERS = ("\t", ",", ";")
 _LONGEST_LIST = 10_000  # characters

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, cast
 
 from msgspec import Meta
 
-from r1s_jax.border.errors import ConfigError, reason, shorten
+from r1s_jax.io.errors import ConfigError, reason, shorten
 
 _LARGEST = sys.float_info.max
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}

@@ -4,7 +4,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from os import PathLike
 
-from r1s_jax.border.text import printable
+from r1s_jax.io.text import printable
 
 # Of a message: enough to say what, where and what to do; never the file itself.
 MOST_CHARACTERS = 390

@@ -1,4 +1,4 @@
-"""Answering while it searches: the search loop of training, entered for a few turns at a time.
+"""Answering while it searches: the search loop of training, entered for a few iterations at a time.
 
 Between two entries answers that are over leave their slots and new ones take them, so that answers
 begin and end at any time and searches overlap. An answer depends on its prompt, seed and settings
@@ -26,12 +26,12 @@ from r1s_jax.system.distributed import to_host
 
 logger = logging.getLogger(__name__)
 
-# Turns of the loop in one entry: fewer answer new requests sooner, more leave the program less.
-_TURNS = 4
+# Iterations in one entry: fewer answer new requests sooner, more leave the program less often.
+_ITERATIONS = 4
 _BITS = 0xFFFFFFFF
 
 
-class Searcher(Jobs):
+class ServingLoop(Jobs):
     """One policy with its search engine, in slots of its own thread."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Searcher(Jobs):
         self._state = programs.start(self._placed())
         self.engine.broker.begin(retriever)
         self._jobs: dict[int, Job] = {}  # by row
-        self._thread = threading.Thread(target=self._work, name="searcher", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="serving_loop", daemon=True)
         self._thread.start()
         self._warm_up()
 
@@ -72,7 +72,7 @@ class Searcher(Jobs):
     def _work(self) -> None:
         try:
             while self._wait():
-                begun, ended = self._exchange_rows()
+                begun, ended = self._replace_rows()
                 if begun or ended:
                     self._admit(begun, ended)
                 if self._jobs:
@@ -81,12 +81,12 @@ class Searcher(Jobs):
                         self._on_mesh,
                         self.engine.tag_table,
                         self._state,
-                        Until(turns=_TURNS),
+                        Until(iterations=_ITERATIONS),
                     )
                     self.engine.broker.check()  # one that was stopped would answer nothing more
                     self._tell()
         except Exception as error:
-            logger.exception("the searcher stopped")
+            logger.exception("the serving_loop stopped")
             with self._changed:
                 self.failed = f"the policy failed: {type(error).__name__}"
                 left = [*self._jobs.values(), *self._queue]
@@ -100,7 +100,7 @@ class Searcher(Jobs):
             self._changed.wait_for(lambda: self._jobs or self._queue or self._closed)
             return bool(self._jobs or self._queue)
 
-    def _exchange_rows(self) -> tuple[list[int], list[int]]:
+    def _replace_rows(self) -> tuple[list[int], list[int]]:
         """Rows whose answer begins, and rows that nobody waits for any more."""
         with self._changed:
             ended = [row for row, job in self._jobs.items() if job.cancelled]
@@ -148,7 +148,7 @@ class Searcher(Jobs):
             new = slice(job.seen, max(job.seen, int(t.lengths[row])))
             finish = Finish(int(t.finish[row]))
             update = self._new(job, t.tokens[row, new], t.loss_mask[row, new], finish)
-            update = update._replace(searches=_untold(job, searches.get(row, [])))
+            update = update._replace(searches=_unreported(job, searches.get(row, [])))
             if update.finish:
                 over.append(row)
                 if not finish:
@@ -189,12 +189,12 @@ class Searcher(Jobs):
         self.tokens = self.documents = 0
 
 
-def _untold(job: Job, searches: Sequence[Search]) -> list[Search]:
-    """Those of which the job was told nothing, or another outcome; now it is."""
-    known, news = {id(search): outcome for search, outcome in job.told}, []
+def _unreported(job: Job, searches: Sequence[Search]) -> list[Search]:
+    """Searches not yet reported, or whose outcome changed; marks them reported."""
+    known, news = {id(search): outcome for search, outcome in job.reported}, []
     for search in searches:
         if known.get(id(search)) != search.outcome:
-            job.told.append((search, search.outcome))
+            job.reported.append((search, search.outcome))
             known[id(search)] = search.outcome
             news.append(search)
     return news

@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 from starlette.requests import Request
 
-from r1s_jax.border.errors import ConfigError
-from r1s_jax.border.origins import callers, why_refused
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.origins import callers, why_refused
 
 HERE = callers("127.0.0.1", [])
 CHAT = callers("127.0.0.1", ["https://chat.example/", "http://localhost:5173"])

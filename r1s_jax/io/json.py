@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from r1s_jax.border.errors import BadInput, UserError, Where, shorten
-from r1s_jax.border.text import has_surrogates, whole
+from r1s_jax.io.errors import BadInput, UserError, Where, shorten
+from r1s_jax.io.text import has_surrogates, whole
 
 _DEEPEST = 64
 _SPACE = re.compile(r"[ \t\n\r]*")

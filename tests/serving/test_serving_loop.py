@@ -15,7 +15,7 @@ from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.serving.jobs import Busy, Job, Update
-from r1s_jax.serving.searcher import Searcher
+from r1s_jax.serving.loop import ServingLoop
 from tests.fakes import EchoRetriever, GatedRetriever, RaisingRetriever
 from tests.host_loop import HostLoop
 from tests.makers import MODEL, QUESTIONS, ROLLOUT, scripted_policy, searching_params
@@ -31,8 +31,8 @@ def random_policy() -> Pretrained:
 
 
 @pytest.fixture(scope="module")
-def searcher():
-    made = Searcher(random_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
+def serving_loop():
+    made = ServingLoop(random_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
     yield made
     made.close()
 
@@ -53,9 +53,9 @@ class Heard:
             self.over.set()
 
 
-def wanted(searcher: Searcher, count: int = 16) -> list[dict]:
+def wanted(serving_loop: ServingLoop, count: int = 16) -> list[dict]:
     """Requests of every kind of sampling."""
-    prompts = [searcher.engine.prompt_tokens(q.question) for q in QUESTIONS]
+    prompts = [serving_loop.engine.prompt_tokens(q.question) for q in QUESTIONS]
     return [
         {
             "prompt": prompts[i % len(prompts)],
@@ -67,49 +67,49 @@ def wanted(searcher: Searcher, count: int = 16) -> list[dict]:
     ]
 
 
-def answered(searcher: Searcher, wishes: list[dict], group: int) -> list[Heard]:
+def answered(serving_loop: ServingLoop, wishes: list[dict], group: int) -> list[Heard]:
     heard = [Heard() for _ in wishes]
     both = enumerate(zip(heard, wishes, strict=True), start=group)
-    searcher.submit([Job(update=h, group=number, **wish) for number, (h, wish) in both])
+    serving_loop.submit([Job(update=h, group=number, **wish) for number, (h, wish) in both])
     for h in heard:
         assert h.over.wait(60)
     return heard
 
 
-def test_sixteen_at_once_say_what_each_says_alone(searcher):
-    wishes = wanted(searcher)
-    together = answered(searcher, wishes, group=100)
-    alone = [answered(searcher, [wish], group=200 + i)[0] for i, wish in enumerate(wishes)]
+def test_sixteen_at_once_say_what_each_says_alone(serving_loop):
+    wishes = wanted(serving_loop)
+    together = answered(serving_loop, wishes, group=100)
+    alone = [answered(serving_loop, [wish], group=200 + i)[0] for i, wish in enumerate(wishes)]
     for a, b in zip(together, alone, strict=True):
         assert (a.tokens, a.mask, a.finish) == (b.tokens, b.mask, b.finish)
     assert any(h.searches for h in together)
     assert len({h.finish for h in together}) > 1
 
 
-def test_what_is_said_is_what_the_loop_of_the_host_says(searcher):
-    wishes = wanted(searcher)
-    for wish, heard in zip(wishes, answered(searcher, wishes, group=300), strict=True):
+def test_what_is_said_is_what_the_loop_of_the_host_says(serving_loop):
+    wishes = wanted(serving_loop)
+    for wish, heard in zip(wishes, answered(serving_loop, wishes, group=300), strict=True):
         how = {"temperature": wish["temperature"], "top_p": wish["top_p"]}
         loop = HostLoop(
             model=MODEL,
             params=searching_params(),
             config=dataclasses.replace(CONFIG, **how),
             compute_dtype=FLOAT32,
-            eos_ids=searcher.engine.eos_ids,
-            broker=searcher.engine.broker,
-            decode=searcher.engine.decode,
+            eos_ids=serving_loop.engine.eos_ids,
+            broker=serving_loop.engine.broker,
+            decode=serving_loop.engine.decode,
         )
         list(loop.run(wish["prompt"], jax.random.fold_in(jax.random.key(wish["seed"]), 0)))
         assert loop.tokens[len(wish["prompt"]) :] == heard.tokens
         assert loop.finish == heard.finish
 
 
-def test_samples_of_one_group_differ_and_the_seed_decides(searcher):
-    prompt = searcher.engine.prompt_tokens(QUESTIONS[0].question)
+def test_samples_of_one_group_differ_and_the_seed_decides(serving_loop):
+    prompt = serving_loop.engine.prompt_tokens(QUESTIONS[0].question)
 
     def samples(group: int) -> list[list[int]]:
         heard = [Heard() for _ in range(6)]
-        searcher.submit([Job(prompt, 5, h, sample=i, group=group) for i, h in enumerate(heard)])
+        serving_loop.submit([Job(prompt, 5, h, sample=i, group=group) for i, h in enumerate(heard)])
         for h in heard:
             assert h.over.wait(60)
         return [h.tokens for h in heard]
@@ -119,25 +119,25 @@ def test_samples_of_one_group_differ_and_the_seed_decides(searcher):
     assert len({tuple(tokens) for tokens in first}) > 1
 
 
-def test_a_limit_cuts_what_would_have_come(searcher):
-    wishes = wanted(searcher, 6)
-    whole = answered(searcher, wishes, group=500)
-    cut = answered(searcher, [{**wish, "max_tokens": 5} for wish in wishes], group=510)
+def test_a_limit_cuts_what_would_have_come(serving_loop):
+    wishes = wanted(serving_loop, 6)
+    whole = answered(serving_loop, wishes, group=500)
+    cut = answered(serving_loop, [{**wish, "max_tokens": 5} for wish in wishes], group=510)
     for a, b in zip(whole, cut, strict=True):
         assert sum(b.mask) == min(5, sum(a.mask))
         assert a.tokens[: len(b.tokens)] == b.tokens
         assert b.finish == (a.finish if a.tokens == b.tokens else Finish.LENGTH)
 
 
-def test_what_does_not_fit_is_refused(searcher):
+def test_what_does_not_fit_is_refused(serving_loop):
     with pytest.raises(ValueError, match="no room"):
-        searcher.submit([Job([5] * CONFIG.max_length, 0, Heard())])
+        serving_loop.submit([Job([5] * CONFIG.max_length, 0, Heard())])
 
 
 @pytest.fixture
 def gated():
     retriever = GatedRetriever()
-    made = Searcher(scripted_policy(), retriever, CONFIG, waiting=2, compute_dtype=FLOAT32)
+    made = ServingLoop(scripted_policy(), retriever, CONFIG, waiting=2, compute_dtype=FLOAT32)
     yield made, retriever
     retriever.gate.set()
     made.close()
@@ -152,47 +152,47 @@ def until(condition) -> None:
 
 
 def test_who_waits_for_documents_stops_nobody_and_a_full_queue_refuses(gated):
-    searcher, retriever = gated
-    prompt = searcher.engine.prompt_tokens(QUESTIONS[0].question)
-    slots = searcher.rows
+    serving_loop, retriever = gated
+    prompt = serving_loop.engine.prompt_tokens(QUESTIONS[0].question)
+    slots = serving_loop.rows
     heard = [Heard() for _ in range(slots + 2)]
     jobs = [Job(prompt, i, h, group=i + 1) for i, h in enumerate(heard)]
-    searcher.submit(jobs)
+    serving_loop.submit(jobs)
     with pytest.raises(Busy, match="waiting"):
-        searcher.submit([Job(prompt, 9, Heard())])
+        serving_loop.submit([Job(prompt, 9, Heard())])
     until(lambda: all(h.searches for h in heard[:slots]))
     assert [h.searches[0][1] for h in heard[:slots]] == ["pending"] * slots
-    assert searcher.slots_busy == slots and searcher.queued == 2
+    assert serving_loop.slots_busy == slots and serving_loop.queued == 2
 
-    searcher.cancel(jobs[:2])  # their slots go to those that wait, their documents to nobody
+    serving_loop.cancel(jobs[:2])  # their slots go to those that wait, their documents to nobody
     until(lambda: all(h.searches for h in heard[slots:]))
-    assert searcher.queued == 0
+    assert serving_loop.queued == 0
     retriever.gate.set()
     for h in heard[2:]:
         assert h.over.wait(30) and h.finish == Finish.FINISHED
         assert [outcome for _, outcome in h.searches] == ["pending", "found"]
-        assert h.searches[0][0] in searcher.engine.decode(h.tokens)
+        assert h.searches[0][0] in serving_loop.engine.decode(h.tokens)
     assert not any(h.finish for h in heard[:2])
 
 
 def test_a_search_that_fails_is_told_and_the_answer_goes_on():
-    searcher = Searcher(scripted_policy(), RaisingRetriever(), CONFIG, compute_dtype=FLOAT32)
-    (heard,) = answered(searcher, wanted(searcher, 1), group=1)
-    searcher.close()
+    serving_loop = ServingLoop(scripted_policy(), RaisingRetriever(), CONFIG, compute_dtype=FLOAT32)
+    (heard,) = answered(serving_loop, wanted(serving_loop, 1), group=1)
+    serving_loop.close()
     assert heard.finish == Finish.FINISHED and heard.searches[-1][1] == "error"
-    assert "None" in searcher.engine.decode(heard.tokens)
+    assert "None" in serving_loop.engine.decode(heard.tokens)
     with pytest.raises(Busy, match="stopping"):
-        searcher.submit([Job([5], 0, Heard())])
+        serving_loop.submit([Job([5], 0, Heard())])
 
 
 def test_a_broker_that_breaks_is_said_and_nothing_waits_for_ever(monkeypatch):
-    searcher = Searcher(scripted_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
-    monkeypatch.setattr(searcher.engine.broker, "_result", lambda searches: 1 / 0)
-    (heard,) = answered(searcher, wanted(searcher, 1), group=1)
-    assert heard.finish == Finish.ABORTED and "SearchFailure" in searcher.failed
+    serving_loop = ServingLoop(scripted_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
+    monkeypatch.setattr(serving_loop.engine.broker, "_result", lambda searches: 1 / 0)
+    (heard,) = answered(serving_loop, wanted(serving_loop, 1), group=1)
+    assert heard.finish == Finish.ABORTED and "SearchFailure" in serving_loop.failed
     with pytest.raises(Busy, match="the policy failed"):
-        searcher.submit([Job([5], 0, Heard())])
-    searcher.close()
+        serving_loop.submit([Job([5], 0, Heard())])
+    serving_loop.close()
 
 
 @pytest.mark.slow

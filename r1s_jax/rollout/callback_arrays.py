@@ -36,7 +36,7 @@ class Result(NamedTuple):
     tokens: Int[Array, " D"]
 
 
-def exchange_shape(width: int) -> tuple[int, int]:
+def callback_shape(width: int) -> tuple[int, int]:
     """Of the array, for blocks of at most `width` tokens."""
     return 1 + RESULTS, _HEAD + width
 
@@ -45,7 +45,7 @@ def pack_results(
     results: Sequence[tuple[int, Status, int, list[int]]], stop: bool, width: int
 ) -> Int[np.ndarray, "R D"]:
     """On the host: at most RESULTS of (slot, status, searches, tokens) as the array."""
-    out = np.zeros(exchange_shape(width), np.int32)
+    out = np.zeros(callback_shape(width), np.int32)
     out[0, :2] = len(results), stop
     for row, (slot, status, searches, tokens) in zip(out[1:], results, strict=False):
         row[:_HEAD] = slot, status, searches, len(tokens)

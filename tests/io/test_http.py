@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from r1s_jax.border.http import Client, ServerError, left, proxy_of, within
+from r1s_jax.io.http import Client, ServerError, left, proxy_of, within
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.http import HttpRetriever, RemoteError

@@ -12,14 +12,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from r1s_jax.border.errors import UserError
 from r1s_jax.data.questions import Question
 from r1s_jax.data.tiny_world import PROMPT
+from r1s_jax.io.errors import UserError
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.protocol.search_r1 import SearchR1
 from r1s_jax.rollout.engine import Engine
-from r1s_jax.serving.exchange import Desk, Exchange, Limits
+from r1s_jax.serving.completion import Completion, Desk, Limits
 from tests.fakes import WebRetriever
 from tests.makers import MODEL, ROLLOUT
 
@@ -38,14 +38,14 @@ def bytes_that_merge() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-def make_desk(dialect=None, *, first_search: bool = False, length: int = 700) -> Desk:
+def make_desk(dialect=None, *, retrieve_first: bool = False, length: int = 700) -> Desk:
     tokenizer = bytes_that_merge()
     config = dataclasses.replace(
         ROLLOUT,
         max_length=length,
         max_prompt_length=length - 1,
         max_documents_length=160,
-        first_search=first_search,
+        retrieve_first=retrieve_first,
     )
     policy = Pretrained(
         dataclasses.replace(MODEL, vocab_size=len(tokenizer), max_position=length),
@@ -69,12 +69,12 @@ def body(text: str) -> bytes:
 
 @pytest.mark.parametrize("dialect", [R1Searcher(prompt=PROMPT), SearchR1()], ids=lambda d: d.name)
 def test_a_first_search_has_the_tokens_of_the_engine(dialect, monkeypatch):
-    desk = make_desk(dialect, first_search=True)
-    engine = desk.searcher.engine
+    desk = make_desk(dialect, retrieve_first=True)
+    engine = desk.serving_loop.engine
     asked = desk.read(body(QUESTION))
     search, forced = desk.search(asked)
     assert search.query == QUESTION and len(search.documents) == 2
-    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, first_search=True))
+    monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, retrieve_first=True))
     (flight,) = engine.begin([Question(1, QUESTION, ("a",))], samples=1, step=0)
     served = asked.tokens + forced
     assert served == list(flight.tokens)
@@ -83,7 +83,7 @@ def test_a_first_search_has_the_tokens_of_the_engine(dialect, monkeypatch):
 
 
 def test_a_first_search_needs_room():
-    desk = make_desk(first_search=True, length=320)
+    desk = make_desk(retrieve_first=True, length=320)
     text = "x" * (316 - len(desk.read(body("x")).tokens))
     with pytest.raises(UserError, match="tokens; there is room for 320"):
         desk.read(body(text))
@@ -97,7 +97,7 @@ def test_a_first_search_needs_room():
 )
 def test_what_cannot_be_short_enough_is_not_encoded(characters, encoded, words, monkeypatch):
     desk, sizes = make_desk(), []
-    engine, encode = desk.searcher.engine, desk.searcher.engine.encode
+    engine, encode = desk.serving_loop.engine, desk.serving_loop.engine.encode
     monkeypatch.setattr(engine, "encode", lambda text: sizes.append(len(text)) or encode(text))
     monkeypatch.setattr(engine, "start_tokens", lambda text: 1 / 0)
     with pytest.raises(UserError, match=words) as refused:
@@ -106,20 +106,20 @@ def test_what_cannot_be_short_enough_is_not_encoded(characters, encoded, words, 
     assert sum(sizes) == encoded
 
 
-@pytest.mark.parametrize("first_search", [False, True])
-def test_a_client_that_left_early_leaves_no_jobs_and_no_places(first_search):
-    desk, submitted = make_desk(first_search=first_search), []
-    desk.searcher.submit = submitted.extend
+@pytest.mark.parametrize("retrieve_first", [False, True])
+def test_a_client_that_left_early_leaves_no_jobs_and_no_places(retrieve_first):
+    desk, submitted = make_desk(retrieve_first=retrieve_first), []
+    desk.serving_loop.submit = submitted.extend
 
     async def ask(leaves: bool) -> None:
-        exchange = Exchange(desk, time.monotonic())
-        await exchange.read(body("x"))
-        deltas = exchange.deltas()
+        completion = Completion(desk, time.monotonic())
+        await completion.read(body("x"))
+        deltas = completion.deltas()
         assert (await anext(deltas))[1]["role"] == "assistant" and desk._promised == 1
         coming = asyncio.ensure_future(anext(deltas))
         if leaves:
             await asyncio.sleep(0)  # the searches or the jobs are about to begin
-            exchange.leave()
+            completion.leave()
         for _ in range(20):
             await asyncio.sleep(0.01)
             if coming.done() and not coming.cancelled() and not coming.exception():

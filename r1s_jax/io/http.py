@@ -27,7 +27,7 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import parse_url
 
-from r1s_jax.border.errors import UserError, reason
+from r1s_jax.io.errors import UserError, reason
 
 # Each try that fails would be told on the terminal; the last one is, in the error.
 for _name in ("urllib3.connectionpool", "urllib3.connection"):

@@ -17,21 +17,21 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from r1s_jax.border.errors import reading
 from r1s_jax.config import Config
 from r1s_jax.data.environment import Environment
 from r1s_jax.data.question_forms import Question
+from r1s_jax.io.errors import reading
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Search
 from r1s_jax.rollout.engine import Engine, Rolled
-from r1s_jax.rollout.flight import Flight, group_numbers
+from r1s_jax.rollout.in_flight import InFlight, group_numbers
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.session import Session
 from r1s_jax.rollout.trajectory import Position
 
-Group = list[Flight]  # the samples of one question
+Group = list[InFlight]  # the samples of one question
 _WHERE = "the checkpoint's carried trajectories"
 
 
@@ -43,7 +43,7 @@ class CarryOver:
         self.groups: list[Group] = []
 
     def roll(self, params: Params, step: int, size: int) -> Rolled:
-        """Rolls on until `size` groups are whole, and gives up those: the oldest first.
+        """Continues until `size` groups are complete and returns them, oldest first.
 
         Raises SearchFailure, NotFinite; then nothing has changed but what was drawn.
         """
@@ -54,7 +54,7 @@ class CarryOver:
         counters = self._roll_on(params, open_groups, step, size, wanted)
         ready = [group for group in self.groups if whole(group)][:size]
         self.groups = [group for group in self.groups if all(group is not r for r in ready)]
-        self._give_up_old_ones(step)
+        self._expire_old_ones(step)
         flights = [flight for group in ready for flight in group]
         ages = np.zeros((len(flights), self.config.rollout.max_length), np.int32)
         for row, flight in enumerate(flights):
@@ -94,7 +94,7 @@ class CarryOver:
         placed = self._places(groups, size, shards)
         retrievers: dict[tuple[int, int], Retriever] = {}
 
-        def retriever(flight: Flight) -> Retriever:
+        def retriever(flight: InFlight) -> Retriever:
             drawn = flight.step, flight.draw
             if drawn not in retrievers:
                 retrievers[drawn] = self.environment.retriever_of(*drawn)
@@ -113,24 +113,24 @@ class CarryOver:
         engine.note_searches(placed)
         return counters
 
-    def _places(self, groups: Sequence[Group], size: int, shards: int) -> list[Flight | None]:
+    def _places(self, groups: Sequence[Group], size: int, shards: int) -> list[InFlight | None]:
         """A row for every flight that has not ended: whole groups by turns to the data shards.
 
         As many rows at every step of a stage, or each would compile a program of its own.
         """
         samples = self.config.algorithm.samples_per_question
         rows = samples * max(-(-2 * size // shards), -(-len(groups) // shards))
-        placed: list[Flight | None] = []
+        placed: list[InFlight | None] = []
         for shard in range(shards):
             mine = [f for group in groups[shard::shards] for f in group if not f.ended]
             placed += [*mine, *[None] * (rows - len(mine))]
         return placed
 
-    def _give_up_old_ones(self, step: int) -> None:
+    def _expire_old_ones(self, step: int) -> None:
         for group in self.groups:
             for flight in group:
-                if not flight.ended and step - flight.step >= self.config.rollout.max_age:
-                    flight.give_up()
+                if not flight.ended and step - flight.step >= self.config.rollout.max_staleness:
+                    flight.expire()
 
     # In a checkpoint.
 
@@ -158,7 +158,7 @@ def whole(group: Group) -> bool:
     return all(flight.ended for flight in group)
 
 
-def split(flights: Sequence[Flight]) -> list[Group]:
+def split(flights: Sequence[InFlight]) -> list[Group]:
     """Neighbours of one group in a list each."""
     groups: list[Group] = []
     for number, flight in zip(group_numbers(flights), flights, strict=True):
@@ -196,13 +196,13 @@ class _Saved(msgspec.Struct):
     searches: list[dict[str, Any]]
 
     @staticmethod
-    def of(f: Flight) -> "_Saved":
+    def of(f: InFlight) -> "_Saved":
         arrays = {n: getattr(f, n).astype(kind).tobytes() for n, kind in _ARRAYS.items()}
         searches = [{name: getattr(s, name) for name in _SEARCH} for s in f.searches]
         same = {name: getattr(f, name) for name in _SAME}
         return _Saved(**same, at=Position(*f.at), arrays=arrays, searches=searches)
 
-    def flight(self) -> Flight:
+    def flight(self) -> InFlight:
         """Raises ValueError, KeyError or TypeError where the parts do not fit together."""
         arrays: dict[str, Any] = {
             n: np.frombuffer(self.arrays[n], kind).copy() for n, kind in _ARRAYS.items()
@@ -211,7 +211,7 @@ class _Saved(msgspec.Struct):
             raise ValueError("its arrays differ in length")
         same = {name: getattr(self, name) for name in _SAME}
         searches = [Search(**{**s, "documents": tuple(s["documents"])}) for s in self.searches]
-        return Flight(**same, **arrays, at=self.at, searches=searches)
+        return InFlight(**same, **arrays, at=self.at, searches=searches)
 
 
 _SAME = tuple(n for n in _Saved.__struct_fields__ if n not in ("arrays", "at", "searches"))

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from r1s_jax.border.errors import ConfigError, shorten
+from r1s_jax.io.errors import ConfigError, shorten
 
 ANY = "*"
 # The last two are how containers call the loopback interface of the machine that they run on.

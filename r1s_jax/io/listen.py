@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from r1s_jax.border.errors import shorten
+from r1s_jax.io.errors import shorten
 
 DRAIN_S = 30  # for what is in flight when a server is told to stop
 _KEEP_ALIVE_S = 75

@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from r1s_jax.border.errors import BadInput, UserError, Where, reason, shorten
+from r1s_jax.io.errors import BadInput, UserError, Where, reason, shorten
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ _DRAWS_APART = 1 << 20
 
 
 @dataclass
-class Flight:
+class InFlight:
     """One trajectory; its arrays have an entry a token."""
 
     question: Question
@@ -45,11 +45,11 @@ class Flight:
         step: int,
         draw: int,
         start: int,
-    ) -> "Flight":
+    ) -> "InFlight":
         """One of which there is nothing yet but the prompt."""
         n = len(prompt)
         blank = np.zeros(n, np.float32)
-        return Flight(
+        return InFlight(
             question=question,
             sample=sample,
             occurrence=occurrence,
@@ -113,13 +113,13 @@ class Flight:
         if at is not None:
             self.at = tuple(int(values[row]) for values in at)
 
-    def give_up(self) -> None:
+    def expire(self) -> None:
         """Ends it as it is, for being too old."""
         self.finish, self.found = int(Finish.TOO_OLD), Position(*self.at).searches
 
 
 def trajectories(
-    flights: Sequence[Flight], width: int, groups: Sequence[int]
+    flights: Sequence[InFlight], width: int, groups: Sequence[int]
 ) -> Trajectory[np.ndarray]:
     """Flights as the rows of arrays of `width` columns."""
 
@@ -147,7 +147,7 @@ def trajectories(
     )
 
 
-def group_numbers(flights: Sequence[Flight]) -> list[int]:
+def group_numbers(flights: Sequence[InFlight]) -> list[int]:
     """From 0 on: a group is the neighbours whose question was drawn once."""
     groups, last = [], None
     for flight in flights:
@@ -158,4 +158,4 @@ def group_numbers(flights: Sequence[Flight]) -> list[int]:
 
 
 # In the place of a row that is not used.
-NOBODY = Flight.begun(Question(0, "", ()), [0], sample=0, occurrence=0, step=0, draw=0, start=0)
+NOBODY = InFlight.begun(Question(0, "", ()), [0], sample=0, occurrence=0, step=0, draw=0, start=0)

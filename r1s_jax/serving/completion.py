@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from r1s_jax.border.errors import ConfigError
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.protocol.prompts import conversation
 from r1s_jax.rollout.broker import CHARACTERS_A_TOKEN, Search
 from r1s_jax.rollout.sampler import GREEDY_BELOW
@@ -47,23 +47,23 @@ class Asked(NamedTuple):
 
 
 class Desk:
-    """What the exchanges of one server share; but for `read` and `search`, of one event loop."""
+    """What the completions of one server share; but for `read` and `search`, of one event loop."""
 
-    def __init__(self, searcher: Jobs, name: str, limits: Limits):
-        self.searcher, self.name, self.limits = searcher, name, limits
-        self.first_search = searcher.config.first_search
-        self.meters = Meters(searcher)
+    def __init__(self, serving_loop: Jobs, name: str, limits: Limits):
+        self.serving_loop, self.name, self.limits = serving_loop, name, limits
+        self.retrieve_first = serving_loop.config.retrieve_first
+        self.meters = Meters(serving_loop)
         self.groups = itertools.count(1)
         self.readers = ThreadPoolExecutor(_READERS, "prompts")
         self.searchers = ThreadPoolExecutor(_SEARCHERS, "first-search")
-        self._render = conversation(searcher.engine.dialect, searcher.engine.tokenizer)
+        self._render = conversation(serving_loop.engine.dialect, serving_loop.engine.tokenizer)
         self._promised = 0  # answers that have a place and are no jobs yet
 
     def take_places(self, count: int) -> None:
         """Of answers that will be jobs; raises Refused (429) where too many wait."""
-        free = self.searcher.rows - self.searcher.slots_busy
-        waiting = self.searcher.queued + self._promised
-        if waiting + count > self.searcher.waiting + free:
+        free = self.serving_loop.rows - self.serving_loop.slots_busy
+        waiting = self.serving_loop.queued + self._promised
+        if waiting + count > self.serving_loop.waiting + free:
             raise too_busy(f"{waiting} answers are waiting")
         self._promised += count
 
@@ -76,7 +76,7 @@ class Desk:
 
         What cannot be short enough is not encoded.
         """
-        asked, engine = read_request(raw), self.searcher.engine
+        asked, engine = read_request(raw), self.serving_loop.engine
         self._check(asked)
         messages = asked.conversation()
         characters = sum(len(message["content"]) for message in messages)
@@ -91,7 +91,7 @@ class Desk:
             raise self._too_long(f"more than {engine.config.max_length} tokens")
         tokens, question = engine.start_tokens(prompt), messages[-1]["content"]
         most, needed = engine.config.max_length - 2, len(tokens)
-        if self.first_search:
+        if self.retrieve_first:
             most = min(most, engine.config.max_prompt_length)
             needed += engine.first_search_room(question)
         if needed > most:
@@ -100,18 +100,18 @@ class Desk:
 
     def search(self, asked: Asked) -> tuple[Search, list[int]]:
         """The system's own search of the question, and its tokens behind the prompt."""
-        engine = self.searcher.engine
+        engine = self.serving_loop.engine
         (search,) = engine.broker.search_now([asked.question])
         return search, engine.first_search_tokens(search, len(asked.tokens))
 
     def close(self) -> None:
         """Waits for what is read and made."""
-        self.searcher.close()
+        self.serving_loop.close()
         self.readers.shutdown()
         self.searchers.shutdown()
 
     def _check(self, asked: ChatRequest) -> None:
-        if self.searcher.greedy_only and (asked.temperature or 0) >= GREEDY_BELOW:
+        if self.serving_loop.greedy_only and (asked.temperature or 0) >= GREEDY_BELOW:
             raise Refused(400, "this server decodes greedily: temperature 0", param="temperature")
         if asked.model is not None:
             self.check_model(asked.model)
@@ -124,15 +124,16 @@ class Desk:
 
     def _begins_too_long(self, prompt: str) -> bool:
         """Whether a part of a long text, which is encoded sooner, has too many tokens already."""
-        most, engine = self.searcher.engine.config.max_length, self.searcher.engine
+        most, engine = self.serving_loop.engine.config.max_length, self.serving_loop.engine
         part = prompt[: _USUAL_CHARACTERS * most]
         return len(part) < len(prompt) and len(engine.encode(part)) > most + _CUT_TOKENS
 
     def _too_long(self, size: str) -> Refused:
+        most = self.serving_loop.engine.config.max_length
         return Refused(
             400,
-            f"the messages take {size}; there is room for "
-            f"{self.searcher.engine.config.max_length} tokens with the answer and all documents",
+            f"the messages take {size}; there is room for {most} tokens with the answer and all "
+            "documents",
             param="messages",
             code="context_length_exceeded",
         )
@@ -145,7 +146,7 @@ def too_busy(why: str) -> Refused:
     )
 
 
-class Exchange:
+class Completion:
     """One request and its answers."""
 
     def __init__(self, desk: Desk, started: float):
@@ -178,7 +179,7 @@ class Exchange:
         answers = range(self._asked.request.samples)
         for i in answers:
             yield i, {"role": "assistant", "content": ""}
-        if self._desk.first_search:
+        if self._desk.retrieve_first:
             begun = {"index": 0, **search_json(Search(-1, self._asked.question))}
             for i in answers:
                 yield i, {"searches": [begun]}
@@ -206,7 +207,7 @@ class Exchange:
             for delta in deltas:
                 yield i, delta
             if self._answers[i].over and not update.finish:
-                self._desk.searcher.cancel([self._jobs[i]])
+                self._desk.serving_loop.cancel([self._jobs[i]])
 
     async def finish(self) -> None:
         """Waits for the end; raises Refused."""
@@ -233,7 +234,7 @@ class Exchange:
         self._desk.meters.request(status)
         yield b"data: [DONE]\n\n"
 
-    def completion(self) -> bytes:
+    def as_json(self) -> bytes:
         """The whole answer as one object."""
         choices = [
             {
@@ -266,14 +267,14 @@ class Exchange:
         self._left = True
         self._desk.give_places(self._places)
         if self._jobs:
-            self._desk.searcher.cancel(self._jobs)
+            self._desk.serving_loop.cancel(self._jobs)
             self._desk.meters.answered(self, time.monotonic() - self._started)
 
     async def _start(self) -> None:
         """Makes the system's own search where there is one, then the jobs; raises Refused."""
         desk, asked = self._desk, self._asked
-        engine, prompt, tokens, first = desk.searcher.engine, asked.prompt, asked.tokens, []
-        if desk.first_search:
+        engine, prompt, tokens, first = desk.serving_loop.engine, asked.prompt, asked.tokens, []
+        if desk.retrieve_first:
             search, forced = await self._in_thread(desk.searchers, desk.search, asked)
             first, tokens, prompt = [search], tokens + forced, prompt + engine.decode(forced)
         if self._left:  # meanwhile; jobs would be nobody's
@@ -287,7 +288,7 @@ class Exchange:
         ]
         jobs = self._make_jobs(tokens)
         try:
-            desk.searcher.submit(jobs)
+            desk.serving_loop.submit(jobs)
         except Busy as busy:
             raise too_busy(str(busy)) from None
         self._jobs = jobs
@@ -296,7 +297,7 @@ class Exchange:
 
     def _make_jobs(self, tokens: list[int]) -> list[Job]:
         asked, seed = self._asked.request, self._asked.request.drawn_seed()
-        c = self._desk.searcher.config
+        c = self._desk.serving_loop.config
         group = next(self._desk.groups)
         return [
             Job(
@@ -313,7 +314,7 @@ class Exchange:
         ]
 
     async def _next(self) -> tuple[int, Update] | None:
-        """What the searcher tells next, None where that takes a while; raises Refused."""
+        """What the serving_loop tells next, None where that takes a while; raises Refused."""
         left = self._deadline - time.monotonic()
         try:
             async with asyncio.timeout(min(left, _QUIET_S)):
