@@ -20,7 +20,7 @@ class Failed(Exception):
 
 
 class Answer:
-    """Takes what the serving_loop tells of one job, and tells what is new of the answer."""
+    """Takes what the serving loop tells of one job, and tells what is new of the answer."""
 
     def __init__(
         self,

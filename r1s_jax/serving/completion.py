@@ -314,7 +314,7 @@ class Completion:
         ]
 
     async def _next(self) -> tuple[int, Update] | None:
-        """What the serving_loop tells next, None where that takes a while; raises Refused."""
+        """What the serving loop tells next, None where that takes a while; raises Refused."""
         left = self._deadline - time.monotonic()
         try:
             async with asyncio.timeout(min(left, _QUIET_S)):

@@ -34,7 +34,7 @@ class Job:
 
     prompt: Sequence[int]
     seed: int
-    update: Callable[[Update], None]  # called on the serving_loop's thread
+    update: Callable[[Update], None]  # called on the serving loop's thread
     sample: int = 0
     group: int = 0
     temperature: float = 1.0

@@ -86,7 +86,7 @@ class ServingLoop(Jobs):
                     self.engine.broker.check()  # one that was stopped would answer nothing more
                     self._tell()
         except Exception as error:
-            logger.exception("the serving_loop stopped")
+            logger.exception("the serving loop stopped")
             with self._changed:
                 self.failed = f"the policy failed: {type(error).__name__}"
                 left = [*self._jobs.values(), *self._queue]

@@ -12,7 +12,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Meters:
-    """Requests, tokens, searches, slots and times of one serving_loop."""
+    """Requests, tokens, searches, slots and times of one serving loop."""
 
     def __init__(self, serving_loop: Jobs):
         self._registry = registry = CollectorRegistry()
@@ -53,13 +53,13 @@ class Meters:
         self._requests.labels(status).inc()
 
     def first_token(self, completion: object, seconds: float) -> None:
-        """Of an completion, the first time that it is told."""
+        """Of a completion, the first time that it is told."""
         if id(completion) not in self._begun:
             self._begun.add(id(completion))
             self._first.observe(seconds)
 
     def answered(self, completion: object, seconds: float) -> None:
-        """An completion is over."""
+        """A completion is over."""
         self._begun.discard(id(completion))
         self._seconds.observe(seconds)
 

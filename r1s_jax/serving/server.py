@@ -42,7 +42,7 @@ _SERVED = "POST /v1/chat/completions, GET /v1/models, /health, /metrics and the 
 
 
 class Service:
-    """The handlers. One event loop, one serving_loop."""
+    """The handlers. One event loop, one serving loop."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ def check_key(key: str) -> str:
 
 
 def make_app(service: Service, allowed: Callers | None = None) -> ASGIApp:
-    """The ASGI application; its serving_loop ends with it.
+    """The ASGI application; its serving loop ends with it.
 
     By default only loopback's names and the server's own page are `allowed`.
     """

@@ -40,7 +40,7 @@ def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_
         assert "2 passages" in page.value("document.querySelector('.query').textContent")
         assert MARKUP in page.value("document.querySelector('.passage').textContent")
         assert page.value("document.querySelectorAll('main img, main .passage b b').length") == 0
-        assert page.value("document.title") == "Ask the serving_loop"
+        assert page.value("document.title") == "Ask the searcher"
         assert page.value("document.querySelector('details').open") is False
 
         page.value("document.querySelectorAll('details').forEach((d) => { d.open = true })")
