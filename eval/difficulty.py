@@ -17,9 +17,9 @@ import numpy as np
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import header_path
-from r1s_jax.data.rows import DataError
-from r1s_jax.eval.journal import begun, describe, load_described
+from r1s_jax.eval.header import begun, describe, load_described
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from r1s_jax.io.schema import check
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params

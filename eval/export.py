@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from r1s_jax.data.results import read_results
-from r1s_jax.data.rows import DataError, gold_answers
+from r1s_jax.data.rows import gold_answers
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from r1s_jax.system.files import write_json, write_rows
 
 FORMATS = ("hotpotqa", "2wiki", "musique", "search_r1")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from r1s_jax.data.results import FORMAT, VERDICTS, header_path, read_header, read_results
-from r1s_jax.data.rows import DataError, gold_answers
+from r1s_jax.data.rows import gold_answers
 from r1s_jax.io.errors import shorten
 from r1s_jax.io.http import without_credentials
-from r1s_jax.learning.judged import (
+from r1s_jax.io.journal import DataError
+from r1s_jax.rewards.judged import (
     PROMPT,
     Verdict,
     ask_judge,

@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.data.rows import DataError, gold_answers, read_rows
+from r1s_jax.data.rows import gold_answers, read_rows
 from r1s_jax.data.traces import is_complete
+from r1s_jax.io.journal import DataError
 from r1s_jax.protocol.dialects import make_dialect
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.rewards.registry import reward_rule

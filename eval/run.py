@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeVar, cast
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
 from r1s_jax.data.results import ResultRow, header_path, supporting_recall
-from r1s_jax.data.rows import DataError
-from r1s_jax.eval.journal import begun, describe, load_described, refuse_other
+from r1s_jax.eval.header import begun, describe, load_described, refuse_other
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from r1s_jax.io.schema import check
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained

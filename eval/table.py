@@ -15,8 +15,8 @@ import numpy as np
 
 from r1s_jax.data.benchmarks import BENCHMARKS, PAPER, TITLES, benchmark_of
 from r1s_jax.data.results import header_path, read_header, read_results
-from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import summarize
+from r1s_jax.io.journal import DataError
 from r1s_jax.io.text import printable
 
 _COLUMNS = PAPER  # of the published rows

@@ -14,13 +14,13 @@ from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.eval.held_out import Evaluation, evaluate
 from r1s_jax.learning.cold_start import demonstrations_of, imitate
 from r1s_jax.learning.collect import Collector
-from r1s_jax.learning.judged import stage_rewards
 from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
 from r1s_jax.models.pretrained import make_policy, save_policy, saved_dialect
 from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.rewards.judged import stage_rewards
 from r1s_jax.rewards.registry import FORMAT_REWARDS
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.system.console import console, make_progress, warn

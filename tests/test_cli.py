@@ -10,9 +10,9 @@ import pytest
 
 from r1s_jax import cli
 from r1s_jax.config import MeshConfig
-from r1s_jax.data.rows import DataError
 from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import make_mesh
 from r1s_jax.system import chips

@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from r1s_jax.data.rows import rows_so_far
 from r1s_jax.data.tiny_world import TinyWorld
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.retrieval.encoder import HashEncoder
 from tests.makers import CHAT, HERMES_CHAT, run_cli, save_letters_model

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from r1s_jax.data.rows import rows_so_far
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.system import distributed
 from tests.distributed_worker import SHORT
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from r1s_jax.config import ConfigError, CorpusConfig
-from r1s_jax.data.rows import rows_so_far
 from r1s_jax.data.traces import read_traces
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.recipes import load_recipe, titles
 from r1s_jax.rollout import engine

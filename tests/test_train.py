@@ -18,8 +18,8 @@ import pytest
 
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
-from r1s_jax.data.rows import rows_so_far
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.system.locks import InUse, only_one
 from r1s_jax.tracking.progress import Progress

@@ -6,7 +6,7 @@ import pytest
 
 from r1s_jax.config import override
 from r1s_jax.configs import wiki_smollm2
-from r1s_jax.data.rows import rows_so_far
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.system.assets import resolve
 from r1s_jax.train import train
 

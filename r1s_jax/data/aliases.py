@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from r1s_jax.data.question_forms import Question
-from r1s_jax.data.rows import DataError, read_rows
+from r1s_jax.data.rows import read_rows
+from r1s_jax.io.journal import DataError
 from r1s_jax.io.schema import check
 from r1s_jax.system.console import console
 

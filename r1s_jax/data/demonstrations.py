@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from r1s_jax.data.rows import DataError
 from r1s_jax.data.traces import read_traces
+from r1s_jax.io.journal import DataError
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.rewards.answer_scores import normalize_answer

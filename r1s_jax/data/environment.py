@@ -19,10 +19,10 @@ from r1s_jax.data.questions import (
     texts,
     without,
 )
-from r1s_jax.data.rows import DataError
 from r1s_jax.data.tiny_world import GUESS, Style, TinyWorld, prompt_of
 from r1s_jax.data.titles import apart, read_articles, title_demonstrations, title_questions
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from r1s_jax.io.json import decode
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import from_dict, make_dialect

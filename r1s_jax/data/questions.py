@@ -10,8 +10,9 @@ import grain
 
 from r1s_jax.data.aliases import Aliases
 from r1s_jax.data.question_forms import Question, parse_question
-from r1s_jax.data.rows import DataError, answerable, placed_rows
+from r1s_jax.data.rows import answerable, placed_rows
 from r1s_jax.io.errors import shorten
+from r1s_jax.io.journal import DataError
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.console import console
 

@@ -4,8 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from r1s_jax.data.rows import DataError, gold_answers, placed_rows
+from r1s_jax.data.rows import gold_answers, placed_rows
 from r1s_jax.io.errors import shorten
+from r1s_jax.io.journal import DataError
 from r1s_jax.io.json import read_object
 from r1s_jax.io.schema import check
 from r1s_jax.protocol import r1_searcher as protocol

@@ -1,4 +1,4 @@
-"""Files of rows: read whole, read while they are written, and journals that are gone on with."""
+"""Files of rows of others, in the forms in which they are published."""
 
 import gzip
 import io
@@ -8,18 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.io.errors import UserError, shorten
+from r1s_jax.io.errors import shorten
+from r1s_jax.io.journal import DataError, parse_row
 from r1s_jax.io.json import parse, parse_items, parse_object
-from r1s_jax.io.schema import check
 from r1s_jax.io.separated import parse_table
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.tables import is_table, table_rows
 
 _MARKS = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first value of a file
-
-
-class DataError(UserError, ValueError):
-    """A data file that cannot be used; the message names the file and the line."""
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -117,50 +113,6 @@ def _items(data: bytes, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]
             found = type(item).__name__
             raise DataError(f"{path}, item {number}: expected a JSON object, found {found}")
         yield "item", number, item
-
-
-def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
-    """The JSON object of line `number` of `path`, which a DataError names if it is none."""
-    return parse_object(line, f"{path}, line {number}", DataError)
-
-
-def whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file that may be being written, with their line numbers.
-
-    A last line without its end is left out. Raises DataError, naming the file and the line, for
-    what is no JSON object.
-    """
-    # Bytes, not `splitlines`: it would also cut at U+2028 and its kin, which a model may write.
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.endswith(b"\n") and line.strip():
-                yield number, parse_row(line, path, number)
-
-
-def rows_so_far(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of whole_rows, each checked to be a `kind`; [] where there is no file yet."""
-    rows = []
-    for number, row in whole_rows(path) if path.exists() else ():
-        check(row, kind, f"{path}, line {number}", DataError)
-        rows.append(row)
-    return rows
-
-
-def journal_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that is being written; an unfinished last line is cut off it.
-
-    A file that is not there has none. Raises DataError as read_rows does.
-    """
-    if not path.exists():
-        return []
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    with path.open("rb") as lines:
-        numbered = enumerate(lines, start=1)
-        return [parse_row(line, path, number) for number, line in numbered if line.strip()]
 
 
 def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:

@@ -16,7 +16,8 @@ import numpy as np
 from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.questions import Question
 from r1s_jax.data.results import FORMAT, header_path
-from r1s_jax.data.rows import DataError, read_rows
+from r1s_jax.data.rows import read_rows
+from r1s_jax.io.journal import DataError
 from r1s_jax.io.json import read_object
 from r1s_jax.io.schema import check
 from r1s_jax.protocol.dialect import Dialect

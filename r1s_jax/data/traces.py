@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 
 from r1s_jax.data.results import header_path, read_header, score_row
-from r1s_jax.data.rows import DataError, gold_answers, parse_row, read_rows, whole_rows
+from r1s_jax.data.rows import gold_answers, read_rows
+from r1s_jax.io.journal import DataError, parse_row, whole_rows
 from r1s_jax.io.json import read_object
 from r1s_jax.io.schema import check
 from r1s_jax.protocol.dialect import Dialect

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from r1s_jax.config import Attention, MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
-from r1s_jax.data.rows import DataError
 from r1s_jax.io.errors import UserError
+from r1s_jax.io.journal import DataError
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained, default_dtype
 from r1s_jax.models.sharding import (

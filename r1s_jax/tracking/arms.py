@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 from scipy.special import stdtrit
 
-from r1s_jax.data.rows import rows_so_far
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.tracking.journal import read_json
 
 GOOD = 0.9  # F1 of a rollout, mean over the window, that a run is timed to

@@ -5,7 +5,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from r1s_jax.data.rows import DataError, rows_so_far
+from r1s_jax.io.journal import DataError, rows_so_far
 from r1s_jax.io.json import read_object
 from r1s_jax.io.schema import check
 

@@ -8,8 +8,8 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.data.rows import DataError
 from r1s_jax.data.traces import Trace, sample_traces
+from r1s_jax.io.journal import DataError
 from r1s_jax.models.checkpoint import run_of
 from r1s_jax.tracking import charts
 from r1s_jax.tracking.journal import PlannedConfig, read_json, step_rows

@@ -7,10 +7,10 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from r1s_jax.data.rows import rows_so_far
 from r1s_jax.data.traces import Trace
 from r1s_jax.eval.held_out import Evaluation
 from r1s_jax.eval.score import interval
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.rewards.answer_scores import score_answer
 from r1s_jax.system.console import console

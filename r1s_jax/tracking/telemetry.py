@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from r1s_jax.config import Config
-from r1s_jax.data.rows import rows_so_far
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.models.checkpoint_owner import read_versions
 from r1s_jax.system.console import console
 from r1s_jax.system.distributed import is_main

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
-from r1s_jax.data.rows import DataError
 from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer
+from r1s_jax.io.journal import DataError
 from r1s_jax.learning.cold_start import demonstration_batch
 from r1s_jax.models.tokenizer import encode
 from r1s_jax.protocol.dialects import make_dialect

@@ -6,8 +6,8 @@ import pytest
 
 from r1s_jax.config import CorpusConfig
 from r1s_jax.data.environment import CorpusEnvironment
-from r1s_jax.data.rows import DataError
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from r1s_jax.retrieval.corpus import read_passages
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import build_index, save_index

@@ -8,7 +8,7 @@ import pytest
 
 from r1s_jax.data.question_forms import Question
 from r1s_jax.data.questions import read_questions
-from r1s_jax.data.rows import DataError
+from r1s_jax.io.journal import DataError
 
 HOTPOT = {"_id": "5a8b", "answer": "yes", "question": "Are they kin?", "type": "comparison"}
 FACTS = [["Ada", 0], ["Ada", 2], ["Bo", 0]]

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from r1s_jax.data.questions import Question, question_stream, read_questions, texts, without
-from r1s_jax.data.rows import DataError
+from r1s_jax.io.journal import DataError
 
 QUESTIONS = [Question(i, f"q{i}", ("a",)) for i in range(10)]
 

@@ -6,8 +6,8 @@ import pytest
 
 from r1s_jax.data.demonstrations import read_demonstrations
 from r1s_jax.data.questions import read_questions
-from r1s_jax.data.rows import DataError
 from r1s_jax.data.titles import apart, read_articles, title_demonstrations
+from r1s_jax.io.journal import DataError
 from r1s_jax.protocol.dialects import DIALECTS, make_dialect
 from r1s_jax.protocol.solution import Solution
 from tests.makers import run_cli

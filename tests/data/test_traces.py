@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.data.rows import DataError
 from r1s_jax.data.traces import Trace, Wanted, read_traces, sample_traces
+from r1s_jax.io.journal import DataError
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.tracking.trace_view import LABELS, as_text
 

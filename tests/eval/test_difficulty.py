@@ -15,11 +15,11 @@ import pytest
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.question_forms import parse_question
-from r1s_jax.data.rows import DataError
 from r1s_jax.eval import difficulty as eval_difficulty
 from r1s_jax.eval.difficulty import Selection, _row, difficulty, mixed
 from r1s_jax.eval.difficulty import select as select_questions
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from r1s_jax.train import train
 from tests.makers import save_other_weights, save_small_model
 

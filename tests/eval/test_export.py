@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from r1s_jax.data.results import read_results
-from r1s_jax.data.rows import DataError
 from r1s_jax.eval.export import export
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from tests.makers import run_cli
 
 PAIRS = [

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from r1s_jax.data.rows import rows_so_far
 from r1s_jax.eval.run import EvalRun, answer_file
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.presets import EVALUATION
 from r1s_jax.retrieval.http import HttpRetriever
 from r1s_jax.rollout.broker import SearchFailure

@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from r1s_jax.data.results import read_header, read_results
-from r1s_jax.data.rows import DataError
 from r1s_jax.eval.judge import judge_file, parse_verdict
 from r1s_jax.eval.score import summarize
+from r1s_jax.io.journal import DataError
 from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint
 from tests.http_server import LocalServer
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from r1s_jax.data.results import read_header, read_results
-from r1s_jax.data.rows import DataError
 from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
 from r1s_jax.eval.score import summarize
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.journal import DataError
 from r1s_jax.presets import EVALUATION
 from r1s_jax.protocol import r1_searcher as protocol
 from tests import makers

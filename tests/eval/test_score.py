@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from r1s_jax.data.results import read_results, score_row, supporting_recall
-from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import compare, summarize
+from r1s_jax.io.journal import DataError
 from tests.makers import run_cli
 
 ROWS = [

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from r1s_jax.data.benchmarks import BENCHMARKS
-from r1s_jax.data.rows import DataError
 from r1s_jax.eval import table
+from r1s_jax.io.journal import DataError
 from tests.makers import run_cli
 
 ROWS = [

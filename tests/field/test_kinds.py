@@ -12,8 +12,8 @@ import pytest
 
 from r1s_jax.data.questions import read_questions
 from r1s_jax.data.results import read_results
-from r1s_jax.data.rows import DataError
 from r1s_jax.eval.score import compare, summarize
+from r1s_jax.io.journal import DataError
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.models.gguf import WeightsError
 from r1s_jax.models.pretrained import load_pretrained

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from r1s_jax.data.questions import read_questions
-from r1s_jax.data.rows import DataError
+from r1s_jax.io.journal import DataError
 from r1s_jax.models.gguf import WeightsError
 from r1s_jax.models.pretrained import load_pretrained
 from tests.makers import run_cli

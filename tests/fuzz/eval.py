@@ -19,7 +19,7 @@ def _results(folder: Path) -> None:
 
 def _header() -> dict[str, Any]:
     """Of a file of answers to the questions of `_journal_questions`."""
-    from r1s_jax.eval.journal import describe
+    from r1s_jax.eval.header import describe
     from r1s_jax.protocol.dialects import make_dialect
 
     asked = {"model": "m", "mode": "rag", "questions": "q", "k": 5, "prompt": None}
@@ -75,7 +75,7 @@ def _verdicts(folder: Path) -> None:
 
 def _read_verdicts(folder: Path) -> Any:
     from r1s_jax.io.errors import BadInput
-    from r1s_jax.learning.judged import read_verdicts
+    from r1s_jax.rewards.judged import read_verdicts
 
     return read_verdicts(folder / "v.jsonl", BadInput)
 

@@ -10,7 +10,7 @@ import pytest
 
 from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig, PolicyConfig, override
 from r1s_jax.configs import tiny_world
-from r1s_jax.data.rows import rows_so_far
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.kernels.tuning import CPU
 from r1s_jax.learning.learner import make_optimizer
 from r1s_jax.models.decoder import Policy

@@ -4,7 +4,7 @@ import pytest
 
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
-from r1s_jax.data.rows import rows_so_far
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.http import RewardServerError
 from r1s_jax.rewards.registry import batch_reward

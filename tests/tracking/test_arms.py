@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from r1s_jax.data.rows import DataError
+from r1s_jax.io.journal import DataError
 from r1s_jax.tracking.arms import as_markdown, plot_arms, run_result, table_of
 
 

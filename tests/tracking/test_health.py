@@ -13,9 +13,9 @@ from r1s_jax import train as training
 from r1s_jax.config import Config, OptimizerConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch, TinyWorldEnvironment
-from r1s_jax.data.rows import rows_so_far
 from r1s_jax.data.tiny_world import TinyWorld
 from r1s_jax.io.fields import declared
+from r1s_jax.io.journal import rows_so_far
 from r1s_jax.models.export import export
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.tracking.health import SIGNALS, History, UnhealthyRun, check

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from r1s_jax import cli
 from r1s_jax.config import override
 from r1s_jax.configs import tiny_world
-from r1s_jax.data.rows import DataError
+from r1s_jax.io.journal import DataError
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.system.files import write_json
 from r1s_jax.tracking import charts

@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from r1s_jax.configs import tiny_world
-from r1s_jax.data.rows import DataError, rows_so_far
+from r1s_jax.io.journal import DataError, rows_so_far
 from r1s_jax.tracking.run_dir import open_run_dir
 from r1s_jax.tracking.telemetry import Telemetry
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from r1s_jax.config import Config, JudgeConfig
-from r1s_jax.data.rows import journal_rows
 from r1s_jax.io.errors import UserError, shorten
 from r1s_jax.io.http import without_credentials
+from r1s_jax.io.journal import journal_rows
 from r1s_jax.io.schema import check
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.composed import is_composed, parse, without

@@ -12,8 +12,8 @@ from typing import Any
 
 from r1s_jax.data.questions import Question
 from r1s_jax.data.results import FORMAT, header_path, read_header
-from r1s_jax.data.rows import DataError, journal_rows
 from r1s_jax.io.errors import shorten
+from r1s_jax.io.journal import DataError, journal_rows
 from r1s_jax.io.json import differences
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.models.identity import policy_digest

@@ -8,8 +8,8 @@ import pytest
 
 from r1s_jax.data.questions import Question
 from r1s_jax.data.results import header_path, read_header
-from r1s_jax.data.rows import DataError
-from r1s_jax.eval.journal import begun, describe, load_described
+from r1s_jax.eval.header import begun, describe, load_described
+from r1s_jax.io.journal import DataError
 from r1s_jax.models.export import export
 from r1s_jax.models.identity import policy_digest
 from r1s_jax.models.pretrained import load_pretrained

@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from r1s_jax.config import JudgeConfig
-from r1s_jax.learning.judged import JudgeFailure, stage_reward
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.protocol.solution import Solution
+from r1s_jax.rewards.judged import JudgeFailure, stage_reward
 from r1s_jax.rewards.registry import RewardError
 from tests.http_server import LocalServer
 from tests.makers import SHORT, run_cli
