@@ -52,7 +52,8 @@ NO_SYSTEM = (
 
 
 def test_a_template_without_a_system_role_says_what_helps():
-    with pytest.raises(ConfigError, match=r"no system role.*has none \(--prompt FILE.*prompt=base"):
+    told = r"no system role.*has none \(protocol.prompt=FILE.*prompt=base"
+    with pytest.raises(ConfigError, match=told):
         chat_renderer(letters(NO_SYSTEM + CHAT, bos=False))("Why?")
     broken = "{{ raise_exception('never') }}"
     with pytest.raises(ConfigError, match=r"never$"):

@@ -20,10 +20,11 @@ def _results(folder: Path) -> None:
 def _header() -> dict[str, Any]:
     """Of a file of answers to the questions of `_journal_questions`."""
     from r1s_jax.eval.header import describe
+    from r1s_jax.presets import EVALUATION
     from r1s_jax.protocol.dialects import make_dialect
 
-    asked = {"model": "m", "mode": "rag", "questions": "q", "k": 5, "prompt": None}
-    header = describe(asked, _journal_questions(), {"corpus": "c", "digests": {"a": "b"}})
+    source = {"corpus": "c", "digests": {"a": "b"}}
+    header = describe("m", "q", _journal_questions(), EVALUATION, source, mode="rag")
     header |= {"model": {"sha256": "5" * 64, "checkpoint": 7}, "searches": {"found": 3}}
     return header | {"dialect": make_dialect("r1_searcher").as_dict()}
 
