@@ -33,7 +33,7 @@ def whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def rows_so_far(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of whole_rows, each checked to be a `kind`; [] where there is no file yet."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, row in whole_rows(path) if path.exists() else ():
         check(row, kind, f"{path}, line {number}", DataError)
         rows.append(row)
