@@ -137,6 +137,7 @@ def test_an_export_is_read_by_older_transformers(model, tmp_path):
     assert again.tokenizer.encode("What is") == policy.tokenizer.encode("What is")
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_are_never_used(model, tmp_path):
     from safetensors.numpy import load_file, save_file
 

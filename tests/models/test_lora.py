@@ -67,6 +67,7 @@ def test_the_policy_with_adapters_is_the_merged_one():
     assert np.abs(without - merged).max() > 0.1
 
 
+@pytest.mark.slow
 def test_new_adapters_change_nothing():
     base = jax.jit(lambda: init_params(MODEL.without_lora(), 0))()
     adapted = jax.jit(lambda: add_adapters(base, MODEL, 0))()

@@ -223,7 +223,7 @@ print(told["recall"]["recall"], peak - before)
 """
 
 
-@pytest.mark.parametrize("kind", ["scann", "exact"])
+@pytest.mark.parametrize("kind", [pytest.param("scann", marks=pytest.mark.slow), "exact"])
 def test_memory_stays_below_twice_the_index(tmp_path, kind):
     faiss = pytest.importorskip("faiss")
     if kind == "scann":

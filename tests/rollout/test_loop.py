@@ -195,6 +195,7 @@ def test_drafts_give_the_same_tokens_in_fewer_passes(temperature):
     assert speculated.counters["decode_steps"] < plain.counters["decode_steps"]
 
 
+@pytest.mark.slow
 def test_an_int8_cache_draws_from_what_it_computes():
     """Nearly the same policy, log-probabilities near the exact ones."""
     rolled = roll(make_engine(dataclasses.replace(CONFIG, cache_dtype="int8")))
