@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from r1s_jax.data.traces import Trace, sample_traces
+from r1s_jax.io.fields import fits
 from r1s_jax.io.journal import DataError
 from r1s_jax.models.checkpoint import run_of
 from r1s_jax.tracking import charts
@@ -307,7 +308,7 @@ def _title(key: str) -> str:
 
 
 def _number(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not fits(value, float):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
@@ -324,7 +325,7 @@ def _tick(value: float) -> str:
 
 
 def _duration(seconds: Any) -> str:
-    if not isinstance(seconds, (int, float)):
+    if not fits(seconds, float):
         return "–"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -18,7 +18,7 @@ from r1s_jax.configs import tiny_world
 from r1s_jax.io.journal import DataError
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.system.files import write_json
-from r1s_jax.tracking import charts
+from r1s_jax.tracking import charts, report
 from r1s_jax.tracking.report import write_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -402,3 +402,8 @@ def test_every_axis_has_a_height(values):
     assert panel.y.low < panel.y.high
     for value in filter(math.isfinite, values):
         assert charts.TOP <= panel.y(value) <= charts.BOTTOM
+
+
+@pytest.mark.parametrize("value", [10**5000, True, "x", None, float("inf"), float("nan")])
+def test_what_is_no_number_is_shown_as_none(value):
+    assert report._number(value) == report._duration(value) == "–"
