@@ -404,6 +404,6 @@ def test_every_axis_has_a_height(values):
         assert charts.TOP <= panel.y(value) <= charts.BOTTOM
 
 
-@pytest.mark.parametrize("value", [10**5000, True, "x", None, float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [10**400, True, "x", None, float("inf"), float("nan")])
 def test_what_is_no_number_is_shown_as_none(value):
     assert report._number(value) == report._duration(value) == "–"
