@@ -308,7 +308,7 @@ def _title(key: str) -> str:
 
 
 def _number(value: Any) -> str:
-    if not fits(value, float):
+    if not (fits(value, float) or isinstance(value, float)):  # nan and inf say what happened
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
