@@ -29,7 +29,7 @@ from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.data.traces import read_traces
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.json import decode
-from r1s_jax.learning.partial_rollouts import CarryOver
+from r1s_jax.learning.partial_rollouts import PartialRollouts
 from r1s_jax.models.params import Params, init_params
 from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import shard_params
@@ -115,7 +115,7 @@ def _steps(
 ) -> Callable[[int], Rolled]:
     world: Any = _Questions()  # what is asked of an environment here
     if config.rollout.partial_rollouts:
-        carried = CarryOver(config, engine, world)
+        carried = PartialRollouts(config, engine, world)
         return lambda step: carried.roll(params, step, questions)
 
     def alone(step: int) -> Rolled:

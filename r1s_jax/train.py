@@ -206,6 +206,13 @@ class Run:
         with clock.time("collect"):
             batch = self.collector.collect(state.params, step, name, stage)
             kept = batch.first_groups(stage.questions_per_step)
+        # The baseline of reinforce++ is the batch: there, groups alike teach too.
+        if c.algorithm.estimator != "reinforce++" and not kept.teaches.any():
+            warn(
+                f"step {step + 1}: all answers to each question earned the same, so nothing is "
+                "learned from them: raise rollout.temperature or rollout.top_p, or take other "
+                "questions"
+            )
         with clock.time("update"):
             state, learned = gradient.learn(
                 state,

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from r1s_jax.config import AlgorithmConfig, Config, StageConfig
 from r1s_jax.data.environment import Environment
 from r1s_jax.learning.advantages import has_signal
-from r1s_jax.learning.partial_rollouts import CarryOver
+from r1s_jax.learning.partial_rollouts import PartialRollouts
 from r1s_jax.models.params import Params
 from r1s_jax.rewards.registry import BatchReward
 from r1s_jax.rewards.rules import Reward
@@ -82,7 +82,7 @@ class Collector:
         """`rewards` by the name of the stage, `stage1` or `stage2`."""
         self.config, self.engine, self.environment = config, engine, environment
         self.rewards = rewards
-        self.carried = CarryOver(config, engine, environment)
+        self.carried = PartialRollouts(config, engine, environment)
 
     def collect(self, params: Params, step: int, stage: str, settings: StageConfig) -> Rewarded:
         """The batch of a step (from 0); more than one where groups without signal abound.

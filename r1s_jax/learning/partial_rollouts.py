@@ -35,7 +35,7 @@ Group = list[InFlight]  # the samples of one question
 _WHERE = "the checkpoint's carried trajectories"
 
 
-class CarryOver:
+class PartialRollouts:
     """The groups in flight between the steps of a run."""
 
     def __init__(self, config: Config, engine: Engine, environment: Environment):

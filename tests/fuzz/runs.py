@@ -40,7 +40,7 @@ def _resumable(folder: Path) -> None:
 
 def _carried(step: int) -> str | None:
     from r1s_jax.data.questions import Question
-    from r1s_jax.learning.partial_rollouts import CarryOver
+    from r1s_jax.learning.partial_rollouts import PartialRollouts
     from r1s_jax.rollout.broker import Search
     from r1s_jax.rollout.in_flight import InFlight
 
@@ -48,7 +48,7 @@ def _carried(step: int) -> str | None:
     begun = {"occurrence": 0, "step": step, "draw": 0, "start": 3}
     flights = [InFlight.begun(asked, [1, 2, 3], sample=i, **begun) for i in range(2)]
     flights[0].note_first(Search(0, "Bakori", "found", ("Bakori   is a smith",), seconds=0.5))
-    carried = CarryOver(None, None, None)
+    carried = PartialRollouts(None, None, None)
     carried.groups = [flights]
     return carried.state()
 
@@ -66,7 +66,7 @@ def _resume(folder: Path) -> Any:
     """As a run resumes; what it goes on from, unless that is what was saved."""
     from r1s_jax.config import override
     from r1s_jax.configs import tiny_world
-    from r1s_jax.learning.partial_rollouts import CarryOver
+    from r1s_jax.learning.partial_rollouts import PartialRollouts
     from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint
     from r1s_jax.tracking.progress import Progress
     from r1s_jax.tracking.run_dir import open_run_dir
@@ -76,7 +76,7 @@ def _resume(folder: Path) -> Any:
         checkpoints = Checkpoints(run / "checkpoints", keep=3, run=run)
         try:
             progress = checkpoints.progress(Progress.of)
-            state, carried = checkpoints.restore(_state(0)), CarryOver(None, None, None)
+            state, carried = checkpoints.restore(_state(0)), PartialRollouts(None, None, None)
             with checkpoints.reading():
                 carried.restore(progress.carried)
             checkpoints.best()

@@ -12,7 +12,7 @@ from r1s_jax.data.environment import Batch
 from r1s_jax.data.questions import Question
 from r1s_jax.io.errors import BadInput, ConfigError
 from r1s_jax.learning.collect import Rewarded
-from r1s_jax.learning.partial_rollouts import CarryOver
+from r1s_jax.learning.partial_rollouts import PartialRollouts
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.rewards.registry import reward_rule
@@ -62,12 +62,12 @@ def engine(config):
 
 def steps(config, engine, *, restart: bool):
     """Six steps with one policy; `restart`: every step by a new process, so to say."""
-    carried, batches = CarryOver(config, engine, Worlds()), []
+    carried, batches = PartialRollouts(config, engine, Worlds()), []
     params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)
     for step in range(STEPS):
         if restart:
             state = carried.state()
-            carried = CarryOver(config, engine, Worlds())
+            carried = PartialRollouts(config, engine, Worlds())
             carried.restore(state)
         batches.append(carried.roll(params, step, SIZE))
     return batches, carried
@@ -170,7 +170,7 @@ def test_what_is_too_old_is_cut_off_and_counted(config):
 def test_damaged_state_is_refused(config, engine):
     carried = steps(config, engine, restart=False)[1]
     state = carried.state()
-    other = CarryOver(config, engine, Worlds())
+    other = PartialRollouts(config, engine, Worlds())
     for damaged in (state[:-7], state[:20] + "!" + state[21:], "nonsense", state[::-1]):
         with pytest.raises(BadInput, match="carried trajectories"):
             other.restore(damaged)
@@ -196,9 +196,9 @@ def test_first_searches_are_counted_and_too_many_that_fail_end_the_step(config, 
     engine = make_engine(searching)
     c = dataclasses.replace(config, rollout=searching)
     params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)
-    rolled = CarryOver(c, engine, Worlds()).roll(params, 0, SIZE)
+    rolled = PartialRollouts(c, engine, Worlds()).roll(params, 0, SIZE)
     # Of every question that was drawn, beside those of the policy.
     assert rolled.outcomes["found"] >= 2 * SIZE
     monkeypatch.setattr(Worlds, "retriever_of", lambda *_: RaisingRetriever())
     with pytest.raises(SearchFailure, match="2 of 2 searches failed"):
-        CarryOver(c, engine, Worlds()).roll(params, 0, SIZE)
+        PartialRollouts(c, engine, Worlds()).roll(params, 0, SIZE)
