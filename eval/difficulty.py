@@ -191,6 +191,7 @@ def _measure(
     engine = _engine(selection, policy)
     params = shard_params(policy.params, policy.model, engine.mesh)
     size, done = selection.questions_at_a_time, len(before)
+    seed = selection.settings.config().seed
     total = done + len(questions)
     with measured.open("a", encoding="utf-8") as file:
         for first in range(0, len(questions), size):
@@ -202,7 +203,7 @@ def _measure(
                 params,
                 padded,
                 samples=selection.rollouts,
-                seed=selection.settings.config().seed,
+                seed=seed,
                 step=0,
                 retriever=retriever,
             )

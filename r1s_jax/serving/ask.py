@@ -47,8 +47,8 @@ def ask(question: str, model: str, retriever: Retriever, settings: Settings) -> 
     prompt = _prompt(serving_loop.engine, question, printer)
     updates: queue.Queue[Update] = queue.Queue()
     seed = int.from_bytes(os.urandom(4)) >> 1
-    drawn = config.rollout.temperature, config.rollout.top_p
-    serving_loop.submit([Job(prompt, seed, updates.put, temperature=drawn[0], top_p=drawn[1])])
+    c = config.rollout
+    serving_loop.submit([Job(prompt, seed, updates.put, temperature=c.temperature, top_p=c.top_p)])
     finish = Finish.NONE
     while finish == Finish.NONE:
         update = updates.get()
