@@ -16,26 +16,24 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from r1s_jax.io import listen
 from r1s_jax.io.listen import bind
-from r1s_jax.io.origins import Callers, callers, guarded
+from r1s_jax.io.origins import Callers, callers
+from r1s_jax.io.service import Refused, answered, metrics_reply, read_body
+from r1s_jax.io.service import make_app as make_service
 from r1s_jax.io.text import is_whole_number
 from r1s_jax.retrieval.api import Hit, Retriever
 
@@ -63,14 +61,6 @@ class Limits:
     characters: int = 2**14  # of a query, and about so many of those that are searched together
     waiting: int = 20_000  # queries that wait for the search thread
     batch: int = 64  # queries searched together; a larger request takes several turns
-
-
-class Refused(Exception):
-    """A request that is not searched, with its status."""
-
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
 
 
 @dataclass(eq=False)
@@ -214,40 +204,34 @@ class _Service:
         return JSONResponse({"status": "ok", "passages": len(self._retriever)})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+        return metrics_reply(self._registry)
+
+    def count(self, request: Request, status: int) -> None:
+        """One more request was answered."""
+        self._requests.labels(request.url.path, status).inc()
 
     async def _answer(
         self, request: Request, k_name: str, reply: Callable[[dict, list[Sequence[Hit]]], dict]
     ) -> Response:
-        started, headers = time.perf_counter(), {}
-        content: Any
-        try:
-            raw = await listen.read_body(request, self._limits.body_bytes)
+        with self._seconds.labels(request.url.path).time():
+            raw = await read_body(request, self._limits.body_bytes, Refused)
             body = _parse(raw, k_name, self._limits)
-            found = self.batcher.submit(body["queries"], body[k_name])
-            hits = await asyncio.wrap_future(found)
-            self._queries.inc(len(hits))
+            hits = await self._search(body["queries"], body[k_name])
             # Of thousands of passages: the other requests must not wait for it.
             content = await asyncio.to_thread(lambda: msgspec.json.encode(reply(body, hits)))
-            status = 200
-        except Refused as error:
-            status, content = error.status, {"error": str(error)}
-            headers = {"Retry-After": "1"} if status == 503 else {}
-        except listen.TooLarge as error:
-            status, content = 413, {"error": str(error)}
-        except listen.NotJson as error:
-            status, content = 415, {"error": str(error)}
-        except ClientDisconnect:
-            status, content = 400, {"error": "the client went away"}
+        self.count(request, 200)
+        return Response(content, media_type="application/json")
+
+    async def _search(self, queries: list[str], k: int) -> list[Sequence[Hit]]:
+        found = self.batcher.submit(queries, k)
+        try:
+            hits = await asyncio.wrap_future(found)
         except Exception as error:
             logger.exception("a search failed")
             self._errors.inc()
-            status, content = 500, {"error": f"the search failed: {error!r}"}
-        self._requests.labels(request.url.path, status).inc()
-        self._seconds.labels(request.url.path).observe(time.perf_counter() - started)
-        if status == 200:
-            return Response(content, media_type="application/json")
-        return JSONResponse(content, status, headers)
+            raise Refused(500, f"the search failed: {error!r}") from error
+        self._queries.inc(len(hits))
+        return hits
 
 
 def _parse(raw: bytes, k_name: str, limits: Limits) -> dict[str, Any]:
@@ -317,26 +301,14 @@ def make_app(retriever: Served, limits: Limits, allowed: Callers | None = None) 
     """
     service = _Service(retriever, limits)
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(service.batcher.close)
-
-    def error(request: Request, refused: Exception) -> Response:
-        assert isinstance(refused, HTTPException)  # as registered below
-        told = refused.detail
-        if refused.status_code in (404, 405):
-            told = f"{told}: this server has {_SERVED}"
-        return JSONResponse({"error": told}, refused.status_code, refused.headers)
-
     routes = [
-        Route("/queries", service.queries, methods=["POST"]),
-        Route("/retrieve", service.retrieve, methods=["POST"]),
+        Route("/queries", answered(service.queries, Refused, service.count), methods=["POST"]),
+        Route("/retrieve", answered(service.retrieve, Refused, service.count), methods=["POST"]),
         Route("/healthz", service.healthz),
         Route("/metrics", service.metrics),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: error})
-    return guarded(app, allowed or Callers(), lambda why: JSONResponse({"error": why}, 403))
+    close = service.batcher.close
+    return make_service(routes, served=_SERVED, refuse=Refused, close=close, allowed=allowed)
 
 
 def serve(

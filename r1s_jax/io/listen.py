@@ -1,4 +1,4 @@
-"""Serving HTTP to strangers: sockets, slow clients, large bodies, and an end in good order.
+"""Serving HTTP to strangers: sockets, slow clients, and an end in good order.
 
 Of the extra `serve`; every server of ours listens through this.
 """
@@ -12,48 +12,14 @@ from typing import Any
 
 import h11
 import uvicorn
-from starlette.requests import Request
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
-
-from r1s_jax.io.errors import shorten
 
 DRAIN_S = 30  # for what is in flight when a server is told to stop
 _KEEP_ALIVE_S = 75
 _STARTUP_S = 60
 _REQUEST_S = 90  # from the connection, or the answer before, to a whole request
 _LAST_S = 1.0  # the same once the server is told to stop
-
-
-class TooLarge(Exception):
-    """A request with a larger body than is read."""
-
-
-class NotJson(Exception):
-    """A request whose `Content-Type` is another than JSON's: any web page may send such."""
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body, at most `limit` bytes; raises TooLarge and NotJson.
-
-    One that is too large is read on for a while, or its sender sees no answer.
-    """
-    size = 0
-    parts: list[bytes] = []
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            parts.append(chunk)
-        elif size > 16 * limit:
-            break
-    if size > limit:
-        raise TooLarge(f"the request has more than {limit:,} bytes")
-    kind = request.headers.get("content-type", "")
-    if kind.partition(";")[0].strip().lower() != "application/json":
-        raise NotJson(
-            f"expected the header Content-Type: application/json, found {shorten(kind, 80)!r}"
-        )
-    return b"".join(parts)
 
 
 def bind(host: str, port: int) -> socket.socket:

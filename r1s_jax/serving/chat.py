@@ -5,7 +5,8 @@ from typing import Any
 
 import msgspec
 
-from r1s_jax.io.errors import BadInput, UserError
+from r1s_jax.io import service
+from r1s_jax.io.errors import BadInput
 from r1s_jax.io.json import parse_object
 from r1s_jax.io.schema import check
 from r1s_jax.protocol.dialect import Message
@@ -61,7 +62,7 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Refused(UserError):
+class Refused(service.Refused):
     """A request that is not answered, as OpenAI's server would say it."""
 
     def __init__(
@@ -71,10 +72,11 @@ class Refused(UserError):
         *,
         param: str | None = None,
         code: str | None = None,
-        kind: str = "invalid_request_error",
+        kind: str = "",
     ):
-        super().__init__(message)
-        self.status, self.param, self.code, self.kind = status, param, code, kind
+        super().__init__(status, message)
+        self.param, self.code = param, code
+        self.kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
 
     def json(self) -> dict[str, Any]:
         """The body of the reply."""

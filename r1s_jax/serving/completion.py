@@ -201,7 +201,7 @@ class Completion:
             try:
                 deltas = self._answers[i].feed(update)
             except Failed as failed:
-                raise Refused(500, str(failed), kind="server_error") from None
+                raise Refused(500, str(failed)) from None
             if update.tokens:
                 self._desk.meters.first_token(self, time.monotonic() - self._started)
             for delta in deltas:

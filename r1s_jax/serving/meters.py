@@ -3,7 +3,7 @@
 import time
 from collections import deque
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from r1s_jax.serving.jobs import Jobs
 
@@ -63,11 +63,11 @@ class Meters:
         self._begun.discard(id(completion))
         self._seconds.observe(seconds)
 
-    def text(self) -> bytes:
+    def registry(self) -> CollectorRegistry:
         """Everything, for a scraper."""
         for outcome, count in self._serving_loop.engine.broker.counts.items():
             self._searches.labels(outcome).set(count)
-        return generate_latest(self._registry)
+        return self._registry
 
     def _rate(self) -> float:
         """Tokens a second since about ten seconds ago, or the scrape before."""

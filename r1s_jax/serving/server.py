@@ -9,35 +9,27 @@
 
 import asyncio
 import hmac
-import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from importlib import resources
-from typing import Any
 
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from r1s_jax.io import listen
-from r1s_jax.io.errors import ConfigError, shorten
-from r1s_jax.io.origins import Callers, guarded
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.origins import Callers
+from r1s_jax.io.service import Handler, answered, metrics_reply, read_body
+from r1s_jax.io.service import make_app as make_service
 from r1s_jax.serving.chat import Refused
 from r1s_jax.serving.completion import Completion, Desk, Limits
 from r1s_jax.serving.events import EventStream, disconnected
 from r1s_jax.serving.jobs import Jobs
 
-logger = logging.getLogger(__name__)
-
 _PAGE = resources.files("r1s_jax.serving").joinpath("page.html")
 _SCRIPT = resources.files("r1s_jax.serving").joinpath("page.js")
 _POLICY_OF_PAGE = "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; "
 _POLICY_OF_PAGE += "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-_RETRY_AFTER_S = "2"
 _SERVED = "POST /v1/chat/completions, GET /v1/models, /health, /metrics and the page at /"
 
 
@@ -68,31 +60,24 @@ class Service:
             if why := self._serving_loop.failed or (
                 "the server is stopping" if self.stopping else ""
             ):
-                raise Refused(503, why, kind="server_error")
-            raw = await self._body(request)
+                raise Refused(503, why)
+            raw = await read_body(request, self.limits.body_bytes, Refused)
             completion = Completion(self.desk, started)
             asked = await completion.read(raw)
             if asked.stream:
                 stream, completion = EventStream(completion.events(), completion.leave), None
                 return stream
             return await self._whole(completion, request)
-        except Refused as refused:
-            return self._refusal(refused)
-        except ClientDisconnect:
-            return self._refusal(Refused(400, "the client went away"))
         finally:
             if completion:
                 completion.leave()
 
     async def models(self, request: Request) -> Response:
         model = {"id": self._name, "object": "model", "created": 0, "owned_by": "r1s_jax"}
-        try:
-            self._check_key(request)
-            if named := request.path_params.get("name"):
-                self.desk.check_model(named)
-                return JSONResponse(model)
-        except Refused as refused:
-            return self._refusal(refused)
+        self._check_key(request)
+        if named := request.path_params.get("name"):
+            self.desk.check_model(named)
+            return JSONResponse(model)
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(self, request: Request) -> Response:
@@ -102,7 +87,7 @@ class Service:
         return JSONResponse(told, 503 if failed or self.stopping else 200)
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self.meters.text(), media_type="text/plain; version=0.0.4")
+        return metrics_reply(self.meters.registry())
 
     async def page(self, request: Request) -> Response:
         headers = {"Content-Security-Policy": _POLICY_OF_PAGE, "X-Content-Type-Options": "nosniff"}
@@ -120,14 +105,6 @@ class Service:
         if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
             raise Refused(401, "Incorrect API key provided", code="invalid_api_key")
 
-    async def _body(self, request: Request) -> bytes:
-        try:
-            return await listen.read_body(request, self.limits.body_bytes)
-        except listen.TooLarge as error:
-            raise Refused(413, str(error)) from None
-        except listen.NotJson as error:
-            raise Refused(415, str(error)) from None
-
     async def _whole(self, completion: Completion, request: Request) -> Response:
         work = asyncio.ensure_future(completion.finish())
         gone = asyncio.ensure_future(disconnected(request.receive))
@@ -142,14 +119,9 @@ class Service:
         self.meters.request(200)
         return Response(completion.as_json(), media_type="application/json")
 
-    def _refusal(self, refused: Refused) -> Response:
-        self.meters.request(refused.status)
-        headers = {}
-        if refused.status in (429, 503):
-            headers["Retry-After"] = _RETRY_AFTER_S
-        if refused.status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(refused.json(), refused.status, headers)
+    def count(self, request: Request, status: int) -> None:
+        """One more request was answered."""
+        self.meters.request(status)
 
 
 def check_key(key: str) -> str:
@@ -168,30 +140,8 @@ def make_app(service: Service, allowed: Callers | None = None) -> ASGIApp:
     By default only loopback's names and the server's own page are `allowed`.
     """
 
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        await asyncio.to_thread(service.desk.close)
-
-    def error(request: Request, refused: Exception) -> Response:
-        assert isinstance(refused, HTTPException)  # as registered below
-        told = refused.detail
-        if refused.status_code in (404, 405):
-            told = f"{told}: {request.method} {shorten(request.url.path, 80)}; served is {_SERVED}"
-        body = Refused(refused.status_code, told).json()
-        return JSONResponse(body, refused.status_code, refused.headers)
-
-    def handled(handler: Callable[[Request], Awaitable[Response]]) -> Any:
-        async def handle(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except Exception:
-                logger.exception("a request failed")
-                service.meters.request(500)
-                broken = Refused(500, "the server failed", kind="server_error")
-                return JSONResponse(broken.json(), 500)
-
-        return handle
+    def handled(handler: Handler) -> Handler:
+        return answered(handler, Refused, service.count)
 
     routes = [
         Route("/v1/chat/completions", handled(service.chat), methods=["POST"]),
@@ -202,7 +152,5 @@ def make_app(service: Service, allowed: Callers | None = None) -> ASGIApp:
         Route("/", service.page),
         Route("/page.js", service.script),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: error})
-    return guarded(
-        app, allowed or Callers(), lambda why: JSONResponse(Refused(403, why).json(), 403)
-    )
+    close = service.desk.close
+    return make_service(routes, served=_SERVED, refuse=Refused, close=close, allowed=allowed)

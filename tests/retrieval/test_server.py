@@ -145,8 +145,8 @@ def test_our_own_client_finds_what_the_index_finds(server, index, path):
         ("/queries", b" " * (2**22 + 1), 413, "more than 4,194,304 bytes"),
         ("/queries", {"queries": ["x" * 16_385]}, 413, "16,385 characters; the most is 16,384"),
         ("/queries", {"queries": ["a"] * 4096, "k": 11}, 413, "40,960 passages a request"),
-        ("/nothing", {}, 404, "Not Found: this server has POST /queries"),
-        ("/healthz", {}, 405, "Method Not Allowed: this server has"),
+        ("/nothing", {}, 404, "Not Found: POST /nothing; this server has POST /queries"),
+        ("/healthz", {}, 405, "Method Not Allowed: POST /healthz; this server has"),
     ],
 )
 def test_wrong_requests_are_told_so(server, path, body, status, message):

@@ -255,7 +255,7 @@ def test_what_is_not_there_is_told_what_is(url, path):
     with pytest.raises(urllib.error.HTTPError) as refused:
         get(url + path)
     said = json.loads(refused.value.read())["error"]["message"]
-    assert f"GET {path}; served is POST {CHAT}, GET /v1/models" in said
+    assert f"GET {path}; this server has POST {CHAT}, GET /v1/models" in said
 
 
 def test_the_model_by_its_name(url, client):
