@@ -58,8 +58,6 @@ class EvalRun:
     limit: int = 0  # questions at most; 0: all
 
     def __post_init__(self) -> None:
-        if self.mode not in ("search", "rag", "direct"):
-            raise ConfigError(f"mode {self.mode!r}: take search, rag or direct")
         if self.samples < 1:
             raise ConfigError(f"samples={self.samples}: at least one answer a question")
         if self.samples > 1 and self.settings.config().rollout.temperature < GREEDY_BELOW:

@@ -9,8 +9,8 @@ import typer
 
 from r1s_jax.commands import corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
-from r1s_jax.commands.renamed import refuse_renamed
 from r1s_jax.io.errors import UserError, shorten
+from r1s_jax.io.renamed import refuse_renamed
 from r1s_jax.system.chips import hide_tpu_runtime
 from r1s_jax.system.console import read_as_utf8, speak_to_any_terminal
 from r1s_jax.system.memory import keep_memory

@@ -13,7 +13,7 @@ from types import ModuleType
 import r1s_jax.configs as package
 from r1s_jax.config import Config, override
 from r1s_jax.io.errors import ConfigError, reading
-from r1s_jax.io.overrides import RETIRED, retired
+from r1s_jax.io.renamed import FIELDS, retired
 
 
 def titles() -> dict[str, str]:
@@ -91,7 +91,7 @@ def _of_user(file: Path) -> Iterator[None]:
         told = str(error) if str(file) in str(error) else f"{file}: {error}"
         if named := re.search(r"unexpected keyword argument '(\w+)'", told):
             told += "".join(
-                f"; {r}" for p in RETIRED if p.endswith(f".{named[1]}") and (r := retired(p))
+                f"; {r}" for p in FIELDS if p.endswith(f".{named[1]}") and (r := retired(p))
             )
         raise ConfigError(told) from error
     except SystemExit as error:

@@ -17,7 +17,7 @@ from r1s_jax.config import (
     TinyWorldConfig,
     override,
 )
-from r1s_jax.io import overrides
+from r1s_jax.io import renamed
 from r1s_jax.io.errors import ConfigError
 
 MODEL = ModelConfig(32, 8, 16, 1, 2, 1, 4)
@@ -125,8 +125,8 @@ def test_a_bad_override_is_named(assignment, complaint):
     ],
 )
 def test_a_field_that_is_no_more_says_what_to_do(path, complaint, monkeypatch):
-    monkeypatch.setitem(overrides.RETIRED, "rollout.old_slots", "rollout.slots")
-    monkeypatch.setitem(overrides.RETIRED, "rollout.older", "set two others")
+    monkeypatch.setitem(renamed.FIELDS, "rollout.old_slots", "rollout.slots")
+    monkeypatch.setitem(renamed.FIELDS, "rollout.older", "set two others")
     for value in ("0", "false"):
         with pytest.raises(ConfigError, match=complaint):
             override(make_config(), [f"{path}={value}"])
@@ -139,7 +139,7 @@ def test_a_value_by_its_old_name_names_the_new_one():
 
 def test_fields_that_are_no_more_are_no_fields():
     for made in (make_config(), CORPUS):
-        for path in overrides.RETIRED:
+        for path in renamed.FIELDS:
             section, _, name = path.partition(".")
             assert not hasattr(getattr(made, section), name)
 

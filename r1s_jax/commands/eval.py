@@ -3,7 +3,7 @@
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,7 +28,10 @@ QuestionsFile = Annotated[
     ),
 ]
 AnswersOut = Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")]
-How = Annotated[str, typer.Option(help="search; rag (one search, of the question); direct (none).")]
+How = Annotated[
+    Literal["search", "rag", "direct"],
+    typer.Option(help="rag: one search, of the question; direct: none."),
+]
 FirstFew = Annotated[int, typer.Option(min=0, help="Only the first so many questions; 0: all.")]
 Samples = Annotated[
     int,
@@ -66,7 +69,7 @@ def run(
     from r1s_jax.system.console import progress_bar
 
     settings = Settings(presets.evaluation, changes or ())
-    run = EvalRun(questions, model, settings, cast(Any, mode), samples, limit)
+    run = EvalRun(questions, model, settings, mode, samples, limit)
     engine, source = None, {}
     if mode != "direct":
         engine, source = open_search_engine(index, retriever, site if online else None)

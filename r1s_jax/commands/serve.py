@@ -68,7 +68,7 @@ def serve(
         ) from error
     allowed = callers(host, cors or (), key=bool(api_key))
     settings = Settings(presets.serving, changes or ())
-    settings.config()  # a wrong one is said before anything is loaded
+    start.checked(settings)  # a wrong one is said before anything is loaded
     found, _ = open_search_engine(index, retriever, site if online else None)
     with listen.bind(host, port) as bound:
         service = start.start(

@@ -3,37 +3,15 @@
 import contextlib
 import dataclasses
 import difflib
-import json
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, cast
 
 from r1s_jax.io.errors import ConfigError, shorten
 from r1s_jax.io.fields import check_bounds, declared, described, fits
+from r1s_jax.io.renamed import VALUES, retired
 
 T = TypeVar("T")
-
-# Fields that are no more, by their path, until 0.3: a text says what to write instead, which may be
-# the path of the field that took its place; any other value is what the field is fixed at.
-RETIRED: dict[str, Any] = {
-    "environment.two_hop_fraction": 0.5,
-    "environment.guess_fraction": 0.2,
-    "environment.two_hop_guess_fraction": 0.5,
-    "environment.search_weight": 0.08,
-    "environment.guess_weight": 0.05,
-    "rollout.stop_at_answer": True,
-    "rollout.carry_over": "rollout.partial_rollouts",
-    "rollout.max_age": "rollout.max_staleness",
-    "rollout.drafts": "rollout.speculative_tokens",
-    "rollout.first_search": "rollout.retrieve_first",
-    "algorithm.importance_cap": "algorithm.tis_cap",
-    "algorithm.likelihood_coefficient": "algorithm.llds_coefficient",
-    "algorithm.mask_void": "algorithm.mask_unanswered",
-    "optimizer.micro_rows": "optimizer.micro_batch_rows",
-    "environment.known_people": "environment.memorised_people",
-    "environment.known_fraction": "environment.memorised_fraction",
-}
-_RENAMED_VALUES = {"group_norm": "grpo"}  # until 0.3
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
@@ -50,17 +28,6 @@ def override(config: T, assignments: Sequence[str]) -> T:
             raise ConfigError(f"{assignment!r} is no override: write section.field=value")
         changes.append((path.strip().split("."), text.strip(), path.strip()))
     return _apply(config, changes)
-
-
-def retired(path: str) -> str | None:
-    """What to do about a field that is no more; None for any other."""
-    if path not in RETIRED:
-        return None
-    instead = RETIRED[path]
-    if not isinstance(instead, str):
-        return f"{path} is fixed at {json.dumps(instead)} now: leave it out"
-    is_path = instead.replace("_", "").replace(".", "").isalnum()
-    return f"{path} is called {instead} now" if is_path else f"{path} is no more: {instead}"
 
 
 def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
@@ -113,6 +80,6 @@ def _parse(kind: Any, text: str, whole: str) -> Any:
     elif kind is not str and typing.get_origin(kind) is not Literal and kind not in (int, float):
         raise ConfigError(f"{whole} cannot be set from the command line ({described(kind)})")
     if not fits(value, kind):
-        renamed = f"; {text} is called {new} now" if (new := _RENAMED_VALUES.get(text)) else ""
+        renamed = f"; {text} is called {new} now" if (new := VALUES.get(text)) else ""
         raise ConfigError(f"{whole}={shorten(text, 80)!r}: must be {described(kind)}{renamed}")
     return value

@@ -1,7 +1,6 @@
 """Answering one question at the terminal, streamed: a client of the serving loop with one slot."""
 
 import itertools
-import os
 import queue
 
 import jax
@@ -44,17 +43,19 @@ def ask(question: str, model: str, retriever: Retriever, settings: Settings) -> 
     config = settings.config(policy.model.max_position)
     serving_loop = ServingLoop(policy, retriever, config.rollout, search=config.search, waiting=0)
     printer = _Printer(serving_loop.engine)
-    prompt = _prompt(serving_loop.engine, question, printer)
     updates: queue.Queue[Update] = queue.Queue()
-    seed = int.from_bytes(os.urandom(4)) >> 1
-    c = config.rollout
-    serving_loop.submit([Job(prompt, seed, updates.put, temperature=c.temperature, top_p=c.top_p)])
-    finish = Finish.NONE
-    while finish == Finish.NONE:
-        update = updates.get()
-        printer.feed(update)
-        finish = update.finish
-    serving_loop.close()
+    temperature, top_p = config.rollout.temperature, config.rollout.top_p
+    try:
+        prompt = _prompt(serving_loop.engine, question, printer)
+        job = Job(prompt, config.seed, updates.put, temperature=temperature, top_p=top_p)
+        serving_loop.submit([job])
+        finish = Finish.NONE
+        while finish == Finish.NONE:
+            update = updates.get()
+            printer.feed(update)
+            finish = update.finish
+    finally:
+        serving_loop.close()
     console.print()
     if not finish.complete:
         why = update.error or _WHY.get(finish, finish.name)

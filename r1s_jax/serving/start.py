@@ -9,10 +9,11 @@ from typing import Any
 
 from r1s_jax.io import listen
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.fields import check
 from r1s_jax.io.origins import Callers
 from r1s_jax.models.checkpoint import run_of
 from r1s_jax.models.pretrained import default_dtype, load_pretrained
-from r1s_jax.presets import SERVING, Settings
+from r1s_jax.presets import SERVING, InferenceConfig, Settings
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.serving.completion import Limits
 from r1s_jax.serving.loop import ServingLoop
@@ -37,7 +38,7 @@ def start(
     ConfigError for a key that no client can send.
     """
     check_key(key)
-    asked = settings.config().protocol
+    asked = checked(settings).protocol
     policy = load_pretrained(model, default_dtype()).speaking(asked)
     config = settings.config(policy.model.max_position)
     console.print("Compiling")
@@ -45,6 +46,13 @@ def start(
     serving_loop = kind(policy, retriever, config.rollout, search=config.search, waiting=waiting)
     limits = Limits(deadline_s=deadline_s)
     return Service(serving_loop, name or name_of(model), key=key, limits=limits)
+
+
+def checked(settings: Settings) -> InferenceConfig:
+    """The settings, before the model is known. ConfigError for one that a server cannot heed."""
+    config = settings.config()
+    check(not config.seed, "seed is a setting of each request: leave it out")
+    return config
 
 
 def name_of(model: str) -> str:

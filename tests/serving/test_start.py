@@ -1,8 +1,11 @@
-"""What a served model is called."""
+"""What a served model is called, and what a server does not heed."""
 
 import pytest
 
-from r1s_jax.serving.start import name_of
+from r1s_jax import presets
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.presets import Settings
+from r1s_jax.serving.start import checked, name_of
 
 
 @pytest.mark.parametrize(
@@ -31,3 +34,8 @@ def test_a_model_has_the_name_of_its_folder_or_repository(model, name, tmp_path,
     (run / "config.json").touch()
     monkeypatch.chdir(run)
     assert name_of(model.format(here=run)) == name
+
+
+def test_a_seed_is_of_a_request_and_not_of_a_server():
+    with pytest.raises(ConfigError, match="seed is a setting of each request"):
+        checked(Settings(presets.serving, ["seed=3"]))
