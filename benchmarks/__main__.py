@@ -86,7 +86,7 @@ def rollout(
     ] = 0.0,
     limit: Annotated[int, typer.Option(min=1, max=65536, help="Tokens that one may write.")] = 2048,
     partial_rollouts: Annotated[
-        bool, typer.Option("--carry-over", help="Keep what is unfinished for the next batch.")
+        bool, typer.Option("--partial-rollouts", help="Keep what is unfinished for the next batch.")
     ] = False,
     batch: Annotated[int, typer.Option(min=16, help="Trajectories of a batch.")] = 256,
     batches: Annotated[int, typer.Option(min=1, help="How many batches.")] = 8,

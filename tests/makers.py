@@ -1,10 +1,12 @@
 """What tests of several rooms are made of: small models, engines, learners, batches."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -362,3 +364,19 @@ def step(learner: Learner, batch: PackedBatch, micro: int):
     params = make_params(learner.model)
     state, metrics = learner.update(learner.init(params, keep_reference=True), batch, micro)
     return jax.device_get(state.params), metrics
+
+
+METRICS_PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
+
+
+def documented_columns() -> set[str]:
+    """The columns of metrics.jsonl that docs/metrics.md has a row of a table for."""
+    tables = METRICS_PAGE.read_text("utf-8").partition("## Health signals")[0]
+    cells = re.findall(r"^\| (`[^|]+`[^|]*) \|", tables, re.M)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+def undocumented(row: dict[str, Any]) -> set[str]:
+    """The columns of a row of metrics.jsonl that docs/metrics.md does not name."""
+    found = {re.sub(r"^token_age_\d+$", "token_age_0", name) for name in row}
+    return found - documented_columns()

@@ -26,7 +26,7 @@ from r1s_jax.tracking.progress import Progress
 from r1s_jax.tracking.report import write_report
 from r1s_jax.tracking.run_dir import open_run_dir
 from r1s_jax.train import Run, train
-from tests.makers import SHORT, run_cli
+from tests.makers import SHORT, run_cli, undocumented
 
 # What the clock decides; everything else of a row must not depend on when a run was stopped.
 TIMES = ("seconds", "_per_s", "compilations", "host_memory")
@@ -83,7 +83,7 @@ def test_a_run_leaves_its_files(whole):
     named |= {"logprob_diff_max", "grad_norm", "response_length", "sampled_tokens_per_s"}
     named |= {"trained_tokens_per_s", "seconds_rollout", "seconds_reward", "seconds_update"}
     for row in rows:
-        assert named <= row.keys()
+        assert named <= row.keys() and not undocumented(row)
         assert row["logprob_diff_max"] < 1e-4, "training sees what sampling saw"
     assert [row["compilations"] for row in rows[2:]] == [0] * 4, "nothing is compiled again"
     for trace in rows_so_far(whole / "traces.jsonl"):
@@ -194,6 +194,7 @@ def test_carrying_over_is_the_same_run_when_killed_and_resumed(tmp_path):
     rows = rows_so_far(paths[0] / "metrics.jsonl")
     assert sum(row["partial_trajectories"] for row in rows) > 0
     assert max(row["token_age_mean"] for row in rows) > 0
+    assert not undocumented(rows[-1])
     assert [row["decode_steps"] for row in rows] == [
         row["decode_steps"] for row in rows_so_far(paths[1] / "metrics.jsonl")
     ]
