@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help quickstart wiki test test-aot fuzz test-all lint format clean
+.PHONY: help quickstart wiki test test-aot fuzz test-all lint format docs dist clean
 
 help: ## What can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,14 @@ format: .venv/dev ## Format in place
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: .venv/publish ## Build the site in docs/_build; a broken link or reference fails
+	$(BIN)/sphinx-build -q -W --keep-going -E docs docs/_build $(ARGS)
+
+dist: .venv/publish ## Build sdist and wheel in dist/ and check their metadata
+	rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
 clean: ## Remove the virtual environment
 	rm -rf .venv
 
@@ -46,6 +54,10 @@ clean: ## Remove the virtual environment
 
 .venv/dev: .venv/ready
 	$(INSTALL) -e ".[dev]"
+	touch $@
+
+.venv/publish: .venv/dev
+	$(INSTALL) -e ".[dev,publish]"
 	touch $@
 
 .venv/aot: .venv/dev

@@ -1,3 +1,3 @@
 """r1s_jax: teach a language model to search, in one JAX program."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

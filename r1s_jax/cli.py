@@ -1,12 +1,16 @@
 """The `r1s` command: registers the commands, and says what went wrong."""
 
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable
+from importlib import metadata
+from typing import Annotated
 
 import typer
 
+from r1s_jax import __version__
 from r1s_jax.commands import corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.io.errors import UserError, shorten
@@ -61,6 +65,24 @@ for name, group in {
     "eval": eval_.app,
 }.items():
     app.add_typer(group, name=name)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        python, jax = platform.python_version(), metadata.version("jax")
+        typer.echo(f"r1s_jax {__version__} (jax {jax}, Python {python})")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions."),
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
 
 # Switches of JAX that change what its numbers and shapes mean. Our programs hold for the defaults.
 _JAX_SWITCHES = (

@@ -4,11 +4,12 @@ import ast
 import json
 import os
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
-from r1s_jax import cli
+from r1s_jax import __version__, cli
 from r1s_jax.config import MeshConfig
 from r1s_jax.data.tiny_world import TinyWorld, build_tokenizer
 from r1s_jax.io.errors import ConfigError
@@ -26,6 +27,14 @@ def test_help_teaches():
     for word in ("train", "ask", "index", "tiny_world", "wheel:name==version"):
         assert word in text
     assert "--resume" in run("train", "--help").output
+
+
+def test_version_is_that_of_the_changelog_and_the_citation():
+    said = run("--version").stdout
+    root = Path(__file__).parents[1]
+    assert said.startswith(f"r1s_jax {__version__} (jax ")
+    assert f"\n## [{__version__}] - " in (root / "CHANGELOG.md").read_text("utf-8")
+    assert f"\nversion: {__version__}\n" in (root / "CITATION.cff").read_text("utf-8")
 
 
 def test_configs_lists_every_recipe():

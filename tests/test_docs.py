@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -12,7 +13,7 @@ from r1s_jax import cli
 from r1s_jax.recipes import load_recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 _BLOCK = re.compile(r"```bash\n(.*?)```", re.S)
 
 
@@ -46,7 +47,7 @@ def test_every_command_is_one(words, start):
 
 
 def test_every_make_target_is_there():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = [words[1] for _, words in COMMANDS if words[:1] == ["make"]]
     assert named and set(named) <= targets
 
@@ -74,3 +75,34 @@ def test_agents_page_tells_where_ten_changes_go():
     assert len(rows) == 10
     for change, files in rows:
         assert re.findall(r"`([\w./]+\.py)`", files), change
+
+
+def names(app: typer.Typer, start: str) -> list[str]:
+    """Every command of a program, as it is typed."""
+
+    def inner(command: Any, words: str) -> list[str]:
+        found = getattr(command, "commands", {})
+        return [n for w, c in found.items() for n in inner(c, f"{words} {w}")] or [words]
+
+    return inner(typer.main.get_command(app), start)
+
+
+def test_every_command_stands_in_a_page():
+    text = " ".join(" ".join(page.read_text("utf-8").split()) for page in PAGES)
+    commands = [*names(cli.app, "r1s"), *names(benchmarks, "python -m benchmarks")]
+    assert len(commands) > 30
+    assert not [command for command in commands if command not in text]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 170
+
+
+def test_every_page_is_in_the_site():
+    contents = (ROOT / "docs" / "index.md").read_text("utf-8")
+    listed = {
+        name
+        for block in re.findall(r"```{toctree}(.*?)```", contents, re.S)
+        for name in re.findall(r"^(\w+)$", block, re.M)
+    }
+    assert listed == {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
