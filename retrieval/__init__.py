@@ -1,1 +1,1 @@
-"""Corpora, encoders and indexes: from text to documents; imports nothing from the rest."""
+"""Corpora, encoders, indexes and search engines: passages found for queries."""

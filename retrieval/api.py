@@ -1,4 +1,4 @@
-"""What a search engine is: passages with a title and a text, hits, and who finds them."""
+"""Passages with a title and a text, hits, and the protocol of search engines."""
 
 import re
 from collections.abc import Sequence
@@ -32,8 +32,8 @@ def contents_line(contents: str) -> str:
     return join_line(title.removeprefix('"').removesuffix('"'), body)
 
 
-_title = property(lambda self: split_line(self.line)[0], doc="Of the page; may be empty.")
-_text = property(lambda self: split_line(self.line)[1], doc="Without the title.")
+_title = property(lambda self: split_line(self.line)[0], doc="The page's title; may be empty.")
+_text = property(lambda self: split_line(self.line)[1], doc="The line without the title.")
 
 
 class Passage(NamedTuple):
@@ -47,9 +47,9 @@ class Passage(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A passage found, with its score: of vectors, the cosine of the passage's and the query's.
+    """A passage found, with its score: for vectors, the cosine of passage and query.
 
-    `id` is empty and `score` NaN where a server does not tell them.
+    `id` is empty and `score` NaN where a server does not send them.
     """
 
     id: str
@@ -61,7 +61,7 @@ class Hit(NamedTuple):
 
 
 class Retriever(Protocol):
-    """Anything that finds passages: an index, a remote service, the web. Called from threads."""
+    """Finds passages: an index, a remote service, the web. Several threads may call it at once."""
 
     def search(self, queries: Sequence[str], k: int) -> Sequence[Sequence[Hit]]:
         """The `k` best passages of each query, best first."""

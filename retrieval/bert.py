@@ -32,7 +32,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 
 
 class _BertFile(msgspec.Struct):
-    """Of a `config.json`, what is read here."""
+    """The fields of `config.json` that are read here."""
 
     num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1024)]
     num_attention_heads: Annotated[int, msgspec.Meta(ge=1, le=1024)]
@@ -62,22 +62,22 @@ class BertConfig:
             ("position_embedding_type", "absolute"),
         ):
             if raw.get(key, ours) != ours:
-                found = shorten(repr(raw[key]), 60)
-                raise ConfigError(f"{path}: {key} is {found}; only {ours!r} is supported")
-        known = check(raw, _BertFile, path)
-        if known.hidden_size % known.num_attention_heads:
-            raise ConfigError(f"{path}: hidden_size is no multiple of num_attention_heads")
+                value = shorten(repr(raw[key]), 60)
+                raise ConfigError(f"{path}: {key} is {value}; only {ours!r} is supported")
+        fields = check(raw, _BertFile, path)
+        if fields.hidden_size % fields.num_attention_heads:
+            raise ConfigError(f"{path}: hidden_size is not a multiple of num_attention_heads")
         return cls(
-            layers=known.num_hidden_layers,
-            heads=known.num_attention_heads,
-            dims=known.hidden_size,
-            positions=known.max_position_embeddings,
-            norm_epsilon=known.layer_norm_eps,
+            layers=fields.num_hidden_layers,
+            heads=fields.num_attention_heads,
+            dims=fields.hidden_size,
+            positions=fields.max_position_embeddings,
+            norm_epsilon=fields.layer_norm_eps,
         )
 
 
 class Engine(NamedTuple):
-    """What the forward pass asks of an array library."""
+    """The functions of an array library that the forward pass uses."""
 
     xp: ModuleType
     erf: Callable[[Array], Array]
@@ -115,7 +115,7 @@ _EMBEDDING_NAMES = {
 
 
 class BertWeights(NamedTuple):
-    """Parameters by name: the embeddings, and the layers' stacked over a leading axis.
+    """Parameters by name: embeddings, and layer parameters stacked over a leading axis.
 
     Dense weights are [in, out], so that `x @ weight` applies them.
     """
@@ -127,7 +127,7 @@ class BertWeights(NamedTuple):
 def load_weights(directory: Path, config: BertConfig) -> BertWeights:
     """Reads `model.safetensors` (with or without a `bert.` prefix) as float32 on the host.
 
-    Raises BadInput, naming the file, where one is missing, of another shape, or no number.
+    Raises BadInput, naming the file, for a missing tensor, another shape, NaN or infinity.
     """
     path = directory / "model.safetensors"
     with reading(path):
@@ -147,7 +147,7 @@ def _check_weights(path: Path, weights: BertWeights, config: BertConfig) -> None
         if value.shape != (config.layers, *shape):
             raise BadInput(f"{path}: {name} has shape {value.shape[1:]}, not {shape}")
     if words.shape[1:] != (config.dims,) or positions.shape != (config.positions, config.dims):
-        raise BadInput(f"{path}: the embeddings do not have the shape that config.json says")
+        raise BadInput(f"{path}: the embeddings do not have the shapes that config.json states")
     for name, value in (*weights.embeddings.items(), *weights.layers.items()):
         if not np.isfinite(value).all():
             raise BadInput(f"{path}: {name} holds NaN or infinity")

@@ -21,11 +21,11 @@ _LETTERS = (
 )
 _UNSPACED = re.compile(f"[{_LETTERS}]")
 _RUNS = re.compile(f"[{_LETTERS}]+|[^{_LETTERS}]+")
-_K1, _B = 0.9, 0.4  # those of published baselines over Wikipedia passages (Lin et al., 2021)
+_K1, _B = 0.9, 0.4  # as in published baselines over Wikipedia passages (Lin et al., 2021)
 
 
 class Bm25Searcher:
-    """Scores by the words that a query and a passage share; sharing none is no hit."""
+    """Scores passages by the words they share with the query; one that shares none is no hit."""
 
     kind: IndexKind = "bm25"
 
@@ -46,7 +46,7 @@ class Bm25Searcher:
 
     def search(self, queries: Sequence[str], k: int) -> Found:
         words = [_words(query) for query in queries]
-        # The library's scan of a row is bounded by its postings, so that threads are no gain.
+        # A query costs no more than a scan of its postings, so threads gain nothing.
         ids, scores = self._bm25.retrieve(words, k=k, show_progress=False, n_threads=0)
         ids, scores = ids.astype(np.int64), scores.astype(np.float32)
         return ids, np.where(scores > 0, scores, np.nan)
@@ -61,9 +61,9 @@ class Bm25Searcher:
 
 
 def _words(text: str) -> list[str]:
-    """Words in lower case, composed (NFC); of scripts without spaces, pairs of characters.
+    """Lower-case words (NFC); scripts without spaces yield overlapping pairs of characters.
 
-    A script that does not set words apart is indexed by overlapping pairs, the customary way.
+    Such pairs are the usual way to index them.
     """
     words = []
     for word in _WORD.findall(unicodedata.normalize("NFC", text.lower())):
@@ -76,10 +76,10 @@ def _words(text: str) -> list[str]:
 
 
 def bm25s() -> ModuleType:
-    """The library, silenced; raises NotInstalled without it."""
+    """The module bm25s, with its log silenced; raises NotInstalled where it is missing."""
     try:
         import bm25s as library
     except ImportError as error:
         raise NotInstalled("bm25s is not installed: pip install 'r1s-jax[bm25]'") from error
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it would tell what it does
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs each step
     return library

@@ -1,6 +1,6 @@
-"""Building an index on disk: passages, vectors and searcher never have to fit in memory at once.
+"""Builds an index on disk, without holding passages, vectors and searcher in memory at once.
 
-A build that is stopped goes on with the vectors that it had encoded, kept beside the new folder.
+A stopped build resumes with the vectors that it encoded, which are kept beside the new folder.
 """
 
 import shutil
@@ -34,17 +34,17 @@ from r1s_jax.retrieval.vectors import Corpus, VectorError, VectorShards, encode_
 
 _RECALL_QUERIES, _RECALL_K = 200, 5
 _QUERY_WORDS = 12
-_COUNTED = 4096
+_TOKENIZE_CHUNK = 4096
 
 
 class Options(NamedTuple):
-    """What a build may be told beyond the kind; None is derived from the size."""
+    """Options of a build; None stands for a value derived from the number of passages."""
 
     leaves: int | None = None
     leaves_searched: int | None = None
     reorder: int | None = None
     shards: int | None = None
-    milvus_url: str = ""  # none: Milvus Lite's file inside the index
+    milvus_url: str = ""  # empty: a Milvus Lite file inside the index
 
 
 def write_index(
@@ -63,13 +63,13 @@ def write_index(
     Args:
         stage: opens a progress bar for each part of the work.
         vectors: a folder of `encode_shard`; without it the passages are encoded first.
-        tell: is given the derived parameters, the predicted memory and recall before the work.
+        tell: is called with the parameters, predicted memory and recall before the work.
 
     Raises:
         CorpusError: there are no passages.
-        FileExistsError: the folder is there and not empty.
+        FileExistsError: the folder exists and is not empty.
         NotInstalled: the library of that kind is not installed.
-        VectorError: the vectors are not this encoder's of this corpus, or not whole.
+        VectorError: the vectors are of another encoder or corpus, or incomplete.
         ValueError: options that do not fit the passages.
     """
     directory, began = Path(directory), time.monotonic()
@@ -82,10 +82,10 @@ def write_index(
         if tell:
             tell(_prediction(kind, len(store), encoder.dims, parameters))
         source: VectorShards | None = None
-        told: dict[str, Any] = {}
+        truncation: dict[str, Any] = {}
         if kind != "bm25":
             if (cut := _cut(store, encoder, stage)) is not None:
-                told["cut"] = cut
+                truncation["cut"] = cut
                 if tell and cut["passages"]:
                     tell(_cut_text(cut, len(store)))
             source = _vectors(store, encoder, Path(vectors) if vectors else None, own, stage)
@@ -99,48 +99,48 @@ def write_index(
                 close_searcher(searcher)
                 advance(1, 1)
         built["seconds"] = round(time.monotonic() - began, 1)
-        describe(partial, encoder if kind != "bm25" else None, len(store), **built, **told)
+        describe(partial, encoder if kind != "bm25" else None, len(store), **built, **truncation)
     shutil.rmtree(own, ignore_errors=True)
 
 
 def _prediction(kind: IndexKind, passages: int, dims: int, parameters: dict[str, Any]) -> str:
     predicted = cost(kind, passages, dims, parameters)
-    told = (
+    summary = (
         f"{kind} index of {passages:,} passages: about {predicted.memory / 1e6:,.0f} MB of memory"
     )
     if kind not in ("scann", "hybrid"):
-        return told
+        return summary
     settings = ", ".join(f"{name} {value}" for name, value in parameters.items())
-    return f"{told}\nScaNN: {settings}\nIts recall@5: {expected_recall(parameters)}"
+    return f"{summary}\nScaNN: {settings}\nIts recall@5: {expected_recall(parameters)}"
 
 
 def _cut(store: PassageStore, encoder: Encoder, stage: Stage) -> dict[str, Any] | None:
-    """How many passages the encoder reads in part only, and the longest; None without a limit."""
+    """How many passages the encoder cuts, and the longest one; None without a limit."""
     if not isinstance(encoder, BertEncoder):
         return None
-    found: list[tuple[int, int]] = []
+    too_long: list[tuple[int, int]] = []
     with stage("Looking for passages that are too long") as advance:
-        for start in range(0, len(store), _COUNTED):
-            rows = range(start, min(start + _COUNTED, len(store)))
-            long = encoder.too_long([store[i].line for i in rows])
-            found += [(tokens, start + row) for row, tokens in long]
+        for start in range(0, len(store), _TOKENIZE_CHUNK):
+            rows = range(start, min(start + _TOKENIZE_CHUNK, len(store)))
+            chunk = encoder.too_long([store[i].line for i in rows])
+            too_long += [(tokens, start + row) for row, tokens in chunk]
             advance(rows.stop, len(store))
-    tokens, at = max(found, default=(0, 0))
-    longest = {"longest": store[at].id, "longest_tokens": tokens} if found else {}
-    return {"passages": len(found), "limit_tokens": encoder.max_length} | longest
+    tokens, at = max(too_long, default=(0, 0))
+    longest = {"longest": store[at].id, "longest_tokens": tokens} if too_long else {}
+    return {"passages": len(too_long), "limit_tokens": encoder.max_length} | longest
 
 
 def _cut_text(cut: dict[str, Any], passages: int) -> str:
     return (
         f"{cut['passages']:,} of {passages:,} passages are longer than the encoder reads, "
         f"{cut['limit_tokens']} tokens; the longest, {cut['longest']!r}, has "
-        f"{cut['longest_tokens']:,}. What stands behind is not found: split them, into 100 words "
-        "each say, take an encoder that reads more, or search by words too: --kind hybrid"
+        f"{cut['longest_tokens']:,}. Searches miss the text beyond: split passages (into 100 words "
+        "each, say), use an encoder that reads more, or search by words too: --kind hybrid"
     )
 
 
 def _check_installed(kind: IndexKind) -> None:
-    """Fails before the encoding rather than after it."""
+    """Raises NotInstalled before the encoding rather than after it."""
     checks = {
         "scann": [scann],
         "bm25": [bm25s],
@@ -156,25 +156,25 @@ def _scann_options(options: Options) -> dict[str, int | None]:
 
 
 def _vectors(
-    store: PassageStore, encoder: Encoder, given: Path | None, own: Path, stage: Stage
+    store: PassageStore, encoder: Encoder, folder: Path | None, own: Path, stage: Stage
 ) -> VectorShards:
-    """The vectors given, or those of the passages, encoded as far as they are not yet."""
+    """The vectors in `folder`; without one, encodes the passages to `own`, or resumes there."""
     with stage("Reading passages") as advance:
         corpus = Corpus(lambda: store, advance)
-    if given is None:
+    if folder is None:
         with stage(f"Encoding {len(store):,} passages") as advance:
             try:
                 encode_shard(corpus, encoder, own, progress=advance)
-            except VectorError:  # left by a build of something else
+            except VectorError:  # `own` is of another build
                 shutil.rmtree(own)
                 encode_shard(corpus, encoder, own, progress=advance)
-    vectors = VectorShards(given or own)
+    vectors = VectorShards(folder or own)
     vectors.check(corpus=corpus.fingerprint, encoder=encoder)
     return vectors
 
 
 class _Build(NamedTuple):
-    """What the files of one index are made of."""
+    """The inputs of an index's files."""
 
     directory: Path
     store: PassageStore
@@ -185,7 +185,7 @@ class _Build(NamedTuple):
 
     @property
     def dense(self) -> Vectors:
-        """The vectors, of a kind that is made of them."""
+        """The vectors; the kind must need them."""
         assert self.vectors is not None
         return self.vectors
 
@@ -207,7 +207,7 @@ class _Build(NamedTuple):
                 return MilvusSearcher.write(
                     self.directory, self.dense, self.milvus_url, self.advance
                 )
-            case "hybrid":  # one after the other, neither in memory beside the other
+            case "hybrid":  # one after the other: only one is in memory
                 return hybrid_parameters([self._part(0, "scann"), self._part(1, "bm25")])
         raise ConfigError(f"no kind of index {kind!r}")
 
@@ -218,7 +218,7 @@ class _Build(NamedTuple):
 
 
 def sample_queries(store: PassageStore, count: int = _RECALL_QUERIES) -> list[str]:
-    """Queries that real ones resemble somewhat: a title and a few words of the text."""
+    """Queries somewhat like real ones: a passage's title and a few words of its text."""
     rng = np.random.default_rng(0)
     chosen = np.sort(rng.choice(len(store), min(count, len(store)), replace=False))
     queries = []
@@ -233,10 +233,10 @@ def sample_queries(store: PassageStore, count: int = _RECALL_QUERIES) -> list[st
 def _measure(
     searcher: Searcher, vectors: Vectors, store: PassageStore, encoder: Encoder
 ) -> dict[str, Any]:
-    """Recall of the vectors' part of an index against exact search."""
+    """Recall of an index (a hybrid: of its vector part) against exact search."""
     if isinstance(searcher, HybridSearcher):
         searcher = searcher.parts[0].searcher
     queries = encoder.encode(sample_queries(store), kind="query")
     k = min(_RECALL_K, len(store))
-    found, wanted = searcher.search(queries, k)[0], oracle(vectors).search(queries, k)[0]
-    return {"k": k, "queries": len(queries), "recall": round(recall(found, wanted), 4)}
+    ids, exact = searcher.search(queries, k)[0], oracle(vectors).search(queries, k)[0]
+    return {"k": k, "queries": len(queries), "recall": round(recall(ids, exact), 4)}

@@ -1,4 +1,4 @@
-"""What was found before, kept by what it takes in memory: one document may be a whole library."""
+"""A cache of hits, limited by bytes and not by entries: a document may be of any length."""
 
 import sys
 import threading
@@ -7,12 +7,12 @@ from cachetools import LRUCache
 
 from r1s_jax.retrieval.api import Hit
 
-_OF_A_HIT = 200  # bytes of its tuple, its numbers and its place in a list
-_OF_AN_ENTRY = 300
+_HIT_BYTES = 200  # of its tuple, its numbers and its place in a list
+_ENTRY_BYTES = 300
 
 
 class HitCache:
-    """The hits of the latest queries, in so many bytes; any number of threads may use it."""
+    """The hits of the latest queries, up to a number of bytes; any thread may use it."""
 
     def __init__(self, most_bytes: int):
         self._most = most_bytes
@@ -20,12 +20,12 @@ class HitCache:
         self._lock = threading.Lock()
 
     def get(self, query: str, k: int) -> list[Hit] | None:
-        """What was found, or None where that is not known any more."""
+        """The cached hits, or None."""
         with self._lock:
             return self._rows.get((query, k))
 
     def put(self, query: str, k: int, hits: list[Hit]) -> None:
-        """Keeps hits, unless they alone take more than there is room for."""
+        """Caches hits, unless they alone exceed the limit."""
         if _size(hits) <= self._most:
             with self._lock:
                 self._rows[query, k] = hits
@@ -33,4 +33,4 @@ class HitCache:
 
 def _size(hits: list[Hit]) -> int:
     texts = sum(sys.getsizeof(hit.line) + sys.getsizeof(hit.id) for hit in hits)
-    return _OF_AN_ENTRY + _OF_A_HIT * len(hits) + texts
+    return _ENTRY_BYTES + _HIT_BYTES * len(hits) + texts

@@ -1,7 +1,7 @@
-"""Small NumPy computations side by side, one core each.
+"""Runs small NumPy computations in parallel, one core each.
 
-OpenBLAS gives every product of matrices all cores: for the small ones of a query that costs more
-than it saves, and of several threads that ask, one is served at a time.
+OpenBLAS spreads every matrix product over all cores. For the small products of a query this costs
+more than it saves, and the products of several threads run one after the other.
 """
 
 import os
@@ -16,14 +16,14 @@ from threadpoolctl import ThreadpoolController
 
 A = TypeVar("A")
 B = TypeVar("B")
-_lock = threading.RLock()  # of a thread that has it: a generator given up may be closed by the GC
-_inside: list[Any] = []  # the limit, once for each thread that is in it
+_lock = threading.RLock()  # reentrant: the GC may close an abandoned generator
+_inside: list[Any] = []  # the active limit, once per open context
 
 
 def on_all_cores(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """`function` of each item, in order; its products of matrices take one thread each.
+    """`function` of each item, in order; each of its matrix products uses one thread.
 
-    Which core computes an item, and how many others do, changes no bit of the result.
+    The result has the same bits, whatever core computes an item and however many others work.
     """
     with _one_thread_each():
         yield from _pool().map(function, items)
@@ -31,7 +31,7 @@ def on_all_cores(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """The limit is the process's: the first to enter sets it, the last to leave lifts it."""
+    """One thread per BLAS product, in the whole process, from the first entry to the last exit."""
     with _lock:
         limit = _inside[0] if _inside else _blas().limit(limits=1, user_api="blas")
         _inside.append(limit)
@@ -56,8 +56,8 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _limit_this_thread() -> None:
-    """For a BLAS of OpenMP, whose limit is each thread's own; of the others it is set already.
+    """Limits an OpenMP BLAS, per thread; the limit of any other BLAS is process-wide.
 
-    A thread begins within the limit and does nothing outside it: this one is never lifted.
+    The pool's threads only work while the limit is wanted, so it is never lifted.
     """
     _blas().limit(limits=1, user_api="blas")

@@ -1,7 +1,7 @@
-"""Passages: reading published corpora, and keeping them beside an index.
+"""Reads the passages of published corpora, and stores passages beside an index.
 
-The stored form is one passage a line, `{id}\\t{line}`, UTF-8. `line` is what a policy is shown and
-what an encoder embeds, in either of the forms that R1-Searcher's corpora use:
+The stored form is one passage a line, `{id}\\t{line}`, UTF-8. The policy sees `line`, and an
+encoder embeds it. R1-Searcher's corpora use two forms of it:
 
     Title   text                    three spaces (KILT, passages of 100 words)
     Title: Some title Text:  text   Wikipedia abstracts, some lines quoted as in a CSV file
@@ -45,11 +45,11 @@ class SeenIds:
         self._others: set[str] = set()
 
     def add(self, id: str) -> bool:
-        """Adds an id; False where it was there before."""
+        """Adds an id; returns False for one that was added before."""
         if id == str(self._counted):
             self._counted += 1
             return id not in self._others
-        # Longer ones are no places in a file, and int() refuses numbers of thousands of digits.
+        # No line number has 20 digits, and int() refuses numbers of thousands of digits.
         counted = is_whole_number(id) and len(id) < 20 and int(id) < self._counted
         if id in self._others or (counted and id == str(int(id))):
             return False
@@ -58,25 +58,25 @@ class SeenIds:
 
 
 def read_passages(path: str | Path) -> Iterator[Passage]:
-    """The passages of a file, in its order, read as they are asked for.
+    """Yields the passages of a file in its order, reading it lazily.
 
     Args:
         path: `.tsv` in the stored form, or `.jsonl` whose objects have `id` and either `title` and
             `text` or `contents` (a quoted title, a newline, the text); either may end in `.gz`.
 
     Raises:
-        CorpusError: a malformed line, broken UTF-8, an id that came before, a gzipped file cut in
-            the middle (a plain one does not tell), or no passage at all.
+        CorpusError: a malformed line, broken UTF-8, a repeated id, a truncated .gz file (the end of
+            a plain file does not show truncation), or no passages.
     """
     path = Path(path)
     name = path.name.removesuffix(".gz")
     if not name.endswith((".tsv", ".jsonl")):
         raise CorpusError(path, "expected .tsv or .jsonl, possibly with .gz")
     parse_line = _parse_tsv if name.endswith(".tsv") else _parse_json
-    seen, number, found = SeenIds(), 0, 0
-    # Lines end at \n only: str.splitlines would also cut at the exotic separators some texts hold.
+    seen, number, count = SeenIds(), 0, 0
+    # Lines end at \n only: str.splitlines would also split at rare separators in texts.
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, raw in enumerate(_unless_cut(path, file), start=1):
+        for number, raw in enumerate(_read_lines(path, file), start=1):
             text = decode(raw, f"{path}:{number}", _NotText).rstrip("\r\n")
             if not text.strip():
                 continue
@@ -91,9 +91,9 @@ def read_passages(path: str | Path) -> Iterator[Passage]:
                 ) from None
             if not seen.add(passage.id):
                 raise CorpusError(path, f"id {passage.id!r} came before", number)
-            found += 1
+            count += 1
             yield passage
-    if not found:
+    if not count:
         raise CorpusError(path, "no passages")
 
 
@@ -105,14 +105,14 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def _parts(path: Path) -> list[str | int]:
-    """A name's texts and numbers by turns."""
+    """A name split into alternating texts and numbers, as a sorting key."""
     return [int(p) if i % 2 else p for i, p in enumerate(re.split(r"([0-9]+)", path.name))]
 
 
 def read_shards(folder: Path) -> Iterator[Passage]:
     """The passages of a folder's files, one file after the other, with their own ids.
 
-    Raises CorpusError as read_passages does, and for an id that stands in two of them.
+    Raises CorpusError as read_passages does, and for an id that is in two files.
     """
     seen = SeenIds()
     for path in shards_of(folder):
@@ -121,7 +121,7 @@ def read_shards(folder: Path) -> Iterator[Passage]:
                 raise CorpusError(
                     path,
                     f"id {passage.id!r} came before, in another file of {folder}: name the files "
-                    "one by one in place of the folder, and their passages are numbered anew",
+                    "one by one instead of the folder, to have their passages renumbered",
                 )
             yield passage
 
@@ -134,7 +134,7 @@ class _NotText(CorpusError):
 def _header(path: Path, text: str) -> list[str]:
     """The columns of a table whose first line names them, as DPR's does; [] for plain lines.
 
-    Raises CorpusError for columns that are no passage's.
+    Raises CorpusError for columns that cannot make passages.
     """
     columns = [name.strip().strip('"').lower() for name in text.split("\t")]
     if columns[0] not in _IDS or len(columns) < 2:
@@ -142,13 +142,13 @@ def _header(path: Path, text: str) -> list[str]:
     columns[0] = "id"
     if not {"text", "title"} <= set(columns) and "contents" not in columns:
         raise CorpusError(
-            path, f"a table with the columns {', '.join(columns)}: id, text and title are known", 1
+            path, f"a table with the columns {', '.join(columns)}: expected id, text and title", 1
         )
     return columns
 
 
 def _parse_table(columns: list[str], text: str) -> Passage:
-    """A line of a table, its texts in quotes as in CSV files or not."""
+    """The passage of a table's line, whose values may be quoted as in CSV."""
     values = next(csv.reader([text], delimiter="\t"))
     if len(values) != len(columns):
         raise ValueError(f"{len(values)} columns, the header names {len(columns)}")
@@ -171,8 +171,8 @@ def _parse_json(text: str) -> Passage:
 def row_passage(row: Any) -> Passage:
     """The passage of a row with `id` and either `title` and `text` or `contents`.
 
-    The id may have another of its usual names, such as BEIR's `_id`. Raises ValueError that says
-    what is missing.
+    The id may have another usual name, such as BEIR's `_id`. Raises ValueError, which names the
+    missing field.
     """
     if not isinstance(row, dict):
         raise ValueError("expected a JSON object")
@@ -181,13 +181,13 @@ def row_passage(row: Any) -> Passage:
         raise ValueError("'id' is missing, or neither text nor a whole number")
     for key in ("contents",) if "contents" in row else ("title", "text"):
         if not isinstance(row.get(key), str):
-            raise ValueError(f"{key!r} is missing, or no text")
+            raise ValueError(f"{key!r} is missing, or not text")
     if "contents" not in row:
         return Passage(str(id), join_line(row["title"], row["text"]))
     return Passage(str(id), contents_line(row["contents"]))
 
 
-def _unless_cut(path: Path, file: Iterable[bytes]) -> Iterator[bytes]:
+def _read_lines(path: Path, file: Iterable[bytes]) -> Iterator[bytes]:
     number = 0
     try:
         for line in file:
@@ -217,20 +217,20 @@ def wiki_summaries(path: str | Path) -> Iterator[Passage]:
 
 
 class PassageStore:
-    """The passages beside an index, read by position from a memory map; safe to share by threads.
+    """The passages beside an index, read by position from a memory map; threads may share it.
 
     The folder holds `passages.tsv` (the stored form) and `offsets.npy` (int64[N + 1]: where each
     line begins, then the file's length).
     """
 
     def __init__(self, directory: str | Path):
-        """Raises OSError where a file is missing, CorpusError where the two do not fit."""
+        """Raises OSError where a file is missing, CorpusError where the files do not match."""
         path = Path(directory) / PASSAGES_FILE
         try:
             self._offsets = np.load(Path(directory) / OFFSETS_FILE, mmap_mode="r")
             with path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:  # an empty file cannot be mapped, a broken .npy not be parsed
+        except ValueError as error:  # an empty passages.tsv, or a damaged .npy
             raise CorpusError(path, f"cannot be mapped: {error}") from error
         if self._offsets.ndim != 1 or self._offsets[-1] != len(self._bytes):
             raise CorpusError(path, f"its length does not fit {OFFSETS_FILE}")

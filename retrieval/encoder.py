@@ -1,9 +1,9 @@
-"""Encoders: from texts to unit vectors.
+"""Encoders turn texts into unit vectors.
 
 Queries are encoded in NumPy on the host's cores, never by JAX: they arrive from worker threads
 while the training program holds the devices. XLA's CPU client runs every execution on a thread
-pool as large as the machine's cores, so a program over as many host devices, waiting in a loop for
-its documents, would leave no thread for the jitted encoder that must produce them.
+pool as large as the machine's cores: a program on as many host devices that waits for documents in
+a loop would leave no thread for a jitted encoder, which must produce them.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]  # (done, total)
 # The padded lengths of passage batches. Each has two row counts, so jit compiles at most twenty
 # variants, each in a second or so; fewer lengths would waste more than that on padding.
 _LENGTHS = (32, 64, 96, 128, 160, 192, 224, 256, 384, 512)
-# Tokens of a batch; on a CPU, what its caches hold (a fifth faster).
+# Tokens per batch; a CPU is a fifth faster with batches that fit its caches.
 _BATCH_TOKENS, _BATCH_TOKENS_CPU = 8192, 1024
 _FEW_ROWS = 8
 
@@ -68,12 +68,13 @@ def _unit(x: Float[Any, "*n dims"], xp: Any = np) -> Float[Any, "*n dims"]:
 class BertEncoder:
     """A sentence encoder of the BERT family (MiniLM, E5, BGE) from a sentence-transformers folder.
 
-    Reads `config.json`, `model.safetensors`, `tokenizer.json`, `1_Pooling/config.json` and, where
-    they are there, `sentence_bert_config.json` (the maximum length) and
-    `config_sentence_transformers.json` (what to put before queries and passages). What those do not
-    say is taken from the table of `known`, if the reference's name stands there.
+    Reads `config.json`, `model.safetensors`, `tokenizer.json`, `1_Pooling/config.json` and, if
+    present, `sentence_bert_config.json` (the maximum length) and
+    `config_sentence_transformers.json` (the prefixes of queries and passages). Settings that the
+    files lack are taken from `known`, if it has the reference's name.
 
-    Passages are encoded in float32 on every device: bfloat16 would move them, and not the queries.
+    Passages are encoded in float32 on every device, as queries are: bfloat16 would shift their
+    vectors against those of the queries.
     """
 
     def __init__(
@@ -89,12 +90,13 @@ class BertEncoder:
 
         Args:
             directory: the folder.
-            query_instruction: put before each query; by default what the model's files name as the
-                prompt `query`, or what is known of a model of that name, or nothing.
+            query_instruction: put before each query; by default the prompt `query` of the model's
+                files, or the prefix that `known` has for the model's name, or nothing.
             passage_instruction: put before each passage; by default the prompt `passage` or
-                `document`, or what is known (E5: "passage: "), or nothing.
+                `document`, or the prefix in `known` (E5: "passage: "), or nothing.
             reference: where the folder came from; the folder itself by default.
-            devices: share the rows of each batch of passages; by default all of this host's.
+            devices: share the rows of each batch of passages; by default all accelerators of this
+                host, or its first CPU device.
 
         Raises:
             ValueError: a model or a pooling that is not supported.
@@ -104,8 +106,8 @@ class BertEncoder:
         self.reference = reference or str(directory)
         known = known_encoder(self.reference)
         self.instructions = _read_instructions(directory, known)
-        given = {"query": query_instruction, "passage": passage_instruction}
-        self.instructions |= {kind: text for kind, text in given.items() if text is not None}
+        overrides = {"query": query_instruction, "passage": passage_instruction}
+        self.instructions |= {kind: text for kind, text in overrides.items() if text is not None}
         self._devices = devices
         self._config = BertConfig.load(directory)
         self._pooling: Pooling = _read_pooling(directory, known)
@@ -129,8 +131,8 @@ class BertEncoder:
     ) -> Float[np.ndarray, "texts dims"]:
         """Unit float32 vectors of texts, cut to the model's maximum length.
 
-        Queries go one by one through NumPy, a core each: a vector depends on no neighbour.
-        Passages go through JAX in batches of like length.
+        Queries are encoded by NumPy one by one, a core each, so that no vector depends on others.
+        Passages are encoded by JAX in batches of similar length.
         """
         instruction = self.instructions[kind]
         tokenize = self._tokenize if kind == "query" else self._tokenize_in_bulk
@@ -146,15 +148,15 @@ class BertEncoder:
         return vectors
 
     def too_long(self, texts: Sequence[str]) -> list[tuple[int, int]]:
-        """(row, tokens) of the passages of which it reads only the first `max_length` tokens."""
-        whole = [self.instructions["passage"] + text for text in texts]
-        # A token is a character at least, where normalising makes no further ones of it.
+        """(row, tokens) of the passages that are cut to their first `max_length` tokens."""
+        inputs = [self.instructions["passage"] + text for text in texts]
+        # A token has at least one character; only non-ASCII text may grow when normalised.
         rows = [
             row
-            for row, text in enumerate(whole)
+            for row, text in enumerate(inputs)
             if len(text) + _SPARE > self.max_length or not text.isascii()
         ]
-        lengths = map(len, self._tokenize_whole([whole[row] for row in rows]))
+        lengths = map(len, self._tokenize_whole([inputs[row] for row in rows]))
         return [(row, n) for row, n in zip(rows, lengths, strict=True) if n > self.max_length]
 
     def _encode_queries(self, tokens: list[list[int]]) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -200,7 +202,7 @@ class BertEncoder:
 
     @cached_property
     def _mesh(self) -> jax.sharding.Mesh:
-        # Of several host devices, which share one machine's cores, the first is as fast alone.
+        # Host devices share the machine's cores: the first one alone is as fast as all.
         local = jax.local_devices()
         devices = self._devices or (local[:1] if local[0].platform == "cpu" else local)
         return jax.make_mesh((len(devices),), ("x",), (AxisType.Auto,), devices=devices)
@@ -214,7 +216,7 @@ def _encode_batch(
     mask: Bool[Array, "batch time"],
     pooling: Pooling,
 ) -> Float[jax.Array, "batch dims"]:
-    # Accelerators multiply float32 in fewer bits by default; NumPy's queries must find the same.
+    # Accelerators multiply float32 at lower precision by default, NumPy (queries) does not.
     with jax.default_matmul_precision("float32"):
         return _unit(_pool(nnx.merge(graph, state)(ids, mask), mask, pooling, jnp), jnp)
 
@@ -234,9 +236,9 @@ def _pool(
 def _batches(
     tokens: list[list[int]], max_length: int, batch_tokens: int, devices: int
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Rows of like length, their padded ids int32[B, T] and mask bool[B, T], in few shapes.
+    """Yields rows of similar length, padded ids int32[B, T] and mask bool[B, T], in few shapes.
 
-    B divides over the devices.
+    B is a multiple of `devices`.
     """
     few = -(-_FEW_ROWS // devices) * devices
     lengths = [length for length in _LENGTHS if length < max_length] + [max_length]
@@ -277,8 +279,8 @@ class _Tokenizer(msgspec.Struct):
     model_max_length: float | None = None
 
 
-def _described(path: Path, kind: type[T]) -> T:
-    """A file of settings, all of them absent where it is."""
+def _read_settings(path: Path, kind: type[T]) -> T:
+    """The settings of a file; the defaults of `kind` if there is no such file."""
     return check(read_object(path) if path.exists() else {}, kind, path)
 
 
@@ -287,9 +289,9 @@ def _read_pooling(directory: Path, by_name: Known | None = None) -> Pooling:
     if by_name and not path.exists():
         return by_name.pooling
     raw = read_object(path)
-    known = check(raw, _Pooling, path)
+    mode = check(raw, _Pooling, path).pooling_mode
     flags = [k for k, on in raw.items() if k.startswith("pooling_mode_") and on is True]
-    chosen = [known.pooling_mode] if known.pooling_mode else flags
+    chosen = [mode] if mode else flags
     match chosen:
         case ["pooling_mode_mean_tokens"] | ["mean"]:
             return "mean"
@@ -301,32 +303,34 @@ def _read_pooling(directory: Path, by_name: Known | None = None) -> Pooling:
 
 
 def _read_instructions(directory: Path, by_name: Known | None = None) -> dict[Kind, str]:
-    prompts = _described(directory / "config_sentence_transformers.json", _Prompts).prompts or {}
+    path = directory / "config_sentence_transformers.json"
+    prompts = _read_settings(path, _Prompts).prompts or {}
     query, passage = prompts.get("query"), prompts.get("passage") or prompts.get("document")
-    # Current versions of sentence-transformers write empty prompts where nobody named any.
+    # Current versions of sentence-transformers write empty prompts where none are set.
     if by_name and not (query or passage):
         query, passage = by_name.query, by_name.passage
     return {"query": query or "", "passage": passage or ""}
 
 
 def _read_max_length(directory: Path, config: BertConfig, by_name: Known | None = None) -> int:
-    given = _described(directory / "sentence_bert_config.json", _MaxLength).max_seq_length
-    if given is None:  # where current versions keep it
-        given = _described(directory / "tokenizer_config.json", _Tokenizer).model_max_length
-    if given is None and by_name:
-        given = by_name.tokens
-    return int(min(given or config.positions, config.positions))
+    tokens = _read_settings(directory / "sentence_bert_config.json", _MaxLength).max_seq_length
+    if tokens is None:  # current versions write it here
+        path = directory / "tokenizer_config.json"
+        tokens = _read_settings(path, _Tokenizer).model_max_length
+    if tokens is None and by_name:
+        tokens = by_name.tokens
+    return int(min(tokens or config.positions, config.positions))
 
 
 class HashEncoder:
     """Hashed character n-grams of words: an encoder without weights.
 
-    Each n-gram of `<word>` adds +1 or -1 to one of `dims` buckets; a word that comes `t` times
+    Each n-gram of `<word>` adds +1 or -1 to one of `dims` buckets; a word that occurs `t` times
     counts `1 + log t`. Finds passages that share rare spellings with the query, such as names.
     """
 
     def __init__(self, dims: int = 512, ngrams: tuple[int, int] = (3, 5)):
-        """`ngrams` are the shortest and the longest n-gram taken."""
+        """`ngrams` are the lengths of the shortest and the longest n-gram."""
         self.dims = dims
         self._ngrams = ngrams
         self.reference = self.fingerprint = f"hash-v1-{dims}-{ngrams[0]}-{ngrams[1]}"

@@ -1,4 +1,4 @@
-"""A search engine behind HTTP, in either of the contracts that are common."""
+"""HTTP client of search engines that speak R1-Searcher's or Search-R1's contract."""
 
 import math
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ from r1s_jax.retrieval.cache import HitCache
 
 
 class RemoteError(ServerError):
-    """A search engine that cannot be reached, fails, or does not answer what was asked."""
+    """A search engine cannot be reached, fails, or sends a malformed reply."""
 
 
 class _Lines(msgspec.Struct):
-    """R1-Searcher's reply."""
+    """R1-Searcher's reply: the lines found for each query."""
 
     answers: list[list[str]]
 
 
 class _Document(msgspec.Struct):
-    """A passage of Search-R1's reply; other servers of its kind tell title and text apart."""
+    """A passage of Search-R1's reply; some servers send `title` and `text`, not `contents`."""
 
     contents: str | None = None
     title: str | None = None
@@ -35,7 +35,7 @@ class _Document(msgspec.Struct):
     id: str | int | None = None
 
 
-class _Found(msgspec.Struct):
+class _ScoredDocument(msgspec.Struct):
     document: _Document
     score: float | None = None
 
@@ -49,9 +49,9 @@ class _Documents(msgspec.Struct):
 class HttpRetriever:
     """Searches by `POST {url}`; any number of threads may search at once.
 
-    A URL that ends in `/queries` is asked as R1-Searcher asks, `{"queries", "k"}` answered by
-    `{"answers": [[line, ...], ...]}`; one that ends in `/retrieve` as Search-R1 does, `{"queries",
-    "topk", "return_scores"}` answered by `{"result": [[{"document": {"contents"}, "score"}]]}`.
+    The end of the URL selects the contract. `/queries` is R1-Searcher's: `{"queries", "k"}` is
+    answered by `{"answers": [[line, ...], ...]}`. `/retrieve` is Search-R1's: `{"queries", "topk",
+    "return_scores"}` is answered by `{"result": [[{"document": {"contents"}, "score"}]]}`.
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class HttpRetriever:
         connections: int = 32,
         cached_bytes: int = 2**27,
     ):
-        """`timeout_s` is for all tries together; they are repeated after lost connections, 429 and
-        5xx, with pauses that double from 0.25 s. What was found is kept, up to `cached_bytes`.
+        """`timeout_s` limits all tries of a request together. Lost connections and the statuses
+        429 and 5xx are retried, after pauses that double from 0.25 s. Hits are cached, up to
+        `cached_bytes`.
 
         Raises ConfigError for a URL of neither contract.
         """
@@ -81,14 +82,15 @@ class HttpRetriever:
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """The k best passages of each query, best first.
 
-        `/queries` tells no scores: they are NaN. Raises RemoteError when there is no answer.
+        Scores are NaN for `/queries`, which sends none. Raises RemoteError when no valid reply
+        arrives.
         """
-        found = {q: hits for q in queries if (hits := self._cache.get(q, k)) is not None}
-        if missing := [query for query in dict.fromkeys(queries) if query not in found]:
+        hits_of = {q: hits for q in queries if (hits := self._cache.get(q, k)) is not None}
+        if missing := [query for query in dict.fromkeys(queries) if query not in hits_of]:
             for query, hits in zip(missing, self._fetch(missing, k), strict=True):
-                found[query] = hits
+                hits_of[query] = hits
                 self._cache.put(query, k, hits)
-        return [found[query] for query in queries]
+        return [hits_of[query] for query in queries]
 
     def _fetch(self, queries: list[str], k: int) -> list[list[Hit]]:
         if self._contract == "queries":
@@ -103,10 +105,10 @@ class HttpRetriever:
         reply = parse_object(data, where, RemoteError)
         if self._contract == "queries":
             answers = check(reply, _Lines, where, RemoteError).answers
-            rows = [[_of_line(line) for line in row] for row in answers]
+            rows = [[_line_hit(line) for line in row] for row in answers]
         else:
             rows = [
-                [_of_document(hit, where) for hit in row]
+                [_document_hit(document, where) for document in row]
                 for row in check(reply, _Documents, where, RemoteError).result
             ]
         if len(rows) != len(queries):
@@ -114,18 +116,18 @@ class HttpRetriever:
         return [row[:k] for row in rows]
 
 
-def _of_line(line: str) -> Hit:
-    """`{id}\\t{passage}` or the passage alone."""
+def _line_hit(line: str) -> Hit:
+    """The hit of a line, `{id}\\t{passage}` or the passage alone."""
     id, tab, rest = line.partition("\t")
     numbered = tab and is_whole_number(id)
     return Hit(id, math.nan, rest) if numbered else Hit("", math.nan, line)
 
 
-def _of_document(hit: Any, where: str) -> Hit:
-    """One hit of Search-R1's reply, or a bare document."""
-    bare = not isinstance(hit, dict) or "document" not in hit
-    found = check({"document": hit} if bare else hit, _Found, where, RemoteError)
-    document, score = found.document, found.score
+def _document_hit(raw: Any, where: str) -> Hit:
+    """The hit of a scored document in Search-R1's reply, or of a bare document."""
+    bare = not isinstance(raw, dict) or "document" not in raw
+    scored = check({"document": raw} if bare else raw, _ScoredDocument, where, RemoteError)
+    document, score = scored.document, scored.score
     if document.contents is not None:
         line = contents_line(document.contents)
     elif document.text is not None:

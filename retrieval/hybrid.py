@@ -1,4 +1,4 @@
-"""Two indexes over the same passages, fused by reciprocal ranks (Cormack et al., 2009)."""
+"""Two indexes over the same passages, fused by reciprocal rank (Cormack et al., 2009)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,12 @@ import numpy as np
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.retrieval.searchers import Found, IndexKind, Ranker, top_k
 
-_K = 60  # the paper's: ranks further down count ever less
+_K = 60  # the paper's constant
 _DEPTH = 100
 
 
 class HybridSearcher:
-    """Sums 1 / (60 + rank) over the rankings in which a passage stands among the first 100."""
+    """Sums 1 / (60 + rank) over the rankings that have a passage among their first 100."""
 
     kind: IndexKind = "hybrid"
 
@@ -35,9 +35,9 @@ class HybridSearcher:
 
     def search(self, queries: Sequence[str], k: int) -> Found:
         depth = min(max(k, _DEPTH), len(self))
-        found = [part.rank(queries, depth) for part in self.parts]
+        ranked = [part.rank(queries, depth) for part in self.parts]
         rows = [
-            _fuse([(ids[i], scores[i]) for ids, scores in found], k) for i in range(len(queries))
+            _fuse([(ids[i], scores[i]) for ids, scores in ranked], k) for i in range(len(queries))
         ]
         return np.stack([ids for ids, _ in rows]), np.stack([scores for _, scores in rows])
 
@@ -49,7 +49,7 @@ class HybridSearcher:
 
 
 def hybrid_parameters(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The parameters of a hybrid whose parts have these, each with its kind."""
+    """The parameters of a hybrid; `parts` are the parameters of its parts, each with its kind."""
     return {"parts": parts, "rrf": _K, "depth": _DEPTH}
 
 

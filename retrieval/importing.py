@@ -1,4 +1,4 @@
-"""An index made of vectors that exist: nothing is encoded but a few passages, to compare."""
+"""Builds an index of existing vectors; encodes a few passages only, to check the vectors."""
 
 import itertools
 import time
@@ -25,8 +25,8 @@ ImportKind = Literal["scann", "exact"]
 _COMPARED, _LEAST_COSINE = 8, 0.98
 _RECALL_QUERIES, _RECALL_K = 200, 10
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 1 << 16, 1 << 26
-_TOLD = 4096
-# What the passages may have looked like to whoever encoded them, beside our own line.
+_REPORT_PASSAGES = 4096
+# Forms, besides our own line, in which a passage may have been encoded.
 _TEXTS: dict[str, Callable[[str, str], str]] = {
     "contents": lambda title, text: f'"{title}"\n{text}',  # Search-R1's rows
     "title text": lambda title, text: f"{title} {text}",
@@ -46,23 +46,23 @@ def import_index(
 ) -> dict[str, Any]:
     """Builds an index of stored vectors in a new folder, which appears whole or not at all.
 
-    The vectors are read a block at a time (ScaNN: a shard), so that the peak of memory stays below
-    twice the size of what is written.
+    Reads the vectors a block at a time (ScaNN: a shard at a time), so that peak memory stays below
+    twice the size of the files written.
 
     Args:
         passages: in the order of the vectors.
-        encoder: the one that made the vectors; it reads the queries later.
+        encoder: made the vectors, and will encode the queries.
         stage: opens a progress bar for each part of the work.
-        check: a few passages are encoded and compared with their vectors.
-        tell: is given a line on what was compared.
+        check: encode a few passages and compare them with their vectors.
+        tell: is called with a line on that comparison.
 
     Returns:
-        What was built: `kind`, `passages`, `dims`, `recall` (found again of what flat search finds
-        over a sample of the vectors themselves), `bytes_per_vector`, `compared`, `seconds`.
+        Of the index: `kind`, `passages`, `dims`, `recall` (against exact search, with a sample of
+        the vectors as queries), `bytes_per_vector`, `compared`, `seconds`.
 
     Raises:
-        VectorError: vectors that are not finite, not as many as the passages, not as the encoder
-            makes them, or stored so that they rank otherwise.
+        VectorError: vectors that are not finite, differ in number from the passages or in value
+            from the encoder's, or are ranked by another metric than inner products.
         CorpusError, FileExistsError, NotInstalled: as `build.write_index`.
     """
     directory, began = Path(directory), time.monotonic()
@@ -72,24 +72,27 @@ def import_index(
     vectors.check(encoder.dims)
     with new_folder(directory) as partial:
         with stage("Reading passages") as advance:
-            store = PassageStore.write(partial, _as_many(passages, vectors, advance))
+            store = PassageStore.write(partial, _same_number(passages, vectors, advance))
         compared = _compare(vectors, store, encoder) if check else None
         if tell and compared:
-            tell(f"{compared['passages']} passages encoded anew: cosine {compared['cosine']}")
+            tell(f"{compared['passages']} passages encoded again: cosine {compared['cosine']}")
         built = _build(partial, vectors, store, kind, stage)
         size = stored_bytes(partial, (PASSAGES_FILE, OFFSETS_FILE))
         built["seconds"] = round(time.monotonic() - began, 1)
         imported = {"file": vectors.path.name, "form": vectors.form, "compared": compared}
         describe(partial, encoder, len(store), **built, imported=imported)
-    told = {name: built[name] for name in ("kind", "recall", "seconds")}
-    sizes = {"passages": len(vectors), "dims": encoder.dims}
-    return told | sizes | {"bytes_per_vector": round(size / len(vectors), 1), "compared": compared}
+    return {name: built[name] for name in ("kind", "recall", "seconds")} | {
+        "passages": len(vectors),
+        "dims": encoder.dims,
+        "bytes_per_vector": round(size / len(vectors), 1),
+        "compared": compared,
+    }
 
 
 def _build(
     directory: Path, vectors: FlatVectors, store: PassageStore, kind: ImportKind, stage: Stage
 ) -> dict[str, Any]:
-    """Writes the searcher and measures it: what `index.json` tells of both."""
+    """Writes the searcher and measures its recall; returns their entries in `index.json`."""
     with stage(f"Building the {kind} index") as advance:
         parameters = _write(directory, vectors, kind, advance)
     built: dict[str, Any] = {"kind": kind, "parameters": parameters}
@@ -99,22 +102,22 @@ def _build(
     return built
 
 
-def _as_many(
+def _same_number(
     passages: Iterable[Passage], vectors: FlatVectors, advance: Progress
 ) -> Iterator[Passage]:
-    """The passages, if there are as many as vectors; raises VectorError at the first too many."""
-    read, total = 0, len(vectors)
+    """Yields the passages; raises VectorError unless there are as many as vectors."""
+    count, total = 0, len(vectors)
     passages = iter(passages)
     for passage in itertools.islice(passages, total):
-        read += 1
-        if read % _TOLD == 0 or read == total:
-            advance(read, total)
+        count += 1
+        if count % _REPORT_PASSAGES == 0 or count == total:
+            advance(count, total)
         yield passage
     more = next(passages, None) is not None
-    if more or read < total:
+    if more or count < total:
         raise VectorError(
             f"{vectors.path} holds {total:,} vectors, but there are "
-            f"{'more passages than that' if more else f'{read:,} passages'}: each vector needs "
+            f"{'more passages than that' if more else f'{count:,} passages'}: each vector needs "
             "its passage, in the same order"
         )
 
@@ -122,8 +125,7 @@ def _as_many(
 def _compare(vectors: FlatVectors, store: PassageStore, encoder: Encoder) -> dict[str, Any]:
     """Encodes a few passages and compares: {"passages", "cosine" (the least), "text"}.
 
-    The title and the text may have been joined otherwise than in our line; the form that fits best
-    counts. Raises VectorError where none does.
+    `text` names the form of the passages that fits best. Raises VectorError where none fits.
     """
     positions, stored = vectors.spread(_COMPARED)
     lines = [store[int(i)].line for i in positions]
@@ -131,16 +133,16 @@ def _compare(vectors: FlatVectors, store: PassageStore, encoder: Encoder) -> dic
         name: [join(*split_line(line)) if split_line(line)[0] else line for line in lines]
         for name, join in _TEXTS.items()
     }
-    found = {name: _cosines(stored, encoder, texts) for name, texts in forms.items()}
-    best = max(found, key=lambda name: found[name].min())
-    cosines = found[best]
+    cosines_of = {name: _cosines(stored, encoder, texts) for name, texts in forms.items()}
+    best = max(cosines_of, key=lambda name: cosines_of[name].min())
+    cosines = cosines_of[best]
     if cosines.min() < _LEAST_COSINE:
         i = int(cosines.argmin())
         raise VectorError(
             f"{vectors.path}: vectors and passages do not belong together, or the encoder, its "
-            f"prefix or pooling is another: passage {positions[i]:,} encoded anew has cosine "
-            f"{cosines[i]:.3f} to its vector, least wanted {_LEAST_COSINE}. --no-check takes them "
-            "all the same"
+            f"prefix or its pooling differs: passage {positions[i]:,}, encoded again, has cosine "
+            f"{cosines[i]:.3f} to its vector, below {_LEAST_COSINE}. --no-check skips this "
+            "comparison"
         )
     return {"passages": len(lines), "cosine": round(float(cosines.min()), 4), "text": best}
 
@@ -153,7 +155,7 @@ def _cosines(
 
 
 def _block_bytes(vectors: FlatVectors) -> int:
-    """A small share of the whole, so that what is made of a block stays one too."""
+    """Bytes of a block: a small share of all vectors, so that arrays computed from it are too."""
     return min(max(4 * len(vectors) * vectors.shape[1] // 64, _SMALLEST_BLOCK), _LARGEST_BLOCK)
 
 
@@ -175,12 +177,12 @@ def _write(
 def _measure(
     directory: Path, built: dict[str, Any], vectors: FlatVectors, store: PassageStore
 ) -> dict[str, Any]:
-    """Recall against flat search over the file itself, with some of its vectors as queries."""
+    """Recall against exact search over the file, with some of its vectors as queries."""
     _, queries = vectors.spread(_RECALL_QUERIES)
     k, block = min(_RECALL_K, len(vectors)), _block_bytes(vectors)
     if built["kind"] == "exact":
         searcher = ExactSearcher(np.load(directory / "vectors.npy", mmap_mode="r"), block)
     else:
         searcher = open_searcher(directory, built, None, store)
-    found, wanted = searcher.search(queries, k)[0], ExactSearcher(vectors, block).search(queries, k)
-    return {"k": k, "queries": len(queries), "recall": round(recall(found, wanted[0]), 4)}
+    ids, exact = searcher.search(queries, k)[0], ExactSearcher(vectors, block).search(queries, k)[0]
+    return {"k": k, "queries": len(queries), "recall": round(recall(ids, exact), 4)}

@@ -1,4 +1,4 @@
-"""An index: an encoder, a searcher over its passage vectors, and the passages, as one thing.
+"""An index joins an encoder, a searcher over passage vectors, and the passages.
 
     index = build_index(read_passages("corpus.tsv.gz"), encoder)
     save_index(index, "indexes/corpus")
@@ -11,8 +11,8 @@ A saved index is a folder that may be moved:
     scann/0/, ...    ScaNN's own files, a folder for each shard, or
     vectors.npy      float32[N, dims] of an exact index, or
     bm25/            bm25s' own files, or
-    milvus.db        Milvus Lite's own file (a cluster's vectors stay with it), or
-    parts/0/, ...    the like of a hybrid's parts
+    milvus.db        Milvus Lite's own file (a cluster keeps its vectors itself), or
+    parts/0/, ...    the same files for each part of a hybrid
 
 `build.write_index` builds one on disk, for corpora that should not be held in memory.
 """
@@ -64,7 +64,7 @@ _OPENERS: dict[str, Callable[[Path, dict[str, Any]], Searcher]] = {
 
 
 class IndexFormatError(UserError, ValueError):
-    """A folder that is not a whole index, or one that does not fit the encoder."""
+    """A folder is not a complete index, or was built with another encoder."""
 
 
 class Index:
@@ -83,12 +83,12 @@ class Index:
         return len(self.passages)
 
     def rank(self, queries: Sequence[str], k: int) -> Found:
-        """Positions and scores, best first, for k up to the length; a NaN score is no hit."""
-        read = self.encoder.encode(queries, kind="query") if self.encoder else queries
-        return self.searcher.search(read, k)
+        """Positions and scores, best first; a NaN score marks no hit. `k` is at most the length."""
+        inputs = self.encoder.encode(queries, kind="query") if self.encoder else queries
+        return self.searcher.search(inputs, k)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """The k best passages of each query, best first; fewer where there are no more."""
+        """The k best passages of each query, best first; fewer if the index has fewer."""
         if not queries or k < 1:
             return [[] for _ in queries]
         ids, scores = self.rank(queries, min(k, len(self)))
@@ -105,7 +105,7 @@ class Index:
 def fuse(first: Index, second: Index) -> Index:
     """A hybrid of two indexes over the same passages.
 
-    Raises IndexFormatError where the passages differ (as many as a thousand are compared).
+    Raises IndexFormatError where the passages differ (up to a thousand are compared).
     """
     same = len(first) == len(second) and all(
         tuple(first.passages[i]) == tuple(second.passages[i])
@@ -164,8 +164,8 @@ def _encode(
 def save_index(index: Index, directory: str | Path) -> None:
     """Writes an index to a new folder, which appears whole or not at all.
 
-    Raises FileExistsError where the folder is there and not empty, ValueError for a hybrid of
-    several encoders (keep its parts, and `fuse` them once opened).
+    Raises FileExistsError where the folder exists and is not empty, ValueError for a hybrid of
+    several encoders (save its parts, and `fuse` them once opened).
     """
     encoder = encoder_of(index)
     with new_folder(directory) as partial:
@@ -176,22 +176,22 @@ def save_index(index: Index, directory: str | Path) -> None:
 
 
 def encoder_of(index: Index) -> Encoder | None:
-    """The one encoder of an index or of its parts."""
+    """The one encoder of an index or its parts; raises ConfigError where parts have several."""
     if not isinstance(index.searcher, HybridSearcher):
         return index.encoder
     parts = [part for part in index.searcher.parts if isinstance(part, Index)]
-    found = {e.fingerprint: e for p in parts if (e := encoder_of(p))}
-    if len(found) > 1:
-        raise ConfigError(f"a saved hybrid has one encoder at most, not {', '.join(found)}")
-    return next(iter(found.values()), None)
+    encoders = {e.fingerprint: e for p in parts if (e := encoder_of(p))}
+    if len(encoders) > 1:
+        raise ConfigError(f"a saved hybrid has one encoder at most, not {', '.join(encoders)}")
+    return next(iter(encoders.values()), None)
 
 
 @contextmanager
 def new_folder(directory: str | Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name when the block ends well and else disappears.
+    """A folder to fill: gets its name when the block succeeds, is removed when it fails.
 
-    Raises FileExistsError where the name is taken by something that is not an empty folder, InUse
-    where another process writes there.
+    Raises FileExistsError where the name is taken by anything but an empty folder, InUse where
+    another process writes there.
     """
     directory = Path(directory)
     with only_one(directory, "the index"):
@@ -207,7 +207,7 @@ def check_free(directory: Path) -> None:
 
 
 def describe(directory: Path, encoder: Encoder | None, passages: int, **built: Any) -> None:
-    """Writes `index.json`, once all else is written; `built` has `kind`, `parameters` and more."""
+    """Writes `index.json`, the last file; `built` has `kind`, `parameters` and more fields."""
     path = directory / PASSAGES_FILE
     with path.open("rb") as file:
         corpus = hashlib.file_digest(file, "sha256").hexdigest()
@@ -220,21 +220,21 @@ def describe(directory: Path, encoder: Encoder | None, passages: int, **built: A
         "corpus_sample": _sample_digest(path),
         **built,
         "files": _file_sizes(directory),
-        # Of an index whose files its library goes on writing, sizes and contents may change.
+        # Milvus goes on writing its files after the build, so digests would change.
         "digests": {} if built.get("kind") == "milvus" else _digests(directory),
     }
     (directory / _INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", "utf-8")
 
 
 def encoder_info(encoder: Encoder) -> dict[str, Any]:
-    """What `index.json` tells of an encoder; the instructions, where it has any, remake it."""
+    """The entry of an encoder in `index.json`, with which `references.index_encoder` reopens it."""
     instructions = getattr(encoder, "instructions", None)
-    told = {"instructions": instructions} if instructions else {}
-    return {"fingerprint": encoder.fingerprint, "reference": encoder.reference} | told
+    optional = {"instructions": instructions} if instructions else {}
+    return {"fingerprint": encoder.fingerprint, "reference": encoder.reference} | optional
 
 
 def _sample_digest(path: Path) -> str:
-    """A digest of as much as 64 MiB, evenly spread: soon taken, of another corpus another."""
+    """A digest of up to 64 MiB in evenly spread blocks, which is fast for files of any size."""
     size, block = path.stat().st_size, 1 << 16
     digest = hashlib.sha256(str(size).encode())
     step = max(block, size // (_SAMPLE_BYTES // block))
@@ -246,7 +246,7 @@ def _sample_digest(path: Path) -> str:
 
 
 def _digests(directory: Path) -> dict[str, dict[str, str]]:
-    """Of every file: of evenly spread blocks, compared at each opening, and of the whole."""
+    """Two digests of each file: `sample`, checked at each opening, and `sha256` of all bytes."""
     digests = {}
     for name in _file_sizes(directory):
         with (directory / name).open("rb") as file:
@@ -256,18 +256,18 @@ def _digests(directory: Path) -> dict[str, dict[str, str]]:
 
 
 def check_whole(directory: Path, info: dict[str, Any]) -> None:
-    """Raises IndexFormatError for a file of which a single byte is another than when it was built.
+    """Raises IndexFormatError where any byte of a file has changed since the build.
 
-    Reads everything; `check_files`, which every opening calls, reads evenly spread blocks.
+    Reads all bytes; `check_files`, which every opening calls, reads evenly spread blocks.
     """
     if not info["digests"]:
         raise IndexFormatError(
-            f"{directory} keeps no digests: Milvus goes on writing its files, so what they hold "
-            "cannot be compared"
+            f"{directory} has no digests: Milvus goes on writing its files, so their contents "
+            "cannot be checked"
         )
-    for name, known in info["digests"].items():
+    for name, digests in info["digests"].items():
         with (directory / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != known["sha256"]:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digests["sha256"]:
                 raise IndexFormatError(f"{directory}: {name} is damaged: build the index again")
 
 
@@ -282,12 +282,12 @@ def open_index(
     *,
     devices: Sequence[Any] | None = None,
 ) -> Index:
-    """Opens a saved index with the encoder that it was built with (any, where it has none).
+    """Opens a saved index with the encoder that it was built with (ignored if it has none).
 
-    `devices` share the vectors of an exact index; without them it is searched by the CPU.
+    `devices` share the vectors of an exact index; without them the CPU searches it.
 
     Raises:
-        IndexFormatError: no index, an incomplete or damaged one, or one of another encoder.
+        IndexFormatError: no index, an incomplete or damaged index, or another encoder.
         NotInstalled: the library of that kind is not installed.
     """
     directory = Path(directory)
@@ -305,24 +305,25 @@ def open_index(
     except NotInstalled:
         raise
     except (UserError, OSError) as error:
-        said = str(error)
-        named = said if str(directory) in said else f"{directory} is damaged: {said}"
-        raise IndexFormatError(named) from error
+        message = str(error)
+        if str(directory) not in message:
+            message = f"{directory} is damaged: {message}"
+        raise IndexFormatError(message) from error
 
 
 def check_encoder(directory: Path, info: dict[str, Any], encoder: Encoder | None) -> None:
     """Raises IndexFormatError unless the index was built with this encoder, or with none."""
     built_by = info["encoder"]
     if built_by and (encoder is None or built_by["fingerprint"] != encoder.fingerprint):
-        given = f"{encoder.fingerprint} ({encoder.reference})" if encoder else "none"
+        ours = f"{encoder.fingerprint} ({encoder.reference})" if encoder else "none"
         raise IndexFormatError(
             f"{directory} was built by encoder {built_by['fingerprint']} "
-            f"({built_by['reference']}), not by {given}"
+            f"({built_by['reference']}), not by {ours}"
         )
 
 
 def check_files(directory: Path, info: dict[str, Any]) -> None:
-    """Raises IndexFormatError where a file is missing or cut, or the passages are others."""
+    """Raises IndexFormatError where a file is missing, cut or, in its sample, changed."""
     sizes = _file_sizes(directory)
     if broken := [name for name, size in info["files"].items() if sizes.get(name) != size]:
         raise IndexFormatError(f"{directory} is incomplete: {', '.join(broken)} missing or cut")
@@ -330,8 +331,8 @@ def check_files(directory: Path, info: dict[str, Any]) -> None:
         raise IndexFormatError(
             f"{directory}: {PASSAGES_FILE} is not the corpus that the index was built from"
         )
-    for name, known in info["digests"].items():
-        if _sample_digest(directory / name) != known["sample"]:
+    for name, digests in info["digests"].items():
+        if _sample_digest(directory / name) != digests["sample"]:
             raise IndexFormatError(
                 f"{directory}: {name} is not what was built: damaged, or of another index"
             )
@@ -344,7 +345,7 @@ def open_searcher(
     passages: PassageStore,
     devices: Sequence[Any] | None = None,
 ) -> Searcher:
-    """The searcher of a folder whose files are known to be whole."""
+    """Opens the searcher of a folder whose files have been checked."""
     kind, parameters = info["kind"], info["parameters"]
     if kind == "hybrid":
         parts = [
@@ -375,7 +376,7 @@ class _FileDigests(TypedDict):
 
 
 class _Info(TypedDict):
-    """What `index.json` must hold; more may stand there."""
+    """The required contents of `index.json`; it may hold more."""
 
     format: int
     kind: Literal["scann", "exact", "bm25", "hybrid", "milvus"]
@@ -386,11 +387,11 @@ class _Info(TypedDict):
     corpus: str
     corpus_sample: str
     files: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
-    digests: dict[str, _FileDigests]  # none of Milvus's own files, which go on changing
+    digests: dict[str, _FileDigests]  # empty for Milvus, whose files go on changing
 
 
 def read_info(directory: str | Path) -> dict[str, Any]:
-    """What `index.json` says; raises IndexFormatError where it is missing or not understood."""
+    """The contents of `index.json`; raises IndexFormatError where it is missing or invalid."""
     path = Path(directory) / _INFO_FILE
     if not path.is_file():
         raise IndexFormatError(f"{directory} is not an index: it holds no {_INFO_FILE}")

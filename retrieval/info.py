@@ -1,4 +1,4 @@
-"""What a saved index is and what it takes, its memory measured in a process of its own."""
+"""Describes a saved index and its costs; measures its memory in a separate process."""
 
 import os
 import subprocess
@@ -27,21 +27,20 @@ _SEARCHES = 200
 
 
 def index_info(directory: Path, *, whole: bool = False) -> dict[str, Any]:
-    """`index.json` and its costs in bytes: on disk, in memory (measured) and as planned.
+    """The contents of `index.json`, and bytes: on disk, in memory (measured and predicted).
 
-    Raises IndexFormatError for a folder that is not a whole index, with `whole` for a changed byte
-    anywhere in it.
+    Raises IndexFormatError for an incomplete or damaged index; `whole` checks every byte.
     """
     info = read_info(directory)
     check_files(directory, info)
     if whole:
         check_whole(directory, info)
     hidden = ("files", "corpus_sample", "digests")
-    told = {name: value for name, value in info.items() if name not in hidden}
+    shown = {name: value for name, value in info.items() if name not in hidden}
     planned = cost(info["kind"], info["passages"], info["dims"] or 0, _scann_parameters(info))
-    return told | {
+    return shown | {
         "disk_bytes": sum(info["files"].values()),
-        "memory_bytes": _measure_apart(directory),
+        "memory_bytes": _measure_in_subprocess(directory),
         "planned_memory_bytes": round(planned.memory),
     }
 
@@ -51,7 +50,7 @@ def _scann_parameters(info: dict[str, Any]) -> dict[str, Any]:
     return parts[0]
 
 
-def _measure_apart(directory: Path) -> int:
+def _measure_in_subprocess(directory: Path) -> int:
     command = [sys.executable, "-m", "r1s_jax.retrieval.info", str(directory)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
@@ -61,7 +60,7 @@ def _measure_apart(directory: Path) -> int:
 
 
 def _measure(directory: Path) -> int:
-    """How much this process grows by opening an index's searcher and searching."""
+    """Bytes by which this process grows on opening an index's searcher and searching."""
     info, process = read_info(directory), psutil.Process()
     if info["kind"] in ("scann", "hybrid"):
         scann()
@@ -81,13 +80,13 @@ def _parts(searcher: Searcher) -> list[Searcher]:
 
 
 def _search(searcher: Searcher, queries: list[str], dims: int | None) -> None:
-    """As a run would: texts, or vectors that are as good as any for what memory they touch."""
-    read: Any = queries
+    """Searches texts or, as they touch as much memory as encoded queries, random vectors."""
+    inputs: Any = queries
     if searcher.kind != "bm25":
         vectors = np.random.default_rng(0).standard_normal((len(queries), dims or 1), np.float32)
-        read = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        inputs = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for i in range(len(queries)):
-        searcher.search(read[i : i + 1], min(5, len(searcher)))
+        searcher.search(inputs[i : i + 1], min(5, len(searcher)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Corpora made from the dumps that R1-Searcher's own were made from, in their published forms.
+"""Makes R1-Searcher's two corpora from their dumps, in their published forms.
 
-Pages become numbered lines with constant memory. The corpus appears only when it is whole; a
-conversion that was stopped is run again.
+Pages become numbered lines with constant memory. The corpus appears only once it is complete; a
+stopped conversion starts over.
 """
 
 import re
@@ -19,7 +19,7 @@ from r1s_jax.system.locks import only_one
 
 _PASSAGE_WORDS = 100
 _REPORT_PAGES = 500
-_REASONS = 10  # told of pages that were skipped
+_REASONS = 10  # reported for skipped pages
 
 _SEPARATORS = re.compile(r"[\t\r\n]")
 
@@ -35,10 +35,10 @@ class Form(NamedTuple):
 class Summary(NamedTuple):
     """What a conversion did."""
 
-    pages: int = 0  # that became passages
+    pages: int = 0  # converted
     passages: int = 0
     skipped: int = 0  # malformed pages
-    reasons: tuple[str, ...] = ()  # of the first that were skipped: file, line, what was wrong
+    reasons: tuple[str, ...] = ()  # of the first skipped pages: file, line, fault
 
 
 def kilt_lines(page: dict[str, Any]) -> list[str]:
@@ -55,38 +55,38 @@ def kilt_lines(page: dict[str, Any]) -> list[str]:
 
 
 def abstract_line(page: dict[str, Any]) -> list[str]:
-    """A page of the HotpotQA abstracts (2017) as `Title: T Text:  ...`, quoted as CSV needs it.
+    """A page of the HotpotQA abstracts (2017) as `Title: T Text:  ...`, quoted as in CSV.
 
-    The raw dump was not at hand: its form (`title`, and `text` as a list of sentences, each after
-    the first beginning with its space) is inferred from HotpotQA and the published lines.
+    Not checked against the raw dump: its form (`title`, and `text` as a list of sentences, all but
+    the first beginning with a space) is inferred from HotpotQA and the published lines.
     """
     title, text = _fields(page, "title", "sentences")
     line = _SEPARATORS.sub(" ", f"Title: {title} Text:  {' '.join(text)}")
     return ['"' + line.replace('"', '""') + '"' if '"' in line else line]
 
 
-def _fields(page: dict[str, Any], title_key: str, what: str) -> tuple[str, list[str]]:
+def _fields(page: dict[str, Any], title_key: str, unit: str) -> tuple[str, list[str]]:
     if not isinstance(page, dict):
         raise ValueError("not a JSON object")
     title, text = page.get(title_key), page.get("text")
     if not isinstance(title, str) or not title.strip():
         raise ValueError(f"no {title_key!r}")
     if not isinstance(text, list) or not all(isinstance(part, str) for part in text):
-        raise ValueError(f"'text' is no list of {what}")
+        raise ValueError(f"'text' is not a list of {unit}")
     if not any(part.strip() for part in text):
         raise ValueError(f"page {title!r} has no text")
     return _SEPARATORS.sub(" ", title), text
 
 
 KILT = Form(kilt_lines)
-# As a spreadsheet writes it: with a byte-order mark and Windows line ends.
+# As a spreadsheet writes a file: with a byte-order mark and Windows line ends.
 ABSTRACTS = Form(abstract_line, head=b"\xef\xbb\xbf", end="\r\n")
 
 
 def convert(
     source: Source, out: str | Path, form: Form, *, progress: Progress | None = None
 ) -> Summary:
-    """Writes the passages of a source of pages.
+    """Converts a source of pages to a corpus file.
 
     Args:
         source: JSON lines, a page each (`lines.open_source`, `lines.open_archive`).
@@ -114,7 +114,7 @@ def convert(
                 raise CorpusError(out, f"no passages; {summary.skipped} pages skipped{skipped}")
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
-        raise CorpusError(out, f"{reason}: mend this and run the same command again") from error
+        raise CorpusError(out, f"{reason}: fix this and run the same command again") from error
     return summary
 
 
@@ -136,7 +136,7 @@ class _NotJSON(UserError, ValueError):
 
 
 def _page(line: Line, form: Form, summary: Summary) -> tuple[bytes, Summary]:
-    """What a line adds to the output, and the summary with it."""
+    """The output bytes of one line of the source, and the updated summary."""
     if not line.data.strip():
         return b"", summary
     try:
@@ -152,6 +152,6 @@ def _page(line: Line, form: Form, summary: Summary) -> tuple[bytes, Summary]:
                     line.file, "cut in the middle of this line", line.number
                 ) from None
             error = ValueError(f"not JSON in UTF-8: {error}")
-        told = (*summary.reasons, f"{line.file}:{line.number}: {error}")[:_REASONS]
-        return b"", summary._replace(skipped=summary.skipped + 1, reasons=told)
+        reasons = (*summary.reasons, f"{line.file}:{line.number}: {error}")[:_REASONS]
+        return b"", summary._replace(skipped=summary.skipped + 1, reasons=reasons)
     return data, summary._replace(pages=summary.pages + 1, passages=summary.passages + len(lines))

@@ -1,4 +1,4 @@
-"""Encoders known by name: what their cards ask for, where a folder's own files do not say it.
+"""Settings of common encoders by name, for folders whose own files lack them.
 
 Sources: the model cards on the Hugging Face hub (intfloat/e5-*, BAAI/bge-*-en*, thenlper/gte-*,
 sentence-transformers/all-MiniLM-*).
@@ -14,7 +14,7 @@ _BGE = "Represent this sentence for searching relevant passages: "
 
 
 class Known(NamedTuple):
-    """How a model reads texts: what is put before them, how tokens become one vector, how many."""
+    """How a model reads texts: prefixes of queries and passages, pooling, maximum tokens."""
 
     query: str
     passage: str
@@ -22,7 +22,7 @@ class Known(NamedTuple):
     tokens: int = _MOST_TOKENS
 
 
-# Of the last part of a reference, in lower case, all of it.
+# Each pattern matches the whole last part of a reference, in lower case.
 _BY_NAME = (
     (
         r"(multilingual-)?e5-(small|base|large)(-v2|-unsupervised)?",
@@ -35,8 +35,8 @@ _BY_NAME = (
 
 
 def known_encoder(reference: str) -> Known | None:
-    """What is known of `hf:org/name[@revision]`, `org/name` or a folder of that name; or None."""
+    """The settings for `hf:org/name[@revision]`, `org/name` or a folder of that name, or None."""
     if reference.startswith("hf:"):
         reference = reference.partition("@")[0]
     name = reference.rstrip("/").rpartition("/")[2].lower()
-    return next((known for form, known in _BY_NAME if re.fullmatch(form, name)), None)
+    return next((settings for form, settings in _BY_NAME if re.fullmatch(form, name)), None)

@@ -1,4 +1,4 @@
-"""The lines of large sources, read as a stream from any place: files, addresses, folders of bz2."""
+"""Streams the lines of large sources: files, URLs, folders and archives of .bz2 files."""
 
 import bz2
 import gzip
@@ -33,7 +33,7 @@ _BROKEN = (
 
 
 class Line(NamedTuple):
-    """A line of a source, its line end included where it has one."""
+    """A line of a source, with its line end if it has one."""
 
     file: str
     number: int  # in the file, from 1
@@ -56,7 +56,7 @@ class Source(Protocol):
 
 
 def open_source(reference: str) -> Source:
-    """A file or an http(s) address of lines, gzipped where its name ends in `.gz`."""
+    """A file or http(s) URL of lines, gzipped if its name ends in `.gz`."""
     if reference.startswith(("http://", "https://")):
         return _Address(reference)
     return _File(Path(reference))
@@ -65,7 +65,7 @@ def open_source(reference: str) -> Source:
 def open_archive(reference: str) -> Source:
     """A folder or a `.tar.bz2` of `wiki_*.bz2` files.
 
-    Raises CorpusError where it is neither, or there are no such files in the folder.
+    Raises CorpusError for anything else, or for a folder without such files.
     """
     path = Path(reference)
     if path.is_dir():
@@ -121,8 +121,8 @@ class _Address:
 
     def files(self) -> Iterator[tuple[str, io.BufferedIOBase]]:
         with self._get() as response:
-            # At its end the response would close itself under us.
-            response.auto_close = False  # pyright: ignore[reportAttributeAccessIssue]  # of any but a base
+            # Otherwise the response closes itself at its end, while the reader still uses it.
+            response.auto_close = False  # pyright: ignore[reportAttributeAccessIssue]  # missing in the base class
             raw = io.BufferedReader(response, _CHUNK)
             self.total = int(response.headers.get("Content-Length", 0))
             self.consumed = response.tell
@@ -138,7 +138,7 @@ class _Address:
             headers={"Accept-Encoding": "identity"},
             timeout=timeout,
             decode_content=False,
-            # Of lost connections: a server that asks to come back later is not waited for.
+            # Retries lost connections; does not wait for a server that asks for a later retry.
             retries=urllib3.Retry(3, respect_retry_after_header=False),
         )
         try:
@@ -169,7 +169,7 @@ class _Folder:
 
 
 class _Archive:
-    """A tar file of `wiki_*.bz2` files, compressed or not, in its own order; read once through."""
+    """A tar file, compressed or not, of `wiki_*.bz2` files; read in one pass, in its own order."""
 
     def __init__(self, path: Path):
         self._path, self.name, self.total = path, str(path), path.stat().st_size
@@ -180,6 +180,6 @@ class _Archive:
             self.consumed = raw.tell
             for member in archive:
                 if member.isfile() and fnmatch(Path(member.name).name, _PAGES):
-                    held = archive.extractfile(member)
-                    assert held is not None  # it is a file
-                    yield f"{self.name}:{member.name}", bz2.BZ2File(held)
+                    stream = archive.extractfile(member)
+                    assert stream is not None  # it is a file
+                    yield f"{self.name}:{member.name}", bz2.BZ2File(stream)

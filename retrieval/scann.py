@@ -1,12 +1,12 @@
-"""ScaNN indexes (Guo et al., 2020): parameters from the size, shards, and what they take.
+"""ScaNN indexes (Guo et al., 2020), with parameters that follow from the number of passages.
 
-    passages     how                                                       vectors kept as
+    passages     search                                                    stored vectors
     < 5,000      every dot product                                         float32
     to 100,000   anisotropic hashing, the best 100 scored again            float32
-    above        a tree of sqrt(n) leaves, a tenth of them read, the same  int8
+    above        the same, in a tenth of the sqrt(n) leaves of a tree      int8
     > 5 million  several such indexes, searched at once and merged         int8
 
-Building is not deterministic beyond the first size.
+Building is deterministic only below 5,000 passages.
 """
 
 import gc
@@ -82,7 +82,7 @@ class ScannSearcher:
     def _search_shard(self, i: int, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
         k = min(k, self._shards[i].size())
         ids, scores = self._read_leaves(i, queries, k, None)
-        # The leaves that are read may hold fewer than k passages: rows cut short read more of them.
+        # The leaves read may hold fewer than k passages: incomplete rows read more leaves.
         leaves, most = self.parameters.get("leaves_searched", 0), self.parameters.get("leaves", 0)
         while leaves < most and (short := np.isnan(scores).any(axis=1)).any():
             leaves = min(4 * leaves, most)
@@ -109,17 +109,17 @@ class ScannSearcher:
     def open(cls, directory: Path, parameters: dict[str, Any]) -> "ScannSearcher":
         load = scann().load_searcher
         folders = [directory / "scann" / str(i) for i in range(parameters.get("shards", 1))]
-        # The shim would write into the index.
+        # The shim would write files into the index.
         shards = [load(str(folder.resolve()), assets_backcompat_shim=False) for folder in folders]
         return cls(shards, parameters)
 
 
 def _build_shards(vectors: Vectors, parameters: dict[str, Any]) -> Iterator[Any]:
-    from_module = scann()
+    library = scann()
     shards, n = parameters.get("shards", 1), len(vectors)
     for i in range(shards):
         rows = np.asarray(vectors[n * i // shards : n * (i + 1) // shards], np.float32)
-        builder = from_module.builder(np.ascontiguousarray(rows), 10, "dot_product")
+        builder = library.builder(np.ascontiguousarray(rows), 10, "dot_product")
         if parameters["scoring"] == "brute_force":
             yield builder.score_brute_force().build()
             continue
@@ -146,15 +146,15 @@ def scann_parameters(
     reorder: int | None = None,
     shards: int | None = None,
 ) -> dict[str, Any]:
-    """How ScaNN is set up for a number of passages; `leaves` are those of one shard.
+    """ScaNN's parameters for a number of passages; `leaves` is the number in one shard.
 
     Raises ValueError for numbers that do not fit each other or the passages.
     """
-    given = {"leaves": leaves, "leaves_searched": leaves_searched, "reorder": reorder}
-    for name, number in (given | {"shards": shards}).items():
+    options = {"leaves": leaves, "leaves_searched": leaves_searched, "reorder": reorder}
+    for name, number in (options | {"shards": shards}).items():
         if number is not None and not 1 <= number <= passages:
             raise ConfigError(f"{name}={number} must be from 1 to the {passages:,} passages")
-    if passages < _BRUTE_FORCE_BELOW and not any(given.values()) and not shards:
+    if passages < _BRUTE_FORCE_BELOW and not any(options.values()) and not shards:
         return {"scoring": "brute_force", "vectors": "float32"}
     shards = shards or (1 if passages <= _SHARD_ABOVE else -(-passages // _SHARD))
     big = passages > _TREE_ABOVE
@@ -170,8 +170,8 @@ def scann_parameters(
         searched = leaves_searched or max(1, leaves // 10)
         if not searched <= leaves <= rows:
             raise ConfigError(
-                f"leaves_searched={searched} must be at most leaves={leaves}, and those at most "
-                f"the {rows:,} passages of a shard"
+                f"leaves_searched={searched} must be at most leaves={leaves}, and leaves at "
+                f"most the {rows:,} passages of a shard"
             )
         parameters |= {"leaves": leaves, "leaves_searched": searched}
     return parameters
@@ -194,7 +194,7 @@ _import_lock = threading.Lock()
 
 
 def scann() -> ModuleType:
-    """ScaNN's NumPy interface. It would also load TensorFlow, at a cost, if it could find it."""
+    """ScaNN's NumPy interface; hides TensorFlow, which the import would load needlessly."""
     with _import_lock:
         hidden = sys.modules.get("tensorflow")
         sys.modules["tensorflow"] = None  # pyright: ignore[reportArgumentType]  # None is allowed

@@ -1,4 +1,4 @@
-"""What every kind of index has in common, and exact search, by which the others are measured."""
+"""The protocols of all kinds of index, and exact search, against which others are measured."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,14 +16,14 @@ from r1s_jax.retrieval.encoder import Progress
 
 IndexKind = Literal["scann", "exact", "bm25", "hybrid", "milvus"]
 Found = tuple[Integer[np.ndarray, "queries k"], Float[np.ndarray, "queries k"]]
-# Opens a progress bar with a title and gives the function that moves it.
+# Opens a progress bar with a title and returns the function that moves it.
 Stage = Callable[[str], AbstractContextManager[Progress]]
 
 _BLOCK_BYTES = 1 << 28
 
 
 class NotInstalled(ImportError, ValueError):
-    """A kind of index whose library is not installed."""
+    """The library of a kind of index is not installed."""
 
 
 class Vectors(Protocol):
@@ -38,19 +38,19 @@ class Vectors(Protocol):
 
 
 class Searcher(Protocol):
-    """Ranks passages by their positions; safe to share by threads."""
+    """Ranks passages, named by their positions; threads may share it."""
 
     kind: IndexKind
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """JSON-able: what the kind was built with."""
+        """The parameters that the index was built with, JSON-serialisable."""
         ...
 
     def __len__(self) -> int: ...
 
     def search(self, queries: Any, k: int) -> Found:
-        """Positions and scores, best first, for k up to the length; a NaN score is no hit.
+        """Positions and scores, best first; a NaN score marks no hit. `k` is at most the length.
 
         `queries` are unit vectors float32[queries, dims], or texts where the kind reads texts.
         """
@@ -60,7 +60,7 @@ class Searcher(Protocol):
 
 
 class Ranker(Protocol):
-    """A searcher that reads texts, by its encoder where it needs vectors: see `index.Index`."""
+    """Ranks passages for texts, with an encoder if its searcher reads vectors: `index.Index`."""
 
     searcher: Searcher
 
@@ -82,14 +82,14 @@ def top_k(
 def blocks(
     vectors: Vectors, most: int = _BLOCK_BYTES
 ) -> Iterator[tuple[int, Float[np.ndarray, "rows dims"]]]:
-    """The vectors as (first position, float32 rows), at most so many bytes at a time."""
+    """Yields (first position, float32 rows), at most `most` bytes of rows at a time."""
     rows = max(1, most // (4 * vectors.shape[1]))
     for start in range(0, len(vectors), rows):
         yield start, np.asarray(vectors[start : start + rows], np.float32)
 
 
 class ExactSearcher:
-    """Every dot product, by BLAS; hits of equal score stand in the corpus' order."""
+    """Computes every dot product by BLAS; hits of equal score are in the corpus' order."""
 
     kind: IndexKind = "exact"
 
@@ -102,13 +102,13 @@ class ExactSearcher:
         return len(self._vectors)
 
     def search(self, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
-        found: Found | None = None
+        merged: Found | None = None
         for start, rows in blocks(self._vectors, self._block_bytes):
             ids = np.arange(start, start + len(rows))[None].repeat(len(queries), 0)
             best = top_k(ids, queries @ rows.T, k)
-            found = top_k(*map(np.hstack, zip(found, best, strict=True)), k) if found else best
-        assert found is not None  # there is a vector at least
-        return found
+            merged = top_k(*map(np.hstack, zip(merged, best, strict=True)), k) if merged else best
+        assert merged is not None  # there is at least one vector
+        return merged
 
     def save(self, directory: Path) -> None:
         write_vectors(directory, self._vectors)
@@ -137,10 +137,10 @@ def write_vectors(
 class MeshSearcher(ExactSearcher):
     """Exact search on accelerators: each device holds and ranks its share of the vectors.
 
-    Not for a retriever inside a running program, which holds the devices itself.
+    Not for a retriever inside a training run, which occupies the devices itself.
     """
 
-    _ROWS = 64  # queries a call: one compiled shape for each k
+    _ROWS = 64  # queries per call: one compiled shape for each k
 
     def __init__(self, vectors: Vectors, devices: Sequence[Any]):
         super().__init__(vectors)
@@ -161,8 +161,8 @@ class MeshSearcher(ExactSearcher):
 
     def search(self, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
         parts = [queries[i : i + self._ROWS] for i in range(0, len(queries), self._ROWS)]
-        found = [self._search(part, k) for part in parts]
-        ids, scores = (np.concatenate(x) for x in zip(*found, strict=True))
+        ranked = [self._search(part, k) for part in parts]
+        ids, scores = (np.concatenate(x) for x in zip(*ranked, strict=True))
         return ids.astype(np.int64), scores
 
     def _search(self, queries: Float[np.ndarray, "queries dims"], k: int) -> Found:
@@ -177,7 +177,7 @@ def _rank(queries: jax.Array, vectors: jax.Array, mesh: jax.sharding.Mesh, k: in
     """Ids and scores [queries, k] of the best among the first `length` vectors."""
 
     def share(queries: jax.Array, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Accelerators multiply float32 in fewer bits by default; an oracle must not.
+        # Accelerators multiply float32 at lower precision by default; exact search must not.
         scores = jnp.matmul(queries, rows.T, precision="highest")
         ids = jax.lax.axis_index("x") * len(rows) + jnp.arange(len(rows))
         scores = jnp.where(ids < length, scores, -jnp.inf)
@@ -193,13 +193,13 @@ def _rank(queries: jax.Array, vectors: jax.Array, mesh: jax.sharding.Mesh, k: in
 
 
 def oracle(vectors: Vectors) -> ExactSearcher:
-    """Exact search where it is fastest here: on the accelerators, or by BLAS."""
+    """Exact search on the accelerators, or by BLAS where there are none."""
     if jax.default_backend() == "cpu":
         return ExactSearcher(vectors)
     return MeshSearcher(vectors, jax.local_devices())
 
 
-def recall(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The mean share of `wanted` ids [queries, k] that are among `found` of the same query."""
-    rows = zip(found, wanted, strict=True)
-    return float(np.mean([np.isin(right, left).mean() for left, right in rows]))
+def recall(ids: np.ndarray, exact: np.ndarray) -> float:
+    """The mean share of the `exact` ids [queries, k] that are among the `ids` of the same query."""
+    rows = zip(ids, exact, strict=True)
+    return float(np.mean([np.isin(best, retrieved).mean() for retrieved, best in rows]))

@@ -1,4 +1,4 @@
-"""An index behind HTTP, in both contracts that `retrieval.http` asks in (the extra `serve`).
+"""Serves an index over HTTP, in both contracts of `retrieval.http` (the extra `serve`).
 
     POST /queries   {"queries": [...], "k": 3}
                     -> {"queries": [...], "answers": [["{id}\\t{line}", ...], ...]}
@@ -6,9 +6,9 @@
                     -> {"result": [[{"document": {"id", "contents"}, "score"}, ...], ...]}
     GET  /healthz, /metrics (Prometheus)
 
-What cannot be answered is `{"error": ...}`: 400 for a wrong request, 403 where a web page of
-elsewhere asks, 413 for too large a request, 415 for one that is no JSON by its header, 503 with
-`Retry-After` while too much is waiting, 500 where the search fails.
+Errors are `{"error": ...}`: 400 for a malformed request, 403 for a web page of another origin,
+413 for too large a request, 415 for a Content-Type other than JSON, 500 where the search fails, 503
+with `Retry-After` while too many queries wait.
 """
 
 import asyncio
@@ -45,43 +45,43 @@ _SERVED = "POST /queries and /retrieve, GET /healthz and /metrics"
 
 
 class Served(Retriever, Protocol):
-    """What is served: a retriever that knows how many passages it has."""
+    """A retriever that knows its number of passages."""
 
     def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on; the rest is refused."""
+    """The limits of a server, which refuses requests beyond them."""
 
     body_bytes: int = 2**22  # of a request
     queries: int = 4096  # of a request
     k: int = 100
     passages: int = 40_960  # of a reply: queries times k
-    characters: int = 2**14  # of a query, and about so many of those that are searched together
+    characters: int = 2**14  # of a query; also, roughly, of all queries in a batch
     waiting: int = 20_000  # queries that wait for the search thread
-    batch: int = 64  # queries searched together; a larger request takes several turns
+    batch: int = 64  # queries searched together; a larger request takes several batches
 
 
 @dataclass(eq=False)
 class _Job:
-    """A request that waits, or of which a part is searched."""
+    """A request that waits, or whose queries are partly searched."""
 
     queries: list[str]
     k: int
     done: Future[list[Sequence[Hit]]]
-    found: list[Sequence[Hit]] = field(default_factory=list)  # of its first queries
-    taken: int = 0  # of its queries, those that are searched or were
+    hits: list[Sequence[Hit]] = field(default_factory=list)  # of its first queries
+    started: int = 0  # queries whose search has begun
 
 
 class Batcher:
-    """One thread that searches whatever is waiting for the same k, together.
+    """One thread that searches waiting queries of the same k together.
 
-    Requests take turns: a large one is searched in parts, with those of others between them.
+    Requests take turns: a large one is searched in parts, and others between its parts.
     """
 
     def __init__(self, retriever: Served, limits: Limits, observe: Callable[[int], None]):
-        """`observe` is told the number of queries of each batch."""
+        """`observe` is called with the number of queries of each batch."""
         self._retriever, self._limits, self._observe = retriever, limits, observe
         self._jobs: deque[_Job] = deque()
         self._changed, self._closed = threading.Condition(), False
@@ -89,7 +89,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, queries: list[str], k: int) -> Future[list[Sequence[Hit]]]:
-        """The passages of each query, once found; raises Refused where too many wait."""
+        """A future of each query's passages; raises Refused where too many queries wait."""
         job = _Job(queries, k, Future())
         if not queries:
             job.done.set_result([])
@@ -104,19 +104,19 @@ class Batcher:
         return job.done
 
     def waiting(self) -> int:
-        """Queries that are not searched yet."""
+        """The number of queries whose search has not begun."""
         with self._changed:
             return self._count()
 
     def close(self) -> None:
-        """Searches what is waiting, then ends the thread."""
+        """Searches all waiting queries, then ends the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
     def _count(self) -> int:
-        return sum(len(job.queries) - job.taken for job in self._jobs)
+        return sum(len(job.queries) - job.started for job in self._jobs)
 
     def _work(self) -> None:
         while parts := self._take():
@@ -124,48 +124,48 @@ class Batcher:
             self._search(parts)
 
     def _take(self) -> list[tuple[_Job, list[str]]]:
-        """The next queries of the longest waiting request, and of those that fit beside them.
+        """The next batch: queries of the request that waits longest, and others that fit.
 
-        A request of which some are left goes to the end; none once closed and done.
+        A request with queries left moves to the end. Empty once closed and nothing waits.
         """
         parts: list[tuple[_Job, list[str]]] = []
         queries, characters = self._limits.batch, self._limits.characters
-        kept, again = deque[_Job](), deque[_Job]()
+        skipped, unfinished = deque[_Job](), deque[_Job]()
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._closed)
             for job in self._jobs:
                 part: list[str] = []
                 if not parts or job.k == parts[0][0].k:
-                    for query in job.queries[job.taken : job.taken + queries]:
+                    for query in job.queries[job.started : job.started + queries]:
                         if (parts or part) and len(query) > characters:
                             break
                         characters -= len(query)
                         part.append(query)
                 if part:
-                    job.taken += len(part)
+                    job.started += len(part)
                     queries -= len(part)
                     parts.append((job, part))
-                if job.taken < len(job.queries):
-                    (again if part else kept).append(job)
-            self._jobs = kept + again
+                if job.started < len(job.queries):
+                    (unfinished if part else skipped).append(job)
+            self._jobs = skipped + unfinished
         return parts
 
     def _search(self, parts: list[tuple[_Job, list[str]]]) -> None:
         try:
-            asked = [query for _, queries in parts for query in queries]
-            rows = iter(self._retriever.search(asked, parts[0][0].k))
-            found = [[next(rows) for _ in queries] for _, queries in parts]
+            batch = [query for _, queries in parts for query in queries]
+            rows = iter(self._retriever.search(batch, parts[0][0].k))
+            results = [[next(rows) for _ in queries] for _, queries in parts]
         except Exception as error:
             if len(parts) == 1:
                 self._fail(parts[0][0], error)
-            else:  # one request's failure is not its neighbours'
+            else:  # search the requests apart, so that only one of them fails
                 for part in parts:
                     self._search([part])
             return
-        for (job, _), hits in zip(parts, found, strict=True):
-            job.found += hits
-            if len(job.found) == len(job.queries):
-                job.done.set_result(job.found)
+        for (job, _), hits in zip(parts, results, strict=True):
+            job.hits += hits
+            if len(job.hits) == len(job.queries):
+                job.done.set_result(job.hits)
 
     def _fail(self, job: _Job, error: Exception) -> None:
         with self._changed:
@@ -174,7 +174,7 @@ class Batcher:
 
 
 class _Service:
-    """The handlers, and what they count."""
+    """The request handlers and their metrics."""
 
     def __init__(self, retriever: Served, limits: Limits):
         self._retriever, self._limits = retriever, limits
@@ -207,7 +207,7 @@ class _Service:
         return metrics_reply(self._registry)
 
     def count(self, request: Request, status: int) -> None:
-        """One more request was answered."""
+        """Counts an answered request."""
         self._requests.labels(request.url.path, status).inc()
 
     async def _answer(
@@ -217,15 +217,15 @@ class _Service:
             raw = await read_body(request, self._limits.body_bytes, Refused)
             body = _parse(raw, k_name, self._limits)
             hits = await self._search(body["queries"], body[k_name])
-            # Of thousands of passages: the other requests must not wait for it.
+            # Encodes up to thousands of passages; other requests must not wait for that.
             content = await asyncio.to_thread(lambda: msgspec.json.encode(reply(body, hits)))
         self.count(request, 200)
         return Response(content, media_type="application/json")
 
     async def _search(self, queries: list[str], k: int) -> list[Sequence[Hit]]:
-        found = self.batcher.submit(queries, k)
+        future = self.batcher.submit(queries, k)
         try:
-            hits = await asyncio.wrap_future(found)
+            hits = await asyncio.wrap_future(future)
         except Exception as error:
             logger.exception("a search failed")
             self._errors.inc()
@@ -235,7 +235,7 @@ class _Service:
 
 
 def _parse(raw: bytes, k_name: str, limits: Limits) -> dict[str, Any]:
-    """The body of a request, checked; raises Refused."""
+    """The checked body of a request; raises Refused for an invalid one."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -273,7 +273,7 @@ def _encodes(text: str) -> bool:
 
 
 def _lines_reply(body: dict[str, Any], hits: list[Sequence[Hit]]) -> dict[str, Any]:
-    """Lines as R1-Searcher's corpora hold them; clients cut a number at their start."""
+    """The reply of `/queries`: lines as in R1-Searcher's corpora; clients cut a leading id."""
     return {"queries": body["queries"], "answers": [[_line(hit) for hit in row] for row in hits]}
 
 
@@ -282,7 +282,7 @@ def _line(hit: Hit) -> str:
 
 
 def _documents_reply(body: dict[str, Any], hits: list[Sequence[Hit]]) -> dict[str, Any]:
-    """With scores as pairs, without them bare documents, as Search-R1's server has it."""
+    """The reply of `/retrieve`, as Search-R1's server: bare documents, or pairs with scores."""
     if not body.get("return_scores"):
         return {"result": [[_document(hit) for hit in row] for row in hits]}
     pairs = [[{"document": _document(hit), "score": hit.score} for hit in row] for row in hits]
@@ -297,7 +297,7 @@ def _document(hit: Hit) -> dict[str, str]:
 def make_app(retriever: Served, limits: Limits, allowed: Callers | None = None) -> ASGIApp:
     """The ASGI application; its search thread ends with it.
 
-    By default only loopback's names and the server's own pages are `allowed`.
+    By default `allowed` has only loopback host names and the server's own pages.
     """
     service = _Service(retriever, limits)
 
@@ -321,7 +321,8 @@ def serve(
 ) -> None:
     """Serves on a bound socket until SIGTERM or SIGINT; requests in flight are answered first.
 
-    `announce` is told the address once connections are taken. Call it on the main thread.
+    `announce` is called with the address once connections are accepted. Call `serve` on the main
+    thread.
     """
     listen.serve(make_app(retriever, limits or Limits(), allowed), bound, announce)
 

@@ -9,9 +9,9 @@ from r1s_jax.io.errors import shorten
 from r1s_jax.retrieval.api import Passage
 from r1s_jax.retrieval.corpus import CorpusError, SeenIds, row_passage
 
-# How a table on the hub, or a saved one with its split, is named among other references.
+# Prefix of references to tables on the hub, and to saved tables with a split.
 HUB = "datasets:"
-# How the library says that a table comes in several forms, or that there is none of that name.
+# The configs listed by the library's errors about a missing or unknown config.
 _CONFIGS = re.compile(r"(?:available configs|Available): (\[.*?\])")
 
 
@@ -26,8 +26,8 @@ def table_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Args:
         name: a Parquet file, a folder that `save_to_disk` wrote, or `ORG/NAME[:CONFIG]` on the hub;
-            the last two may end in `:SPLIT`, and must where there is more than one. `datasets:` may
-            stand before it.
+            the last two may end in `:SPLIT`, which is required if there are several. `datasets:`
+            may precede the name.
 
     Raises:
         CorpusError: it cannot be opened or read; `datasets` is not installed.
@@ -39,7 +39,7 @@ def table_rows(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise CorpusError(name, "needs `datasets`: pip install 'r1s-jax[datasets]'") from error
     try:
         rows = iter(_open(datasets, name))
-    except (OSError, ValueError, IndexError) as error:  # the last: a saved table without rows
+    except (OSError, ValueError, IndexError) as error:  # IndexError: a saved table without rows
         raise CorpusError(name, f"cannot be opened: {error}") from error
     number = 0
     while (row := _next(rows, name, number)) is not None:
@@ -51,7 +51,7 @@ def dataset_passages(name: str) -> Iterator[Passage]:
     """The passages of a table (see table_rows): columns `id`, and `title` and `text` or `contents`.
 
     Raises:
-        CorpusError: as table_rows does; a row is no passage, an id came before, or there are no
+        CorpusError: as table_rows does; for a row that is not a passage; for a repeated id; for no
             rows.
     """
     seen, number = SeenIds(), 0
@@ -74,7 +74,7 @@ def _open(datasets: Any, name: str) -> Any:
     if Path(place).exists():
         table = datasets.load_from_disk(place)
     else:
-        table, place, split = _of_the_hub(datasets, place, split)
+        table, place, split = _load_from_hub(datasets, place, split)
     if not isinstance(table, dict):
         return table
     if not split and len(table) == 1:
@@ -85,22 +85,21 @@ def _open(datasets: Any, name: str) -> Any:
     return table[split]
 
 
-def _of_the_hub(datasets: Any, place: str, rest: str) -> tuple[Any, str, str]:
-    """A table of the hub, its name with its config, and the split that is wanted.
+def _load_from_hub(datasets: Any, place: str, rest: str) -> tuple[Any, str, str]:
+    """A table on the hub, its name with its config, and the requested split.
 
-    `rest` is CONFIG:SPLIT, either of them, or nothing.
+    `rest` is CONFIG:SPLIT, CONFIG, SPLIT or empty.
     """
     first, _, second = rest.partition(":")
     try:
         if second:
-            named = f"{place}:{first}"
-            return datasets.load_dataset(place, first, streaming=True), named, second
+            return datasets.load_dataset(place, first, streaming=True), f"{place}:{first}", second
         return datasets.load_dataset(place, streaming=True), place, first
     except ValueError as error:
-        known = _CONFIGS.search(str(error))
-        if not known:
+        listed = _CONFIGS.search(str(error))
+        if not listed:
             raise
-        configs = re.findall(r"'([^']*)'", known[1])
+        configs = re.findall(r"'([^']*)'", listed[1])
         if second or first not in configs:
             raise CorpusError(
                 f"{HUB}{place}",

@@ -1,8 +1,8 @@
 """Texts to token ids for BERT-family encoders: by Rust's `tokenizers`, or by tensorflow-text.
 
-Both give the same ids. tensorflow-text is the faster one in bulk (13,400 passages a second against
-5,000 on 2 busy cores) and takes ten seconds to import, so it serves where it is installed and many
-passages are encoded on an accelerator; a CPU encodes a few dozen passages a second by either.
+Both give the same ids. tensorflow-text is faster in bulk (13,400 passages a second against 5,000 on
+2 busy cores) but takes ten seconds to import. It is used, if installed, for passages encoded on an
+accelerator; a CPU encodes only a few dozen passages a second, with either tokenizer.
 """
 
 import itertools
@@ -17,16 +17,16 @@ from tokenizers import Tokenizer
 from r1s_jax.io.errors import reading
 from r1s_jax.io.json import decode, read_object
 
-# Texts -> token ids, with [CLS] and [SEP], cut to a length where there is one.
+# Texts -> token ids with [CLS] and [SEP], cut to the maximum length, if any.
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
-# What BERT drops: control and format characters, private ones and what stands for a bad byte.
+# NUL and the replacement character, which BERT drops beside the characters of `_control`.
 _DROPPED = re.compile("[\x00\ufffd]")
 _PLAIN = re.compile(r"[ -~]*")
 
 
 def rust_tokenize(directory: Path, max_length: int | None) -> Tokenize:
-    """By the library that wrote `tokenizer.json`; without a `max_length`, whole."""
+    """A tokenizer by Rust's `tokenizers`; cuts texts only where `max_length` is set."""
     path = directory / "tokenizer.json"
     with reading(path):
         tokenizer = Tokenizer.from_str(decode(path.read_bytes(), path))
@@ -36,23 +36,23 @@ def rust_tokenize(directory: Path, max_length: int | None) -> Tokenize:
             tokenizer.enable_truncation(max_length)
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        with reading(path):  # a vocabulary without its unknown token is found out by a word
+        with reading(path):  # a vocabulary without its unknown token fails only here
             return [e.ids for e in tokenizer.encode_batch_fast(list(texts))]
 
     return encode
 
 
 def tensorflow_tokenize(directory: Path, max_length: int) -> Tokenize | None:
-    """By tensorflow-text; None where it is not installed, or for anything but lower-case BERT."""
-    described = read_object(directory / "tokenizer.json")
-    if not _is_uncased_bert(described):
+    """A tokenizer by tensorflow-text; None if not installed, or the model is not uncased BERT."""
+    settings = read_object(directory / "tokenizer.json")
+    if not _is_uncased_bert(settings):
         return None
     try:
         import tensorflow as tf
         import tensorflow_text as tf_text
     except ImportError:
         return None
-    ids = described["model"]["vocab"]
+    ids = settings["model"]["vocab"]
     vocabulary = sorted(ids, key=ids.__getitem__)
     with tf.device("CPU"):
         fast = tf_text.FastBertTokenizer(vocabulary, token_out_type=tf.int32)
@@ -70,8 +70,8 @@ def tensorflow_tokenize(directory: Path, max_length: int) -> Tokenize | None:
     return tokenize
 
 
-def _is_uncased_bert(described: dict[str, Any]) -> bool:
-    normalizer, model = described.get("normalizer") or {}, described["model"]
+def _is_uncased_bert(settings: dict[str, Any]) -> bool:
+    normalizer, model = settings.get("normalizer") or {}, settings["model"]
     return (
         normalizer.get("type") == "BertNormalizer"
         and normalizer.get("lowercase") is True
@@ -82,10 +82,10 @@ def _is_uncased_bert(described: dict[str, Any]) -> bool:
 
 
 def _normalized(text: str) -> str:
-    """What BERT's normaliser makes of a text, all but the spaces around Chinese characters."""
+    """The output of BERT's normaliser, but without spaces around Chinese characters."""
     if _PLAIN.fullmatch(text):
         return text.lower()
-    # Letter by letter: `str.lower` looks at a whole word for the Greek sigma, BERT does not.
+    # Letter by letter, as BERT does: `str.lower` of a word treats a final Greek sigma otherwise.
     text = _DROPPED.sub("", text)
     text = "".join(" " if c in "\t\n\r" else c for c in text if c in "\t\n\r" or not _control(c))
     text = unicodedata.normalize("NFD", text)

@@ -1,12 +1,12 @@
-"""Passage vectors on disk, in shards that several hosts write at once and a stopped job continues.
+"""Passage vectors on disk, in shards: several hosts write at once, and stopped jobs resume.
 
-    vectors-00002-of-00008.json    what the shard is part of (`_describe`)
-    vectors-00002-of-00008.npy     float16[rows, dims], there once it is whole
-    vectors-00002-of-00008.sha256  digest of those, compared when they are opened
-    vectors-00002-of-00008.part    the same while it grows: a whole header, then whole rows
+    vectors-00002-of-00008.json    the shard's place, corpus and encoder (`_Description`)
+    vectors-00002-of-00008.npy     float16[rows, dims], present once complete
+    vectors-00002-of-00008.sha256  digest of the .npy, checked when it is opened
+    vectors-00002-of-00008.part    the unfinished .npy: its final header, then the rows so far
 
-float16: components of unit vectors are at most 1, so a dot product moves by some 1e-4, and the
-disk holds half as much (74 instead of 147 GB for KILT at 1024 dims).
+float16 halves the disk space (74 instead of 147 GB for KILT at 1024 dims). Components of unit
+vectors are at most 1, so it changes a dot product by some 1e-4 only.
 """
 
 import hashlib
@@ -41,10 +41,10 @@ class VectorError(UserError, ValueError):
 
 
 class Corpus:
-    """Passages that can be read again and again, their number and fingerprint taken at first."""
+    """Passages that can be read repeatedly, with their number and fingerprint."""
 
     def __init__(self, read: Callable[[], Iterable[Passage]], progress: Progress | None = None):
-        """Raises CorpusError where there are none."""
+        """Reads all passages once; raises CorpusError where there are none."""
         self.read, self.length, digest = read, 0, hashlib.sha256()
         for passage in read():
             digest.update(f"{passage.id}\t{passage.line}\n".encode())
@@ -55,7 +55,7 @@ class Corpus:
             progress(self.length, self.length)
         if not self.length:
             raise CorpusError("the corpus", "no passages")
-        self.fingerprint = digest.hexdigest()  # as `sha256sum passages.tsv` beside an index
+        self.fingerprint = digest.hexdigest()  # equals `sha256sum passages.tsv` in an index
 
 
 def encode_shard(
@@ -67,10 +67,10 @@ def encode_shard(
     shards: int = 1,
     progress: Progress | None = None,
 ) -> Path:
-    """Encodes the passages of one shard, going on where an earlier try stopped.
+    """Encodes the passages of one shard, resuming a stopped try; returns the .npy file.
 
-    Raises VectorError where the folder holds vectors of another corpus, encoder or division, InUse
-    where another process encodes the same shard.
+    Raises VectorError where the folder holds vectors of another corpus, encoder or number of
+    shards, InUse where another process encodes the same shard.
     """
     if not 0 <= shard < shards:
         raise VectorError(f"shard {shard + 1} of {shards}: expected 1 to {shards}")
@@ -89,7 +89,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
 
 
 class _Description(TypedDict):
-    """What `vectors-*.json` holds."""
+    """The contents of `vectors-*.json`."""
 
     format: int
     shard: Annotated[int, msgspec.Meta(ge=0, lt=100_000)]
@@ -116,7 +116,7 @@ def _encode(
         done = _resume(file, header, 2 * encoder.dims)
         passages = itertools.islice(iter(corpus.read()), start + done, start + rows)
         while chunk := list(itertools.islice(passages, _CHUNK)):
-            # The default argument keeps this chunk's count: the callback outlives the loop's turn.
+            # The default argument binds this chunk's `done`: the callback outlives the iteration.
             def report(of_chunk: int, _: int, before: int = done) -> None:
                 if progress:
                     progress(before + of_chunk, rows)
@@ -125,7 +125,7 @@ def _encode(
             vectors = encoder.encode(lines, kind="passage", progress=report)
             file.write(vectors.astype("<f2").tobytes())
             file.flush()
-            os.fsync(file.fileno())  # a length that the disk holds, data that it does not: never
+            os.fsync(file.fileno())  # else a crash may keep the file's length and lose its data
             done += len(chunk)
     with partial.open("rb") as file:
         write_text(_digest_file(path), [hashlib.file_digest(file, "sha256").hexdigest()])
@@ -153,17 +153,17 @@ def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> "_De
 
 
 def _read_description(path: Path) -> _Description:
-    told = read_object(path, VectorError)
-    if (version := told.get("format")) != _FORMAT:
+    description = read_object(path, VectorError)
+    if (version := description.get("format")) != _FORMAT:
         raise VectorError(
             f"{path} was made by another version (format {shorten(repr(version), 40)}; this one "
-            f"reads {_FORMAT}): encode the passages anew"
+            f"reads {_FORMAT}): encode the passages again"
         )
-    return check(told, _Description, path, VectorError)
+    return check(description, _Description, path, VectorError)
 
 
 def _check_fits(directory: Path, ours: _Description) -> None:
-    """Raises VectorError where the folder holds shards that ours could not stand beside."""
+    """Raises VectorError where the folder holds shards of another corpus, encoder or division."""
     for path in sorted(directory.iterdir()):
         if _NAME.fullmatch(path.name):
             theirs = _read_description(path)
@@ -183,7 +183,7 @@ def _npy_header(shape: tuple[int, int]) -> bytes:
 
 
 def _resume(file: Any, header: bytes, row_bytes: int) -> int:
-    """Cuts a partial file after its last whole row, or starts it; the rows that it holds."""
+    """Cuts a partial file after its last complete row, or starts it; returns its rows."""
     whole = file.read(len(header)) == header
     size = file.seek(0, os.SEEK_END)
     done = (size - len(header)) // row_bytes if whole else 0
@@ -198,12 +198,12 @@ class VectorShards:
     """The shards of a folder as one array of float32 rows, read from memory maps."""
 
     def __init__(self, directory: str | Path):
-        """Raises VectorError for a folder without shards, or with one missing or not whole."""
+        """Raises VectorError for a folder without shards, or with a missing or incomplete one."""
         self.directory = Path(directory)
-        found = sorted(p for p in self.directory.glob("vectors-*.json") if _NAME.fullmatch(p.name))
-        if not found:
+        files = sorted(p for p in self.directory.glob("vectors-*.json") if _NAME.fullmatch(p.name))
+        if not files:
             raise VectorError(f"{directory} holds no vectors: run `r1s index encode` first")
-        infos = [_read_description(path) for path in found]
+        infos = [_read_description(path) for path in files]
         self.info = infos[0]
         for info in infos:
             _check_fits(self.directory, info)
@@ -224,7 +224,7 @@ class VectorShards:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> Float[np.ndarray, "rows dims"]:
-        """Copies of consecutive rows; raises VectorError for one that is not finite."""
+        """Copies of consecutive rows; raises VectorError for a row that is not finite."""
         start, stop, _ = rows.indices(len(self))
         out = np.empty((max(0, stop - start), self.shape[1]), np.float32)
         for path, part, first in zip(self._paths, self._parts, self._starts[:-1], strict=True):
@@ -238,7 +238,7 @@ class VectorShards:
         return out
 
     def check(self, *, corpus: str, encoder: Encoder) -> None:
-        """Raises VectorError unless these are that encoder's vectors of that corpus."""
+        """Raises VectorError unless `encoder` made them of the corpus with this fingerprint."""
         for name, ours, theirs in (
             ("encoder", encoder.fingerprint, self.info["encoder"]),
             ("dims", encoder.dims, self.info["dims"]),
@@ -251,15 +251,14 @@ class VectorShards:
 
 
 def _open_shard(path: Path, dims: int) -> np.ndarray:
-    known = _digest_file(path)
-    if not known.exists():
-        raise VectorError(f"{known} is missing: remove {path.name} and encode that part again")
+    digest = _digest_file(path)
+    if not digest.exists():
+        raise VectorError(f"{digest} is missing: remove {path.name} and encode that part again")
     with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != known.read_text("ascii", "replace"):
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest.read_text("ascii", "replace"):
             raise VectorError(f"{path} is damaged: encode that part again")
     with reading(path, VectorError):
         part = np.load(path, mmap_mode="r")
     if part.ndim != 2 or part.shape[1] != dims or part.dtype != np.float16:
-        found = f"{part.dtype} of shape {part.shape}"
-        raise VectorError(f"{path}: {found}, not rows of {dims} float16")
+        raise VectorError(f"{path}: {part.dtype} of shape {part.shape}, not rows of {dims} float16")
     return part

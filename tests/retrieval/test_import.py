@@ -67,7 +67,7 @@ def test_an_imported_index_finds_and_tells(tmp_path, kind):
     assert told["recall"] == {"k": 10, "queries": 200, "recall": pytest.approx(1, abs=0.01)}
     assert (told["passages"], told["dims"], told["kind"]) == (300, 32, kind)
     assert told["compared"] == {"passages": 8, "cosine": 1.0, "text": "line"}
-    assert "8 passages encoded anew" in said[0] and told["bytes_per_vector"] >= 128
+    assert "8 passages encoded again" in said[0] and told["bytes_per_vector"] >= 128
     hits = open_index(tmp_path / "a", ENCODER).search(["Town 77 by river77"], 3)[0]
     assert hits[0].line == PASSAGES[77].line
     info = read_info(tmp_path / "a")
@@ -114,7 +114,7 @@ def test_broken_files_are_refused_by_name(tmp_path):
     damaged = {
         "is cut: 19": whole[:-19000],
         "bytes behind": whole + b"1234",
-        "cut within its header": whole[:30],
+        "cut inside its header": whole[:30],
         "begins with b'IxXX'": b"IxXX" + whole[4:],
         "begins with b''": b"",
         "header is damaged": whole[:8] + struct.pack("<q", 299) + whole[16:],

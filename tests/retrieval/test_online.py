@@ -89,7 +89,7 @@ def test_no_result_is_no_document_and_a_page_without_text_neither():
     ("link", "message"),
     [
         ("/gone", "status 404"),
-        ("/binary", "application/json is no text"),
+        ("/binary", "application/json is not text"),
         ("file:///etc/passwd", "not a web page"),
         ("http://127.0.0.1:{port}/river", "127.0.0.1 is not a public address"),
         ("http://[::1]:{port}/river", r"::1.* is not a public address|refused"),
