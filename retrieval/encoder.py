@@ -104,14 +104,14 @@ class BertEncoder:
         """
         directory = Path(directory)
         self.reference = reference or str(directory)
-        known = known_encoder(self.reference)
-        self.instructions = _read_instructions(directory, known)
+        defaults = known_encoder(self.reference)
+        self.instructions = _read_instructions(directory, defaults)
         overrides = {"query": query_instruction, "passage": passage_instruction}
         self.instructions |= {kind: text for kind, text in overrides.items() if text is not None}
         self._devices = devices
         self._config = BertConfig.load(directory)
-        self._pooling: Pooling = _read_pooling(directory, known)
-        self.max_length = _read_max_length(directory, self._config, known)
+        self._pooling: Pooling = _read_pooling(directory, defaults)
+        self.max_length = _read_max_length(directory, self._config, defaults)
         self._weights = load_weights(directory, self._config)
         self._directory = directory
         self._tokenize = rust_tokenize(directory, self.max_length)
@@ -284,10 +284,10 @@ def _read_settings(path: Path, kind: type[T]) -> T:
     return check(read_object(path) if path.exists() else {}, kind, path)
 
 
-def _read_pooling(directory: Path, by_name: Known | None = None) -> Pooling:
+def _read_pooling(directory: Path, defaults: Known | None = None) -> Pooling:
     path = directory / "1_Pooling" / "config.json"
-    if by_name and not path.exists():
-        return by_name.pooling
+    if defaults and not path.exists():
+        return defaults.pooling
     raw = read_object(path)
     mode = check(raw, _Pooling, path).pooling_mode
     flags = [k for k, on in raw.items() if k.startswith("pooling_mode_") and on is True]
@@ -302,23 +302,23 @@ def _read_pooling(directory: Path, by_name: Known | None = None) -> Pooling:
     )
 
 
-def _read_instructions(directory: Path, by_name: Known | None = None) -> dict[Kind, str]:
+def _read_instructions(directory: Path, defaults: Known | None = None) -> dict[Kind, str]:
     path = directory / "config_sentence_transformers.json"
     prompts = _read_settings(path, _Prompts).prompts or {}
     query, passage = prompts.get("query"), prompts.get("passage") or prompts.get("document")
     # Current versions of sentence-transformers write empty prompts where none are set.
-    if by_name and not (query or passage):
-        query, passage = by_name.query, by_name.passage
+    if defaults and not (query or passage):
+        query, passage = defaults.query, defaults.passage
     return {"query": query or "", "passage": passage or ""}
 
 
-def _read_max_length(directory: Path, config: BertConfig, by_name: Known | None = None) -> int:
+def _read_max_length(directory: Path, config: BertConfig, defaults: Known | None = None) -> int:
     tokens = _read_settings(directory / "sentence_bert_config.json", _MaxLength).max_seq_length
     if tokens is None:  # current versions write it here
         path = directory / "tokenizer_config.json"
         tokens = _read_settings(path, _Tokenizer).model_max_length
-    if tokens is None and by_name:
-        tokens = by_name.tokens
+    if tokens is None and defaults:
+        tokens = defaults.tokens
     return int(min(tokens or config.positions, config.positions))
 
 

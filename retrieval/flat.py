@@ -128,8 +128,8 @@ class FlatVectors:
     def _open_npy(self) -> tuple[tuple[int, int], np.dtype, int]:
         with reading(self.path, VectorError):
             rows = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        whole = rows.ndim == 2 and rows.dtype in (np.float32, np.float16)
-        if not whole or not rows.flags.c_contiguous or not 0 < rows.size <= _MOST_ROWS:
+        matrix = rows.ndim == 2 and rows.dtype in (np.float32, np.float16)
+        if not matrix or not rows.flags.c_contiguous or not 0 < rows.size <= _MOST_ROWS:
             raise VectorError(
                 f"{self.path} holds {rows.dtype} of shape {rows.shape}; expected float32 or "
                 "float16, [passages, dims], row-major"

@@ -61,8 +61,8 @@ def import_index(
         the vectors as queries), `bytes_per_vector`, `compared`, `seconds`.
 
     Raises:
-        VectorError: vectors that are not finite, differ in number from the passages or in value
-            from the encoder's, or are ranked by another metric than inner products.
+        VectorError: the vectors are not finite, are not as many as the passages, differ from the
+            encoder's, or are ranked otherwise than by inner products.
         CorpusError, FileExistsError, NotInstalled: as `build.write_index`.
     """
     directory, began = Path(directory), time.monotonic()

@@ -37,17 +37,13 @@ def index_info(directory: Path, *, whole: bool = False) -> dict[str, Any]:
         check_whole(directory, info)
     hidden = ("files", "corpus_sample", "digests")
     shown = {name: value for name, value in info.items() if name not in hidden}
-    planned = cost(info["kind"], info["passages"], info["dims"] or 0, _scann_parameters(info))
+    scann_parameters = info["parameters"].get("parts", [info["parameters"]])[0]
+    planned = cost(info["kind"], info["passages"], info["dims"] or 0, scann_parameters)
     return shown | {
         "disk_bytes": sum(info["files"].values()),
         "memory_bytes": _measure_in_subprocess(directory),
         "planned_memory_bytes": round(planned.memory),
     }
-
-
-def _scann_parameters(info: dict[str, Any]) -> dict[str, Any]:
-    parts = info["parameters"].get("parts", [info["parameters"]])
-    return parts[0]
 
 
 def _measure_in_subprocess(directory: Path) -> int:

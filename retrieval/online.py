@@ -176,7 +176,7 @@ class OnlineRetriever:
                 addresses.append(link)
         if not lines:
             return []
-        # All as queries: an encoder allows those from any thread.
+        # All as queries: only queries may be encoded from any thread.
         vectors = self._encoder.encode([query, *lines], kind="query")
         scores = vectors[1:] @ vectors[0]
         best = np.argsort(-scores, kind="stable")[:k]

@@ -34,10 +34,8 @@ class Preset(NamedTuple):
 
     def json(self) -> dict[str, Any]:
         """All fields, and the prefixes that the encoder needs before texts."""
-        encoder = known_encoder(self.encoder)
-        prefixes = (
-            {"query_prefix": encoder.query, "passage_prefix": encoder.passage} if encoder else {}
-        )
+        model = known_encoder(self.encoder)
+        prefixes = {"query_prefix": model.query, "passage_prefix": model.passage} if model else {}
         return self._asdict() | {"commands": list(self.commands)} | prefixes
 
 

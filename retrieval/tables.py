@@ -51,7 +51,7 @@ def dataset_passages(name: str) -> Iterator[Passage]:
     """The passages of a table (see table_rows): columns `id`, and `title` and `text` or `contents`.
 
     Raises:
-        CorpusError: as table_rows does; for a row that is not a passage; for a repeated id; for no
+        CorpusError: as table_rows does; a row is not a passage; an id is repeated; there are no
             rows.
     """
     seen, number = SeenIds(), 0

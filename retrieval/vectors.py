@@ -136,7 +136,7 @@ def _digest_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> "_Description":
+def _describe(corpus: Corpus, encoder: Encoder, shard: int, shards: int) -> _Description:
     start, end = (corpus.length * i // shards for i in (shard, shard + 1))
     return {
         "format": _FORMAT,
@@ -183,7 +183,7 @@ def _npy_header(shape: tuple[int, int]) -> bytes:
 
 
 def _resume(file: Any, header: bytes, row_bytes: int) -> int:
-    """Cuts a partial file after its last complete row, or starts it; returns its rows."""
+    """Cuts a partial file after its last complete row, or starts it; returns its number of rows."""
     whole = file.read(len(header)) == header
     size = file.seek(0, os.SEEK_END)
     done = (size - len(header)) // row_bytes if whole else 0
@@ -238,7 +238,7 @@ class VectorShards:
         return out
 
     def check(self, *, corpus: str, encoder: Encoder) -> None:
-        """Raises VectorError unless `encoder` made them of the corpus with this fingerprint."""
+        """Raises VectorError unless `encoder` made these from the corpus with this fingerprint."""
         for name, ours, theirs in (
             ("encoder", encoder.fingerprint, self.info["encoder"]),
             ("dims", encoder.dims, self.info["dims"]),
