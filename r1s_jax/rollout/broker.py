@@ -1,9 +1,9 @@
 """The broker between the running program and a retriever.
 
-The program calls `exchange` from a host callback at every turn in which a slot searches. New
-queries go to threads; the call returns at once with the documents that are ready (it waits a
-moment only when no slot has anything else to do). It never raises and calls no JAX: an exception
-inside a callback would hang the other devices.
+The program calls `exchange` from a host callback at every iteration in which a slot searches. New
+queries go to threads; the call returns at once with the documents that are ready (it waits
+briefly only when no slot has anything else to do). `exchange` never raises and calls no JAX: an
+exception inside a callback would hang the other devices.
 """
 
 import threading
@@ -26,17 +26,17 @@ from r1s_jax.rollout.callback_arrays import RESULTS, Status, pack_results
 from r1s_jax.rollout.reply import fitted
 from r1s_jax.system.distributed import gather
 
-# With nothing else to do the program waits this long for documents before it asks again.
+# An idle program waits this long for documents before it calls again.
 _IDLE_WAIT_S = 0.02
 # Outcomes of a search without documents. FAILED: caused by the retriever. UNANSWERED: malformed by
-# the policy; an invalid turn is told what is wrong with it, a bad query is not.
+# the policy; the reply to an invalid turn names the problem, a bad query gets no reply.
 FAILED, UNANSWERED = ("timeout", "error"), ("bad_query", "long_query", "invalid_turn")
-# Where a rollout may be left early, documents arrive this many iterations after their query.
+# In a steady rollout (see `Broker.begin`) documents arrive this many iterations after their query.
 _LAG = 8
-# A retriever that finds nothing in so many searches of a rollout, and nothing else, is broken.
+# A retriever counts as broken if a rollout's searches, at least this many, all find nothing.
 _ALL_EMPTY = 64
-CHARACTERS_A_TOKEN = 32  # more than any text takes, runs of white space apart
-# Fewer failures than this stop nothing midway, whatever their share.
+CHARACTERS_A_TOKEN = 32  # an upper bound for any text but runs of white space
+# Fewer failures than this never stop a rollout midway.
 _MIN_FAILURES = 8
 
 
@@ -44,23 +44,23 @@ class SearchFailure(UserError, RuntimeError):
     """Too many searches failed: the run must stop rather than learn from missing documents."""
 
 
-def too_many(failed: int, made: int, rate: float, *, midway: bool = False) -> bool:
-    """Whether more than that share of the searches failed; `midway` never for a few alone."""
-    return failed > rate * made and (not midway or failed >= _MIN_FAILURES)
+def too_many(failed: int, total: int, rate: float, *, midway: bool = False) -> bool:
+    """Whether more than a share `rate` of the searches failed; `midway`: and at least 8 did."""
+    return failed > rate * total and (not midway or failed >= _MIN_FAILURES)
 
 
 @dataclass
 class Search:
-    """One query of one trajectory and what became of it."""
+    """One query of one trajectory and its outcome."""
 
     trajectory: int  # row in the rollout's batch
     query: str
     outcome: str = "pending"  # found, empty, one of FAILED, one of UNANSWERED
     documents: tuple[str, ...] = ()
-    ids: tuple[str, ...] = ()  # of the documents; "" where a retriever tells none
+    ids: tuple[str, ...] = ()  # of the documents; "" where the retriever gives none
     seconds: float = 0.0
     detail: str = ""
-    tried: str = ""  # how the last try failed
+    tried: str = ""  # the error of the last failed attempt
     turn: "Turn | None" = field(default=None, repr=False, compare=False)
     started: float = field(default_factory=time.monotonic)
 
@@ -73,7 +73,7 @@ class Turn:
     shard: int
     searches: list[Search] = field(default_factory=list)
     delivered: bool = False
-    due: int = 0  # the turn of the shard's loop at which its reply is delivered, where that is set
+    due: int = 0  # in a steady rollout: the shard's iteration in which the reply is delivered
 
     @property
     def settled(self) -> bool:
@@ -100,9 +100,9 @@ class Broker:
         forgiving: bool = False,
     ):
         """`clean` makes the text of documents harmless to the tokenizer (see tokenizer.foreign);
-        `evaluation` reads queries as the published evaluation does; `forgiving`: to the policy, a
-        search that failed is one that found nothing, which only who asks may be told otherwise.
-        Raises ConfigError where max_documents_length has no room for so many documents' tags."""
+        `evaluation` reads queries as the published evaluation does; `forgiving` shows the policy a
+        failed search as one that found nothing, while the log keeps the failure.
+        Raises ConfigError if max_documents_length has no room for the documents' tags."""
         self.config, self._clean, self._forgiving = config, clean, forgiving
         self.dialect, self._evaluation = dialect, evaluation
         self._decode, self._encode = decode, encode
@@ -110,7 +110,7 @@ class Broker:
         self._most_characters = max_documents_length * CHARACTERS_A_TOKEN
         self._changed = threading.Condition()
         self.begin(None)
-        self.reply_tokens([["-"] * documents_per_query])  # or the first search would find it out
+        self.reply_tokens([["-"] * documents_per_query])  # raises now, not at the first search
 
     def begin(
         self,
@@ -121,18 +121,18 @@ class Broker:
     ) -> None:
         """Starts a rollout over `retriever`, or over one for each of its rows.
 
-        Documents are delivered when they are there; `steady`: a fixed number of the loop's turns
-        after their query, waiting for them where need be, so that how far each trajectory has come
-        after so many turns does not depend on the clock. What late threads of the last rollout
-        bring is dropped.
+        By default documents are delivered as soon as they are ready. With `steady` they are
+        delivered a fixed number of iterations after their query, and the loop waits for them if
+        need be, so that progress after n iterations does not depend on the clock. Results that
+        arrive late from the previous rollout are dropped.
         """
         with self._changed:
             self._retriever, self._by_row = retriever, by_row
-            self._steady, self._turns = steady, Counter[int]()
+            self._steady, self._iterations = steady, Counter[int]()  # iterations by shard
             self._pending: dict[tuple[int, int], Turn] = {}
             self._ready: dict[int, deque[Turn]] = {}
             self._counts: Counter[str] = Counter()
-            self._stopped = False  # the program was told to end the rollout
+            self._stopped = False  # whether the program must end the rollout
             self.log: list[Search] = []
 
     @property
@@ -142,18 +142,18 @@ class Broker:
 
     @property
     def failures(self) -> int:
-        """Searches that failed; one that found nothing has not, unless that is all they ever do."""
+        """Failed searches. Empty ones count too if at least 64 were empty and none found any."""
         failed = sum(self._counts[outcome] for outcome in FAILED)
         empty = self._counts["empty"]
         return failed + (empty if empty >= _ALL_EMPTY and not self._counts["found"] else 0)
 
     @property
     def _total(self) -> int:
-        """Searches that were made: what the policy failed to ask was none."""
+        """Searches that reached the retriever; malformed queries did not."""
         return sum(self._counts.values()) - sum(self._counts[outcome] for outcome in UNANSWERED)
 
     def share(self) -> None:
-        """Adds what the brokers of the other processes saw, so that all judge it alike."""
+        """Adds the counts and logs of all other processes, so that every process decides alike."""
         with self._changed:
             mine = (Counter(self._counts), self._stopped, list(self.log))
         shared = gather(mine)
@@ -173,35 +173,35 @@ class Broker:
             )
 
     def take_log(self) -> list[Search]:
-        """The searches that ended since the last call, now forgotten: for loops without end."""
+        """Returns and clears `log`; for loops without end, whose log would grow for ever."""
         with self._changed:
-            taken, self.log = self.log, []
-            return taken
+            searches, self.log = self.log, []
+            return searches
 
     def pending(self) -> list[Search]:
-        """The searches that are being made."""
+        """The searches in progress."""
         with self._changed:
             searches = [s for turn in self._pending.values() for s in turn.searches]
         return [search for search in searches if search.outcome == "pending"]
 
     def forget(self, rows: Collection[int]) -> None:
-        """Between two entries of the loop: nobody waits for what these rows asked any more."""
+        """Drops the searches of these rows; only between two entries of the loop."""
 
-        def kept(turn: Turn) -> bool:
+        def keep(turn: Turn) -> bool:
             return turn.searches[0].trajectory not in rows
 
         with self._changed:
-            self._pending = {at: turn for at, turn in self._pending.items() if kept(turn)}
-            self._ready = {at: deque(filter(kept, turns)) for at, turns in self._ready.items()}
+            self._pending = {at: turn for at, turn in self._pending.items() if keep(turn)}
+            self._ready = {at: deque(filter(keep, turns)) for at, turns in self._ready.items()}
             self.log = [search for search in self.log if search.trajectory not in rows]
 
     def wake(self) -> None:
-        """Ends the wait of a loop that has nothing to do but wait for documents."""
+        """Ends the wait of an idle loop."""
         with self._changed:
             self._changed.notify_all()
 
     def common_failures(self) -> str:
-        """The most frequent reasons, for a message."""
+        """The most frequent reasons of failure, for a message."""
         failed = [s for s in self.log if s.outcome in FAILED and s.detail]
         details = Counter(f"{s.outcome}: {shorten(s.detail, 120)}" for s in failed)
         common = "; ".join(f"{text} ({n}x)" for text, n in details.most_common(2))
@@ -210,14 +210,14 @@ class Broker:
     # Called by the program.
 
     def exchange(self, shard: Any, idle: Any, rows: Any, submit: Any, query: Any) -> np.ndarray:
-        """The host callback: takes new queries, returns what is ready.
+        """The host callback: takes new queries, returns the replies that are ready.
 
         Args:
           shard: the calling data shard.
-          idle: true when no slot of the shard has anything to do but wait.
+          idle: true when every busy slot of the shard waits for documents.
           rows: int32[S] trajectory in each slot.
           submit: bool[S] slots that just ended a query.
-          query: int32[S, Q] their last tokens of this turn, -1 where the turn is shorter.
+          query: int32[S, Q] last tokens of each slot's turn, -1 where the turn is shorter.
 
         Returns the array of callback_arrays.py.
         """
@@ -241,22 +241,22 @@ class Broker:
     def answer_now(
         self, turn: Sequence[int], full: bool
     ) -> tuple[Status, int, list[int], list[Search]]:
-        """What becomes of a turn outside of the program.
+        """Answers a turn outside of the program.
 
-        Returns its Status, how many searches were made, the tokens of the reply, and the searches.
+        Returns its Status, the number of searches made, the tokens of the reply, and the searches.
 
-        `full`: the tokens of the turn are all that fit into the window of a query.
+        `full`: the turn fills the window of a query, so that its beginning may be missing.
         """
         calls = self._calls(turn, full)
-        made = iter(self.search_now([call.query for call, unanswered in calls if not unanswered]))
+        done = iter(self.search_now([call.query for call, unanswered in calls if not unanswered]))
         searches = [
-            Search(-1, call.query, unanswered, detail=call.problem) if unanswered else next(made)
+            Search(-1, call.query, unanswered, detail=call.problem) if unanswered else next(done)
             for call, unanswered in calls
         ]
         return *self._result(searches), searches
 
     def search_now(self, queries: Sequence[str]) -> list[Search]:
-        """Searches outside of the program (the system's own first search) under the same rules."""
+        """Searches outside of the program, with the same retries, time-out and counts."""
         searches = [Search(-1, query) for query in queries]
         if searches:
             self._start(searches)
@@ -271,34 +271,34 @@ class Broker:
         return searches
 
     def document_tokens(self, documents: Sequence[str], width: int | None = None) -> list[int]:
-        """The tokens of the reply to a search that found these passage lines (see reply_tokens)."""
+        """The tokens of the reply to one search with these passage lines (see reply_tokens)."""
         return self.reply_tokens([documents], width)
 
-    def reply_tokens(self, found: Sequence[Found], width: int | None = None) -> list[int]:
+    def reply_tokens(self, results: Sequence[Found], width: int | None = None) -> list[int]:
         """The tokenised reply to a turn, at most `width` tokens (by default the config's).
 
-        Raises ConfigError where not even the tags fit; see reply.fitted.
+        Raises ConfigError if not even the tags fit; see reply.fitted.
         """
         room = self._width if width is None else min(width, self._width)
         return fitted(
-            [f if isinstance(f, str) else self._cleaned(f) for f in found],
+            [r if isinstance(r, str) else self._cleaned(r) for r in results],
             room,
             lambda texts: self._encode(self.dialect.reply(texts)),
-            may_drop=room < self._width or len(found) > 1,
+            may_drop=room < self._width or len(results) > 1,
         )
 
     def _cleaned(self, documents: Sequence[str]) -> list[str]:
-        """Cut before anything is encoded: one document may be a whole library."""
+        """Cuts before anything is encoded: a document may be arbitrarily long."""
         return [self._clean(document[: self._most_characters]) for document in documents]
 
-    # Behind the scenes.
+    # Internal.
 
     def _submit(self, shard: int, rows: np.ndarray, slots: np.ndarray, query: np.ndarray) -> None:
-        asked = []
+        valid = []
         for slot in slots:
             ids = query[slot][query[slot] >= 0].tolist()
             calls = self._calls(ids, full=len(ids) == query.shape[1])
-            turn = Turn(int(slot), shard, due=self._turns[shard] + _LAG)
+            turn = Turn(int(slot), shard, due=self._iterations[shard] + _LAG)
             turn.searches = [Search(int(rows[slot]), call.query, turn=turn) for call, _ in calls]
             with self._changed:
                 self._pending[shard, turn.slot] = turn
@@ -306,12 +306,12 @@ class Broker:
                     if unanswered:
                         self._close(search, unanswered, detail=call.problem)
                     else:
-                        asked.append(search)
-        if asked:
-            self._start(asked)
+                        valid.append(search)
+        if valid:
+            self._start(valid)
 
     def _calls(self, ids: Sequence[int], full: bool) -> list[tuple[Call, str]]:
-        """What a turn asks, each with its outcome where it cannot be searched, "" else."""
+        """The calls of a turn, each with "" or, if it cannot be searched, its outcome."""
         calls = []
         for call in self.dialect.calls(self._decode(ids), self._evaluation):
             unanswered = "" if not call.problem else "bad_query"
@@ -324,14 +324,14 @@ class Broker:
         return calls
 
     def _start(self, searches: list[Search]) -> None:
-        asked: dict[int, tuple[Retriever | None, list[Search]]] = {}
+        batches: dict[int, tuple[Retriever | None, list[Search]]] = {}
         for search in searches:
             retriever = self._retriever
             if self._by_row and search.trajectory >= 0:
                 retriever = self._by_row[search.trajectory]
-            asked.setdefault(id(retriever), (retriever, []))[1].append(search)
-        # A daemon thread for each batch: one that hangs for ever must not keep the process alive.
-        for batch in asked.values():
+            batches.setdefault(id(retriever), (retriever, []))[1].append(search)
+        # Daemon threads: a search that hangs for ever must not keep the process alive.
+        for batch in batches.values():
             threading.Thread(target=self._run, args=batch, daemon=True).start()
 
     def _run(self, retriever: Retriever | None, searches: list[Search]) -> None:
@@ -339,23 +339,23 @@ class Broker:
         queries, detail = [s.query for s in searches], ""
         for attempt in range(self.config.retries + 1):
             if time.monotonic() > deadline:
-                return  # already given up on
+                return  # already closed as timed out
             try:
                 assert retriever is not None, "a rollout that searches has a retriever"
-                with within(deadline - time.monotonic()):  # or the thread outlives the search
-                    hits = _checked(retriever.search(queries, self._k), len(queries))
+                with within(deadline - time.monotonic()):  # so that the thread ends in time
+                    results = _checked(retriever.search(queries, self._k), len(queries))
             except Exception as error:
                 detail = reason(error)
-                for search in searches:  # what a time-out will say came before it
+                for search in searches:  # a later time-out names this error too
                     search.tried = detail
                 time.sleep(min(0.05 * 2**attempt, max(0.0, deadline - time.monotonic())))
                 continue
             with self._changed:
-                for search, found in zip(searches, hits, strict=True):
-                    self._close(search, "found" if found else "empty", found)
+                for search, hits in zip(searches, results, strict=True):
+                    self._close(search, "found" if hits else "empty", hits)
             return
         if time.monotonic() > deadline:
-            return  # a time-out, which whoever waits for it notes
+            return  # the waiting side closes it as timed out
         with self._changed:
             for search in searches:
                 self._close(search, "error", detail=detail)
@@ -363,16 +363,16 @@ class Broker:
     def _close(
         self, search: Search, outcome: str, hits: Sequence[Hit] = (), detail: str = ""
     ) -> None:
-        """Settles a search, once; the lock is held."""
+        """Settles a search, once. The caller holds the lock."""
         if search.outcome != "pending":
             return
         search.documents = tuple(hit.line[: self._most_characters] for hit in hits)
         search.ids = tuple(str(getattr(hit, "id", "")) for hit in hits)
         search.seconds, search.detail = time.monotonic() - search.started, detail
-        search.outcome = outcome  # last: who reads it without the lock finds the rest
+        search.outcome = outcome  # last, for readers without the lock
         if turn := search.turn:
             if self._pending.get((turn.shard, turn.slot)) is not turn:
-                return  # from a rollout that is over
+                return  # from an earlier rollout
             if turn.settled:
                 del self._pending[turn.shard, turn.slot]
                 self._ready.setdefault(turn.shard, deque()).append(turn)
@@ -389,15 +389,15 @@ class Broker:
             return [ready.popleft() for _ in range(min(len(ready), RESULTS))]
 
     def _collect_due(self, shard: int, idle: bool) -> list[Turn]:
-        """The turns whose time has come; with nothing else to do, that of the next one has."""
+        """The turns that are due; when idle, advances to the next one's due iteration."""
         with self._changed:
             ready = self._ready.setdefault(shard, deque())
             pending = [turn for turn in self._pending.values() if turn.shard == shard]
-            out = sorted([*ready, *pending], key=lambda turn: (turn.due, turn.slot))
-            self._turns[shard] += 1
-            if idle and out:
-                self._turns[shard] = max(self._turns[shard], out[0].due)
-            due = [turn for turn in out if turn.due <= self._turns[shard]][:RESULTS]
+            turns = sorted([*ready, *pending], key=lambda turn: (turn.due, turn.slot))
+            self._iterations[shard] += 1
+            if idle and turns:
+                self._iterations[shard] = max(self._iterations[shard], turns[0].due)
+            due = [turn for turn in turns if turn.due <= self._iterations[shard]][:RESULTS]
             while not all(turn.settled for turn in due):
                 self._changed.wait(_IDLE_WAIT_S)
                 self._abandon_late_ones()
@@ -412,19 +412,21 @@ class Broker:
                 self._close(search, "timeout", detail=self._timeout_text(search))
 
     def _result(self, searches: Sequence[Search]) -> tuple[Status, int, list[int]]:
-        """What a turn comes to: its status, the searches made, the tokens of the reply."""
+        """The status of a turn, the number of searches made, and the tokens of the reply."""
         outcomes = {search.outcome for search in searches}
         if not outcomes.isdisjoint(FAILED) and not self._forgiving:
             return Status.ERROR, 0, []
         if not outcomes.isdisjoint(UNANSWERED) and not self.dialect.tells_invalid:
             return Status.BAD_QUERY, 0, []
-        made = sum(search.outcome not in UNANSWERED for search in searches)
+        count = sum(search.outcome not in UNANSWERED for search in searches)
         found = any(search.documents for search in searches)
-        status = Status.FOUND if found else Status.EMPTY if made else Status.INVALID
-        told: list[Found] = [s.detail if s.outcome in UNANSWERED else s.documents for s in searches]
+        status = Status.FOUND if found else Status.EMPTY if count else Status.INVALID
+        results: list[Found] = [
+            s.detail if s.outcome in UNANSWERED else s.documents for s in searches
+        ]
         try:
-            return status, made, self.reply_tokens(told)
-        except ConfigError as error:  # more replies than there is room for: a search that failed
+            return status, count, self.reply_tokens(results)
+        except ConfigError as error:  # too many replies for the width counts as a failed search
             self._counts["error"] += 1
             self.log.append(Search(searches[0].trajectory, "", "error", detail=str(error)))
             return Status.ERROR, 0, []
@@ -433,18 +435,18 @@ class Broker:
         return too_many(self.failures, self._total, self.config.max_failure_rate, midway=True)
 
     def _timeout_text(self, search: Search) -> str:
-        before = f", before that {search.tried}" if search.tried else ""
+        before = f"; the attempt before failed: {search.tried}" if search.tried else ""
         return f"no answer within search.timeout_s={self.config.timeout_s}{before}"
 
 
 def _checked(results: Any, queries: int) -> Sequence[Sequence[Hit]]:
-    """The passages that a retriever returned for each query, less those without a text.
+    """The passages that a retriever returned for each query, without blank ones.
 
-    Raises TypeError for anything else than passages.
+    Raises TypeError for anything other than passages.
     """
     if not isinstance(results, Sequence) or len(results) != queries:
-        found = len(results) if isinstance(results, Sequence) else type(results).__name__
-        raise TypeError(f"the retriever returned {found} results for {queries} queries")
+        size = len(results) if isinstance(results, Sequence) else type(results).__name__
+        raise TypeError(f"the retriever returned {size} results for {queries} queries")
     if not all(isinstance(getattr(hit, "line", None), str) for hits in results for hit in hits):
-        raise TypeError("the retriever returned something else than passages with a text line")
+        raise TypeError("the retriever returned results that are not passages with a text line")
     return [[hit for hit in hits if hit.line.strip()] for hits in results]

@@ -1,7 +1,7 @@
-"""The one array that the host hands to the running loop: its layout is known here alone.
+"""The array that the host callback returns to the loop; only this module knows its layout.
 
-int32[1 + RESULTS, 4 + D] for replies of at most D tokens. Row 0 holds how many results follow, and
-whether the rollout must stop; each further row (slot, Status, searches made, length, tokens).
+int32[1 + RESULTS, 4 + D] for replies of at most D tokens. Row 0 holds the number of results and
+whether the rollout must stop; each further row is (slot, Status, searches made, length, tokens).
 """
 
 from collections.abc import Sequence
@@ -11,23 +11,23 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Int
 
-# Documents handed over in one exchange; what is ready beyond that waits for the next.
+# Replies handed over in one exchange; further ones wait for the next.
 RESULTS = 8
 _HEAD = 4
 
 
 class Status(IntEnum):
-    """What the host says of a query."""
+    """How the host answers a turn."""
 
     FOUND = 0
-    EMPTY = 1  # searched, found nothing: the documents say so
+    EMPTY = 1  # nothing found; the reply says so
     ERROR = 2
     BAD_QUERY = 3
-    INVALID = 4  # no search could be made of the turn: the reply says so
+    INVALID = 4  # the turn holds no valid search; the reply says so
 
 
 class Result(NamedTuple):
-    """What became of one slot's turn; `length` of the D `tokens` are the reply to it."""
+    """The result of one slot's turn; the first `length` of the D `tokens` are the reply."""
 
     slot: Int[Array, ""]
     status: Int[Array, ""]
@@ -37,14 +37,14 @@ class Result(NamedTuple):
 
 
 def callback_shape(width: int) -> tuple[int, int]:
-    """Of the array, for blocks of at most `width` tokens."""
+    """Shape of the array for replies of at most `width` tokens."""
     return 1 + RESULTS, _HEAD + width
 
 
 def pack_results(
     results: Sequence[tuple[int, Status, int, list[int]]], stop: bool, width: int
 ) -> Int[np.ndarray, "R D"]:
-    """On the host: at most RESULTS of (slot, status, searches, tokens) as the array."""
+    """On the host: packs at most RESULTS tuples (slot, status, searches, tokens)."""
     out = np.zeros(callback_shape(width), np.int32)
     out[0, :2] = len(results), stop
     for row, (slot, status, searches, tokens) in zip(out[1:], results, strict=False):
@@ -54,7 +54,7 @@ def pack_results(
 
 
 def unpack_head(array: Int[Array, "R D"]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """In the program: how many results the array holds, and whether to stop (0: no)."""
+    """In the program: the number of results, and whether to stop (0: no)."""
     return array[0, 0], array[0, 1]
 
 

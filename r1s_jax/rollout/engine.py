@@ -1,4 +1,4 @@
-"""Rolling questions out: text in, trajectories and text out, around the jitted search loop."""
+"""The host side of a rollout: questions in, trajectories and their text out."""
 
 import time
 from collections import Counter
@@ -44,38 +44,38 @@ from r1s_jax.rollout.session import Programs
 from r1s_jax.rollout.trajectory import Finish, Position, Prompts, Trajectory
 from r1s_jax.system.distributed import gather, to_host
 
-# Tokens that a first search's documents must have at least, their tags included.
+# Least tokens for the documents of a first search, their tags included.
 _LEAST_DOCUMENTS = 24
 _MAX_ID = 0x7FFFFFFF  # random keys fold in 31 bits of a question's id
 
 
 @dataclass(frozen=True)
 class Rolled:
-    """A batch rolled out: row `i` of `trajectory` is sample `i % samples` of its question."""
+    """A rolled-out batch: row `i` of `trajectory` is sample `i % samples` of its question."""
 
-    questions: tuple[Question, ...]  # one a row
+    questions: tuple[Question, ...]  # one per row
     trajectory: Trajectory[np.ndarray]
     solutions: tuple[Solution, ...]
     searches: tuple[tuple[Search, ...], ...]  # of each row, in order
     outcomes: dict[str, int]  # searches of the batch by outcome
     seconds: float
     counters: dict[str, int]
-    slots_busy: float = 0.0  # of all slots, over the decode steps: the share that sampled a token
-    ages: np.ndarray | None = None  # int32[N, W], where carried over: steps since a token was drawn
-    carried: int = 0  # trajectories begun and not ended
+    slots_busy: float = 0.0  # share of slots that sampled a token, averaged over decode steps
+    ages: np.ndarray | None = None  # int32[N, W] with partial rollouts: each token's age in steps
+    carried: int = 0  # unfinished trajectories carried over to the next step
 
     @property
     def sampled_tokens(self) -> int:
-        """Tokens the policy wrote."""
+        """The number of tokens that the policy sampled."""
         return int(self.trajectory.loss_mask.sum())
 
     @property
     def unanswered(self) -> np.ndarray:
-        """bool[N]: ended by themselves, and not with an answer."""
+        """bool[N]: the policy ended the trajectory without an answer."""
         return np.array([s.complete and s.answer is None for s in self.solutions])
 
     def take(self, rows: np.ndarray) -> "Rolled":
-        """Only these rows; what was counted over the batch stays as it was."""
+        """Only these rows; counts over the whole batch stay unchanged."""
         return replace(
             self,
             questions=tuple(self.questions[i] for i in rows),
@@ -87,7 +87,7 @@ class Rolled:
 
 
 def merge(batches: Sequence[Rolled]) -> Rolled:
-    """Several batches of as many samples a question as one, their groups kept apart."""
+    """Joins batches with equal numbers of samples per question; their groups stay distinct."""
     if len(batches) == 1:
         return batches[0]
     trajectories, groups = [], 0
@@ -110,11 +110,11 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
 
 
 class NotFinite(UserError, ArithmeticError):
-    """A policy whose logits are no numbers."""
+    """The policy's logits are NaN or infinite."""
 
 
 def check_finite(t: Trajectory[np.ndarray]) -> None:
-    """Raises NotFinite where a sampled token's log-probability is not a number."""
+    """Raises NotFinite if the logprob of a sampled token is NaN or infinite."""
     if not np.isfinite(t.policy_logprobs[t.loss_mask]).all():
         rows = int((~np.isfinite(t.policy_logprobs) & t.loss_mask).any(-1).sum())
         raise NotFinite(
@@ -125,7 +125,7 @@ def check_finite(t: Trajectory[np.ndarray]) -> None:
 
 
 class Engine:
-    """Rolls questions out with one policy and one set of limits, in the policy's dialect."""
+    """Rolls out questions with one policy and one set of limits, in the policy's dialect."""
 
     def __init__(
         self,
@@ -139,14 +139,14 @@ class Engine:
         evaluation: bool = False,
         forgiving: bool = False,
     ):
-        """Of `policy` everything but its parameters, which `run` is given, on `mesh`.
+        """Uses everything of `policy` but its parameters, which `run` takes.
 
-        `evaluation` reads queries as the published evaluation does; `forgiving`: a search that
-        failed is to the policy one that found nothing.
+        `evaluation` reads queries as the published evaluation does; `forgiving` shows the policy a
+        failed search as one that found nothing.
 
-        By default the mesh is all devices, and the dtype what this backend computes in best.
-        Raises ConfigError where the attention backend does not serve the policy, or its chat
-        template not the dialect.
+        By default the mesh is all devices, and the dtype is the backend's best one.
+        Raises ConfigError if the attention backend does not support the policy, or its chat
+        template does not support the dialect.
         """
         self.config = config
         self.dialect = bound(policy.dialect or R1_SEARCHER, policy.tokenizer)
@@ -187,19 +187,19 @@ class Engine:
         self.programs = Programs.of(self.roll)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that stands inside a sequence."""
+        """Token ids of a text inside a sequence."""
         return encode(self.tokenizer, text)
 
     def prompt_tokens(self, question: str) -> list[int]:
-        """Token ids of a question's prompt; what the question spells is never a control token."""
+        """Token ids of a question's prompt. Text of the question never becomes a control token."""
         return self.start_tokens(self.render(self.foreign(question)))
 
     def start_tokens(self, text: str) -> list[int]:
-        """Token ids of a text that begins a sequence."""
+        """Token ids of a text at the beginning of a sequence."""
         return encode_start(self.tokenizer, text)
 
     def document_tokens(self, lines: Sequence[str]) -> list[int]:
-        """Token ids of the block that a search which found these passage lines would insert."""
+        """Token ids of the document block for these passage lines."""
         return self.broker.document_tokens(lines[: self.config.documents_per_query])
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -217,10 +217,10 @@ class Engine:
         draw: int = 0,
         retriever: Retriever,
     ) -> Rolled:
-        """Rolls out `samples` trajectories of each question; `draw` counts further ones of a step.
+        """Rolls out `samples` trajectories of each question; `draw` counts the batches of a step.
 
-        Each depends on (seed, step, draw, question.id, sample) and the parameters, not on its
-        neighbours. Raises SearchFailure when too many searches failed, ValueError when a prompt
+        Each trajectory depends on (seed, step, draw, question.id, sample) and the parameters, not
+        on its neighbours. Raises SearchFailure if too many searches failed, ValueError if a prompt
         is longer than `rollout.max_prompt_length`.
         """
         started = time.perf_counter()
@@ -240,13 +240,13 @@ class Engine:
     def begin(
         self, questions: Sequence[Question], *, samples: int, step: int, draw: int = 0
     ) -> list[InFlight]:
-        """`samples` trajectories of each question, of which there is nothing yet but the prompt.
+        """`samples` trajectories of each question that hold only their prompts.
 
-        Where the config asks for the system's own first search, the broker makes it here.
+        If the config asks for the system's own first search, the broker makes it here.
         """
         first = self._first_searches(questions)
         prompts, forced = self._prompts(questions, first)
-        seen: Counter[int] = Counter()
+        occurrences: Counter[int] = Counter()
         flights = []
         for i, question in enumerate(questions):
             for sample in range(samples):
@@ -254,7 +254,7 @@ class Engine:
                     question,
                     prompts[i],
                     sample=sample,
-                    occurrence=seen[question.id],
+                    occurrence=occurrences[question.id],
                     step=step,
                     draw=draw,
                     start=len(prompts[i]) - len(forced[i]),
@@ -262,13 +262,13 @@ class Engine:
                 if first:
                     flight.note_first(first[i])
                 flights.append(flight)
-            seen[question.id] += 1
+            occurrences[question.id] += 1
         return flights
 
     def prompts(self, placed: Sequence[InFlight | None], seed: int, width: int) -> Prompts:
-        """What the loop starts from, on the mesh: a flight a row, None where a row is not used.
+        """The loop's input on the mesh: one flight per row, None for an unused row.
 
-        Neighbours of one question and step are a group.
+        Neighbours of one question and step form a group.
         """
         rows = [f or NOBODY for f in placed]
         tokens = np.zeros((len(rows), width), np.int32)
@@ -298,16 +298,16 @@ class Engine:
         return place(arrays, batch_sharding(self.mesh))
 
     def limit(self, flight: InFlight) -> int:
-        """Tokens that it may have in all; never more than `rollout.max_length`."""
+        """The most tokens of this trajectory, at most `rollout.max_length`."""
         return self.config.max_length
 
     def note_searches(self, placed: Sequence[InFlight | None]) -> None:
-        """Gives every flight the searches whose outcome reached it; the others are made again."""
+        """Adds to every flight its delivered searches; undelivered ones are made again."""
         for search in self.broker.log:
             reached = search.turn is None or search.turn.delivered
             if 0 <= search.trajectory < len(placed) and reached:
                 flight = placed[search.trajectory]
-                assert flight is not None  # a row without one searches nothing
+                assert flight is not None  # an unused row makes no search
                 flight.searches.append(search)
 
     def rolled(
@@ -318,7 +318,7 @@ class Engine:
         counters: Mapping[str, np.ndarray],
         **more: Any,
     ) -> Rolled:
-        """Ended flights as a batch, groups together. Raises NotFinite."""
+        """Makes a batch of ended flights, groups adjacent. Raises NotFinite."""
         trajectory = trajectories(flights, self.config.max_length, group_numbers(flights))
         check_finite(trajectory)
         totals = {name: int(values.sum()) for name, values in counters.items()}
@@ -342,9 +342,9 @@ class Engine:
         return Solution(texts, self.dialect, Finish(int(trajectory.finish[row])).complete)
 
     def token_texts(self, trajectory: Trajectory[np.ndarray], row: int) -> list[str]:
-        """What each token that the policy wrote added to the policy's spans, in order.
+        """The text that each sampled token adds to the policy's spans, in order.
 
-        The end of sequence, which is in no span, added nothing.
+        The end of sequence is in no span and adds "".
         """
         spans = [ids for ids, by_policy in self._token_spans(trajectory, row) if by_policy]
         texts = [text for ids in spans for text in token_texts(ids, self.decode)]
@@ -363,10 +363,10 @@ class Engine:
         return [(t.tolist(), bool(m[0])) for t, m in pieces if len(t)]
 
     def _first_searches(self, questions: Sequence[Question]) -> list[Search]:
-        """The system's own search of every question, where the config asks for one."""
+        """The system's own first search of every question, if the config asks for one."""
         if not self.config.retrieve_first:
             return []
-        # Each process searches its share, and all read the same documents.
+        # Each process searches its share; `gather` gives every process all documents.
         count, index = jax.process_count(), jax.process_index()
         shares = gather(self.broker.search_now([q.question for q in questions[index::count]]))
         return [shares[i % count][i // count] for i in range(len(questions))]
@@ -374,7 +374,7 @@ class Engine:
     def _prompts(
         self, questions: Sequence[Question], first: Sequence[Search]
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of every prompt, and the part of it that is the system's own first search."""
+        """Token ids of every prompt, and its part that is the system's own first search."""
         prompts = [self.prompt_tokens(q.question) for q in questions]
         forced: list[list[int]] = [[] for _ in questions]
         for i, search in enumerate(first):
@@ -384,31 +384,32 @@ class Engine:
         return [p + f for p, f in zip(prompts, forced, strict=True)], forced
 
     def first_search_tokens(self, search: Search, prompt: int) -> list[int]:
-        """Token ids of the system's own first search behind a prompt of so many tokens."""
+        """Token ids of the system's own first search after a prompt of `prompt` tokens."""
         query = self._first_query(search.query)
         room = self.config.max_prompt_length - prompt - len(query)
         return query + self.broker.document_tokens(search.documents, room)
 
     def first_search_room(self, question: str) -> int:
-        """Tokens that the first search of a question needs at least."""
+        """The least tokens that the first search of a question needs."""
         return len(self._first_query(question)) + _LEAST_DOCUMENTS
 
     def _first_query(self, query: str) -> list[int]:
         return self.encode(self.dialect.first_call(self.foreign(query)))
 
     def check_prompts(self, questions: Sequence[Question]) -> None:
-        """Raises DataError for a question whose prompt no rollout will take."""
+        """Raises DataError for a question whose prompt is too long for a rollout."""
         for question in questions:
             self._check_prompt(question, self.prompt_tokens(question.question))
 
     def _check_prompt(self, question: Question, prompt: Sequence[int]) -> None:
-        limit, what = self.config.max_prompt_length, "has"
+        limit, needs = self.config.max_prompt_length, "needs"
         needed = len(prompt)
-        if self.config.retrieve_first:  # its documents are cut to what is left, but some must fit
-            what = "has, with room for a first search,"
+        if self.config.retrieve_first:  # its documents are cut to fit, but some must fit
+            needs = "needs, with room for a first search,"
             needed += self.first_search_room(question.question)
         if needed > limit:
             raise DataError(
-                f"the prompt of question {question.id} ({question.question[:60]!r}) {what} "
-                f"{needed} tokens: more than rollout.max_prompt_length={limit}"
+                f"the prompt of question {question.id} ({question.question[:60]!r}) {needs} "
+                f"{needed} tokens, more than rollout.max_prompt_length={limit}: raise the limit or "
+                "leave the question out"
             )

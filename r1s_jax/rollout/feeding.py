@@ -12,17 +12,17 @@ from r1s_jax.models.decoder import Policy
 from r1s_jax.rollout.state import Phase, Slots, State, take, when
 from r1s_jax.rollout.trajectory import Prompts
 
-# Name in the compiled program of what runs once a chunk.
+# Scope in the compiled program of the operations that run once per chunk.
 PREFILL_SCOPE = "prefill_chunk"
 
 
 def behind(s: Slots) -> Array:
-    """Slots with forced tokens to feed. The last known token is fed by the decode step."""
+    """Slots with forced tokens to feed. The decode step feeds the last token of a slot."""
     return (s.phase == Phase.ACTIVE) & (s.length - s.cached > 1)
 
 
 def feed(config: RolloutConfig, policy: Policy, prompts: Prompts, state: State) -> State:
-    """Copies every prompt that another slot has in its cache, then feeds one chunk."""
+    """Copies each prompt that another slot has already cached, then feeds one chunk."""
     state = lax.while_loop(
         lambda s: jnp.any(_prompt_leaders(prompts, s.slots)[1]),
         partial(_copy_prompt, prompts),
@@ -33,18 +33,19 @@ def feed(config: RolloutConfig, policy: Policy, prompts: Prompts, state: State) 
 
 
 def _prompt_leaders(prompts: Prompts, s: Slots) -> tuple[Array, Array, Array]:
-    """Samples of one prompt compute its keys and values once.
+    """Finds, for each slot, a slot of the same group (its leader) that prefills their prompt.
 
-    For every slot: the slot of the same group that is furthest in the prompt, whether its
-    cache holds the whole prompt by now, and whether it is worth waiting for.
+    Returns for every slot: the leader, which has the most of the prompt in its cache; whether the
+    slot can copy the whole prompt from the leader now; whether the slot must wait for the leader.
+    So samples of one prompt compute its keys and values once.
     """
     group = prompts.groups.at[s.row].get(mode="fill", fill_value=-1)
     prompt = prompts.prompt_lengths.at[s.row].get(mode="fill", fill_value=0)
     index = jnp.arange(group.shape[0])
-    # One that waits for documents feeds nothing: it leads only with what it holds already.
+    # A slot that waits for documents feeds nothing, so it can lead only with a whole prompt.
     leads = (s.phase == Phase.ACTIVE) | (s.cached >= prompt - 1)
     same = (group[:, None] == group[None, :]) & (group[:, None] >= 0) & leads[None, :]
-    # Furthest first, the lower slot on a tie: one order for all, so nobody waits in a circle.
+    # Most cached first, the lower slot on a tie: one total order, so no slots wait in a circle.
     rank = s.cached * group.shape[0] + (group.shape[0] - 1 - index)
     leader = jnp.argmax(jnp.where(same, rank[None, :], -1), axis=1)
     follows = behind(s) & (leader != index) & (s.cached < prompt - 1)
@@ -61,8 +62,8 @@ def _copy_prompt(prompts: Prompts, state: State) -> State:
     def copy(buffer: Array) -> Array:
         rest = (0,) * (buffer.ndim - 2)
         size = (buffer.shape[0], 1, *buffer.shape[2:])
-        taken = lax.dynamic_slice(buffer, (0, leader[slot], *rest), size)
-        return lax.dynamic_update_slice(buffer, taken, (0, slot, *rest))
+        source = lax.dynamic_slice(buffer, (0, leader[slot], *rest), size)
+        return lax.dynamic_update_slice(buffer, source, (0, slot, *rest))
 
     cached = s.cached.at[slot].set(prompts.prompt_lengths[s.row[slot]] - 1)
     cache = jax.tree.map(copy, cache)
@@ -75,13 +76,13 @@ def _prefill(config: RolloutConfig, policy: Policy, prompts: Prompts, state: Sta
     c, s = config, state.slots
     must_wait = _prompt_leaders(prompts, s)[2]
     count = min(c.prefill_rows, s.row.shape[0])
-    want = jnp.where(behind(s) & ~must_wait, s.length - s.cached, 0)
-    rows = jnp.argsort(-want, stable=True)[:count]
+    missing = jnp.where(behind(s) & ~must_wait, s.length - s.cached, 0)
+    rows = jnp.argsort(-missing, stable=True)[:count]
     starts, trajectory = take(s.cached, rows), take(s.row, rows)
     at = starts[:, None] + jnp.arange(c.prefill_chunk)
     tokens = state.out.tokens.at[trajectory[:, None], at].get(mode="fill", fill_value=0)
     _, cache = policy.prefill(tokens, rows, starts, state.cache)
-    fed = jnp.clip(take(want, rows) - 1, 0, c.prefill_chunk)
+    fed = jnp.clip(take(missing, rows) - 1, 0, c.prefill_chunk)
     return state._replace(
         slots=s._replace(cached=s.cached.at[rows].add(fed)),
         cache=cache,

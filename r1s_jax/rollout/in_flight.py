@@ -1,4 +1,4 @@
-"""A trajectory as the host keeps it: from its prompt, over steps of learning, to its end."""
+"""A trajectory on the host, which may stay unfinished over several learning steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,28 +10,28 @@ from r1s_jax.data.questions import Question
 from r1s_jax.rollout.broker import FAILED, Search
 from r1s_jax.rollout.trajectory import Finish, Position, Trajectory
 
-# Random keys of a step's further draws are those of steps that no run reaches.
+# A step's further draws use the random keys of steps beyond the end of any run.
 _DRAWS_APART = 1 << 20
 
 
 @dataclass
 class InFlight:
-    """One trajectory; its arrays have an entry a token."""
+    """One trajectory; its arrays have one entry per token."""
 
     question: Question
     sample: int
-    occurrence: int  # of its question among those drawn with it
-    step: int  # at which its question was drawn, from 0
-    draw: int  # which of the step's draws that was
+    occurrence: int  # counts repetitions of the question in its batch, from 0
+    step: int  # step at which the question was drawn, from 0
+    draw: int  # index of the draw in that step
     prompt_length: int
-    start: int  # of what the solution is: where the system's own first search begins
+    start: int  # first token of the solution; the system's own first search belongs to it
     tokens: Int[np.ndarray, " T"]
     loss_mask: Bool[np.ndarray, " T"]
     sample_logprobs: Float[np.ndarray, " T"]
     policy_logprobs: Float[np.ndarray, " T"]
-    drawn: Int[np.ndarray, " T"]  # the step at which each was sampled; -1: by nobody
+    drawn: Int[np.ndarray, " T"]  # step at which each token was sampled; -1: not sampled
     at: tuple[int, ...]  # its Position
-    found: int = 0  # document blocks received, once it has ended
+    found: int = 0  # document blocks received; set at the end
     finish: int = 0
     searches: list[Search] = field(default_factory=list)
 
@@ -46,7 +46,7 @@ class InFlight:
         draw: int,
         start: int,
     ) -> "InFlight":
-        """One of which there is nothing yet but the prompt."""
+        """A trajectory that holds only its prompt."""
         n = len(prompt)
         blank = np.zeros(n, np.float32)
         return InFlight(
@@ -71,11 +71,11 @@ class InFlight:
 
     @property
     def key_step(self) -> int:
-        """The step that its random key is made of; further draws have ones that no run reaches."""
+        """The step number that enters its random key (see `_DRAWS_APART`)."""
         return self.step + self.draw * _DRAWS_APART
 
     def note_first(self, search: Search) -> None:
-        """The system's own first search; where that failed, nothing can be learned from it."""
+        """Records the system's own first search; if it failed, ends the trajectory."""
         self.searches.append(search)
         if search.outcome in FAILED:
             self.finish = int(Finish.SEARCH_ERROR)
@@ -90,38 +90,35 @@ class InFlight:
         step: int,
         at: Position[np.ndarray] | None = None,
     ) -> None:
-        """Takes over what row `row` of a rollout has become of it.
-
-        `at` says where it stands, should it not have ended.
-        """
+        """Takes over row `row` of a rollout; `at` is the position of an unfinished trajectory."""
         length = int(t.lengths[row])
         if not length:
-            return  # its turn never came
+            return  # it got no slot yet
         new, old = t.loss_mask[row, :length], len(self.tokens)
 
-        def grown(mine: np.ndarray, fill: float) -> np.ndarray:
-            return np.concatenate([mine, np.full(length - old, fill, mine.dtype)])
+        def grown(values: np.ndarray, fill: float) -> np.ndarray:
+            return np.concatenate([values, np.full(length - old, fill, values.dtype)])
 
         self.tokens = t.tokens[row, :length].copy()
         for name in ("sample_logprobs", "policy_logprobs"):
-            theirs = getattr(t, name)[row, :length]
-            setattr(self, name, np.where(new, theirs, grown(getattr(self, name), 0)))
+            values = getattr(t, name)[row, :length]
+            setattr(self, name, np.where(new, values, grown(getattr(self, name), 0)))
         self.drawn = np.where(new, np.int32(step), grown(self.drawn, -1))
         self.loss_mask = grown(self.loss_mask, False) | new
-        self.finish = self.finish or int(t.finish[row])  # a failed first search is an end
+        self.finish = self.finish or int(t.finish[row])  # a failed first search ended it
         self.found = int(t.searches[row])
         if at is not None:
             self.at = tuple(int(values[row]) for values in at)
 
     def expire(self) -> None:
-        """Ends it as it is, for being too old."""
+        """Ends it unfinished, as too old."""
         self.finish, self.found = int(Finish.TOO_OLD), Position(*self.at).searches
 
 
 def trajectories(
     flights: Sequence[InFlight], width: int, groups: Sequence[int]
 ) -> Trajectory[np.ndarray]:
-    """Flights as the rows of arrays of `width` columns."""
+    """Stacks flights as rows of arrays of `width` columns."""
 
     def rows(name: str) -> np.ndarray:
         first = getattr(flights[0], name)
@@ -148,14 +145,14 @@ def trajectories(
 
 
 def group_numbers(flights: Sequence[InFlight]) -> list[int]:
-    """From 0 on: a group is the neighbours whose question was drawn once."""
+    """Group numbers from 0; neighbours from one draw of one question form a group."""
     groups, last = [], None
     for flight in flights:
-        drawn = (flight.question.id, flight.occurrence, flight.key_step)
-        groups.append(groups[-1] + (drawn != last) if groups else 0)
-        last = drawn
+        group = (flight.question.id, flight.occurrence, flight.key_step)
+        groups.append(groups[-1] + (group != last) if groups else 0)
+        last = group
     return groups
 
 
-# In the place of a row that is not used.
+# Fills an unused row.
 NOBODY = InFlight.begun(Question(0, "", ()), [0], sample=0, occurrence=0, step=0, draw=0, start=0)

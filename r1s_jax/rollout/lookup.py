@@ -1,7 +1,8 @@
-"""Guessing the next tokens from a trajectory's own text: prompt and documents are often quoted.
+"""Speculative tokens from a trajectory's own text, which often quotes its prompt and documents.
 
-Prompt lookup decoding (Saxena 2023): where the last tokens stood before, what followed them there
-may follow again. A guess costs nothing but its place in a forward pass, which verifies it.
+Prompt lookup decoding (Saxena 2023): if the last tokens occurred before, the tokens that followed
+then are proposed again. A speculative token costs one position of the forward pass that verifies
+it.
 """
 
 import jax
@@ -12,9 +13,9 @@ from jaxtyping import Array, Int
 def lookup(
     tokens: Int[Array, "S W"], lengths: Int[Array, " S"], count: int
 ) -> Int[Array, "S {count}"]:
-    """The tokens that followed the latest place where a row's last three, or two, stood before.
+    """The tokens after the latest earlier occurrence of a row's last three tokens, or last two.
 
-    0 where there is none, and past the row's `lengths`.
+    0 without an earlier occurrence, and past the row's `lengths`.
     """
     width = tokens.shape[1]
     at = jnp.arange(width)
@@ -24,7 +25,7 @@ def lookup(
         return jnp.take_along_axis(tokens, place, axis=1)
 
     def same(steps: int) -> Array:
-        """Where the token so many steps before is the one so many steps before the end."""
+        """Columns whose token `steps` before equals the row's token `steps` before its end."""
         shifted = jnp.pad(tokens, ((0, 0), (steps, 0)), constant_values=-1)[:, :width]
         return shifted == back(steps)
 
@@ -32,6 +33,6 @@ def lookup(
     rank = jnp.where(two, at + width * (same(2) & two), -1)
     best = rank.max(axis=1)
     place = (best % width)[:, None] + 1 + jnp.arange(count)
-    known = (best[:, None] >= 0) & (place < lengths[:, None])
-    found = jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(tokens, place)
-    return jnp.where(known, found, 0)
+    valid = (best[:, None] >= 0) & (place < lengths[:, None])
+    proposed = jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=0))(tokens, place)
+    return jnp.where(valid, proposed, 0)

@@ -2,8 +2,8 @@
 
 A fixed number of slots works through all trajectories. Each iteration refills empty slots,
 exchanges queries and documents with the host, feeds forced tokens (prompts, documents) to the KV
-cache in chunks, and samples one token for every slot that is ready. A slot waiting for documents
-stops nobody. Every data shard runs the loop on its own trajectories with its own slots.
+cache in chunks, and samples one token for every slot that is ready. A slot that waits for documents
+stops no other slot. Every data shard runs the loop on its own trajectories with its own slots.
 
 Shapes: N trajectories and S slots of one data shard, W token columns, V vocabulary.
 """
@@ -58,18 +58,18 @@ from r1s_jax.rollout.state import (
 )
 from r1s_jax.rollout.trajectory import Finish, Prompts, Trajectory
 
-# The tags whose end the loop acts on, in the order of the tag table.
+# Indices in the tag table of the tags whose end the loop acts on.
 QUERY_END, ANSWER_END = 0, 1
-# Name in the compiled program of what runs once a decode step.
+# Scope in the compiled program of the operations that run once per decode step.
 DECODE_SCOPE = "decode_step"
 _NEVER = 2**30
 
 
 class Until(NamedTuple):
-    """When to leave the loop before its end: each data shard for itself, at whichever comes first.
+    """When to leave the loop early: at the first limit reached, each data shard for itself.
 
-    int32[] each: decode steps of this entry; groups that are complete; iterations of this entry
-    (one in which every slot waits for documents samples nothing).
+    int32[] each: decode steps of this entry, complete groups, iterations of this entry. An
+    iteration in which every slot waits for documents has no decode step.
     """
 
     steps: Array | int = _NEVER
@@ -85,7 +85,7 @@ HostCallback = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Rollout:
-    """Everything static about the loop; call it with arrays, inside or outside of jit."""
+    """The search loop and its static settings; call it with arrays, inside or outside of jit."""
 
     model: ModelConfig
     config: RolloutConfig
@@ -102,13 +102,13 @@ class Rollout:
     ) -> tuple[Trajectory, dict[str, Array]]:
         """Rolls out all prompts; N must be a multiple of the number of data shards.
 
-        Returns the trajectories and counters of the loop (int32, one entry a data shard).
+        Returns the trajectories and the loop's counters (int32, one entry per data shard).
         """
         state = self.run(self.prepare(params), prompts, tag_table, self.start(prompts))
         return self.results(state)
 
     def prepare(self, params: Params) -> Params:
-        """Parameters as `run` reads them; worth keeping between several calls of it."""
+        """Parameters in the form that `run` takes, for one call of it or many."""
         params = as_computed(params, self.compute_dtype)
         if not self._tuning.unstack:
             return params
@@ -116,7 +116,7 @@ class Rollout:
         return self._on_shards(unstack_layers, (stacked,), self._partition)(params)
 
     def start(self, prompts: Prompts) -> State:
-        """The loop before its first iteration."""
+        """The state before the first iteration."""
         heads = self.model.num_kv_heads // self.mesh.shape[TENSOR_AXIS]
         c = self.config
         capacity = c.max_length + max(c.prefill_chunk, c.speculative_tokens + 1)
@@ -140,10 +140,10 @@ class Rollout:
         state: State,
         until: Until = _TO_THE_END,
     ) -> State:
-        """Goes on with the loop to its end, or `until` then; `params` are prepared ones.
+        """Continues the loop to its end, or to `until`; `params` are those of `prepare`.
 
-        Where it is left makes no difference to any token: what was asked is answered, by the same
-        broker, when the loop is entered again with the state that it was left with.
+        Leaving the loop changes no token: the broker keeps pending searches and answers them when
+        the loop is entered again with the returned state.
         """
         batch = P(BATCH_AXES)
         until = jax.tree.map(jnp.int32, until)
@@ -152,19 +152,24 @@ class Rollout:
         )(params, prompts, tag_table, state, until)
 
     def admit(
-        self, prompts: Prompts, state: State, begun: Bool[Array, " N"], ended: Bool[Array, " N"]
+        self,
+        prompts: Prompts,
+        state: State,
+        new_rows: Bool[Array, " N"],
+        ended_rows: Bool[Array, " N"],
     ) -> State:
-        """Between two entries: begins rows of `prompts`, each in the slot of its number.
+        """Between two entries: starts `new_rows` of `prompts` and empties `ended_rows`.
 
-        For loops with a slot for every trajectory. What was in the slots is gone, and what is in
-        those of the rows `ended`.
+        For loops with a slot for every trajectory: row i is in slot i. The earlier content of the
+        slots of these rows is lost.
         """
         batch = P(BATCH_AXES)
         inputs = batch, State.partition(), batch, batch
-        return self._on_shards(admit, inputs, State.partition())(prompts, state, begun, ended)
+        admit_rows = self._on_shards(admit, inputs, State.partition())
+        return admit_rows(prompts, state, new_rows, ended_rows)
 
     def results(self, state: State) -> tuple[Trajectory, dict[str, Array]]:
-        """The trajectories, those that have not ended as far as they are, and the counters."""
+        """The trajectories, finished or not, and the counters."""
 
         def cut(state: State) -> Trajectory:
             s, width = state.slots, self.config.max_length
@@ -204,20 +209,20 @@ class Rollout:
         )
         last_step = state.decode_steps + until.steps
 
-        def going(carry: tuple[Array, State]) -> Array:
+        def goes_on(carry: tuple[Array, State]) -> Array:
             iteration, s = carry
-            some = jnp.any(s.slots.phase != Phase.EMPTY) & (iteration < until.iterations)
+            busy = jnp.any(s.slots.phase != Phase.EMPTY) & (iteration < until.iterations)
             early = (s.decode_steps >= last_step) | (complete_groups(prompts, s) >= until.groups)
-            return some & ~early[0]
+            return busy & ~early[0]
 
-        def go(carry: tuple[Array, State]) -> tuple[Array, State]:
+        def iterate(carry: tuple[Array, State]) -> tuple[Array, State]:
             return carry[0] + 1, self._iteration(policy, prompts, tag_table, carry[1])
 
-        return lax.while_loop(going, go, (jnp.int32(0), state))[1]
+        return lax.while_loop(goes_on, iterate, (jnp.int32(0), state))[1]
 
     @property
     def _partition(self) -> Params:
-        """Of prepared parameters."""
+        """The PartitionSpec of prepared parameters."""
         return sampling_partition(self.model, unstacked=self._tuning.unstack)
 
     @property
@@ -232,7 +237,7 @@ class Rollout:
         phase = state.slots.phase
         searching = jnp.any((phase == Phase.SUBMIT) | (phase == Phase.WAIT))
         state = when(searching, partial(self._search, prompts), state)
-        # Forced tokens go first: a decode step costs the same however few slots take part in it.
+        # Forced tokens first: a decode step costs the same for few slots as for many.
         state = lax.while_loop(
             lambda s: jnp.any(behind(s.slots)),
             partial(feed, self.config, policy, prompts),
@@ -248,16 +253,16 @@ class Rollout:
 
     @jax.named_scope(DECODE_SCOPE)
     def _decode(self, policy: Policy, prompts: Prompts, tag_table: Array, state: State) -> State:
-        """Samples the next token of every ready slot, and accepts its right speculative tokens."""
+        """Samples the next token of every ready slot and verifies its speculative tokens."""
         s, out, speculative_tokens = state.slots, state.out, self.config.speculative_tokens
         ready = s.phase == Phase.ACTIVE
         fed = out.tokens.at[s.row, s.length - 1].get(mode="fill", fill_value=0)[:, None]
-        guesses = fed[:, :0]
+        proposed = fed[:, :0]
         if speculative_tokens:
             text = out.tokens.at[s.row].get(mode="fill", fill_value=0)
-            guesses = lookup(text, s.length, speculative_tokens)
-            fed = jnp.concatenate([fed, guesses], axis=1)
-        # Slots that are not ready take part too: what they write lies past their text.
+            proposed = lookup(text, s.length, speculative_tokens)
+            fed = jnp.concatenate([fed, proposed], axis=1)
+        # Slots that are not ready take part too; they write to the cache past their text.
         hidden, cache = policy.decode(fed, s.cached, state.cache)
         state = state._replace(
             cache=cache,
@@ -268,10 +273,10 @@ class Rollout:
         state, token = sample_at(0, ready, state)
 
         def verify(j: Array, carry: tuple) -> tuple:
-            state, token, going = carry
-            # A guess that was right is in the cache: the logits after it are as good as any.
-            going &= (state.slots.phase == Phase.ACTIVE) & (token == guesses[:, j - 1])
-            return *sample_at(j, going, state), going
+            state, token, accepted = carry
+            # The cache holds the proposed tokens, so logits after an accepted one are exact.
+            accepted &= (state.slots.phase == Phase.ACTIVE) & (token == proposed[:, j - 1])
+            return *sample_at(j, accepted, state), accepted
 
         if speculative_tokens:
             state, *_ = lax.fori_loop(1, speculative_tokens + 1, verify, (state, token, ready))
@@ -286,16 +291,16 @@ class Rollout:
         ready: Bool[Array, " S"],
         state: State,
     ) -> tuple[State, Int[Array, " S"]]:
-        """Samples from a column of logits for the ready slots and acts on what the token ended."""
+        """Samples from a column of logits for the ready slots, and ends turns and trajectories."""
         c, s, out = self.config, state.slots, state.out
         keys = prompts.keys.at[s.row].get(mode="clip")
-        uniform = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))
-        now, drawn_at = logits[:, column], uniform(keys, s.length)
+        draw = jax.vmap(lambda key, at: jax.random.uniform(jax.random.fold_in(key, at)))
+        logits, uniform = logits[:, column], draw(keys, s.length)
         if prompts.settings is None:
-            drawn = sample(now, drawn_at, temperature=c.temperature, top_p=c.top_p)
+            drawn = sample(logits, uniform, temperature=c.temperature, top_p=c.top_p)
         else:
-            of_row = jax.tree.map(lambda x: x.at[s.row].get(mode="clip"), prompts.settings)
-            drawn = sample_each(now, drawn_at, *of_row)
+            settings = jax.tree.map(lambda x: x.at[s.row].get(mode="clip"), prompts.settings)
+            drawn = sample_each(logits, uniform, *settings)
         token, sample_logprob, policy_logprob = drawn
         at = (jnp.where(ready, s.row, out.tokens.shape[0]), s.length)
         out = out._replace(
@@ -378,7 +383,7 @@ class Rollout:
         result = jax.ShapeDtypeStruct(shape, jnp.int32)
         if self.mesh.shape[TENSOR_AXIS] == 1:
             return io_callback(self.host_callback, result, *operands, ordered=False)
-        # One member of a tensor group asks; the sum hands its answer to the others.
+        # One member of a tensor group calls the host; the sum gives its result to the others.
         answer = lax.cond(
             lax.axis_index(TENSOR_AXIS) == 0,
             lambda: io_callback(self.host_callback, result, *operands, ordered=False),
@@ -387,12 +392,12 @@ class Rollout:
         return lax.psum(answer, TENSOR_AXIS)
 
     def _deliver(self, result: Result, state: State) -> State:
-        """Appends one reply to its slot, or ends the trajectory that cannot have it."""
+        """Appends one reply to its slot, or ends the trajectory if it cannot."""
         c, s = self.config, state.slots
         slot, status, searches, count, block = result
-        found = (status != Status.ERROR) & (status != Status.BAD_QUERY)
+        answered = (status != Status.ERROR) & (status != Status.BAD_QUERY)
         fits = s.length[slot] + count < c.max_length
-        row = jnp.where(found & fits, s.row[slot], state.out.tokens.shape[0])
+        row = jnp.where(answered & fits, s.row[slot], state.out.tokens.shape[0])
         at = s.length[slot] + jnp.arange(c.max_documents_length)
         block = jnp.where(jnp.arange(c.max_documents_length) < count, block, 0)
         tokens = state.out.tokens.at[row, at].set(block, mode="drop")
@@ -401,14 +406,14 @@ class Rollout:
             [Finish.SEARCH_ERROR, Finish.BAD_QUERY, Finish.LENGTH],
             Finish.NONE,
         )
-        grown = s.length.at[slot].add(jnp.where(found & fits, count, 0))
+        grown = s.length.at[slot].add(jnp.where(answered & fits, count, 0))
         slots = s._replace(
             length=grown,
             turn_start=s.turn_start.at[slot].set(grown[slot]),
             tag_state=s.tag_state.at[slot].set(0),
             called=s.called.at[slot].set(0),
-            searches=s.searches.at[slot].add(jnp.where(found & fits, searches, 0)),
-            replies=s.replies.at[slot].add((found & fits).astype(jnp.int32)),
+            searches=s.searches.at[slot].add(jnp.where(answered & fits, searches, 0)),
+            replies=s.replies.at[slot].add((answered & fits).astype(jnp.int32)),
             phase=s.phase.at[slot].set(Phase.ACTIVE),
         )
         reasons = jnp.zeros_like(s.phase).at[slot].set(reason)

@@ -1,4 +1,4 @@
-"""Fitting the reply to a turn into the tokens that it may take."""
+"""Fitting the reply to a turn into its token limit."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ def fitted(
     *,
     may_drop: bool,
 ) -> list[int]:
-    """The tokens of a reply, at most `width`; `encode` gives those of the whole.
+    """The tokens of a reply, at most `width`; `encode` tokenises the reply to `texts`.
 
-    Where it is too long, the longest documents share what the short ones leave; `may_drop`: where
-    their tags alone take more, the last ones are left out. Raises ConfigError where not even the
-    tags fit.
+    If the reply is too long, its longest documents are cut to one common length. `may_drop`: if
+    the tags alone take too much, the last documents are left out. Raises ConfigError if not even
+    the tags fit.
     """
     lines = [line for text in texts if not isinstance(text, str) for line in text]
     cut, room = lines, sum(map(len, lines))
@@ -39,14 +39,14 @@ def fitted(
 
 
 def _refilled(texts: Sequence[Found], lines: Sequence[str]) -> list[Found]:
-    """`texts` with these lines in the places of its own, as many as there are."""
-    left = iter(lines)
-    return [t if isinstance(t, str) else list(itertools.islice(left, len(t))) for t in texts]
+    """`texts` with their lines replaced by `lines`, which may be fewer."""
+    rest = iter(lines)
+    return [t if isinstance(t, str) else list(itertools.islice(rest, len(t))) for t in texts]
 
 
 def _level(lengths: Sequence[int], room: int) -> int:
-    """The length that the longest are cut to, so that all together take at most `room`."""
-    left = sorted(lengths)
-    while left and left[0] * len(left) <= room:
-        room -= left.pop(0)
-    return room // len(left) if left else max(lengths, default=0)
+    """The length to cut the longest to, so that the sum is at most `room`."""
+    longest = sorted(lengths)
+    while longest and longest[0] * len(longest) <= room:
+        room -= longest.pop(0)
+    return room // len(longest) if longest else max(lengths, default=0)

@@ -1,4 +1,4 @@
-"""Drawing the next token: temperature, top-p, and the log-probabilities learning needs.
+"""Drawing the next token: temperature, top-p, and the logprobs that learning needs.
 
 Both steps avoid sorting the vocabulary: the nucleus is found by bisection on a probability
 threshold and the token by inverting the cumulative distribution with one uniform number.
@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# Temperatures below this take the likeliest token: logits divided by so little lose, to rounding,
-# the differences that a softmax is made of.
+# Temperatures below this take the likeliest token, because logits divided by so small a number lose
+# their differences to rounding.
 GREEDY_BELOW = 1e-5
 _BLOCK = 128
 
@@ -25,9 +25,10 @@ def trajectory_keys(
     samples: Int[Array | np.ndarray, " N"],
     occurrences: Int[Array | np.ndarray, " N"],
 ) -> Array:
-    """One random key a trajectory, a function of (seed, step, question, sample) alone.
+    """One random key per trajectory, a function of (seed, step, question, sample) alone.
 
-    A question that stands in a step again has samples of its own: its occurrence, from 0, folds in.
+    If a question occurs in a step again, its occurrence (from 0) folds in too, so that it gets
+    other samples.
     """
     root = jax.random.key(seed)
 
@@ -44,12 +45,12 @@ def trajectory_keys(
 def sample(
     logits: Float[Array, "S V"], uniform: Float[Array, " S"], *, temperature: float, top_p: float
 ) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
-    """Next token of each row, with two log-probabilities of it.
+    """Next token of each row, with two logprobs.
 
-    Returns `(token, sample_logprob, policy_logprob)`: under the distribution it was drawn from
-    (tempered, cut to the nucleus, renormalised), and under the plain softmax (temperature 1,
-    top-p 1), which is the one that importance ratios compare. A temperature of 0, or below
-    GREEDY_BELOW, takes the likeliest token, whose sampling probability is 1.
+    Returns `(token, sample_logprob, policy_logprob)`: the logprob under the distribution that the
+    token was drawn from (tempered, cut to the nucleus, renormalised), and under the plain softmax
+    (temperature 1, top-p 1), which importance ratios compare. A temperature below GREEDY_BELOW
+    takes the likeliest token, whose sampling probability is 1.
     """
     if temperature < GREEDY_BELOW:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -66,7 +67,7 @@ def sample_each(
     temperature: Float[Array, " S"],
     top_p: Float[Array, " S"],
 ) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
-    """`sample` with a temperature and a top-p of each row's own."""
+    """`sample` with a temperature and a top-p per row."""
     greedy = temperature < GREEDY_BELOW
     probs = jax.nn.softmax(logits / jnp.where(greedy, 1, temperature)[:, None], axis=-1)
     cut = top_p < 1
@@ -126,7 +127,7 @@ def nucleus_threshold(
 
 
 def invert_cdf(probs: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
-    """Draws a token of each row from unnormalised `probs` with one uniform number in [0, 1).
+    """Draws a token for each row from unnormalised `probs` with one uniform number in [0, 1).
 
     Two levels (blocks of tokens, then tokens of one block), so no cumulative sum runs over the
     whole vocabulary.

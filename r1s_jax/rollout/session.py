@@ -1,4 +1,4 @@
-"""A rollout that can be left and entered again."""
+"""A rollout that can be paused and resumed."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from r1s_jax.system.distributed import to_host
 
 
 class Programs(NamedTuple):
-    """The search loop, compiled: whole, and in the parts that a session is made of."""
+    """The search loop, compiled: whole, and as the parts that a session calls."""
 
     whole: Callable[..., Any]
     prepare: Callable[..., Params]
@@ -40,8 +40,8 @@ class Programs(NamedTuple):
 class Session:
     """One batch of prompts in the loop.
 
-    However often it is left, no token changes. What the policy asked the broker while it ran is
-    answered when it is entered again: the broker must not begin another rollout in between.
+    Pausing changes no token. Searches that are pending at a pause are answered after it, so the
+    broker must not begin another rollout in between.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Session:
         self._state = programs.start(prompts)
 
     def run(self, until: Until | None = None) -> None:
-        """Goes on to the end, or `until` then."""
+        """Runs to the end, or to `until`."""
         until = Until() if until is None else until
         self._state = self._programs.run(
             self._params, self._prompts, self._tag_table, self._state, until
@@ -65,11 +65,11 @@ class Session:
         return bool((to_host(self._state.slots.phase) == Phase.EMPTY).all())
 
     def results(self) -> tuple[Trajectory[np.ndarray], dict[str, np.ndarray]]:
-        """The trajectories as far as they are, and the loop's counters by shard."""
+        """The trajectories, finished or not, and the loop's counters by shard."""
         return to_host(self._programs.results(self._state))
 
     def positions(self) -> Position[np.ndarray]:
-        """Where each trajectory that has begun and not ended stands; zeros for the others."""
+        """The position of each unfinished trajectory in a slot; zeros for all others."""
         slots = to_host(self._state.slots)
         count, shards = len(self._prompts.lengths), len(self._state.next_row)
         shard = np.repeat(np.arange(shards), len(slots.row) // shards)

@@ -1,7 +1,7 @@
-"""What the search loop carries from turn to turn: its slots, trajectories and KV cache.
+"""The carry of the search loop: its slots, trajectories and KV cache.
 
 Shapes: N trajectories and S slots of one data shard, W token columns. The carry can leave the
-program and come back; outside of it, every array holds the parts of all data shards in order.
+program and enter it again; outside, every array holds the parts of all data shards in order.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from r1s_jax.rollout.trajectory import A, Prompts, Trajectory
 
 
 class Phase(IntEnum):
-    """What a slot is doing."""
+    """The state of a slot."""
 
     EMPTY = 0
     ACTIVE = 1  # has tokens to feed, or is ready to sample
@@ -32,27 +32,27 @@ class Phase(IntEnum):
 class Slots(NamedTuple, Generic[A]):
     """Bookkeeping of the slots, each int32[S]."""
 
-    row: A  # the trajectory in the slot; N when empty, so that writes fall away
-    length: A  # tokens known
-    cached: A  # of those, how many are in the KV cache
+    row: A  # the trajectory in the slot; N when empty, so that writes are dropped
+    length: A  # tokens so far
+    cached: A  # how many of them are in the KV cache
     turn_start: A  # length when the policy's turn began
-    tag_state: A  # of the automaton that looks for the end of a tag
+    tag_state: A  # state of the automaton that finds the end of a tag
     searches: A
-    replies: A  # of the system's to its turns: searches, and turns that it could not act on
-    called: A  # whether the turn asks for a search, in dialects that act at its end
+    replies: A  # the system's replies to its turns: documents, and notes on invalid turns
+    called: A  # whether the turn holds a call, in dialects that act at the end of a turn
     phase: A
 
 
 class State(NamedTuple, Generic[A]):
-    """The loop's carry. The counters have one entry: outside of the program, one a data shard."""
+    """The loop's carry. Counters have one entry; outside of the program, one per data shard."""
 
     slots: Slots[A]
     out: Trajectory[A]
     cache: KVCache
-    next_row: Int[A, "1"]  # first trajectory that no slot has taken yet
+    next_row: Int[A, "1"]  # the first trajectory not yet in a slot
     decode_steps: Int[A, "1"]
     prefill_chunks: Int[A, "1"]
-    busy: Int[A, "1"]  # tokens sampled: decode steps, each counted once a slot that took part
+    busy: Int[A, "1"]  # sum over decode steps of the slots that sampled
 
     @staticmethod
     def partition() -> "State[P]":
@@ -70,18 +70,18 @@ class State(NamedTuple, Generic[A]):
 
 
 def initial(config: RolloutConfig, prompts: Prompts, cache: Callable[[int], KVCache]) -> State:
-    """Every slot empty and no trajectory begun; `cache` makes one of so many slots."""
+    """Every slot empty and no trajectory begun; `cache` makes a KV cache for n slots."""
     c, count = config, prompts.lengths.shape[0]
     slots = min(c.slots, count)
-    # Room for a whole chunk or document block written near the end; cut off afterwards.
-    out = _untouched(prompts, c.max_length + c.max_documents_length)
-    nothing, none = jnp.zeros(slots, jnp.int32), jnp.zeros(1, jnp.int32)
-    free = Slots(jnp.full(slots, count), *[nothing] * (len(Slots._fields) - 1))
-    return State(free, out, cache(slots), none, none, none, none)
+    # The extra columns hold a chunk or document block written near the end; cut off afterwards.
+    out = _prompts_only(prompts, c.max_length + c.max_documents_length)
+    zeros, zero = jnp.zeros(slots, jnp.int32), jnp.zeros(1, jnp.int32)
+    free = Slots(jnp.full(slots, count), *[zeros] * (len(Slots._fields) - 1))
+    return State(free, out, cache(slots), zero, zero, zero, zero)
 
 
-def _untouched(prompts: Prompts, width: int) -> Trajectory:
-    """Of which there is nothing yet but what is given."""
+def _prompts_only(prompts: Prompts, width: int) -> Trajectory:
+    """Trajectories that hold only their prompts."""
     count = prompts.lengths.shape[0]
     tokens = jnp.zeros((count, width), jnp.int32)
     blank, zeros = jnp.zeros((count, width)), jnp.zeros(count, jnp.int32)
@@ -99,37 +99,37 @@ def _untouched(prompts: Prompts, width: int) -> Trajectory:
 
 
 def waiting_rows(prompts: Prompts) -> Int[Array, "1"]:
-    """How many trajectories there are to roll out: the first ones of a shard's rows."""
+    """The number of trajectories to roll out; they are the first rows of a shard."""
     return prompts.live.sum(dtype=jnp.int32)[None]
 
 
 def refill(prompts: Prompts, state: State) -> State:
-    """Gives the next trajectories to the empty slots."""
+    """Puts the next trajectories into the empty slots."""
     s, count = state.slots, waiting_rows(prompts)
     empty = s.phase == Phase.EMPTY
     row = state.next_row + jnp.cumsum(empty) - 1
     chosen = empty & (row < count)
-    slots = _where(chosen, _begun(prompts, row), s)
+    slots = _where(chosen, _started(prompts, row), s)
     return state._replace(slots=slots, next_row=state.next_row + chosen.sum(dtype=jnp.int32))
 
 
 def admit(
-    prompts: Prompts, state: State, begun: Bool[Array, " N"], ended: Bool[Array, " N"]
+    prompts: Prompts, state: State, new_rows: Bool[Array, " N"], ended_rows: Bool[Array, " N"]
 ) -> State:
-    """Empties the slots of the rows `ended` and begins the rows `begun` anew; a slot a row."""
+    """Empties the slots of `ended_rows` and starts `new_rows`; row i is in slot i."""
     count, out = prompts.lengths.shape[0], state.out
-    slots = _where(ended, _empty(count), state.slots)
-    slots = _where(begun, _begun(prompts, jnp.arange(count)), slots)
-    blank = _untouched(prompts, out.tokens.shape[1])
+    slots = _where(ended_rows, _empty(count), state.slots)
+    slots = _where(new_rows, _started(prompts, jnp.arange(count)), slots)
+    blank = _prompts_only(prompts, out.tokens.shape[1])
 
     def chosen(new: Array, old: Array) -> Array:
-        return jnp.where(begun.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+        return jnp.where(new_rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
     return state._replace(slots=slots, out=Trajectory(*map(chosen, blank, out)))
 
 
-def _begun(prompts: Prompts, row: Int[Array, " S"]) -> Slots:
-    """Slots that are about to go on with these rows."""
+def _started(prompts: Prompts, row: Int[Array, " S"]) -> Slots:
+    """Slots that start these rows, or resume them at their positions."""
     length, at = jax.tree.map(
         lambda x: x.at[row].get(mode="fill", fill_value=0), (prompts.lengths, prompts.at)
     )
@@ -155,27 +155,27 @@ def _where(chosen: Bool[Array, " S"], new: Slots[Array] | Slots[int], old: Slots
 
 
 def complete_groups(prompts: Prompts, state: State) -> Int[Array, ""]:
-    """Groups of which every trajectory has ended. Those of one group are adjacent."""
+    """The number of groups whose trajectories have all ended. A group's rows are adjacent."""
     count = prompts.groups.shape[0]
     starts = jnp.append(True, prompts.groups[1:] != prompts.groups[:-1])
     group = jnp.cumsum(starts) - 1
     going = prompts.live & (state.out.finish == 0)
-    some = jax.ops.segment_max(prompts.live.astype(jnp.int32), group, count)
-    left = jax.ops.segment_sum(going.astype(jnp.int32), group, count)
-    return ((some > 0) & (left == 0)).sum(dtype=jnp.int32)
+    live = jax.ops.segment_max(prompts.live.astype(jnp.int32), group, count)
+    unfinished = jax.ops.segment_sum(going.astype(jnp.int32), group, count)
+    return ((live > 0) & (unfinished == 0)).sum(dtype=jnp.int32)
 
 
 def take(values: Int[Array, " S"], slots: Int[Array, " R"]) -> Int[Array, " R"]:
-    """`values[slots]`, compared: the TPU compiler (libtpu 0.0.42) fails on so small a gather."""
+    """`values[slots]` by comparison; the TPU compiler (libtpu 0.0.42) fails on a small gather."""
     chosen = slots[:, None] == jnp.arange(values.shape[0])
     return jnp.where(chosen, values, 0).sum(1, dtype=values.dtype)
 
 
 def when(condition: Array, action: Callable[[State], State], state: State) -> State:
-    """`action` if `condition`, without copying the cache.
+    """Applies `action` if `condition`, without copying the cache.
 
-    A conditional must keep its operand for the other branch, and XLA then copies the cache at
-    every turn; a loop that runs at most once updates it in place.
+    `lax.cond` keeps its operand for the other branch, so XLA would copy the cache at every
+    iteration; a `lax.while_loop` that runs at most once updates it in place.
     """
     return lax.while_loop(
         lambda carry: carry[0],

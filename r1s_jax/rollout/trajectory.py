@@ -1,4 +1,4 @@
-"""What goes into a rollout and what comes out: the contract between sampling and learning.
+"""The input and the output of a rollout: the contract between sampling and learning.
 
 Shapes: N trajectories, P columns of prompts, W token columns.
 """
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from typing_extensions import TypeVar
 
-# What the tuples hold: arrays of JAX in a program, of NumPy on the host, or shapes and partitions.
+# The fields' type: JAX arrays in a program, NumPy arrays on the host, or shapes and partitions.
 A = TypeVar("A", default=Array)
 
 
@@ -19,7 +19,7 @@ class Finish(IntEnum):
 
     NONE = 0
     FINISHED = 1  # answered, or ended the sequence
-    LENGTH = 2  # ran out of tokens: of the turn, or in all
+    LENGTH = 2  # ran out of tokens, in the turn or in total
     SEARCH_LIMIT = 3  # asked for one search too many
     BAD_QUERY = 4  # an empty query, or an end of query without its beginning
     SEARCH_ERROR = 5  # the retriever timed out or failed
@@ -28,47 +28,47 @@ class Finish(IntEnum):
 
     @property
     def complete(self) -> bool:
-        """Whether the policy ended the trajectory; a Solution is told so and hands it on."""
+        """Whether the policy itself ended the trajectory."""
         return self is Finish.FINISHED
 
 
-# The ends for want of tokens, searches or time: what would have come is not known.
+# Ended for lack of tokens, searches or time, so how the policy would have ended is unknown.
 CUT_OFF = (Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD)
 
 
 class Position(NamedTuple, Generic[A]):
-    """Where in its turn a trajectory stands, each int32[N]; zeros but for `turn_start` at first."""
+    """Where in its turn a trajectory stands, each int32[N]; initially all 0 but `turn_start`."""
 
-    turn_start: A  # tokens known when the policy's turn began
-    tag_state: A  # of the automaton that looks for the end of a tag
+    turn_start: A  # length when the policy's turn began
+    tag_state: A  # state of the automaton that finds the end of a tag
     searches: A
-    replies: A  # of the system's to its turns: searches, and turns that it could not act on
-    called: A  # whether the turn asks for a search, in dialects that act at its end
-    asked: A  # whether the turn has ended in a query that nobody has answered yet
+    replies: A  # the system's replies to its turns: documents, and notes on invalid turns
+    called: A  # whether the turn holds a call, in dialects that act at the end of a turn
+    asked: A  # whether the turn has ended in a query that is not answered yet
 
 
 class Settings(NamedTuple, Generic[A]):
-    """How each trajectory is sampled."""
+    """Sampling settings of each trajectory."""
 
     temperature: Float[A, " N"]
     top_p: Float[A, " N"]
 
 
 class Prompts(NamedTuple, Generic[A]):
-    """What a rollout starts from. `N` trajectories, those of one group adjacent.
+    """The input of a rollout: N trajectories, those of one group adjacent.
 
-    `tokens` are the prompt and, of a trajectory that was begun before, all that followed.
+    `tokens` are the prompt and, for a resumed trajectory, everything after it.
     """
 
     tokens: Int[A, "N P"]
     lengths: Int[A, " N"]
     prompt_lengths: Int[A, " N"]
-    limits: Int[A, " N"]  # of a trajectory's tokens in all, below `rollout.max_length`
+    limits: Int[A, " N"]  # most tokens of a trajectory, at most `rollout.max_length`
     groups: Int[A, " N"]  # equal for samples of the same prompt
-    keys: A  # one random key a trajectory
-    live: Bool[A, " N"]  # the others only fill a data shard's rows, after the live ones
+    keys: A  # one random key per trajectory
+    live: Bool[A, " N"]  # false for padding rows, which follow a data shard's live ones
     at: Position[A]
-    settings: Settings[A] | None = None  # None: all as the config says
+    settings: Settings[A] | None = None  # None: those of the config
 
     @staticmethod
     def fresh(
@@ -79,9 +79,9 @@ class Prompts(NamedTuple, Generic[A]):
         live: Bool[np.ndarray, " N"],
         limits: Int[np.ndarray, " N"],
     ) -> "Prompts[np.ndarray]":
-        """Trajectories of which there is nothing yet but the prompt; NumPy arrays."""
-        none = np.zeros_like(lengths)
-        at = Position(lengths, none, none, none, none, none)
+        """Trajectories that hold only their prompts, as NumPy arrays."""
+        zeros = np.zeros_like(lengths)
+        at = Position(lengths, zeros, zeros, zeros, zeros, zeros)
         return Prompts(tokens, lengths, lengths, limits, groups, keys, live, at)
 
 
@@ -92,8 +92,8 @@ class Trajectory(NamedTuple, Generic[A]):
     loss_mask: Bool[A, "N W"]  # true exactly where the policy sampled the token
     sample_logprobs: Float[A, "N W"]  # under the distribution the token was drawn from
     policy_logprobs: Float[A, "N W"]  # under temperature 1 and top-p 1, for the ratio
-    lengths: Int[A, " N"]  # tokens in all
+    lengths: Int[A, " N"]  # all tokens, the prompt's included
     prompt_lengths: Int[A, " N"]
-    groups: Int[A, " N"]  # the prompt's index: samples of one question share it
-    searches: Int[A, " N"]  # document blocks received, a first search of the system's included
+    groups: Int[A, " N"]  # index of the prompt; equal for samples of one question
+    searches: Int[A, " N"]  # document blocks received, the system's own first search included
     finish: Int[A, " N"]  # see Finish
