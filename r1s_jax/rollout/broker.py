@@ -419,8 +419,9 @@ class Broker:
         if not outcomes.isdisjoint(UNANSWERED) and not self.dialect.tells_invalid:
             return Status.BAD_QUERY, 0, []
         count = sum(search.outcome not in UNANSWERED for search in searches)
-        found = any(search.documents for search in searches)
-        status = Status.FOUND if found else Status.EMPTY if count else Status.INVALID
+        status = Status.EMPTY if count else Status.INVALID
+        if any(search.documents for search in searches):
+            status = Status.FOUND
         results: list[Found] = [
             s.detail if s.outcome in UNANSWERED else s.documents for s in searches
         ]
