@@ -1,1 +1,1 @@
-"""The text between a policy and a search engine, and who wrote which of it."""
+"""The text between a policy and a search engine, and which of them wrote each part."""

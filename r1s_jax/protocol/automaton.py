@@ -1,8 +1,8 @@
 """Finding the end of a tag in a stream of token ids, for any tokenizer.
 
-A tag is ordinary text that may be split over tokens in many ways, may start in the middle of one
-and end in the middle of another. A byte automaton over the tag texts is composed with the text of
-every token, which gives one table: (state, token) -> next state, or "tag i just ended".
+A tag is ordinary text: it may be split into tokens in many ways, start inside one token and end
+inside another. A byte automaton over the tag texts is composed with the text of every token, which
+gives one table: (state, token) -> next state, or "tag i just ended".
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def build_tag_table(token_strings: Sequence[str], tags: Sequence[str], vocab_siz
     """Composes the automaton of `tags` with every token's text.
 
     Args:
-      token_strings: text each id adds to a stream; ids from its end to `vocab_size` add nothing.
+      token_strings: text that each id adds to a stream; ids beyond its end add nothing.
       tags: texts to find; none may contain another.
       vocab_size: columns of the table.
     """

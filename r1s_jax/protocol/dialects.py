@@ -1,4 +1,4 @@
-"""Dialects by name, and as they are kept in files beside the policies that speak them."""
+"""Dialects by name, and their files beside the policies' weights."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from r1s_jax.protocol.search_r1 import SearchR1
 from r1s_jax.protocol.tool_call import Frame, ToolCall
 
 DIALECTS: dict[str, type[Dialect]] = {d.name: d for d in (R1Searcher, SearchR1, ToolCall)}
-# Beside a model's config.json: ours alone reads it.
+# Stands beside a model's config.json; only r1s_jax reads it.
 FILE = "r1s_protocol.json"
 
 
 class _Saved(msgspec.Struct):
-    """`Dialect.as_dict`, read back."""
+    """The JSON form of `Dialect.as_dict`."""
 
     dialect: str
     thinking: Thinking = "template"
@@ -30,27 +30,26 @@ class _Saved(msgspec.Struct):
 
 
 def make_dialect(name: str, thinking: str = "template", prompt: str | None = None) -> Dialect:
-    """The dialect of that name. Raises ConfigError for an unknown one, or a prompt without
-    {question}."""
+    """The dialect `name`. Raises ConfigError for an unknown name or a prompt without {question}."""
     return from_dict({"dialect": name, "thinking": thinking, "prompt": prompt}, "the dialect")
 
 
 def from_dict(
     saved: dict[str, Any], where: str | Path, error: type[UserError] = ConfigError
 ) -> Dialect:
-    """What `as_dict` gave; raises `error`, naming `where`, for anything else."""
+    """The dialect of a `Dialect.as_dict`; raises `error`, naming `where`, for anything else."""
     fields = check(saved, _Saved, where, error)
     if fields.dialect not in DIALECTS:
         raise error(f"{where}: no dialect {fields.dialect!r}; there are: {', '.join(DIALECTS)}")
     if fields.prompt is not None and "{question}" not in fields.prompt:
         raise error(f"{where}: a prompt template needs the field {{question}}; this one has none")
-    given: dict[str, Any] = {} if fields.frame is None else {"frame": fields.frame}
-    if fields.dialect != ToolCall.name:
-        given = {}
-    return DIALECTS[fields.dialect](fields.thinking, fields.prompt, fields.tell_invalid, **given)
+    own: dict[str, Any] = {}
+    if fields.dialect == ToolCall.name and fields.frame is not None:
+        own = {"frame": fields.frame}
+    return DIALECTS[fields.dialect](fields.thinking, fields.prompt, fields.tell_invalid, **own)
 
 
 def read_dialect(folder: Path, error: type[UserError] = ConfigError) -> Dialect | None:
-    """The dialect that a folder keeps beside its model; None where it keeps none."""
+    """The dialect file in a model's folder; None if there is none."""
     file = folder / FILE
     return from_dict(read_object(file, error), file, error) if file.is_file() else None

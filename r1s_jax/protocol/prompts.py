@@ -1,4 +1,4 @@
-"""From a question to the text that a policy is started with."""
+"""From a question to the prompt of a policy."""
 
 import threading
 from collections.abc import Callable
@@ -14,9 +14,9 @@ _TEMPLATE_SECONDS = 20.0
 
 
 def renderer(dialect: Dialect, tokenizer: Any) -> Callable[[str], str]:
-    """Makes the prompt of a question in the dialect: its chat form where there is a template.
+    """Makes the prompt of a question in the dialect, with the chat template if there is one.
 
-    Raises ConfigError for a dialect that needs a template where there is none.
+    Raises ConfigError if the dialect needs a chat template and there is none.
     """
     whole = dialect.prompt is not None and dialect.prompt_is_whole
     if not tokenizer.chat_template and dialect.tools:
@@ -44,41 +44,41 @@ def chat_text(
     messages: list[dict[str, Any]],
     tools: list[dict[str, Any]] | None,
 ) -> str:
-    """What the chat template makes of messages, up to the policy's next token.
+    """Renders messages with the chat template, up to the policy's next token.
 
-    Raises ConfigError for a template that fails, gives no text or takes too long.
+    Raises ConfigError if the template fails, returns no text or takes longer than 20 s.
     """
     options: dict[str, Any] = {"tools": tools} if tools else {}
     if dialect.thinking != "template":
         options["enable_thinking"] = dialect.thinking == "on"
 
-    def text(said: list[dict[str, Any]]) -> str:
-        render = partial(tokenizer.apply_chat_template, said, tokenize=False, **options)
-        return _within(_TEMPLATE_SECONDS, partial(render, add_generation_prompt=True))
+    def render(messages: list[dict[str, Any]]) -> str:
+        call = partial(tokenizer.apply_chat_template, messages, tokenize=False, **options)
+        return _within(_TEMPLATE_SECONDS, partial(call, add_generation_prompt=True))
 
     try:
-        return text(messages)
+        return render(messages)
     except ConfigError as error:
         others = [m for m in messages if m["role"] != "system"]
-        if len(others) == len(messages) or not _renders(text, others):
+        if len(others) == len(messages) or not _renders(render, others):
             raise
         raise ConfigError(
-            f"{error}. Without a system message it works: give a prompt that has none "
-            "(protocol.prompt=FILE; in recipes environment.prompt=base too)"
+            f"{error}. It works without a system message: give a prompt that has none "
+            "(protocol.prompt=FILE; in recipes also environment.prompt=base)"
         ) from None
 
 
-def _renders(text: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]]) -> bool:
+def _renders(render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]]) -> bool:
     try:
-        return bool(text(messages))
+        return bool(render(messages))
     except ConfigError:
         return False
 
 
 def bound(dialect: Dialect, tokenizer: Any) -> Dialect:
-    """The dialect with the words of this tokenizer's chat template, where it takes any.
+    """The dialect with the words of this tokenizer's chat template, if the dialect uses them.
 
-    Raises ConfigError where the template has none that it can use.
+    Raises ConfigError if there is no template, or none that the dialect can use.
     """
     if not isinstance(dialect, ToolCall):
         return dialect
@@ -90,22 +90,22 @@ def bound(dialect: Dialect, tokenizer: Any) -> Dialect:
 
 
 def _within(seconds: float, action: Callable[[], str]) -> str:
-    """What a template of others gives, if it does so in time; ConfigError for anything else."""
+    """The text that a foreign template returns. Raises ConfigError if it fails or is late."""
     result: list[str] = []
-    failed: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
             result.append(action())
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
 
-    # A daemon: a template that loops for ever must not keep the process alive.
+    # A daemon thread: a template that loops for ever must not keep the process alive.
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if failed:
-        raise ConfigError(f"the tokenizer's chat template fails: {reason(failed[0])}")
+    if errors:
+        raise ConfigError(f"the tokenizer's chat template fails: {reason(errors[0])}")
     if not result:
         raise ConfigError(f"the tokenizer's chat template gives nothing within {seconds:g} s")
     if not isinstance(result[0], str):
@@ -116,19 +116,19 @@ def _within(seconds: float, action: Callable[[], str]) -> str:
 def conversation(dialect: Dialect, tokenizer: Any) -> Callable[[list[Message]], str]:
     """Makes the prompt of messages {"role": system, user or assistant; "content"}.
 
-    The last, the user's, is asked as a question alone would be; the others stand before it, those
-    of the system beside the dialect's own. Without a chat template, or with a prompt of the
-    policy's own, they are lines of one text. Raises as `renderer` does.
+    The last message, the user's, becomes the question. Earlier messages stand before it, and
+    system messages are joined to the dialect's own. Without a chat template, or with the policy's
+    own prompt, all messages are lines of one text. Raises as `renderer` does.
     """
-    alone = renderer(dialect, tokenizer)
+    render_question = renderer(dialect, tokenizer)
     whole = dialect.prompt is not None and dialect.prompt_is_whole
 
     def render(messages: list[Message]) -> str:
         *before, last = messages
         if not before:
-            return alone(last["content"])
+            return render_question(last["content"])
         if whole or not tokenizer.chat_template:
-            return alone(_as_lines(before, last["content"]))
+            return render_question(_as_lines(before, last["content"]))
         *frame, question = dialect.messages(last["content"])
         system = [m["content"] for m in [*frame, *before] if m["role"] == "system"]
         turns = [m for m in before if m["role"] != "system"]
@@ -141,7 +141,7 @@ def conversation(dialect: Dialect, tokenizer: Any) -> Callable[[list[Message]], 
 
 
 def _as_lines(before: list[Message], question: str) -> str:
-    """Earlier messages and the question as one, in the form of a prompt that ends with `User: `."""
+    """Earlier messages and the question as one text, to follow a prompt that ends in `User: `."""
     names = {"user": "User: ", "assistant": "Assistant: "}
     system = [m["content"] for m in before if m["role"] == "system"]
     turns = [m for m in before if m["role"] != "system"] + [{"role": "user", "content": question}]

@@ -33,14 +33,14 @@ TAGS = (BEGIN_QUERY, END_QUERY, BEGIN_DOCUMENTS, END_DOCUMENTS)
 TAGS += (BEGIN_THINK, END_THINK, BEGIN_ANSWER, END_ANSWER)
 _NUMBERED = re.compile(r"^\((\d+)\)", re.MULTILINE)
 _CJK = re.compile("[\u4e00-\u9fff]")
-# What the system answers a query with; inside, a passage may quote any tag but the closing one.
+# The system's reply to a query; a passage inside may quote any tag but the closing one.
 _BLOCK = re.compile(
     f"(?<={re.escape(END_QUERY)})"
     rf"\s*{re.escape(BEGIN_DOCUMENTS)}.*?{re.escape(END_DOCUMENTS)}(?:\n\n|$)",
     re.DOTALL,
 )
 
-# The prompt of a base model; ends inside the reasoning, so the policy starts by thinking.
+# The prompt of a base model. It ends inside the reasoning, so the policy starts by thinking.
 BASE_PROMPT = f"""\
 A User asks a question and an Assistant answers it.
 The Assistant reasons first, inside {BEGIN_THINK} {END_THINK}, and then gives a short final answer \
@@ -68,7 +68,7 @@ each query asks for one single fact. A search engine then inserts what it found 
 {BEGIN_DOCUMENTS} documents {END_DOCUMENTS}."""
 _DIRECT_BASE = f"{_DIRECT}\n\nUser: {{question}}\nAssistant:"
 
-# How a policy behaves, for the card of a model that is given away.
+# How a policy behaves, for the card of an exported model.
 DESCRIPTION = f"""\
 It reasons inside `{BEGIN_THINK}`, searches by writing `{BEGIN_QUERY} keywords {END_QUERY}`,
 is handed documents between `{BEGIN_DOCUMENTS}` and `{END_DOCUMENTS}`, and answers inside
@@ -76,21 +76,20 @@ is handed documents between `{BEGIN_DOCUMENTS}` and `{END_DOCUMENTS}`, and answe
 
 
 def query_call(query: str) -> str:
-    """How a policy asks for a search, and the system for it where it searches first."""
+    """The text that calls a search; the system writes it too for its own first search."""
     return f"{BEGIN_QUERY} {query} {END_QUERY}"
 
 
 def neutral(text: str) -> str:
-    """Text of others without the tags of this dialect (see dialect.neutral)."""
+    """Foreign text without the tags of this dialect (see dialect.neutral)."""
     return dialect.neutral(text, TAGS)
 
 
 def document_block(documents: Sequence[str]) -> str:
-    """What the system appends after the model's `<|end_of_query|>`.
+    """The text that the system appends after the policy's `<|end_of_query|>`.
 
-    Each document is a passage line, cut of the id and tab that a line of a corpus file begins
-    with; what it quotes of the protocol is made harmless (see `neutral`). Without documents the
-    body is `None`.
+    Each document is a passage line without its leading id and tab; tags in it are made harmless
+    (see `neutral`). Without documents the body is `None`.
     """
     lines = [f"({i}){dialect.passage(doc, TAGS)}\n" for i, doc in enumerate(documents, start=1)]
     body = "".join(lines) if lines else "None\n"
@@ -105,10 +104,10 @@ def documents_of(block: str) -> list[str]:
 
 
 def extract_query(turn: str) -> str | None:
-    """The cleaned query of one model turn: between its last begin tag and the next end tag.
+    """The cleaned query of one turn: the text between its last begin tag and the next end tag.
 
     Double quotes are dropped and white space is collapsed (the published training form).
-    Returns None when the turn holds no begin tag, "" when there is nothing between the tags.
+    Returns None if the turn holds no begin tag, "" if there is nothing between the tags.
     """
     _, begin, tail = turn.rpartition(BEGIN_QUERY)
     if not begin:
@@ -132,7 +131,7 @@ def extract_eval_query(turn: str) -> str | None:
 
 
 def count_searches(text: str) -> int:
-    """Document blocks in the text of a trajectory."""
+    """The number of document blocks in the text of a trajectory."""
     return text.count(BEGIN_DOCUMENTS)
 
 
@@ -167,8 +166,8 @@ class R1Searcher(Dialect):
             return [Call(query)]
         return [Call("", "no beginning of a query" if query is None else "empty query")]
 
-    def reply(self, found: Sequence[Found]) -> str:
-        (documents,) = found
+    def reply(self, results: Sequence[Found]) -> str:
+        (documents,) = results
         return document_block(documents)
 
     def query_call(self, query: str) -> str:
@@ -184,12 +183,12 @@ class R1Searcher(Dialect):
         return documents_of(reply)
 
     def searched(self, reply: str) -> bool:
-        # A first search forced by the system brings its own query ahead of its documents.
-        head, found, _ = reply.partition(BEGIN_DOCUMENTS)
-        return bool(found) and BEGIN_QUERY not in head
+        # In the system's own first search, the query stands before the documents.
+        head, begin, _ = reply.partition(BEGIN_DOCUMENTS)
+        return bool(begin) and BEGIN_QUERY not in head
 
     def well_formed(self, spans: Spans, complete: bool) -> bool:
-        """Thought once, answered once after it, and queried in whole pairs."""
+        """One thought, one answer after it, and a reply to every query, whose tags are paired."""
         text = written(spans)
         count = text.count
         reasoning, _, closing = text.partition(END_THINK) if self.reasons else ("", "", text)
@@ -198,7 +197,7 @@ class R1Searcher(Dialect):
         return (
             answer is not None
             and count(END_THINK) == self.reasons
-            and count(BEGIN_THINK) == 0  # the prompt ends with it
+            and count(BEGIN_THINK) == 0  # the prompt ends with the begin tag
             and count(BEGIN_ANSWER) == count(END_ANSWER) == 1
             and BEGIN_ANSWER not in reasoning
             and count(BEGIN_QUERY) == count(END_QUERY) == answered

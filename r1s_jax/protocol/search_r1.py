@@ -1,8 +1,8 @@
 """Search-R1's dialect (arXiv 2503.09516), after its released code at commit a14dc3a.
 
-Turns of reasoning, each ended by a search or by the answer; a turn without either is told so. The
-texts that the system writes there are in our own words. Observations lose whole words of their
-longest documents where they are too long, never their closing tag.
+Each turn holds reasoning and ends with a search or the answer; a turn without either gets a reply
+that says so. The wording of the prompt and of that reply is ours. If a document block is too long,
+its longest documents are cut; its closing tag always stays.
 """
 
 import re
@@ -70,10 +70,10 @@ class SearchR1(Dialect):
     )
 
     def plain(self, question: str) -> str:
-        asked = question.strip()
-        asked = asked if asked.endswith("?") else f"{asked}?"
+        question = question.strip()
+        question = question if question.endswith("?") else f"{question}?"
         own = PROMPT.replace("{how}", f"{_HOW}\n" if self.reasons else "")
-        return (self.prompt or own).replace("{question}", asked)
+        return (self.prompt or own).replace("{question}", question)
 
     def calls(self, turn: str, evaluation: bool = False) -> list[Call]:
         before, end, _ = turn.partition(END_SEARCH)
@@ -82,8 +82,8 @@ class SearchR1(Dialect):
             return [Call("", "neither a search nor an answer")]
         return [Call(query.strip(), "" if query.strip() else "empty query")]
 
-    def reply(self, found: Sequence[Found]) -> str:
-        (documents,) = found
+    def reply(self, results: Sequence[Found]) -> str:
+        (documents,) = results
         if isinstance(documents, str):
             return INVALID
         lines = [_document(i, line) for i, line in enumerate(documents, start=1)]
@@ -101,15 +101,15 @@ class SearchR1(Dialect):
         return [text[1] for text in map(_SHOWN.fullmatch, body.split("\n")) if text]
 
     def searched(self, reply: str) -> bool:
-        head, found, _ = reply.partition(BEGIN_INFORMATION)
-        return bool(found) and BEGIN_SEARCH not in head
+        head, begin, _ = reply.partition(BEGIN_INFORMATION)
+        return bool(begin) and BEGIN_SEARCH not in head
 
     def answer(self, spans: Spans, complete: bool) -> str | None:
         answers = _ANSWER.findall(written(spans))
         return answers[-1].strip() if answers else None
 
     def well_formed(self, spans: Spans, complete: bool) -> bool:
-        """Each turn a thought and then a search that was answered; the last one an answer."""
+        """Each turn holds a thought and a search; the last one a thought and the answer."""
         own = turns(spans)
         if not own or INVALID in replies(spans):
             return False
@@ -123,20 +123,20 @@ class SearchR1(Dialect):
         action = turn.strip()
         if self.reasons:
             thought, closed, action = action.partition(END_THINK)
-            opened = thought.startswith(BEGIN_THINK) or first  # a prompt may have opened it
+            opened = thought.startswith(BEGIN_THINK) or first  # the prompt may open the first
             thought = thought.removeprefix(BEGIN_THINK)
             if not closed or not opened or any(tag in thought for tag in TAGS):
                 return False
-        talk, found, action = action.strip().partition(begin)
+        talk, started, action = action.strip().partition(begin)
         inside, closed, rest = action.partition(end)
         if self.reasons and talk.strip():
             return False
-        whole = bool(found and closed and inside.strip()) and not rest.strip()
+        whole = bool(started and closed and inside.strip()) and not rest.strip()
         return whole and not any(tag in talk + inside for tag in TAGS)
 
     def system_spans(self, text: str) -> Iterator[tuple[int, int]]:
-        told = [(m.start(), m.end()) for m in re.finditer(re.escape(INVALID), text)]
-        return iter(sorted([*(block.span() for block in _BLOCK.finditer(text)), *told]))
+        notes = [note.span() for note in re.finditer(re.escape(INVALID), text)]
+        return iter(sorted([*(block.span() for block in _BLOCK.finditer(text)), *notes]))
 
     def opening(self) -> str:
         return f" {BEGIN_THINK}" if self.reasons else ""
@@ -149,7 +149,7 @@ class SearchR1(Dialect):
 
 
 def _document(number: int, line: str) -> str:
-    """A passage line as the released code shows it: titles are quoted in its corpus."""
+    """A passage line in the form of the released code, whose corpus has titles in quotes."""
     title, *text = _TITLE_END.split(passage(line, TAGS), maxsplit=1)
     shown = title if title.startswith('"') else f'"{title}"'
     return f"Doc {number}(Title: {shown}) {text[0].strip() if text else ''}".rstrip()

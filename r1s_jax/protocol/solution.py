@@ -1,4 +1,4 @@
-"""What a policy and a search engine wrote together, and who wrote which of it."""
+"""The text of a trajectory after its prompt, split by writer: policy or system."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ R1_SEARCHER = R1Searcher()
 
 @dataclass(frozen=True)
 class Solution:
-    """What came after the prompt, in order: (text, whether the policy wrote it)."""
+    """The text after the prompt, in order: (text, whether the policy wrote it)."""
 
     spans: tuple[tuple[str, bool], ...]
     dialect: Dialect = R1_SEARCHER
-    complete: bool = True  # it ended by itself (Finish.FINISHED), not for want of something
+    complete: bool = True  # the policy ended the trajectory itself (Finish.FINISHED)
 
     @staticmethod
     def of_text(text: str, dialect: Dialect = R1_SEARCHER) -> "Solution":
-        """Reads off a bare text who wrote what: a document block after a query is the system's."""
+        """Splits a plain text by writer: a document block after a query is the system's."""
         spans, end = [], 0
         for start, stop in dialect.system_spans(text):
             spans += [(text[end:start], True), (text[start:stop], False)]
@@ -36,7 +36,7 @@ class Solution:
 
     @property
     def answer(self) -> str | None:
-        """What the policy answered; None where it wrote no whole answer."""
+        """The policy's answer; None without a whole answer."""
         return self.dialect.answer(self.spans, self.complete)
 
     @property
@@ -46,15 +46,15 @@ class Solution:
 
     @property
     def found(self) -> list[str]:
-        """The documents' own texts, those of a first search forced by the system among them."""
+        """The texts of all documents, those of the system's own first search included."""
         return [text for reply in replies(self.spans) for text in self.dialect.found(reply)]
 
     @property
     def searches_answered(self) -> int:
-        """Texts of the system's that answer the policy's own searches.
+        """The number of replies to the policy's searches.
 
-        One counts once however many tags its passages quote, and a first search forced by the
-        system does not count.
+        A reply counts once, whatever tags its passages quote. The system's own first search does
+        not count.
         """
         return sum(map(self.dialect.searched, replies(self.spans)))
 
@@ -65,7 +65,7 @@ class Solution:
 
 
 def _policy_pieces(text: str, dialect: Dialect) -> Iterator[tuple[str, str]]:
-    """Text of the policy, its queries and its answer set off."""
+    """Splits text of the policy into plain text, queries and the answer."""
     while text:
         starts = [(at, begin) for begin in dialect.tagged if (at := text.find(begin)) >= 0]
         at, begin = min(starts, default=(len(text), ""))
@@ -81,7 +81,7 @@ def _policy_pieces(text: str, dialect: Dialect) -> Iterator[tuple[str, str]]:
 
 
 def kind_of_new(before: str, text: str, dialect: Dialect = R1_SEARCHER) -> str:
-    """The kind, as in `pieces`, of what the policy's `text` has more than `before`."""
+    """The kind (see `pieces`) of the end of the policy's `text`, which begins with `before`."""
     for begin, (kind, end) in dialect.tagged.items():
         if begin in text and end not in before.rpartition(begin)[2]:
             return kind

@@ -1,8 +1,7 @@
 """Tool calls in the form of Hermes, as Qwen2.5 and Qwen3 write them.
 
-The prompt and what stands between two turns are the tokenizer's own chat template; nothing of them
-is written here. The end of a turn acts: with calls in it they are searched, without it is the
-answer.
+The tokenizer's chat template makes the prompt and the text between two turns. The end of a turn
+acts: if the turn holds calls they are searched, otherwise the turn is the answer.
 """
 
 import json
@@ -48,10 +47,10 @@ SEARCH_TOOL = {
 _CALL = re.compile(f"{BEGIN_CALL}(.*?){END_CALL}", re.DOTALL)
 _SHOWN = re.compile(r"\(\d+\)(.*)")
 _PROBLEM = "Error: "
-# More calls than this in one turn are not searched.
+# Further calls in one turn are not searched.
 _MOST_CALLS = 8
 _LONGEST_PROBLEM = 100  # characters
-# Texts of our own by which a template's words are found around them.
+# Marker texts: rendering them shows the template's words around them.
 _QUERY, _FIRST, _SECOND = "r1s-marks-a-query", "r1s-marks-one", "r1s-marks-two"
 
 # Renders messages with a chat template: (messages, tools) -> text.
@@ -59,15 +58,15 @@ Render = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None], str]
 
 
 class Frame(NamedTuple):
-    """A chat template's words between an assistant's turn that calls and its next one."""
+    """A chat template's words between an assistant's turn with calls and its next turn."""
 
     turn_end: str  # the control token that ends a turn; the policy writes it itself
-    before: str  # the first response
-    between: str  # two responses
-    after: str  # the last response
+    before: str  # before the first response
+    between: str  # between two responses
+    after: str  # after the last response
 
 
-# Of Qwen's templates, for bare texts whose tokenizer is not at hand.
+# The frame of Qwen's templates, for texts without a tokenizer.
 HERMES = Frame(
     "<|im_end|>",
     f"\n<|im_start|>user\n{BEGIN_RESPONSE}\n",
@@ -78,7 +77,7 @@ HERMES = Frame(
 
 @dataclass(frozen=True)
 class ToolCall(Dialect):
-    """See the module; `frame` is that of the policy's chat template (see `framed`)."""
+    """See the module; `frame` belongs to the policy's chat template (see `framed`)."""
 
     frame: Frame = HERMES
 
@@ -100,7 +99,7 @@ class ToolCall(Dialect):
     def framed(self, render: Render, turn_ends: Sequence[str]) -> Self:
         """The dialect with a template's own words; `turn_ends` are the tokens that end a turn.
 
-        Raises ConfigError for a template without tools, or with calls in another form.
+        Raises ConfigError for a template without tools or with another form of calls.
         """
         frame = _frame(render, turn_ends)
         return replace(self, frame=frame._replace(after=self.finish_prompt(frame.after)))
@@ -109,15 +108,16 @@ class ToolCall(Dialect):
         return (self.prompt or "{question}").replace("{question}", question)
 
     def calls(self, turn: str, evaluation: bool = False) -> list[Call]:
-        acted = turn.rpartition(END_THINK)[2]
-        found = [_call(text) for text in _CALL.findall(acted)]
-        # One word on all of them: a reply that answers each could be of any length.
-        late = [Call("", f"at most {_MOST_CALLS} calls a turn")][: len(found) - _MOST_CALLS]
-        return found[:_MOST_CALLS] + late or [Call("", "the call stands inside the reasoning")]
+        action = turn.rpartition(END_THINK)[2]
+        calls = [_call(text) for text in _CALL.findall(action)]
+        # One problem for all further calls: a response to each could be of any length.
+        if len(calls) > _MOST_CALLS:
+            return [*calls[:_MOST_CALLS], Call("", f"at most {_MOST_CALLS} calls a turn")]
+        return calls or [Call("", "the call stands inside the reasoning")]
 
-    def reply(self, found: Sequence[Found]) -> str:
+    def reply(self, results: Sequence[Found]) -> str:
         f = self.frame
-        return f.before + f.between.join(map(_response, found)) + f.after
+        return f.before + f.between.join(map(_response, results)) + f.after
 
     def query_call(self, query: str) -> str:
         call = json.dumps({"name": TOOL, "arguments": {"query": query}}, ensure_ascii=False)
@@ -127,31 +127,31 @@ class ToolCall(Dialect):
         return self.query_call(query) + self.frame.turn_end
 
     def found(self, reply: str) -> list[str]:
-        # A first search brings its own call ahead of the response.
+        # In the system's own first search, the call stands before the response.
         body = reply.partition(self.frame.before)[2].removesuffix(self.frame.after)
         return [text[1] for text in map(_SHOWN.fullmatch, body.split("\n")) if text]
 
     def searched(self, reply: str) -> bool:
         f = self.frame
         body = reply.removeprefix(f.before).removesuffix(f.after)
-        found = any(not part.startswith(_PROBLEM) for part in body.split(f.between))
-        return BEGIN_CALL not in reply and f.before in reply and found
+        valid = any(not part.startswith(_PROBLEM) for part in body.split(f.between))
+        return BEGIN_CALL not in reply and f.before in reply and valid
 
     def answer(self, spans: Spans, complete: bool) -> str | None:
-        """The last turn after its reasoning, or what it puts in answer tags where asked to."""
+        """The last turn after its reasoning, or its answer tags' content if the prompt has such."""
         own = turns(spans)
         if not own or not complete or not spans[-1][1]:
             return None
-        _, closed, said = own[-1].removesuffix(self.frame.turn_end).rpartition(END_THINK)
-        thinking = BEGIN_THINK in said or (self._begins_thinking and not closed)
+        _, closed, text = own[-1].removesuffix(self.frame.turn_end).rpartition(END_THINK)
+        thinking = BEGIN_THINK in text or (self._begins_thinking and not closed)
         if END_CALL in own[-1] or thinking:
             return None
         if BEGIN_ANSWER in (self.prompt or ""):
-            return extract_answer(said)
-        return said.strip() or None
+            return extract_answer(text)
+        return text.strip() or None
 
     def well_formed(self, spans: Spans, complete: bool) -> bool:
-        """Every call could be searched, every thought is closed, and the last turn answers."""
+        """Every call is valid, every thought is closed, and the last turn is the answer."""
         own = turns(spans)
         if self.answer(spans, complete) is None:
             return False
@@ -163,12 +163,12 @@ class ToolCall(Dialect):
         if not self.reasons:
             return BEGIN_THINK not in turn and END_THINK not in turn
         closed = turn.count(END_THINK)
-        begun = self._begins_thinking or BEGIN_THINK in turn
-        return closed == 1 if begun or self.thinking == "on" else closed <= 1
+        opened = self._begins_thinking or BEGIN_THINK in turn
+        return closed == 1 if opened or self.thinking == "on" else closed <= 1
 
     @property
     def _begins_thinking(self) -> bool:
-        """Whether a turn begins inside a thought that the chat template has opened."""
+        """Whether the chat template opens a thought before each turn."""
         return opens_reasoning(self.frame.after)
 
     def system_spans(self, text: str) -> Iterator[tuple[int, int]]:
@@ -184,7 +184,7 @@ class ToolCall(Dialect):
 
     @property
     def talks(self) -> bool:
-        return self.reasons  # all of a last turn without reasoning is the answer
+        return self.reasons  # without reasoning, the whole last turn is the answer
 
     def search_turn(self, query: str) -> str:
         return f"{self._closing()} {self.query_call(query)}{self.frame.turn_end}"
@@ -204,7 +204,7 @@ def _call(text: str) -> Call:
     if not isinstance(value, dict) or value.get("name") != TOOL:
         return Call("", f"there is one tool, {TOOL}(query)")
     arguments = value.get("arguments")
-    if isinstance(arguments, str):  # some templates write them as a text
+    if isinstance(arguments, str):  # some templates write the arguments as a string
         try:
             arguments = parse(arguments, "the arguments")
         except BadInput as error:
@@ -215,17 +215,18 @@ def _call(text: str) -> Call:
     return Call(" ".join(query.split()))
 
 
-def _response(found: Found) -> str:
-    if isinstance(found, str):
-        return f"{_PROBLEM}{found[:_LONGEST_PROBLEM]}"
-    return "\n".join(f"({i}){passage(d, TAGS)}" for i, d in enumerate(found, start=1)) or "None"
+def _response(result: Found) -> str:
+    if isinstance(result, str):
+        return f"{_PROBLEM}{result[:_LONGEST_PROBLEM]}"
+    return "\n".join(f"({i}){passage(d, TAGS)}" for i, d in enumerate(result, start=1)) or "None"
 
 
 def _frame(render: Render, turn_ends: Sequence[str]) -> Frame:
     user = {"role": "user", "content": "?"}
     if render([user], [SEARCH_TOOL]) == render([user], None):
         raise ConfigError(
-            "the tokenizer's chat template takes no tools: dialect tool_call needs it"
+            "the tokenizer's chat template takes no tools, which dialect tool_call needs: choose "
+            "another protocol.dialect or model"
         )
     function = {"name": TOOL, "arguments": {"query": _QUERY}}
     call = {"role": "assistant", "content": "", "tool_calls": [_call_of(function)] * 2}
@@ -235,8 +236,9 @@ def _frame(render: Render, turn_ends: Sequence[str]) -> Frame:
     rest, ends = tail.partition(END_CALL)[2], [end for end in turn_ends if end in tail]
     if BEGIN_CALL not in called or not ends or _FIRST not in rest or _SECOND not in rest:
         raise ConfigError(
-            "the tokenizer's chat template writes tool calls in another form than "
-            f"{BEGIN_CALL}{{...}}{END_CALL} and the end of the turn: dialect tool_call needs that"
+            "the tokenizer's chat template does not write tool calls as "
+            f"{BEGIN_CALL}{{...}}{END_CALL} and the end of the turn, which dialect tool_call "
+            "needs: choose another protocol.dialect or model"
         )
     turn_end = min(ends, key=rest.index)
     before, _, responses = rest.partition(turn_end)[2].partition(_FIRST)

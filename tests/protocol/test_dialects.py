@@ -276,7 +276,7 @@ def test_reasoning_that_is_off_is_closed_in_every_turn():
             "{% if tools %}T{% endif %}{% for m in messages %}{{ m.content }}"
             "{% for c in m.tool_calls or [] %}[CALL]{{ c.function.arguments.query }}{% endfor %}"
             "<|im_end|>{% endfor %}",
-            "in another form than",
+            "does not write tool calls as",
         ),
     ],
 )
