@@ -1,1 +1,1 @@
-"""A policy that answers while it searches."""
+"""Serving a policy that searches while it answers."""

@@ -1,4 +1,4 @@
-"""One answer of the server as it grows: what OpenAI's clients are told of it."""
+"""One growing answer of the server, as deltas and messages for OpenAI's clients."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -16,11 +16,11 @@ _FAILED = {"timeout": "the search took too long", "error": "the search failed"}
 
 
 class Failed(Exception):
-    """The policy or the loop failed: there is no answer."""
+    """The policy or the serving loop failed, so there is no answer."""
 
 
 class Answer:
-    """Takes what the serving loop tells of one job, and tells what is new of the answer."""
+    """Turns the serving loop's updates of one job into deltas of the answer."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Answer:
         stops: Sequence[str] = (),
         first: Sequence[Search] = (),
     ):
-        """`prompt` is all that stands before the policy's first token, with the documents of the
-        searches `first` that the system made."""
+        """`prompt` is the whole text before the policy's first token, with the documents of the
+        system's own searches `first`."""
         self._pieces = Pieces(dialect, prompt)
         self._decode, self._eos_ids = decode, eos_ids
         self._cut = _Cut(stops)
@@ -47,9 +47,9 @@ class Answer:
         return self.finish_reason is not None
 
     def feed(self, update: Update) -> list[Delta]:
-        """What a client is to be told; raises Failed.
+        """The new deltas for the client; raises Failed.
 
-        What the policy writes behind a stop is told nobody and counted nowhere.
+        Text of the policy after a stop is neither sent nor counted.
         """
         if self.over:
             return []
@@ -66,14 +66,14 @@ class Answer:
                 return deltas
         self.written += ended
         over = bool(update.finish)
-        deltas += self._tell_all(self._pieces.write(self._decode(self._turn), over=over))
+        deltas += self._deltas(self._pieces.write(self._decode(self._turn), over=over))
         if over and not self.over:
-            deltas += self._say(self._cut.rest())
+            deltas += self._add_content(self._cut.rest())
             self.finish_reason = "length" if update.finish in CUT_OFF else "stop"
         return deltas
 
     def message(self) -> dict[str, Any]:
-        """The whole of it, as far as it is."""
+        """The whole message so far."""
         return {
             "role": "assistant",
             "content": self.content,
@@ -84,91 +84,91 @@ class Answer:
         }
 
     def annotations(self) -> list[dict[str, Any]]:
-        """The pages that were read, each once; they stand for all of the answer."""
-        found: dict[str, str] = {}
+        """The pages found, each once; every citation spans the whole answer."""
+        titles: dict[str, str] = {}
         for search in self._searches:
             for document in search_json(search)["documents"]:
                 if "url" in document:
-                    found.setdefault(document["url"], document["title"])
+                    titles.setdefault(document["url"], document["title"])
         span = {"start_index": 0, "end_index": len(self.content)}
         return [
             {"type": "url_citation", "url_citation": {"url": url, "title": title, **span}}
-            for url, title in found.items()
+            for url, title in titles.items()
         ]
 
     def first_deltas(self) -> list[Delta]:
-        """What became of the searches that the system made before the policy began."""
-        known, self._searches = self._searches, []
-        return self._note(known)
+        """The results of the system's own searches before the policy's first token."""
+        first, self._searches = self._searches, []
+        return self._note(first)
 
     def _note(self, searches: Sequence[Search]) -> list[Delta]:
         deltas = []
         for search in searches:
-            places = [i for i, known in enumerate(self._searches) if known is search]
-            index = places[0] if places else len(self._searches)
-            if not places:
+            places = (i for i, noted in enumerate(self._searches) if noted is search)
+            index = next(places, len(self._searches))
+            if index == len(self._searches):
                 self._searches.append(search)
             deltas.append({"searches": [{"index": index, **search_json(search)}]})
         return deltas
 
     def _take(self, tokens: list[int], by_policy: bool) -> list[Delta]:
-        """Tokens that one of both wrote."""
+        """Deltas of tokens from one writer."""
         if by_policy:
             self.written += len(tokens)
             self._turn += tokens
-            return self._tell_all(self._pieces.write(self._decode(self._turn)))
+            return self._deltas(self._pieces.write(self._decode(self._turn)))
         self.documents += len(tokens)
         pieces = self._pieces.write(self._decode(self._turn), over=True)
         pieces += self._pieces.reply(self._decode(tokens))
         self._turn = []
-        return self._tell_all(pieces)
+        return self._deltas(pieces)
 
-    def _tell_all(self, pieces: Sequence[Piece]) -> list[Delta]:
-        return [delta for kind, text in pieces for delta in self._tell(kind, text)]
+    def _deltas(self, pieces: Sequence[Piece]) -> list[Delta]:
+        return [delta for kind, text in pieces for delta in self._add(kind, text)]
 
-    def _tell(self, kind: str, text: str) -> list[Delta]:
+    def _add(self, kind: str, text: str) -> list[Delta]:
         if self.over:
             return []
         if kind == "reasoning":
             self.reasoning += text
             return [{"reasoning_content": text}]
-        deltas = self._say(self._cut.feed(text))
-        if self._cut.found:
+        deltas = self._add_content(self._cut.feed(text))
+        if self._cut.stopped:
             self.finish_reason = "stop"
         return deltas
 
-    def _say(self, text: str) -> list[Delta]:
+    def _add_content(self, text: str) -> list[Delta]:
         self.content += text
         return [{"content": text}] if text else []
 
 
 class _Cut:
-    """Lets a text through up to the first of the texts that end it."""
+    """Passes a text on, up to the first stop text."""
 
     def __init__(self, stops: Sequence[str]):
-        self.stops, self._held, self.found = stops, "", False
+        self.stops, self._held, self.stopped = stops, "", False
 
     def feed(self, text: str) -> str:
-        """What may be told; an end that may become a stop is held back."""
+        """The text to pass on; an end that may become a stop is held back."""
         self._held += text
         places = [at for stop in self.stops if (at := self._held.find(stop)) >= 0]
         if places:
-            self.found = True
-            told, self._held = self._held[: min(places)], ""
-            return told
+            self.stopped = True
+            passed, self._held = self._held[: min(places)], ""
+            return passed
         held = max((_overlap(self._held, stop) for stop in self.stops), default=0)
         end = len(self._held) - held
-        told, self._held = self._held[:end], self._held[end:]
-        return told
+        passed, self._held = self._held[:end], self._held[end:]
+        return passed
 
     def rest(self) -> str:
-        """What is held back, now that nothing follows."""
-        told, self._held = self._held, ""
-        return told
+        """The text held back, once the answer is over."""
+        rest, self._held = self._held, ""
+        return rest
 
 
 def _runs(pairs: Sequence[tuple[int, bool]], singly: bool) -> Iterator[tuple[list[int], bool]]:
-    """Neighbouring tokens of one writer, or each alone, and whether the policy wrote them."""
+    """Runs of tokens of one writer, and whether it is the policy; `singly` splits its runs."""
     for by_policy, run in groupby(pairs, key=lambda pair: pair[1]):
         tokens = [token for token, _ in run]
         size = 1 if singly and by_policy else len(tokens)
@@ -177,13 +177,13 @@ def _runs(pairs: Sequence[tuple[int, bool]], singly: bool) -> Iterator[tuple[lis
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins."""
+    """The length of the longest proper prefix of `stop` that ends `text`."""
     sizes = range(min(len(text), len(stop) - 1), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
 def search_json(search: Search) -> dict[str, Any]:
-    """A search as clients see it. Why one failed stays with the server: it may name addresses."""
+    """A search for clients. The cause of a failure is left out, since it may name addresses."""
     if search.outcome in UNANSWERED:
         status, error = "invalid", search.detail or "no query"
     elif search.outcome in _FAILED:
@@ -191,12 +191,12 @@ def search_json(search: Search) -> dict[str, Any]:
     else:
         status, error = {"pending": "searching"}.get(search.outcome, search.outcome), None
     ids = search.ids or [""] * len(search.documents)
-    told = {
+    value = {
         "query": search.query,
         "status": status,
         "documents": list(map(_document, ids, search.documents)),
     }
-    return told | ({"error": error} if error else {})
+    return value | ({"error": error} if error else {})
 
 
 def _document(id: str, line: str) -> dict[str, str]:

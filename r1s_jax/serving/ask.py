@@ -1,4 +1,4 @@
-"""Answering one question at the terminal, streamed: a client of the serving loop with one slot."""
+"""Answering one question at the terminal, streamed from a serving loop with one slot."""
 
 import itertools
 import queue
@@ -30,16 +30,16 @@ _SPECULATIVE = "rollout.speculative_tokens=4"
 
 
 def ask(question: str, model: str, retriever: Retriever, settings: Settings) -> str | None:
-    """Streams an answer to standard output; returns what the policy answered.
+    """Streams an answer to standard output; returns the policy's answer, or None.
 
-    On an accelerator it guesses four tokens ahead by default; on a CPU five positions cost more
-    than the passes that they save. Raises ConfigError for a question that is too long,
-    SearchFailure where the system's own first search failed.
+    On an accelerator it uses four speculative tokens by default; on a CPU the extra positions cost
+    more than the forward passes that they save. Raises ConfigError for a question that is too
+    long, SearchFailure if the system's own first search failed.
     """
     if jax.default_backend() != "cpu":
         settings = settings._replace(changes=[_SPECULATIVE, *settings.changes])
-    asked = settings.config().protocol
-    policy = load_pretrained(model, default_dtype()).speaking(asked)
+    protocol = settings.config().protocol
+    policy = load_pretrained(model, default_dtype()).speaking(protocol)
     config = settings.config(policy.model.max_position)
     serving_loop = ServingLoop(policy, retriever, config.rollout, search=config.search, waiting=0)
     printer = _Printer(serving_loop.engine)
@@ -64,15 +64,15 @@ def ask(question: str, model: str, retriever: Retriever, settings: Settings) -> 
 
 
 def _prompt(engine: Engine, question: str, printer: "_Printer") -> list[int]:
-    """Token ids of the question, and of the system's own first search where there is one."""
+    """Token ids of the prompt, with the system's own first search if the config asks for one."""
     prompt = engine.prompt_tokens(question)
     needed = len(prompt)
     if engine.config.retrieve_first:
         needed += engine.first_search_room(question)
     if needed > engine.config.max_prompt_length:
         raise ConfigError(
-            f"the question takes {needed} tokens, and the model reads {engine.config.max_length} "
-            "with its answer: shorten it"
+            f"the prompt with the question needs {needed} tokens, more than "
+            f"rollout.max_prompt_length={engine.config.max_prompt_length}: shorten the question"
         )
     if engine.config.retrieve_first:
         (search,) = engine.broker.search_now([question])
@@ -85,14 +85,14 @@ def _prompt(engine: Engine, question: str, printer: "_Printer") -> list[int]:
 
 
 class _Printer:
-    """Prints text as its tokens come, a change of colour at each tag of the protocol."""
+    """Prints text token by token, with a style for each kind of text."""
 
     def __init__(self, engine: Engine):
         self._engine, self._turn, self._shown = engine, [], ""
         self._written: list[tuple[int, bool]] = []  # tokens, and whether the policy wrote them
 
     def feed(self, update: Update) -> None:
-        """Shows what is new."""
+        """Prints the new text of an update."""
         pairs = list(zip(update.tokens, update.mask, strict=True))
         self._written += pairs
         for by_policy, run in itertools.groupby(pairs, key=lambda pair: pair[1]):
@@ -102,18 +102,20 @@ class _Printer:
             self._failure(search)
 
     def documents(self, tokens: list[int]) -> None:
-        """Shows what the system wrote."""
+        """Prints a text of the system."""
         text = printable(self._engine.decode(tokens))
         console.print(Text(text, STYLES["documents"]), end="")
         self._turn, self._shown = [], ""
 
     def solution(self, finish: Finish) -> Solution:
-        """What came after the prompt, by who wrote it."""
+        """The text after the prompt, split by writer."""
         pairs = self._written
         if pairs and pairs[-1][1] and pairs[-1][0] in self._engine.eos_ids:
             pairs = pairs[:-1]
         runs = itertools.groupby(pairs, key=lambda pair: pair[1])
-        spans = [(self._engine.decode([token for token, _ in run]), who) for who, run in runs]
+        spans = [
+            (self._engine.decode([token for token, _ in run]), by_policy) for by_policy, run in runs
+        ]
         return Solution(tuple(spans), self._engine.dialect, finish.complete)
 
     def _policy(self, tokens: list[int]) -> None:
@@ -121,7 +123,7 @@ class _Printer:
             self._turn.append(token)
             text = self._engine.decode(self._turn)
             if text.endswith("\N{REPLACEMENT CHARACTER}"):
-                continue  # half a character; the next token completes it
+                continue  # an incomplete character; the next token completes it
             style = STYLES[kind_of_new(self._shown, text, self._engine.dialect)]
             console.print(Text(printable(text[len(self._shown) :]), style), end="")
             self._shown = text

@@ -1,4 +1,4 @@
-"""Requests for chat completions as OpenAI's clients send them: read and checked."""
+"""Reading and checking requests for chat completions from OpenAI's clients."""
 
 import os
 from typing import Any
@@ -13,15 +13,15 @@ from r1s_jax.protocol.dialect import Message
 
 MOST_ANSWERS = 16
 _MOST_STOPS = 4  # OpenAI's limit
-# Fields of OpenAI's that say nothing about the answer, or only how others would make it.
+# OpenAI's fields that do not change the answer here; they are accepted and ignored.
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "parallel_tool_calls", "reasoning_effort", "verbosity"),
     *("web_search_options", "prediction", "modalities"),
 }
 _WHOLE = {"max_tokens", "max_completion_tokens", "seed", "n"}
-# Fields of OpenAI's, and of servers like it, that would change the answer and are not served, with
-# the values that ask for nothing. Clients send these of their own accord.
+# Fields of OpenAI and similar servers that would change the answer and are not supported, each with
+# its neutral values, which are accepted since some clients send them by default.
 _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -63,7 +63,7 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
 
 
 class Refused(service.Refused):
-    """A request that is not answered, as OpenAI's server would say it."""
+    """A request that is not answered, with the fields of OpenAI's error object."""
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class Refused(service.Refused):
 
     def json(self) -> dict[str, Any]:
         """The body of the reply."""
-        told = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": told}
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
 
 class _Part(msgspec.Struct):
@@ -99,7 +99,7 @@ class _StreamOptions(msgspec.Struct):
 
 
 class ChatRequest(msgspec.Struct, kw_only=True):
-    """What is read of a request; None where the client leaves it to the server."""
+    """The supported fields of a request; None leaves the choice to the server."""
 
     messages: list[_Message]
     model: str | None = None
@@ -120,12 +120,12 @@ class ChatRequest(msgspec.Struct, kw_only=True):
     @property
     def stops(self) -> list[str]:
         """Texts that end the answer."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [text for text in given if text]
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [text for text in stops if text]
 
     @property
     def limit(self) -> int | None:
-        """Tokens that the policy may write."""
+        """The most tokens that the policy may write."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -133,49 +133,49 @@ class ChatRequest(msgspec.Struct, kw_only=True):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def drawn_seed(self) -> int:
-        """The request's seed, or one of nobody's choosing."""
+        """The request's seed, or a random one."""
         return int.from_bytes(os.urandom(4)) if self.seed is None else self.seed
 
     def conversation(self) -> list[Message]:
         """The messages as {"role": system, user or assistant, "content"}; raises Refused."""
         if not self.messages:
             raise Refused(400, "messages: expected at least one", param="messages")
-        told = [_message(i, message) for i, message in enumerate(self.messages)]
-        if told[-1]["role"] != "user":
+        messages = [_message(i, message) for i, message in enumerate(self.messages)]
+        if messages[-1]["role"] != "user":
             raise Refused(400, "messages: the last one must be the user's", param="messages")
-        if not told[-1]["content"].strip():
-            where = f"messages[{len(told) - 1}].content"
+        if not messages[-1]["content"].strip():
+            where = f"messages[{len(messages) - 1}].content"
             raise Refused(400, f"{where}: expected a question, found nothing", param=where)
-        return told
+        return messages
 
 
 def read_request(raw: bytes) -> ChatRequest:
-    """The body of a request; raises Refused for what is wrong with it or is not served."""
+    """Reads the body of a request; raises Refused if it is invalid or not supported."""
     try:
         body = parse_object(raw, "the request")
         body = {n: _whole_number(n, v) for n, v in body.items() if v is not None}
-        asked = check(body, ChatRequest, "the request")
+        request = check(body, ChatRequest, "the request")
     except BadInput as error:
         raise Refused(400, str(error)) from None
-    known = {*ChatRequest.__struct_fields__, *_IGNORED, *_NOT_SERVED}
+    names = {*ChatRequest.__struct_fields__, *_IGNORED, *_NOT_SERVED}
     for name in body:
-        if name not in known:
+        if name not in names:
             raise Refused(400, f"Unrecognized request argument: {name[:60]}", param=name[:60])
         if name in _NOT_SERVED and body[name] not in _NOT_SERVED[name]:
             raise Refused(400, f"{name} is not supported by this server", param=name)
-    _check_ranges(asked)
-    return asked
+    _check_ranges(request)
+    return request
 
 
 def _whole_number(name: str, value: Any) -> Any:
-    """Some clients write whole numbers as 5.0."""
+    """Accepts 5.0 for 5, since some clients write whole numbers so."""
     whole = name in _WHOLE and isinstance(value, float) and value.is_integer()
     return int(value) if whole else value
 
 
-def _check_ranges(asked: ChatRequest) -> None:
+def _check_ranges(request: ChatRequest) -> None:
     def within(name: str, low: float, high: float) -> None:
-        value = getattr(asked, name)
+        value = getattr(request, name)
         if value is not None and not low <= value <= high:
             raise Refused(400, f"{name} must be from {low:g} to {high:g}, got {value}", param=name)
 
@@ -185,9 +185,9 @@ def _check_ranges(asked: ChatRequest) -> None:
     within("max_completion_tokens", 1, 2**31)
     within("n", 1, MOST_ANSWERS)
     within("seed", -(2**63), 2**63 - 1)
-    if isinstance(asked.stop, list) and len(asked.stop) > _MOST_STOPS:
+    if isinstance(request.stop, list) and len(request.stop) > _MOST_STOPS:
         raise Refused(400, f"stop: at most {_MOST_STOPS} texts", param="stop")
-    if asked.stream_options is not None and not asked.stream:
+    if request.stream_options is not None and not request.stream:
         raise Refused(400, "stream_options is only for stream: true", param="stream_options")
 
 

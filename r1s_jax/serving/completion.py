@@ -1,4 +1,4 @@
-"""One request for answers, from its body to the last event that its client is sent."""
+"""One request for answers, from its body to the last event for its client."""
 
 import asyncio
 import itertools
@@ -23,22 +23,22 @@ from r1s_jax.serving.meters import Meters
 
 logger = logging.getLogger(__name__)
 
-_QUIET_S = 5.0  # a stream that says nothing for so long gets a comment: proxies cut silent ones
+_QUIET_S = 5.0  # a stream silent for so long gets a comment, since proxies close silent streams
 _READERS, _SEARCHERS = 2, 32  # threads that read prompts, and that make first searches
-_USUAL_CHARACTERS = 8  # of a token, more than most texts have
-_CUT_TOKENS = 64  # more than a word has that a cut goes through
+_USUAL_CHARACTERS = 8  # characters per token; most texts have fewer
+_CUT_TOKENS = 64  # bounds the extra tokens of a word that is cut in two
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on; the rest is refused."""
+    """Limits of a request; a request beyond them is refused."""
 
     body_bytes: int = 2**20  # of a request
     deadline_s: float = 300.0  # from a request to the end of its answer
 
 
 class Asked(NamedTuple):
-    """A request as it was read."""
+    """A request after reading."""
 
     request: ChatRequest
     prompt: str
@@ -47,7 +47,10 @@ class Asked(NamedTuple):
 
 
 class Desk:
-    """What the completions of one server share; but for `read` and `search`, of one event loop."""
+    """The state that a server's completions share.
+
+    Only `read` and `search` may be called outside of the event loop's thread.
+    """
 
     def __init__(self, serving_loop: Jobs, name: str, limits: Limits):
         self.serving_loop, self.name, self.limits = serving_loop, name, limits
@@ -57,10 +60,10 @@ class Desk:
         self.readers = ThreadPoolExecutor(_READERS, "prompts")
         self.searchers = ThreadPoolExecutor(_SEARCHERS, "first-search")
         self._render = conversation(serving_loop.engine.dialect, serving_loop.engine.tokenizer)
-        self._promised = 0  # answers that have a place and are no jobs yet
+        self._promised = 0  # answers with a place in the queue that are not jobs yet
 
     def take_places(self, count: int) -> None:
-        """Of answers that will be jobs; raises Refused (429) where too many wait."""
+        """Reserves places in the queue for answers; raises Refused (429) if too many wait."""
         free = self.serving_loop.rows - self.serving_loop.slots_busy
         waiting = self.serving_loop.queued + self._promised
         if waiting + count > self.serving_loop.waiting + free:
@@ -68,17 +71,17 @@ class Desk:
         self._promised += count
 
     def give_places(self, count: int) -> None:
-        """They are jobs now, or will never be."""
+        """Releases places, when their answers have become jobs or were dropped."""
         self._promised -= count
 
     def read(self, raw: bytes) -> Asked:
-        """The body of a request; raises Refused. Takes a while: for a thread.
+        """Reads the body of a request; raises Refused. Slow, so it runs on a thread.
 
-        What cannot be short enough is not encoded.
+        A text that is certainly too long is not encoded.
         """
-        asked, engine = read_request(raw), self.serving_loop.engine
-        self._check(asked)
-        messages = asked.conversation()
+        request, engine = read_request(raw), self.serving_loop.engine
+        self._check(request)
+        messages = request.conversation()
         characters = sum(len(message["content"]) for message in messages)
         if characters > engine.config.max_length * CHARACTERS_A_TOKEN:
             raise self._too_long(f"{characters:,} characters")
@@ -96,34 +99,35 @@ class Desk:
             needed += engine.first_search_room(question)
         if needed > most:
             raise self._too_long(f"{needed} tokens")
-        return Asked(asked, prompt, tokens, question)
+        return Asked(request, prompt, tokens, question)
 
     def search(self, asked: Asked) -> tuple[Search, list[int]]:
-        """The system's own search of the question, and its tokens behind the prompt."""
+        """The system's own first search of the question, and its tokens after the prompt."""
         engine = self.serving_loop.engine
         (search,) = engine.broker.search_now([asked.question])
         return search, engine.first_search_tokens(search, len(asked.tokens))
 
     def close(self) -> None:
-        """Waits for what is read and made."""
+        """Waits for the answers in progress and stops all threads."""
         self.serving_loop.close()
         self.readers.shutdown()
         self.searchers.shutdown()
 
-    def _check(self, asked: ChatRequest) -> None:
-        if self.serving_loop.greedy_only and (asked.temperature or 0) >= GREEDY_BELOW:
-            raise Refused(400, "this server decodes greedily: temperature 0", param="temperature")
-        if asked.model is not None:
-            self.check_model(asked.model)
+    def _check(self, request: ChatRequest) -> None:
+        if self.serving_loop.greedy_only and (request.temperature or 0) >= GREEDY_BELOW:
+            message = "this server decodes greedily: expected temperature 0"
+            raise Refused(400, message, param="temperature")
+        if request.model is not None:
+            self.check_model(request.model)
 
     def check_model(self, name: str) -> None:
-        """Raises Refused (404) for another model than is served."""
+        """Raises Refused (404) for any model but the served one."""
         if name != self.name:
             message = f"The model {name[:80]!r} does not exist: there is {self.name!r}"
             raise Refused(404, message, param="model", code="model_not_found")
 
     def _begins_too_long(self, prompt: str) -> bool:
-        """Whether a part of a long text, which is encoded sooner, has too many tokens already."""
+        """Whether the beginning of a long text alone has too many tokens; cheaper to encode."""
         most, engine = self.serving_loop.engine.config.max_length, self.serving_loop.engine
         part = prompt[: _USUAL_CHARACTERS * most]
         return len(part) < len(prompt) and len(engine.encode(part)) > most + _CUT_TOKENS
@@ -132,15 +136,15 @@ class Desk:
         most = self.serving_loop.engine.config.max_length
         return Refused(
             400,
-            f"the messages take {size}; there is room for {most} tokens with the answer and all "
-            "documents",
+            f"the messages take {size}; prompt, documents and answer together may take {most} "
+            "tokens: shorten the messages",
             param="messages",
             code="context_length_exceeded",
         )
 
 
 def too_busy(why: str) -> Refused:
-    """What is said where as much waits as may wait."""
+    """The refusal when the queue is full."""
     return Refused(
         429, f"try again later: {why}", kind="rate_limit_error", code="rate_limit_exceeded"
     )
@@ -150,21 +154,21 @@ class Completion:
     """One request and its answers."""
 
     def __init__(self, desk: Desk, started: float):
-        """`started` as time.monotonic tells it. Takes the place of an answer; raises Refused."""
+        """Reserves a place for one answer; raises Refused. `started`: a time.monotonic() value."""
         desk.take_places(1)
         self._desk, self._started, self._places = desk, started, 1
         self._deadline = started + desk.limits.deadline_s
-        self._news: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._answers: list[Answer] = []
         self._jobs: list[Job] = []
-        self._given = 0  # tokens that stand before the policy's first
+        self._prompt_tokens = 0  # tokens before the policy's first token
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._left = False
 
     async def read(self, raw: bytes) -> ChatRequest:
-        """Reads the body; raises Refused. To be called first."""
+        """Reads the body; raises Refused. Must be called first."""
         self._asked = await self._in_thread(self._desk.readers, self._desk.read, raw)
         more = self._asked.request.samples - 1
         self._desk.take_places(more)
@@ -172,17 +176,17 @@ class Completion:
         return self._asked.request
 
     async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """(which answer, what is new of it), to the end of all; raises Refused.
+        """Yields (index of an answer, its new delta) to the end of all answers; raises Refused.
 
-        An empty delta says that nothing was new for a while.
+        Yields an empty delta when nothing was new for `_QUIET_S`.
         """
         answers = range(self._asked.request.samples)
         for i in answers:
             yield i, {"role": "assistant", "content": ""}
         if self._desk.retrieve_first:
-            begun = {"index": 0, **search_json(Search(-1, self._asked.question))}
+            search = {"index": 0, **search_json(Search(-1, self._asked.question))}
             for i in answers:
-                yield i, {"searches": [begun]}
+                yield i, {"searches": [search]}
         starting = asyncio.ensure_future(self._start())
         try:
             while not (await asyncio.wait({starting}, timeout=_QUIET_S))[0]:
@@ -222,8 +226,8 @@ class Completion:
                 new = [{"index": i, "delta": delta, "finish_reason": None}]
                 yield self._chunk(new) if delta else b": waiting\n\n"
             for i, answer in enumerate(self._answers):
-                noted = answer.annotations()
-                delta = {"annotations": noted} if noted else {}
+                annotations = answer.annotations()
+                delta = {"annotations": annotations} if annotations else {}
                 end = {"index": i, "delta": delta, "finish_reason": answer.finish_reason}
                 yield self._chunk([end])
             if self._asked.request.include_usage:
@@ -235,7 +239,7 @@ class Completion:
         yield b"data: [DONE]\n\n"
 
     def as_json(self) -> bytes:
-        """The whole answer as one object."""
+        """All answers as one JSON object."""
         choices = [
             {
                 "index": i,
@@ -245,23 +249,23 @@ class Completion:
             }
             for i, answer in enumerate(self._answers)
         ]
-        told = self._frame("chat.completion") | {"choices": choices, "usage": self.usage()}
-        return _bytes(told)
+        frame = self._frame("chat.completion")
+        return _bytes(frame | {"choices": choices, "usage": self.usage()})
 
     def usage(self) -> dict[str, Any]:
-        """Tokens: documents are of the prompt, the policy did not write them."""
+        """Token counts; documents count as prompt, since the policy did not write them."""
         documents = sum(answer.documents for answer in self._answers)
         written = sum(answer.written for answer in self._answers)
-        given = self._given + documents
+        prompt = self._prompt_tokens + documents
         return {
-            "prompt_tokens": given,
+            "prompt_tokens": prompt,
             "completion_tokens": written,
-            "total_tokens": given + written,
+            "total_tokens": prompt + written,
             "prompt_tokens_details": {"document_tokens": documents, "cached_tokens": 0},
         }
 
     def leave(self) -> None:
-        """Nobody waits any more, or all is said."""
+        """Releases everything the request holds; called at its end, or when its client is gone."""
         if self._left:
             return
         self._left = True
@@ -271,15 +275,15 @@ class Completion:
             self._desk.meters.answered(self, time.monotonic() - self._started)
 
     async def _start(self) -> None:
-        """Makes the system's own search where there is one, then the jobs; raises Refused."""
+        """Makes the system's own first search, if any, then submits the jobs; raises Refused."""
         desk, asked = self._desk, self._asked
         engine, prompt, tokens, first = desk.serving_loop.engine, asked.prompt, asked.tokens, []
         if desk.retrieve_first:
             search, forced = await self._in_thread(desk.searchers, desk.search, asked)
             first, tokens, prompt = [search], tokens + forced, prompt + engine.decode(forced)
-        if self._left:  # meanwhile; jobs would be nobody's
+        if self._left:  # the client is gone: submit no jobs
             raise asyncio.CancelledError
-        self._given = len(tokens)
+        self._prompt_tokens = len(tokens)
         self._answers = [
             Answer(
                 engine.dialect, prompt, engine.decode, engine.eos_ids, asked.request.stops, first
@@ -296,7 +300,7 @@ class Completion:
         self._places = 0
 
     def _make_jobs(self, tokens: list[int]) -> list[Job]:
-        asked, seed = self._asked.request, self._asked.request.drawn_seed()
+        request, seed = self._asked.request, self._asked.request.drawn_seed()
         c = self._desk.serving_loop.config
         group = next(self._desk.groups)
         return [
@@ -306,29 +310,31 @@ class Completion:
                 update=self._listener(i),
                 sample=i,
                 group=group,
-                temperature=c.temperature if asked.temperature is None else asked.temperature,
-                top_p=c.top_p if asked.top_p is None else asked.top_p,
-                max_tokens=asked.limit,
+                temperature=c.temperature if request.temperature is None else request.temperature,
+                top_p=c.top_p if request.top_p is None else request.top_p,
+                max_tokens=request.limit,
             )
-            for i in range(asked.samples)
+            for i in range(request.samples)
         ]
 
     async def _next(self) -> tuple[int, Update] | None:
-        """What the serving loop tells next, None where that takes a while; raises Refused."""
-        left = self._deadline - time.monotonic()
+        """The next (index, update) of the serving loop, None after `_QUIET_S`; raises Refused."""
+        seconds = self._deadline - time.monotonic()
         try:
-            async with asyncio.timeout(min(left, _QUIET_S)):
-                return await self._news.get()
+            async with asyncio.timeout(min(seconds, _QUIET_S)):
+                return await self._updates.get()
         except TimeoutError:
-            if left <= _QUIET_S:
+            if seconds <= _QUIET_S:
                 raise self._late() from None
             return None
 
-    async def _in_thread(self, pool: ThreadPoolExecutor, call: Callable[..., Any], *of: Any) -> Any:
-        """What a call returns, made on one of a pool's threads; raises Refused when late."""
+    async def _in_thread(
+        self, pool: ThreadPoolExecutor, call: Callable[..., Any], *args: Any
+    ) -> Any:
+        """Runs a call on a thread of the pool; raises Refused at the deadline."""
         try:
             async with asyncio.timeout(self._deadline - time.monotonic()):
-                return await self._loop.run_in_executor(pool, call, *of)
+                return await self._loop.run_in_executor(pool, call, *args)
         except TimeoutError:
             raise self._late() from None
 
@@ -340,7 +346,7 @@ class Completion:
     def _listener(self, i: int) -> Callable[[Update], None]:
         def update(new: Update) -> None:
             with suppress(RuntimeError):  # the event loop has ended
-                self._loop.call_soon_threadsafe(self._news.put_nowait, (i, new))
+                self._loop.call_soon_threadsafe(self._updates.put_nowait, (i, new))
 
         return update
 

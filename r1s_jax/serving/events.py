@@ -1,4 +1,4 @@
-"""Server-sent events to clients that may go away or stop reading at any moment."""
+"""Server-sent events to clients that may disconnect or stop reading at any moment."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -7,11 +7,11 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-_WRITE_S = 30.0  # a client that takes nothing for so long is gone
+_WRITE_S = 30.0  # a client that reads nothing for so long counts as gone
 
 
 class EventStream(Response):
-    """Sends events as they come; `leave` is called when they end, however that is."""
+    """Sends events as they come; calls `leave` at the end, whatever ends the stream."""
 
     media_type = "text/event-stream"
 
@@ -45,6 +45,6 @@ class EventStream(Response):
 
 
 async def disconnected(receive: Receive) -> None:
-    """Returns when the client goes away."""
+    """Returns when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,7 @@
-"""Answering through JetStream: a search ends one of its requests and begins the next.
+"""Serving through JetStream: a search ends one of its requests and begins the next.
 
-Greedy only; after every search the whole sequence is prefilled again, and the slot of a client that
-went away works on to its request's end.
+Decoding is greedy. After every search the whole sequence is prefilled again. If a client goes away,
+its slot stays busy until the current JetStream request ends.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class JetStreamLoop(Jobs):
-    """See the module; a thread for each answer that is being made."""
+    """See the module; one thread per slot."""
 
     greedy_only = True
 
@@ -55,7 +55,7 @@ class JetStreamLoop(Jobs):
             thread.start()
 
     def close(self) -> None:
-        """Finishes what was taken, and takes no more."""
+        """Accepts no more jobs, finishes the accepted ones and stops the driver."""
         super().close()
         for thread in self._threads:
             thread.join()
@@ -89,7 +89,7 @@ class JetStreamLoop(Jobs):
             loop=self._loop,
             most=job.max_tokens or self.config.max_length,
         )
-        last: Event | None = None  # told once it is known whether it is the end
+        last: Event | None = None  # reported once it is known whether it is the last one
         for event in turns.run(job.prompt, None):
             self.engine.broker.take_log()
             if job.cancelled:
@@ -115,11 +115,11 @@ def _update(event: Event, finish: Finish) -> Update:
 
 @dataclass(kw_only=True)
 class _Turns(Turns):
-    """A trajectory whose tokens JetStream draws."""
+    """A trajectory whose tokens JetStream samples."""
 
     driver: Any
     loop: asyncio.AbstractEventLoop
-    most: int  # tokens that the policy may write
+    most: int  # the most tokens that the policy may write
 
     _stream: queue.Queue | None = None
 
@@ -140,9 +140,9 @@ class _Turns(Turns):
         return super()._search(turn)
 
     def _request(self) -> queue.Queue:
-        """A request for what follows all tokens so far: its tokens, then None."""
+        """Requests the continuation of all tokens so far; the queue gets its tokens, then None."""
         out: queue.Queue = queue.Queue()
-        left = min(self.most - sum(self.mask), self.config.max_length - len(self.tokens))
+        room = min(self.most - sum(self.mask), self.config.max_length - len(self.tokens))
 
         async def forward() -> None:
             from jetstream.core.utils.async_multifuture import AsyncMultifuture
@@ -150,9 +150,9 @@ class _Turns(Turns):
             try:
                 channel = AsyncMultifuture()
                 request = ActiveRequest(
-                    max_tokens=max(left, 1),
+                    max_tokens=max(room, 1),
                     return_channel=channel,
-                    history_path="given whole",  # else a token is put before the sequence
+                    history_path="given whole",  # without it JetStream puts a token in front
                     prefill_content=np.array(self.tokens, np.int32),
                     is_client_side_tokenization=True,
                 )

@@ -1,8 +1,9 @@
 """The policy as an engine of JetStream (the extra `jetstream`, google-jetstream 0.2.2).
 
-Its orchestrator and gRPC server run unchanged on it. JetStream knows no search and no sampling:
-decoding is greedy, and a request ends where the policy ends a query, its answer or the sequence.
-The project was archived in February 2026; what its age asks for is at the top of this file.
+JetStream's orchestrator and gRPC server run on it unchanged. JetStream has neither search nor
+sampling: decoding is greedy, and a request ends when the policy ends a query, its answer or the
+sequence. The project was archived in February 2026; the workarounds for its age are at the top of
+this file.
 """
 
 import logging
@@ -24,14 +25,14 @@ from r1s_jax.models.sharding import attention_impl, mesh_tuning
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.loop import ANSWER_END, QUERY_END
 
-if not hasattr(jax, "tree_map"):  # it was moved after JetStream's last release
+if not hasattr(jax, "tree_map"):  # JAX moved it after JetStream's last release
     jax.tree_map = jax.tree.map  # pyright: ignore[reportAttributeAccessIssue]  # made here
 _root = logging.getLogger()
 _level, _handlers = _root.level, list(_root.handlers)
 from jetstream.core import orchestrator  # noqa: E402
 from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2  # noqa: E402
 
-# Importing it sends every library's debug messages to standard output.
+# Importing JetStream sends every library's debug messages to standard output; this undoes it.
 _root.setLevel(_level)
 for _handler in [h for h in _root.handlers if h not in _handlers]:
     _root.removeHandler(_handler)
@@ -39,7 +40,7 @@ logging.getLogger("jetstream").setLevel(logging.WARNING)
 
 Driver = orchestrator.Driver
 ActiveRequest = orchestrator.ActiveRequest
-# What JetStream pads prompts to; a program is compiled for each.
+# Lengths to which JetStream pads prompts; a program is compiled for each.
 _BUCKETS = [2**i for i in range(4, 16)]
 
 
@@ -47,32 +48,37 @@ class Prefix(NamedTuple):
     """A prompt's keys and values, and where its decoding begins."""
 
     cache: KVCache  # of one slot
-    last: Int[Array, ""]  # token
+    last: Int[Array, ""]  # the last token
     length: Int[Array, ""]
 
 
 class DecodeState(NamedTuple):
-    """What a decode step changes; S slots."""
+    """The state of S slots, which a decode step updates."""
 
     cache: KVCache
     last: Int[Array, " S"]
-    length: Int[Array, " S"]  # tokens known, `last` among them
-    written: Int[Array, " S"]  # of those, by the policy
+    length: Int[Array, " S"]  # tokens so far, `last` included
+    written: Int[Array, " S"]  # how many of them the policy wrote
     tag_state: Int[Array, " S"]
-    over: Bool[Array, " S"]  # the request has ended: nothing of the slot counts any more
+    over: Bool[Array, " S"]  # whether the request has ended; further tokens are invalid
 
 
 class SearchEngine(engine_api.Engine):
-    """Prefill, insert and generate over the decoder and cache of a rollout's Engine."""
+    """Prefill, insert and generate with the decoder and cache of a rollout's Engine."""
 
     def __init__(self, engine: Engine, params: Params):
-        """`params` as Rollout.prepare gives them. One device; others raise ValueError."""
+        """`params` are those of Rollout.prepare. Raises ValueError for more than one device."""
         if engine.mesh.size != 1:
-            raise ValueError("JetStream's engine serves from one device")
+            raise ValueError(
+                f"JetStream serves from one device, not {engine.mesh.size}: hide the others"
+            )
         self._engine, self._params = engine, params
         roll = engine.roll
         if roll.config.max_length > max(_BUCKETS):
-            raise ConfigError(f"JetStream serves up to rollout.max_length={max(_BUCKETS)}")
+            raise ConfigError(
+                f"rollout.max_length={roll.config.max_length} is too long for JetStream: at most "
+                f"{max(_BUCKETS)}"
+            )
         self._longest = next(size for size in _BUCKETS if size >= roll.config.max_length)
         self._slots, self._tuning = roll.config.slots, mesh_tuning(roll.mesh)
         self._impl: Impl = attention_impl(roll.attention, roll.mesh)
@@ -92,7 +98,7 @@ class SearchEngine(engine_api.Engine):
         padded_tokens: Int[Array, " T"],
         true_length: int,
     ) -> Prefix:
-        """Keys and values of all tokens; the last one is fed again by the first decode step."""
+        """Keys and values of all tokens; the first decode step feeds the last token again."""
         if existing_prefix is not None:
             raise NotImplementedError("prefixes are not continued")
         return self._prefill(params, jnp.asarray(padded_tokens), true_length)
@@ -104,21 +110,21 @@ class SearchEngine(engine_api.Engine):
     def generate(
         self, params: Params, decode_state: DecodeState
     ) -> tuple[DecodeState, engine_api.ResultTokens]:
-        """One token for every slot: valid but where its request has ended."""
+        """One token for every slot, valid unless the slot's request has ended."""
         state, data = self._generate(params, decode_state, self._engine.tag_table)
         bounds = {"tokens_idx": (0, 1), "valid_idx": (1, 2), "length_idx": (2, 3)}
         return state, engine_api.ResultTokens(data=data, samples_per_slot=1, **bounds)
 
     def init_decode_state(self, *args: Any, **kwargs: Any) -> DecodeState:
-        def none() -> Array:  # arrays of their own, since each is donated
+        def zeros() -> Array:  # a new array for each field, since each is donated
             return jnp.zeros(self._slots, jnp.int32)
 
         return DecodeState(
             cache=self._cache(self._slots, self._longest + 1),
-            last=none(),
-            length=none() + 1,
-            written=none(),
-            tag_state=none(),
+            last=zeros(),
+            length=zeros() + 1,
+            written=zeros(),
+            tag_state=zeros(),
             over=jnp.ones(self._slots, bool),
         )
 
@@ -168,9 +174,9 @@ class SearchEngine(engine_api.Engine):
         )
 
     def _run_prefill(self, params: Params, tokens: Array, length: Array) -> Prefix:
-        none = jnp.zeros(1, jnp.int32)
+        zero = jnp.zeros(1, jnp.int32)
         tokens, cache = tokens.astype(jnp.int32), self._cache(1, tokens.shape[0])
-        _, cache = self._policy(params).prefill(tokens[None], none, none, cache)
+        _, cache = self._policy(params).prefill(tokens[None], zero, zero, cache)
         return Prefix(cache, tokens[length - 1], jnp.int32(length))
 
     def _run_insert(self, prefix: Prefix, state: DecodeState, slot: Array) -> DecodeState:
@@ -208,7 +214,7 @@ class SearchEngine(engine_api.Engine):
         ), data
 
     def _ends(self, tag: Array, token: Array) -> Array:
-        """Where the request is over with this token, which ends a tag, or is one that ends all."""
+        """bool[S]: whether the token ends the request, by ending a tag or the sequence."""
         dialect = self._engine.dialect
         eos = jnp.isin(token, jnp.array(self._engine.eos_ids, jnp.int32))
         query = (tag == QUERY_END) & (not dialect.acts_at_turn_end)
@@ -216,7 +222,7 @@ class SearchEngine(engine_api.Engine):
 
 
 class Text(tokenizer_api.Tokenizer):
-    """Token ids and text for JetStream; what ends a request is said by the engine alone."""
+    """A tokenizer for JetStream without stop tokens, since the engine alone ends requests."""
 
     def __init__(
         self,

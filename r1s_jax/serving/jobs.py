@@ -1,4 +1,4 @@
-"""Answers to be made: what a server asks of whatever makes them, and those that wait."""
+"""The queue of answers: the interface between a server and a serving loop."""
 
 import threading
 from collections import deque
@@ -15,22 +15,22 @@ from r1s_jax.rollout.trajectory import Finish
 
 
 class Busy(Exception):
-    """As much is waiting as may wait, or the server is stopping."""
+    """The queue is full, or the server is stopping."""
 
 
 class Update(NamedTuple):
-    """What has become of an answer since the update before."""
+    """The news of an answer since its last update."""
 
     tokens: list[int]
-    mask: list[bool]  # which of them the policy wrote
-    searches: list[Search]  # that began or ended
+    mask: list[bool]  # whether the policy wrote each token
+    searches: list[Search]  # searches that began or ended
     finish: Finish
     error: str = ""
 
 
 @dataclass(eq=False)
 class Job:
-    """One answer to make. Those of one `group` have one prompt, which is computed once."""
+    """One answer to make. Jobs of one `group` share their prompt, whose KV is computed once."""
 
     prompt: Sequence[int]
     seed: int
@@ -39,21 +39,21 @@ class Job:
     group: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
-    max_tokens: int | None = None  # that the policy writes
+    max_tokens: int | None = None  # the most tokens that the policy may write
 
-    seen: int = 0  # tokens told, the prompt's included
-    wrote: int = 0
-    reported: list[tuple[Search, str]] = field(default_factory=list)  # with the last outcome
+    seen: int = 0  # tokens reported, the prompt's included
+    wrote: int = 0  # tokens that the policy wrote
+    reported: list[tuple[Search, str]] = field(default_factory=list)  # and the outcomes reported
     cancelled: bool = False
 
 
 class Jobs:
-    """Answers in the slots of a thread of its own, and those that wait for a slot.
+    """Answers in slots, which a thread works on, and the queue of answers that wait for a slot.
 
-    A subclass starts its threads, which take from `_queue` whenever `_changed` says so.
+    A subclass starts its threads, which take jobs from `_queue` when `_changed` is notified.
     """
 
-    greedy_only = False  # whether the temperature of a job is not heeded
+    greedy_only = False  # whether jobs are decoded greedily, whatever their temperature
     slots_busy: int
 
     def __init__(
@@ -70,14 +70,14 @@ class Jobs:
         self.rows = config.slots * batch_shards(self.engine.mesh)
         self._queue: deque[Job] = deque()
         self._changed, self._closed, self.failed = threading.Condition(), False, ""
-        self.tokens = self.documents = 0  # written by the policy, given to it
+        self.tokens = self.documents = 0  # tokens written by the policy, and of documents
 
     @property
     def queued(self) -> int:
         return len(self._queue)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Takes all of them or none; raises Busy. ValueError for a prompt that is too long."""
+        """Queues all jobs or none. Raises Busy, or ValueError for a prompt that is too long."""
         if any(len(job.prompt) >= self.config.max_length for job in jobs):
             raise ValueError("the prompt leaves no room for an answer")
         with self._changed:
@@ -91,7 +91,7 @@ class Jobs:
         self.engine.broker.wake()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
-        """Nobody waits for these any more: their slots are free as soon as may be."""
+        """Drops jobs whose client is gone; frees their slots as soon as possible."""
         with self._changed:
             for job in jobs:
                 job.cancelled = True
@@ -99,7 +99,7 @@ class Jobs:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Finishes what was taken, and takes no more; a subclass waits for its threads."""
+        """Accepts no more jobs and finishes the accepted ones; a subclass joins its threads."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,8 +1,8 @@
-"""Answering while it searches: the search loop of training, entered for a few iterations at a time.
+"""Serving with the search loop of training, entered for a few iterations at a time.
 
-Between two entries answers that are over leave their slots and new ones take them, so that answers
-begin and end at any time and searches overlap. An answer depends on its prompt, seed and settings
-alone, not on what is answered beside it.
+Between two entries finished answers leave their slots and new ones take them, so that answers begin
+and end at any time and searches overlap. An answer depends on its prompt, seed and settings alone,
+not on the other answers.
 """
 
 import logging
@@ -26,13 +26,13 @@ from r1s_jax.system.distributed import to_host
 
 logger = logging.getLogger(__name__)
 
-# Iterations in one entry: fewer answer new requests sooner, more leave the program less often.
+# Iterations per entry: fewer start new requests sooner, more save overhead between entries.
 _ITERATIONS = 4
 _BITS = 0xFFFFFFFF
 
 
 class ServingLoop(Jobs):
-    """One policy with its search engine, in slots of its own thread."""
+    """One policy with its retriever; one thread runs all slots."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class ServingLoop(Jobs):
         compute_dtype: np.dtype | None = None,
     ):
         """At most `waiting` answers wait for a slot. Compiles, which may take a minute."""
-        how = {"attention": attention, "compute_dtype": compute_dtype}
-        super().__init__(policy, config, search, waiting, **how)
+        engine = {"attention": attention, "compute_dtype": compute_dtype}
+        super().__init__(policy, config, search, waiting, **engine)
         mesh, programs = self.engine.mesh, self.engine.programs
         self._params = programs.prepare(shard_params(policy.params, policy.model, mesh))
-        self._prompts = _nothing(self.rows, config.max_length)
+        self._prompts = _unused_rows(self.rows, config.max_length)
         self._state = programs.start(self._placed())
         self.engine.broker.begin(retriever)
         self._jobs: dict[int, Job] = {}  # by row
@@ -63,7 +63,7 @@ class ServingLoop(Jobs):
         return len(self._jobs)
 
     def close(self) -> None:
-        """Finishes what was taken, and takes no more."""
+        """Accepts no more jobs and finishes the accepted ones."""
         super().close()
         self._thread.join()
 
@@ -72,9 +72,9 @@ class ServingLoop(Jobs):
     def _work(self) -> None:
         try:
             while self._wait():
-                begun, ended = self._replace_rows()
-                if begun or ended:
-                    self._admit(begun, ended)
+                new, ended = self._replace_rows()
+                if new or ended:
+                    self._admit(new, ended)
                 if self._jobs:
                     self._state = self.engine.programs.run(
                         self._params,
@@ -83,40 +83,40 @@ class ServingLoop(Jobs):
                         self._state,
                         Until(iterations=_ITERATIONS),
                     )
-                    self.engine.broker.check()  # one that was stopped would answer nothing more
-                    self._tell()
+                    self.engine.broker.check()  # a stopped broker would answer no more searches
+                    self._report()
         except Exception as error:
             logger.exception("the serving loop stopped")
             with self._changed:
                 self.failed = f"the policy failed: {type(error).__name__}"
-                left = [*self._jobs.values(), *self._queue]
+                unfinished = [*self._jobs.values(), *self._queue]
                 self._jobs, self._queue = {}, deque()
-            for job in left:
+            for job in unfinished:
                 job.update(Update([], [], [], Finish.ABORTED, self.failed))
 
     def _wait(self) -> bool:
-        """Until there is something to do; False once closed and done."""
+        """Waits for jobs; False once closed and all jobs are done."""
         with self._changed:
             self._changed.wait_for(lambda: self._jobs or self._queue or self._closed)
             return bool(self._jobs or self._queue)
 
     def _replace_rows(self) -> tuple[list[int], list[int]]:
-        """Rows whose answer begins, and rows that nobody waits for any more."""
+        """Frees cancelled rows and fills free ones from the queue; returns (new, ended) rows."""
         with self._changed:
             ended = [row for row, job in self._jobs.items() if job.cancelled]
             for row in ended:
                 del self._jobs[row]
             free = [row for row in range(self.rows) if row not in self._jobs]
-            begun = free[: len(self._queue)]
-            for row in begun:
+            new = free[: len(self._queue)]
+            for row in new:
                 self._jobs[row] = self._queue.popleft()
-        return begun, ended
+        return new, ended
 
-    def _admit(self, begun: list[int], ended: list[int]) -> None:
-        self.engine.broker.forget({*begun, *ended})
+    def _admit(self, new: list[int], ended: list[int]) -> None:
+        self.engine.broker.forget({*new, *ended})
         p, settings = self._prompts, self._prompts.settings
-        assert settings is not None  # _nothing has made them
-        for row in begun:
+        assert settings is not None  # _unused_rows makes them
+        for row in new:
             job, length = self._jobs[row], len(self._jobs[row].prompt)
             job.seen = length
             p.tokens[row, :length] = job.prompt
@@ -124,23 +124,23 @@ class ServingLoop(Jobs):
             p.groups[row] = job.group
             p.keys[row] = _key_data(job.seed, job.sample)
             settings.temperature[row], settings.top_p[row] = job.temperature, job.top_p
-        chosen = [np.isin(np.arange(self.rows), rows) for rows in (begun, ended)]
-        masks = place(chosen, batch_sharding(self.engine.mesh))
+        masks = [np.isin(np.arange(self.rows), rows) for rows in (new, ended)]
+        masks = place(masks, batch_sharding(self.engine.mesh))
         self._state = self.engine.programs.admit(self._placed(), self._state, *masks)
 
     def _placed(self) -> Prompts:
-        p = jax.tree.map(np.copy, self._prompts)  # what was placed may be read later
+        p = jax.tree.map(np.copy, self._prompts)  # JAX may read placed arrays later
         p = p._replace(keys=jax.random.wrap_key_data(jnp.asarray(p.keys)))
         self._on_mesh = place(p, batch_sharding(self.engine.mesh))
         return self._on_mesh
 
-    def _tell(self) -> None:
-        """Gives every answer what is new of it, and frees the slots of those that are over."""
+    def _report(self) -> None:
+        """Sends every job its update, and frees the slots of finished answers."""
         t, _ = to_host(self.engine.programs.results(self._state))
         searches: dict[int, list[Search]] = {}
         for search in [*self.engine.broker.take_log(), *self.engine.broker.pending()]:
-            of_turn = search.turn.searches if search.turn else [search]  # in their order
-            searches.setdefault(search.trajectory, []).extend(of_turn)
+            turn_searches = search.turn.searches if search.turn else [search]  # in call order
+            searches.setdefault(search.trajectory, []).extend(turn_searches)
         over = []
         for row, job in list(self._jobs.items()):
             if job.cancelled:
@@ -152,7 +152,7 @@ class ServingLoop(Jobs):
             if update.finish:
                 over.append(row)
                 if not finish:
-                    job.cancelled = True  # the loop does not know that it is over
+                    job.cancelled = True  # the job's own limit, which the program does not know
             if update.tokens or update.searches or update.finish:
                 job.update(update)
         with self._changed:
@@ -161,7 +161,7 @@ class ServingLoop(Jobs):
                     del self._jobs[row]
 
     def _new(self, job: Job, tokens: np.ndarray, mask: np.ndarray, finish: Finish) -> Update:
-        """The new tokens, as far as the job's own limit goes."""
+        """The new tokens, cut at the job's own limit."""
         if job.max_tokens is not None:
             wrote = job.wrote + np.cumsum(mask)
             if (full := np.flatnonzero(mask & (wrote == job.max_tokens))).size:
@@ -191,13 +191,13 @@ class ServingLoop(Jobs):
 
 def _unreported(job: Job, searches: Sequence[Search]) -> list[Search]:
     """Searches not yet reported, or whose outcome changed; marks them reported."""
-    known, news = {id(search): outcome for search, outcome in job.reported}, []
+    outcomes, unreported = {id(search): outcome for search, outcome in job.reported}, []
     for search in searches:
-        if known.get(id(search)) != search.outcome:
+        if outcomes.get(id(search)) != search.outcome:
             job.reported.append((search, search.outcome))
-            known[id(search)] = search.outcome
-            news.append(search)
-    return news
+            outcomes[id(search)] = search.outcome
+            unreported.append(search)
+    return unreported
 
 
 def _key_data(seed: int, sample: int) -> np.ndarray:
@@ -205,8 +205,8 @@ def _key_data(seed: int, sample: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
-def _nothing(rows: int, width: int) -> Prompts[np.ndarray]:
-    """NumPy arrays of rows that are not used, to be written into."""
+def _unused_rows(rows: int, width: int) -> Prompts[np.ndarray]:
+    """Writable NumPy arrays of unused rows."""
     zeros = np.zeros(rows, np.int32)
     prompts = Prompts.fresh(
         tokens=np.zeros((rows, width), np.int32),

@@ -1,4 +1,4 @@
-"""What a server counts, in Prometheus' form."""
+"""The metrics of a server, for Prometheus."""
 
 import time
 from collections import deque
@@ -17,60 +17,63 @@ class Meters:
     def __init__(self, serving_loop: Jobs):
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "r1s_requests", "Requests answered.", ["status"], registry=registry
+            "r1s_requests", "Requests by HTTP status.", ["status"], registry=registry
         )
         self._first = Histogram(
             "r1s_first_token_seconds",
-            "From request to the policy's first token.",
+            "Seconds from request to the first token.",
             buckets=_SECONDS,
             registry=registry,
         )
         self._seconds = Histogram(
             "r1s_answer_seconds",
-            "From request to the end of its answer.",
+            "Seconds from request to the end of its answers.",
             buckets=_SECONDS,
             registry=registry,
         )
         self._begun: set[int] = set()
         self._samples: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._serving_loop = serving_loop
-        read = {
+        gauges = {
             "r1s_tokens_written": ("Tokens that the policy wrote.", lambda: serving_loop.tokens),
             "r1s_tokens_given": ("Tokens of documents.", lambda: serving_loop.documents),
             "r1s_queue": ("Answers that wait for a slot.", lambda: serving_loop.queued),
             "r1s_slots_busy": ("Slots with an answer.", lambda: serving_loop.slots_busy),
             "r1s_slots": ("Slots.", lambda: serving_loop.rows),
-            "r1s_tokens_per_second": (f"Written, over {_WINDOW_S:.0f} s.", self._rate),
+            "r1s_tokens_per_second": (
+                f"Tokens that the policy wrote per second, over {_WINDOW_S:.0f} s.",
+                self._rate,
+            ),
         }
-        for name, (text, value) in read.items():
+        for name, (text, value) in gauges.items():
             Gauge(name, text, registry=registry).set_function(value)
         self._searches = Gauge(
-            "r1s_searches", "Searches by what became of them.", ["outcome"], registry=registry
+            "r1s_searches", "Searches by outcome.", ["outcome"], registry=registry
         )
 
     def request(self, status: int) -> None:
-        """One more was answered."""
+        """Counts one answered request."""
         self._requests.labels(status).inc()
 
     def first_token(self, completion: object, seconds: float) -> None:
-        """Of a completion, the first time that it is told."""
+        """Observes the first token of a completion; later calls for it do nothing."""
         if id(completion) not in self._begun:
             self._begun.add(id(completion))
             self._first.observe(seconds)
 
     def answered(self, completion: object, seconds: float) -> None:
-        """A completion is over."""
+        """Observes the end of a completion."""
         self._begun.discard(id(completion))
         self._seconds.observe(seconds)
 
     def registry(self) -> CollectorRegistry:
-        """Everything, for a scraper."""
+        """The registry with current values, for a scraper."""
         for outcome, count in self._serving_loop.engine.broker.counts.items():
             self._searches.labels(outcome).set(count)
         return self._registry
 
     def _rate(self) -> float:
-        """Tokens a second since about ten seconds ago, or the scrape before."""
+        """Tokens per second over the last ten seconds, or since the last scrape if longer ago."""
         now, tokens = time.monotonic(), self._serving_loop.tokens
         self._samples.append((now, tokens))
         while len(self._samples) > 2 and now - self._samples[1][0] >= _WINDOW_S:

@@ -1,5 +1,5 @@
 "use strict";
-// What model, documents and questions say is text here, never markup: textContent alone.
+// Foreign text (model, documents, questions) is set as textContent only, never as markup.
 
 const form = document.getElementById("ask");
 const box = document.getElementById("question");
@@ -7,10 +7,10 @@ const send = document.getElementById("send");
 let running = null;
 
 function element(name, kind, text) {
-  const made = document.createElement(name);
-  if (kind) made.className = kind;
-  if (text) made.textContent = text;
-  return made;
+  const node = document.createElement(name);
+  if (kind) node.className = kind;
+  if (text) node.textContent = text;
+  return node;
 }
 
 function fold(title, kind) {
@@ -47,20 +47,20 @@ class Turn {
     this.thoughts.append(text);
   }
 
-  search(found) {
-    let folded = this.searches[found.index];
+  search(search) {
+    let folded = this.searches[search.index];
     if (!folded) {
       folded = fold("", "query");
-      this.searches[found.index] = folded;
+      this.searches[search.index] = folded;
       this.steps.append(folded);
-      this.thoughts = null; // what is thought next stands below
+      this.thoughts = null; // later thoughts get a new fold below
     }
-    const count = found.documents.length;
-    const said = { searching: "searching…", empty: "nothing found" }[found.status];
-    const state = found.error || said || `${count} passage${count === 1 ? "" : "s"}`;
-    folded.summary.textContent = `Search: ${found.query} — ${state}`;
+    const count = search.documents.length;
+    const status = { searching: "searching…", empty: "nothing found" }[search.status];
+    const state = search.error || status || `${count} passage${count === 1 ? "" : "s"}`;
+    folded.summary.textContent = `Search: ${search.query} — ${state}`;
     folded.querySelectorAll(".passage").forEach((old) => old.remove());
-    for (const document_ of found.documents) {
+    for (const document_ of search.documents) {
       const passage = element("div", "passage");
       passage.append(element("b", "", document_.title), document_.text);
       folded.append(passage);
@@ -130,5 +130,5 @@ form.addEventListener("submit", async (event) => {
   send.textContent = "Ask";
 });
 
-// A link may bring its question along: /?q=... It is asked once the visitor says so.
+// A link may hold a question, /?q=..., which is sent only when the visitor submits the form.
 box.value = new URLSearchParams(location.search).get("q") || "";

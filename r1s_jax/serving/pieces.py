@@ -1,4 +1,4 @@
-"""What a policy writes, told apart as it comes: thoughts, and the answer without its tags."""
+"""Splitting the policy's text, as it grows, into reasoning and the answer without its tags."""
 
 import re
 from collections.abc import Collection
@@ -13,52 +13,51 @@ from r1s_jax.protocol.dialect import (
     opens_reasoning,
 )
 
-_HALF = "\N{REPLACEMENT CHARACTER}"  # of a character whose other tokens are still to come
+_HALF = "\N{REPLACEMENT CHARACTER}"  # stands for a character that lacks its last tokens
 
 
 class Piece(NamedTuple):
-    """Text of the answer, or of the thoughts before it."""
+    """A new text of the answer or of the reasoning."""
 
     kind: Literal["content", "reasoning"]
     text: str
 
 
 class Pieces:
-    """One answer's text, split in two. Joined, the pieces are the same however it comes.
+    """One answer's text as pieces; joined by kind, they do not depend on how the text arrives.
 
-    Tags and queries are in neither; white space at both ends of the answer and of the thoughts is
-    left away.
+    Tags and queries are in no piece. Answer and reasoning are stripped of white space at both ends.
     """
 
     def __init__(self, dialect: Dialect, prompt: str):
-        """`prompt` as the policy was given it: it may have opened the reasoning."""
+        """`prompt` is the policy's whole prompt, which may open the reasoning."""
         self._rules = _rules(dialect)
-        # Without a tag for it, the answer is what stands behind the reasoning.
+        # In dialects without answer tags, the answer is the text after the reasoning.
         self._first = "reasoning" if dialect.answer_end or _asks_for_tags(dialect) else "content"
         self._tag = re.compile("|".join(map(re.escape, self._rules)))
-        self._before = {"content": "", "reasoning": ""}  # of the turns that are over
-        self._now = dict(self._before)
-        self._told = dict(self._before)
+        self._before = {"content": "", "reasoning": ""}  # text of finished turns
+        self._now = dict(self._before)  # text of the current turn
+        self._sent = dict(self._before)  # text of all pieces so far
         self._begin_turn(prompt)
 
     def write(self, turn: str, *, over: bool = False) -> list[Piece]:
-        """What is new with `turn`, all that the policy wrote since the system's last text."""
+        """The new pieces, with `turn` all text of the policy's current turn so far."""
         self._now = self._split(turn if over else _settled(turn, self._rules))
-        return self._news()
+        return self._new_pieces()
 
     def reply(self, text: str) -> list[Piece]:
-        """The system answers the turn: the policy's next one begins."""
+        """Ends the turn with the system's reply `text`, and begins the next turn."""
         self._before = {kind: self._before[kind] + self._now[kind] for kind in self._now}
         self._now = {kind: "" for kind in self._now}
         self._begin_turn(text)
-        return self._news()
+        return self._new_pieces()
 
     def text(self, kind: Literal["content", "reasoning"]) -> str:
-        """All of a kind that was given out."""
-        return self._told[kind]
+        """The joined text of all pieces of a kind so far."""
+        return self._sent[kind]
 
-    def _begin_turn(self, given: str) -> None:
-        self._kind = "reasoning" if opens_reasoning(given) else self._first
+    def _begin_turn(self, before: str) -> None:
+        self._kind = "reasoning" if opens_reasoning(before) else self._first
 
     def _split(self, turn: str) -> dict[str, str]:
         parts = {"content": "", "reasoning": "", "query": ""}
@@ -67,14 +66,14 @@ class Pieces:
             parts[kind] += turn[at : tag.start()]
             kind, at = self._rules[tag[0]], tag.end()
         parts[kind] += turn[at:]
-        return {name: parts[name] for name in self._told}
+        return {name: parts[name] for name in self._sent}
 
-    def _news(self) -> list[Piece]:
+    def _new_pieces(self) -> list[Piece]:
         out = []
         for kind in ("reasoning", "content"):
             whole = (self._before[kind] + self._now[kind]).strip()
-            if new := whole[len(self._told[kind]) :]:
-                self._told[kind] = whole
+            if new := whole[len(self._sent[kind]) :]:
+                self._sent[kind] = whole
                 out.append(Piece(kind, new))
         return out
 
@@ -84,7 +83,7 @@ def _asks_for_tags(dialect: Dialect) -> bool:
 
 
 def _rules(dialect: Dialect) -> dict[str, str]:
-    """What follows each tag."""
+    """The kind of the text after each tag."""
     queries = {begin: end for begin, (kind, end) in dialect.tagged.items() if kind == "query"}
     tagged = bool(dialect.answer_end) or _asks_for_tags(dialect)
     after = "reasoning" if tagged else "content"
@@ -99,7 +98,7 @@ def _rules(dialect: Dialect) -> dict[str, str]:
 
 
 def _settled(text: str, tags: Collection[str]) -> str:
-    """`text` without an end that may become something else: a tag, or a character."""
+    """`text` without an end that may grow into a tag or a character."""
     text = text.rstrip(_HALF)
     for size in range(min(len(text), max(map(len, tags)) - 1), 0, -1):
         if any(len(tag) > size and tag.startswith(text[-size:]) for tag in tags):

@@ -1,10 +1,10 @@
 """A policy that searches, behind the chat API of OpenAI's clients (the extra `serve`).
 
     POST /v1/chat/completions, GET /v1/models, /v1/models/NAME
-    GET  /           a page to ask on
+    GET  /           a page with a question form
     GET  /health, /metrics (Prometheus)
 
-`content` is the answer, `reasoning_content` the thoughts, `searches` what was looked up and found.
+`content` is the answer, `reasoning_content` the reasoning, `searches` the queries and documents.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _SERVED = "POST /v1/chat/completions, GET /v1/models, /health, /metrics and the 
 
 
 class Service:
-    """The handlers. One event loop, one serving loop."""
+    """The handlers, for one event loop and one serving loop."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Service:
         key: str = "",
         limits: Limits | None = None,
     ):
-        """`name` is the model's to clients; `key`, where given, has to be sent by them."""
+        """`name` is the model's name for clients; they must send `key`, unless it is empty."""
         self._serving_loop, self._name, self._key = serving_loop, name, check_key(key)
         self.desk = Desk(serving_loop, name, limits or Limits())
         self.meters, self.limits = self.desk.meters, self.desk.limits
@@ -63,8 +63,8 @@ class Service:
                 raise Refused(503, why)
             raw = await read_body(request, self.limits.body_bytes, Refused)
             completion = Completion(self.desk, started)
-            asked = await completion.read(raw)
-            if asked.stream:
+            chat_request = await completion.read(raw)
+            if chat_request.stream:
                 stream, completion = EventStream(completion.events(), completion.leave), None
                 return stream
             return await self._whole(completion, request)
@@ -75,16 +75,16 @@ class Service:
     async def models(self, request: Request) -> Response:
         model = {"id": self._name, "object": "model", "created": 0, "owned_by": "r1s_jax"}
         self._check_key(request)
-        if named := request.path_params.get("name"):
-            self.desk.check_model(named)
+        if name := request.path_params.get("name"):
+            self.desk.check_model(name)
             return JSONResponse(model)
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(self, request: Request) -> Response:
         failed = self._serving_loop.failed
-        told = {"status": failed or ("stopping" if self.stopping else "ok"), "model": self._name}
-        told |= {"slots": self._serving_loop.rows, "busy": self._serving_loop.slots_busy}
-        return JSONResponse(told, 503 if failed or self.stopping else 200)
+        body = {"status": failed or ("stopping" if self.stopping else "ok"), "model": self._name}
+        body |= {"slots": self._serving_loop.rows, "busy": self._serving_loop.slots_busy}
+        return JSONResponse(body, 503 if failed or self.stopping else 200)
 
     async def metrics(self, request: Request) -> Response:
         return metrics_reply(self.meters.registry())
@@ -97,12 +97,12 @@ class Service:
         text = _SCRIPT.read_text("utf-8")
         return Response(text, media_type="text/javascript")
 
-    # Behind them.
+    # Internal.
 
     def _check_key(self, request: Request) -> None:
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        given = given.strip() if scheme.lower() == "bearer" else ""
-        if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else ""
+        if self._key and not hmac.compare_digest(key.encode(), self._key.encode()):
             raise Refused(401, "Incorrect API key provided", code="invalid_api_key")
 
     async def _whole(self, completion: Completion, request: Request) -> Response:
@@ -120,24 +120,24 @@ class Service:
         return Response(completion.as_json(), media_type="application/json")
 
     def count(self, request: Request, status: int) -> None:
-        """One more request was answered."""
+        """Counts one answered request."""
         self.meters.request(status)
 
 
 def check_key(key: str) -> str:
-    """A key that clients can send; raises ConfigError for one that no header can hold."""
+    """Returns `key`; raises ConfigError for a key that no HTTP header can hold."""
     if not (key.isascii() and key.isprintable() and key == key.strip()):
         raise ConfigError(
-            "--api-key (or R1S_API_KEY): expected printable ASCII characters without spaces at its "
-            "ends, since no client can send others in a header; found others"
+            "--api-key (or R1S_API_KEY) holds characters that no client can send in a header: use "
+            "printable ASCII characters without spaces at either end"
         )
     return key
 
 
 def make_app(service: Service, allowed: Callers | None = None) -> ASGIApp:
-    """The ASGI application; its serving loop ends with it.
+    """The ASGI application; its shutdown closes the serving loop.
 
-    By default only loopback's names and the server's own page are `allowed`.
+    By default only loopback names and the server's own page are `allowed`.
     """
 
     def handled(handler: Handler) -> Handler:

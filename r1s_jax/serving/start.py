@@ -1,4 +1,4 @@
-"""From a model's reference to a server of it."""
+"""Starting a server for a model's reference."""
 
 import os
 import re
@@ -32,49 +32,50 @@ def start(
     waiting: int = 64,
     deadline_s: float = 300.0,
 ) -> Service:
-    """Loads and compiles; what is returned answers at once.
+    """Loads the model and compiles; the returned service answers at once.
 
-    Raises what `load_pretrained`, `Pretrained.speaking` and `Settings.config` raise, and
+    Raises the errors of `load_pretrained`, `Pretrained.speaking` and `Settings.config`, and
     ConfigError for a key that no client can send.
     """
     check_key(key)
-    asked = checked(settings).protocol
-    policy = load_pretrained(model, default_dtype()).speaking(asked)
+    protocol = checked(settings).protocol
+    policy = load_pretrained(model, default_dtype()).speaking(protocol)
     config = settings.config(policy.model.max_position)
     console.print("Compiling")
-    kind = _kind(engine)
-    serving_loop = kind(policy, retriever, config.rollout, search=config.search, waiting=waiting)
+    make_loop = _loop_class(engine)
+    serving_loop = make_loop(
+        policy, retriever, config.rollout, search=config.search, waiting=waiting
+    )
     limits = Limits(deadline_s=deadline_s)
     return Service(serving_loop, name or name_of(model), key=key, limits=limits)
 
 
 def checked(settings: Settings) -> InferenceConfig:
-    """The settings, before the model is known. ConfigError for one that a server cannot heed."""
+    """The settings, before the model is known. Raises ConfigError for one that cannot apply."""
     config = settings.config()
     check(not config.seed, "seed is a setting of each request: leave it out")
     return config
 
 
 def name_of(model: str) -> str:
-    """What a model is called by clients: without where it comes from, which revision it is or
-    which checkpoint of a run."""
+    """The model's name for clients: its reference without source, revision and checkpoint."""
     kind, _, rest = model.partition(":")
     if kind in ("hf", "wheel"):
-        named = re.split("@|==|:", rest)[0]
+        name = re.split("@|==|:", rest)[0]
     else:
         path = Path(os.path.abspath(Path(model).expanduser()))
-        named = str(run_of(path) or path)
-    return Path(named).name or "model"
+        name = str(run_of(path) or path)
+    return Path(name).name or "model"
 
 
-def _kind(engine: str) -> Callable[..., Any]:
+def _loop_class(engine: str) -> Callable[..., Any]:
     if engine != "jetstream":
         return ServingLoop
     try:
         from r1s_jax.serving.jetstream import JetStreamLoop
     except ImportError as error:
         raise ConfigError(
-            f"--engine jetstream needs the extra `jetstream` (pip install 'r1s-jax[jetstream]'): "
+            "--engine jetstream needs the extra `jetstream` (pip install 'r1s-jax[jetstream]'): "
             f"{error}"
         ) from error
     return JetStreamLoop
@@ -86,7 +87,7 @@ def serve(
     announce: Callable[[str], None],
     allowed: Callers | None = None,
 ) -> None:
-    """Until SIGTERM or SIGINT. Answers in flight are finished, new requests refused."""
+    """Serves until SIGTERM or SIGINT; then refuses new requests and finishes running answers."""
 
     def stopping() -> None:
         service.stopping = True

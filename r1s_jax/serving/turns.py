@@ -1,7 +1,7 @@
 """The search loop driven from the host: tags found in decoded text, control flow in Python.
 
-Whoever samples gives it tokens: JetStream's engine here, and the oracle of the tests, against which
-the loop inside the program (rollout/loop.py) is held.
+A subclass samples the tokens: JetStream's engine here, and in the tests a reference against which
+the loop inside the program (rollout/loop.py) is compared.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ _ENDS = {Status.ERROR: Finish.SEARCH_ERROR, Status.BAD_QUERY: Finish.BAD_QUERY}
 
 @dataclass
 class Event:
-    """A piece of a trajectory as it comes to be."""
+    """A new part of a growing trajectory."""
 
     kind: Literal["policy", "documents"]
     tokens: list[int]
@@ -28,7 +28,7 @@ class Event:
 
 @dataclass(kw_only=True)
 class Turns(ABC):
-    """Rolls out one trajectory, whoever samples it; its fields tell afterwards what happened."""
+    """Rolls out one trajectory, kept in its fields, with the tokens that a subclass samples."""
 
     config: RolloutConfig
     eos_ids: Sequence[int]
@@ -43,7 +43,7 @@ class Turns(ABC):
     finish: Finish = Finish.NONE
 
     def run(self, prompt: Sequence[int], key: Any) -> Iterator[Event]:
-        """Yields what the policy writes, token by token, and each document block."""
+        """Yields the policy's tokens, one by one, and each document block."""
         self._force(list(prompt))
         turn: list[int] = []
         while self.finish == Finish.NONE:
@@ -59,15 +59,16 @@ class Turns(ABC):
         """Draws the next token and appends it to `tokens`, `mask` and `policy_logprobs`."""
 
     def _end_of_turn(self, turn: list[int]) -> tuple[Finish, bool]:
-        """How the trajectory ends with this token, and whether the system is to reply to it."""
+        """Whether and how the last token ends the trajectory, and whether the system replies."""
         c, d, text = self.config, self.broker.dialect, self.decode(turn)
-        eos, asked = turn[-1] in self.eos_ids, d.query_end in text
+        eos, called = turn[-1] in self.eos_ids, d.query_end in text
         answered = bool(d.answer_end) and d.answer_end in text
         full = len(turn) >= c.max_turn_length or len(self.tokens) >= c.max_length
-        left = self.replies < c.max_searches
-        if asked and eos == d.acts_at_turn_end:
-            return (Finish.NONE, True) if left else (Finish.SEARCH_LIMIT, False)
-        if d.answers_idle_turns and d.tells_invalid and left and (eos or full) and not answered:
+        may_search = self.replies < c.max_searches
+        if called and eos == d.acts_at_turn_end:
+            return (Finish.NONE, True) if may_search else (Finish.SEARCH_LIMIT, False)
+        idle = (eos or full) and not answered
+        if d.answers_idle_turns and d.tells_invalid and may_search and idle:
             room = len(self.tokens) < c.max_length
             return (
                 (Finish.NONE, True) if room else (Finish.FINISHED if eos else Finish.LENGTH, False)
@@ -77,7 +78,7 @@ class Turns(ABC):
         return (Finish.LENGTH if full else Finish.NONE), False
 
     def _search(self, turn: list[int]) -> Event:
-        """Appends the reply, or ends the trajectory that cannot have it."""
+        """Appends the reply, or ends the trajectory if it cannot."""
         c = self.config
         width = c.max_turn_length if self.broker.dialect.reads_whole_turn else c.max_query_length
         full = len(turn) >= width

@@ -85,7 +85,7 @@ def test_a_first_search_has_the_tokens_of_the_engine(dialect, monkeypatch):
 def test_a_first_search_needs_room():
     desk = make_desk(retrieve_first=True, length=320)
     text = "x" * (316 - len(desk.read(body("x")).tokens))
-    with pytest.raises(UserError, match="tokens; there is room for 320"):
+    with pytest.raises(UserError, match=r"tokens; .* may take 320 tokens"):
         desk.read(body(text))
     asked = make_desk(length=320).read(body(text))
     assert len(asked.tokens) < 318
