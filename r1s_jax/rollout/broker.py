@@ -339,7 +339,7 @@ class Broker:
         queries, detail = [s.query for s in searches], ""
         for attempt in range(self.config.retries + 1):
             if time.monotonic() > deadline:
-                return  # already closed as timed out
+                return  # late: the waiting side closes the searches as timed out
             try:
                 assert retriever is not None, "a rollout that searches has a retriever"
                 with within(deadline - time.monotonic()):  # so that the thread ends in time
@@ -355,7 +355,7 @@ class Broker:
                     self._close(search, "found" if hits else "empty", hits)
             return
         if time.monotonic() > deadline:
-            return  # the waiting side closes it as timed out
+            return  # late too
         with self._changed:
             for search in searches:
                 self._close(search, "error", detail=detail)
