@@ -40,7 +40,7 @@ class JetStreamLoop(Jobs):
         waiting: int = 256,
         compute_dtype: np.dtype | None = None,
     ):
-        """Raises ValueError for more than one device."""
+        """Raises ConfigError for more than one device."""
         super().__init__(policy, config, search, waiting, compute_dtype=compute_dtype)
         self.engine.broker.begin(retriever)
         params = shard_params(policy.params, policy.model, self.engine.mesh)

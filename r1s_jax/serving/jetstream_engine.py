@@ -67,9 +67,9 @@ class SearchEngine(engine_api.Engine):
     """Prefill, insert and generate with the decoder and cache of a rollout's Engine."""
 
     def __init__(self, engine: Engine, params: Params):
-        """`params` are those of Rollout.prepare. Raises ValueError for more than one device."""
+        """`params` are those of Rollout.prepare. Raises ConfigError for more than one device."""
         if engine.mesh.size != 1:
-            raise ValueError(
+            raise ConfigError(
                 f"JetStream serves from one device, not {engine.mesh.size}: hide the others"
             )
         self._engine, self._params = engine, params
