@@ -1,1 +1,1 @@
-"""What is asked and what was answered: questions, corpora, traces, results."""
+"""Questions, environments, demonstrations, traces and files of results."""

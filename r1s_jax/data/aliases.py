@@ -1,8 +1,8 @@
-"""Other names of right answers, which 2WikiMultiHopQA keeps in a file beside its questions.
+"""Aliases of right answers, which 2WikiMultiHopQA keeps in a file beside its questions.
 
-A row of it names its answer's Wikidata entity (`answer_id`); `id_aliases.json` has a line for each:
-`{"Q_id": "Q145", "aliases": ["UK"], "demonyms": ["British"]}`. All of them are right, as the
-published evaluation has it.
+A row of questions names the Wikidata entity of its answer (`answer_id`); `id_aliases.json` has one
+line per entity: `{"Q_id": "Q145", "aliases": ["UK"], "demonyms": ["British"]}`. The published
+evaluation counts every alias and demonym as right.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ ALIASES = "id_aliases.json"
 
 
 class _Names(msgspec.Struct):
-    """A line of the file."""
+    """One line of `id_aliases.json`."""
 
     id: str = msgspec.field(name="Q_id")
     aliases: list[str] = []
@@ -31,16 +31,16 @@ class _Names(msgspec.Struct):
 
 
 class Aliases:
-    """The file beside a file of questions, read where a row first asks for it."""
+    """The aliases beside a file of questions, read when a row first needs them."""
 
     def __init__(self, questions: str | Path):
         self._questions = Path(questions)
         self._file = self._questions.parent / ALIASES
 
     def added(self, question: Question, row: Mapping[str, Any]) -> Question:
-        """The question of a row with the other names of its answer.
+        """The question of `row` with the aliases of its answer added.
 
-        Raises DataError for a file that is damaged.
+        Raises DataError for a damaged file of aliases.
         """
         id = row.get("answer_id")
         names = self._names.get(id, ()) if isinstance(id, str) and id else ()
@@ -51,15 +51,15 @@ class Aliases:
     @cached_property
     def _names(self) -> dict[str, tuple[str, ...]]:
         if not self._file.is_file():
-            if self._questions.exists():  # and not a table of the hub
+            if self._questions.exists():  # not a table of the hub
                 console.print(
-                    f"{self._questions}: only one name of each answer is right. 2WikiMultiHopQA's "
-                    f"{ALIASES} has their other names: put it beside"
+                    f"{self._questions}: only one name of each answer counts as right. "
+                    f"2WikiMultiHopQA's {ALIASES} has the aliases: put it into the same folder"
                 )
             return {}
-        found = {}
+        names = {}
         for number, row in read_rows(self._file):
-            names = check(row, _Names, f"{self._file}, line {number}", DataError)
-            both = (name.strip() for name in (*names.aliases, *names.demonyms))
-            found[names.id] = tuple(name for name in both if name)
-        return found
+            entity = check(row, _Names, f"{self._file}, line {number}", DataError)
+            stripped = (name.strip() for name in (*entity.aliases, *entity.demonyms))
+            names[entity.id] = tuple(name for name in stripped if name)
+        return names

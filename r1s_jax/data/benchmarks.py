@@ -1,4 +1,4 @@
-"""The benchmarks that are known by name: what they are, and their files on the hub."""
+"""The benchmarks known by name, and their files on the Hugging Face hub."""
 
 import re
 from pathlib import Path, PurePosixPath
@@ -11,20 +11,20 @@ _HUB = "hf:datasets/RUC-NLPIR/FlashRAG_datasets"
 
 
 class Benchmark(NamedTuple):
-    """A set of questions that others measure on."""
+    """A published set of questions."""
 
     name: str
     title: str
     split: str
-    questions: int  # how many the whole split has
-    source: str  # a reference that assets.resolve takes
+    questions: int  # in the whole split
+    source: str  # a reference for assets.resolve
 
 
 def _benchmark(name: str, title: str, folder: str, split: str, questions: int) -> Benchmark:
     return Benchmark(name, title, split, questions, f"{_HUB}:{folder}/{split}.jsonl")
 
 
-# The seven on which Search-R1 (arXiv 2503.09516) reports, in its order.
+# The seven benchmarks of Search-R1 (arXiv 2503.09516), in its order.
 BENCHMARKS = {
     b.name: b
     for b in (
@@ -38,32 +38,32 @@ BENCHMARKS = {
     )
 }
 TITLES = {name: b.title for name, b in BENCHMARKS.items()}
-# The four of R1-Searcher's paper, in its order. It measured samples of 500 (Bamboogle: all), which
-# its repository holds.
+# The four benchmarks of R1-Searcher's paper, in its order. The paper measured samples of 500
+# questions (Bamboogle: all), which its repository holds.
 PAPER = ("hotpotqa", "2wiki", "bamboogle", "musique")
-# What others call them.
+# Other names of the benchmarks.
 _ALSO_CALLED = {"2wikimultihopqa": "2wiki", "2wikimqa": "2wiki"}
 
 
 def questions_file(name: str) -> Path:
-    """A benchmark's file by its name, fetched if need be; else what `assets.resolve` makes of it.
+    """The file of the benchmark `name`, downloaded if needed; `assets.resolve` takes other names.
 
-    Raises AssetError for what is neither a benchmark nor a file, and where it is not fetched.
+    Raises AssetError for a name that is neither a benchmark nor a file, or if a download fails.
     """
     return resolve(BENCHMARKS[name].source if name in BENCHMARKS else name)
 
 
 def benchmark_of(name: str) -> str | None:
-    """The benchmark that a file's name, or a reference, speaks of: one of its words is its name.
+    """The benchmark whose name is one of the words of a file's name or of a reference.
 
-    The words of the last part count first, then those of the folders. None where they name none,
-    or more than one, as `nq_hotpotqa_train` does.
+    The words of the last path component count first, then the words of the folders. None if no
+    benchmark is named, or more than one, as in `nq_hotpotqa_train`.
     """
     last = PurePosixPath(name).name
-    named = _named(last) or _named(name)
-    return named.pop() if len(named) == 1 else None
+    benchmarks = _benchmarks_in(last) or _benchmarks_in(name)
+    return benchmarks.pop() if len(benchmarks) == 1 else None
 
 
-def _named(text: str) -> set[str]:
+def _benchmarks_in(text: str) -> set[str]:
     words = re.split(r"[^a-z0-9]+", text.lower())
     return {_ALSO_CALLED.get(word, word) for word in words} & BENCHMARKS.keys()

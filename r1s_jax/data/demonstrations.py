@@ -1,4 +1,4 @@
-"""Worked solutions for the cold start, from trajectories that others (or an earlier run) left."""
+"""Worked solutions for the cold start, from published trajectories or those of an earlier run."""
 
 from collections.abc import Container, Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ class Demonstration(NamedTuple):
 
     question: str
     spans: tuple[tuple[str, float], ...]  # (text, weight of its tokens in the loss)
-    first_weight: float = 1.0  # of the first token with any weight: the decision to search
+    first_weight: float = 1.0  # of the first token that has a weight: the decision to search
 
 
 def read_demonstrations(
@@ -31,47 +31,47 @@ def read_demonstrations(
 ) -> list[Demonstration]:
     """The trajectories of files (see traces.read_traces) that are worth imitating.
 
-    Left out, and counted on the terminal: answers to questions in `unwanted` (normalised), and
-    what stage 2 would not reward: a broken format, no tags, a wrong answer, and what did not end by
-    itself. The loss is on what the policy wrote, the end of its last turn included where that is
-    what acts, never on what the system did. Raises DataError where nothing remains, as for
-    trajectories in another `dialect`.
+    Leaves out, and counts on the terminal: questions in `unwanted` (normalised texts), trajectories
+    that did not finish, and trajectories that stage 2 does not reward (a broken format, no tags, a
+    wrong answer). The loss covers the policy's text, with the token that ends its last turn in
+    dialects that have one, and never the system's text. Raises DataError if no trajectory remains,
+    for example because they are in another `dialect`.
     """
-    kept, held_out, bad, cut = [], 0, 0, 0
+    demonstrations, evaluated, unrewarded, unfinished = [], 0, 0, 0
     for trace in (trace for file in files for trace in read_traces(file)):
         if normalize_answer(trace.question) in unwanted:
-            held_out += 1
+            evaluated += 1
             continue
         solution = replace(trace.solution, dialect=dialect)
         if not solution.complete:
-            cut += 1
+            unfinished += 1
             continue
         if stage2(solution, trace.answers).value <= 0:
-            bad += 1
+            unrewarded += 1
             continue
         spans = [(text, float(by_policy)) for text, by_policy in trace.spans]
         end = dialect.turn_end
-        if end and not spans[-1][0].endswith(end):  # files leave away the token that ended it all
+        if end and not spans[-1][0].endswith(end):  # files omit the token that ends the last turn
             spans.append((end, 1.0))
-        kept.append(Demonstration(trace.question, tuple(spans)))
+        demonstrations.append(Demonstration(trace.question, tuple(spans)))
     console.print(
-        f"Demonstrations: {len(kept)} kept, {bad} left out for their format or answer, {held_out} "
-        f"for a question of the evaluation, {cut} that did not end by themselves"
+        f"Demonstrations: {len(demonstrations)} kept; left out: {unrewarded} for their format or "
+        f"answer, {evaluated} for a question of the evaluation, {unfinished} that did not finish"
     )
-    if not kept:
-        named = ", ".join(map(str, files))
-        raise DataError(f"no trajectory in {named} is worth imitating in dialect {dialect.name}")
-    return kept
+    if not demonstrations:
+        names = ", ".join(map(str, files))
+        raise DataError(f"no trajectory in {names} is worth imitating in dialect {dialect.name}")
+    return demonstrations
 
 
 def demonstrations_at(
-    all_of_them: Sequence[Demonstration], step: int, size: int, seed: int
+    demonstrations: Sequence[Demonstration], step: int, size: int, seed: int
 ) -> list[Demonstration]:
-    """Those of a step: each once before any comes again, in an order of its own each time."""
+    """The `size` demonstrations of a step; each epoch is a new permutation of all of them."""
     chosen = []
     for i in range(step * size, (step + 1) * size):
-        epoch, place = divmod(i, len(all_of_them))
+        epoch, place = divmod(i, len(demonstrations))
         if not chosen or place == 0:
-            order = np.random.default_rng((seed, epoch)).permutation(len(all_of_them))
-        chosen.append(all_of_them[order[place]])
+            order = np.random.default_rng((seed, epoch)).permutation(len(demonstrations))
+        chosen.append(demonstrations[order[place]])
     return chosen

@@ -1,4 +1,4 @@
-"""What a run's files of data hold, as digests: a resume compares them."""
+"""Digests of the data files of a run; a resume compares them."""
 
 import hashlib
 
@@ -11,10 +11,11 @@ from r1s_jax.system.assets import resolve
 
 
 def data_digests(config: CorpusConfig) -> dict[str, tuple[str, str]]:
-    """(reference, digest) of every file of data that a run reads, by its place in the config.
+    """(reference, digest) of every data file that a run reads, by its place in the config.
 
-    Tables of the hub have none. Of an index it is that of its description, which has digests of all
-    else; of the encoder of passages its fingerprint. Raises AssetError where one is not there.
+    Tables of the hub have no digest. The digest of an index is that of its `index.json`, which
+    holds the digests of its other files; the digest of a passage encoder is its fingerprint. Raises
+    AssetError for a missing file.
     """
     digests = {}
     for field in ("questions", "exclude", "demonstrations", "passages"):

@@ -1,4 +1,4 @@
-"""Where questions and documents come from: one small contract, two implementations."""
+"""Where questions and documents come from: one protocol, two implementations."""
 
 import hashlib
 import itertools
@@ -39,15 +39,15 @@ from r1s_jax.system.distributed import check_alike, on_main, own_address, togeth
 
 T = TypeVar("T")
 
-# Worlds of different purposes never coincide.
+# Part of a world's seed: worlds of different purposes never coincide.
 _COLD_START, _LEARNING, _EVALUATION = 0, 1, 2
-# Of the tiny world: the share of questions that need two facts.
+# Tiny world: share of questions that need two facts.
 _TWO_HOP_FRACTION = 0.5
-# Shares of demonstrations: those that guess at once; of two hops, those that guess after the first.
+# Share of demonstrations that guess at once, and of two-hop ones that guess after the first search.
 _GUESS_FRACTION = 0.2
 _TWO_HOP_GUESS_FRACTION = 0.5
-# In the loss: of the decision to search, so that a minority of samples does; of what follows a
-# decision to guess, since random answers are noise that hides how to read.
+# Weights in the loss. The decision to search weighs little, so that only a minority of samples
+# searches; a guessed answer weighs little, since random answers are noise that hides how to read.
 _SEARCH_WEIGHT = 0.08
 _GUESS_WEIGHT = 0.05
 
@@ -63,15 +63,15 @@ class Environment(Protocol):
     """Serves batches in an order that a saved state restores."""
 
     def questions(self) -> Sequence[Question]:
-        """All that are known beforehand, so that what is wrong with one is found at once."""
+        """The questions known in advance, so that faulty ones are found before the run begins."""
         ...
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
-        """Questions to learn from at a step; `draw` 1, 2, ... are further ones for the same."""
+        """Questions to learn from at a step; `draw` 1, 2, ... are further batches of that step."""
         ...
 
     def retriever_of(self, step: int, draw: int) -> Retriever:
-        """What answers the questions of an earlier batch, in this process or one before."""
+        """The search engine of an earlier batch, of this process or of the one before a resume."""
         ...
 
     def evaluation(self, size: int) -> Batch:
@@ -83,14 +83,14 @@ class Environment(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """JSON-able cursor."""
+        """The cursor, ready for JSON."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
 
 
 class TinyWorldEnvironment:
-    """A fresh world of facts every step, a function of (seed, step): there is no cursor."""
+    """A fresh world every step, a function of (seed, step), so that there is no cursor."""
 
     def __init__(self, config: TinyWorldConfig, seed: int, dialect: Dialect = R1_SEARCHER):
         self.config, self.seed, self.dialect = config, seed, dialect
@@ -115,21 +115,21 @@ class TinyWorldEnvironment:
         return self._batch(world, size)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
-        """A fifth guesses at once; the others look up one fact or set out for two, half each.
+        """A fifth guesses at once; half of the others look up one fact, half set out for two.
 
-        Half of those set out for two guess after the first, which leaves something to learn. The
-        decision to search has little weight, so that only a minority of samples searches. Those
-        about known people, where there are any, guess as often, and guess right.
+        Half of the two-hop ones guess after the first search, which leaves something to learn. The
+        decision to search has little weight, so that only a minority of samples searches.
+        Demonstrations about memorised people guess as often, and guess right.
         """
         c = self.config
         world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people, c.memorised_people)
         rng = np.random.default_rng((self.seed, _COLD_START, step))
         one_hop = world.questions(3 * c.cold_start_people, 0.0)
         two_hop = world.questions(3 * c.cold_start_people, 1.0)
-        known = world.known_questions()
-        of_known = min(round(size * c.memorised_fraction), len(known))
-        size -= of_known
-        recalled = round(of_known * _GUESS_FRACTION)
+        memorised = world.known_questions()
+        about_memorised = min(round(size * c.memorised_fraction), len(memorised))
+        size -= about_memorised
+        recalled = round(about_memorised * _GUESS_FRACTION)
         guesses = round(size * _GUESS_FRACTION)
         twice = (size - guesses) // 2
         picks: list[tuple[Sequence[Question], int, Style]] = [
@@ -137,15 +137,15 @@ class TinyWorldEnvironment:
             (two_hop, twice, "search"),
             (one_hop, guesses - guesses // 2, "guess"),
             (two_hop, guesses // 2, "guess"),
-            (known, recalled, "guess"),
-            (known, of_known - recalled, "search"),
+            (memorised, recalled, "guess"),
+            (memorised, about_memorised - recalled, "search"),
         ]
         out = []
         if any(count > len(questions) for questions, count, _ in picks):
             raise ConfigError(
                 f"environment.cold_start_people={c.cold_start_people} have too few facts for "
-                f"cold_start.batch_size={size + of_known} different demonstrations: more people, "
-                "or a smaller batch"
+                f"cold_start.batch_size={size + about_memorised} different demonstrations: take "
+                "more people, or a smaller batch"
             )
         for questions, count, style in picks:
             for i in rng.choice(len(questions), count, replace=False):
@@ -157,10 +157,10 @@ class TinyWorldEnvironment:
         return out
 
     def _demonstration(self, world: TinyWorld, question: Question, style: Style) -> Demonstration:
-        """Decisions to search and random answers count less."""
-        of_guess = 1.0 if question.memorised else _GUESS_WEIGHT
+        """Decisions to search and random answers have less weight in the loss."""
+        guess_weight = 1.0 if question.memorised else _GUESS_WEIGHT
         spans = tuple(
-            (text, of_guess if text.startswith(GUESS) else float(trained))
+            (text, guess_weight if text.startswith(GUESS) else float(trained))
             for text, trained in world.demonstration(question, style, self.dialect)
         )
         return Demonstration(question.question, spans, 1.0 if style == "guess" else _SEARCH_WEIGHT)
@@ -180,7 +180,7 @@ class TinyWorldEnvironment:
 
 
 class CorpusEnvironment:
-    """Questions from a file, or made from the articles, over one index of passages."""
+    """Questions from files, or made from articles, over one index of passages."""
 
     def __init__(
         self, config: CorpusConfig, seed: int, held_out: int, dialect: Dialect = R1_SEARCHER
@@ -199,24 +199,24 @@ class CorpusEnvironment:
                 f"eval.questions={held_out} leaves nothing to learn from: there are only "
                 f"{len(questions)} questions"
             )
-        # By hash: the same ones whatever the seed, and wherever in the files they stand.
+        # By hash: neither the seed nor the order of the questions changes the choice.
         self._held_out = sorted(questions, key=_hash)[:held_out]
         excluded = (q for name in config.exclude for q in _questions_of(name))
-        # By their text: one question may stand in several files, spelt alike or nearly.
+        # By normalised text: files may repeat a question with a slightly different spelling.
         self._unwanted = texts(self._held_out) | texts(excluded)
         self._learning = [without(file, self._unwanted) for file in files]
         self._report(len(questions))
         self._stream = question_stream(self._learning, seed=seed, mix=config.mix)
 
-    def _report(self, questions: int) -> None:
-        """Says what there is to learn from; DataError for a file of which nothing is left."""
-        for reference, left in zip(self.config.questions, self._learning, strict=True):
-            if not left:
+    def _report(self, total: int) -> None:
+        """Prints how questions are used; raises DataError for a file with none to learn from."""
+        for reference, questions in zip(self.config.questions, self._learning, strict=True):
+            if not questions:
                 raise DataError(f"{reference}: every question of it is in the evaluation")
         learning = sum(map(len, self._learning))
         console.print(
             f"Questions: {learning} to learn from, {len(self._held_out)} held out, "
-            f"{questions - learning - len(self._held_out)} left out since the evaluation has them"
+            f"{total - learning - len(self._held_out)} left out because the evaluation has them"
         )
 
     def questions(self) -> Sequence[Question]:
@@ -241,7 +241,7 @@ class CorpusEnvironment:
         files = [resolve(reference) for reference in self.config.demonstrations]
         tables = [file for file in files if is_summaries(file)]
         traces = [file for file in files if file not in tables]
-        made = [
+        from_titles = [
             demonstration
             for table in tables
             for demonstration in title_demonstrations(
@@ -249,8 +249,8 @@ class CorpusEnvironment:
             )
         ]
         if tables and not traces:
-            return made
-        return made + read_demonstrations(traces, self._unwanted, self._dialect)
+            return from_titles
+        return from_titles + read_demonstrations(traces, self._unwanted, self._dialect)
 
     def state(self) -> dict[str, Any]:
         return {"stream": self._stream.state()}
@@ -265,10 +265,10 @@ def _hash(question: Question) -> str:
 
 
 def dialect_of(config: Config, saved: Callable[[], Dialect | None]) -> Dialect:
-    """What the policy of a run is to speak: its dialect, and its prompt by the environment.
+    """The dialect of a run's policy, with the prompt for its environment.
 
-    `saved` gives what the run kept, should the file of its prompt be gone. Raises ConfigError,
-    and AssetError where there is neither.
+    `saved` returns the dialect that the run stored; it is used if the file of the prompt is gone.
+    Raises ConfigError, and AssetError if there is neither a file nor a stored dialect.
     """
     p = config.protocol
     bare = replace(make_dialect(p.dialect, p.thinking), tell_invalid=p.tell_invalid)
@@ -277,8 +277,8 @@ def dialect_of(config: Config, saved: Callable[[], Dialect | None]) -> Dialect:
         try:
             file = resolve(p.prompt)
         except AssetError:
-            if kept := saved():
-                return kept
+            if stored := saved():
+                return stored
             raise
         prompt = decode(file.read_bytes(), file, ConfigError)
     elif isinstance(config.environment, TinyWorldConfig):
@@ -289,9 +289,9 @@ def dialect_of(config: Config, saved: Callable[[], Dialect | None]) -> Dialect:
 
 
 def open_environment(config: Config, dialect: Dialect) -> Environment:
-    """make_environment on every process of a run.
+    """Calls make_environment on every process of a run.
 
-    Raises ProcessError on all where it fails on any, or where one was told otherwise than the rest.
+    Raises ProcessError on all if it fails on any, or if their recipes or questions differ.
     """
     check_alike("recipe", lambda: config)
     corpus = config.environment
@@ -305,10 +305,11 @@ def open_environment(config: Config, dialect: Dialect) -> Environment:
 
 
 def _serve(retriever: Retriever) -> str:
-    """Serves what this process opened to the others; returns where they ask."""
+    """Serves this process's index to the other processes; returns the URL."""
     if not isinstance(retriever, Index):
         raise ConfigError(
-            "search.served_by=main serves an index: a server needs no other before it"
+            "search.served_by=main serves an index of this machine, and the recipe names a search "
+            "server: set search.served_by=each"
         )
     try:
         from r1s_jax.retrieval.server import serve_in_background
@@ -325,7 +326,7 @@ def make_environment(config: Config, dialect: Dialect = R1_SEARCHER) -> Environm
 
 
 def _questions_of(reference: str) -> Iterable[Question]:
-    """The questions that a reference or the name of a benchmark stands for."""
+    """The questions behind a reference or the name of a benchmark."""
     if reference.startswith(HUB):
         return read_questions(reference)
     path = questions_file(reference)

@@ -1,4 +1,4 @@
-"""A question, and how a row of a published file says one."""
+"""A question, and the forms of its row in published files."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from r1s_jax.data.rows import gold_answers, keys_found
 
-# What precedes the question in the message of a verl row, as Search-R1 writes them.
+# Precedes the question in the user message of a verl row, as Search-R1 writes it.
 _MARKER = "Question:"
 _QUESTION_KEYS = ("question", "problem")
 _SOURCE_IDS = ("_id", "id", "question_id", "idx")
@@ -14,7 +14,7 @@ _SOURCE_IDS = ("_id", "id", "question_id", "idx")
 
 @dataclass(frozen=True)
 class Question:
-    """One question; `answers` are equally good, `hops` is how many facts it takes (0: unknown).
+    """One question. All `answers` are equally right; `hops` counts the facts needed (0: unknown).
 
     `memorised`: its facts never change, so a policy may know the answer without a search.
     """
@@ -23,17 +23,17 @@ class Question:
     question: str
     answers: tuple[str, ...]
     hops: int = 0
-    source_id: str = ""  # its name in its file, where that is no number
-    supporting: tuple[str, ...] = ()  # titles of the pages that hold its facts, where known
+    source_id: str = ""  # its id in its file, if that is a text
+    supporting: tuple[str, ...] = ()  # titles of the pages with its facts, if known
     memorised: bool = False
 
 
 def parse_question(row: Mapping[str, Any]) -> tuple[int | None, Question]:
-    """One row as (its whole number, the question with id 0); ValueError says what is wrong."""
+    """(a row's whole-number id, its question with id 0); raises ValueError for a faulty row."""
     number = row.get("idx", row.get("id"))
     number = number if isinstance(number, int) and not isinstance(number, bool) else None
     key = next((key for key in _QUESTION_KEYS if key in row), None)
-    text = row[key] if key else _asked(row.get("prompt"))
+    text = row[key] if key else _verl_question(row.get("prompt"))
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"`{key or 'question'}` must be a text, and not empty; {keys_found(row)}")
     names = (row.get(key) for key in _SOURCE_IDS)
@@ -44,8 +44,8 @@ def parse_question(row: Mapping[str, Any]) -> tuple[int | None, Question]:
     return number, question
 
 
-def _asked(prompt: Any) -> str | None:
-    """The question in verl's list of messages: what follows the last marker of the last user's."""
+def _verl_question(prompt: Any) -> str | None:
+    """The text behind the last marker in the last user message of verl's `prompt`."""
     messages = [m for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
     texts = [m.get("content") for m in messages if m.get("role") == "user"]
     if not texts or not isinstance(texts[-1], str):
@@ -54,11 +54,11 @@ def _asked(prompt: Any) -> str | None:
 
 
 def supporting_titles(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The titles of a row's supporting pages, each once; () where it names none.
+    """The titles of a row's supporting pages, each once; () if it names none.
 
     HotpotQA and 2Wiki have `supporting_facts`: pairs (title, sentence), or on the hub an object of
-    two lists; MuSiQue has `paragraphs`; FlashRAG keeps either under `metadata`, of MuSiQue the
-    paragraph of each step. What has another form is some other data set's, and names none.
+    two lists; MuSiQue has `paragraphs`; FlashRAG keeps either under `metadata`, for MuSiQue
+    the paragraph of each step. Any other form names no titles.
     """
     about = row.get("metadata")
     titles = [*_titles(row), *(_titles(about) if isinstance(about, dict) else ())]
@@ -74,8 +74,8 @@ def _titles(row: Mapping[str, Any]) -> Iterable[Any]:
         yield from (fact[0] for fact in facts if isinstance(fact, list) and fact)
     yield from (p.get("title") for p in _objects(row, "paragraphs") if p.get("is_supporting"))
     steps = _objects(row, "question_decomposition")
-    held = (step.get("support_paragraph") for step in steps)
-    yield from (p.get("title") for p in held if isinstance(p, dict))
+    paragraphs = (step.get("support_paragraph") for step in steps)
+    yield from (p.get("title") for p in paragraphs if isinstance(p, dict))
 
 
 def _objects(row: Mapping[str, Any], key: str) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Questions: read from files, streamed in a shuffled order that can be saved and restored."""
+"""Questions: read from files, and streamed in a shuffled order whose cursor can be saved."""
 
 import itertools
 from collections.abc import Container, Iterable, Sequence
@@ -18,15 +18,16 @@ from r1s_jax.system.console import console
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads questions as they are published: JSON, lines of it, or a table (see read_rows).
+    """Reads a published file of questions: JSON, JSON lines or a table (see read_rows).
 
     A row holds the question under `question` or `problem`, or as the last user message of verl's
-    `prompt`; its answers as gold_answers takes them; perhaps a whole number `idx` or `id`, or a
-    text as `_id`, `id`, `question_id` or `idx`. A row without a whole number is known by its
-    position among the rows, from 0. Blank lines are skipped. Raises DataError on a broken line, an
-    empty question, a missing answer, two rows of one id, or a file without questions.
+    `prompt`; its answers in a form of gold_answers; optionally a whole-number id `idx` or `id`, or
+    a text id `_id`, `id`, `question_id` or `idx`. A row without a whole-number id gets its position
+    among the rows, from 0, or the next free number. Blank lines are skipped. Raises DataError for a
+    broken line, an empty question, a missing answer, two rows of one id, or a file without
+    questions.
     """
-    found: list[tuple[int | None, Question]] = []
+    parsed: list[tuple[int | None, Question]] = []
     ids: set[int | str] = set()
     unanswerable, aliases = 0, Aliases(path)
     for place, row in placed_rows(path):
@@ -42,28 +43,27 @@ def read_questions(path: str | Path) -> list[Question]:
             if id in ids:
                 raise DataError(f"{place}: id {shorten(str(id), 60)} was used before")
             ids |= set() if id is None else {id}
-        found.append((number, question))
+        parsed.append((number, question))
     if unanswerable:
-        console.print(f"{path}: {unanswerable} rows that cannot be answered are left out")
-    if not found:
+        console.print(f"{path}: {unanswerable} rows marked as unanswerable are left out")
+    if not parsed:
         raise DataError(f"{path}: no questions in this file")
-    return _numbered(found, {id for id in ids if isinstance(id, int)})
+    return _numbered(parsed, {id for id in ids if isinstance(id, int)})
 
 
-def _numbered(found: Sequence[tuple[int | None, Question]], taken: set[int]) -> list[Question]:
-    """Those without an id of their own are known by their position, or by the next free number."""
-    questions, free = [], itertools.count(len(found))
-    for position, (given, question) in enumerate(found):
-        id = given
+def _numbered(parsed: Sequence[tuple[int | None, Question]], used: set[int]) -> list[Question]:
+    """Sets the ids: a question without one gets its position, or the next number not in `used`."""
+    questions, numbers = [], itertools.count(len(parsed))
+    for position, (id, question) in enumerate(parsed):
         if id is None:
-            id = position if position not in taken else next(n for n in free if n not in taken)
-            taken.add(id)
+            id = position if position not in used else next(n for n in numbers if n not in used)
+            used.add(id)
         questions.append(replace(question, id=id))
     return questions
 
 
 class QuestionStream:
-    """Questions without end, from a grain iterator whose cursor can be saved."""
+    """An endless stream of questions, from a grain iterator whose cursor can be saved."""
 
     def __init__(self, questions: grain.DatasetIterator[Question]):
         self._questions = questions
@@ -77,7 +77,7 @@ class QuestionStream:
         return self._questions.get_state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on as the stream that gave `state`, made of the same questions and seed."""
+        """Continues at the cursor `state` of a stream of the same questions and seed."""
         self._questions.set_state(state)
 
 
@@ -87,9 +87,9 @@ def question_stream(
     seed: int,
     mix: Sequence[float] = (),
 ) -> QuestionStream:
-    """Shuffled questions: each epoch is a fresh permutation, the same for one seed.
+    """Shuffled questions: each epoch is a new permutation, which depends only on the seed.
 
-    With `mix` each source has an epoch of its own, and its share of the stream.
+    With `mix`, each source has its own epochs and its share of the stream.
     """
     if not sources or not all(sources):
         raise ValueError("a stream needs at least one question of each source")
@@ -98,7 +98,7 @@ def question_stream(
         dataset = grain.MapDataset.mix(parts, [share / sum(mix) for share in mix])
     else:
         dataset = _shuffled([question for source in sources for question in source], seed)
-    # The questions lie in memory: threads that read ahead would only cost start-up time.
+    # The questions are in memory: threads that read ahead would only cost start-up time.
     in_memory = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return QuestionStream(iter(dataset.to_iter_dataset(in_memory)))
 
@@ -113,5 +113,5 @@ def without(questions: Sequence[Question], unwanted: Container[str]) -> list[Que
 
 
 def texts(questions: Iterable[Question]) -> set[str]:
-    """Their normalised texts: equal for what differs in case, punctuation and articles."""
+    """The normalised texts of questions, without differences in case, punctuation and articles."""
     return {normalize_answer(q.question) for q in questions}

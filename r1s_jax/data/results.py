@@ -1,4 +1,4 @@
-"""Files of evaluated questions: their rows, what each row scores, and the header beside them."""
+"""Files of evaluated questions: their rows, the scores of a row, and the header beside the file."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,19 +19,19 @@ from r1s_jax.rewards.answer_scores import (
     sub_exact_match,
 )
 
-# Of a verdict's names, ours comes first; the other is that of R1-Searcher's published traces.
+# Keys of a verdict: ours first, then that of R1-Searcher's published traces.
 VERDICTS = ("judge", "gpt4o_output")
 
 
 class ResultRow(TypedDict):
-    """A row of a file of answers as `r1s eval run` writes it, in the published schema and more."""
+    """A row of a file of answers of `r1s eval run`: the published schema and more keys."""
 
-    id: int | str  # a text where the question has one in its file
+    id: int | str  # a text if the question's own id is a text
     question: str
     answer: str | list[str]  # the right one, or several
     pred_ans: str
     stop_reason_final: str
-    gen_text_store: str  # all that came after the prompt
+    gen_text_store: str  # all text after the prompt
     searches: int
     prompt_tokens: int
     sampled_tokens: int
@@ -41,10 +41,10 @@ class ResultRow(TypedDict):
     supporting_recall: NotRequired[float]  # see supporting_recall
 
 
-FORMAT = 2  # of headers
+FORMAT = 2  # version of the headers
 
 
-class _Asked(TypedDict):
+class _Run(TypedDict):
     model: str
     mode: NotRequired[str]
     questions: NotRequired[str]
@@ -65,10 +65,10 @@ class _Questions(TypedDict):
 
 
 class _Header(TypedDict, total=False):
-    """Of a header, what is read again; there may be more."""
+    """The keys of a header that are read again; a header may have more."""
 
     format: int
-    run: _Asked
+    run: _Run
     source: _Source
     dtype: str
     dialect: dict[str, Any]
@@ -79,14 +79,14 @@ class _Header(TypedDict, total=False):
 
 
 def header_path(results: Path) -> Path:
-    """Where a result file's header is: what was run, on which corpus, and who judged."""
+    """The path of a result file's header, which names the run, the corpus and the judge."""
     return results.with_name(results.name + ".header.json")
 
 
 def read_header(results: Path) -> dict[str, Any] | None:
-    """The header of a result file, None where it has none (files of others).
+    """The header of a result file; None if it has none, as files of other programs.
 
-    Raises DataError for one that is damaged, or that another version wrote.
+    Raises DataError for a damaged header, or one of another version.
     """
     path = header_path(results)
     if not path.exists():
@@ -102,11 +102,11 @@ def read_header(results: Path) -> dict[str, Any] | None:
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
-    """Result rows in the published schema, each with its scores between 0 and 1 added.
+    """Result rows in the published schema, each with its `scores` (see score_row) added.
 
-    A row holds `question`, `answer` (a text or a list), `pred_ans`, and perhaps
+    A row holds `question`, `answer` (a text or a list), `pred_ans`, and optionally
     `stop_reason_final`, `gen_text_store`, `searches`, `sample` and a judge's verdict. Raises
-    DataError naming the line of a row without what it needs or with another's id (and sample), or a
+    DataError, naming the line, for a row that lacks a key or repeats an id (and sample), and for a
     file without rows.
     """
     results, places = [], {}
@@ -116,22 +116,25 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
             sample = sample_of(row)
         except ValueError as error:
             raise DataError(f"{where}: {error}") from error
-        known = isinstance(row.get("id"), int | str)
-        name = (row["id"], row["question"], sample) if known else where
-        if name in places:
-            of = f", sample {sample}" if "sample" in row else ""
+        has_id = isinstance(row.get("id"), int | str)
+        key = (row["id"], row["question"], sample) if has_id else where
+        if key in places:
+            which = f", sample {sample}" if "sample" in row else ""
             raise DataError(
-                f"{where}: id {row['id']!r}{of} again, as in {places[name]}: each question counts "
-                "once; remove one of the two"
+                f"{where}: id {row['id']!r}{which} again, as in {places[key]}: each question "
+                "counts once; remove one of the two"
             )
-        places[name] = where.rpartition(", ")[2]
+        places[key] = where.rpartition(", ")[2]
     if not results:
         raise DataError(f"{path}: no results in this file")
     return results
 
 
 def sample_of(row: Mapping[str, Any]) -> int:
-    """Which answer to its question a row is: 0 where there is one. ValueError for what is none."""
+    """The number of a row among the answers to its question, from 0.
+
+    Raises ValueError unless it is a whole number of at least 0.
+    """
     sample = row.get("sample", 0)
     if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
         raise ValueError("`sample` must be a whole number of at least 0")
@@ -139,14 +142,14 @@ def sample_of(row: Mapping[str, Any]) -> int:
 
 
 def supporting_recall(titles: Iterable[str], lines: Iterable[str]) -> float:
-    """Share of the titles that passage lines found have; both are normalised as answers are.
+    """Share of `titles` that are titles of passage `lines`; both are normalised like answers.
 
-    Raises ValueError where there are no titles.
+    Raises ValueError if there are no titles.
     """
-    wanted = {_title(title) for title in titles}
-    if not wanted:
+    supporting = {_title(title) for title in titles}
+    if not supporting:
         raise ValueError("no titles to look for")
-    return len(wanted & {_title(split_line(line)[0]) for line in lines}) / len(wanted)
+    return len(supporting & {_title(split_line(line)[0]) for line in lines}) / len(supporting)
 
 
 def _title(title: str) -> str:
@@ -154,11 +157,11 @@ def _title(title: str) -> str:
 
 
 def score_row(row: Mapping[str, Any]) -> dict[str, float]:
-    """What a row scores, in [0, 1], and its `searches`.
+    """The scores of a row, in [0, 1], and its number of `searches`.
 
-    `em`, `cem`, `f1`, `precision`, `recall` as R1-Searcher normalises answers; `em_squad`,
-    `f1_squad` and `sub_em` as SQuAD does; `acc_l`, `supporting_recall` and `searches` where they
-    are known. Raises ValueError that says what is wrong with the row.
+    `em`, `cem`, `f1`, `precision`, `recall` with R1-Searcher's normaliser; `em_squad`, `f1_squad`
+    and `sub_em` with SQuAD's; `acc_l`, `supporting_recall` and `searches` if the row has the keys
+    for them. Raises ValueError for a faulty row.
     """
     golds, predicted = gold_answers(row), row.get("pred_ans")
     if not isinstance(predicted, str):
@@ -180,10 +183,10 @@ def score_row(row: Mapping[str, Any]) -> dict[str, float]:
         "sub_em": float(sub_exact_match(predicted, golds)),
     }
     if "supporting_recall" in row:
-        found = row["supporting_recall"]
-        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 <= found <= 1:
+        recall = row["supporting_recall"]
+        if isinstance(recall, bool) or not isinstance(recall, int | float) or not 0 <= recall <= 1:
             raise ValueError("`supporting_recall` must be a number from 0 to 1")
-        scores["supporting_recall"] = float(found)
+        scores["supporting_recall"] = float(recall)
     verdict = next((str(row[name]) for name in VERDICTS if name in row), "")
     if verdict in ("True", "False"):
         scores["acc_l"] = float(verdict == "True")

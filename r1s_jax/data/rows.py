@@ -1,4 +1,4 @@
-"""Files of rows of others, in the forms in which they are published."""
+"""Rows of data files, in the forms in which data sets are published."""
 
 import gzip
 import io
@@ -15,22 +15,23 @@ from r1s_jax.io.separated import parse_table
 from r1s_jax.retrieval.corpus import CorpusError
 from r1s_jax.retrieval.tables import is_table, table_rows
 
-_MARKS = b"\xef\xbb\xbf \t\r\n"  # what may stand before the first value of a file
+_MARKS = b"\xef\xbb\xbf \t\r\n"  # a BOM and white space: may precede the first value of a file
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file (`.gz` too) with their line numbers; blank lines skipped.
+    """(number, row) of the JSON objects of a JSONL file (`.gz` too); blank lines are skipped.
 
-    So are the items of a JSON array or of a JSON object's `data` (of SQuAD its questions), the rows
-    of a CSV, TSV or Parquet file, of a folder that `datasets` saved, and of
-    `datasets:ORG/NAME[:SPLIT]`, counted from 1. Raises DataError, naming the file and the line, for
-    what is no JSON object, and for a table that cannot be read.
+    The number is that of the line, from 1. Other files count their rows from 1: the items of a JSON
+    array or of a JSON object's list `data` (SQuAD: its questions), and the rows of a CSV, TSV or
+    Parquet file, of a folder that `datasets` saved, and of `datasets:ORG/NAME[:SPLIT]`. Raises
+    DataError, naming the file and the line, for anything but a JSON object, and for a table that
+    cannot be read.
     """
     return ((number, row) for _, number, row in _rows(path))
 
 
 def placed_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of read_rows, each with where it is, for messages: `FILE, line 3`."""
+    """The rows of read_rows, each with its place for messages: `FILE, line 3`."""
     return ((f"{path}, {kind} {number}", row) for kind, number, row in _rows(path))
 
 
@@ -47,8 +48,8 @@ def _rows(path: str | Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     if kind in (".csv", ".tsv"):
         yield from (("row", *row) for row in parse_table(_unpacked(path), path, DataError))
         return
-    if kind == ".json" and (held := _held(_unpacked(path), path)) is not None:
-        yield from (("item", number, row) for number, row in enumerate(held, start=1))
+    if kind == ".json" and (rows := _object_rows(_unpacked(path), path)) is not None:
+        yield from (("item", number, row) for number, row in enumerate(rows, start=1))
         return
     with _opened(path) as lines:
         numbered = ((n, line) for n, line in _numbered(lines, path) if line.strip())
@@ -70,11 +71,11 @@ def _unpacked(path: Path) -> bytes:
         return b"".join(line for _, line in _numbered(lines, path))
 
 
-def _held(data: bytes, path: Path) -> list[dict[str, Any]] | None:
-    """The rows of a file that is one JSON object; None for any other, as one of JSON lines.
+def _object_rows(data: bytes, path: Path) -> list[dict[str, Any]] | None:
+    """The rows of a file that is one JSON object; None for any other file, such as JSON lines.
 
-    They are the objects of its list `data`, of SQuAD's articles the questions; without that list
-    the object is a row itself.
+    The rows are the objects of its list `data` (SQuAD: the questions of the articles); without that
+    list the object itself is the only row.
     """
     if not data.lstrip(_MARKS).startswith(b"{"):
         return None
@@ -93,30 +94,30 @@ def _held(data: bytes, path: Path) -> list[dict[str, Any]] | None:
         return [whole] if b"\n" in data.strip() else None
     if not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: expected JSON objects in the list `data`")
-    return [row for article in rows for row in _asked_of(article)]
+    return [row for article in rows for row in _article_rows(article)]
 
 
-def _asked_of(article: dict[str, Any]) -> list[dict[str, Any]]:
-    """The questions of an article of SQuAD's; any other row as it is."""
+def _article_rows(article: dict[str, Any]) -> list[dict[str, Any]]:
+    """The questions of an article of SQuAD; any other row unchanged."""
     paragraphs = article.get("paragraphs")
     pages = [p for p in paragraphs if isinstance(p, dict)] if isinstance(paragraphs, list) else []
-    asked = [page["qas"] for page in pages if isinstance(page.get("qas"), list)]
-    if not asked:
+    groups = [page["qas"] for page in pages if isinstance(page.get("qas"), list)]
+    if not groups:
         return [article]
-    return [row for questions in asked for row in questions if isinstance(row, dict)]
+    return [row for questions in groups for row in questions if isinstance(row, dict)]
 
 
 def _items(data: bytes, path: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """The objects of a JSON array, counted from 1."""
     for number, item in enumerate(parse_items(data, path, DataError), start=1):
         if not isinstance(item, dict):
-            found = type(item).__name__
-            raise DataError(f"{path}, item {number}: expected a JSON object, found {found}")
+            kind = type(item).__name__
+            raise DataError(f"{path}, item {number}: expected a JSON object, found {kind}")
         yield "item", number, item
 
 
 def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbers the lines from 1; what cannot be unpacked becomes a DataError as well."""
+    """Numbers the lines from 1; raises DataError for data that cannot be decompressed."""
     number = 0
     try:
         for number, line in enumerate(lines, start=1):
@@ -125,8 +126,8 @@ def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]
         raise DataError(f"{path}, after line {number}: {error}") from error
 
 
-# Where the right answers of a row may stand, the first that it has counts: of ours, HotpotQA,
-# 2Wiki, MuSiQue, TriviaQA and NQ-open; of FlashRAG; of DPR and SQuAD; of PopQA; of verl and
+# Keys of the right answers; the first that a row has counts. In this order they are those of: this
+# project, HotpotQA, 2Wiki, MuSiQue, TriviaQA and NQ-open; FlashRAG; DPR and SQuAD; PopQA; verl and
 # Search-R1.
 _ANSWER_KEYS = ("answer", "golden_answers", "answers", "possible_answers", "reward_model")
 FORMS = "`question` (or `problem`, or verl's `prompt`) and one of " + ", ".join(
@@ -135,7 +136,7 @@ FORMS = "`question` (or `problem`, or verl's `prompt`) and one of " + ", ".join(
 
 
 def keys_found(row: Mapping[str, Any]) -> str:
-    """For messages: the keys of a row, and those that are understood."""
+    """For messages: the keys of a row, and the keys that are understood."""
     return f"the keys here are {shorten(', '.join(map(str, row)), 100)}; wanted are {FORMS}"
 
 
@@ -144,7 +145,7 @@ def gold_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
 
     A text, a list of texts, SQuAD's object with `text` or a list of such, TriviaQA's object with
     `value` and `aliases`, PopQA's list written as a text, verl's `ground_truth.target`. MuSiQue's
-    `answer_aliases` are right as well. Raises ValueError where there is none.
+    `answer_aliases` are right as well. Raises ValueError if there is none.
     """
     key = next((key for key in _ANSWER_KEYS if row.get(key) is not None), "answer")
     answers = _answers_of(key, row.get(key))
@@ -159,7 +160,7 @@ def gold_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _answers_of(key: str, value: Any) -> list[Any]:
-    """What stands under one of _ANSWER_KEYS as a list, of whatever it holds."""
+    """The value under one of _ANSWER_KEYS as a list, whose items are not yet checked."""
     if key == "reward_model":
         truth = value.get("ground_truth") if isinstance(value, dict) else None
         value = truth.get("target") if isinstance(truth, dict) else None
@@ -167,7 +168,9 @@ def _answers_of(key: str, value: Any) -> list[Any]:
         value = parse(value, "`possible_answers`")
     if key == "answer" and isinstance(value, dict):
         aliases = value.get("aliases")
-        return [value.get("value"), *(a for a in aliases or [] if a)] if _is_list(aliases) else []
+        if not (aliases is None or isinstance(aliases, list)):
+            return []
+        return [value.get("value"), *(a for a in aliases or [] if a)]
     if isinstance(value, dict) and "text" in value:
         value = value["text"]
     values = value if isinstance(value, list) else [value]
@@ -175,12 +178,8 @@ def _answers_of(key: str, value: Any) -> list[Any]:
 
 
 def answerable(row: Mapping[str, Any]) -> bool:
-    """Whether a row says that its question has an answer; MuSiQue and SQuAD 2 have some without."""
+    """Whether a row's question has an answer; MuSiQue and SQuAD 2 mark some as unanswerable."""
     if row.get("answerable") is False or row.get("is_impossible") is True:
         return False
     answers = row.get("answers")
     return not (isinstance(answers, dict) and answers.get("text") == [])
-
-
-def _is_list(value: Any) -> bool:
-    return value is None or isinstance(value, list)

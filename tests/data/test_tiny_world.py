@@ -174,7 +174,7 @@ def test_guesses_are_well_formed_of_the_right_kind_and_mostly_wrong(world, quest
 
 def test_a_question_of_another_world_and_a_pointless_guess_are_refused(world, questions):
     one_hop = next(q for q in questions if q.hops == 1)
-    with pytest.raises(ValueError, match="nothing left to guess"):
+    with pytest.raises(ValueError, match="nothing is left to guess"):
         world.demonstration(one_hop, "search_then_guess")
     with pytest.raises(ValueError, match="not one of this world"):
         TinyWorld((9,), 200).demonstration(one_hop, "search")
