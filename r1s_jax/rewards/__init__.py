@@ -1,4 +1,4 @@
-"""What a solution is worth. This is the public face: a reward of your own imports from here."""
+"""Rewards of solutions. This is the public interface: a reward of your own imports from here."""
 
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.protocol.solution import Solution

@@ -23,11 +23,11 @@ _TERM = re.compile(
     rf"(?P<name>{_NAME})(?:\((?P<argument>{_NUMBER})\))?\s*"
 )
 _MOST_TERMS, _MOST_WEIGHT = 32, 1e9
-_A_LENGTH = 100  # words that count as 1
+_WORDS_PER_UNIT = 100  # the term `words` is 1 for this many
 
 
 class Term(NamedTuple):
-    """One of the sum."""
+    """One term of a sum."""
 
     weight: float
     name: str
@@ -39,75 +39,69 @@ TermRule = Callable[[Solution, Sequence[str], float], float]
 
 
 def queries(solution: Solution) -> list[str]:
-    """What the policy asked, in order; turns that ask for nothing that can be searched left out."""
+    """The policy's queries in order, case-folded, without malformed calls."""
     calls = [call for turn in turns(solution.spans) for call in solution.dialect.calls(turn)]
     return [call.query.casefold() for call in calls if call.query and not call.problem]
 
 
 def _retrieved_gold(solution: Solution, golds: Sequence[str], _: float) -> float:
-    found = [f" {normalize_answer(text)} " for text in solution.found]
-    wanted = [f" {gold} " for gold in map(normalize_answer, golds) if gold]
-    return float(any(gold in text for text in found for gold in wanted))
+    documents = [f" {normalize_answer(text)} " for text in solution.found]
+    answers = [f" {gold} " for gold in map(normalize_answer, golds) if gold]
+    return float(any(answer in document for document in documents for answer in answers))
 
 
 def _repeated_queries(solution: Solution, golds: Sequence[str], _: float) -> float:
-    asked = queries(solution)
-    return float(len(asked) - len(set(asked)))
+    in_order = queries(solution)
+    return float(len(in_order) - len(set(in_order)))
 
 
-# Terms beside the rules of the registry: what each is, for messages and pages.
-TERMS: dict[str, tuple[TermRule, str]] = {
-    "format": (lambda s, g, a: float(format_holds(s)), "1 for the form of the dialect"),
-    "searched": (lambda s, g, a: float(searches_answered(s) > 0), "1 for a search that was made"),
-    "no_search": (lambda s, g, a: float(searches_answered(s) == 0), "1 for none"),
-    "unanswered": (lambda s, g, a: float(s.answer is None), "1 without an answer"),
-    "retrieved_gold": (_retrieved_gold, "1 where a right answer stands in a document found"),
-    "repeated_queries": (_repeated_queries, "how many queries had been asked before"),
-    "searches_over": (
-        lambda s, g, a: max(0.0, searches_answered(s) - a),
-        "searches more than its argument: searches_over(2)",
-    ),
-    "words": (
-        lambda s, g, a: len(s.written.split()) / _A_LENGTH,
-        f"words that the policy wrote, {_A_LENGTH} of them being 1",
-    ),
+# Terms besides the rules of the registry.
+TERMS: dict[str, TermRule] = {
+    "format": lambda s, g, a: float(format_holds(s)),
+    "searched": lambda s, g, a: float(searches_answered(s) > 0),
+    "no_search": lambda s, g, a: float(searches_answered(s) == 0),
+    "unanswered": lambda s, g, a: float(s.answer is None),
+    "retrieved_gold": _retrieved_gold,  # 1 if a retrieved document holds a right answer
+    "repeated_queries": _repeated_queries,  # how many queries repeat an earlier one
+    "searches_over": lambda s, g, a: max(0.0, searches_answered(s) - a),
+    "words": lambda s, g, a: len(s.written.split()) / _WORDS_PER_UNIT,  # of the policy's text
 }
 _WITH_ARGUMENT = ("searches_over",)
 
 
 def is_composed(text: str) -> bool:
     """Whether a reward's name is a sum, or one of the terms alone."""
-    if text.startswith(("http://", "https://")):  # a reward server's, whatever stands in it
+    if text.startswith(("http://", "https://")):  # a reward server, whatever its URL holds
         return False
     return bool(re.search(r"[+*(]|-\s*\w|^\s*-", text)) or text.strip() in TERMS
 
 
 def parse(text: str, error: type[UserError]) -> list[Term]:
-    """The terms of a sum; raises `error` that says where it cannot be read."""
+    """The terms of a sum; raises `error`, which quotes the place, for any other text."""
     terms, at = [], 0
     while at < len(text):
-        found = _TERM.match(text, at)
-        if not found or (terms and not found["sign"]):
+        match = _TERM.match(text, at)
+        if not match or (terms and not match["sign"]):
             raise error(
                 f"reward {text!r}: expected WEIGHT*NAME, added or subtracted, at {text[at:][:30]!r}"
             )
-        sign = -1.0 if found["sign"] == "-" else 1.0
-        argument = float(found["argument"]) if found["argument"] else None
-        terms.append(Term(sign * float(found["weight"] or 1), found["name"], argument))
-        at = found.end()
+        sign = -1.0 if match["sign"] == "-" else 1.0
+        argument = float(match["argument"]) if match["argument"] else None
+        terms.append(Term(sign * float(match["weight"] or 1), match["name"], argument))
+        at = match.end()
     if not 0 < len(terms) <= _MOST_TERMS:
         raise error(f"reward {text!r}: expected 1 to {_MOST_TERMS} terms, found {len(terms)}")
     if any(abs(term.weight) > _MOST_WEIGHT for term in terms):
         raise error(f"reward {text!r}: a weight is above {_MOST_WEIGHT:g}")
     for term in terms:
         if (term.name in _WITH_ARGUMENT) != (term.argument is not None):
-            wanted = "needs a number in brackets" if term.argument is None else "takes no number"
-            raise error(f"reward {text!r}: {term.name} {wanted}")
+            rule = "needs a number in brackets" if term.argument is None else "takes no number"
+            raise error(f"reward {text!r}: {term.name} {rule}")
     return terms
 
 
 def without(terms: Sequence[Term], name: str) -> str:
-    """The sum of the other terms, written out."""
+    """The sum of all terms but `name`, as text."""
 
     def written(term: Term) -> str:
         argument = "" if term.argument is None else f"({term.argument})"
@@ -118,18 +112,18 @@ def without(terms: Sequence[Term], name: str) -> str:
 
 
 def composed(text: str, rule: Callable[[str], RewardRule], error: type[UserError]) -> RewardRule:
-    """The rule that a sum stands for; `rule` finds those that are no terms of this module.
+    """The rule of a sum; `rule` resolves the names that are not in TERMS.
 
-    Its parts are the usual ones and every term's value, before its weight, by its name.
+    Its parts are the usual ones and the unweighted value of every term by its name.
     """
     terms = parse(text, error)
     rules = {term.name: rule(term.name) for term in terms if term.name not in TERMS}
 
     def value(term: Term, solution: Solution, golds: Sequence[str]) -> float:
         if term.name in TERMS:
-            return TERMS[term.name][0](solution, golds, term.argument or 0.0)
-        given = rules[term.name](solution, golds)
-        return float(given.value if isinstance(given, Reward) else given)
+            return TERMS[term.name](solution, golds, term.argument or 0.0)
+        reward = rules[term.name](solution, golds)
+        return float(reward.value if isinstance(reward, Reward) else reward)
 
     def total(solution: Solution, golds: str | Sequence[str]) -> Reward:
         golds = [golds] if isinstance(golds, str) else golds

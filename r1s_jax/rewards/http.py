@@ -1,4 +1,4 @@
-"""Rewards from a server, by the contract of R1-Searcher's released reward servers.
+"""Rewards from a server, by the protocol of R1-Searcher's released reward servers.
 
 `POST /get_reward {"query": ["prompt and solution", ...]}` is answered `{"rewards": [0.5, ...]}`.
 """
@@ -20,11 +20,11 @@ _RETRIES = 5  # with growing pauses: half a minute in all
 
 
 class RewardServerError(UserError, RuntimeError):
-    """A reward server that does not answer, or answers something else than rewards."""
+    """A reward server does not answer, or its reply is not a list of rewards."""
 
 
 class _Rewards(msgspec.Struct):
-    """The released servers' reply."""
+    """The reply of a server."""
 
     rewards: list[float]
 
@@ -42,10 +42,10 @@ class HttpReward:
         solutions: Sequence[Solution],
         golds: Sequence[Sequence[str]],
     ) -> list[Reward]:
-        """The rewards of solutions to rendered prompts, with our own parts beside them.
+        """The rewards of solutions to rendered prompts; the parts are computed here.
 
-        Raises RewardServerError, also for an answer of another length or with a number that is
-        not finite.
+        Raises RewardServerError if the server fails, or replies with a wrong number of rewards or
+        with one that is not finite.
         """
         queries = [prompt + s.text for prompt, s in zip(prompts, solutions, strict=True)]
         values = self._ask(queries)
@@ -66,6 +66,6 @@ class HttpReward:
         except UserError as error:
             raise RewardServerError(
                 f"{where} gave no rewards: {shorten(str(error), 200)}. "
-                "Check it, then go on with --resume."
+                "Check the server, then go on with --resume."
             ) from error
         return rewards

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint as judge: of predictions, and as a reward's term."""
+"""An LLM judge behind an OpenAI-compatible endpoint: of predictions, and as a term of a reward."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from r1s_jax.rewards.registry import BatchReward, RewardError, batch_reward, rew
 from r1s_jax.rewards.rules import Reward, RewardRule, reward_parts
 from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, ask_all, check_installed
 
-NAME = "judge"  # of the term
+NAME = "judge"  # the name of the term
 Verdict = Literal["True", "False", "unparsable"]
 PROMPT = """\
 A question was answered by a model. Decide whether its answer means the same as one of the \
@@ -32,7 +32,7 @@ Answer of the model: {predicted}
 
 Reply with one word: True if the answer of the model is correct, False if not."""
 _VERDICT = re.compile(r"\b(true|false)\b", re.IGNORECASE)
-# Fewer failures than this stop nothing, whatever their share.
+# Fewer failures than this never stop a run, whatever their rate.
 _MIN_FAILURES = 3
 
 
@@ -41,30 +41,30 @@ class JudgeFailure(UserError, RuntimeError):
 
 
 class _VerdictRow(TypedDict):
-    """A row of the journal."""
+    """A row of the journal of verdicts."""
 
     key: str
     verdict: Verdict
 
 
 def parse_verdict(reply: str) -> Verdict:
-    """The one verdict that a reply names, after any thoughts; both or neither is no verdict."""
-    said = {word.lower() for word in _VERDICT.findall(reply.rpartition("</think>")[2])}
-    return said.pop().capitalize() if len(said) == 1 else "unparsable"
+    """The verdict that a reply names after its thoughts; "unparsable" if it names both or none."""
+    words = {word.lower() for word in _VERDICT.findall(reply.rpartition("</think>")[2])}
+    return words.pop().capitalize() if len(words) == 1 else "unparsable"
 
 
 def judge_prompt(question: str, golds: Sequence[str], predicted: str) -> str:
-    """What a judge is asked."""
+    """The prompt of a judge."""
     return PROMPT.format(question=question, golds=" | ".join(golds), predicted=predicted)
 
 
 def verdict_key(model: str, prompt: str) -> str:
-    """By which a verdict is known again."""
+    """The key of a verdict in the journal."""
     return hashlib.sha256(json.dumps([model, prompt]).encode()).hexdigest()
 
 
 def read_verdicts(path: Path, error: type[UserError]) -> dict[str, Verdict]:
-    """The journal's verdicts by key; a last line that a crash cut off is forgotten."""
+    """The journal's verdicts by key; removes a last line that a crash cut off."""
     rows = (check(row, _VerdictRow, path, error) for row in journal_rows(path))
     return {row["key"]: row["verdict"] for row in rows}
 
@@ -73,11 +73,11 @@ def ask_judge(
     judge: ChatEndpoint,
     prompts: Mapping[str, str],
     journal: Path,
-    told: Callable[[str, Verdict], None],
+    on_verdict: Callable[[str, Verdict], None],
 ) -> str:
-    """Asks each prompt by its key; every verdict is in the journal before `told` hears of it.
+    """Sends every prompt; `on_verdict(key, verdict)` is called once the verdict is in the journal.
 
-    Returns what the endpoint last said where it gave none. Raises ChatApiError.
+    Returns the endpoint's last error, "" if every prompt has a reply. Raises ChatApiError.
     """
     journal.parent.mkdir(parents=True, exist_ok=True)
     with journal.open("a", encoding="utf-8") as file:
@@ -87,16 +87,16 @@ def ask_judge(
             line = {"key": key, "verdict": verdict, "reply": reply}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-            told(key, verdict)
+            on_verdict(key, verdict)
 
         return ask_all(judge, prompts, record)
 
 
 class JudgedReward:
-    """A sum of terms one of which is a judge's verdict: 1 for True, 0 for False.
+    """A sum of terms, one of which is a judge's verdict: 1 for True, 0 for False.
 
-    An answer that is missing is wrong without being asked about. Where no verdict comes, or one
-    that cannot be read, the reward is not a number, and nothing is learned from the trajectory.
+    A missing answer is wrong; the judge is not asked. Without a verdict, or with one that cannot
+    be parsed, the reward is NaN, and nothing is learned from the trajectory.
     """
 
     reads_questions = True
@@ -104,10 +104,10 @@ class JudgedReward:
     def __init__(self, weight: float, others: RewardRule | None, judge: JudgeConfig, journal: Path):
         """`others` are the sum's other terms. Raises ChatApiError without the client's library."""
         check_installed()
-        # The judge alone has the usual parts beside it, which metrics are made of.
+        # Without other terms, the usual parts are added: metrics are made of them.
         self._weight = weight
         self._rule = others or (lambda solution, gold: Reward(0.0, reward_parts(solution, gold)))
-        self._config, self._journal, self._made = judge, journal, 0
+        self._config, self._journal, self._requests = judge, journal, 0
         self._endpoint = ChatEndpoint(
             judge.url,
             judge.model,
@@ -116,7 +116,7 @@ class JudgedReward:
             timeout_s=judge.timeout_s,
             retries=judge.retries,
         )
-        self._known: dict[str, Verdict] | None = None
+        self._verdicts: dict[str, Verdict] | None = None  # by key; None: journal not yet read
 
     def __call__(
         self,
@@ -124,7 +124,7 @@ class JudgedReward:
         solutions: Sequence[Solution],
         golds: Sequence[Sequence[str]],
     ) -> list[Reward]:
-        """The rewards of solutions to questions; raises JudgeFailure past a rate of failures."""
+        """The rewards of solutions to questions; raises JudgeFailure if too many get no verdict."""
         verdicts = self._judge(questions, solutions, golds)
         rewards = []
         for verdict, solution, gold in zip(verdicts, solutions, golds, strict=True):
@@ -140,60 +140,61 @@ class JudgedReward:
         solutions: Sequence[Solution],
         golds: Sequence[Sequence[str]],
     ) -> list[float | None]:
-        """1, 0, or None where there is no verdict."""
-        if self._known is None:
+        """1 or 0 per solution; None without a verdict."""
+        if self._verdicts is None:
             exists = self._journal.exists()
-            told = read_verdicts(self._journal, JudgeFailure) if exists else {}
-            # A reply that could not be read is asked for again: the judge may have been mended.
-            self._known = {key: verdict for key, verdict in told.items() if verdict != "unparsable"}
-        known, keys, prompts = self._known, [], {}
+            rows = read_verdicts(self._journal, JudgeFailure) if exists else {}
+            # Unparsable verdicts are requested again: the judge may have been repaired.
+            self._verdicts = {key: v for key, v in rows.items() if v != "unparsable"}
+        by_key, keys, prompts = self._verdicts, [], {}
         for question, solution, gold in zip(questions, solutions, golds, strict=True):
             if not solution.answer:
                 keys.append("")
                 continue
             prompt = judge_prompt(question, gold, solution.answer)
             keys.append(verdict_key(self._config.model, prompt))
-            if keys[-1] not in known:
+            if keys[-1] not in by_key:
                 prompts[keys[-1]] = prompt
-        said = self._ask(prompts)
-        verdicts = [known.get(key, "unparsable") if key else "False" for key in keys]
+        error = self._ask(prompts)
+        verdicts = [by_key.get(key, "unparsable") if key else "False" for key in keys]
         values = [None if v == "unparsable" else float(v == "True") for v in verdicts]
-        self._check(values.count(None), sum(map(bool, keys)), len(keys), said)
+        self._check(values.count(None), sum(map(bool, keys)), len(keys), error)
         return values
 
     def _ask(self, prompts: dict[str, str]) -> str:
-        """Every new prompt, as far as the limit goes."""
+        """Sends prompts; returns the endpoint's last error. Raises JudgeFailure past the limit."""
         most = self._config.most_requests
-        if most and self._made + len(prompts) > most:
+        if most and self._requests + len(prompts) > most:
             raise JudgeFailure(
-                f"the judge was asked {self._made} times, and judge.most_requests={most} allows no "
-                f"{len(prompts)} more: raise it, then go on with --resume"
+                f"the judge was asked {self._requests} times, and judge.most_requests={most} "
+                f"allows no {len(prompts)} more: raise it, then go on with --resume"
             )
-        self._made += len(prompts)
+        self._requests += len(prompts)
         if not prompts:
             return ""
-        known = self._known if self._known is not None else {}
+        verdicts = self._verdicts if self._verdicts is not None else {}
         try:
-            return ask_judge(self._endpoint, prompts, self._journal, known.__setitem__)
+            return ask_judge(self._endpoint, prompts, self._journal, verdicts.__setitem__)
         except ChatApiError as error:
             return str(error)
 
-    def _check(self, failed: int, asked: int, all_of_them: int, said: str) -> None:
+    def _check(self, failed: int, requested: int, total: int, error: str) -> None:
+        """Raises JudgeFailure if too many of the `requested` verdicts are missing."""
         rate = self._config.max_failure_rate
-        # A batch without a single reward teaches nothing, whatever rate is allowed.
-        if (failed >= _MIN_FAILURES and failed > rate * asked) or failed == all_of_them > 0:
-            why = shorten(said, 150) or "its replies are neither True nor False"
+        # A batch without any reward teaches nothing, whatever rate is allowed.
+        if (failed >= _MIN_FAILURES and failed > rate * requested) or failed == total > 0:
+            why = shorten(error, 150) or "its replies are neither True nor False"
             raise JudgeFailure(
-                f"{failed} of {asked} answers got no verdict from "
+                f"{failed} of {requested} answers got no verdict from "
                 f"{without_credentials(self._config.url)} ({why}). The limit is "
                 f"judge.max_failure_rate={rate}. Check the judge, then resume."
             )
 
 
 def stage_reward(name: str, judge: JudgeConfig, journal: Path) -> BatchReward:
-    """What rewards the batches of a stage: see `batch_reward`, and a sum with the term `judge`.
+    """The batch reward of a stage: that of `batch_reward`, or a sum with the term `judge`.
 
-    Raises RewardError, also for a judge of which the recipe does not say where it is.
+    Raises RewardError, also if a judge has no judge.url or judge.model.
     """
     if name.strip() != NAME and not is_composed(name):
         return batch_reward(name)
@@ -210,7 +211,7 @@ def stage_reward(name: str, judge: JudgeConfig, journal: Path) -> BatchReward:
 
 
 def stage_rewards(config: Config, run_dir: Path) -> dict[str, BatchReward]:
-    """By the name of each stage that has steps; the judge's verdicts are kept in the run."""
+    """The batch rewards of the stages that have steps; verdicts go to the run's `judged.jsonl`."""
     journal, stages = run_dir / "judged.jsonl", {"stage1": config.stage1, "stage2": config.stage2}
     return {
         name: stage_reward(stage.reward, config.judge, journal)

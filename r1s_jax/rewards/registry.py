@@ -14,7 +14,7 @@ from r1s_jax.rewards.rules import Reward, RewardRule, reward_parts
 
 
 class RewardError(UserError, ValueError):
-    """A reward that does not exist, cannot be loaded, or gives something else than a number."""
+    """A reward that does not exist, cannot be loaded, or returns anything but a number."""
 
 
 RULES: dict[str, RewardRule] = {
@@ -34,7 +34,7 @@ RULES: dict[str, RewardRule] = {
     "search_r1_format_retrieval": released_search_r1.search_r1_format_retrieval,
 }
 
-# Rewards that say nothing of whether the answer is right.
+# Rewards that do not depend on whether the answer is right.
 FORMAT_REWARDS = ("stage1",)
 
 # (rendered prompts, solutions, right answers of each) -> rewards
@@ -42,7 +42,7 @@ BatchReward = Callable[[Sequence[str], Sequence[Solution], Sequence[Sequence[str
 
 
 def batch_reward(name: str) -> BatchReward:
-    """What rewards a whole batch: a rule of that name (see reward_rule), or a server's URL."""
+    """The reward of a whole batch; `name` is that of a rule (see reward_rule) or a server's URL."""
     if name.startswith(("http://", "https://")):
         return HttpReward(name)
     rule = reward_rule(name)
@@ -52,11 +52,11 @@ def batch_reward(name: str) -> BatchReward:
 
 
 def reward_rule(name: str) -> RewardRule:
-    """The rule of that name, a function of the user's own as `module:function`, or a sum of such.
+    """The rule `name`: one of RULES, a user's function as `module:function`, or a sum of rules.
 
     A user's function takes (solution, golds) and returns a Reward or a number; the usual parts
-    (format, searched, answer_f1, ...) stand beside its own. Raises RewardError
-    for a name that is neither, and, when called, where the rule raises or gives no finite number.
+    (format, searched, answer_f1, ...) are added to its own. Raises RewardError for any other name;
+    the returned rule raises it if the reward fails or is not a finite number.
     """
     if name.startswith(("http://", "https://")):
         raise RewardError(f"{name}: a reward server is for recipes (stage2.reward={name})")
@@ -84,16 +84,16 @@ def _rule(name: str) -> RewardRule:
 
 
 def _load(name: str) -> RewardRule:
-    """A function of the user's own."""
+    """A user's function."""
     module, colon, function = name.partition(":")
     if not colon:
-        known = ", ".join((*RULES, *TERMS))
-        raise RewardError(f"no reward {name!r}: take one of {known}, a sum, or module:function")
+        names = ", ".join((*RULES, *TERMS))
+        raise RewardError(f"no reward {name!r}: take one of {names}, a sum, or module:function")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a user's module lies where the command was typed
+        sys.path.insert(0, "")  # a user's module lies in the working directory
     try:
         return getattr(importlib.import_module(module), function)
-    except Exception as error:  # whatever the user's module does while it is imported
+    except Exception as error:  # a user's module may raise anything
         raise RewardError(
             f"reward {name!r} cannot be loaded: {type(error).__name__}: {error}"
         ) from error

@@ -1,8 +1,8 @@
-"""The rewards of R1-Searcher's three released reward servers, to the letter.
+"""The rewards of R1-Searcher's three released reward servers, reproduced exactly.
 
-They judge the whole text after the prompt, retrieved passages included, as those servers did: use
-them to repeat a published run. The default rules (`rewards.stage1`, `rewards.stage2`) look only at
-what the policy wrote.
+Like the servers, they judge the whole text after the prompt, retrieved passages included: use them
+to repeat a published run. The default rules (`rewards.stage1`, `rewards.stage2`) judge only the
+policy's text.
 """
 
 import re
@@ -16,7 +16,7 @@ from r1s_jax.rewards.rules import Reward, has_cjk
 _DOCUMENTS = re.compile(
     re.escape(protocol.BEGIN_DOCUMENTS) + ".*?" + re.escape(protocol.END_DOCUMENTS), re.DOTALL
 )
-# One of each belongs to every search.
+# Every search has each of these once.
 _PER_SEARCH = (
     protocol.BEGIN_DOCUMENTS + "\n",
     protocol.END_DOCUMENTS + "\n\n",
@@ -32,7 +32,7 @@ _MOST_WORDS = 10
 
 
 def _searches(text: str) -> int | None:
-    """Searches in the text; None where its seven counts differ."""
+    """The number of searches in the text; None if the counts of _PER_SEARCH differ."""
     counts = {text.count(mark) for mark in _PER_SEARCH}
     return counts.pop() if len(counts) == 1 else None
 
@@ -46,7 +46,7 @@ def _answered_once(text: str) -> bool:
 
 
 def _answer(text: str) -> str | None:
-    """After the last opening tag, to the next closing one if any; None unless both tags occur."""
+    """The text from the last opening tag to the next closing one; None unless both tags occur."""
     if protocol.BEGIN_ANSWER not in text or protocol.END_ANSWER not in text:
         return None
     return text.rpartition(protocol.BEGIN_ANSWER)[2].partition(protocol.END_ANSWER)[0].strip()
@@ -67,7 +67,7 @@ def _reward(value: float, solution: Solution, golds: str | Sequence[str], valid:
 
 
 def qwen_zero(solution: Solution, golds: str | Sequence[str]) -> Reward:
-    """Answer F1, less 2 once for any break of the format; the Qwen2.5-7B base runs."""
+    """Answer F1, less 2 if the format is broken in any way; for the Qwen2.5-7B base runs."""
     text, answer = solution.text, _answer(solution.text)
     valid = (
         _searches(text) is not None
@@ -84,7 +84,7 @@ def qwen_zero(solution: Solution, golds: str | Sequence[str]) -> Reward:
 
 
 def llama_stage1(solution: Solution, golds: str | Sequence[str]) -> Reward:
-    """One for an answer that covers the gold one, else minus one; halves for search and format."""
+    """1 if the answer covers a gold one, else -1; plus 0.5 for a search and 0.5 for the format."""
     text, answer = solution.text, _answer(solution.text)
     hit = answer is not None and released_cover_exact_match(answer, golds)
     searched = (_searches(text) or 0) >= 1
@@ -94,7 +94,7 @@ def llama_stage1(solution: Solution, golds: str | Sequence[str]) -> Reward:
 
 
 def llama_stage2(solution: Solution, golds: str | Sequence[str]) -> Reward:
-    """Answer F1, less 1 once for a break of the format; the Llama-3.1-8B-Instruct runs."""
+    """Answer F1, less 1 if the format is broken; for the Llama-3.1-8B-Instruct runs."""
     text, answer = solution.text, _answer(solution.text)
     valid = (
         _searches(text) is not None

@@ -1,4 +1,4 @@
-"""The rewards of Search-R1's released code (commit a14dc3a), to the letter.
+"""The rewards of Search-R1's released code (commit a14dc3a), reproduced exactly.
 
 That code scores the prompt together with the response, and the prompt holds two pairs of answer
 tags and one pair of information tags; so a response without an answer is scored as the prompt's
@@ -13,13 +13,13 @@ from r1s_jax.rewards.answer_scores import squad_normalize_answer
 from r1s_jax.rewards.rules import Reward
 
 STRUCTURE, FINAL, RETRIEVAL = 0.2, 0.1, 0.1
-# What the prompt holds between its tags.
+# The texts between the tags of the prompt.
 _PROMPT_ANSWER, _PROMPT_INFORMATION = "Beijing", " and "
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _INFORMATION = re.compile(r"<information>(.*?)</information>", re.DOTALL)
 _TAGS = ("think", "search", "information", "answer")
 _PARTS = re.compile(rf"(</?(?:{'|'.join(_TAGS)})>)")
-# state -> tag -> next state; what is written between tags must stand in one of _INSIDE.
+# state -> tag -> next state; only the states of _INSIDE allow text other than white space.
 _NEXT = {
     "start": {"<think>": "in_think"},
     "in_think": {"</think>": "thought"},
@@ -59,12 +59,12 @@ def search_r1_subem(solution: Solution, golds: str | Sequence[str]) -> Reward:
 
 
 def search_r1_format(solution: Solution, golds: str | Sequence[str]) -> Reward:
-    """Exact match, and a part of it for the structure alone (0.2) or for any answer (0.1)."""
+    """Exact match: 1, without the structure 0.8. No match: 0.2, without the structure 0.1."""
     return _with_format(solution, golds, retrieval=0.0)
 
 
 def search_r1_format_retrieval(solution: Solution, golds: str | Sequence[str]) -> Reward:
-    """As search_r1_format, and 0.1 more where what was found holds a gold answer."""
+    """As search_r1_format; no match, but the structure and a gold answer retrieved: 0.1 more."""
     return _with_format(solution, golds, retrieval=RETRIEVAL)
 
 
@@ -72,8 +72,8 @@ def _with_format(solution: Solution, golds: str | Sequence[str], retrieval: floa
     exact, valid = _exact(_answer(solution), golds), follows_structure(solution.text)
     if exact:
         return _reward(1.0 if valid else 1.0 - STRUCTURE, solution, golds)
-    found = [*_INFORMATION.findall(solution.text), _PROMPT_INFORMATION]
-    retrieved = valid and any(_covers(text, golds) for text in found)
+    documents = [*_INFORMATION.findall(solution.text), _PROMPT_INFORMATION]
+    retrieved = valid and any(_covers(text, golds) for text in documents)
     value = STRUCTURE + (retrieval if retrieved else 0.0) if valid else FINAL
     return _reward(value, solution, golds)
 

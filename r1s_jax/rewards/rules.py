@@ -1,8 +1,8 @@
 """Reward rules: pure functions of text.
 
 `stage1` and `stage2` follow R1-Searcher's paper (arXiv 2503.05592), except that the format is
-judged only by what the policy wrote: a retrieved passage that happens to quote a tag must not cost
-the policy anything. `released.py` holds the released servers' rules, to the letter.
+judged only by the policy's text, so that a tag quoted in a retrieved passage costs nothing.
+`released.py` holds the rules of the released servers.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ FORMAT_PENALTY = -2.0
 
 @dataclass(frozen=True)
 class Reward:
-    """`value` is what the policy is trained on; `parts` are for the logs and sum to nothing."""
+    """`value` trains the policy; `parts` are for the logs and need not add up to it."""
 
     value: float
     parts: dict[str, float]
@@ -30,12 +30,12 @@ def searches_answered(solution: Solution) -> int:
 
 
 def format_holds(solution: Solution) -> bool:
-    """Whether the policy kept the form that its dialect asks for."""
+    """Whether the policy kept the format of its dialect."""
     return solution.well_formed
 
 
 def reward_parts(solution: Solution, golds: str | Sequence[str]) -> dict[str, float]:
-    """What every stage reports, paid for or not. No answer scores as an empty one."""
+    """The parts that every stage reports, rewarded or not. No answer scores as an empty one."""
     score = score_answer(solution.answer, golds)
     return {
         "format": float(format_holds(solution)),
@@ -60,7 +60,7 @@ def stage2(solution: Solution, golds: str | Sequence[str]) -> Reward:
 
 
 def _answer_rule(value: str) -> "RewardRule":
-    """A rule that pays for one of the parts and nothing else."""
+    """A rule whose value is one of the parts."""
 
     def rule(solution: Solution, golds: str | Sequence[str]) -> Reward:
         parts = reward_parts(solution, golds)
