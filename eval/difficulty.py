@@ -1,7 +1,7 @@
 """Choosing questions by how hard they are for a model (R1-Searcher, section 3.1).
 
-Each question is rolled out many times; the number of the first rollout that solves it says how hard
-it is. A run keeps what it measured beside its output and goes on from there.
+Each question is rolled out many times; its difficulty is the number of the first rollout that
+solves it. A run stores its measurements beside its output, and a stopped run resumes from them.
 """
 
 import json
@@ -32,7 +32,7 @@ from r1s_jax.system.locks import only_one
 
 
 class _Measured(TypedDict):
-    """A row of what was measured, as far as it is read again."""
+    """The keys of a measured row that are read again."""
 
     idx: int
     question: str
@@ -60,8 +60,8 @@ class Selection:
     def __post_init__(self) -> None:
         if self.rollouts < _HARD_ABOVE:
             raise ConfigError(
-                f"rollouts={self.rollouts}: hard is what {_HARD_ABOVE} rollouts do not solve, so "
-                "there must be at least as many"
+                f"rollouts={self.rollouts}: must be at least {_HARD_ABOVE}, because a question is "
+                f"hard if {_HARD_ABOVE} rollouts do not solve it"
             )
         shares = all(0 <= share < math.inf for share in self.ratio)
         if len(self.ratio) != 3 or not shares or not any(self.ratio):
@@ -69,7 +69,7 @@ class Selection:
 
 
 def difficulty(first_solved: int | None) -> str:
-    """The class of a question first solved at that rollout, counted from 1; None: never."""
+    """The class of a question; `first_solved` is a rollout, counted from 1, or None: never."""
     if first_solved is None or first_solved > _HARD_ABOVE:
         return "hard"
     return "easy" if first_solved < _EASY_BELOW else "medium"
@@ -82,12 +82,13 @@ def select(
     out: Path,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Measures every question, then writes those chosen to `out` (JSON lines, in file order).
+    """Measures every question, then writes the chosen ones to `out` (JSON lines, in file order).
 
-    Beside it: `OUT.measured.jsonl` (every question with `first_solved`, 1-based or null, `solved`
-    of its rollouts, and `difficulty`), its `.header.json` (of what; `source` describes the index)
-    and `OUT.png` (a histogram). Returns how many there are of each class, and chosen. Raises
-    DataError where another selection was begun there, or a class that is asked for is empty.
+    Writes beside it `OUT.measured.jsonl` (every question with `first_solved`, 1-based or null,
+    `solved`, the number of rollouts that solve it, and `difficulty`), its `.header.json` (model,
+    questions and `source`, a description of the index) and `OUT.png` (a histogram). Returns the
+    number of questions in each class and of chosen ones. Raises DataError if another selection was
+    begun there, or if a requested class is empty.
     """
     file = questions_file(selection.questions)
     if out.resolve() == Path(file).resolve():
@@ -123,8 +124,8 @@ def _select(
         write_json(header_path(measured), described)
     if len(rows) < len(questions):
         policy = policy.speaking(selection.settings.config().protocol)
-        left = questions[len(rows) :]
-        rows += _measure(selection, policy, retriever, left, measured, progress, rows)
+        rest = questions[len(rows) :]
+        rows += _measure(selection, policy, retriever, rest, measured, progress, len(rows))
     progress(len(rows), len(questions))
     try:
         chosen = mixed(rows, selection.ratio, selection.settings.config().seed)
@@ -137,25 +138,25 @@ def _select(
 
 
 def mixed(rows: Sequence[dict[str, Any]], ratio: Sequence[float], seed: int) -> list[dict]:
-    """As many rows as there are in that ratio of classes, drawn at random, in their order.
+    """The largest random sample of rows with that ratio of classes, in file order.
 
-    Raises DataError where a class that is asked for is empty.
+    Raises DataError if a requested class is empty.
     """
     places = {
         name: [i for i, row in enumerate(rows) if row["difficulty"] == name] for name in CLASSES
     }
-    wanted = {name: share for name, share in zip(CLASSES, ratio, strict=True) if share}
-    if empty := [name for name in wanted if not places[name]]:
+    shares = {name: share for name, share in zip(CLASSES, ratio, strict=True) if share}
+    if empty := [name for name in shares if not places[name]]:
         counts = ", ".join(f"{len(places[name])} {name}" for name in CLASSES)
         raise DataError(
             f"no {' and no '.join(empty)} question among {len(rows)} ({counts}): choose another "
-            "ratio; what was measured is kept"
+            "ratio; the measurements are kept"
         )
-    unit = min(len(places[name]) / share for name, share in wanted.items())
+    unit = min(len(places[name]) / share for name, share in shares.items())
     rng = np.random.default_rng(seed)
     chosen = [
         i
-        for name, share in wanted.items()
+        for name, share in shares.items()
         for i in rng.permutation(places[name])[: max(1, int(unit * share + 1e-9))]
     ]
     return [rows[i] for i in sorted(chosen)]
@@ -164,7 +165,10 @@ def mixed(rows: Sequence[dict[str, Any]], ratio: Sequence[float], seed: int) -> 
 def _resume(
     measured: Path, described: dict[str, Any], questions: Sequence[Question]
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The rows measured before, and their header, if they are of the same questions and index."""
+    """The rows measured before, and their header.
+
+    Raises DataError if they are of other questions or another index.
+    """
     rows, before = begun(measured, described)
     if len(rows) > len(questions):
         raise DataError(f"{measured} holds more rows than there are questions: remove it")
@@ -185,12 +189,15 @@ def _measure(
     questions: Sequence[Question],
     measured: Path,
     progress: Callable[[int, int], None],
-    before: Sequence[dict[str, Any]],
+    done: int,
 ) -> Iterator[dict[str, Any]]:
-    """Rolls out, a few questions at a time; each row is on disk before the next are begun."""
+    """Rolls out a few questions at a time, and writes their rows before it starts the next.
+
+    `done` is the number of questions measured before.
+    """
     engine = _engine(selection, policy)
     params = shard_params(policy.params, policy.model, engine.mesh)
-    size, done = selection.questions_at_a_time, len(before)
+    size = selection.questions_at_a_time
     seed = selection.settings.config().seed
     total = done + len(questions)
     with measured.open("a", encoding="utf-8") as file:
@@ -238,7 +245,7 @@ def _engine(selection: Selection, policy: Pretrained) -> Engine:
 
 
 def _plot(rows: Sequence[dict[str, Any]], rollouts: int, path: Path) -> None:
-    """At which rollout questions were first solved, the classes by colour."""
+    """A histogram of the rollouts that first solved a question, a colour per class."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.5), layout="constrained")

@@ -17,12 +17,12 @@ def export(file: Path, form: str, out: Path) -> int:
     """Writes the answers of a file of results for a scorer; returns how many.
 
     `hotpotqa`: one object of `answer` and `sp`, each by the question's id (hotpot_evaluate_v1.py);
-    `2wiki`: the same with `evidence`; `musique`: JSON lines of `id` and what is predicted;
-    `search_r1`: JSON lines of `id`, `question`, `golden_answers`, `prediction`. There are no
-    supporting facts in them: a policy names no sentences.
+    `2wiki`: the same with `evidence`; `musique`: JSON lines of `id` and the predictions;
+    `search_r1`: JSON lines of `id`, `question`, `golden_answers`, `prediction`. Supporting facts
+    stay empty: a policy names no sentences.
 
-    Raises ConfigError for another form; DataError for results that read_results refuses, without
-    ids or with several answers to one, and where `out` is there already.
+    Raises ConfigError for an unknown form; DataError for results that read_results refuses, for
+    rows without an id, for several answers to one id, and if `out` exists.
     """
     if form not in FORMATS:
         raise ConfigError(f"format {form!r}: take {', '.join(FORMATS)}")
@@ -47,12 +47,16 @@ def _musique(id: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _search_r1(id: str, row: dict[str, Any]) -> dict[str, Any]:
-    asked = {"id": id, "question": row["question"], "golden_answers": list(gold_answers(row))}
-    return asked | {"prediction": row["pred_ans"]}
+    return {
+        "id": id,
+        "question": row["question"],
+        "golden_answers": list(gold_answers(row)),
+        "prediction": row["pred_ans"],
+    }
 
 
 def _ids(file: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The ids of the rows as texts; DataError where one is missing or there twice."""
+    """The ids of the rows as texts; raises DataError for a missing or repeated id."""
     ids: dict[str, None] = {}
     for number, row in enumerate(rows, start=1):
         id = row.get("id")

@@ -1,6 +1,6 @@
-"""What a file of answers is of, by content: kept in its header, compared before rows are added.
+"""Headers of files of answers: digests of model and questions, compared before rows are added.
 
-A path, the name of a run or of a file of questions says nothing of what lies there now.
+Digests, because the content behind a path or a name may change.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from r1s_jax.models.pretrained import (
 )
 from r1s_jax.presets import Settings, decisive
 
-# Names of what the header knows by its content.
+# Keys that are mere names: the header has digests of their content.
 _NAMES = ("run.model", "run.questions", "source.folder")
 
 
@@ -38,49 +38,48 @@ def describe(
     source: dict[str, Any],
     **others: Any,
 ) -> dict[str, Any]:
-    """The header of a file in which `model` answers the `questions` of `file`, before it is loaded.
+    """The header of the answers of `model` to the `questions` of `file`, without a model's digest.
 
     `source` describes the index; `others` are settings of the run besides `settings`.
     """
-    config, known = settings.config(), dialect_at(model)
-    spoken = choose_dialect(known, config.protocol).as_dict()
-    if known and known.name != spoken["dialect"]:
-        spoken["trained_in"] = known.name
-    named = Path(file).name if Path(file).exists() else file
-    run = {"model": model, "questions": named, "seed": config.seed, **others}
+    config, trained = settings.config(), dialect_at(model)
+    dialect = choose_dialect(trained, config.protocol).as_dict()
+    if trained and trained.name != dialect["dialect"]:
+        dialect["trained_in"] = trained.name
+    file_name = Path(file).name if Path(file).exists() else file
+    run = {"model": model, "questions": file_name, "seed": config.seed, **others}
     header = {
         "format": FORMAT,
         "run": run | {"rollout": decisive(config.rollout)},
         "questions": {"count": len(questions), "sha256": _digest_of(questions)},
         "source": source,
         "dtype": default_dtype().name,
-        "dialect": spoken,
+        "dialect": dialect,
     }
-    return json.loads(json.dumps(header))  # as it will be read
+    return json.loads(json.dumps(header))  # in the form in which it is read again
 
 
 def load_described(
     out: Path, reference: str, described: dict[str, Any], before: dict[str, Any] | None
 ) -> Pretrained:
-    """The model that answers; `described` is told which it is.
+    """Loads the model that answers, and adds its digest to the header `described`.
 
-    Of a run that is the checkpoint that the header `before` names, else the newest. Raises
-    DataError where that checkpoint is gone, or where `before` names other weights.
+    For a run this is the checkpoint that the header `before` names, else the newest. Raises
+    DataError if that checkpoint is gone, or if `before` names other weights.
     """
-    wanted = before["model"].get("checkpoint") if before else None
+    checkpoint = before["model"].get("checkpoint") if before else None
     try:
-        policy = load_pretrained(reference, default_dtype(), wanted)
+        policy = load_pretrained(reference, default_dtype(), checkpoint)
     except CheckpointError as error:
-        if wanted is None:
+        if checkpoint is None:
             raise
         raise DataError(
-            f"{out} was begun with checkpoint {wanted} of {reference}: {error}. Choose another "
+            f"{out} was begun with checkpoint {checkpoint} of {reference}: {error}. Choose another "
             "file with --out"
         ) from error
-    told: dict[str, Any] = {"sha256": policy_digest(policy)}
+    described["model"] = {"sha256": policy_digest(policy)}
     if policy.checkpoint is not None:
-        told["checkpoint"] = policy.checkpoint
-    described["model"] = told
+        described["model"]["checkpoint"] = policy.checkpoint
     if before:
         refuse_other(out, before, described, "model")
     return policy
@@ -89,10 +88,10 @@ def load_described(
 def begun(
     out: Path, described: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """The rows that a file holds, and its header where there are any.
+    """The rows of a file and its header; the header is None if there are no rows.
 
-    A line cut off by a crash is taken away. All but the model is compared with `described`. Raises
-    DataError for a file without a header, with a damaged one, or with that of something else.
+    Removes a last line that a crash cut off. Compares the header with `described`, except for the
+    model. Raises DataError for rows without a header, a damaged header, or a different one.
     """
     if not out.exists() or not out.stat().st_size:
         return [], None
@@ -102,17 +101,17 @@ def begun(
             f"{out} holds rows, and {file.name} does not say which model and questions they are "
             "of: choose another file with --out"
         )
-    if not (rows := journal_rows(out)):  # nor would anything be lost
+    if not (rows := journal_rows(out)):  # a new header overwrites nothing of value
         return [], None
     refuse_other(out, header, described, *(name for name in described if name != "model"))
     return rows, header
 
 
 def refuse_other(out: Path, before: dict[str, Any], now: dict[str, Any], *sections: str) -> None:
-    """Raises DataError that names what differs between two headers in these sections."""
-    # The words around a prompt are the model's: they are known once it is loaded.
+    """Raises DataError, naming the differences, if two headers differ in these sections."""
+    # dialect.frame comes from the model's chat template: None until the model is loaded.
     differ = [
-        f"{place} was {_told(old)}, now {_told(new)}"
+        f"{place} was {_shortened(old)}, now {_shortened(new)}"
         for name in sections
         for place, old, new in differences(before.get(name), now.get(name), name)
         if place not in _NAMES and not (place == "dialect.frame" and new is None)
@@ -120,21 +119,23 @@ def refuse_other(out: Path, before: dict[str, Any], now: dict[str, Any], *sectio
     if not differ:
         return
     names = {"model.sha256": "another model", "questions.sha256": "other questions"}
-    what = [names[place] for place in names if any(d.startswith(place) for d in differ)]
-    told = f"of {' and '.join(what)} ({'; '.join(differ)})" if what else "; ".join(differ)
+    others = [names[place] for place in names if any(d.startswith(place) for d in differ)]
+    message = "; ".join(differ)
+    if others:
+        message = f"of {' and '.join(others)} ({message})"
     raise DataError(
-        f"{out} was written by another run: {shorten(told, 200)}. Choose another file with --out, "
-        f"or give what {header_path(out).name} names"
+        f"{out} was written by another run: {shorten(message, 200)}. Choose another file with "
+        f"--out, or the settings of {header_path(out).name}"
     )
 
 
-def _told(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text[:12] if len(text) == 64 else shorten(text, 40)
 
 
 def _digest_of(questions: Sequence[Question]) -> str:
-    """Of what is asked and what counts as right, whatever the form of the file."""
+    """A digest of the questions and their right answers, whatever the form of the file."""
     digest = hashlib.sha256()
     for question in questions:
         digest.update(json.dumps(dataclasses.astuple(question)).encode() + b"\n")

@@ -20,9 +20,9 @@ class Evaluation:
 
     f1: float
     cover_em: float
-    f1_one_hop: float | None  # None: no question is known to be of that kind
+    f1_one_hop: float | None  # None: no question is known to have one hop
     f1_two_hop: float | None
-    searches: float  # a question
+    searches: float  # per question
     # Shares of all questions: answered right after a search, and without one.
     solved_with_search: float
     solved_without_search: float
@@ -31,7 +31,7 @@ class Evaluation:
     by_need: dict[str, float] = field(default_factory=dict)  # see search_by_need
 
     def scores(self) -> dict[str, float]:
-        """What is compared before and after learning."""
+        """The scores that are compared before and after learning."""
         names = ("f1", "cover_em", "searches", "solved_with_search", "solved_without_search")
         return {name: getattr(self, name) for name in names} | self.sampled | self.by_need
 
@@ -39,10 +39,10 @@ class Evaluation:
 def evaluate_samples(
     engine: Engine, params: Params, batch: Batch, samples: int
 ) -> dict[str, float]:
-    """F1 and exact match of `samples` drawn answers a question, with 95 % intervals.
+    """F1 and exact match of `samples` sampled answers per question, with 95 % intervals.
 
-    `avg_at_k_f1` is the mean over all of them, `pass_at_k` the share of questions of which one is
-    right; `_low` and `_high` of each by bootstrap over the questions.
+    `avg_at_k_f1` is the mean F1 of all answers, `pass_at_k` the share of questions with at least
+    one exact match; `_low` and `_high` of each are by bootstrap over the questions.
     """
     rolled = engine.run(
         params, batch.questions, samples=samples, seed=0, step=1, retriever=batch.retriever
@@ -53,11 +53,11 @@ def evaluate_samples(
     ]
     f1 = np.array([score.f1 for score in scores]).reshape(-1, samples).mean(-1)
     right = np.array([score.exact_match for score in scores]).reshape(-1, samples).any(-1)
-    told = {}
+    result = {}
     for name, values in {"avg_at_k_f1": f1, "pass_at_k": right.astype(float)}.items():
         low, high = interval(values)
-        told |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
-    return told
+        result |= {name: float(values.mean()), f"{name}_low": low, f"{name}_high": high}
+    return result
 
 
 def evaluate(
@@ -69,7 +69,7 @@ def evaluate(
 ) -> Evaluation:
     """Answers every question once; `engine` should sample at temperature 0.
 
-    With `samples`, `sampler` answers each as often besides, at its own temperature.
+    With `samples`, `sampler` also answers each that many times, at its own temperature.
     """
     rolled = engine.run(
         params, batch.questions, samples=1, seed=0, step=0, retriever=batch.retriever
@@ -101,16 +101,17 @@ def search_by_need(
     searched: Bool[np.ndarray, " N"],
     f1: Float[np.ndarray, " N"],
 ) -> dict[str, float]:
-    """Whether a policy searches where it must: shares of questions for which it searched, and F1,
-    apart for those whose facts it cannot know (`needed`) and those it may know by heart
-    (`memorised`). Empty where there are not both kinds.
+    """Whether a policy searches if it must: the share of questions with a search, and F1.
+
+    Both separately for questions whose facts the policy cannot know (`needed`) and for those that
+    it may have memorised (`memorised`). {} unless both kinds occur.
     """
-    known = np.array([question.memorised for question in questions])
-    if known.all() or not known.any():
+    memorised = np.array([question.memorised for question in questions])
+    if memorised.all() or not memorised.any():
         return {}
-    kinds = {"needed": ~known, "memorised": known}
-    of_searches = {f"searched_{kind}": float(searched[at].mean()) for kind, at in kinds.items()}
-    return of_searches | {f"f1_{kind}": float(f1[at].mean()) for kind, at in kinds.items()}
+    kinds = {"needed": ~memorised, "memorised": memorised}
+    rates = {f"searched_{kind}": float(searched[at].mean()) for kind, at in kinds.items()}
+    return rates | {f"f1_{kind}": float(f1[at].mean()) for kind, at in kinds.items()}
 
 
 def _mean(values: np.ndarray) -> float | None:

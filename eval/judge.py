@@ -1,7 +1,7 @@
 """LLM-as-judge over any OpenAI-compatible endpoint: is a prediction right, given the gold answers?
 
-Verdicts are kept in a journal as they arrive, so that a stopped or half failed run goes on from
-there; the judged file is written whole at the end, its rows in their order.
+Verdicts go to a journal as they arrive, so that a stopped or partly failed run resumes from it; the
+judged file is written at the end, with its rows in their order.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ __all__ = ["PROMPT", "JudgeError", "Verdict", "judge_file", "parse_verdict"]
 
 
 class JudgeError(ChatApiError):
-    """The endpoint gave no verdict on some rows; those that it gave are kept."""
+    """The endpoint gave no verdict on some rows; the other verdicts are kept."""
 
 
 def judge_file(
@@ -42,9 +42,9 @@ def judge_file(
 ) -> dict[str, int]:
     """Writes the rows of `path` with `judge` ("True", "False" or "unparsable") to `out`.
 
-    Rows that ask the same thing are judged once. `OUT.verdicts.jsonl` is the journal. Returns how
+    Rows with the same prompt are judged once. `OUT.verdicts.jsonl` is the journal. Returns how
     often each verdict occurs. Raises DataError for a broken row; JudgeError, after writing `out`
-    with the verdicts there are, when some rows got none.
+    with the verdicts there are, if some rows have none.
     """
     if out.resolve() == path.resolve():
         raise DataError(f"{out} is the file to judge: name another for its verdicts")
@@ -62,7 +62,7 @@ def _judge_file(
     journal = out.with_name(out.name + ".verdicts.jsonl")
     verdicts = read_verdicts(journal, DataError)
     missing = {key: prompt for key, prompt in prompts.items() if key not in verdicts}
-    said = ""
+    error = ""
     try:
 
         def note(key: str, verdict: Verdict) -> None:
@@ -70,23 +70,23 @@ def _judge_file(
             missing.pop(key)
             progress(len(prompts) - len(missing), len(prompts))
 
-        said = ask_judge(judge, dict(missing), journal, note)
+        error = ask_judge(judge, dict(missing), journal, note)
     finally:
-        # With no verdict at all there is nothing to write, and maybe another judge's file to lose.
+        # Without any verdict nothing is written, since `out` may be the file of another judge.
         if any(key in verdicts for key in keys):
             pairs = zip(rows, keys, strict=True)
             _write(path, judge, out, [_judged(row, verdicts.get(key)) for row, key in pairs])
     if missing:
-        left = sum(key in missing for key in keys)
+        missed = sum(key in missing for key in keys)
         raise JudgeError(
-            f"{left} of {len(rows)} rows have no verdict: {without_credentials(judge.url)} gave "
-            f"none ({shorten(said, 150)}). The others are kept; run the same command again"
+            f"{missed} of {len(rows)} rows have no verdict: {without_credentials(judge.url)} gave "
+            f"none ({shorten(error, 150)}). The others are kept; run the same command again"
         )
     return dict(Counter(verdicts[key] for key in keys))
 
 
 def _judged(row: dict[str, Any], verdict: Verdict | None) -> dict[str, Any]:
-    """The row as it was read with its verdict, none left over from another judge."""
+    """The row without its scores, with its verdict and no verdict of another judge."""
     row = {name: value for name, value in row.items() if name not in (*VERDICTS, "scores")}
     return row if verdict is None else row | {"judge": verdict}
 
@@ -97,8 +97,8 @@ def _prompt(row: Mapping[str, Any]) -> str:
 
 def _write(path: Path, judge: ChatEndpoint, out: Path, rows: list[dict[str, Any]]) -> None:
     write_rows(out, rows)
-    known = read_header(path) or {"format": FORMAT}
+    header = read_header(path) or {"format": FORMAT}
     write_json(
         header_path(out),
-        known | {"judge": {"model": judge.model, "url": without_credentials(judge.url)}},
+        header | {"judge": {"model": judge.model, "url": without_credentials(judge.url)}},
     )

@@ -19,18 +19,18 @@ def reward_file(
     """Each row of a JSONL file (`.gz` too) with its `reward` and `parts`, in order.
 
     Rows hold `solution`, the text after the prompt in that dialect, and `answer`, one right answer
-    or a list; perhaps `finish` (or `stop_reason_final`), how it ended. Raises ValueError for an
-    unknown variant or dialect, DataError naming the line of a row that lacks one.
+    or a list; optionally `finish` (or `stop_reason_final`), how it ended. Raises ValueError for an
+    unknown variant or dialect; DataError, naming the line, for a row that lacks a key.
     """
-    rule, spoken, number = reward_rule(variant), make_dialect(dialect), 0
+    rule, solution_dialect, number = reward_rule(variant), make_dialect(dialect), 0
     for number, row in read_rows(path):
         try:
-            solution = row.get("solution")
-            if not isinstance(solution, str):
+            text = row.get("solution")
+            if not isinstance(text, str):
                 raise ValueError("`solution` must be a text")
-            whole = is_complete(str(row.get("finish") or row.get("stop_reason_final") or ""))
-            read = replace(Solution.of_text(solution, spoken), complete=whole)
-            reward = rule(read, gold_answers(row))
+            complete = is_complete(str(row.get("finish") or row.get("stop_reason_final") or ""))
+            solution = replace(Solution.of_text(text, solution_dialect), complete=complete)
+            reward = rule(solution, gold_answers(row))
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         yield row | {"reward": reward.value, "parts": reward.parts}

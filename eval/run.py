@@ -1,4 +1,4 @@
-"""Answering a file of questions with a model, and writing down everything that came of it.
+"""Answers a file of questions with a model and writes one row per answer.
 
 The rollout engine is that of training, with the published evaluation settings (greedy, 512 tokens
 a turn, five documents a search, at most nine searches).
@@ -34,7 +34,7 @@ from r1s_jax.system.locks import only_one
 T = TypeVar("T")
 Mode = Literal["search", "rag", "direct"]
 
-# The published names of how a trajectory ends.
+# The published names of stop reasons.
 STOP_REASONS = {
     Finish.FINISHED: "finished",
     Finish.SEARCH_LIMIT: "many_retrieve",
@@ -54,16 +54,16 @@ class EvalRun:
     model: str
     settings: Settings = EVALUATION
     mode: Mode = "search"
-    samples: int = 1  # answers to each question
+    samples: int = 1  # answers per question
     limit: int = 0  # questions at most; 0: all
 
     def __post_init__(self) -> None:
         if self.samples < 1:
-            raise ConfigError(f"samples={self.samples}: at least one answer a question")
+            raise ConfigError(f"samples={self.samples}: must be at least 1")
         if self.samples > 1 and self.settings.config().rollout.temperature < GREEDY_BELOW:
             raise ConfigError(
-                f"samples={self.samples} at temperature 0 would all be one answer: set "
-                "rollout.temperature above 0, as 1.0"
+                f"samples={self.samples} at temperature 0 would all be the same: set "
+                "rollout.temperature above 0, such as 1.0"
             )
 
 
@@ -76,29 +76,29 @@ def answer_file(
     *,
     retry_failed: bool = False,
 ) -> Path:
-    """Answers every question of a file, in order, a row an answer in `out` (JSON lines).
+    """Answers every question of a file, in order, one row per answer in `out` (JSON lines).
 
-    Rows are those of data.results.ResultRow. `OUT.header.json` says what was run on what (`source`
-    describes the index), by content, and what became of the searches. A stopped run continues where
-    its file ends, with the checkpoint that it began with; with `retry_failed` the rows whose search
-    failed are answered again first, in their places.
+    The rows are data.results.ResultRow. `OUT.header.json` holds digests of the model and the
+    questions, the settings, `source` (a description of the index) and the outcomes of the searches.
+    A stopped run continues where its file ends, with the checkpoint that it began with;
+    `retry_failed` first answers the rows whose search failed again, in place.
 
-    Raises DataError for a file that holds answers of another model, to other questions or by
-    another run, or where `retriever` is missing; InUse where another process writes it;
-    SearchFailure, the rows being written, where more than search.max_failure_rate of them failed.
+    Raises DataError for a file with answers of another model, to other questions or of another run,
+    or if `retriever` is missing; InUse if another process writes the file; SearchFailure, after the
+    rows are written, if more than search.max_failure_rate of the searches failed.
     """
     if retriever is None and run.mode != "direct":
         raise DataError(f"mode {run.mode} searches: name an index, or take --mode direct")
     config = run.settings.config()
-    every = read_questions(questions_file(run.questions))
+    all_questions = read_questions(questions_file(run.questions))
     if Path(run.questions).resolve() == out.resolve():
         raise DataError(f"{out} holds the questions: name another file for the answers")
-    described = _header(run, every, source)
+    described = _header(run, all_questions, source)
     with only_one(out, "the file of answers"):
-        rows, before = _already(out, described, every, run.samples)
-        questions = every[: run.limit or None]
+        rows, before = _resume(out, described, all_questions, run.samples)
+        questions = all_questions[: run.limit or None]
         progress(len(rows), len(questions) * run.samples)
-        engine, params = _loaded(run, out, described, before)
+        engine, params = _load(run, out, described, before)
         engine.check_prompts(questions)
         write_json(header_path(out), described)
         searches = _Searches(rows, config.search.max_failure_rate)
@@ -106,13 +106,14 @@ def answer_file(
 
         def answer(batch: Sequence[Question]) -> list[ResultRow]:
             size = min(at_a_time, len(questions))
-            answered = _answer(run, engine, params, batch, size, retriever or _Nothing())
+            answered = _answer(run, engine, params, batch, size, retriever or _NoSearch())
             searches.note(answered, engine.broker.common_failures())
             return answered
 
         if retry_failed:
             _answer_again(out, rows, questions, run.samples, at_a_time, answer, searches)
-        whole, part = divmod(len(rows), run.samples)  # of the last question, some may be there
+        # A stopped run may have left only a part of the last question's samples.
+        whole, part = divmod(len(rows), run.samples)
         with out.open("a", encoding="utf-8") as file:
             for batch in _batches(questions[whole:], at_a_time):
                 for row in (answered := answer(batch)[part:]):
@@ -138,25 +139,25 @@ def _answer_again(
     answer: Callable[[Sequence[Question]], list[ResultRow]],
     searches: "_Searches",
 ) -> None:
-    """Answers whose search failed, in their places in `rows` and in the file."""
-    asked = rows[: len(questions) * samples]
-    failed = [i for i, row in enumerate(asked) if searches.failed(row)]
+    """Answers the rows whose search failed again, in place, in `rows` and in the file."""
+    limit = len(questions) * samples
+    failed = [i for i, row in enumerate(rows[:limit]) if searches.failed(row)]
     for places in _batches(sorted({i // samples for i in failed}), at_a_time):
         again = [p * samples + j for p in places for j in range(samples)]
         for i, row in zip(again, answer([questions[p] for p in places]), strict=True):
-            # The last question may have been begun only; its other answers stay as they are.
+            # The last question may lack samples; samples that did not fail stay as they are.
             if i < len(rows) and searches.failed(rows[i]):
                 rows[i] = row
         write_rows(out, rows)
         searches.recount(rows)
 
 
-def _loaded(
+def _load(
     run: EvalRun, out: Path, described: dict[str, Any], before: dict[str, Any] | None
 ) -> tuple[Engine, Params]:
-    """What answers; the header is told which model it is, and the words of its chat template."""
-    asked = run.settings.config().protocol
-    policy = load_described(out, run.model, described, before).speaking(asked)
+    """The engine and its parameters; adds the model's digest and dialect to the header."""
+    protocol = run.settings.config().protocol
+    policy = load_described(out, run.model, described, before).speaking(protocol)
     engine = _engine(run, policy)
     described["dialect"] |= engine.dialect.as_dict()
     if before:
@@ -172,9 +173,9 @@ def _answer(
     size: int,
     retriever: Retriever,
 ) -> list[ResultRow]:
-    """The rows of a few questions, those of one beside each other.
+    """The rows of a few questions, the samples of a question side by side.
 
-    Every batch has the same shape: the program compiles once.
+    Every batch is padded to `size` questions, so that the program compiles once.
     """
     padded = [*batch, *[batch[-1]] * (size - len(batch))]
     begin = time.perf_counter()
@@ -188,7 +189,7 @@ def _answer(
 
 
 class _Searches:
-    """What became of the searches of all rows, and whether too many failed."""
+    """The outcomes of the searches of all rows, and whether too many failed."""
 
     def __init__(self, rows: Sequence[ResultRow], limit: float):
         self.limit, self.reasons = limit, ""
@@ -198,11 +199,11 @@ class _Searches:
         self.outcomes = Counter(o for row in rows for o in row["search_outcomes"])
 
     def add(self, rows: Sequence[ResultRow]) -> None:
-        """Counts more rows."""
+        """Counts the searches of more rows."""
         self.outcomes.update(o for row in rows for o in row.get("search_outcomes", ()))
 
     def note(self, rows: Sequence[ResultRow], reasons: str) -> None:
-        """Keeps `reasons`, what the failures of these rows were."""
+        """Keeps `reasons`, the causes of failures, if a search of these rows failed."""
         if any(map(self.failed, rows)):
             self.reasons = reasons
 
@@ -212,7 +213,7 @@ class _Searches:
         return any(outcome in FAILED for outcome in row["search_outcomes"])
 
     def counts(self) -> dict[str, int]:
-        """Searches by what became of them: found, empty, failed, unanswered."""
+        """The number of searches by outcome: found, empty, failed, unanswered."""
         failed = sum(self.outcomes[name] for name in FAILED)
         unanswered = sum(self.outcomes[name] for name in UNANSWERED)
         found, empty = self.outcomes["found"], self.outcomes["empty"]
@@ -233,8 +234,8 @@ class _Searches:
         )
 
 
-class _Nothing:
-    """Stands where no search is made."""
+class _NoSearch:
+    """The retriever of a run without searches."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list]:
         raise RuntimeError("a search in a run that makes none")
@@ -244,13 +245,13 @@ def _engine(run: EvalRun, policy: Pretrained) -> Engine:
     config = run.settings.config(policy.model.max_position)
     rollout = config.rollout
     if run.mode == "rag":
-        # The documents of a first search belong to the prompt.
+        # With retrieve_first, the documents are a part of the prompt.
         longest = rollout.max_prompt_length + rollout.max_documents_length
         longest = min(longest, rollout.max_length - 1)
         rollout = replace(rollout, retrieve_first=True, max_prompt_length=longest)
     if run.mode != "search":
         rollout = replace(rollout, max_searches=0)
-    # Failures are counted over all rows, not over those of one batch: see _Searches.
+    # Failures are counted over all rows, not per batch: see _Searches.
     search = replace(config.search, max_failure_rate=1.0)
     return Engine(policy, rollout, search=search, evaluation=True)
 
@@ -284,24 +285,30 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[first : first + size]
 
 
-def _header(run: EvalRun, every: Sequence[Question], source: dict[str, Any]) -> dict[str, Any]:
+def _header(run: EvalRun, questions: Sequence[Question], source: dict[str, Any]) -> dict[str, Any]:
     return describe(
-        run.model, run.questions, every, run.settings, source, mode=run.mode, samples=run.samples
+        run.model,
+        run.questions,
+        questions,
+        run.settings,
+        source,
+        mode=run.mode,
+        samples=run.samples,
     )
 
 
-def _already(
+def _resume(
     out: Path, described: dict[str, Any], questions: Sequence[Question], samples: int
 ) -> tuple[list[ResultRow], dict[str, Any] | None]:
-    """The answers that the file holds, each that of its question, and its header; see begun."""
+    """The answers in the file, each checked against its question, and its header; see begun."""
     rows, before = begun(out, described)
     for i, row in enumerate(rows):
         check(row, ResultRow, f"{out}, line {i + 1}", DataError)
         question = questions[i // samples] if i < len(questions) * samples else None
-        asked = question and (question.source_id or question.id, question.question, i % samples)
-        if (row["id"], row["question"], row.get("sample", 0)) != asked:
+        expected = question and (question.source_id or question.id, question.question, i % samples)
+        if (row["id"], row["question"], row.get("sample", 0)) != expected:
             raise DataError(
-                f"{out}, line {i + 1} holds the answer to another question (id {row['id']!r}) than "
-                "the one asked there: choose another file with --out"
+                f"{out}, line {i + 1} answers another question (id {row['id']!r}) than the one "
+                "expected there: choose another file with --out"
             )
-    return cast("list[ResultRow]", rows), before  # each was checked
+    return cast("list[ResultRow]", rows), before  # checked above

@@ -14,7 +14,7 @@ from r1s_jax.data.results import sample_of
 
 PERCENT = ("em", "cem", "f1", "precision", "recall", "acc_l")
 PERCENT += ("em_squad", "f1_squad", "sub_em", "supporting_recall")
-# By the normaliser that prepares the answers for it, where there is one.
+# Each title names the normaliser of the answers, if the score has one.
 _TITLES = {
     "em": "EM (R1-Searcher) %",
     "cem": "cover-EM (R1-Searcher) %",
@@ -26,10 +26,10 @@ _TITLES = {
     "supporting_recall": "supporting pages found %",
     "searches": "searches",
 }
-# Shown only where they say something that the first does not.
+# Shown only if they differ from the score with R1-Searcher's normaliser.
 _OTHERWISE = {"em_squad": "em", "f1_squad": "f1"}
 _COMPARED = ("em", "cem", "f1", "acc_l")
-_PASSED = ("em", "cem")  # right or wrong: a question is passed where one of its answers is right
+_PASSED = ("em", "cem")  # scores of 0 or 1, so that pass@k is their maximum
 _RESAMPLES = 2000
 
 Group = Sequence[Mapping[str, Any]]  # the answers to one question
@@ -39,10 +39,10 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over a file's results.
 
     Returns `n`; every score of PERCENT in percent to one decimal as published (None without a
-    verdict, or without known supporting pages; `judged` says on how many rows `acc_l` stands);
-    `searches` a question; `finish`, how often each stop reason occurred; `interval`, 95 % bootstrap
+    verdict, or without known supporting pages); `judged`, the number of rows behind `acc_l`;
+    `searches` per question; `finish`, the count of each stop reason; `interval`, 95 % bootstrap
     intervals over questions in the units of the means; `exact`, the means in full precision; and
-    of several answers to a question what `_several` does.
+    with several answers per question the keys of `_several`.
     """
     groups = list(_groups(results).values())
     columns = {name: _columns(groups, name) for name in (*PERCENT, "searches")}
@@ -65,27 +65,27 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _several(groups: Sequence[Group]) -> dict[str, Any]:
-    """Of k answers a question, over the `questions` that have all of them; {} where k is 1.
+    """Scores of k answers per question, over the `questions` that have all k; {} if k is 1.
 
     `samples` is k; `avg@k` the mean over questions of the mean over their answers; `pass@k` the
-    share of questions of which one answer at least is right. Percent, each with its 95 % bootstrap
+    share of questions with at least one right answer. In percent, each with its 95 % bootstrap
     `interval` over questions.
     """
     k = max(map(len, groups), default=1)
     if k == 1:
         return {}
-    whole = [group for group in groups if len(group) == k]
+    complete = [group for group in groups if len(group) == k]
 
-    def of(name: str, of_answers: Any) -> dict[str, Any]:
-        scores = [100 * of_answers([r["scores"][name] for r in group]) for group in whole]
-        sums = np.array([(score, 1) for score in scores])
+    def score(name: str, aggregate: Any) -> dict[str, Any]:
+        scores = [100 * aggregate([r["scores"][name] for r in group]) for group in complete]
+        sums = np.array([(value, 1) for value in scores])
         return {"mean": round(_mean(sums), 1), "interval": _interval(sums)}
 
     return {
         "samples": k,
-        "questions": len(whole),
-        "avg@k": {name: of(name, lambda scores: sum(scores) / k) for name in ("em", "cem", "f1")},
-        "pass@k": {name: of(name, max) for name in _PASSED},
+        "questions": len(complete),
+        "avg@k": {name: score(name, lambda row: sum(row) / k) for name in ("em", "cem", "f1")},
+        "pass@k": {name: score(name, max) for name in _PASSED},
     }
 
 
@@ -94,23 +94,21 @@ def compare(
 ) -> dict[str, Any] | None:
     """Second minus first over the questions that both answer; None when they share none.
 
-    Of several answers to a question, their mean counts. Returns `n`, and for each score its mean
-    difference, the 95 % bootstrap `interval` of it, and on how many questions the second is
-    `better` and `worse`.
+    Several answers to a question count by their mean. Returns `n`, and for each score its mean
+    `difference`, the 95 % bootstrap `interval` of it, and the number of questions on which the
+    second is `better` and `worse`.
     """
     by_id = all("id" in row for row in (*first, *second))
-    known = _groups(first, by_id)
-    pairs = [
-        (known[place], group) for place, group in _groups(second, by_id).items() if place in known
-    ]
+    groups = _groups(first, by_id)
+    pairs = [(groups[key], group) for key, group in _groups(second, by_id).items() if key in groups]
     if not pairs:
         return None
     result: dict[str, Any] = {"n": len(pairs)}
     for name in _COMPARED:
         means = [[_group_mean(group, name) for group in pair] for pair in pairs]
-        known_means = [pair for pair in means if None not in pair]
-        if known_means:
-            gain = np.diff(np.array(known_means))[:, 0]
+        complete = [pair for pair in means if None not in pair]
+        if complete:
+            gain = np.diff(np.array(complete))[:, 0]
             result[name] = {
                 "difference": round(float(gain.mean()) * 100, 2),
                 "interval": _interval(np.stack([gain * 100, np.ones(len(gain))], 1)),
@@ -123,11 +121,10 @@ def compare(
 def _groups(
     results: Sequence[Mapping[str, Any]], by_id: bool | None = None
 ) -> dict[tuple, list[Mapping[str, Any]]]:
-    """The answers to each question, by what tells it from the others of its file.
+    """The answers to each question, by (text, id, occurrence); samples of a question are together.
 
-    That is its text, its id (if `by_id`; None: if all have one), and which one of them it is: a
-    question may stand in a file several times, with different right answers. Several samples of one
-    question belong together.
+    The id is used if `by_id` (None: if all rows have one). The occurrence separates questions that
+    stand in a file several times, with different right answers.
     """
     if by_id is None:
         by_id = all("id" in row for row in results)
@@ -142,7 +139,7 @@ def _groups(
 
 
 def print_tables(summaries: Sequence[dict[str, Any]], gains: Sequence[dict[str, Any]]) -> None:
-    """Summaries and comparisons for a reader."""
+    """Prints summaries and comparisons."""
     table = Table("mean (95 %)", *(Path(s["file"]).name for s in summaries))
     for name, title in _TITLES.items():
         if _is_shown(name, summaries):
@@ -175,7 +172,7 @@ def _with_interval(summary: dict[str, Any], name: str) -> str:
 
 
 def _is_shown(name: str, summaries: Sequence[dict[str, Any]]) -> bool:
-    """Whether a row of the table says something."""
+    """Whether the row of a score adds information to the table."""
     if name in _OTHERWISE:
         return any(s["exact"][name] != s["exact"][_OTHERWISE[name]] for s in summaries)
     return name != "supporting_recall" or any(s[name] is not None for s in summaries)
@@ -202,16 +199,16 @@ def _unit(name: str) -> float:
 def _columns(groups: Iterable[Group], name: str) -> np.ndarray:
     """Float64[questions, 2]: the sum of a score over a question's answers, and how many have it."""
     scores = [[r["scores"][name] for r in group if name in r["scores"]] for group in groups]
-    return np.array([(sum(known) * _unit(name), len(known)) for known in scores if known])
+    return np.array([(sum(group) * _unit(name), len(group)) for group in scores if group])
 
 
 def _group_mean(group: Group, name: str) -> float | None:
-    known = [r["scores"][name] for r in group if name in r["scores"]]
-    return sum(known) / len(known) if known else None
+    scores = [r["scores"][name] for r in group if name in r["scores"]]
+    return sum(scores) / len(scores) if scores else None
 
 
 def _mean(sums: np.ndarray) -> float:
-    """The mean of what _columns holds, over all answers."""
+    """The mean over all answers; `sums` as in _columns."""
     return float(sums[:, 0].sum() / sums[:, 1].sum())
 
 
@@ -225,10 +222,10 @@ def interval(values: Float[np.ndarray, " N"]) -> tuple[float, float]:
 
 
 def _bounds(sums: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean, the questions drawn: see _columns.
+    """95 % percentile bootstrap interval of the mean over questions; `sums` as in _columns.
 
-    A resample is a multinomial draw of how often each distinct row occurs, which is the same thing
-    as drawing the rows one by one, and as quick for many rows as for few.
+    A resample is a multinomial draw of the counts of the distinct rows. This equals drawing rows
+    one by one, and is as quick for many rows as for few.
     """
     distinct, counts = np.unique(sums, axis=0, return_counts=True)
     draws = np.random.default_rng(0).multinomial(len(sums), counts / len(sums), size=_RESAMPLES)

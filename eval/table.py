@@ -1,4 +1,4 @@
-"""The paper's table: benchmarks by models, cover-EM and judged accuracy, the published rows beside.
+"""The paper's table: models by benchmarks, cover-EM and judged accuracy, with the published rows.
 
 ACC_R is cover-EM and ACC_L the judge's accuracy (R1-Searcher, arXiv 2503.05592, table 2). The wide
 form has seven benchmarks and EM as Search-R1 (arXiv 2503.09516) reports it, by SQuAD's normaliser.
@@ -39,15 +39,15 @@ class Cell:
     n: int = 0  # 0: published by others
     corpus: str = ""
     em_squad: float | None = None
-    weights: str = ""  # digests of the model and of the questions, where a header names them
-    asked: str = ""
+    weights: str = ""  # digest of the model, from the header; "": unknown
+    asked: str = ""  # digest of the questions, from the header; "": unknown
 
     def __str__(self) -> str:
         return "/".join("-" if v is None else f"{v:.1f}" for v in (self.acc_r, self.acc_l))
 
 
 def published() -> list[Cell]:
-    """The rows of the paper that others are measured against."""
+    """The published rows, for comparison."""
     return [
         Cell(model, benchmark, *_pair(pair))
         for model, row in _PUBLISHED.items()
@@ -61,9 +61,9 @@ def _pair(text: str) -> tuple[float, float]:
 
 
 def measured(files: Iterable[Path]) -> list[Cell]:
-    """A cell a result file; its header names model, benchmark and corpus, else its own name does.
+    """One cell per result file; its header or its name gives model, benchmark and corpus.
 
-    Raises DataError for two files of one model and benchmark.
+    Raises DataError for two files of the same model and benchmark.
     """
     cells: dict[tuple[str, str], Cell] = {}
     for file in files:
@@ -85,7 +85,7 @@ def _measure(file: Path) -> Cell:
     benchmark = benchmark_of(name) or _stem(name)
     model = f"{run['model']} ({run['mode']})" if run else _stem(file.name)
     corpus = source["corpus"] if source else "none" if run else ""
-    questions = summary.get("questions", summary["n"])  # of several samples each, their mean
+    questions = summary.get("questions", summary["n"])  # several samples count as one question
     scores = (summary["cem"], summary["acc_l"], questions, corpus, summary["em_squad"])
     digests = (header.get(name, {}).get("sha256", "") for name in ("model", "questions"))
     return Cell(model, benchmark, *scores, *digests)
@@ -96,7 +96,7 @@ def _stem(name: str) -> str:
 
 
 def as_markdown(cells: Sequence[Cell]) -> str:
-    """The table, with notes on how many questions and which corpus lie behind the measured rows."""
+    """The table, with notes on the number of questions and the corpus of each measured row."""
     columns, rows = _grid(cells)
     titles = [TITLES.get(b) or _cell(b) for b in columns]
     lines = ["| ACC_R / ACC_L, % | " + " | ".join(titles) + " |"]
@@ -111,8 +111,8 @@ def as_markdown(cells: Sequence[Cell]) -> str:
 def as_wide_markdown(cells: Sequence[Cell]) -> str:
     """EM by SQuAD's normaliser on the seven benchmarks, and their macro-average, with the notes.
 
-    A model that lacks one of the seven has no average. Other benchmarks stand behind it and are not
-    in it.
+    A model that lacks one of the seven has no average. Other benchmarks follow the average and do
+    not count in it.
     """
     columns, rows = _grid(cells, tuple(BENCHMARKS))
     others = columns[len(BENCHMARKS) :]
@@ -129,17 +129,17 @@ def as_wide_markdown(cells: Sequence[Cell]) -> str:
 
 
 def _average(scores: Sequence[float | None]) -> float | None:
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if len(known) == len(scores) else None
+    measured = [score for score in scores if score is not None]
+    return sum(measured) / len(measured) if len(measured) == len(scores) else None
 
 
 def _cell(text: str) -> str:
-    """A name of others in a Markdown table: its marks are letters like any."""
+    """An outside name for a Markdown table, with Markdown's marks escaped."""
     return re.sub(r"([\\|`*<>\[\]])", r"\\\1", printable(" ".join(text.split())))
 
 
 def as_csv(cells: Sequence[Cell]) -> str:
-    """A line a model and benchmark: `model, benchmark, acc_r, acc_l, n, corpus, em_squad`."""
+    """One line per model and benchmark: `model, benchmark, acc_r, acc_l, n, corpus, em_squad`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["model", "benchmark", "acc_r", "acc_l", "n", "corpus", "em_squad"])
@@ -149,7 +149,7 @@ def as_csv(cells: Sequence[Cell]) -> str:
 
 
 def plot(cells: Sequence[Cell], path: Path, *, wide: bool = False) -> None:
-    """Bars of ACC_R, a group a benchmark; a dot marks ACC_L. Wide: of EM on the seven, no dots."""
+    """Bars of ACC_R and dots of ACC_L, a group per benchmark; `wide`: bars of EM on the seven."""
     columns, rows = _grid(cells, tuple(BENCHMARKS) if wide else PAPER)
     from matplotlib.figure import Figure
 
@@ -158,12 +158,12 @@ def plot(cells: Sequence[Cell], path: Path, *, wide: bool = False) -> None:
     width, at = 0.8 / len(rows), np.arange(len(columns))
     for i, (model, row) in enumerate(rows.items()):
         where = at + (i - (len(rows) - 1) / 2) * width
-        known = [row.get(b) for b in columns]
-        heights = [_number(c and (c.em_squad if wide else c.acc_r)) for c in known]
+        row_cells = [row.get(b) for b in columns]
+        heights = [_number(c and (c.em_squad if wide else c.acc_r)) for c in row_cells]
         bars = axes.bar(where, heights, width, label=model)
         if wide:
             continue
-        dots = [_number(c and c.acc_l) for c in known]
+        dots = [_number(c and c.acc_l) for c in row_cells]
         axes.plot(where, dots, "o", color=bars.patches[0].get_facecolor(), markeredgecolor="black")
     axes.set_xticks(at, [TITLES.get(b, b) for b in columns])
     axes.set(ylabel="EM (SQuAD), %" if wide else "ACC_R (bar), ACC_L (dot), %", ylim=(0, 100))
@@ -178,7 +178,7 @@ def _number(value: float | None) -> float:
 def _grid(
     cells: Sequence[Cell], first: Sequence[str] = PAPER
 ) -> tuple[list[str], dict[str, dict[str, Cell]]]:
-    """The `first` benchmarks, then others; the cells of each model."""
+    """(the `first` benchmarks, then any others; the cells of each model by benchmark)."""
     rows: dict[str, dict[str, Cell]] = {}
     for cell in cells:
         rows.setdefault(cell.model, {})[cell.benchmark] = cell
@@ -207,8 +207,8 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
     for model in dict.fromkeys(c.model for c in ours):
         if len({c.weights for c in ours if c.model == model and c.weights}) > 1:
             lines.append(
-                f"- **{_cell(model)}: this row has answers of different weights; it is no one "
-                "model.**"
+                f"- **{_cell(model)}: this row mixes answers of different weights; it is not "
+                "one model.**"
             )
     return lines
 

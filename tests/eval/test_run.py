@@ -219,7 +219,7 @@ def test_names_and_supporting_pages_come_back(questions, searcher, tmp_path):
     assert [row["id"] for row in rows_of(out)] == ["5a0", "5a1", "5a2"]
     for change in ({"id": "5a9"}, {"question": "Another?"}):
         out.write_text(json.dumps(found[0] | change) + "\n")
-        with pytest.raises(DataError, match="line 1 holds the answer to another question"):
+        with pytest.raises(DataError, match="line 1 answers another question"):
             answer_file(run, EchoRetriever(), {}, out)
 
 

@@ -52,7 +52,7 @@ def _answer_on(folder: Path) -> Any:
 
     questions, now = _journal_questions(), _header()
     del now["model"], now["searches"]
-    answered, before = run._already(folder / "a.jsonl", now, questions, 1)
+    answered, before = run._resume(folder / "a.jsonl", now, questions, 1)
     counts = run._Searches(answered, 1.0).counts()
     measured = difficulty._resume(folder / "m.jsonl", now, questions)
     return answered, before and before["model"].get("checkpoint"), counts, measured
