@@ -1,1 +1,1 @@
-"""Recipes: one Python file each, `def config() -> Config`."""
+"""Recipes: one Python file each, with `def config() -> Config`."""

@@ -1,6 +1,6 @@
-"""What the published runs have in common (R1-Searcher, arXiv 2503.05592); no recipe by itself.
+"""The shared settings of the published runs (R1-Searcher, arXiv 2503.05592); not a recipe itself.
 
-350 questions in stage 1 and 8,148 in stage 2, 64 to a step and each seen once.
+350 questions in stage 1 and 8,148 in stage 2, 64 per step, each seen once.
 """
 
 from typing import Literal
@@ -33,9 +33,9 @@ def published(
 ) -> Config:
     """A run of `model` with the published numbers.
 
-    Give it your files: `environment.questions=...` and `environment.index=...` (or passages).
-    Slots, rows and what is recomputed are what `r1s compile --fit` found for a 7B policy on 16 v5p
-    chips; for smaller chips ask it again.
+    Name your files: `environment.questions=...` and `environment.index=...` (or passages). The
+    slots, micro-batch rows and remat come from `r1s compile --fit` for a 7B policy on 16 v5p chips;
+    call it again for smaller chips.
     """
     return Config(
         name=name,

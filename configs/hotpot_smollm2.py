@@ -1,8 +1,8 @@
 """SmolLM2-135M over the published passages: cold start from published traces, then RL (one GPU).
 
-Needs the environment variable R1S_DATA (the folder of R1-Searcher's published data). Learns from
-questions of the published test sets, a fifth of them held out: its numbers are its own, never
-comparable with the paper's.
+Needs the environment variable R1S_DATA (the folder of R1-Searcher's published data). It learns from
+questions of the published test sets, a fifth of them held out, so that its numbers cannot be
+compared with the paper's.
 """
 
 import os
@@ -22,7 +22,7 @@ from r1s_jax.config import (
 
 
 def config() -> Config:
-    """The files of R1S_DATA, or of `data` below the working directory, by absolute paths."""
+    """Names the files of R1S_DATA, else of `data` in the working directory, by absolute paths."""
     data = Path(os.environ.get("R1S_DATA", "data")).resolve()
     return Config(
         name="hotpot_smollm2",

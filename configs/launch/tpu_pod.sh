@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A TPU slice by queued resources: asks for it, installs, trains on all its hosts, and asks again
-# when it is preempted, until the run is complete.
+# A TPU slice by queued resources: requests it, installs, trains on all its hosts, and requests it
+# again after a preemption, until the run is complete.
 #
 #   NAME=mine PROJECT=my-project ZONE=us-east5-a ACCELERATOR=v5p-32 RUNTIME=v2-alpha-tpuv5 \
 #   SOURCE=git+https://HOST/r1s_jax.git RECIPE=qwen2_5_7b_stage2 RUN_DIR=/mnt/shared/runs/mine \
 #     configs/launch/tpu_pod.sh [section.field=value ...]
 #
-# SETUP is run on every host first: mount there what makes RUN_DIR the same directory on all of them
-# (Filestore, gcsfuse). SPOT=1 asks for spot capacity. DRY_RUN=1 only prints what would be done.
+# SETUP is a command that runs first on every host; it must mount a shared file system for RUN_DIR
+# (Filestore, gcsfuse). SPOT=1 requests spot capacity. DRY_RUN=1 only prints the commands.
 source "$(dirname "${BASH_SOURCE[0]}")/_lib.sh"
 
 need NAME "a name for the slice"
@@ -15,7 +15,7 @@ need PROJECT "the Google Cloud project"
 need ZONE "the zone, e.g. us-east5-a"
 need ACCELERATOR "its type, e.g. v5p-32 (16 chips), v6e-32, v5litepod-64"
 need RUNTIME "its software, e.g. v2-alpha-tpuv5, v2-alpha-tpuv6e, v2-alpha-tpuv5-lite"
-need SOURCE "what pip installs r1s_jax from: git+https://..., or a wheel"
+need SOURCE "the source of r1s_jax for pip: git+https://..., or a wheel"
 need RECIPE "a recipe; r1s configs lists them"
 need RUN_DIR "a directory that every host sees"
 need_command gcloud
@@ -62,7 +62,7 @@ attempt() {
   command=$(printf '%q ' python3 -m r1s_jax.cli train "$RECIPE" "$@" \
     --run-dir "$RUN_DIR" --resume --distributed)
   on_hosts all "$command" || status=$?
-  # A slice that went away took the connection with it: no error of the run.
+  # A lost slice also breaks the connection: this is no error of the run.
   if [[ $status != 0 && $(state) != ACTIVE ]]; then status=75; fi
   return "$status"
 }

@@ -1,1 +1,1 @@
-"""The groups of `r1s` commands; each command is a thin call into the module that does the work."""
+"""The `r1s` commands, one module per group; each command calls the module that does the work."""

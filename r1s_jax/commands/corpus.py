@@ -1,4 +1,4 @@
-"""`r1s corpus`: make the published corpora from their dumps."""
+"""`r1s corpus`: makes the published corpora from their dumps."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Make passages from dumps of Wikipedia.")
 
-Out = Annotated[Path, typer.Argument(help="The .tsv file to write; there when it is whole.")]
+Out = Annotated[Path, typer.Argument(help="The .tsv file to write; it appears once complete.")]
 
 
 @app.command("kilt")
@@ -24,7 +24,7 @@ def kilt(
 ) -> None:
     """KILT pages as passages of 100 words, `{idx}<TAB>{title}   {text}`.
 
-    Needs little memory. Malformed pages are skipped; the last line printed is a summary as JSON.
+    Needs little memory. Malformed pages are skipped. The last line printed is a summary as JSON.
     """
     from r1s_jax.retrieval.kilt import KILT
     from r1s_jax.retrieval.lines import open_source

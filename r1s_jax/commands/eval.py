@@ -1,4 +1,4 @@
-"""`r1s eval`: answer questions, score and judge the answers."""
+"""`r1s eval`: answers questions, scores and judges the answers."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from r1s_jax.commands.options import (
     Site,
 )
 
-app = typer.Typer(no_args_is_help=True, help="Score what a model answered.")
+app = typer.Typer(no_args_is_help=True, help="Answer questions, score and judge the answers.")
 
 
 QuestionsFile = Annotated[
@@ -27,18 +27,18 @@ QuestionsFile = Annotated[
         "by name (r1s data benchmarks)."
     ),
 ]
-AnswersOut = Annotated[Path, typer.Option(help="File of answers to write, or to go on with.")]
+AnswersOut = Annotated[Path, typer.Option(help="File of answers to write, or to continue.")]
 How = Annotated[
     Literal["search", "rag", "direct"],
-    typer.Option(help="rag: one search, of the question; direct: none."),
+    typer.Option(help="rag: one search, for the question itself; direct: no search."),
 ]
-FirstFew = Annotated[int, typer.Option(min=0, help="Only the first so many questions; 0: all.")]
+FirstFew = Annotated[int, typer.Option(min=0, help="Only the first N questions; 0: all.")]
 Samples = Annotated[
     int,
-    typer.Option(min=1, help="Answers to each; several need rollout.temperature above 0."),
+    typer.Option(min=1, help="Answers per question; several need rollout.temperature above 0."),
 ]
 RetryFailed = Annotated[
-    bool, typer.Option("--retry-failed", help="Answer rows whose search failed again.")
+    bool, typer.Option("--retry-failed", help="Answer again the rows whose search failed.")
 ]
 
 
@@ -57,10 +57,10 @@ def run(
     limit: FirstFew = 0,
     retry_failed: RetryFailed = False,
 ) -> None:
-    """Answer a file of questions; `r1s eval score` does the rest.
+    """Answer a file of questions, for `r1s eval score`.
 
-    A row an answer, in order, written as they finish: a stopped run goes on where its file ends.
-    Where too many searches fail it ends with exit status 1; the rows say which.
+    Writes one row per answer, in order, as they finish; a stopped run continues where its file
+    ends. If too many searches fail, the exit status is 1; the rows show which ones.
     """
     from r1s_jax import presets
     from r1s_jax.eval.run import EvalRun, answer_file
@@ -75,17 +75,17 @@ def run(
         engine, source = open_search_engine(index, retriever, site if online else None)
     with progress_bar("Answering") as advance:
         answer_file(run, engine, source, out, advance, retry_failed=retry_failed)
-    _tell_searches(out)
+    _print_searches(out)
     typer.echo(str(out))
 
 
-def _tell_searches(out: Path) -> None:
+def _print_searches(out: Path) -> None:
     from r1s_jax.data.results import read_header
     from r1s_jax.system.console import console
 
     if searches := (read_header(out) or {}).get("searches"):
-        told = ", ".join(f"{n} {outcome}" for outcome, n in searches.items())
-        console.print(f"Searches: {told}")
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in searches.items())
+        console.print(f"Searches: {counts}")
 
 
 @app.command("score")
@@ -94,15 +94,14 @@ def score(
         list[Path], typer.Argument(help="JSON lines {question, answer, pred_ans, ...}; .gz too.")
     ],
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a file, then one a comparison.")
+        bool, typer.Option("--json", help="One JSON object per file, then one per comparison.")
     ] = False,
 ) -> None:
     """EM, cover-EM, F1 and judged accuracy with 95 % intervals; files compared pairwise.
 
-    Answers are normalised as R1-Searcher does it, which puts a space for punctuation, or as SQuAD
-    (HotpotQA, Search-R1) does, which removes it; each score says which. Of several samples a
-    question, avg@k and pass@k as well. Percentages have one decimal, as papers print them; `exact`
-    in the JSON has them in full.
+    Each score names its normaliser: R1-Searcher's replaces punctuation by spaces, SQuAD's
+    (HotpotQA, Search-R1) removes it. Several samples per question add avg@k and pass@k. Percentages
+    have one decimal, as in papers; `exact` in the JSON has them in full.
     """
     from r1s_jax.data.results import read_header, read_results
     from r1s_jax.eval import score as scoring
@@ -111,7 +110,7 @@ def score(
     results = [read_results(file) for file in files]
     headers = [read_header(file) or {} for file in files]
     if len({h["questions"]["sha256"] for h in headers if "questions" in h}) > 1:
-        warn("these files answer different questions: a comparison is over those that both have")
+        warn("these files answer different questions: each comparison is over those that both have")
     summaries = [
         {"file": str(f), **scoring.summarize(r)} for f, r in zip(files, results, strict=True)
     ]
@@ -144,10 +143,10 @@ def judge(
         float, typer.Option(min=-1, help="-1: not sent, for models that refuse it.")
     ] = 0.0,
 ) -> None:
-    """Ask a language model whether each answer is right; `r1s eval score` then shows judged right.
+    """Ask a language model whether each answer is right; `r1s eval score` then shows the share.
 
-    The key is taken from OPENAI_API_KEY. A stopped or failed run goes on where it was. The last
-    line printed is JSON: how often each verdict came.
+    The API key comes from OPENAI_API_KEY. A stopped or failed run resumes when it is called again.
+    The last line printed is JSON: the count of each verdict.
     """
     from r1s_jax.eval.judge import judge_file
     from r1s_jax.system.chat_api import ChatEndpoint
@@ -165,7 +164,7 @@ def judge(
 @app.command("table")
 def table(
     files: Annotated[
-        list[Path], typer.Argument(help="Answers, judged or not; a file a benchmark.")
+        list[Path], typer.Argument(help="Answers, judged or not; one file per benchmark.")
     ],
     out: Annotated[
         Path | None, typer.Option(help="Also write OUT.md, OUT.csv and OUT.png.")
@@ -176,8 +175,8 @@ def table(
 ) -> None:
     """The paper's table (cover-EM / judge, by benchmark) with the published rows beside yours.
 
-    With --all your rows alone: exact match by SQuAD's normaliser on seven benchmarks, as Search-R1
-    reports it, and the macro-average of a model that was measured on all of them.
+    --all shows only your rows: exact match by SQuAD's normaliser on seven benchmarks, as Search-R1
+    reports it, and the macro-average of each model that was measured on all of them.
     """
     from r1s_jax.eval import table as paper
 
@@ -195,11 +194,11 @@ def table(
 def export(
     file: Annotated[Path, typer.Argument(help="Answers, as `r1s eval run` writes them; .gz too.")],
     form: Annotated[str, typer.Option("--format", help="hotpotqa, 2wiki, musique or search_r1.")],
-    out: Annotated[Path, typer.Option(help="File to write; it must not be there yet.")],
+    out: Annotated[Path, typer.Option(help="File to write; it must not exist yet.")],
 ) -> None:
     """Write answers as the official scorer of a benchmark reads them, by the benchmark's own ids.
 
-    The last line printed is JSON: the file, and how many answers it holds.
+    The last line printed is JSON: the file and its number of answers.
     """
     from r1s_jax.eval.export import export as export_answers
 

@@ -1,4 +1,4 @@
-"""`r1s index`: encode passages, build, search and describe indexes."""
+"""`r1s index`: encodes passages, builds, searches and describes indexes."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, help="Build and search passage indexes."
 
 
 class Kind(str, Enum):  # noqa: UP042  (typer reads its values)
-    """The kinds that can be built."""
+    """The kinds of index that can be built."""
 
     scann = "scann"
     exact = "exact"
@@ -32,10 +32,10 @@ Corpus = Annotated[
 ]
 Encoder = Annotated[str, typer.Option(help="`hash`, or a BERT-family encoder.")]
 QueryInstruction = Annotated[
-    str | None, typer.Option(help="Put before each query; else what the model's files say.")
+    str | None, typer.Option(help="Prefix of each query. [default: from the model's files]")
 ]
 PassageInstruction = Annotated[
-    str | None, typer.Option(help="Put before each passage; else what the model's files say.")
+    str | None, typer.Option(help="Prefix of each passage. [default: from the model's files]")
 ]
 
 
@@ -46,23 +46,28 @@ def build(
     encoder: Encoder = "hash",
     kind: Annotated[Kind, typer.Option(help="hybrid is scann and bm25.")] = Kind.scann,
     vectors: Annotated[
-        Path | None, typer.Option(help="Directory of `r1s index encode`; else they are encoded.")
+        Path | None,
+        typer.Option(help="Directory of `r1s index encode`; else passages are encoded."),
     ] = None,
     leaves: Annotated[
         int | None, typer.Option(min=1, help="ScaNN: leaves of a shard's tree.")
     ] = None,
-    leaves_searched: Annotated[int | None, typer.Option(min=1, help="ScaNN: leaves read.")] = None,
+    leaves_searched: Annotated[
+        int | None, typer.Option(min=1, help="ScaNN: leaves searched.")
+    ] = None,
     reorder: Annotated[
         int | None, typer.Option(min=1, help="ScaNN: candidates scored again.")
     ] = None,
     shards: Annotated[
         int | None, typer.Option(min=1, help="ScaNN: parts, built one by one.")
     ] = None,
-    milvus_url: Annotated[str, typer.Option(help="Of a cluster; else a file in OUT.")] = "",
+    milvus_url: Annotated[
+        str, typer.Option(help="URL of a Milvus cluster; else a file in OUT.")
+    ] = "",
     query_instruction: QueryInstruction = None,
     passage_instruction: PassageInstruction = None,
 ) -> None:
-    """Encode passages and save a searchable index; a stopped build goes on."""
+    """Encode passages and save a searchable index; a stopped build resumes."""
     from r1s_jax.retrieval.build import Options
     from r1s_jax.retrieval.references import load_encoder, write_corpus_index
 
@@ -78,7 +83,7 @@ def build(
 
 
 class ImportKind(str, Enum):  # noqa: UP042
-    """The kinds that stored vectors can become."""
+    """The kinds of index that stored vectors can become."""
 
     scann = "scann"
     exact = "exact"
@@ -90,9 +95,9 @@ def import_(
         str, typer.Argument(help="FAISS flat index (IxFI, IxF2), or .npy of float32 or float16.")
     ],
     passages: Annotated[
-        list[str], typer.Option(help="Their passages, in the same order; may be given repeatedly.")
+        list[str], typer.Option(help="Their passages, in the same order. Repeatable.")
     ],
-    encoder: Annotated[str, typer.Option(help="The encoder that made them.")],
+    encoder: Annotated[str, typer.Option(help="The encoder that made the vectors.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     kind: ImportKind = ImportKind.scann,
     check: Annotated[
@@ -101,27 +106,27 @@ def import_(
     query_instruction: QueryInstruction = None,
     passage_instruction: PassageInstruction = None,
 ) -> None:
-    """Make an index of vectors that exist, without encoding the passages again.
+    """Make an index from existing vectors, without encoding the passages again.
 
-    The last line printed tells as JSON what was built: recall@10, bytes a vector, seconds.
+    The last line printed is JSON about the index: recall@10, bytes per vector, seconds.
     """
     from r1s_jax.retrieval.references import import_corpus_index, load_encoder
 
     opened = load_encoder(encoder, _instructions(query_instruction, passage_instruction))
-    told = import_corpus_index(file, passages, opened, out, kind=kind.value, check=check)
-    typer.echo(json.dumps(told))
+    result = import_corpus_index(file, passages, opened, out, kind=kind.value, check=check)
+    typer.echo(json.dumps(result))
 
 
 @app.command("encode")
 def encode(
     corpus: Corpus,
-    out: Annotated[Path, typer.Option(help="Directory that all shards are written to.")],
+    out: Annotated[Path, typer.Option(help="Directory for all shards.")],
     encoder: Encoder = "hash",
-    shard: Annotated[str, typer.Option(help="I/N: the I-th of N parts, from 1.")] = "1/1",
+    shard: Annotated[str, typer.Option(help="I/N: the I-th of N parts, counted from 1.")] = "1/1",
     query_instruction: QueryInstruction = None,
     passage_instruction: PassageInstruction = None,
 ) -> None:
-    """Encode passages only: each host its part of them, a stopped one goes on."""
+    """Only encode passages; each host encodes its shard, and resumes it when called again."""
     from r1s_jax.retrieval.references import encode_corpus, load_encoder
 
     opened = load_encoder(encoder, _instructions(query_instruction, passage_instruction))
@@ -132,18 +137,18 @@ def encode(
 def search(
     index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
     queries: Annotated[
-        list[str] | None, typer.Argument(help="Queries; none: one a line from standard input.")
+        list[str] | None, typer.Argument(help="Queries; none: one per line of standard input.")
     ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Passages a query.")] = 5,
+    k: Annotated[int, typer.Option(min=1, help="Passages per query.")] = 5,
 ) -> None:
-    """Search an index: one JSON object a query, `{"query", "results": [...]}`."""
+    """Search an index: one JSON object per query, `{"query", "results": [...]}`."""
     import jax
 
     from r1s_jax.retrieval.references import open_saved_index
 
     devices = None if jax.default_backend() == "cpu" else jax.local_devices()
     opened = open_saved_index(index, devices)
-    for query in queries or _typed_queries():
+    for query in queries or _stdin_queries():
         hits = opened.search([query], k)[0]
         results = [
             {"id": h.id, "score": h.score, "title": h.title, "text": h.text, "line": h.line}
@@ -152,8 +157,8 @@ def search(
         typer.echo(json_line({"query": query, "results": results}))
 
 
-def _typed_queries() -> Iterator[str]:
-    """The lines of stdin, whatever the terminal speaks: UTF-8, as of every text."""
+def _stdin_queries() -> Iterator[str]:
+    """The lines of stdin as UTF-8, whatever the encoding of the terminal; blank ones skipped."""
     for number, line in enumerate(sys.stdin.buffer, start=1):
         if query := decode(line, f"stdin, line {number}").strip():
             yield query
@@ -163,100 +168,105 @@ def _typed_queries() -> Iterator[str]:
 def info(
     index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
     as_json: AsJson = False,
-    whole: Annotated[bool, typer.Option("--check", help="Read all of it for damage.")] = False,
+    whole: Annotated[
+        bool, typer.Option("--check", help="Read the whole index to find damage.")
+    ] = False,
 ) -> None:
-    """What an index is, what it takes, and the recall measured when it was built."""
+    """Describe an index: its parts, its memory and disk, the recall measured at its build."""
     from r1s_jax.retrieval.info import index_info
 
-    told = index_info(index, whole=whole)
+    description = index_info(index, whole=whole)
     if as_json:
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps(description))
         return
-    for name, value in told.items():
+    for name, value in description.items():
         typer.echo(f"{name:20} {_readable(name, value)}")
 
 
 @app.command("plan")
 def plan(
     preset: Annotated[
-        str | None, typer.Argument(help="A published corpus by name; nothing at all: their list.")
+        str | None, typer.Argument(help="A published corpus by name; no arguments: list them.")
     ] = None,
     passages: Annotated[
-        float | None, typer.Option(min=1, max=1e12, help="How many, such as 36e6.")
+        float | None, typer.Option(min=1, max=1e12, help="Number of passages, such as 36e6.")
     ] = None,
-    dims: Annotated[int | None, typer.Option(min=1, help="Of the encoder's vectors.")] = None,
+    dims: Annotated[
+        int | None, typer.Option(min=1, help="Dimensions of the encoder's vectors.")
+    ] = None,
     passage_bytes: Annotated[
-        float | None, typer.Option(min=1, help="Of an average passage; else of 100 words.")
+        float | None,
+        typer.Option(min=1, help="Size of an average passage; else that of 100 words."),
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=1e-3, help="Passages encoded a second: python -m benchmarks encode."),
+        typer.Option(min=1e-3, help="Passages encoded per second: python -m benchmarks encode."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict memory, disk, time and the peak while building; nothing is fetched."""
+    """Predict memory, disk, time and the peak of the build; downloads nothing."""
     from r1s_jax.retrieval.plan import PASSAGE_BYTES, durations
     from r1s_jax.retrieval.plan import plan as predict
     from r1s_jax.retrieval.presets import PRESETS
 
     if preset is None and passages is None and dims is None:
-        _tell_presets(as_json)
+        _print_presets(as_json)
         return
-    known = PRESETS.get(preset or "")
-    if preset and not known:
+    corpus = PRESETS.get(preset or "")
+    if preset and not corpus:
         raise ConfigError(f"no corpus is known as {preset!r}; there are {', '.join(PRESETS)}")
-    passages, dims = passages or (known and known.count), dims or (known and known.dims)
+    passages, dims = passages or (corpus and corpus.count), dims or (corpus and corpus.dims)
     if not passages or not dims or passages < 1:
         raise ConfigError("name a corpus, or give --passages and --dims of at least 1")
-    told = predict(int(passages), dims, passage_bytes or PASSAGE_BYTES)
-    told["seconds"] = durations(int(passages), dims, known and known.weights, rate)
-    if known:
-        told["preset"] = {"name": preset} | known.json()
+    costs = predict(int(passages), dims, passage_bytes or PASSAGE_BYTES)
+    costs["seconds"] = durations(int(passages), dims, corpus and corpus.weights, rate)
+    if corpus:
+        costs["preset"] = {"name": preset} | corpus.json()
     if as_json:
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps(costs))
         return
-    if known:
-        _tell_preset(told["preset"])
-    _tell_plan(told, by_cpu=rate is None)
+    if corpus:
+        _print_preset(costs["preset"])
+    _print_plan(costs, by_cpu=rate is None)
 
 
-def _tell_presets(as_json: bool) -> None:
+def _print_presets(as_json: bool) -> None:
     from r1s_jax.retrieval.presets import PRESETS
 
     if as_json:
-        typer.echo(json.dumps({name: known.json() for name, known in PRESETS.items()}))
+        typer.echo(json.dumps({name: preset.json() for name, preset in PRESETS.items()}))
         return
-    for name, known in PRESETS.items():
-        count = f"{'' if known.exact else 'about '}{known.count:,}"
-        typer.echo(f"{name:20}{count:>18} passages, {known.encoder} ({known.dims} dims)")
-        typer.echo(f"{'':20}{known.about}")
-    typer.echo("\nWhat one takes, and how it is made: r1s index plan NAME")
+    for name, preset in PRESETS.items():
+        count = f"{'' if preset.exact else 'about '}{preset.count:,}"
+        typer.echo(f"{name:20}{count:>18} passages, {preset.encoder} ({preset.dims} dims)")
+        typer.echo(f"{'':20}{preset.about}")
+    typer.echo("\nMemory, disk, time and commands of one: r1s index plan NAME")
 
 
-def _tell_preset(told: dict[str, Any]) -> None:
-    typer.echo(f"{told['name']}: {told['about']}\nfrom {told['source']}")
-    typer.echo(f"Encoder: {told['encoder']}; it reads {told['query_prefix']!r} before queries")
-    typer.echo(f"and {told['passage_prefix']!r} before passages")
-    if told["vectors"]:
-        typer.echo(f"Encoded already: {told['vectors']} ({told['vectors_bytes'] / 1e9:,.1f} GB)")
-    typer.echo("\n".join(["", *(f"  {command}" for command in told["commands"]), ""]))
+def _print_preset(preset: dict[str, Any]) -> None:
+    typer.echo(f"{preset['name']}: {preset['about']}\nfrom {preset['source']}")
+    typer.echo(f"Encoder: {preset['encoder']}; it reads {preset['query_prefix']!r} before queries")
+    typer.echo(f"and {preset['passage_prefix']!r} before passages")
+    if vectors := preset["vectors"]:
+        typer.echo(f"Encoded already: {vectors} ({preset['vectors_bytes'] / 1e9:,.1f} GB)")
+    typer.echo("\n".join(["", *(f"  {command}" for command in preset["commands"]), ""]))
 
 
-def _tell_plan(told: dict[str, Any], by_cpu: bool) -> None:
-    typer.echo(f"{told['passages']:,} passages of {told['dims']} dims")
-    typer.echo(f"ScaNN: {_readable('parameters', told['scann']['parameters'])}")
-    typer.echo(f"ScaNN's recall@5: {told['scann']['recall']}\n")
+def _print_plan(costs: dict[str, Any], by_cpu: bool) -> None:
+    typer.echo(f"{costs['passages']:,} passages of {costs['dims']} dims")
+    typer.echo(f"ScaNN: {_readable('parameters', costs['scann']['parameters'])}")
+    typer.echo(f"ScaNN's recall@5: {costs['scann']['recall']}\n")
     typer.echo(f"{'GB':8}{'memory':>10}{'disk':>10}{'build peak':>12}")
-    for kind, cost in told["kinds"].items():
+    for kind, cost in costs["kinds"].items():
         memory, disk, peak = (cost[name] / 1e9 for name in ("memory", "disk", "build_peak"))
         typer.echo(f"{kind:8}{memory:>10,.2f}{disk:>10,.2f}{peak:>12,.2f}")
-    text, encoded = told["passage_text"] / 1e9, told["encoded_vectors"] / 1e9
+    text, encoded = costs["passage_text"] / 1e9, costs["encoded_vectors"] / 1e9
     typer.echo(
-        f"\nDisk holds the passages' text too ({text:,.2f} GB, read from a memory map); encoding "
-        f"leaves {encoded:,.2f} GB of vectors, which may go once the index is built. A Milvus "
+        f"\nDisk includes the passages' text ({text:,.2f} GB, memory-mapped). Encoding leaves "
+        f"{encoded:,.2f} GB of vectors, which can be deleted once the index is built. A Milvus "
         "cluster's own memory and disk are not counted."
     )
-    encode, build = (told["seconds"][name] for name in ("encode", "build_scann"))
+    encode, build = (costs["seconds"][name] for name in ("encode", "build_scann"))
     where = "on 2 CPU cores (an accelerator: --rate)" if by_cpu else "at that rate"
     first = f"Encoding takes about {encode / 3600:,.1f} hours {where}; " if encode else ""
     typer.echo(f"{first}ScaNN is built in about {build / 3600:,.1f} hours on 2 CPU cores.")
@@ -265,13 +275,13 @@ def _tell_plan(told: dict[str, Any], by_cpu: bool) -> None:
 @app.command("serve")
 def serve(
     index: Annotated[Path, typer.Argument(help="Directory of a built index.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     cors: CorsOption = None,
 ) -> None:
     """Serve an index over HTTP: R1-Searcher's `/queries`, Search-R1's `/retrieve`.
 
-    Prints the address once it listens. SIGTERM and Ctrl-C finish what is in flight.
+    Prints the address once it listens. SIGTERM and Ctrl-C finish the requests in flight.
     """
     from r1s_jax.retrieval.references import open_saved_index
 
@@ -288,8 +298,8 @@ def serve(
 
 
 def _instructions(query: str | None, passage: str | None) -> dict[str, str]:
-    given = {"query": query, "passage": passage}
-    return {kind: text for kind, text in given.items() if text is not None}
+    texts = {"query": query, "passage": passage}
+    return {kind: text for kind, text in texts.items() if text is not None}
 
 
 def _readable(name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""`r1s lab`: settings of a recipe compared, each over several seeds."""
+"""`r1s lab`: compares settings of a recipe, each over several seeds."""
 
 import dataclasses
 import hashlib
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from r1s_jax.config import Config
     from r1s_jax.tracking.arms import Arm
 
-# What the cold start depends on: arms that share it share their cold start. The questions of the
-# evaluation are among it, since demonstrations of them are left out.
-_OF_COLD_START = ("seed", "policy", "environment", "protocol", "cold_start", "mesh", "eval")
+# Arms that agree in these sections, in _ROLLOUT and in `optimizer` without _OTHER_OPTIMIZER share
+# their cold start. `eval` counts, since demonstrations of evaluation questions are left out.
+_COLD_START_SECTIONS = ("seed", "policy", "environment", "protocol", "cold_start", "mesh", "eval")
 _ROLLOUT = ("max_length", "max_prompt_length", "documents_per_query", "max_documents_length")
-_NOT_OF_OPTIMIZER = ("learning_rate", "decay_to", "micro_batch_rows")
+_OTHER_OPTIMIZER = ("learning_rate", "decay_to", "micro_batch_rows")
 
 
 def lab(
@@ -29,16 +29,17 @@ def lab(
     overrides: Overrides = None,
     arm: Annotated[
         list[str] | None,
-        typer.Option(help='"NAME: section.field=value ...", as often as there are arms.'),
+        typer.Option(help='"NAME: section.field=value ...", once per arm.'),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm: seeds 0, 1, ...")] = 3,
-    out: Annotated[Path, typer.Option(help="Directory of all that comes of it.")] = Path("lab"),
+    out: Annotated[Path, typer.Option(help="Directory for all results.")] = Path("lab"),
 ) -> None:
     """Compare settings: `r1s lab tiny_world --arm "base:" --arm "grpo: algorithm.estimator=...".
 
-    Runs every arm on every seed, one after the other; arms of a seed begin from one cold start.
-    Called again after a stop or a kill it goes on. Writes lab.json, table.md, curves.png and
-    report.html to the directory, and prints the table. CONFIG's overrides are for all arms.
+    Runs every arm on every seed, one after the other; the arms of a seed share a cold start. A
+    stopped or killed comparison resumes when it is called again. Writes lab.json, table.md,
+    curves.png and report.html to the directory, and prints the table. CONFIG's overrides apply to
+    all arms.
     """
     from r1s_jax.system.console import console
     from r1s_jax.tracking.arms import as_table
@@ -49,19 +50,21 @@ def lab(
     runs = [(a, seed) for seed in range(seeds) for a in arms]
     planned = {(a, seed): _planned(config, overrides, a, seed, out) for a, seed in runs}
     _check_same_lab(out, config, overrides or [], arms)
-    started, made = time.monotonic(), 0
+    started, finished = time.monotonic(), 0
     for (a, seed), plan in planned.items():
         _note_move(run_folder(out, a.name, seed), plan)
     for number, ((a, seed), plan) in enumerate(planned.items()):
         if _is_done(out, a, seed, plan):
             continue
-        left = (time.monotonic() - started) / made * (len(planned) - number) if made else 0
-        told = f", about {left / 60:.0f} min left" if made else ""
-        console.rule(f"{a.name}, seed {seed}: run {number + 1} of {len(planned)}{told}")
+        remaining = ""
+        if finished:
+            seconds = (time.monotonic() - started) / finished * (len(planned) - number)
+            remaining = f", about {seconds / 60:.0f} min left"
+        console.rule(f"{a.name}, seed {seed}: run {number + 1} of {len(planned)}{remaining}")
         if stopped := _run(plan, run_folder(out, a.name, seed)):
             typer.echo(json.dumps(stopped | {"out": str(out)}))
             return
-        made += 1
+        finished += 1
     rows = _write_results(out, arms, seeds)
     console.print(as_table(rows))
     typer.echo(json.dumps({"out": str(out), "arms": rows}))
@@ -81,7 +84,7 @@ def _arm(text: str) -> "Arm":
 
 
 class _Plan(NamedTuple):
-    """One run: its config, and the cold start that it begins from, where it has one."""
+    """One run: its config, and the config and folder of its cold start, if it has one."""
 
     config: "Config"
     cold_start: "Config | None"
@@ -89,7 +92,7 @@ class _Plan(NamedTuple):
 
 
 def _planned(recipe: str, overrides: list[str] | None, arm: "Arm", seed: int, out: Path) -> _Plan:
-    """The configs of a run, found wrong before the first begins."""
+    """The plan of a run; made for all runs before the first begins, so that errors come early."""
     from r1s_jax.config import override
     from r1s_jax.recipes import load_recipe
 
@@ -100,33 +103,33 @@ def _planned(recipe: str, overrides: list[str] | None, arm: "Arm", seed: int, ou
         raise ConfigError(f"--arm {arm.name}: {error}") from error
     name = run_folder(out, arm.name, seed).relative_to(out)
     if not config.cold_start.steps:
-        return _Plan(_apart(config, name), None, out)
-    cold = _of_cold_start(config, base)
-    told = json.dumps(dataclasses.asdict(cold), sort_keys=True, default=str)
-    cold_name = Path("cold_starts", hashlib.sha256(told.encode()).hexdigest()[:12])
+        return _Plan(_own_checkpoints(config, name), None, out)
+    cold = _cold_start_config(config, base)
+    text = json.dumps(dataclasses.asdict(cold), sort_keys=True, default=str)
+    cold_name = Path("cold_starts", hashlib.sha256(text.encode()).hexdigest()[:12])
     folder = out / cold_name
     policy = dataclasses.replace(config.policy, model=str(folder.resolve()), architecture=None)
     config = override(dataclasses.replace(config, policy=policy), ["cold_start.steps=0"])
-    return _Plan(_apart(config, name), _apart(cold, cold_name), folder)
+    return _Plan(_own_checkpoints(config, name), _own_checkpoints(cold, cold_name), folder)
 
 
-def _apart(config: "Config", name: Path) -> "Config":
-    """With checkpoints in a folder of the run's own, should they lie elsewhere."""
+def _own_checkpoints(config: "Config", name: Path) -> "Config":
+    """The config with the subfolder `name` of run.checkpoint_dir, if that is set."""
     if not (where := config.run.checkpoint_dir):
         return config
     run = dataclasses.replace(config.run, checkpoint_dir=f"{where.rstrip('/')}/{name.as_posix()}")
     return dataclasses.replace(config, run=run)
 
 
-def _of_cold_start(config: "Config", base: "Config") -> "Config":
-    """What the cold start depends on as the arm has it, all else as the recipe has it."""
-    of_rollout = {name: getattr(config.rollout, name) for name in _ROLLOUT}
-    not_of_optimizer = {name: getattr(base.optimizer, name) for name in _NOT_OF_OPTIMIZER}
+def _cold_start_config(config: "Config", base: "Config") -> "Config":
+    """The arm's values of all that the cold start depends on, the recipe's values of the rest."""
+    rollout = {name: getattr(config.rollout, name) for name in _ROLLOUT}
+    optimizer = {name: getattr(base.optimizer, name) for name in _OTHER_OPTIMIZER}
     return dataclasses.replace(
         base,
-        rollout=dataclasses.replace(base.rollout, **of_rollout),
-        optimizer=dataclasses.replace(config.optimizer, **not_of_optimizer),
-        **{name: getattr(config, name) for name in _OF_COLD_START},
+        rollout=dataclasses.replace(base.rollout, **rollout),
+        optimizer=dataclasses.replace(config.optimizer, **optimizer),
+        **{name: getattr(config, name) for name in _COLD_START_SECTIONS},
     )
 
 
@@ -139,29 +142,32 @@ class _PlanFile(TypedDict):
 
 
 def _check_same_lab(out: Path, recipe: str, overrides: list[str], arms: list["Arm"]) -> None:
-    """Arms and seeds may be added to a directory, but none may change its meaning."""
+    """Writes plan.json. Arms and seeds may be added to a directory; its arms must not change.
+
+    Raises ConfigError for another recipe, other overrides or a changed arm.
+    """
     from r1s_jax.io.json import read_object
     from r1s_jax.io.schema import check
     from r1s_jax.system.files import write_json
 
     file = out / "plan.json"
     plan = {"recipe": recipe, "overrides": overrides}
-    known = plan | {"arms": {}}
+    stored = plan | {"arms": {}}
     if file.exists():
-        known = check(read_object(file, ConfigError), _PlanFile, file, ConfigError)
-    told, before = {arm.name: list(arm.overrides) for arm in arms}, known["arms"]
-    changed = [name for name in told if name in before and before[name] != told[name]]
-    if {key: known[key] for key in plan} != plan or changed:
+        stored = check(read_object(file, ConfigError), _PlanFile, file, ConfigError)
+    now, before = {arm.name: list(arm.overrides) for arm in arms}, stored["arms"]
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if {key: stored[key] for key in plan} != plan or changed:
         what = f"arm {changed[0]}" if changed else "the recipe or its overrides"
         raise ConfigError(f"{out} holds another comparison ({what} differs): name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(file, plan | {"arms": before | told})
+    write_json(file, plan | {"arms": before | now})
 
 
 def _note_move(folder: Path, plan: _Plan) -> None:
-    """In a comparison whose folder was moved, a run begins from the cold start where that is now.
+    """Updates the path of the cold start in a run's config.json, if the comparison was moved.
 
-    It is the same one: its name is a digest of all that it depends on.
+    The cold start is still the same: its name is a digest of all that it depends on.
     """
     from r1s_jax.io.json import read_object
     from r1s_jax.io.schema import check
@@ -170,26 +176,26 @@ def _note_move(folder: Path, plan: _Plan) -> None:
     file, now = folder / "config.json", plan.config.policy.model
     if not (plan.cold_start and file.exists()):
         return
-    written = read_object(file, ConfigError)
-    check(written, _WrittenConfig, file, ConfigError)
-    before = written["policy"]["model"]
+    stored = read_object(file, ConfigError)
+    check(stored, _StoredConfig, file, ConfigError)
+    before = stored["policy"]["model"]
     if before != now and Path(before).parts[-2:] == plan.cold_folder.parts[-2:]:
-        written["policy"]["model"] = now
-        write_json(file, written)
+        stored["policy"]["model"] = now
+        write_json(file, stored)
 
 
-class _WrittenPolicy(TypedDict):
+class _StoredPolicy(TypedDict):
     model: str
 
 
-class _WrittenConfig(TypedDict):
-    """Of a run's config, where its policy is."""
+class _StoredConfig(TypedDict):
+    """The key of a run's config.json that is read again."""
 
-    policy: _WrittenPolicy
+    policy: _StoredPolicy
 
 
 def _is_done(out: Path, arm: "Arm", seed: int, plan: _Plan) -> bool:
-    """Raises ConfigError for a run of another config or over other data: both may have changed."""
+    """Whether a run is complete; raises ConfigError if its config or its data changed since."""
     from r1s_jax.tracking.run_dir import check_data, open_run_dir
 
     folder = run_folder(out, arm.name, seed)
@@ -201,7 +207,7 @@ def _is_done(out: Path, arm: "Arm", seed: int, plan: _Plan) -> bool:
 
 
 def _run(plan: _Plan, folder: Path) -> dict[str, Any] | None:
-    """One run to its end; what stopped it before, where a signal did."""
+    """Trains one run to its end; returns its summary if a signal stopped it, else None."""
     from r1s_jax.rollout.engine import NotFinite
     from r1s_jax.system.files import write_json
     from r1s_jax.system.profiling import forget_compiled_programs
@@ -210,7 +216,7 @@ def _run(plan: _Plan, folder: Path) -> dict[str, Any] | None:
 
     if plan.cold_start and (stopped := _cold_start(plan.cold_start, plan.cold_folder)):
         return stopped
-    forget_compiled_programs()  # those of the runs before
+    forget_compiled_programs()  # of earlier runs
     try:
         summary = train(plan.config, folder, resume=(folder / "config.json").exists())
     except (UnhealthyRun, NotFinite) as error:
@@ -220,7 +226,7 @@ def _run(plan: _Plan, folder: Path) -> dict[str, Any] | None:
 
 
 def _cold_start(config: "Config", folder: Path) -> dict[str, Any] | None:
-    """A run that holds the cold start alone; what stopped it, where a signal did."""
+    """Trains the cold start alone; returns its summary if a signal stopped it, else None."""
     from r1s_jax.train import train
 
     done = folder.with_suffix(".done")
@@ -234,7 +240,7 @@ def _cold_start(config: "Config", folder: Path) -> dict[str, Any] | None:
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
-    """Where a run of a comparison lies."""
+    """The folder of a run of a comparison."""
     return out / "runs" / f"{arm}-{seed}"
 
 

@@ -1,4 +1,4 @@
-"""`r1s ask`, `r1s compile` and `r1s export`: what is done with one model."""
+"""`r1s ask`, `r1s compile` and `r1s export`: commands on one model."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from r1s_jax.commands.options import (
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="What to answer.")],
+    question: Annotated[str, typer.Argument(help="Question to answer.")],
     model: Model,
     changes: Changes = None,
     index: SearchedIndex = None,
@@ -29,16 +29,16 @@ def ask(
     online: Online = False,
     site: Site = WIKIPEDIA,
 ) -> None:
-    """Answer one question, streaming what the model writes, searches and is given, in colour."""
+    """Answer one question; stream thoughts, searches and documents in colour."""
     from r1s_jax import presets
     from r1s_jax.presets import Settings
     from r1s_jax.retrieval.references import open_search_engine
     from r1s_jax.serving.ask import ask as stream_answer
 
     settings = Settings(presets.asking, changes or ())
-    settings.config()  # a wrong one is said before anything is loaded
-    found, _ = open_search_engine(index, retriever, site if online else None)
-    stream_answer(question, model, found, settings)
+    settings.config()  # reports wrong settings before anything is loaded
+    engine, _ = open_search_engine(index, retriever, site if online else None)
+    stream_answer(question, model, engine, settings)
 
 
 def compile_(
@@ -50,11 +50,11 @@ def compile_(
     phase: Annotated[str, typer.Option(help="rollout, update or all.")] = "all",
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="Try slots, micro_batch_rows and remat: which are cheapest?"),
+        typer.Option("--fit", help="Find the cheapest slots, micro_batch_rows and remat."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compile a recipe for a pod that is not here: does it fit, and what would a step cost?
+    """Compile a recipe for a pod that you do not have: does it fit, what would a step cost?
 
     Uses the real TPU compiler (`pip install libtpu`); nothing is run or downloaded. Exit status 1
     when it does not fit. With --fit (minutes), the last line is what to add to the recipe.
@@ -65,7 +65,7 @@ def compile_(
 
     recipe = load_recipe(config, overrides or [])
     run = fitting.fit_recipe if fit else compile_report.compile_recipe
-    report = run(recipe, topology, phase, progress=lambda what: typer.echo(what, err=True))
+    report = run(recipe, topology, phase, progress=lambda line: typer.echo(line, err=True))
     as_text = fitting.as_text if fit else compile_report.as_text
     typer.echo(json.dumps(report) if as_json else as_text(report))
     if not report["fits"]:

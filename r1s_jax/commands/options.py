@@ -8,15 +8,15 @@ import typer
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str, typer.Option(help="Path, hf:org/name or wheel:name==version.")]
 
-# Where documents come from: an index here, a search engine, or the live web.
+# The source of documents: an index on disk, a search server, or the live web.
 SearchedIndex = Annotated[Path | None, typer.Option(help="Directory of a built index.")]
 SearchUrl = Annotated[
-    str, typer.Option(help="Or a search engine: http://.../queries or http://.../retrieve.")
+    str, typer.Option(help="Or a search server: http://.../queries or http://.../retrieve.")
 ]
 Online = Annotated[
     bool, typer.Option("--online", help="Or the live web, by serper.dev (SERPER_API_KEY).")
 ]
-Site = Annotated[str, typer.Option(help="With --online, only this site; empty: any.")]
+Site = Annotated[str, typer.Option(help="With --online, search only this site; empty: any.")]
 WIKIPEDIA = "en.wikipedia.org"
 
 CorsOption = Annotated[
@@ -24,11 +24,11 @@ CorsOption = Annotated[
     typer.Option(
         "--cors",
         metavar="ORIGIN",
-        help="Pages of another site that may use it: http://HOST:PORT, or * for all. Repeatable.",
+        help="Origin whose pages may call it: http://HOST:PORT, or * for all. Repeatable.",
     ),
 ]
 
-# A recipe and what differs from it.
+# A recipe and changes to it.
 Recipe = Annotated[
     str,
     typer.Argument(
@@ -40,7 +40,7 @@ Overrides = Annotated[
     typer.Argument(help="Changes to the recipe, as section.field=value (stage2.steps=40, seed=1)."),
 ]
 
-# What differs from a command's preset (presets.py).
+# Changes to a command's preset (presets.py).
 Changes = Annotated[
     list[str] | None,
     typer.Argument(

@@ -1,4 +1,4 @@
-"""`r1s serve`: a trained policy for others to ask."""
+"""`r1s serve`: serves a trained policy over HTTP."""
 
 from typing import Annotated, Literal
 
@@ -17,17 +17,17 @@ from r1s_jax.commands.options import (
 Served = Annotated[
     str, typer.Argument(help="A run's directory, or a path, hf:org/name, wheel:name==version.")
 ]
-Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")]
 ApiKey = Annotated[
-    str, typer.Option(envvar="R1S_API_KEY", help="That clients must send; none: anybody may.")
+    str, typer.Option(envvar="R1S_API_KEY", help="Key that clients must send; empty: no key.")
 ]
-Name = Annotated[str, typer.Option(help="Of the model, to clients. [default: MODEL's]")]
-Waiting = Annotated[int, typer.Option(min=0, help="More that may wait; then 429.")]
+Name = Annotated[str, typer.Option(help="Model name for clients. [default: MODEL's]")]
+Waiting = Annotated[int, typer.Option(min=0, help="Requests that may wait; more get status 429.")]
 Deadline = Annotated[float, typer.Option(min=1, help="Seconds for one answer.")]
 EngineName = Annotated[
     Literal["r1s", "jetstream"],
-    typer.Option(help="jetstream: greedy, one device; the extra `jetstream`."),
+    typer.Option(help="jetstream: greedy, one device; needs the extra `jetstream`."),
 ]
 
 
@@ -50,8 +50,8 @@ def serve(
     """Serve a policy that searches: a chat API for OpenAI's clients, and a page to ask on.
 
     Prints the address once it listens. The API is `POST /v1/chat/completions`, streamed or not:
-    `content` is the answer, `reasoning_content` the thoughts, `searches` what was looked up and
-    found. SIGTERM and Ctrl-C finish what is in flight. /health and /metrics tell how it is.
+    `content` is the answer, `reasoning_content` the thoughts, `searches` the queries and their
+    documents. SIGTERM and Ctrl-C finish the requests in flight. /health and /metrics report state.
     """
     from r1s_jax import presets
     from r1s_jax.io.errors import ConfigError
@@ -68,12 +68,12 @@ def serve(
         ) from error
     allowed = callers(host, cors or (), key=bool(api_key))
     settings = Settings(presets.serving, changes or ())
-    start.checked(settings)  # a wrong one is said before anything is loaded
-    found, _ = open_search_engine(index, retriever, site if online else None)
+    start.checked(settings)  # reports wrong settings before anything is loaded
+    search_engine, _ = open_search_engine(index, retriever, site if online else None)
     with listen.bind(host, port) as bound:
         service = start.start(
             model,
-            found,
+            search_engine,
             settings,
             engine=engine,
             name=name,

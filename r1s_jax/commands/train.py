@@ -11,14 +11,14 @@ from r1s_jax.commands.options import Overrides, Recipe
 from r1s_jax.io.errors import ConfigError
 
 RunDir = Annotated[
-    Path | None, typer.Option(help="Where the run is kept. [default: runs/NAME-TIME]")
+    Path | None, typer.Option(help="Directory of the run. [default: runs/NAME-TIME]")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume the run in --run-dir.")]
 Distributed = Annotated[
     bool,
     typer.Option(
         "--distributed",
-        help="One of several processes (a pod): found by itself on TPU VMs, GKE and Slurm, else by "
+        help="One of several processes (a pod): detected on TPU VMs, GKE and Slurm, else set by "
         "R1S_COORDINATOR=HOST:PORT R1S_PROCESSES=N R1S_PROCESS=I.",
     ),
 ]
@@ -34,14 +34,14 @@ def train(
         str, typer.Option(metavar="N:M", help="Trace these steps for Perfetto and TensorBoard.")
     ] = "",
     accept_changed_data: Annotated[
-        bool, typer.Option("--accept-changed-data", help="Resume though a file of data changed.")
+        bool, typer.Option("--accept-changed-data", help="Resume even if a data file changed.")
     ] = False,
 ) -> None:
     """Train a policy to search: cold start (if the recipe has one), stage 1, stage 2.
 
     Writes metrics.jsonl, traces.jsonl, TensorBoard scalars, checkpoints and summary.json to the
     run directory; the last line printed is the summary as JSON. Ctrl-C stops after the step with
-    a checkpoint, and --resume goes on from it.
+    a checkpoint, from which --resume continues.
     """
     options = {"profile": profile, "accept_changed_data": accept_changed_data}
     _train(config, overrides, run_dir, resume, distributed, **options)
@@ -54,7 +54,7 @@ def sft(
     resume: Resume = False,
     distributed: Distributed = False,
 ) -> None:
-    """Only the supervised cold start of a recipe; `r1s train --resume` goes on from there."""
+    """Run only the supervised cold start of a recipe; `r1s train --resume` continues it."""
     _train(config, overrides, run_dir, resume, distributed, cold_start_only=True)
 
 
@@ -66,7 +66,7 @@ def configs(
         Path | None, typer.Argument(help="With --copy: a .py file, which must not exist.")
     ] = None,
 ) -> None:
-    """List the recipes, a line each; or copy one to a file of your own for `r1s train FILE`."""
+    """List the recipes, one per line; or copy one to a file of your own for `r1s train FILE`."""
     from r1s_jax.recipes import copy_recipe, titles
 
     if copy or file:
@@ -91,7 +91,7 @@ def _train(
     from r1s_jax.train import train
 
     if resume and run_dir is None:
-        raise ConfigError("--resume needs --run-dir: which run to go on with")
+        raise ConfigError("--resume needs --run-dir: the run to resume")
     if distributed and run_dir is None:
         raise ConfigError("--distributed needs --run-dir: a directory that every process sees")
     config = load_recipe(name, overrides or [])

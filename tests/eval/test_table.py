@@ -115,7 +115,7 @@ def test_other_questions_and_other_weights_are_said_to_be_so(tmp_path):
     ]
     text = table.as_markdown(table.measured(files))
     assert "bamboogle: these rows answered different questions" in text
-    assert "runs/mine (search): this row has answers of different weights" in text
+    assert "runs/mine (search): this row mixes answers of different weights" in text
     assert text.count("**") == 4
     done = run_cli("eval", "score", *map(str, files[:2]))
     assert "these files answer different questions" in " ".join(done.output.split())
