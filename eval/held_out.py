@@ -103,8 +103,8 @@ def search_by_need(
 ) -> dict[str, float]:
     """Whether a policy searches if it must: the share of questions with a search, and F1.
 
-    Both separately for questions whose facts the policy cannot know (`needed`) and for those that
-    it may have memorised (`memorised`). {} unless both kinds occur.
+    Both are given for questions whose facts the policy cannot know (`needed`) and for questions
+    that it may have memorised (`memorised`). {} unless both kinds occur.
     """
     memorised = np.array([question.memorised for question in questions])
     if memorised.all() or not memorised.any():

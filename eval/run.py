@@ -112,8 +112,7 @@ def answer_file(
 
         if retry_failed:
             _answer_again(out, rows, questions, run.samples, at_a_time, answer, searches)
-        # A stopped run may have left only a part of the last question's samples.
-        whole, part = divmod(len(rows), run.samples)
+        whole, part = divmod(len(rows), run.samples)  # part: samples of an unfinished question
         with out.open("a", encoding="utf-8") as file:
             for batch in _batches(questions[whole:], at_a_time):
                 for row in (answered := answer(batch)[part:]):
@@ -223,12 +222,12 @@ class _Searches:
         """Raises SearchFailure past the limit (see broker.too_many)."""
         counts = self.counts()
         failed = counts["failed"]
-        made = counts["found"] + counts["empty"] + failed
-        if not too_many(failed, made, self.limit, midway=midway):
+        total = counts["found"] + counts["empty"] + failed
+        if not too_many(failed, total, self.limit, midway=midway):
             return
         raise SearchFailure(
-            f"{failed} of {made} searches failed ({failed / made:.0%}; "
-            f"{self.reasons or 'before'}); the limit is {self.limit:.0%}. Their rows in "
+            f"{failed} of {total} searches failed ({failed / total:.0%}; "
+            f"{self.reasons or 'in an earlier run'}); the limit is {self.limit:.0%}. Their rows in "
             f"{out.name} say retrieve_error: check the retriever, then run the same command with "
             "--retry-failed"
         )

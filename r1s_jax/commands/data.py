@@ -37,7 +37,7 @@ def select(
     """Choose questions of the right difficulty for a model: roll out, classify, mix.
 
     An easy question is solved within 9 rollouts, a medium one within 20, a hard one in none of 20
-    (the published classes; solved means cover-EM). A stopped run resumes when it is called again.
+    (the published classes; solved means cover-EM). A stopped run resumes when called again.
     The last line printed is JSON: the number of questions in each class.
     """
     from r1s_jax import presets
@@ -70,7 +70,7 @@ def from_titles(
         float, typer.Option(min=0, max=1, help="Share of the demonstrations that search.")
     ] = 0.2,
     dialect: Annotated[str, typer.Option(help="Dialect of the demonstrations.")] = "r1_searcher",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of those that search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice which ones search.")] = 0,
 ) -> None:
     """Make questions and demonstrations from articles: "What is TITLE?", and the description.
 
@@ -85,7 +85,7 @@ def from_titles(
     counts = write_titles(
         resolve(source),
         out,
-        kept=demonstrations,
+        reserved=demonstrations,
         searching=searching,
         dialect=make_dialect(dialect),
         seed=seed,

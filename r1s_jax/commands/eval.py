@@ -110,7 +110,7 @@ def score(
     results = [read_results(file) for file in files]
     headers = [read_header(file) or {} for file in files]
     if len({h["questions"]["sha256"] for h in headers if "questions" in h}) > 1:
-        warn("these files answer different questions: each comparison is over those that both have")
+        warn("these files answer different questions: comparisons are over the common ones")
     summaries = [
         {"file": str(f), **scoring.summarize(r)} for f, r in zip(files, results, strict=True)
     ]
@@ -145,7 +145,7 @@ def judge(
 ) -> None:
     """Ask a language model whether each answer is right; `r1s eval score` then shows the share.
 
-    The API key comes from OPENAI_API_KEY. A stopped or failed run resumes when it is called again.
+    The API key comes from OPENAI_API_KEY. A stopped or failed run resumes when called again.
     The last line printed is JSON: the count of each verdict.
     """
     from r1s_jax.eval.judge import judge_file

@@ -34,10 +34,10 @@ def lab(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm: seeds 0, 1, ...")] = 3,
     out: Annotated[Path, typer.Option(help="Directory for all results.")] = Path("lab"),
 ) -> None:
-    """Compare settings: `r1s lab tiny_world --arm "base:" --arm "grpo: algorithm.estimator=...".
+    """Compare settings: `r1s lab tiny_world --arm "base:" --arm "grpo: algorithm.estimator=..."`.
 
     Runs every arm on every seed, one after the other; the arms of a seed share a cold start. A
-    stopped or killed comparison resumes when it is called again. Writes lab.json, table.md,
+    stopped or killed comparison resumes when called again. Writes lab.json, table.md,
     curves.png and report.html to the directory, and prints the table. CONFIG's overrides apply to
     all arms.
     """
@@ -158,8 +158,8 @@ def _check_same_lab(out: Path, recipe: str, overrides: list[str], arms: list["Ar
     now, before = {arm.name: list(arm.overrides) for arm in arms}, stored["arms"]
     changed = [name for name in now if name in before and before[name] != now[name]]
     if {key: stored[key] for key in plan} != plan or changed:
-        what = f"arm {changed[0]}" if changed else "the recipe or its overrides"
-        raise ConfigError(f"{out} holds another comparison ({what} differs): name another --out")
+        part = f"arm {changed[0]}" if changed else "the recipe or its overrides"
+        raise ConfigError(f"{out} holds another comparison ({part} differs): name another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, plan | {"arms": before | now})
 

@@ -57,7 +57,7 @@ def compile_(
     """Compile a recipe for a pod that you do not have: does it fit, what would a step cost?
 
     Uses the real TPU compiler (`pip install libtpu`); nothing is run or downloaded. Exit status 1
-    when it does not fit. With --fit (minutes), the last line is what to add to the recipe.
+    when it does not fit. With --fit (minutes), the last line has the settings to add to the recipe.
     """
     from r1s_jax.aot import compile_report
     from r1s_jax.aot import fit as fitting

@@ -126,7 +126,7 @@ def _numbered(lines: Iterable[bytes], path: Path) -> Iterator[tuple[int, bytes]]
         raise DataError(f"{path}, after line {number}: {error}") from error
 
 
-# Keys of the right answers; the first that a row has counts. In this order they are those of: this
+# Keys of the right answers; the first that a row has counts. Their sources, in this order: this
 # project, HotpotQA, 2Wiki, MuSiQue, TriviaQA and NQ-open; FlashRAG; DPR and SQuAD; PopQA; verl and
 # Search-R1.
 _ANSWER_KEYS = ("answer", "golden_answers", "answers", "possible_answers", "reward_model")

@@ -138,17 +138,17 @@ def _demonstration(article: Article, dialect: Dialect, searches: bool) -> Demons
 
 
 def write_titles(
-    source: Path, out: Path, *, kept: int, searching: float, dialect: Dialect, seed: int
+    source: Path, out: Path, *, reserved: int, searching: float, dialect: Dialect, seed: int
 ) -> dict[str, Any]:
     """Writes `questions.jsonl` and `demonstrations.jsonl` to a folder; returns how many of each.
 
-    `kept` articles are reserved for demonstrations. Raises DataError if one of the files exists.
+    `reserved` articles are for demonstrations. Raises DataError if one of the files exists.
     """
     questions, demonstrations = out / "questions.jsonl", out / "demonstrations.jsonl"
     for file in (questions, demonstrations):
         if file.exists():
             raise DataError(f"{file} exists: choose another folder, or remove it")
-    shown, questioned = apart(read_articles(source), kept)
+    shown, questioned = apart(read_articles(source), reserved)
     solutions = title_demonstrations(shown, dialect, searching=searching, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     write_rows(
