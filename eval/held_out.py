@@ -101,7 +101,7 @@ def search_by_need(
     searched: Bool[np.ndarray, " N"],
     f1: Float[np.ndarray, " N"],
 ) -> dict[str, float]:
-    """Whether a policy searches if it must: the share of questions with a search, and F1.
+    """Whether a policy searches when it must: the share of questions with a search, and F1.
 
     Both are given for questions whose facts the policy cannot know (`needed`) and for questions
     that it may have memorised (`memorised`). {} unless both kinds occur.

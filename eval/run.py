@@ -81,7 +81,7 @@ def answer_file(
     The rows are data.results.ResultRow. `OUT.header.json` holds digests of the model and the
     questions, the settings, `source` (a description of the index) and the outcomes of the searches.
     A stopped run continues where its file ends, with the checkpoint that it began with;
-    `retry_failed` first answers the rows whose search failed again, in place.
+    `retry_failed` first answers again, in place, the rows whose search failed.
 
     Raises DataError for a file with answers of another model, to other questions or of another run,
     or if `retriever` is missing; InUse if another process writes the file; SearchFailure, after the
@@ -138,7 +138,7 @@ def _answer_again(
     answer: Callable[[Sequence[Question]], list[ResultRow]],
     searches: "_Searches",
 ) -> None:
-    """Answers the rows whose search failed again, in place, in `rows` and in the file."""
+    """Answers again the rows whose search failed, in place, in `rows` and in the file."""
     limit = len(questions) * samples
     failed = [i for i, row in enumerate(rows[:limit]) if searches.failed(row)]
     for places in _batches(sorted({i // samples for i in failed}), at_a_time):

@@ -143,7 +143,7 @@ def judge(
         float, typer.Option(min=-1, help="-1: not sent, for models that refuse it.")
     ] = 0.0,
 ) -> None:
-    """Ask a language model whether each answer is right; `r1s eval score` then shows the share.
+    """Ask a language model whether each answer is right; `r1s eval score` shows the share.
 
     The API key comes from OPENAI_API_KEY. A stopped or failed run resumes when called again.
     The last line printed is JSON: the count of each verdict.

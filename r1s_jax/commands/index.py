@@ -172,7 +172,7 @@ def info(
         bool, typer.Option("--check", help="Read the whole index to find damage.")
     ] = False,
 ) -> None:
-    """Describe an index: its parts, its memory and disk, the recall measured at its build."""
+    """Describe an index: kind, parameters, size, and the recall measured when it was built."""
     from r1s_jax.retrieval.info import index_info
 
     description = index_info(index, whole=whole)

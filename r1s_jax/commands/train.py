@@ -54,7 +54,7 @@ def sft(
     resume: Resume = False,
     distributed: Distributed = False,
 ) -> None:
-    """Run only the supervised cold start of a recipe; `r1s train --resume` continues it."""
+    """Run only the supervised cold start of a recipe; `r1s train --resume` continues."""
     _train(config, overrides, run_dir, resume, distributed, cold_start_only=True)
 
 

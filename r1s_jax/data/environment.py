@@ -47,7 +47,7 @@ _TWO_HOP_FRACTION = 0.5
 _GUESS_FRACTION = 0.2
 _TWO_HOP_GUESS_FRACTION = 0.5
 # Weights in the loss. The decision to search weighs little, so that only a minority of samples
-# searches; a guessed answer weighs little, since random answers are noise that hides how to read.
+# searches; a guessed answer weighs little, since random answers only add noise.
 _SEARCH_WEIGHT = 0.08
 _GUESS_WEIGHT = 0.05
 
@@ -115,7 +115,7 @@ class TinyWorldEnvironment:
         return self._batch(world, size)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
-        """A fifth guesses at once; half of the others look up one fact, half set out for two.
+        """A fifth guesses at once; half of the others look up one fact, half need two.
 
         Half of the two-hop ones guess after the first search, which leaves something to learn. The
         decision to search has little weight, so that only a minority of samples searches.

@@ -45,7 +45,7 @@ def parse_question(row: Mapping[str, Any]) -> tuple[int | None, Question]:
 
 
 def _verl_question(prompt: Any) -> str | None:
-    """The text behind the last marker in the last user message of verl's `prompt`."""
+    """The text after the last marker in the last user message of verl's `prompt`."""
     messages = [m for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
     texts = [m.get("content") for m in messages if m.get("role") == "user"]
     if not texts or not isinstance(texts[-1], str):

@@ -84,7 +84,7 @@ def header_path(results: Path) -> Path:
 
 
 def read_header(results: Path) -> dict[str, Any] | None:
-    """The header of a result file; None if it has none, as files of other programs.
+    """The header of a result file; None if it has none (files of other programs).
 
     Raises DataError for a damaged header, or one of another version.
     """

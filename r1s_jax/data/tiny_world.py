@@ -31,7 +31,7 @@ _QUESTION = "Question: {question}"
 PROMPT = f"{_QUESTION} {BEGIN_THINK}"
 
 BIRTHPLACE, TRADE, TEACHER = RELATIONS = ("birthplace", "trade", "teacher")
-# Trades, unlike names, are the same in every world, so that a guess is right now and then.
+# Trades, unlike names, are the same in every world, so that a guess is sometimes right.
 TRADES = ("baker", "dancer", "doctor", "farmer", "judge", "mason")
 TRADES += ("painter", "potter", "sailor", "singer", "smith", "weaver")
 # fmt: off
@@ -207,7 +207,7 @@ class TinyWorld:
 
     @property
     def passages(self) -> list[Passage]:
-        """The corpus: one passage a person."""
+        """The corpus: one passage per person."""
         people = (*self.people, *self.known)
         return [Passage(str(i), person.passage) for i, person in enumerate(people)]
 

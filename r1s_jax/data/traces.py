@@ -134,7 +134,7 @@ class Wanted:
     contains: str = ""
 
     def fits(self, trace: Trace) -> bool:
-        """Whether a trace passes every filter; an unknown value passes none."""
+        """Whether a trace passes every filter; an unknown value fails its filter."""
         reward = trace.reward
         low, high = self.min_reward, self.max_reward
         return (

@@ -59,12 +59,15 @@ def search_r1_subem(solution: Solution, golds: str | Sequence[str]) -> Reward:
 
 
 def search_r1_format(solution: Solution, golds: str | Sequence[str]) -> Reward:
-    """Exact match: 1, without the structure 0.8. No match: 0.2, without the structure 0.1."""
+    """1 for an exact match (0.8 without the structure), else 0.2 (0.1 without the structure)."""
     return _with_format(solution, golds, retrieval=0.0)
 
 
 def search_r1_format_retrieval(solution: Solution, golds: str | Sequence[str]) -> Reward:
-    """As search_r1_format; no match, but the structure and a gold answer retrieved: 0.1 more."""
+    """As search_r1_format; without a match, a retrieved gold answer adds 0.1.
+
+    It adds nothing without the structure.
+    """
     return _with_format(solution, golds, retrieval=RETRIEVAL)
 
 

@@ -25,7 +25,7 @@ class Reward:
 
 
 def searches_answered(solution: Solution) -> int:
-    """Searches of the policy's own that the system answered (see Solution.searches_answered)."""
+    """The policy's searches that the system answered (see Solution.searches_answered)."""
     return solution.searches_answered
 
 
