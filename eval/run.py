@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
@@ -58,6 +58,8 @@ class EvalRun:
     limit: int = 0  # questions at most; 0: all
 
     def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode {self.mode!r}: take search, rag or direct")
         if self.samples < 1:
             raise ConfigError(f"samples={self.samples}: must be at least 1")
         if self.samples > 1 and self.settings.config().rollout.temperature < GREEDY_BELOW:
