@@ -1,4 +1,4 @@
-"""Functions with a gradient of their own."""
+"""A decorator for functions with a custom gradient."""
 
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -11,7 +11,8 @@ T = TypeVar("T")
 def own_gradient(*fixed: int) -> Callable[[Callable[..., T]], "jax.custom_vjp[T]"]:
     """`jax.custom_vjp` for a function whose arguments at `fixed` are not differentiated.
 
-    As a decorator with arguments it would hide from type checkers what the function returns.
+    Used directly as a decorator with arguments, `jax.custom_vjp` would hide the function's return
+    type from type checkers.
     """
 
     def decorate(function: Callable[..., T]) -> "jax.custom_vjp[T]":

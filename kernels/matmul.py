@@ -1,8 +1,7 @@
-"""A matrix product of bfloat16 that a CPU's matrix units take.
+"""bfloat16 matrix products in the form that XLA's CPU backend runs on matrix units.
 
-XLA's CPU backend hands a product of bfloat16 to them (AMX: about five times float32's speed) only
-where the result is float32, and where an operand need not be turned around first. Both hold in the
-gradient too, written here as what the compiler takes.
+The backend uses the matrix units (AMX: about five times float32's speed) only where the result is
+float32 and no operand has to be transposed first. The gradients here meet both conditions too.
 """
 
 import math
@@ -12,31 +11,31 @@ from jaxtyping import Array, Float
 
 from r1s_jax.kernels.gradients import own_gradient
 
-_SPLIT = 4  # into how many parts rows are cut that are summed over
+_SPLIT = 4  # parts of the rows in `summed_over_rows`
 
 
 @own_gradient(2)
 def matmul(
     x: Float[Array, "*B M D"],
     w: Float[Array, "*B D F"] | Float[Array, "*B F D"],
-    turned: bool = False,
+    transposed: bool = False,
 ) -> Float[Array, "*B M F"]:
-    """float32 `x @ w`, or `x @ w.T` where `w` is `turned`, of each of a batch.
+    """float32 `x @ w`, or `x @ w.T` if `transposed`, for each element of the batch.
 
-    The result's gradient is rounded to the operands' dtype before it multiplies.
+    The backward pass rounds the result's gradient to the operands' dtype before multiplying.
     """
-    equation = "...md,...fd->...mf" if turned else "...md,...df->...mf"
+    equation = "...md,...fd->...mf" if transposed else "...md,...df->...mf"
     return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
 
 
-def _forward(x: Array, w: Array, turned: bool) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, w, turned), (x, w)
+def _forward(x: Array, w: Array, transposed: bool) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, w, transposed), (x, w)
 
 
-def _backward(turned: bool, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _backward(transposed: bool, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     (x, w), g = operands, g.astype(operands[0].dtype)
-    dx = matmul(g, w, not turned)
-    dw = summed_over_rows(g, x) if turned else summed_over_rows(x, g)
+    dx = matmul(g, w, not transposed)
+    dw = summed_over_rows(g, x) if transposed else summed_over_rows(x, g)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 
@@ -45,8 +44,9 @@ def summed_over_rows(
 ) -> Float[Array, "*B A C"]:
     """float32 `x.T @ y`.
 
-    Of bfloat16, summed over two axes: over one, the compiler reads `x` against its layout, at a
-    sixth of the speed. To turn the result around instead fails in its runtime (jaxlib 0.10).
+    bfloat16 operands are summed over two axes: with one axis, the compiler reads `x` against its
+    layout, at a sixth of the speed. Transposing the result instead fails in XLA's CPU runtime
+    (jaxlib 0.10).
     """
     if x.dtype == jnp.float32:
         return jnp.einsum("...ma,...mc->...ac", x, y)
@@ -61,6 +61,6 @@ matmul.defvjp(_forward, _backward)
 def turned_matmul(x: Float[Array, "M D"], w: Float[Array, "F D"]) -> Float[Array, "M F"]:
     """float32 `x @ w.T` for a few rows, as `(w @ x.T).T`; it has no fast gradient.
 
-    What it costs is reading `w`: of bfloat16, 1.4x as fast at 8 rows (1.9x at 32) as `x @ w`.
+    Reading `w` dominates the cost: in bfloat16, 1.4x as fast at 8 rows (1.9x at 32) as `x @ w`.
     """
     return jnp.einsum("fd,md->fm", w, x, preferred_element_type=jnp.float32).T

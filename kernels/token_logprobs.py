@@ -1,13 +1,14 @@
-"""Log-probability and entropy from logits, in the few passes that a CPU needs.
+"""Log-probability and entropy from logits in few passes, for CPUs.
 
-XLA's CPU backend sums what it computes on the way slowly, and what a matrix product sums fast.
+XLA's CPU backend is slow at a sum whose terms it computes in the same pass, and fast at that sum as
+a matrix product with ones.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_COLUMNS = 8  # of ones: fewer are no matrix product to the compiler
+_COLUMNS = 8  # of ones: with fewer, the compiler does not emit a matrix product
 
 
 @jax.custom_vjp
@@ -29,8 +30,8 @@ def _forward(logits: Array, targets: Array):
     return (chosen - normalizer, normalizer - mean), (weights, targets, total)
 
 
-def _backward(kept: tuple[Array, ...], gradients: tuple[Array, Array]):
-    weights, targets, total = kept
+def _backward(residuals: tuple[Array, ...], gradients: tuple[Array, Array]):
+    weights, targets, total = residuals
     g = gradients[0]
     here = jnp.arange(weights.shape[-1]) == targets[..., None]
     return weights * (-g / total)[..., None] + jnp.where(here, g[..., None], 0), None

@@ -1,1 +1,1 @@
-"""Attention: one door (`api`), one meaning (`reference`), one file a backend."""
+"""Attention: one entry point (`api`), one definition (`reference`), one file per backend."""

@@ -1,8 +1,8 @@
-"""The one door to attention: callers import from here, whatever runs behind it.
+"""The entry point to attention: callers import from here, whichever backend runs.
 
 `impl` names the backend: "xla" (any device), "tpu" (Mosaic), "gpu" (Triton),
 or "interpret" (the TPU kernels, interpreted: slow, for tests). None takes the backend of JAX's
-default device. A backend that cannot serve a shape says so; nothing falls back in silence.
+default device. A backend that cannot serve a shape raises an error; there is no silent fallback.
 """
 
 from types import ModuleType
@@ -18,7 +18,7 @@ from r1s_jax.kernels.attention import gpu, interpret, tpu, xla
 from r1s_jax.kernels.attention.reference import Scales
 
 Impl = Literal["xla", "tpu", "gpu", "interpret"]
-# Each has `attention`, `decode_attention` and SUPPORT, what it serves.
+# Each module has `attention`, `decode_attention` and SUPPORT, its limits.
 BACKENDS: dict[Impl, ModuleType] = {"xla": xla, "tpu": tpu, "gpu": gpu, "interpret": interpret}
 
 
@@ -29,7 +29,7 @@ def default_impl(platform: str | None = None) -> Impl:
 
 
 def cache_dims(capacity: int, head_dim: int, impl: Impl | None = None) -> tuple[int, int]:
-    """Tokens and head width that a cache needs to hold `capacity` tokens of `head_dim`."""
+    """`capacity` and `head_dim` rounded up to the multiples that a cache of `impl` needs."""
     multiples = BACKENDS[_resolve(impl)].SUPPORT.cache_multiple
     return tuple(-(-n // m) * m for n, m in zip((capacity, head_dim), multiples, strict=True))
 
@@ -119,19 +119,19 @@ def _resolve(impl: Impl | None) -> Impl:
     if impl is None:
         return default_impl()
     if impl not in BACKENDS:
-        raise ValueError(f"impl={impl!r} is no backend of attention: take one of {list(BACKENDS)}")
+        raise ValueError(f"impl={impl!r} is not an attention backend: take one of {list(BACKENDS)}")
     return impl
 
 
 def _check_heads(
     q: Array, k: Array, v: Array, kv_heads: int, impl: Impl, *, quantized: bool = False
 ) -> None:
-    """What holds for whole rows and for a cache alike."""
+    """Checks that whole rows and a cache share. Raises ValueError."""
     heads, head_dim = q.shape[2:]
     if k.shape != v.shape:
         raise ValueError(f"k has shape {k.shape}, v has {v.shape}: they must be equal")
     if heads % kv_heads:
-        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads")
+        raise ValueError(f"{heads} query heads are not a multiple of {kv_heads} key/value heads")
     if k.shape[-1] < head_dim:
         raise ValueError(f"head width: q has {head_dim}, k and v have {k.shape[-1]}")
     cached = {} if quantized else {"k": k.dtype.name, "v": v.dtype.name}

@@ -1,4 +1,4 @@
-"""What the decode kernels of TPU and GPU have in common: their operands and their cost."""
+"""Operands and cost estimate that the decode kernels of TPU and GPU share."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 def group_queries(q: Float[Array, "B T H K"], kv_heads: int, dtype: Any) -> Float[Array, "B N M K"]:
-    """The M = T * H/N queries that read the same KV head side by side, token by token."""
+    """Puts the M = T * H/N queries of a KV head on one axis, ordered by token; casts to `dtype`."""
     batch, new, heads, head_dim = q.shape
     q = q.reshape(batch, new, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
     return q.reshape(batch, kv_heads, -1, head_dim).astype(dtype)
@@ -23,13 +23,13 @@ def ungroup_queries(out: Float[Array, "B N M K"], new: int) -> Float[Array, "B T
 
 
 def as_scalars(layer: Array | int, lengths: Array, rows: Array) -> tuple[Array, Array, Array]:
-    """What a decode kernel reads one number at a time, int32."""
+    """The int32 scalars of a decode kernel: `layer` as [1], `lengths`, `rows`."""
     layer, lengths, rows = (jnp.asarray(x, jnp.int32) for x in (layer, lengths, rows))
     return layer.reshape(1), lengths, rows
 
 
 def decode_cost(q_shape: tuple, k_cache: Array) -> pl.CostEstimate:
-    """Of queries [B, N, M, K] against caches that are full."""
+    """Cost of queries [B, N, M, K] against full caches."""
     batch, kv_heads, queries, head_dim = q_shape
     pairs = batch * kv_heads * queries * k_cache.shape[3]
     keys = batch * math.prod(k_cache.shape[2:])

@@ -1,12 +1,12 @@
 """Flash attention for whole rows, forward and backward: one body for every accelerator.
 
-The online softmax is that of FlashAttention-2 (arXiv 2307.08691). What differs between backends
-(block sizes, memory spaces, compiler parameters) comes in through `Backend`.
+The online softmax is that of FlashAttention-2 (arXiv 2307.08691). `Backend` holds the differences
+between backends: block sizes, memory spaces, compiler parameters.
 
 Inside, arrays are [B, H, T, K], and every query `t` may attend to the contiguous keys
-`ranges[b, 0, t] .. ranges[b, 1, t]`, both ends included. Causal order and packed segments are two
-ways to draw that range, and whole blocks outside of it are never visited. Exponentials are taken
-to base 2, the factor log2(e) riding on the scale.
+`ranges[b, 0, t] .. ranges[b, 1, t]`, both ends included. Causal order and packed segments both
+reduce to such a range, and whole blocks outside of it are never visited. Exponentials are taken
+to base 2: the scale includes the factor log2(e).
 """
 
 import math
@@ -27,7 +27,7 @@ LOG2_E = math.log2(math.e)
 # A masked score lies far below the lowest running maximum: its exponential is an exact zero even
 # in a row that has seen no allowed key yet.
 MASKED, LOWEST = -1e30, -5e29
-# Rows are padded to whole blocks, of so many tokens at least.
+# Rows are padded to a multiple of this many tokens.
 _ROW_MULTIPLE = 128
 
 
@@ -42,7 +42,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Backend:
-    """What one accelerator wants of the shared body.
+    """The parts of the kernels that depend on the accelerator.
 
     `blocks(kernel, length, head_dim, dtype)` gives the `Blocks` of "forward", "dq" or "dkv";
     `as_column` and `as_row` turn [1, n] into [n, 1] and back.
@@ -85,7 +85,7 @@ def flash_rows(
     causal: bool,
     scale: float,
 ) -> Float[Array, "B T H K"]:
-    """The flash kernels of one backend over rows of any length: pads to whole blocks."""
+    """Runs the flash kernels of one backend on rows of any length, padded to whole blocks."""
     batch, length = q.shape[:2]
     pad = -length % _ROW_MULTIPLE
     ranges = key_ranges(length, segment_ids, causal, batch)
@@ -140,7 +140,7 @@ def _forward(backend: Backend, scale: float, q, k, v, ranges):
         grid=(batch, heads, length // blocks.queries),
         cost_estimate=_cost(q.shape, products=2),
         in_specs=[
-            *_bound_specs(backend, 2),
+            *_bound_specs(backend),
             _ranges_spec(blocks.queries, lambda b, h, i: (b, 0, i)),
             by_query,
             by_kv,
@@ -166,7 +166,7 @@ def _dq(backend: Backend, scale: float, q, k, v, ranges, dout, lse, delta):
         grid=(batch, heads, length // blocks.queries),
         cost_estimate=_cost(q.shape, products=3),
         in_specs=[
-            *_bound_specs(backend, 2),
+            *_bound_specs(backend),
             _ranges_spec(blocks.queries, lambda b, h, i: (b, 0, i)),
             *(by_query, by_kv, by_kv, by_query, by_row, by_row),
         ],
@@ -176,7 +176,7 @@ def _dq(backend: Backend, scale: float, q, k, v, ranges, dout, lse, delta):
 
 
 def _dkv(backend: Backend, scale: float, q, k, v, ranges, dout, lse, delta):
-    """Each query head writes its own share, added up afterwards: no two programs meet."""
+    """Each query head writes its own share, summed afterwards: no two programs share an output."""
     batch, heads, length, head_dim = q.shape
     kv_heads = k.shape[1]
     per_group = heads // kv_heads
@@ -196,7 +196,7 @@ def _dkv(backend: Backend, scale: float, q, k, v, ranges, dout, lse, delta):
         grid=(batch, heads, length // blocks.keys),
         cost_estimate=_cost(q.shape, products=4),
         in_specs=[
-            *_bound_specs(backend, 2),
+            *_bound_specs(backend),
             _ranges_spec(length, lambda b, h, j: (b, 0, 0)),
             *(all_queries, by_key, by_key, all_queries, all_rows, all_rows),
         ],
@@ -335,14 +335,14 @@ def _span(meets: Bool[Array, "B I J"], axis: int) -> tuple[Array, Array]:
 
 
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Matrix product in float32; operands of float32 are not rounded on the way."""
+    """Matrix product in float32; float32 operands keep their full precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _query_specs(block: int, shape: tuple, kv_heads: int):
-    """Specs of a query block, of its per-query numbers, and of all keys of its group."""
+    """Specs of a query block, of its per-query scalars, and of all keys of its group."""
     per_group, (length, head_dim) = shape[1] // kv_heads, shape[2:]
     return (
         pl.BlockSpec((None, None, block, head_dim), lambda b, h, i: (b, h, i, 0)),
@@ -355,12 +355,12 @@ def _ranges_spec(block: int, index_map: Callable) -> pl.BlockSpec:
     return pl.BlockSpec((None, 2, block), index_map)
 
 
-def _bound_specs(backend: Backend, count: int) -> list[pl.BlockSpec]:
-    return [pl.BlockSpec(memory_space=backend.scalars)] * count
+def _bound_specs(backend: Backend) -> list[pl.BlockSpec]:
+    return [pl.BlockSpec(memory_space=backend.scalars)] * 2
 
 
 def _cost(shape: tuple, products: int) -> pl.CostEstimate:
-    """Of `products` matrix products over half of all pairs of tokens, as for one causal segment."""
+    """Cost of `products` matrix products over half of all token pairs, as in one causal segment."""
     batch, heads, length, head_dim = shape
     pairs = batch * heads * length * length // 2
     return pl.CostEstimate(

@@ -43,7 +43,7 @@ _BLOCKS_FLOAT32 = {
     "dkv": (32, 16, 4, 1),
 }
 _DECODE_KEYS, _DECODE_ROWS, _DECODE_ROWS_FLOAT32 = 64, 64, 16
-# Programs wanted at a time: two for each multiprocessor of an H100.
+# Programs to run at a time: two per multiprocessor of an H100.
 _PROGRAMS = 264
 
 SUPPORT = Support(
@@ -61,7 +61,7 @@ def _blocks(kernel: str, length: int, head_dim: int, dtype: Any) -> Blocks:
 
 
 def backend(interpret: Any = False) -> Backend:
-    """The GPU's way to run the kernels of `flash`."""
+    """The kernels of `flash` on a GPU."""
     return Backend(
         name="gpu",
         blocks=_blocks,
@@ -127,7 +127,7 @@ def _decode_partials(
 ) -> tuple[Float[Array, "B N P M"], Float[Array, "B N P M"], Float[Array, "B N P M K"]]:
     """Peak, sum and weighted values of the softmax over each of P shares of a row's cache.
 
-    `cache` holds keys [L, R, N, S, K], values, and of int8 ones the scales.
+    `cache` holds keys [L, R, N, S, K], values, and the scales of both if they are int8.
     """
     batch, kv_heads, padded, head_dim = q.shape
     key_blocks = cache[0].shape[3] // _DECODE_KEYS
@@ -196,7 +196,7 @@ def _decode_kernel(
         peak, total, acc = carry
         here = pl.ds(j * _DECODE_KEYS, _DECODE_KEYS)
         scores = _dot(q, k_ref[layer, row, n, here, :].astype(q.dtype), (1, 1)) * scale
-        if scale_refs:  # of a key's numbers, all alike: its score's
+        if scale_refs:  # a key's one scale multiplies its score
             scores = scores * scale_refs[0][layer, row, n, here][None, :]
         scores = jnp.where(key + j * _DECODE_KEYS <= last, scores, MASKED)
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
@@ -219,7 +219,7 @@ def _decode_kernel(
 def _merge(
     peak: Float[Array, "B N P M"], total: Float[Array, "B N P M"], acc: Float[Array, "B N P M K"]
 ) -> Float[Array, "B N M K"]:
-    """One softmax out of P partial ones; zeros where none saw a key."""
+    """Merges P partial softmaxes into one; zeros where none saw a key."""
     weight = jnp.exp2(peak - peak.max(2, keepdims=True))
     total = (total * weight).sum(2)
     return (acc * weight[..., None]).sum(2) / jnp.where(total > 0, total, 1.0)[..., None]

@@ -1,4 +1,4 @@
-"""The TPU's kernels, interpreted on any device: slow, for tests."""
+"""The TPU kernels, interpreted on any device: slow, for tests."""
 
 from functools import partial
 

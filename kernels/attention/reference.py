@@ -1,4 +1,4 @@
-"""What attention means, in plain XLA: the CPU path and the oracle of every kernel."""
+"""The definition of attention in plain XLA: tests compare every backend with it."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Num
 MASKED = -1e30
 
 
-# float32[L, R, N, S] each: what the int8 keys, and the values, of a cache are multiplied by.
+# float32[L, R, N, S] each: the scales of a cache's int8 keys and of its int8 values.
 Scales = tuple[Array, Array]
 
 
@@ -27,35 +27,20 @@ def attention(
     row and segment, to none after itself where `causal`. A segment is a run of equal ids; segment
     0 is padding, which attends to nothing and gives zeros. `scale` defaults to `K ** -0.5`.
     """
-    ids = None if segment_ids is None else (segment_ids, segment_ids)
-    return masked_attention(q, k, v, ids, 0, causal=causal, scale=scale)
-
-
-def masked_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S N K"],
-    v: Float[Array, "B S N K"],
-    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None,
-    first: int,
-    *,
-    causal: bool,
-    scale: float | None,
-) -> Float[Array, "B T H K"]:
-    """`attention` of the queries from `first` on to S keys, each side with its segment ids."""
-    head_dim = q.shape[3]
+    length, head_dim = q.shape[1], q.shape[3]
     factor = head_dim**-0.5 if scale is None else scale
     q = group_heads(q, k.shape[2])
     scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32) * factor
-    query, key = jnp.arange(first, first + q.shape[1]), jnp.arange(k.shape[1])
-    allowed = (query[:, None] >= key if causal else jnp.ones((len(query), len(key)), bool))[None]
+    allowed = jnp.ones((1, length, length), bool)
+    if causal:
+        allowed = jnp.tril(allowed)
     if segment_ids is not None:
-        of_query, of_key = segment_ids
-        allowed &= of_query[:, :, None] == of_key[:, None, :]
+        allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
     scores = jnp.where(allowed[:, None, None], scores, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bngts,bsnk->btngk", probs, v)
     if segment_ids is not None:
-        out = jnp.where(of_query[:, :, None, None, None] > 0, out, 0)
+        out = jnp.where(segment_ids[:, :, None, None, None] > 0, out, 0)
     return out.reshape(*out.shape[:2], -1, head_dim)
 
 
@@ -74,8 +59,8 @@ def decode_attention(
 
     The cache already holds the keys and values of the T tokens: row `b` has `lengths[b]` valid
     entries and query `t` stands at position `lengths[b] - T + t`. Rows of length 0 give zeros.
-    Row `b` of the queries reads row `rows[b]` of the cache (None: row `b`). A cache of int8 comes
-    with the `scales` that its keys and values are multiplied by, one a token and head.
+    Row `b` of the queries reads row `rows[b]` of the cache (None: row `b`). `scales` multiply the
+    keys and values of an int8 cache, one scale per token and head.
     """
     head_dim, new = q.shape[3], q.shape[1]
     rows = jnp.arange(q.shape[0]) if rows is None else rows

@@ -33,8 +33,8 @@ _VMEM_LIMIT = 96 * 2**20
 # Bytes of one block of keys, all heads together, and of one block of scores.
 _CACHE_BLOCK, _SCORE_BLOCK = 2**20, 2**22
 
-# A head narrower than a tile is stored with zeros beside it, or every call would copy the cache
-# into that form.
+# A cache stores a head narrower than a tile padded with zeros; otherwise every call would copy the
+# cache into that form.
 SUPPORT = Support(
     cache_multiple=(LANES, LANES),
     dtypes=KERNEL_DTYPES,
@@ -62,7 +62,7 @@ def _as_row(column: Array) -> Array:
 
 
 def backend(interpret: Any = False) -> Backend:
-    """The TPU's way to run the kernels of `flash`."""
+    """The kernels of `flash` on a TPU."""
     return Backend("tpu", _blocks, _as_column, _as_row, pltpu.SMEM, interpret)
 
 
@@ -94,8 +94,8 @@ def decode_attention(
 ) -> Float[Array, "B T H K"]:
     """`reference.decode_attention` as a Mosaic kernel; S must be a multiple of 128.
 
-    The grid walks over a row's cache, one block of keys of all heads at a time. Past the row's
-    length the block index stands still, so nothing more is fetched from HBM.
+    The grid iterates over a row's cache, one block of keys of all heads at a time. Past the row's
+    length the block index stays the same, so nothing more is fetched from HBM.
     """
     new, capacity = q.shape[1], k_cache.shape[3]
     rows = jnp.arange(len(q)) if rows is None else rows
@@ -136,7 +136,7 @@ def decode_attention(
 
 
 def _decode_block(capacity: int, queries: int, bytes_a_key: int) -> int:
-    """Keys a block: as many as fit the budgets and divide the cache."""
+    """Keys per block: as many as fit the budgets and divide the capacity."""
     fits = min(_CACHE_BLOCK // bytes_a_key, _SCORE_BLOCK // (4 * queries))
     largest = math.gcd(capacity, 1024)
     return max(LANES, min(largest, 2 ** int(math.log2(max(fits, LANES)))))
@@ -154,7 +154,7 @@ def _decode_kernel(
     v_ref,
     *refs,
 ):
-    """One block of the cache of one row, all its heads; the scratch carries the softmax on."""
+    """One block of one row's cache, all heads; scratch carries the softmax from block to block."""
     *scale_refs, o_ref, peak, total, acc = refs
     b, s = pl.program_id(0), pl.program_id(1)
     kv_heads, size, _ = k_ref.shape
@@ -174,7 +174,7 @@ def _decode_kernel(
         allowed = key <= length - new + token
         for n in range(kv_heads):
             scores = _dot(q_ref[n], k_ref[n].astype(q_ref.dtype), (1, 1)) * scale
-            if scale_refs:  # of a key's numbers, all alike: its score's
+            if scale_refs:  # a key's one scale multiplies its score
                 scores = scores * scale_refs[0][pl.ds(n, 1), :]
             scores = jnp.where(allowed, scores, MASKED)
             new_peak = jnp.maximum(peak[n], jnp.max(scores, axis=1, keepdims=True))

@@ -1,7 +1,7 @@
-"""Attention in plain XLA, block by block: what runs on CPU.
+"""Attention in plain XLA, block by block, for CPUs.
 
-The meaning is that of `reference`; the blocks keep scores in the processor's caches and skip what
-nobody may see.
+The result is that of `reference`; blocks keep scores in the processor's caches and skip keys that
+no query may see.
 """
 
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from r1s_jax.kernels.matmul import matmul, summed_over_rows
 
 SUPPORT = Support()
 
-_BLOCK = 128  # of keys in a cache
+_BLOCK = 128  # keys of a cache
 _QUERY_BLOCK = 64
-# A long row is cut into no more than this many blocks of queries: each is a piece of program.
+# Most blocks of queries in a row: each adds code to the program.
 _MAX_QUERY_BLOCKS = 16
 
 
@@ -30,13 +30,13 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Same meaning as `reference.attention`; a block of queries sees no key after its end.
+    """`reference.attention`; if `causal`, a block of queries skips the keys after its end.
 
-    The backward pass computes the scores of a block again, so no [T, T] array is ever kept.
+    The backward pass recomputes the scores of a block, so no [T, T] array is ever stored.
     """
     batch, length, heads, head_dim = q.shape
     q = group_heads(q * (head_dim**-0.5 if scale is None else scale), k.shape[2])
-    # Heads first: a group's queries, whatever their tokens, are the rows of one matrix product.
+    # Heads first, so that a group's queries of all tokens are the rows of one matrix product.
     q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
@@ -52,7 +52,7 @@ def _attend(
     segment_ids: Int[Array, "B T"],
     causal: bool,
 ) -> Float[Array, "B N G T K"]:
-    """Attention of grouped heads, the scale being in the queries already."""
+    """Attention of grouped heads whose queries are already scaled."""
     return _forward(q, k, v, segment_ids, causal)[0]
 
 
@@ -70,9 +70,9 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array, causal: bool):
     return out, (q, k, v, segment_ids, out, jnp.concatenate(sums, axis=3))
 
 
-def _backward(causal: bool, kept: tuple[Array, ...], g: Float[Array, "B N G T K"]):
+def _backward(causal: bool, residuals: tuple[Array, ...], g: Float[Array, "B N G T K"]):
     """With P the weights and O the output, dS = P * (dO V' - rowsum(dO * O)) (arXiv 2205.14135)."""
-    q, k, v, segment_ids, out, sums = kept
+    q, k, v, segment_ids, out, sums = residuals
     g = jnp.where(_real(segment_ids), g, 0).astype(v.dtype)
     inner = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     dq, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
@@ -103,7 +103,7 @@ def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
 def _scores(
     q: Array, k: Array, segment_ids: Array, queries: slice, keys: slice, causal: bool
 ) -> tuple[Float[Array, "B N M S"], Float[Array, "B N M K"]]:
-    """Masked scores of a block, its M = G * T queries as rows; and those queries."""
+    """Masked scores of a block with its M = G * T queries as rows, and these rows of `q`."""
     rows = _rows(q, queries)
     scores = matmul(rows, k[:, :, keys], True)
     of_query, of_key = segment_ids[:, queries], segment_ids[:, keys]
@@ -122,7 +122,7 @@ def _rows(x: Float[Array, "B N G T *K"], queries: slice) -> Float[Array, "B N M 
 
 
 def _real(segment_ids: Int[Array, "B T"]) -> Array:
-    """Where there is text and no padding, for arrays of [B, N, G, T, K]."""
+    """Mask of the tokens that are not padding, broadcastable to [B, N, G, T, K]."""
     return segment_ids[:, None, None, :, None] > 0
 
 
@@ -137,18 +137,17 @@ def decode_attention(
     scale: float | None = None,
     scales: Scales | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Same meaning as `reference.decode_attention`, by online softmax over blocks of keys.
+    """`reference.decode_attention` by online softmax over blocks of keys.
 
-    The number of blocks follows the longest row, so a cache with room for thousands of tokens
-    costs what its text costs. Blocks are sliced straight out of the stacked cache: taking one
-    layer, or some rows, first would copy it.
+    The number of blocks follows the longest row, so unused capacity costs nothing. Blocks are
+    sliced directly from the stacked cache: slicing a layer or rows first would copy the cache.
     """
     batch, new, _, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[2:4]
     block = min(_BLOCK, capacity)
     dtype, q = q.dtype, group_heads(q, kv_heads).transpose(0, 2, 1, 3, 4)
     groups = q.shape[3]
-    # Tokens and the heads of a group share their keys: one row axis M keeps the matmuls plain.
+    # Tokens and heads of a group share keys: one row axis M makes each product a plain matmul.
     q = (q * (head_dim**-0.5 if scale is None else scale)).reshape(batch, kv_heads, -1, head_dim)
     position = jnp.repeat(lengths[:, None] - new + jnp.arange(new), groups, axis=1)
 
@@ -157,7 +156,7 @@ def decode_attention(
 
     def attend_block(i: Array, carry: tuple) -> tuple:
         peak, total, out = carry
-        # The last block of a capacity that is no multiple slides back; its overlap is masked.
+        # If blocks do not divide the capacity, the last one starts earlier; its overlap is masked.
         first = jnp.minimum(i * block, capacity - block)
         k, v = read(k_cache, first), read(v_cache, first)
         if scales is not None:

@@ -278,8 +278,8 @@ def test_what_no_backend_serves_is_said():
     ck, cv = random_cache(1, 2, 2, 256, 16, 1, 4)[1:]
     lengths = np.array([1, 1], np.int32)
     cases = [
-        ("impl='cuda' is no backend", lambda: attention(q, k, v, impl="cuda")),
-        ("3 query heads are no multiple of 2", lambda: attention(q[:, :, :3], k, v)),
+        ("impl='cuda' is not an attention backend", lambda: attention(q, k, v, impl="cuda")),
+        ("3 query heads are not a multiple of 2", lambda: attention(q[:, :, :3], k, v)),
         ("k has shape .* v has", lambda: attention(q, k, v[:, :4])),
         ("segment_ids has shape", lambda: attention(q, k, v, segment_ids=lengths)),
         ("q is float16", lambda: attention(np.float16(q), k, v, impl="interpret")),
