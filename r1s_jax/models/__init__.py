@@ -1,1 +1,1 @@
-"""The policy network, and how it gets in and out."""
+"""The policy network: its decoder, tokenizers, loading, checkpoints and export."""

@@ -1,4 +1,4 @@
-"""Architectures of published models that recipes name: known before anything is downloaded."""
+"""Architectures of the published models in recipes, so that planning needs no download."""
 
 from r1s_jax.config import ModelConfig, PolicyConfig, RopeScaling
 from r1s_jax.models.weights import load_config
@@ -75,7 +75,7 @@ KNOWN = {
 
 
 def architecture_of(policy: PolicyConfig) -> ModelConfig:
-    """The architecture that a recipe's policy has; read from its files where it is not known."""
+    """The architecture of a recipe's policy; read from the model's files if not in `KNOWN`."""
     if policy.architecture:
         return policy.architecture
     return KNOWN.get(policy.model) or load_config(resolve(policy.model))

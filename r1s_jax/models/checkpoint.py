@@ -1,8 +1,7 @@
-"""Saving and restoring a run with Orbax: parameters, optimizer state and where the run stands.
+"""Saving and restoring a run with Orbax: parameters, optimizer state and progress.
 
-Orbax notices some damage to what describes a checkpoint, and none to the numbers in it: so each
-array's checksum is kept beside it, a seal on all JSON of ours, and what is read back must have the
-same.
+Orbax detects some damage to a checkpoint's metadata and none to its arrays. So a checkpoint also
+holds a checksum of each array and a seal on its JSON (seals.py); reading verifies both.
 """
 
 import contextlib
@@ -43,27 +42,28 @@ from r1s_jax.system.distributed import on_main
 T = TypeVar("T")
 
 _CHECKSUMS = "array_checksums"
-# Orbax warns at every save without a score, which the first stage's are, and at every item whose
-# description is asked for without the whole checkpoint's.
-_NO_NEWS = ("tracked_metric", "Metadata file does not exist", "Failed to get item metadata")
-_NO_NEWS += ("Failed to json parse Metadata file",)
-# Nor are the tracebacks of its threads: what fails there is raised by `wait`.
+# Orbax warns at every save without a score (stage 1 has none), and whenever the metadata of an item
+# is read without the metadata of the whole checkpoint.
+_HIDDEN = ("tracked_metric", "Metadata file does not exist", "Failed to get item metadata")
+_HIDDEN += ("Failed to json parse Metadata file",)
+# Tracebacks of Orbax's threads are hidden too: `wait` raises their errors.
 logging.getLogger("absl").addFilter(
-    lambda record: not (record.exc_info or any(n in record.getMessage() for n in _NO_NEWS))
+    lambda record: not (record.exc_info or any(text in record.getMessage() for text in _HIDDEN))
 )
-_PATIENCE_S = 30.0
+_CLOSE_TIMEOUT_S = 30.0
 
 
 class DamagedCheckpoint(CheckpointError):
-    """The newest checkpoint is not what was saved; it was set aside, so the one before is next."""
+    """The newest checkpoint is damaged; it was moved away, so the one before is now the newest."""
 
 
 class Checkpoints:
     """The newest checkpoints of a run and the best one, written in the background.
 
-    A checkpoint appears whole or not at all: Orbax writes beside it and renames. `index` grows
-    through the whole run, cold start included. With a `run`, the directory is that run's alone
-    until `close`. Raises CheckpointError where it is another's, InUse where it is being written.
+    A checkpoint appears whole or not at all: Orbax writes it under another name and renames it.
+    `index` grows through the whole run, cold start included. With a `run`, no other process may
+    use the directory until `close`. Raises CheckpointError where the directory belongs to another
+    run, InUse where another process writes there.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int, run: Path | None = None):
@@ -88,10 +88,10 @@ class Checkpoints:
         progress: Mapping[str, Any],
         score: float | None = None,
     ) -> None:
-        """Starts saving. A failure to write shows at the latest in `wait`.
+        """Starts to save; `wait` raises the errors of writing in the background.
 
-        The checkpoint with the highest `score` is kept whatever its age. Raises CheckpointError (a
-        full disk, say); the checkpoints before are kept.
+        The checkpoint with the highest `score` is kept whatever its age. Raises CheckpointError
+        (for a full disk, say); earlier checkpoints stay whole.
         """
         if (run := self._run) and not is_local(self._directory):
             on_main(lambda: check_owner(run, self._directory))
@@ -103,43 +103,43 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(index, args=args, metrics=metrics, force=True))
 
     def best(self) -> epath.Path | None:
-        """The checkpoint with the highest score so far; None where none has one."""
+        """The checkpoint with the highest score so far; None where no checkpoint has a score."""
         scored = [step for step in self._manager.all_steps() if self._manager.metrics(step)]
         return self._directory / str(self._manager.best_step()) if scored else None
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk. Raises CheckpointError if it is not."""
+        """Blocks until pending saves are on disk. Raises CheckpointError if one fails."""
         self._guard(self._manager.wait_until_finished)
 
     def close_after_error(self) -> None:
         """Waits for pending saves, with a time-out in case other processes died."""
 
         def close() -> None:
-            with contextlib.suppress(Exception):  # that it failed is known already
+            with contextlib.suppress(Exception):  # the caller already reports the failure
                 self._manager.close()
 
         waiting = threading.Thread(target=close, daemon=True)
         waiting.start()
-        waiting.join(_PATIENCE_S)
+        waiting.join(_CLOSE_TIMEOUT_S)
         self._held.close()
 
     def close(self) -> None:
         with self._held:
             self._guard(self._manager.close)
 
-    def progress(self, read: Callable[[dict[str, Any]], T]) -> T | None:
-        """Where the newest checkpoint stands, as `read` makes it; None when there is none.
+    def progress(self, parse: Callable[[dict[str, Any]], T]) -> T | None:
+        """The progress in the newest checkpoint, parsed by `parse`; None without a checkpoint.
 
-        Raises DamagedCheckpoint when it cannot be read, having set it aside.
+        A damaged checkpoint is moved away, then DamagedCheckpoint is raised.
         """
         if self._manager.latest_step() is None:
             return None
         with self.reading():
-            return read(_saved_progress(self._directory / str(self._manager.latest_step())))
+            return parse(_saved_progress(self._directory / str(self._manager.latest_step())))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around what reads from the newest checkpoint: an error of it sets the checkpoint aside.
+        """Surrounds code that reads the newest checkpoint: if it fails, moves the checkpoint away.
 
         Raises DamagedCheckpoint then.
         """
@@ -151,7 +151,7 @@ class Checkpoints:
     def restore(self, like: State) -> State:
         """The newest state, with the shapes, dtypes and shardings of `like`.
 
-        Raises DamagedCheckpoint when it is not what was saved, having set it aside.
+        A damaged checkpoint is moved away, then DamagedCheckpoint is raised.
         """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
@@ -164,46 +164,47 @@ class Checkpoints:
             restored: Any = self._manager.restore(newest, args=args)
             state = restored.state
         except jax.errors.JaxRuntimeError:
-            raise  # no memory on the devices, say: no fault of the checkpoint
+            raise  # out of device memory, say: the checkpoint is not at fault
         except Exception as error:
             self._set_aside(reason(error))
-        found = checksums(state)
-        if wrong := sorted({name for name, _ in saved.items() ^ found.items()}):
+        if wrong := sorted({name for name, _ in saved.items() ^ checksums(state).items()}):
             self._set_aside(f"{len(wrong)} arrays changed since they were saved, first {wrong[0]}")
         return state
 
     def _set_aside(self, why: str) -> NoReturn:
-        """Takes the newest checkpoint out of the way of the one before it, and says so.
+        """Moves the newest checkpoint away, so that the one before it is the newest, and raises.
 
-        The only one stays where it is: a run that found none would begin anew, over its own files.
+        The only checkpoint stays: without any, a run would start anew over its own files.
         """
         folder = self._directory / str(self._manager.latest_step())
         alone = len(self._manager.all_steps()) == 1
         self._manager.close()
         self._held.close()
         if alone:
-            raise CheckpointError(_damaged(folder, why, "there is no other: start again elsewhere"))
-        aside = on_main(lambda: _aside(folder))
+            raise CheckpointError(
+                _damaged(folder, why, "there is no other: start a run in another folder")
+            )
+        aside = on_main(lambda: _move_aside(folder))
         raise DamagedCheckpoint(_damaged(folder, why, f"was moved to {aside}"))
 
     def _guard(self, action: Any) -> None:
         try:
             action()
         except Exception as error:
-            known = re.search(r"([^:]+) \[os_error_code", str(error))  # the system's own words
-            why = known[1].strip() if known else shorten(str(error), 150)
+            match = re.search(r"([^:]+) \[os_error_code", str(error))  # the system's own message
+            why = match[1].strip() if match else shorten(str(error), 150)
             raise CheckpointError(
                 f"cannot save a checkpoint in {self._directory}: {why}. Earlier checkpoints are "
                 "whole: make room, then go on with --resume."
             ) from error
 
 
-def _damaged(folder: epath.Path, why: str, then: str) -> str:
-    return f"checkpoint {folder} is damaged ({shorten(why, 150)}) and {then}"
+def _damaged(folder: epath.Path, why: str, outcome: str) -> str:
+    return f"checkpoint {folder} is damaged ({shorten(why, 150)}) and {outcome}"
 
 
-def _aside(folder: epath.Path) -> epath.Path:
-    """Takes a checkpoint out of the way of the others; returns where it is now."""
+def _move_aside(folder: epath.Path) -> epath.Path:
+    """Moves a checkpoint out of its directory; returns its new path."""
     aside = folder.parent.with_name(f"damaged-{folder.parent.name}") / folder.name
     if aside.exists():
         aside.rmtree()
@@ -212,23 +213,25 @@ def _aside(folder: epath.Path) -> epath.Path:
 
 
 def _drop_damaged(directory: epath.Path) -> None:
-    """Takes checkpoints that are not whole out of the way, and scores that cannot be read.
+    """Moves damaged checkpoints away and deletes scores that cannot be read.
 
-    Where none is whole all stay: a run that found none would begin anew, over its own files.
+    If all are damaged, all stay: without any, a run would start anew over its own files.
     """
     saved = saved_in(directory)
     flawed = {folder: why for folder in saved if (why := flaw(folder))}
     if flawed and len(flawed) == len(saved):
         raise CheckpointError(
-            _damaged(saved[0], flawed[saved[0]], "there is no whole one: start again elsewhere")
+            _damaged(
+                saved[0], flawed[saved[0]], "there is no whole one: start a run in another folder"
+            )
         )
     for folder, why in flawed.items():
-        warn(_damaged(folder, why, f"was moved to {_aside(folder)}"))
+        warn(_damaged(folder, why, f"was moved to {_move_aside(folder)}"))
     for path in directory.glob("*/metrics/metrics") if directory.exists() else ():
         try:
-            check(_sound(path), _Scored, path)
+            check(_read_sealed(path), _Scored, path)
         except BadInput as error:
-            # Of a score that cannot be read nothing but the score is lost: its checkpoint stays.
+            # Only the score is lost: its checkpoint stays.
             warn(f"{error}; the checkpoint counts as one without a score")
             path.parent.rmtree()
 
@@ -247,7 +250,7 @@ _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 
 
 class _Described(msgspec.Struct):
-    """What Orbax keeps of a whole checkpoint."""
+    """Orbax's metadata of a whole checkpoint."""
 
     item_handlers: dict[str, Any] | str | None = None
     metrics: dict[str, Any] | None = None
@@ -258,9 +261,9 @@ class _Described(msgspec.Struct):
 
 
 def flaw(folder: epath.Path) -> str:
-    """What is wrong with a checkpoint as far as can be told without its arrays; "": nothing.
+    """The damage of a checkpoint that shows without reading its arrays; "": none.
 
-    Raises OSError where it cannot be reached now: that says nothing of what it holds.
+    Raises OSError where the checkpoint cannot be reached: it may still be whole.
     """
     try:
         for name in ("_CHECKPOINT_METADATA", "progress/metadata", "state/_METADATA"):
@@ -274,22 +277,22 @@ def flaw(folder: epath.Path) -> str:
     return ""
 
 
-def _sound(path: epath.Path) -> dict[str, Any]:
-    """The values in a file of a checkpoint, which are what was saved. Raises BadInput."""
+def _read_sealed(path: epath.Path) -> dict[str, Any]:
+    """The values in a sealed JSON file of a checkpoint. Raises BadInput if the seal is wrong."""
     values = parse_object(path.read_bytes(), path)
     if SEAL not in values:
         raise BadInput(f"{path}: it has no seal, so it is damaged or of an earlier version")
     if not is_sealed(values):
-        raise BadInput(f"{path}: changed since it was saved, its seal does not fit")
+        raise BadInput(f"{path}: changed since it was saved: its seal does not match")
     return values
 
 
 def _saved_progress(folder: epath.Path) -> dict[str, Any]:
-    """What a checkpoint keeps beside its arrays. Raises BadInput where that is damaged."""
+    """The values that a checkpoint keeps beside its arrays. Raises BadInput if damaged."""
     path = folder / "progress" / "metadata"
     if not path.exists():
-        raise BadInput(f"{path} is missing: this is no whole checkpoint of a run")
-    progress = _sound(path)
+        raise BadInput(f"{path} is missing: this is not a whole checkpoint of a run")
+    progress = _read_sealed(path)
     if _CHECKSUMS not in progress:
         raise BadInput(f"{path} is another file of a checkpoint: it holds no {_CHECKSUMS}")
     return progress
@@ -298,7 +301,7 @@ def _saved_progress(folder: epath.Path) -> dict[str, Any]:
 def checkpoint_directory(run_dir: epath.PathLike, elsewhere: str) -> epath.Path:
     """Where a run keeps its checkpoints: in its directory, or `elsewhere` (`gs://bucket/path`).
 
-    Raises CheckpointError for a bucket that nothing here can reach.
+    Raises CheckpointError for a bucket without the package that reads buckets.
     """
     if elsewhere.startswith("gs://") and not importlib.util.find_spec("gcsfs"):
         raise CheckpointError(f"to keep checkpoints in {elsewhere}, pip install 'r1s-jax[gcs]'")
@@ -309,8 +312,8 @@ def run_of(path: Path) -> Path | None:
     """The directory of the run that a path or a checkpoint belongs to; None for other paths."""
     for run in (path, path.parent.parent):
         # A model's directory has a config.json too; checkpoints may lie elsewhere.
-        known = (run / "checkpoints").is_dir() or (run / "versions.json").exists()
-        if known and (run / "config.json").exists():
+        is_run = (run / "checkpoints").is_dir() or (run / "versions.json").exists()
+        if is_run and (run / "config.json").exists():
             return run
     return None
 
@@ -318,10 +321,10 @@ def run_of(path: Path) -> Path | None:
 def newest_params(
     run: Path, directory: epath.Path, model: ModelConfig, dtype: Any
 ) -> tuple[epath.Path, Params]:
-    """A run's newest checkpoint that is whole, and its parameters (see read_params).
+    """A run's newest whole checkpoint and its parameters (see read_params).
 
-    Those that are not are named and passed over. Raises CheckpointError where none is, where there
-    is none yet, and where the checkpoints are another run's.
+    Damaged checkpoints are skipped with a warning. Raises CheckpointError where all are damaged,
+    where there is none yet, and where the checkpoints belong to another run.
     """
     check_owner(run, directory)
     errors: list[CheckpointError] = []
@@ -332,19 +335,19 @@ def newest_params(
             errors.append(error)
             continue
         for error in errors:
-            warn(f"{error}. Taking the one before")
+            warn(f"{error}. Using the checkpoint before it")
         return checkpoint, params
     raise errors[0] if errors else CheckpointError(f"{directory} holds no checkpoint yet")
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    """Orbax wants no relative paths; those of a bucket are none."""
+    """Orbax refuses relative paths; bucket paths are already absolute."""
     path = epath.Path(path)
     return path.resolve() if is_local(path) else path
 
 
 def _move(source: epath.Path, target: epath.Path) -> None:
-    """Moves a folder, in a bucket file by file: there are no folders there."""
+    """Moves a folder; in a bucket file by file, because buckets have no folders."""
     if is_local(source):
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
@@ -387,14 +390,14 @@ def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> P
 
 @cache
 def _ignore_late_errors() -> None:
-    """Where one array fails, the others' ends find Orbax's event loop closed: no news."""
+    """Hides follow-up errors: after one array fails, the others find Orbax's event loop closed."""
     hook = sys.unraisablehook
-    known = "Event loop is closed"
-    sys.unraisablehook = lambda told: None if known in str(told.exc_value) else hook(told)
+    late = "Event loop is closed"
+    sys.unraisablehook = lambda error: None if late in str(error.exc_value) else hook(error)
 
 
 def _stored_dtypes(folder: epath.Path, specs: Params) -> Params:
-    """Of each parameter, as it was saved: checksums are of its very bits."""
+    """The dtype in which each parameter was saved: checksums are of these exact bits."""
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with reading(folder, CheckpointError):
         described = reader.metadata(folder / "state").item_metadata
@@ -417,19 +420,19 @@ def _saved_sums(folder: epath.Path) -> dict[str, int]:
 
 def _check_shapes(checkpoint: epath.PathLike, params: Params, specs: Params) -> None:
     named, _ = jax.tree_util.tree_flatten_with_path(params)
-    wanted = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-    for (path, found), spec in zip(named, wanted, strict=True):
-        if found.shape != spec.shape:
+    leaves = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, ParamSpec))
+    for (path, array), spec in zip(named, leaves, strict=True):
+        if array.shape != spec.shape:
             name = jax.tree_util.keystr(path)
             raise CheckpointError(
-                f"{checkpoint}: {name} has shape {found.shape}, its run's config says {spec.shape}"
+                f"{checkpoint}: {name} has shape {array.shape}, its run's config says {spec.shape}"
             )
 
 
 def _check_sums(checkpoint: epath.PathLike, params: Params, saved: dict[str, int]) -> None:
     named, _ = jax.tree_util.tree_flatten_with_path(params)
-    found = {f".params{jax.tree_util.keystr(path)}": host_checksum(leaf) for path, leaf in named}
-    if wrong := [name for name, value in found.items() if saved.get(name) != value]:
+    sums = {f".params{jax.tree_util.keystr(path)}": host_checksum(leaf) for path, leaf in named}
+    if wrong := [name for name, value in sums.items() if saved.get(name) != value]:
         raise CheckpointError(
             f"{checkpoint} is damaged: {len(wrong)} arrays are not as they were saved, first "
             f"{wrong[0]}; take another of the run's checkpoints"

@@ -1,4 +1,4 @@
-"""Whose a folder of checkpoints is: one run's, and one process's at a time."""
+"""A folder of checkpoints belongs to one run, and to one process at a time."""
 
 import json
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from r1s_jax.io.text import is_whole_number
 from r1s_jax.system.locks import only_one
 
 _MARK = "run.json"
-RUN_FORMAT = 1  # of a run's folder, in `versions.json`; those of earlier versions have none
+RUN_FORMAT = 1  # of a run's folder, in its `versions.json`; earlier versions wrote no format
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -23,38 +23,38 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class _Mark(msgspec.Struct):
-    """In a folder of checkpoints: whose they are."""
+    """The file in a folder of checkpoints that names their run."""
 
     run: str  # its identity
-    folder: str  # where that run was, for people
+    folder: str  # the run's folder when it was written, for messages
 
 
 class Versions(msgspec.Struct):
-    """What `versions.json` says of a run's start, as far as it is read again."""
+    """The fields of a run's `versions.json` that are read again."""
 
     id: str  # tells the run from all others, wherever its folder is
-    folder: str  # that it was started in
+    folder: str  # in which the run was started
 
 
 def read_versions(run: Path) -> Versions:
-    """What tells a run from others, and where it was started.
+    """A run's identity and the folder in which it was started.
 
     Raises CheckpointError where `versions.json` is missing, damaged or of an earlier version.
     """
     file = run / "versions.json"
     if not file.exists():
         raise CheckpointError(f"{run} holds no versions.json: it is not the whole folder of a run")
-    told = read_object(file, CheckpointError)
-    if told.get("format") != RUN_FORMAT:
+    values = read_object(file, CheckpointError)
+    if values.get("format") != RUN_FORMAT:
         raise CheckpointError(
             f"{file}: the run was made by an earlier version, which this one does not read: start "
             "a new run"
         )
-    return check(told, Versions, file, CheckpointError)
+    return check(values, Versions, file, CheckpointError)
 
 
 def check_owner(run: Path, directory: epath.Path) -> None:
-    """Raises CheckpointError where the checkpoints in `directory` are another run's."""
+    """Raises CheckpointError where the checkpoints in `directory` belong to another run."""
     mark = _mark_in(directory)
     if mark and mark.run != read_versions(run).id:
         raise _not_ours(directory, mark)
@@ -62,10 +62,10 @@ def check_owner(run: Path, directory: epath.Path) -> None:
 
 @contextmanager
 def held_for(run: Path, directory: epath.Path) -> Iterator[None]:
-    """Keeps `directory` for the run in the folder `run` while the block runs, and marks it.
+    """Reserves `directory` for the run in the folder `run` while the block runs, and marks it.
 
     Raises CheckpointError where it holds the checkpoints of another run, InUse where another
-    process writes there. A bucket has no locks: there a mark alone makes it another's.
+    process writes there. Buckets have no locks: there, another run's mark suffices to refuse.
     """
     local, identity = is_local(directory), read_versions(run).id
     with ExitStack() as held:
@@ -85,14 +85,14 @@ def held_for(run: Path, directory: epath.Path) -> Iterator[None]:
 
 
 def saved_in(directory: epath.Path) -> list[epath.Path]:
-    """The checkpoints of a folder, the newest first; none where there is no folder."""
+    """The checkpoints of a folder, newest first; an empty list if the folder does not exist."""
     inside = directory.iterdir() if directory.exists() else ()
-    found = [path for path in inside if is_whole_number(path.name)]
-    return sorted(found, key=lambda p: int(p.name), reverse=True)
+    checkpoints = [path for path in inside if is_whole_number(path.name)]
+    return sorted(checkpoints, key=lambda p: int(p.name), reverse=True)
 
 
 def is_local(path: epath.Path) -> bool:
-    """Whether it lies in a file system, and in no bucket."""
+    """Whether `path` is in a file system and not in a bucket."""
     return "://" not in str(path)
 
 
@@ -100,8 +100,9 @@ def _mark_in(directory: epath.Path) -> _Mark | None:
     file = directory / _MARK
     if not file.exists():
         return None
-    told = parse_object(file.read_bytes(), file, CheckpointError)
-    return check(told, _Mark, file, CheckpointError)
+    return check(
+        parse_object(file.read_bytes(), file, CheckpointError), _Mark, file, CheckpointError
+    )
 
 
 def _not_ours(directory: epath.Path, mark: _Mark | None) -> CheckpointError:

@@ -3,9 +3,9 @@
 Shapes: B rows, T tokens, D model width, F feed-forward width, H query heads, N key/value heads,
 K head width, L layers, V vocabulary, S slots of a KV cache, C its capacity in tokens.
 
-Parameters are a plain nested dict (the pytree that crosses every jit border); `Policy` wraps it as
-a Flax module for the length of one traced call. One block serves sampling and learning: only the
-function that attends differs.
+Parameters are a plain nested dict (the pytree that crosses every jit boundary); `Policy` wraps it
+as a Flax module for the length of one traced call. Sampling and learning share one block: only the
+attention function differs.
 """
 
 from collections.abc import Callable
@@ -28,13 +28,13 @@ from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.lora import adapters_of
 from r1s_jax.models.params import Params, as_computed
 
-# Name in the compiled program of what runs once a layer.
+# Scope in the compiled program that runs once per layer.
 LAYERS_SCOPE = "decoder_layer"
 
 
-# Called as `attention` is, with q, k, v and `segment_ids=` of whole rows.
+# Called like `attention`, with q, k, v and `segment_ids=` of whole rows.
 RowAttention = Callable[..., Array]
-_PROJECTED = "projected"  # the name of a projection that the compiler does not see as a product
+_PROJECTED = "projected"  # marks a projection that rematerialisation does not see as a product
 _REMAT = {
     "attention": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -42,7 +42,7 @@ _REMAT = {
     ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-# Given layer index, q, k, v of the new tokens and the carried cache: attends, returns the cache.
+# (layer index, q, k, v of the new tokens, carried cache) -> (attention output, cache)
 Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 
 
@@ -52,9 +52,9 @@ class Policy(nnx.Module):
     `compute_dtype` is what activations and matmuls use; parameters keep their own dtype and are
     cast where they are used. Inside `shard_map`, `tensor_axis` names the mesh axis over which
     heads, feed-forward and vocabulary are split; under plain jit it stays None and XLA places the
-    collectives itself. `impl` names the attention backend; `attend_rows`, where given, does the
-    attention of whole rows instead (see sharding.py). `tuning` says what the platform computes in
-    a form of its own (kernels/tuning.py).
+    collectives itself. `impl` names the attention backend; `attend_rows`, where given, replaces it
+    for whole rows (see sharding.py). `tuning` selects the platform's way to compute
+    (kernels/tuning.py).
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Policy(nnx.Module):
     def decode(
         self, tokens: Int[Array, "S T"], starts: Int[Array, " S"], cache: KVCache
     ) -> tuple[Float[Array, "S T D"], KVCache]:
-        """Feeds T tokens to every slot; `starts[s]` is how many slot s holds already.
+        """Feeds T tokens to every slot; slot s already holds `starts[s]` tokens.
 
         Requires `starts + T <= C`.
         """
@@ -120,7 +120,7 @@ class Policy(nnx.Module):
                 at_start = (layer, 0, 0, starts[0], *(0,) * (buffer.ndim - 4))
                 return lax.dynamic_update_slice(buffer, new[None], at_start)
             # Slots and heads as one axis: with heads inside the written window, the TPU compiler
-            # turns the whole cache around for it, and back, at every layer.
+            # transposes the whole cache and back at every layer.
             heads, rest = buffer.shape[2], buffer.shape[3:]
             flat = buffer.reshape(buffer.shape[0], -1, *rest)
             rows = jnp.repeat(jnp.arange(flat.shape[1]), at.shape[1])
@@ -143,8 +143,8 @@ class Policy(nnx.Module):
     ) -> tuple[Float[Array, "R T D"], KVCache]:
         """Feeds a chunk of T tokens to R of the slots, from position `starts[r]` on.
 
-        What a chunk holds past a row's text is garbage that later tokens overwrite: a row that has
-        nothing to feed may take part at no harm. Requires `starts + T <= C`.
+        Later tokens overwrite the entries of a chunk past its row's text, so a row with nothing to
+        feed may take part. Requires `starts + T <= C`.
         """
         length = tokens.shape[1]
         positions = starts[:, None] + jnp.arange(length)
@@ -242,7 +242,7 @@ class Policy(nnx.Module):
     def _project(self, w: Params, x: Float[Array, "B T D"], name: str) -> Float[Array, "B T F"]:
         """`x @ w[name]`, rows and tokens as one axis, plus the product with its adapters, if any.
 
-        With two axes, the CPU's gradient of a weight takes a slower way than a matrix product.
+        With two axes, a CPU would not compute the gradient of a weight as a matrix product.
         """
         rows = x.reshape(-1, x.shape[-1])
         if isinstance(self.layers, list):
@@ -258,7 +258,7 @@ class Policy(nnx.Module):
         return out.reshape(*x.shape[:-1], -1)
 
     def _product(self, rows: Float[Array, "M D"], w: Float[Array, "..."]) -> Float[Array, "M F"]:
-        """`rows @ w`, `w` stored with whatever axes; on a CPU in float32."""
+        """`rows @ w` with the axes of `w` flattened to two; float32 on a CPU."""
         columns = w.reshape(rows.shape[1], -1)
         return matmul(rows, columns) if self.tuning.cpu_matmul else rows @ columns
 
@@ -289,7 +289,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     s = config.rope_scaling
     if s is None:
         return freqs
-    # Long waves are stretched by `factor`, short ones kept, those between interpolated.
+    # Long waves are stretched by `factor`, short ones unchanged, the rest interpolated.
     turns = s.original_max_position * freqs / (2 * np.pi)
     smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
     smooth = np.clip(smooth, 0.0, 1.0)

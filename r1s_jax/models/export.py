@@ -23,7 +23,7 @@ class _Stage(TypedDict):
 
 
 class _RunConfig(TypedDict):
-    """Of a run's config, what its card tells."""
+    """The fields of a run's config that the model card shows."""
 
     name: str
     seed: int
@@ -35,9 +35,9 @@ class _RunConfig(TypedDict):
 def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
     """Writes a directory that `transformers` loads: weights, tokenizer, generation config, card.
 
-    `source` is any reference that `load_pretrained` takes, a run's directory among them. In memory
-    are the parameters once and one shard. Raises CheckpointError for a run without checkpoints,
-    FileExistsError for a directory in use.
+    `source` is any reference that `load_pretrained` takes, such as a run's directory. Peak memory
+    is the parameters and one shard. Raises CheckpointError for a run without checkpoints,
+    FileExistsError for a directory that is not empty.
     """
     policy, run, card = load_pretrained(source), run_of(Path(source)), Path(source, "README.md")
     text = (
@@ -60,7 +60,7 @@ def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
 
 
 def _card(run: Path, dialect: Dialect) -> str:
-    """A model card: what was trained on what, with which result, and how to use it."""
+    """A model card: base model, stages, dialect, scores and recipe."""
     file, summary = run / "config.json", run / "summary.json"
     config = read_object(file, CheckpointError)
     check(config, _RunConfig, file, CheckpointError)

@@ -21,13 +21,13 @@ _REQUIRED = object()
 
 
 class WeightsError(UserError, ValueError):
-    """A model file that is missing, damaged, or not of the shape that its configuration says."""
+    """A model file that is missing, damaged, or inconsistent with its configuration."""
 
 
 def gguf_in(path: str | Path) -> Path | None:
-    """The GGUF file that `path` stands for; None when it is a Hugging Face directory.
+    """The GGUF file that `path` refers to; None when it is a Hugging Face directory.
 
-    A directory with one .gguf file and no config.json stands for that file. Raises WeightsError
+    A directory with one .gguf file and no config.json refers to that file. Raises WeightsError
     for a path that does not exist and for a directory with several GGUF files.
     """
     path = Path(path)
@@ -57,10 +57,10 @@ def _open_gguf(path: Path, modified_ns: int, size: int) -> "GGUFFile":
 
 
 class GGUFFile:
-    """One GGUF file, memory-mapped; tensors are read one at a time, as a HF checkpoint has them."""
+    """One GGUF file, memory-mapped; tensors are read one by one, in HF layout."""
 
     def __init__(self, path: Path):
-        """Raises WeightsError when the file is no GGUF, is truncated, or has no known model."""
+        """Raises WeightsError for a file that is no GGUF, truncated, or of an unknown model."""
         self.path = path
         size = path.stat().st_size
         with reading(f"{path} ({size} bytes) is no GGUF file or is truncated: it", WeightsError):
@@ -107,10 +107,10 @@ class GGUFFile:
             return self._unpermute(name, values.reshape(self.shape(name)))
 
     def _unpermute(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Undoes the row order that llama files give to queries and keys.
+        """Undoes the row order of queries and keys in llama files.
 
-        They rotate neighbouring pairs (2i, 2i+1), HF the halves (i, i + K/2): the writer moved the
-        rows of each head accordingly. Qwen files keep the order of HF.
+        Their rotary embedding pairs neighbours (2i, 2i+1), HF's pairs halves (i, i + K/2), so the
+        writer permuted the rows of each head. Qwen files keep the order of HF.
         """
         heads = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(name.split(".")[-2])
         if self.architecture != "llama" or heads is None:
@@ -130,7 +130,7 @@ class GGUFFile:
         return value
 
     def config(self) -> ModelConfig:
-        """The architecture, from the metadata and from which tensors are there.
+        """The architecture, from the metadata and the names of the tensors.
 
         Raises WeightsError for metadata of the wrong kind.
         """
@@ -162,7 +162,7 @@ class GGUFFile:
             qk_norm="blk.0.attn_q_norm.weight" in names,
             max_position=self.metadata(f"{arch}.context_length"),
         )
-        # The file holds float32: print 1e-05 and 1e6 as they were written.
+        # The file holds float32: rounding gives 1e-05 back as it was written.
         config = replace(config, norm_eps=float(f"{config.norm_eps:.6g}"))
         self._check_rope(config)
         return replace(config, rope_scaling=self._rope_scaling(config))
@@ -181,8 +181,8 @@ class GGUFFile:
     def _rope_scaling(self, config: ModelConfig) -> RopeScaling | None:
         """Llama 3's rule, recovered from the divisors of the frequencies that the file stores.
 
-        Its constants are not in the file. `factor` is the largest divisor; the others are the same
-        in every Llama 3.x. Raises WeightsError when that does not give back the divisors.
+        The file does not hold the rule's constants: `factor` is the largest divisor, the others are
+        the same in every Llama 3.x. Raises WeightsError when they do not reproduce the divisors.
         """
         if "rope_freqs.weight" not in self._tensors:
             return None

@@ -11,7 +11,7 @@ from r1s_jax.io.json import read_object
 from r1s_jax.io.schema import check
 from r1s_jax.models.gguf import WeightsError
 
-# The oldest release that reads what is written here; without one, releases warn of what they guess.
+# The oldest release that reads this config.json; if none is named, transformers guesses and warns.
 _TRANSFORMERS = "4.57.0"
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -48,7 +48,7 @@ class _HFRope(msgspec.Struct):
 
 
 class _HFConfig(msgspec.Struct):
-    """Of a config.json, what is read here, with the ranges outside of which nothing works."""
+    """The fields of a config.json that are read, with their valid ranges."""
 
     vocab_size: Size
     hidden_size: Size
@@ -90,7 +90,7 @@ def parse_config(c: dict[str, Any], file: Path) -> ModelConfig:
     head_dim = hf.head_dim or hf.hidden_size // heads
     if head_dim < 2 or head_dim % 2:
         raise WeightsError(
-            f"{file}: hidden_size / num_attention_heads is {head_dim}: no head width"
+            f"{file}: hidden_size / num_attention_heads is {head_dim}, must be even and at least 2"
         )
     try:
         return ModelConfig(
@@ -130,7 +130,7 @@ def _parse_rope(hf: _HFConfig, file: Path) -> dict[str, Any]:
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json, its rope in the older spelling, which transformers 5 reads too."""
+    """The contents of config.json; rope in the older form, which transformers 5 reads too."""
     if config.qkv_bias and config.qk_norm:
         raise WeightsError("no Hugging Face model type has both qkv_bias and qk_norm")
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"

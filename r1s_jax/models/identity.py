@@ -1,4 +1,4 @@
-"""What a policy is by its content: the same name may hold another one tomorrow."""
+"""The identity of a policy by its content: a name may refer to another policy later."""
 
 import dataclasses
 import hashlib
@@ -16,17 +16,17 @@ _PIECE = 1 << 26  # bytes
 
 
 def policy_digest(policy: Pretrained) -> str:
-    """A SHA-256 of all that decides what a policy says: its architecture, vocabulary, ends of a
-    text, and every parameter as it was loaded.
+    """SHA-256 of all that determines a policy's output: its architecture, vocabulary, end-of-text
+    ids, and every parameter as it was loaded.
 
-    A checkpoint and its export have one digest where both are loaded in one dtype. Pieces of the
-    arrays are hashed beside each other, by all cores: that takes less than loading them.
+    A checkpoint and its export have one digest where both are loaded in one dtype. All cores hash
+    pieces of the arrays in parallel, in less time than loading them takes.
     """
     named, _ = jax.tree_util.tree_flatten_with_path(policy.params)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         arrays = [_digest_of(array, pool) for _, array in named]
     names = [jax.tree_util.keystr(path) for path, _ in named]
-    # How wide adapters were that are merged by now changes nothing.
+    # The adapters are merged: their rank no longer matters.
     model = dataclasses.asdict(policy.model.with_lora(0, 0.0))
     vocabulary = sorted(policy.tokenizer.get_vocab().items())
     described = [model, list(policy.eos_ids), vocabulary, list(zip(names, arrays, strict=True))]
@@ -34,7 +34,7 @@ def policy_digest(policy: Pretrained) -> str:
 
 
 def _digest_of(array: Any, pool: ThreadPoolExecutor) -> list[str]:
-    """What an array is, and the digest of each of its pieces."""
+    """The dtype and shape of an array, and the digest of each of its pieces."""
     array = np.ascontiguousarray(array)
     data = array.reshape(-1).view(np.uint8)
     pieces = (data[start : start + _PIECE] for start in range(0, data.size, _PIECE))

@@ -1,4 +1,4 @@
-"""The keys and values that a rollout keeps of every token it has fed.
+"""The KV cache of a rollout.
 
 Shapes: L layers, S slots, N key/value heads, C capacity in tokens, K head width.
 """
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from r1s_jax.config import Impl, ModelConfig
 from r1s_jax.kernels.attention.api import cache_dims
 
-_MOST = 127  # of int8
+_INT8_MAX = 127
 # Puts the new entries [B, N, T, ...] of some slots into a buffer [L, S, N, C, ...].
 Write = Callable[[Array, Array], Array]
 
@@ -20,8 +20,8 @@ Write = Callable[[Array, Array], Array]
 class KVCache(NamedTuple):
     """Keys and values of every layer, updated in place as the layer scan's carry.
 
-    Kept in int8, each token and head has a scale that its numbers are multiplied by: about half the
-    bytes of bfloat16.
+    In int8, each token and head has a scale that multiplies its entries: about half the bytes of
+    bfloat16.
     """
 
     k: Float[Array, "L S N C K"] | Int[Array, "L S N C K"]
@@ -40,7 +40,7 @@ class KVCache(NamedTuple):
         *,
         quantized: bool = False,
     ) -> "KVCache":
-        """Zeros; C and K grow to what the attention backend `impl` wants of a cache."""
+        """Zeros; C and K are rounded up to the multiples that the backend `impl` needs."""
         dtype = jnp.int8 if quantized else dtype
         dims = cache_dims(capacity, config.head_dim, impl)
         shape = (config.num_layers, slots, kv_heads, *dims)
@@ -49,7 +49,7 @@ class KVCache(NamedTuple):
 
     @property
     def scales(self) -> tuple[Array, Array] | None:
-        """What the attention backends take beside keys and values of int8."""
+        """The scales of int8 keys and values, as attention backends take them; None otherwise."""
         if self.k_scale is None or self.v_scale is None:
             return None
         return self.k_scale, self.v_scale
@@ -57,7 +57,7 @@ class KVCache(NamedTuple):
     def written(
         self, k: Float[Array, "B T N k"], v: Float[Array, "B T N k"], write: Write
     ) -> "KVCache":
-        """The cache after `write` has put new keys and values where they belong."""
+        """The cache with new keys and values, placed by `write`."""
         k, v = (self._padded(x.swapaxes(1, 2)) for x in (k, v))
         if self.k_scale is None or self.v_scale is None:
             k, v = k.astype(self.k.dtype), v.astype(self.v.dtype)
@@ -75,8 +75,8 @@ class KVCache(NamedTuple):
 
 
 def quantize(x: Float[Array, "*B K"]) -> tuple[Int[Array, "*B K"], Float[Array, "*B"]]:
-    """int8 numbers and the float32 scale of each row: `x` is about their product."""
+    """int8 values and the float32 scale of each row: their product approximates `x`."""
     x = x.astype(jnp.float32)
-    scale = jnp.abs(x).max(-1) / _MOST
+    scale = jnp.abs(x).max(-1) / _INT8_MAX
     rounded = jnp.round(x / jnp.maximum(scale, 1e-30)[..., None])
     return rounded.astype(jnp.int8), scale

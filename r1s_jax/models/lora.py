@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): a weight W trained as W + scale * A B, W frozen.
 
-Sampling and learning both multiply with A and B beside W: x W + scale * (x A) B. A sum W + A B in
-bfloat16 would lose every update below half of W's last digit. A and B stand beside W in a layer's
-parameters as `{W}_lora_a`, `{W}_lora_b`.
+Sampling and learning both compute x W + scale * (x A) B. A sum W + A B in bfloat16 would lose every
+update below half of W's last digit. A layer's parameters hold A and B beside W, as `{W}_lora_a` and
+`{W}_lora_b`.
 """
 
 from typing import Any
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 
 Params = dict[str, Any]
 
-# The weights of a layer that multiply; each may have adapters.
+# The weight matrices of a layer; each may have adapters.
 MATRICES = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 _A, _B = "_lora_a", "_lora_b"
 
 
 def adapter_entries(layer: dict[str, tuple], rank: int) -> dict[str, tuple]:
-    """(shape, axes, gain) of each adapter of a layer whose weights are given so; B starts at 0."""
+    """(shape, axes, gain) of each adapter, from those of the layer's weights; B starts at 0."""
     entries = {}
     for name in MATRICES:
         shape, axes, _ = layer[name]
@@ -39,7 +39,7 @@ def adapters_of(w: Params, name: str) -> tuple[Any, Any] | None:
 
 
 def merge_layer(w: Params, scale: float) -> Params:
-    """A layer's weights with its adapters added in; those without adapters as they are."""
+    """A layer's weights with its adapters added; weights without adapters are unchanged."""
     merged = {name: p for name, p in w.items() if not is_adapter(name)}
     for name in merged:
         if name + _A in w:
@@ -49,7 +49,7 @@ def merge_layer(w: Params, scale: float) -> Params:
 
 
 def merge_adapters(params: Params, scale: float) -> Params:
-    """All parameters with the adapters added in, in the weights' own dtype."""
+    """All parameters with the adapters added, in the weights' own dtype."""
     if not any(map(is_adapter, params["layers"])):
         return params
     layers = jax.vmap(lambda w: merge_layer(w, scale))(params["layers"])
@@ -58,16 +58,16 @@ def merge_adapters(params: Params, scale: float) -> Params:
 
 
 def trainable(params: Params) -> Params:
-    """What learning changes: the adapters where there are any, else everything.
+    """The parameters that learning changes: the adapters if there are any, else all.
 
-    Takes any tree of the parameters' form (their shardings, say).
+    `params` may be any tree of the same structure (their shardings, say).
     """
     adapters = {name: p for name, p in params.get("layers", {}).items() if is_adapter(name)}
     return {"layers": adapters} if adapters else params
 
 
 def combine(params: Params, trained: Params) -> Params:
-    """`params` with what `trainable` took out of them replaced by `trained`."""
+    """`params` with `trained` (of the structure that `trainable` returns) replacing their own."""
     if trained.keys() == params.keys():
         return trained
     return params | {"layers": params["layers"] | trained["layers"]}

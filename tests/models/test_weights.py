@@ -208,7 +208,7 @@ def test_of_a_tensor_in_two_shards_the_index_names_one(copy):
     assert len(str(error.value)) <= 400
     index.write_text(json.dumps({"weight_map": named}))
     with pytest.raises(
-        WeightsError, match=r"00002.safetensors: tensor lm_head.weight stands in .*00001"
+        WeightsError, match=r"00002.safetensors: tensor lm_head.weight is also in .*00001"
     ):
         load_params(copy)
 
@@ -254,7 +254,7 @@ def test_names_of_wrapped_models(copy, wrapped):
     save_file(
         tensors | {"module.lm_head.weight": tensors["lm_head.weight"]}, copy / "model.safetensors"
     )
-    with pytest.raises(WeightsError, match=r"stands in model\.safetensors too, as"):
+    with pytest.raises(WeightsError, match=r"is also in model\.safetensors, as"):
         load_params(copy)
 
 
