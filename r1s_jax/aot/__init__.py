@@ -1,1 +1,1 @@
-"""Compiling for chips that are not here: does a recipe fit, and what would a step cost?"""
+"""Compiling for absent chips: does a recipe fit, and what would a step cost?"""

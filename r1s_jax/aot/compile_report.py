@@ -1,7 +1,7 @@
-"""`r1s compile`: a recipe's real program through the compiler of hardware that is not here.
+"""`r1s compile`: compiles a recipe's real program for hardware that this machine lacks.
 
 Nothing is run. Bytes come from the compiled program, FLOPs from the traced one with every loop
-counted, and how often a rollout's loop turns from a stated `Workload`.
+counted, and trip counts of a rollout's loops from a stated `Workload`.
 """
 
 import dataclasses
@@ -27,10 +27,7 @@ from r1s_jax.aot.targets import CannotCompile, target_devices
 from r1s_jax.config import Config
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.models.architectures import architecture_of
-from r1s_jax.models.sharding import (
-    check_divisible,
-    make_mesh,
-)
+from r1s_jax.models.sharding import check_divisible, make_mesh
 from r1s_jax.system.chips import CHIPS, Chip
 
 _GIB = 2**30
@@ -43,7 +40,7 @@ def compile_recipe(
     workload: Workload | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Compiles the rollout and the update of a recipe for a topology that need not exist.
+    """Compiles the rollout and the update of a recipe for a topology that need not be present.
 
     Returns `topology`, `chips`, `mesh`, `phases` (see `_report`), `fits`, `state_gib` (parameters
     and optimizer state of one device) and `assumptions`. Raises CannotCompile for an unknown
@@ -57,7 +54,7 @@ def compile_recipe(
     check_divisible(model, mesh)
     chip = CHIPS.get(devices[0].device_kind)
     if chip is None:
-        raise CannotCompile(f"no figures are known for a {devices[0].device_kind}")
+        raise CannotCompile(f"the memory and peak rates of a {devices[0].device_kind} are unknown")
     programs = {"rollout": rollout_program, "update": update_program}
     learner = make_learner(config, model, mesh)
     state = abstract_state(learner, config)
@@ -66,7 +63,7 @@ def compile_recipe(
         progress(f"compiling the {name} for {topology}")
         phases[name] = _report(programs[name](config, learner, state, workload), chip)
     params, everything = device_bytes(state.params), device_bytes(state)
-    if "rollout" in phases:  # it is handed the parameters alone; the rest waits beside it
+    if "rollout" in phases:  # its only argument is the parameters; the rest stays resident
         phases["rollout"]["resident_gib"] = (everything - params) / _GIB
     for p in phases.values():
         p["fits"] = p["peak_gib"] + p.get("resident_gib", 0.0) <= p["hbm_gib"]
@@ -104,7 +101,7 @@ def _report(program: Program, chip: Chip) -> dict[str, Any]:
         return _refused(error, program, chip, flops, time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None and text is not None  # every target's compiler tells both
+    assert memory is not None and text is not None  # every target's compiler gives both
     collectives = collective_bytes(text, program.trips)
     peak = memory.peak_memory_in_bytes or (
         memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -132,14 +129,14 @@ def _report(program: Program, chip: Chip) -> dict[str, Any]:
 def _refused(
     error: Exception, program: Program, chip: Chip, flops: float, seconds: float
 ) -> dict[str, Any]:
-    """What is known of a program that the compiler itself found too large."""
-    wanted = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)G\) exceeds", str(error), re.DOTALL)
-    if not wanted:
+    """The report of a program that the compiler rejected as too large."""
+    needed = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)G\) exceeds", str(error), re.DOTALL)
+    if not needed:
         raise error
     return {
-        "peak_gib": float(wanted[1]) + device_bytes(program.arguments) / _GIB,
+        "peak_gib": float(needed[1]) + device_bytes(program.arguments) / _GIB,
         "argument_gib": device_bytes(program.arguments) / _GIB,
-        "temp_gib": float(wanted[1]),
+        "temp_gib": float(needed[1]),
         "cache_gib": program.cache_bytes / _GIB,
         "hbm_gib": chip.hbm_gib,
         "flops": flops,
@@ -155,8 +152,8 @@ def _assumptions(config: Config, workload: Workload, chip: Chip) -> dict[str, An
         "trajectory_tokens": dataclasses.asdict(workload),
         "trajectories": trajectories(config),
         "chip": dataclasses.asdict(chip),
-        "roofline": "compute, memory and links one after the other at published rates; weights "
-        "and cache are all that memory moves; a collective moves its result once",
+        "roofline": "compute, memory and links one after the other at published rates; memory "
+        "moves weights and cache only; a collective moves its result once",
     }
 
 
@@ -167,20 +164,20 @@ def advice(report: dict[str, Any]) -> str:
         if p["fits"]:
             continue
         needs = p["peak_gib"] + p.get("resident_gib", 0.0)
-        fewer = (
+        settings = (
             "rollout.slots or rollout.max_length"
             if name == "rollout"
             else ("optimizer.micro_batch_rows or optimizer.pack_length (and set policy.remat=full)")
         )
         lines.append(
             f"the {name} needs {needs:.1f} GiB a chip, {p['hbm_gib']:.0f} are there: "
-            f"lower {fewer}, raise mesh.tensor, or take more chips"
+            f"lower {settings}, raise mesh.tensor, or take more chips"
         )
     return "\n".join(lines)
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A report for a reader."""
+    """The report as text."""
     mesh = " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items())
     lines = [
         f"{report['recipe']} on {report['topology']}: {report['chips']} x {report['device']}",

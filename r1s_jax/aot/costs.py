@@ -1,4 +1,4 @@
-"""What a program costs, loop trips counted: its FLOPs, and what its devices say to each other."""
+"""The cost of a program, loop trips counted: its FLOPs and the bytes of its collectives."""
 
 import math
 import re
@@ -23,9 +23,9 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 def traced_flops(jaxpr: Any, trips: Mapping[str, float]) -> float:
-    """Floating-point operations of matrix products, each as often as its loops turn.
+    """Floating-point operations of matrix products, each times the trip counts of its loops.
 
-    A scan counts its length; everything inside a scope of `trips` counts that often besides.
+    A scan counts its length; everything inside a scope `s` of `trips` also counts `trips[s]` times.
     Kernels count by their own estimate, a conditional by its costliest branch.
     """
     total = 0.0
@@ -56,10 +56,10 @@ def _jaxprs(eqn: Any) -> Iterator[Any]:
 
 
 def collective_bytes(text: str, trips: Mapping[str, float]) -> dict[str, float]:
-    """Bytes of the results of one device's collectives in a whole run, by kind.
+    """Bytes of the results of one device's collectives in one run of the program, by kind.
 
-    `text` is optimised HLO, in which the compiler's loops carry no lengths: a collective inside a
-    loop runs as often as the scopes (`jax.named_scope`) in its name say, `trips[scope]` times each.
+    `text` is optimised HLO, in which loops have no lengths: a collective inside a loop runs
+    `trips[scope]` times for each scope (`jax.named_scope`) in its name.
     """
     computations, entry = _parse(text)
     total: dict[str, float] = {}
@@ -78,11 +78,11 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
     entry, current = "", ([], [])
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            current = computations.setdefault(found[2], ([], []))
-            entry = found[2] if found[1] else entry
-        elif found := _INSTRUCTION.match(line):
-            _add(current, *found.groups())
+        if match := _COMPUTATION.match(line):
+            current = computations.setdefault(match[2], ([], []))
+            entry = match[2] if match[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            _add(current, *match.groups())
     return computations, entry
 
 
@@ -91,7 +91,7 @@ def _add(computation: _Computation, shape: str, operation: str, rest: str) -> No
     kind = operation.removesuffix("-start")
     if kind in _COLLECTIVES:
         sizes = [_size(*array) for array in _ARRAY.findall(shape)]
-        # An asynchronous one carries its operand beside its result.
+        # The shape of an asynchronous collective holds its operand and its result.
         size = max(sizes) if operation.endswith("-start") else sum(sizes)
         name = _OP_NAME.search(rest)
         collectives.append((kind, size, name[1] if name else ""))
@@ -108,7 +108,7 @@ def _size(kind: str, dims: str) -> int:
 def _visits(
     computations: Mapping[str, _Computation], name: str, in_loop: bool = False
 ) -> Iterator[tuple[str, bool]]:
-    """Every call of every computation, and whether some loop makes it."""
+    """Every call of every computation, and whether the call is inside a loop."""
     yield name, in_loop
     for called, by_loop in computations[name][1]:
         if called in computations:

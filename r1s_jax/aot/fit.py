@@ -1,4 +1,4 @@
-"""`r1s compile --fit`: the settings of memory that make a recipe's step cheapest on a topology."""
+"""`r1s compile --fit`: the memory settings with the lowest roofline of a step on a topology."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,8 +10,7 @@ from r1s_jax.config import Config
 from r1s_jax.io.overrides import override
 from r1s_jax.models.sharding import batch_shards, make_mesh
 
-# Of a chip's memory: what runs beside the program wants a little too.
-_MARGIN = 0.9
+_MARGIN = 0.9  # share of a chip's memory for the program; the rest is for its surroundings
 _LEAST_SLOTS = 16
 
 
@@ -22,12 +21,12 @@ def fit_recipe(
     workload: Workload | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Compiles the phases of a recipe with every size worth trying.
+    """Compiles the phases of a recipe with growing sizes.
 
-    Of the rollout, `rollout.slots`; of the update, `optimizer.micro_batch_rows` with each
-    `policy.remat`; in powers of two, each until one does not fit. Returns `tried` (a row for each:
-    `phase`, `settings`, `peak_gib`, `resident_gib`, `hbm_gib`, `roofline_s`, `fits` with a tenth to
-    spare), and `best`, the settings of the lowest roofline among those that fit.
+    The rollout tries `rollout.slots`, the update `optimizer.micro_batch_rows` with each
+    `policy.remat`: powers of two, up to the first that does not fit. Returns `tried` (a row for
+    each: `phase`, `settings`, `peak_gib`, `resident_gib`, `hbm_gib`, `roofline_s`, `fits` with a
+    tenth to spare), and `best`, the fitting settings with the lowest roofline.
     """
     workload, names = workload or Workload(), phases_named(phase)
     shards = batch_shards(make_mesh(config.mesh, target_devices(topology)))
@@ -42,8 +41,13 @@ def fit_recipe(
         fitting = [row for row in rows if row["fits"]]
         best += min(fitting, key=lambda row: row["roofline_s"])["settings"] if fitting else []
         fits, tried = fits and bool(fitting), tried + rows
-    told = {"recipe": config.name, "topology": topology, "fits": fits}
-    return {**told, "best": best, "tried": tried}
+    return {
+        "recipe": config.name,
+        "topology": topology,
+        "fits": fits,
+        "best": best,
+        "tried": tried,
+    }
 
 
 def _slots(config: Config, shards: int) -> list[list[Sequence[str]]]:
@@ -73,27 +77,27 @@ def _try(
     config: Config,
     topology: str,
     phase: str,
-    several: list[Sequence[str]],
+    growing: list[Sequence[str]],
     workload: Workload,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """A row for each of the settings, which grow, up to the first that does not fit."""
+    """A row for each of the `growing` settings, up to the first that does not fit."""
     rows = []
-    for settings in several:
+    for settings in growing:
         progress(f"compiling the {phase} with {' '.join(settings)}")
         changed = override(config, list(settings))
-        found = compile_recipe(changed, topology, phase, workload)["phases"][phase]
-        resident = found.get("resident_gib", 0.0)
+        report = compile_recipe(changed, topology, phase, workload)["phases"][phase]
+        resident = report.get("resident_gib", 0.0)
         rows.append(
             {
                 "phase": phase,
                 "settings": list(settings),
-                "peak_gib": found["peak_gib"],
+                "peak_gib": report["peak_gib"],
                 "resident_gib": resident,
-                "hbm_gib": found["hbm_gib"],
-                "roofline_s": found.get("roofline_s", {}).get("total"),
-                "fits": "error" not in found
-                and found["peak_gib"] + resident <= _MARGIN * found["hbm_gib"],
+                "hbm_gib": report["hbm_gib"],
+                "roofline_s": report.get("roofline_s", {}).get("total"),
+                "fits": "error" not in report
+                and report["peak_gib"] + resident <= _MARGIN * report["hbm_gib"],
             }
         )
         if not rows[-1]["fits"]:
@@ -102,7 +106,7 @@ def _try(
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A report for a reader."""
+    """The report as text."""
     lines = [f"{report['recipe']} on {report['topology']}, a chip:"]
     for row in report["tried"]:
         needs = f"{row['peak_gib'] + row['resident_gib']:6.1f} of {row['hbm_gib']:.0f} GiB"

@@ -1,6 +1,6 @@
-"""The programs of a run as shapes on a mesh, ready to be compiled, and how often their loops turn.
+"""The programs of a run as shapes on a mesh, ready to compile, with the trip counts of their loops.
 
-How often a rollout's loop turns follows from a stated `Workload`.
+A rollout's trip counts follow from a stated `Workload`.
 """
 
 import math
@@ -35,12 +35,12 @@ from r1s_jax.rollout.feeding import PREFILL_SCOPE
 from r1s_jax.rollout.loop import DECODE_SCOPE, Rollout
 from r1s_jax.rollout.trajectory import Position, Prompts
 
-_TAG_STATES = 64  # of the automaton that finds the ends of tags: a few dozen for any tokenizer
+_TAG_STATES = 64  # of the automaton that finds ends of tags; any tokenizer needs a few dozen
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a trajectory is taken to be, in tokens: the published runs search two or three times."""
+    """Assumed tokens of a trajectory; the published runs search two or three times in one."""
 
     prompt: int = 300
     sampled: int = 600
@@ -49,16 +49,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Program:
-    """Something to compile.
+    """A function to compile.
 
-    `trips` says how often each named scope runs; `chips` over how many devices the traced shapes
-    are divided.
+    `trips` is how often each named scope runs; `chips` is the number of devices over which the
+    traced shapes are divided.
     """
 
     function: Callable
     arguments: tuple
     trips: dict[str, float]
-    scanned: tuple[str, ...]  # of those, the ones that the traced program counts by itself
+    scanned: tuple[str, ...]  # the scopes of `trips` that the traced program counts by itself
     chips: int
     memory_bytes: float  # weights, cache and optimizer state that one device moves in a run
     cache_bytes: float = 0.0
@@ -66,7 +66,7 @@ class Program:
 
 
 def make_learner(config: Config, model: ModelConfig, mesh: Mesh) -> Learner:
-    """The learner of a recipe on a mesh that need not exist."""
+    """The learner of a recipe on a mesh whose devices need not be present."""
     optimizer, loss = make_optimizer(config.optimizer), policy_loss(config.algorithm)
     return Learner.of(config.policy, model, mesh, optimizer, loss)
 
@@ -121,8 +121,9 @@ def rollout_program(
     table = (_TAG_STATES, model.vocab_size)
     tags = jax.ShapeDtypeStruct(table, jnp.int16, sharding=replicated(mesh))
     slots = min(c.slots, prompts.lengths.shape[0] // shards)
-    turns = count / shards / slots  # of each slot; carried over, none waits for the others' last
-    decode_steps = (turns if c.partial_rollouts else math.ceil(turns)) * workload.sampled
+    # Trajectories per slot: with partial rollouts, no slot waits for the last one of the others.
+    per_slot = count / shards / slots
+    decode_steps = (per_slot if c.partial_rollouts else math.ceil(per_slot)) * workload.sampled
     # Samples of a question share its prompt; a chunk takes `prefill_rows` rows.
     forced = workload.documents + workload.prompt / config.algorithm.samples_per_question
     chunks = count / shards * forced / (c.prefill_rows * c.prefill_chunk)
@@ -130,9 +131,9 @@ def rollout_program(
     impl = attention_impl(config.policy.attention, mesh)
     capacity, width = cache_dims(c.max_length + c.prefill_chunk, model.head_dim, impl)
     heads = model.num_layers * model.num_kv_heads / tensor
-    # Of int8, each token and head has a float32 scale besides.
-    numbers = width + 4 if c.cache_dtype == "int8" else width * learner.compute_dtype.itemsize
-    cache = 2 * heads * numbers * slots  # bytes a token of each slot
+    # In int8, each token and head also has a float32 scale.
+    entry = width + 4 if c.cache_dtype == "int8" else width * learner.compute_dtype.itemsize
+    cache = 2 * heads * entry * slots  # bytes of one token in every slot
     tokens = workload.prompt + workload.documents / 2 + workload.sampled / 2
     weights = _parameters(state) / tensor * learner.compute_dtype.itemsize
     return Program(
@@ -151,9 +152,10 @@ def rollout_program(
 
 
 def _prompts(config: Config, mesh: Mesh) -> Prompts[jax.ShapeDtypeStruct]:
-    """What a rollout starts from, as shapes on the mesh."""
+    """The inputs of a rollout as shapes on the mesh."""
     c, count = config.rollout, trajectories(config)
-    # Carried over, twice as many are in flight as a step learns from, with their text so far.
+    # With partial rollouts, twice as many trajectories are in flight as a step learns from, each
+    # with its text so far.
     rows, columns = (
         (2 * count, c.max_length) if c.partial_rollouts else (count, c.max_prompt_length)
     )
@@ -180,7 +182,7 @@ def _no_host(*_: Any) -> np.ndarray:
 def update_program(
     config: Config, learner: Learner, state: LearnerState, workload: Workload
 ) -> Program:
-    """One optimizer step over its share of the batch, packed rows full to the brim."""
+    """One optimizer step over its share of the batch, all packed rows full."""
     mesh = learner.mesh
     length = config.optimizer.pack_length or config.rollout.max_length
     shards = batch_shards(mesh)

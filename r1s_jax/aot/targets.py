@@ -1,7 +1,7 @@
-"""Compiling for accelerators that are not here: the real TPU and GPU compilers on any machine.
+"""Compiling for absent accelerators: the real TPU and GPU compilers on any machine.
 
 TPUs need the `libtpu` wheel, H100 the CUDA plugin and compiler wheels (`pip install
-"r1s-jax[cuda]"`). Nothing is run: what comes out is a verdict and a memory analysis.
+"r1s-jax[cuda]"`). Nothing is run: the result is a memory analysis, or the compiler's error.
 """
 
 import os
@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from r1s_jax.io.errors import UserError
 from r1s_jax.system.chips import show_tpu_runtime
 
-# What libtpu asks of its surroundings before it compiles without a TPU.
+# Environment variables that libtpu needs to compile without a TPU.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -55,7 +55,7 @@ class CannotCompile(UserError, RuntimeError):
 def target_devices(topology: str) -> list[Any]:
     """Devices to compile for: "v5e:2x4", "v5p:2x2x1", "v6e:2x4", or "h100:8" for eight H100.
 
-    Raises CannotCompile with what to install, or what the compiler said of the name.
+    Raises CannotCompile with the package to install and the compiler's own error.
     """
     kind, _, count = topology.partition(":")
     try:
@@ -77,7 +77,7 @@ def target_devices(topology: str) -> list[Any]:
 
 @contextmanager
 def tracing_for(device: Any) -> Iterator[None]:
-    """Within: what is lowered takes `device` for the accelerator that it will run on.
+    """Programs lowered in this context take `device` as the accelerator that they will run on.
 
     Mosaic kernels read the kind of chip when they are lowered.
     """
@@ -92,7 +92,7 @@ def tracing_for(device: Any) -> Iterator[None]:
 
 
 def compile_for(device: Any, function: Any, *args: Any, **options: Any) -> Any:
-    """`jax.jit(function)` compiled for one device that need not exist.
+    """`jax.jit(function)` compiled for one device that need not be present.
 
     `args` are arrays or `jax.ShapeDtypeStruct`s; `options` go to the compiler.
     """
