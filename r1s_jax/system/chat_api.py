@@ -14,34 +14,34 @@ from r1s_jax.io.text import whole
 
 
 class ChatApiError(UserError, RuntimeError):
-    """An endpoint that answers nothing any more; the replies before it were handed over."""
+    """An endpoint that stopped answering; `record` already has the earlier replies."""
 
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    """A model behind an endpoint, and how hard to press it."""
+    """A model behind an endpoint, and the limits of its use."""
 
     url: str  # base of the API, e.g. http://localhost:8000/v1
     model: str
     concurrency: int = 16
     requests_per_minute: int = 0  # 0: no limit
     temperature: float | None = 0.0  # None: not sent; some models refuse it
-    timeout_s: float = 120.0  # of one try; all of them together take so long for each
-    retries: int = 6  # of time-outs, lost connections, 429 and 5xx, with exponential pauses
+    timeout_s: float = 120.0  # of one attempt; see `deadline_s` for all attempts
+    retries: int = 6  # after time-outs, lost connections, 429 and 5xx, with exponential backoff
 
     @property
     def deadline_s(self) -> float:
-        """Of a request with its retries and the pauses between them, whoever asks for these."""
+        """Seconds for a request with its retries and pauses, even if the server asks for longer."""
         return self.timeout_s * (self.retries + 1)
 
 
 def ask_all(
     endpoint: ChatEndpoint, prompts: Mapping[str, str], record: Callable[[str, str], None]
 ) -> str:
-    """Asks every prompt; `record` is handed each reply with its key, as it comes.
+    """Sends every prompt; calls `record` with the key and text of each reply as it arrives.
 
-    A prompt that gets no reply after all retries is left out; returns what the server said of the
-    last such. Raises ChatApiError when a whole round of them gets none.
+    A prompt without a reply after all retries is left out; returns the last error of these, or "".
+    Raises ChatApiError after max(`concurrency`, 8) failed requests in a row.
     """
     return asyncio.run(_ask_all(_client(endpoint), endpoint, prompts, record))
 
@@ -53,14 +53,14 @@ async def _ask_all(
     record: Callable[[str, str], None],
 ) -> str:
     limiter = _limiter(endpoint)
-    turns = asyncio.Semaphore(endpoint.concurrency)
-    most = max(endpoint.concurrency, 8)
+    slots = asyncio.Semaphore(endpoint.concurrency)
+    max_failures = max(endpoint.concurrency, 8)
     failures: list[str] = []  # since the last success
     last = [""]
 
     async def ask(key: str, prompt: str) -> None:
-        async with turns:
-            if len(failures) >= most:
+        async with slots:
+            if len(failures) >= max_failures:
                 return
             async with limiter:
                 try:
@@ -72,32 +72,32 @@ async def _ask_all(
 
     async with client:
         await asyncio.gather(*(ask(key, prompt) for key, prompt in prompts.items()))
-    if len(failures) >= most:
+    if len(failures) >= max_failures:
         raise ChatApiError(
             f"{without_credentials(endpoint.url)} failed {len(failures)} requests in a row, the "
-            "last with: "
-            f"{failures[-1]}. What came so far is kept; mend it and run the same command again"
+            f"last with: {failures[-1]}. Replies so far are kept; mend the endpoint, then run the "
+            "same command again"
         )
     return last[0]
 
 
 async def _reply(client: Any, endpoint: ChatEndpoint, prompt: str) -> str:
-    """What the model says; ConnectionError for whatever is no answer, retries included."""
+    """The model's reply. Raises ConnectionError for any failure, after all retries."""
     from openai import OpenAIError
 
-    asked = client.chat.completions.create(
+    request = client.chat.completions.create(
         model=endpoint.model,
         messages=[{"role": "user", "content": prompt}],
         **({} if endpoint.temperature is None else {"temperature": endpoint.temperature}),
     )
     try:
-        # The client's own time-outs are for each read, and it sleeps as long as a server asks.
-        completion = await asyncio.wait_for(asked, endpoint.deadline_s)
+        # The client's own time-outs limit each read, and it sleeps as long as the server asks.
+        completion = await asyncio.wait_for(request, endpoint.deadline_s)
     except TimeoutError as error:
         raise ConnectionError(f"no whole answer within {endpoint.deadline_s:g} s") from error
     except (OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
         raise ConnectionError(reason(error)) from error
-    # A server that answers something else altogether gives a text, or an object without choices.
+    # A server of another kind may return a text, or an object without choices.
     choices = getattr(completion, "choices", None)
     content = choices[0].message.content if choices else None
     if not isinstance(content, str):
@@ -106,7 +106,7 @@ async def _reply(client: Any, endpoint: ChatEndpoint, prompt: str) -> str:
 
 
 def check_installed() -> None:
-    """Raises ChatApiError where the client's library is missing."""
+    """Raises ChatApiError where the `openai` package is missing."""
     if not importlib.util.find_spec("openai"):
         raise ChatApiError("judging needs the extra `judge`: pip install 'r1s-jax[judge]'")
 
@@ -114,13 +114,13 @@ def check_installed() -> None:
 def _client(endpoint: ChatEndpoint) -> Any:
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    # Left alone, the client goes through a proxy to this machine, too.
+    # By default the client would use the proxy even for this machine.
     proxy = proxy_of(endpoint.url)
     straight: dict[str, Any] = dict.fromkeys(("http://", "https://", "all://"))
     client = (
         DefaultAsyncHttpxClient(proxy=proxy) if proxy else DefaultAsyncHttpxClient(mounts=straight)
     )
-    # A server of one's own asks for no key; the client insists on having one.
+    # Self-hosted servers need no key, but the client requires one.
     key = os.environ.get("OPENAI_API_KEY") or "none"
     return AsyncOpenAI(
         base_url=endpoint.url,

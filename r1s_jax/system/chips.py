@@ -1,4 +1,4 @@
-"""Accelerators: what they can do (as their makers publish it), and whether a TPU is here."""
+"""Accelerators: published figures of chips, and whether this machine has one."""
 
 import os
 import sys
@@ -24,34 +24,34 @@ CHIPS = {
 }
 
 
-# Where the drivers of TPUs put their chips, by generation.
+# Device files that TPU drivers create, by generation.
 _TPU_DEVICES = ("/dev/accel*", "/dev/vfio/[0-9]*")
 _GPU_DEVICES = ("/dev/nvidia[0-9]*",)
-# Whoever sets one of these wants the runtime whatever is found.
+# Variables that request the TPU runtime, whether or not device files exist.
 _TPU_WANTED = ("TPU_LIBRARY_PATH", "JAX_FORCE_TPU_INIT")
 
 
 def hide_tpu_runtime() -> None:
-    """Where there is no TPU, keeps JAX from starting the runtime of one that may be installed.
+    """On a machine without a TPU, keeps JAX from starting an installed TPU runtime.
 
-    It is installed to compile for TPUs elsewhere, and prints errors wherever it finds none. Must
-    come before JAX is imported.
+    The runtime may be installed to compile for TPUs elsewhere; without a TPU it prints errors. Must
+    be called before JAX is imported.
     """
-    if not _found(_TPU_DEVICES) and not any(name in os.environ for name in _TPU_WANTED):
-        # Importing it now raises ImportError.
+    if not _exists(_TPU_DEVICES) and not any(name in os.environ for name in _TPU_WANTED):
+        # `import libtpu` now raises ImportError.
         sys.modules.setdefault("libtpu", None)  # pyright: ignore[reportArgumentType]  # None is allowed
 
 
 def has_accelerator() -> bool:
     """Whether the kernel shows a TPU or a CUDA GPU; does not import JAX."""
-    return _found(_TPU_DEVICES + _GPU_DEVICES)
+    return _exists(_TPU_DEVICES + _GPU_DEVICES)
 
 
-def _found(patterns: tuple[str, ...]) -> bool:
+def _exists(patterns: tuple[str, ...]) -> bool:
     return any(True for pattern in patterns for _ in Path("/").glob(pattern[1:]))
 
 
 def show_tpu_runtime() -> None:
-    """Undoes `hide_tpu_runtime`, for whoever compiles for TPUs."""
+    """Undoes `hide_tpu_runtime`, to compile for TPUs."""
     if sys.modules.get("libtpu", "") is None:
         del sys.modules["libtpu"]

@@ -1,4 +1,4 @@
-"""The terminal: messages, progress bars, and the one line that programs read."""
+"""The terminal: messages, progress bars, and the JSON line that programs read."""
 
 import codecs
 import json
@@ -22,23 +22,22 @@ from rich.progress import (
 
 from r1s_jax.io.text import printable
 
-# Everything for people goes to stderr; stdout carries the one JSON line a program may read.
+# Text for people goes to stderr; stdout has only the JSON line that programs may read.
 console = Console(stderr=True)
 out_console = Console(soft_wrap=True, highlight=False)
 
 
 def speak_to_any_terminal() -> None:
-    """From now on a character that the terminal does not have is written as a `?`."""
+    """Makes stdout and stderr write `?` for characters that their encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
 
 
 def read_as_utf8() -> None:
-    """Starts this process anew, once, where Python takes arguments and file names for ASCII.
+    """Restarts this process, once, in UTF-8 mode if Python decodes file names as ASCII.
 
-    So it does in the locale C where it is told to (PYTHONUTF8=0): "é" would be two halves of
-    nothing.
+    Python does so in the C locale with PYTHONUTF8=0: "é" in an argument would be two surrogates.
     """
     if not sys.flags.utf8_mode and codecs.lookup(sys.getfilesystemencoding()).name == "ascii":
         os.environ["PYTHONUTF8"] = "1"
@@ -46,18 +45,18 @@ def read_as_utf8() -> None:
 
 
 def json_line(value: Any) -> str:
-    """One JSON value for stdout: other scripts as they are where stdout can say them all."""
-    said = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
-    return json.dumps(value, ensure_ascii=said != "utf-8")
+    """One JSON value for stdout: characters outside ASCII are escaped unless stdout is UTF-8."""
+    encoding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    return json.dumps(value, ensure_ascii=encoding != "utf-8")
 
 
 def warn(text: str) -> None:
-    """A message about something that goes on all the same."""
+    """Prints a warning; the program goes on."""
     console.print(f"[yellow]warning:[/] {escape(printable(text))}")
 
 
 def make_progress() -> Progress:
-    """A progress display with a free text field `info` for each task."""
+    """A progress display; each task has a text field `info`."""
     return Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),

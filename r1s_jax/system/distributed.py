@@ -1,9 +1,9 @@
-"""Several processes as one run: how they meet, and what they tell each other.
+"""Several processes as one run: joining, and exchanging values.
 
-Every process runs the same program on the same values. What only one of them may do (writing
-files, talking to people) or may find (a failed search) is settled here, so that all go the same
-way: a process that went another would leave the others waiting for ever. With one process every
-function here is the plain thing.
+Every process runs the same program on the same values. These functions share the result of what one
+process does alone (writing files, printing) or sees alone (a failed search), so that all processes
+take the same branch: otherwise some would wait for the others for ever. With one process they need
+no communication.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from r1s_jax.io.text import is_whole_number
 
 T = TypeVar("T")
 
-# A process that is not heard of for so long has died, and the others end as well.
+# After so long without a heartbeat a process counts as dead, and the others end too.
 _HEARTBEAT_TIMEOUT_S = 20
 _PROXY = re.compile(r"(grpc|https?|all)_proxy", re.IGNORECASE)
 _VARIABLES = ("R1S_COORDINATOR", "R1S_PROCESSES", "R1S_PROCESS")
@@ -37,27 +37,30 @@ class ProcessError(UserError, RuntimeError):
 
 
 def join() -> None:
-    """Joins the processes of this run; must come before anything asks JAX for its devices.
+    """Joins the processes of this run; must be called before JAX looks for devices.
 
-    Who they are is found in the environment of TPU VMs, GKE, Slurm or Open MPI; anywhere else,
-    R1S_COORDINATOR (host:port of process 0), R1S_PROCESSES and R1S_PROCESS (from 0) tell.
-    Raises ProcessError when neither does, or when they do not find each other.
+    JAX finds the processes by itself on TPU VMs, GKE, Slurm and Open MPI; elsewhere they are set in
+    R1S_COORDINATOR (host:port of process 0), R1S_PROCESSES and R1S_PROCESS (from 0). Raises
+    ProcessError when they are set nowhere, or when they do not find each other.
     """
-    given = [os.environ.get(name) for name in _VARIABLES]
-    named: dict[str, Any] = {}
-    if any(given):
-        coordinator, count, index = given
+    values = [os.environ.get(name) for name in _VARIABLES]
+    arguments: dict[str, Any] = {}
+    if any(values):
+        coordinator, count, index = values
         count, index = count or "", index or ""
         if not (coordinator and is_whole_number(count) and is_whole_number(index)):
-            raise ProcessError(f"set all of {', '.join(_VARIABLES)}: host:port, how many, which")
-        named = {
+            raise ProcessError(
+                f"set all of {', '.join(_VARIABLES)}: host:port of process 0, "
+                "number of processes, index of this one"
+            )
+        arguments = {
             "coordinator_address": coordinator,
             "num_processes": int(count),
             "process_id": int(index),
         }
     try:
         with _without_proxies():
-            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S, **named)
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S, **arguments)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"the processes of this run did not find each other: {error}. On TPU VMs, GKE, Slurm "
@@ -67,7 +70,7 @@ def join() -> None:
 
 @contextlib.contextmanager
 def _without_proxies() -> Iterator[None]:
-    """Processes of one run talk straight: gRPC would go to their coordinator through http_proxy."""
+    """Unsets proxy variables: gRPC would use http_proxy to reach the run's coordinator."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if _PROXY.fullmatch(name)}
     try:
         yield
@@ -78,9 +81,9 @@ def _without_proxies() -> Iterator[None]:
 def leave(status: int, *, all_know: bool = True) -> NoReturn:
     """Ends this process after an error.
 
-    One of several goes without the usual farewell, which waits for the others: they may be waiting
-    for this one. Unless `all_know` of the error, another process may have died, and JAX tells which
-    (and ends this one) as soon as it has missed it for long enough.
+    One of several processes skips JAX's shutdown, which waits for the others: they may be waiting
+    for this one. Unless `all_know` of the error, another process may have died; this one then waits
+    until JAX misses its heartbeat, reports it and ends this process.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -92,14 +95,14 @@ def leave(status: int, *, all_know: bool = True) -> NoReturn:
 
 
 def is_main() -> bool:
-    """Whether this process writes the files and talks to people."""
+    """Whether this process writes files and prints messages."""
     return jax.process_index() == 0
 
 
 def own_address() -> str:
-    """The address at which other machines reach this one; of a machine without a network, its own.
+    """The address at which other machines reach this one; 127.0.0.1 without a network.
 
-    Nothing is sent: a datagram socket that is connected knows which way it would go.
+    Nothing is sent: connecting a datagram socket only selects its local address.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -110,7 +113,7 @@ def own_address() -> str:
 
 
 def gather(value: T) -> list[T]:
-    """The value of every process, in their order; any that pickles."""
+    """The value of every process, in the order of their indices; `value` must pickle."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -122,7 +125,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """What `action` returns on the main process, everywhere; ProcessError when it fails there."""
+    """Runs `action` on the main process; returns its result, or raises ProcessError, on all."""
     if jax.process_count() == 1:
         return action()
     result, error = _attempt(action) if is_main() else (None, "")
@@ -133,7 +136,7 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def together(action: Callable[[], T]) -> T:
-    """`action` on every process; ProcessError on all of them when it fails on any.
+    """Runs `action` on every process; raises ProcessError on all when it fails on any.
 
     `action` must not itself wait for other processes.
     """
@@ -147,7 +150,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def check_alike(what: str, value: Callable[[], Any]) -> None:
-    """Raises ProcessError on all where a process has another value of something than the first."""
+    """Raises ProcessError on all where the `value` of a process differs from process 0's."""
     if jax.process_count() == 1:
         return
     for process, digest in enumerate(digests := gather(sha256(repr(value()).encode()).hexdigest())):
@@ -159,14 +162,14 @@ def check_alike(what: str, value: Callable[[], Any]) -> None:
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays on the mesh as whole NumPy arrays, on every process."""
+    """Copies arrays on the mesh to whole NumPy arrays on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
-    """What it returned, and what it failed with; exceptions themselves may not pickle."""
+    """The result of `action` and its error as text, because exceptions may not pickle."""
     try:
         return action(), ""
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them."""
+"""Files that appear whole or not at all, even if the process that writes them is killed."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes the name `path` when the block ends well, and else is gone."""
+    """A file to write: becomes `path` when the block ends, is deleted when it raises."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -23,13 +23,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, parts: Iterable[str]) -> None:
-    """Writes the joined parts, in UTF-8, in the place of whatever `path` held."""
+    """Writes the joined parts in UTF-8, replacing `path`."""
     with whole_file(path) as file:
         file.writelines(part.encode() for part in parts)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes one JSON value for people to read: indented, other scripts as they are."""
+    """Writes one JSON value for people to read: indented, not escaped to ASCII."""
     write_text(path, [json.dumps(value, indent=2, ensure_ascii=False), "\n"])
 
 
@@ -40,9 +40,9 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `path` when the block ends well, and else is gone."""
+    """A folder to fill: becomes `path` when the block ends, is deleted when it raises."""
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     partial.mkdir(parents=True)
     try:
         yield partial

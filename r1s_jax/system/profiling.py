@@ -1,4 +1,4 @@
-"""Where the time of a run goes: compilations, utilisation, and traces of chosen steps."""
+"""Profiling of a run: compilations, memory, utilisation, and traces of chosen steps."""
 
 import gc
 import math
@@ -19,7 +19,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Compilations:
-    """Counts what XLA compiles in this process."""
+    """Counts the programs that XLA compiles in this process."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -35,24 +35,26 @@ class Compilations:
 
 
 def host_memory_gib() -> float:
-    """Memory of the host that this process holds."""
+    """Host memory that this process holds."""
     return psutil.Process().memory_info().rss / 2**30
 
 
 def keep_compiled_programs() -> None:
-    """Keeps on disk what XLA compiles for accelerators, so that a resumed run starts sooner.
+    """Keeps programs compiled for accelerators on disk, so that a resumed run starts sooner.
 
-    JAX_COMPILATION_CACHE_DIR says where, else it is this package's cache. Not on CPU by itself:
-    programs compile in seconds there, and only for the very CPU that compiled them.
+    They are kept in JAX_COMPILATION_CACHE_DIR, by default in this package's cache. On a CPU there
+    is no default: programs compile in seconds there, and fit only the CPU that compiled them.
     """
-    known = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # defined at import
-    if jax.default_backend() != "cpu" and not known:
+    directory = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]  # defined at import
+    if jax.default_backend() != "cpu" and not directory:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
 
 
 def forget_compiled_programs() -> None:
-    """Frees what runs that are over have compiled: on Linux a process may have 65,530 memory maps,
-    each program takes several, and whoever needs one more dies.
+    """Frees the compiled programs of finished runs.
+
+    On Linux a process may have 65,530 memory maps; each program takes several, and a process that
+    needs more crashes.
     """
     jax.clear_caches()
     gc.collect()

@@ -60,7 +60,7 @@ def test_what_is_freed_is_kept_and_the_command_line_stays():
 def test_what_the_environment_says_already_stays():
     other = "glibc.malloc.check=0"
     assert run(GLIBC_TUNABLES=other) == f"{other}:{ALL} True ['a b', '--c']"
-    refused = ":".join(f"{name}=0" for name in memory._ASKED_OF_MALLOC if "threshold" not in name)
+    refused = ":".join(f"{name}=0" for name in memory._MALLOC_SETTINGS if "threshold" not in name)
     thresholds = "glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=131072"
     told = f"{refused}:{thresholds}"
     assert run(GLIBC_TUNABLES=told) == f"{told} False ['a b', '--c']"
