@@ -84,7 +84,7 @@ def decode_attention(
     """Attention of each row's last T tokens to its cache; see `reference.decode_attention`.
 
     The cache may be wider than the heads (W >= K, zeros beside them): see `cache_dims`. Raises
-    ValueError, when traced, for what `impl` does not serve.
+    ValueError, when traced, for shapes or dtypes that `impl` does not serve.
     """
     impl = _resolve(impl)
     batch, new, _, head_dim = q.shape

@@ -61,9 +61,9 @@ class Checkpoints:
     """The newest checkpoints of a run and the best one, written in the background.
 
     A checkpoint appears whole or not at all: Orbax writes it under another name and renames it.
-    `index` grows through the whole run, cold start included. With a `run`, no other process may
-    use the directory until `close`. Raises CheckpointError where the directory belongs to another
-    run, InUse where another process writes there.
+    `index` grows through the whole run, cold start included. With a `run`, no other run or process
+    may use the directory until `close`. Raises CheckpointError where the directory belongs to
+    another run, InUse where another process writes there.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int, run: Path | None = None):
@@ -174,7 +174,7 @@ class Checkpoints:
     def _set_aside(self, why: str) -> NoReturn:
         """Moves the newest checkpoint away, so that the one before it is the newest, and raises.
 
-        The only checkpoint stays: without any, a run would start anew over its own files.
+        The only checkpoint stays: without any, a run would start from scratch over its own files.
         """
         folder = self._directory / str(self._manager.latest_step())
         alone = len(self._manager.all_steps()) == 1
@@ -215,7 +215,7 @@ def _move_aside(folder: epath.Path) -> epath.Path:
 def _drop_damaged(directory: epath.Path) -> None:
     """Moves damaged checkpoints away and deletes scores that cannot be read.
 
-    If all are damaged, all stay: without any, a run would start anew over its own files.
+    If all are damaged, all stay: without any, a run would start from scratch over its own files.
     """
     saved = saved_in(directory)
     flawed = {folder: why for folder in saved if (why := flaw(folder))}
@@ -365,7 +365,7 @@ def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> P
     """Only the parameters of one checkpoint, as NumPy arrays of `dtype`.
 
     The optimizer's state is not read. Raises CheckpointError for a damaged or foreign checkpoint,
-    and for one whose numbers are not those that were saved.
+    and for one whose arrays changed since they were saved.
     """
     specs, folder = param_specs(model), _absolute(checkpoint)
     if why := flaw(folder):

@@ -100,9 +100,8 @@ def _mark_in(directory: epath.Path) -> _Mark | None:
     file = directory / _MARK
     if not file.exists():
         return None
-    return check(
-        parse_object(file.read_bytes(), file, CheckpointError), _Mark, file, CheckpointError
-    )
+    values = parse_object(file.read_bytes(), file, CheckpointError)
+    return check(values, _Mark, file, CheckpointError)
 
 
 def _not_ours(directory: epath.Path, mark: _Mark | None) -> CheckpointError:

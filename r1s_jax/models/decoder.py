@@ -49,7 +49,7 @@ Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
 class Policy(nnx.Module):
     """The decoder around one parameter tree.
 
-    `compute_dtype` is what activations and matmuls use; parameters keep their own dtype and are
+    `compute_dtype` is that of activations and matmuls; parameters keep their own dtype and are
     cast where they are used. Inside `shard_map`, `tensor_axis` names the mesh axis over which
     heads, feed-forward and vocabulary are split; under plain jit it stays None and XLA places the
     collectives itself. `impl` names the attention backend; `attend_rows`, where given, replaces it

@@ -39,14 +39,11 @@ def export(source: str, out: Path, dtype: str = "bfloat16") -> Path:
     is the parameters and one shard. Raises CheckpointError for a run without checkpoints,
     FileExistsError for a directory that is not empty.
     """
-    policy, run, card = load_pretrained(source), run_of(Path(source)), Path(source, "README.md")
-    text = (
-        _card(run, policy.dialect or R1_SEARCHER)
-        if run
-        else card.read_text("utf-8-sig", "replace")
-        if card.is_file()
-        else ""
-    )
+    policy, card = load_pretrained(source), Path(source, "README.md")
+    if run := run_of(Path(source)):
+        text = _card(run, policy.dialect or R1_SEARCHER)
+    else:
+        text = card.read_text("utf-8-sig", "replace") if card.is_file() else ""
     return save_params(
         policy.params,
         policy.model,

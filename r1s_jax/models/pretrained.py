@@ -205,7 +205,7 @@ def _dialect_of(run: Path) -> Dialect:
 
 
 def _saved_policy(run: Path) -> Pretrained:
-    """The policy without parameters, as `save_policy` wrote it. Raises CheckpointError."""
+    """A run's policy without parameters. Raises CheckpointError where files are missing."""
     dialect, file = _dialect_of(run), run / _POLICY / "policy.json"
     if not file.exists():
         raise CheckpointError(f"{file} is missing: the run's architecture is lost")

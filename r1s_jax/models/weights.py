@@ -106,7 +106,7 @@ def _tensors(config: ModelConfig) -> Iterator[_Tensor]:
 def load_config(path: str | Path) -> ModelConfig:
     """The architecture of a Hugging Face directory or a GGUF file.
 
-    Raises WeightsError for a missing or damaged file and for what the model does not implement.
+    Raises WeightsError for a missing or damaged file and for an unsupported architecture.
     """
     if file := gguf_in(path):
         return open_gguf(file).config()

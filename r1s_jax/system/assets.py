@@ -193,7 +193,7 @@ def _package_dir(unpacked: Path) -> Path:
 
 
 def _find(ref: str, unpacked: Path, file: str) -> Path:
-    """The one file or directory whose path in the wheel ends with `file`."""
+    """The one file or directory whose path in the wheel ends with `file`, or is `file`."""
     parts = PurePosixPath(file).parts
     paths = sorted(p.relative_to(unpacked) for p in unpacked.rglob("*"))
     matches = [p for p in paths if p.parts[-len(parts) :] == parts]
