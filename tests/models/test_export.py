@@ -123,7 +123,7 @@ def test_a_newest_checkpoint_that_is_not_whole_is_named_and_passed_over(
     damage(copied / "checkpoints" / "12")
     assert_equal(load_pretrained(str(copied)).params, init_params(MODEL, 7))
     said = "".join(capsys.readouterr().err.split())  # the terminal breaks lines where it likes
-    assert "checkpoints/12" in said and "Takingtheonebefore" in said
+    assert "checkpoints/12" in said and "Usingthecheckpointbeforeit" in said
     with pytest.raises(CheckpointError, match="checkpoints/12"):
         load_pretrained(str(copied / "checkpoints" / "12"))
     damage(copied / "checkpoints" / "7")

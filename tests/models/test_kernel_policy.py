@@ -111,7 +111,7 @@ def test_auto_takes_the_backend_of_the_mesh():
     mesh = make_mesh(MeshConfig())
     assert attention_impl("auto", mesh) == "xla"
     assert attention_impl("interpret", mesh) == "interpret"
-    with pytest.raises(ValueError, match="impl='cuda' is no backend"):
+    with pytest.raises(ValueError, match="impl='cuda' is not an attention backend"):
         q = np.zeros((1, 2, 1, 16), np.float32)
         row_attention("cuda", mesh)(q, q, q, segment_ids=np.ones((1, 2), np.int32))
 
