@@ -205,9 +205,7 @@ def test_a_tokenizer_that_joins_texts_with_spaces_is_refused(tmp_path):
     sentencepiece(
         pre_tokenizer=pre_tokenizers.Sequence(parts), decoder=decoders.Metaspace()
     ).save_pretrained(tmp_path)
-    with pytest.raises(
-        WeightsError, match=r"turns 'a' followed by 'b' into ' a b'.* keeps spaces"
-    ):
+    with pytest.raises(WeightsError, match=r"turns 'a' followed by 'b' into ' a b'.* keeps spaces"):
         load_tokenizer(tmp_path)
 
 
