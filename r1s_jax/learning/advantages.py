@@ -1,7 +1,7 @@
 """Advantage estimators over the whole global batch of a rollout.
 
 Shapes: N trajectories, W token columns. The outcome reward lands on a trajectory's last sampled
-token and is not discounted, so without a KL reward every sampled token of it has the same return.
+token and is not discounted, so without a KL penalty all its sampled tokens have the same return.
 
 Computed on the host in float64: rewards come from the host, every process has all of them, and
 whitening subtracts numbers that lie close together.
@@ -14,12 +14,12 @@ from jaxtyping import Bool, Float, Int
 
 from r1s_jax.config import Estimator, KlEstimator
 
-# Of GRPO and its relative, the advantages of a group stand by themselves.
+# GRPO and Dr. GRPO use group-relative advantages as they are.
 _NOT_WHITENED = ("grpo", "dr_grpo")
-# Where all rewards are alike, what is left to whiten is the noise of a KL penalty. One trajectory
-# of a thousand that earns 1 more than the others deviates by three times this.
+# Lower bound of the deviation: where rewards are equal, whitening would amplify the noise of a KL
+# penalty. One trajectory in a thousand that earns 1 more than the others gives three times this.
 _LEAST_DEVIATION = 0.01
-# In the reward, of one token: k3 grows with the exponential of the gap.
+# Bound on a token's KL in the reward: k3 grows exponentially with the log-ratio.
 _MOST_KL = 10.0
 
 
@@ -41,10 +41,10 @@ def token_advantages(
         group's others, arXiv 2402.14740, whitened), `grpo` (GRPO, arXiv 2402.03300: in
         units of the group's standard deviation, not whitened) or `dr_grpo` (arXiv 2503.20783:
         minus the group's mean and nothing else; goes with `loss_average=constant`).
-      rewards: outcome of each trajectory, clamped to +-reward_clip (0: as they are).
+      rewards: outcome of each trajectory, clamped to +-reward_clip (0: not clamped).
       groups: equal numbers for samples of one question.
-      mask: tokens the policy sampled; a row without any takes part in no statistic.
-      kl: divergence from the reference at each token, a penalty of `kl_coefficient` a unit.
+      mask: tokens the policy sampled; rows without any are left out of all statistics.
+      kl: divergence from the reference at each token; the reward loses `kl_coefficient` times it.
 
     Raises ValueError for an unknown estimator.
     """
@@ -58,7 +58,7 @@ def token_advantages(
     if kl is not None:
         bounded = np.clip(kl.astype(np.float64), -_MOST_KL, _MOST_KL)
         penalty = np.where(mask, kl_coefficient * bounded, 0.0)
-        returns -= np.cumsum(penalty[:, ::-1], axis=-1)[:, ::-1]  # all that is still to come
+        returns -= np.cumsum(penalty[:, ::-1], axis=-1)[:, ::-1]  # of this token and all later ones
     if estimator not in _NOT_WHITENED:
         returns = whiten(returns, mask)
     return np.where(mask, returns, 0.0).astype(np.float32)
@@ -69,7 +69,7 @@ def whiten(
 ) -> Float[np.ndarray, "N W"]:
     """Zero mean and unit variance over the masked entries of the whole batch, 0 elsewhere.
 
-    Values that hardly differ stay small: the deviation counts as at least `_LEAST_DEVIATION`.
+    The deviation counts as at least `_LEAST_DEVIATION`, so that nearly equal values stay small.
     """
     chosen = values[mask].astype(np.float64)
     out = np.zeros(values.shape)
@@ -101,7 +101,7 @@ def adapted_kl_coefficient(coefficient: float, kl: float, target: float) -> floa
 def has_signal(
     rewards: Float[np.ndarray, " N"], groups: Int[np.ndarray, " N"]
 ) -> Bool[np.ndarray, " N"]:
-    """Whether the rewards of a trajectory's group differ at all: without, it teaches nothing."""
+    """Whether the rewards of a trajectory's group differ; groups of equal rewards teach nothing."""
     names, at = np.unique(groups, return_inverse=True)
     low, high = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     np.minimum.at(low, at, rewards)
@@ -112,7 +112,10 @@ def has_signal(
 def _relative_to_group(
     estimator: Estimator, rewards: Float[np.ndarray, " N"], groups: Int[np.ndarray, " N"]
 ) -> Float[np.ndarray, " N"]:
-    """Reward of each trajectory relative to its group; 0 for one that is alone in it."""
+    """Reward of each trajectory relative to its group; 0 in a group of one.
+
+    `reinforce++` has no groups: its rewards are returned unchanged.
+    """
     if estimator == "reinforce++":
         return rewards
     _, at = np.unique(groups, return_inverse=True)
@@ -122,7 +125,7 @@ def _relative_to_group(
         return (np.bincount(at, values) / np.maximum(over, 1))[at]
 
     centred = rewards - mean_of(rewards, count)
-    # Rounding must not pass for a difference, least of all in units of a standard deviation.
+    # Equal rewards may differ from their mean by rounding, which grpo would scale up.
     centred[~has_signal(rewards, groups)] = 0.0
     if estimator == "rloo":  # r - (sum of the others) / (count - 1)
         return centred * (count / np.maximum(count - 1, 1))[at]

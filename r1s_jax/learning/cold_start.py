@@ -1,4 +1,4 @@
-"""The supervised cold start: imitate worked solutions until the policy can speak the protocol."""
+"""The supervised cold start: imitates demonstrations until the policy can follow the protocol."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ from r1s_jax.system.console import make_progress
 
 @dataclass
 class Standing:
-    """How far a cold start has come."""
+    """The progress of a cold start."""
 
     step: Annotated[int, msgspec.Meta(ge=0, lt=2**31)] = 0
-    accuracy: float = 0.0  # of its predictions, a running mean
-    cooldown_from: int | None = None  # the step at which that was good enough
+    accuracy: float = 0.0  # share of demonstrated tokens predicted, a running mean
+    cooldown_from: int | None = None  # the step at which the cooldown began
 
 
 def imitate(
@@ -37,10 +37,11 @@ def imitate(
     batch_of: Callable[[int], tuple[PackedBatch[np.ndarray], int]],
     after_step: Callable[[LearnerState, dict[str, float]], bool],
 ) -> LearnerState:
-    """Goes on with the cold start from `at`, which it keeps up to date, to its end.
+    """Runs the cold start from `at` to its end; updates `at` after every step.
 
-    `batch_of` gives the demonstrations of a step; `after_step` is handed the state and the row of
-    metrics after each, and returns whether to stop there. Donates `state`.
+    `batch_of` returns the packed demonstrations of a step and their number of micro-batches.
+    `after_step` receives the state and the step's row of metrics, and returns whether to stop.
+    Donates `state`.
     """
     with make_progress() as bar:
         task = bar.add_task(
@@ -73,7 +74,7 @@ def demonstrations_of(
     learner: Learner,
     state: LearnerState,
 ) -> Callable[[int], tuple[PackedBatch[np.ndarray], int]]:
-    """What a run imitates at a step: demonstrations packed as its rollouts will be."""
+    """Returns a function from a step to its demonstrations, packed like the rollouts of the run."""
     rows = 1
     if config.cold_start.steps:
         rows = micro_batch_rows(config, learner, state, config.cold_start.batch_size)
@@ -95,7 +96,7 @@ def demonstrations_of(
 def learning_rate_scale(config: ColdStartConfig, step: int, cooldown_from: int | None) -> float:
     """Share of the learning rate at a step: warm-up, constant, then down to a tenth.
 
-    `cooldown_from` is the step at which the policy could read well enough, None before.
+    `cooldown_from` is the step at which the cooldown began; None before.
     """
     warm = min(1.0, (step + 1) / max(config.warmup_steps, 1))
     if cooldown_from is None:
@@ -104,12 +105,12 @@ def learning_rate_scale(config: ColdStartConfig, step: int, cooldown_from: int |
 
 
 def cooldown_begins(config: ColdStartConfig, step: int, accuracy: float) -> bool:
-    """Whether the learning rate should fall from `step` on, given the mean accuracy so far."""
+    """Whether the cooldown begins at `step`, given the running mean of accuracy."""
     return accuracy >= config.accuracy or step >= config.steps - config.cooldown_steps
 
 
 def cold_start_end(config: ColdStartConfig, cooldown_from: int | None) -> int:
-    """The step before which the cold start ends: never later than `config.steps`."""
+    """The number of steps of the cold start: at most `config.steps`."""
     if cooldown_from is None:
         return config.steps
     return min(cooldown_from + config.cooldown_steps, config.steps)
@@ -125,12 +126,12 @@ def demonstration_batch(
     micro_batch_rows: int,
     dialect: Dialect = R1_SEARCHER,
 ) -> tuple[PackedBatch[np.ndarray], int]:
-    """Packs demonstrations, the loss on what the policy would have written and nothing else.
+    """Packs demonstrations, with loss only on the text that the policy would write.
 
-    Each span is tokenised by itself, as prompts and documents are in a rollout; a document block
-    goes through `document_tokens`, which leaves of its passage lines what a rollout would show.
-    What is longer than `capacity` loses its end. Returns the batch and the number of micro-batches
-    that hold anything. Raises ConfigError where `capacity` leaves nothing to learn.
+    Each span is tokenised by itself, as prompts and documents are in a rollout; `document_tokens`
+    cuts a document block as a rollout does. Sequences are cut to `capacity` tokens. Returns the
+    batch and the number of micro-batches that are not empty. Raises ConfigError where no token
+    within `capacity` is trained.
     """
     rows = [_tokens(d, encode, prompt_tokens, document_tokens, dialect) for d in demonstrations]
     rows = [(ids[:capacity], weights[:capacity]) for ids, weights in rows]

@@ -1,4 +1,4 @@
-"""A step's batch: rolled out, rewarded, and of it the trajectories that teach something."""
+"""Collects the batch of a step: rolls out, rewards, and marks the trajectories to learn from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +21,16 @@ from r1s_jax.system.distributed import on_main
 
 @dataclass(frozen=True)
 class Rewarded:
-    """A batch rolled out and rewarded, and what of it teaches; row i of each is one trajectory.
+    """A rewarded rollout batch and its learning signal; row i of each array is one trajectory.
 
-    Computed once: drawing more batches, choosing groups, metrics and learning all read it.
+    Computed once, for dynamic sampling, the choice of groups, the metrics and the update.
     """
 
     rolled: Rolled
     rewards: Sequence[Reward]
-    values: Float[np.ndarray, " N"]  # float32; not a number where no judge would judge
-    mask: Bool[np.ndarray, "N W"]  # the tokens to learn from: see learnable
-    teaches: Bool[np.ndarray, " N"]  # has such tokens, and its group's rewards differ
+    values: Float[np.ndarray, " N"]  # float32; NaN where the judge gave no verdict
+    mask: Bool[np.ndarray, "N W"]  # tokens to learn from: see learnable
+    teaches: Bool[np.ndarray, " N"]  # has tokens to learn from, and its group's rewards differ
 
     @staticmethod
     def of(rolled: Rolled, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> "Rewarded":
@@ -47,15 +47,14 @@ class Rewarded:
 
     @property
     def fresh(self) -> Bool[np.ndarray, "N W"]:
-        """Of the tokens to learn from, those that the parameters of this step drew."""
+        """The tokens to learn from that this step's parameters sampled."""
         ages = self.rolled.ages
         return self.mask if ages is None else self.mask & (ages == 0)
 
     def first_groups(self, count: int) -> "Rewarded":
-        """Only the first `count` groups that teach, in order.
+        """The first `count` groups that teach, in order.
 
-        Where there are too few, groups that teach nothing make up the number: the batch keeps its
-        shape.
+        Where there are fewer, groups that teach nothing fill up the batch, which keeps its shape.
         """
         teaching = set(self.groups[self.teaches].tolist())
         names = sorted(np.unique(self.groups).tolist(), key=lambda g: (g not in teaching, g))
@@ -70,7 +69,7 @@ class Rewarded:
 
 
 class Collector:
-    """Rolls out and rewards the batches of a run; rewards are resolved once, by stage."""
+    """Rolls out and rewards the batches of a run."""
 
     def __init__(
         self,
@@ -79,13 +78,15 @@ class Collector:
         environment: Environment,
         rewards: Mapping[str, BatchReward],
     ):
-        """`rewards` by the name of the stage, `stage1` or `stage2`."""
+        """`rewards` has the reward of each stage, `stage1` and `stage2`."""
         self.config, self.engine, self.environment = config, engine, environment
         self.rewards = rewards
         self.carried = PartialRollouts(config, engine, environment)
 
     def collect(self, params: Params, step: int, stage: str, settings: StageConfig) -> Rewarded:
-        """The batch of a step (from 0); more than one where groups without signal abound.
+        """The batch of a step (from 0).
+
+        With dynamic sampling, batches are added until enough groups teach.
 
         Raises SearchFailure, RewardError or RewardServerError.
         """
@@ -106,28 +107,28 @@ class Collector:
             )
             rewards += self._reward(rolled, stage)
             batches.append(rolled)
-            whole = Rewarded.of(merge(batches), rewards, c.algorithm)
-            if len(np.unique(whole.groups[whole.teaches])) >= settings.questions_per_step:
+            rewarded = Rewarded.of(merge(batches), rewards, c.algorithm)
+            if len(np.unique(rewarded.groups[rewarded.teaches])) >= settings.questions_per_step:
                 break
-        return whole
+        return rewarded
 
     def state(self) -> tuple[dict[str, Any], str | None]:
-        """What a checkpoint keeps: the environment's cursor, and what is in flight."""
+        """The state for a checkpoint: the environment's cursor and the in-flight trajectories."""
         return self.environment.state(), self.carried.state()
 
     def restore(self, cursor: dict[str, Any], carried: str | None) -> None:
-        """Goes on from there. Raises BadInput where it is damaged."""
+        """Restores what `state` returned. Raises BadInput where it is damaged."""
         self.environment.restore(cursor)
         self.carried.restore(carried)
 
     def _reward(self, rolled: Rolled, stage: str) -> list[Reward]:
-        """The rewards of a batch, by the first of several processes: a user's function may draw
-        lots, read a clock or a file, and what one learns from all must learn from."""
-        reward, asked = self.rewards[stage], [q.question for q in rolled.questions]
+        """The rewards of a batch, computed by the main process: a user's function may be random or
+        read a clock or a file, and all processes must learn from the same rewards."""
+        reward, prompts = self.rewards[stage], [q.question for q in rolled.questions]
         if not getattr(reward, "reads_questions", False):
-            asked = list(map(self.engine.render, asked))
+            prompts = list(map(self.engine.render, prompts))
         golds = [q.answers for q in rolled.questions]
-        return on_main(lambda: list(reward(asked, rolled.solutions, golds)))
+        return on_main(lambda: list(reward(prompts, rolled.solutions, golds)))
 
 
 def learnable(
@@ -136,11 +137,11 @@ def learnable(
     unanswered: Bool[np.ndarray, " N"],
     rewards: Float[np.ndarray, " N"],
 ) -> Bool[np.ndarray, "N W"]:
-    """The tokens to learn from: sampled, and not in a trajectory that a failed search ended, or
-    which no judge would judge (a reward that is not a number).
+    """The mask of tokens to learn from: sampled tokens, except in the trajectories left out.
 
-    Neither is the policy's doing. `unanswered` trajectories and those cut off are left
-    out too, where the algorithm says so.
+    Left out are trajectories that a failed search ended or that got no reward (NaN: no verdict of
+    the judge), because the policy caused neither. `algorithm` may also leave out `unanswered`
+    trajectories and those cut off.
     """
     ends = [Finish.SEARCH_ERROR, Finish.ABORTED, *CUT_OFF * algorithm.mask_truncated]
     out = np.isin(t.finish, ends) | (unanswered & algorithm.mask_unanswered) | np.isnan(rewards)

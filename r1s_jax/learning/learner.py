@@ -35,15 +35,15 @@ from r1s_jax.models.sharding import (
 )
 from r1s_jax.system.distributed import to_host
 
-# Name in the compiled program of what runs once a micro-batch.
+# Named scope of the operations of a micro-batch in the compiled program.
 MICRO_SCOPE = "micro_batch"
 
 
 class LearnerState(NamedTuple):
-    """What a checkpoint keeps.
+    """The arrays that a checkpoint keeps.
 
-    `optimizer` and `reference` (the policy of the KL penalty, if any) know only of what is trained:
-    everything, or the adapters.
+    `optimizer` and `reference` (for a KL penalty) cover the trained parameters only: all of them,
+    or the adapters.
     """
 
     params: Params
@@ -54,7 +54,7 @@ class LearnerState(NamedTuple):
 def make_optimizer(
     config: OptimizerConfig, learning_rate: float | None = None
 ) -> optax.GradientTransformation:
-    """Adam after clipping the global norm, if at all; AdamW where weight decay is asked for."""
+    """Adam after global-norm clipping; AdamW with weight decay."""
     rate = config.learning_rate if learning_rate is None else learning_rate
     clip = config.grad_clip
     return optax.chain(
@@ -71,7 +71,7 @@ def make_optimizer(
 
 @dataclass(frozen=True)
 class Learner:
-    """One jitted update over packed rows, and log-probabilities without one."""
+    """The jitted update over packed rows, and log-probabilities without an update."""
 
     model: ModelConfig
     mesh: Mesh
@@ -91,7 +91,7 @@ class Learner:
     ) -> "Learner":
         """The learner of a recipe's policy, whose architecture is `model`.
 
-        Raises ConfigError where the recipe's attention backend does not serve it.
+        Raises ConfigError where the recipe's attention backend does not support the model.
         """
         dtype = np.dtype(policy.compute_dtype)
         check_attention(policy.attention, mesh, model, dtype)
@@ -103,7 +103,7 @@ class Learner:
         moments = self.optimizer_shardings(params)
         optimizer = jax.jit(self.optimizer.init, out_shardings=moments)(trainable(params))
 
-        # Updates donate their input, so the parameters given and the reference must be copies.
+        # Updates donate their input, so the parameters and the reference must be copies.
         def copy(tree: Params, shardings: Any) -> Params:
             return jax.jit(lambda p: jax.tree.map(jnp.copy, p), out_shardings=shardings)(tree)
 
@@ -126,7 +126,7 @@ class Learner:
         """One optimizer step over the first `micro` micro-batches; donates `state`.
 
         `scale` multiplies the learning rate. Returns the new state and metrics: `loss`,
-        `grad_norm`, `tokens` (trained), their mean `entropy`, and what the loss itself names.
+        `grad_norm`, `tokens` (trained), their mean `entropy`, and the metrics of the loss.
         """
         state, metrics = self._update(
             state, self._place(batch), jnp.int32(micro), jnp.float32(scale)
@@ -134,7 +134,7 @@ class Learner:
         return state, {name: float(value) for name, value in metrics.items()}
 
     def lower(self, state: LearnerState, *shapes: Any) -> jax.stages.Lowered:
-        """The program of `update`, for a batch, `micro` and `scale` given as shapes on the mesh."""
+        """The lowered `update` for a batch, `micro` and `scale` given as shapes on the mesh."""
         return self._update.lower(self, state, *shapes)
 
     def logprobs(self, params: Params, batch: PackedBatch[np.ndarray], micro: int) -> np.ndarray:
@@ -161,7 +161,7 @@ class Learner:
     def update_step(
         self, state: LearnerState, batch: PackedBatch, micro: Array, scale: Array
     ) -> tuple[LearnerState, Metrics]:
-        """What `update` runs, for whoever traces or compiles it: no jit, nothing placed."""
+        """The body of `update` for tracing and compiling: not jitted, arrays not placed."""
         trained = trainable(state.params)
 
         def loss(trained: Params, rows: PackedBatch) -> tuple[Array, Metrics]:

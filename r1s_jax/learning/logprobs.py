@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from hidden states, without the logits of all of them at once.
+"""Log-probabilities of tokens from hidden states, with the logits of a few tokens at a time.
 
 Shapes: R packed rows of T tokens, D model width.
 """
@@ -11,16 +11,16 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from r1s_jax.kernels.token_logprobs import logprobs_and_entropies
 from r1s_jax.models.decoder import Policy
 
-# Logits of this many tokens of a row exist at a time; the rest are recomputed when needed.
+# Logits of this many tokens of a row exist at a time; the backward pass recomputes them.
 _LOGIT_CHUNK = 128
-# Unless those of all rows together take no more than so many bytes: then they are kept.
+# Where the logits of all rows take at most this many bytes, they are kept instead.
 _KEPT_LOGITS = 2**29
-# Name in the compiled program of what runs once a chunk of logits.
+# Named scope of the operations of a chunk of logits in the compiled program.
 LOGITS_SCOPE = "logits_chunk"
 
 
 def logit_chunks(length: int) -> int:
-    """Into how many chunks the logits of a row of `length` tokens are cut."""
+    """The number of chunks into which the logits of a row of `length` tokens are cut."""
     return -(-length // min(_LOGIT_CHUNK, length))
 
 
@@ -28,17 +28,17 @@ def token_logprobs(
     policy: Policy,
     tokens: Int[Array, "R T"],
     hidden: Float[Array, "R T D"],
-    wanted: Bool[Array, "R T"],
+    trained: Bool[Array, "R T"],
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Log-probability of every token given those before it, and the entropy it was drawn with.
+    """Log-probability of every token given the tokens before it, and its distribution's entropy.
 
-    Column 0 has no token before it and is 0. The vocabulary-wide logits are made chunk by chunk,
-    a row's `wanted` tokens first, and a chunk with none of them not at all: most of a trajectory is
-    prompt and documents. What is not wanted may be 0.
+    Column 0 has no token before it and is 0. Logits are computed in chunks that take a row's
+    `trained` tokens first. Chunks without any are skipped, because most of a trajectory is prompt
+    and documents: tokens that are not `trained` may be 0.
     """
     length = tokens.shape[1]
-    targets, wanted = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, wanted))
-    order = jnp.argsort(~wanted, axis=1, stable=True)
+    targets, trained = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, trained))
+    order = jnp.argsort(~trained, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)
     pad = -length % min(_LOGIT_CHUNK, length)
     chunks = logit_chunks(length)
@@ -52,13 +52,13 @@ def token_logprobs(
         return jnp.pad(permuted(x, back, order)[:, :-1], ((0, 0), (1, 0)))
 
     def chunk(args: tuple[Array, ...]) -> tuple[Array, Array]:
-        hidden, targets, wanted = args
+        hidden, targets, trained = args
         zeros = jnp.zeros(targets.shape, jnp.float32)
         return lax.cond(
-            wanted.any(), lambda: _measure(policy, hidden, targets), lambda: (zeros, zeros)
+            trained.any(), lambda: _measure(policy, hidden, targets), lambda: (zeros, zeros)
         )
 
-    parts = split(hidden), split(targets), split(wanted)
+    parts = split(hidden), split(targets), split(trained)
     with jax.named_scope(LOGITS_SCOPE):
         if 4 * tokens.size * policy.config.vocab_size > _KEPT_LOGITS:
             logprobs, entropies = lax.map(jax.checkpoint(chunk), parts)
@@ -74,7 +74,7 @@ def _measure(policy: Policy, hidden: Array, targets: Array) -> tuple[Array, Arra
         return logprobs_and_entropies(logits, targets)
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    # Measured only: its gradient would keep the probabilities beside the logits.
+    # The entropy is a metric: its gradient would keep the probabilities beside the logits.
     fixed, total = lax.stop_gradient((logits, normalizer))
     entropy = total - (jnp.exp(fixed - total[..., None]) * fixed).sum(-1)
     return chosen - normalizer, entropy
@@ -84,10 +84,10 @@ def _measure(policy: Policy, hidden: Array, targets: Array) -> tuple[Array, Arra
 def permuted(
     x: Shaped[Array, "R T *D"], order: Int[Array, "R T"], back: Int[Array, "R T"]
 ) -> Shaped[Array, "R T *D"]:
-    """Each row's tokens in the order given; `back` is the permutation that undoes it.
+    """Each row's tokens in `order`; `back` is the inverse permutation.
 
-    The gradient is read by `back` too: the compiler would scatter it, since it does not know that
-    no token is read twice.
+    The gradient is a gather by `back`. The compiler would scatter it, since it does not know that
+    `order` is a permutation.
     """
     return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 

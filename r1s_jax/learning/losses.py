@@ -1,8 +1,8 @@
-"""Losses of packed rows, each token by its weight: the policy's, and the cold start's.
+"""Losses over packed rows with a weight per token: of the policy, and of the cold start.
 
 Shapes: R packed rows of T tokens. Weights of 1 / (tokens of the sequence x sequences of the batch)
-make a loss the token mean within a sequence, then the mean over the batch; equal weights make it
-the mean over all tokens. Either way the packing changes nothing.
+give the mean over each sequence's tokens and then over sequences; equal weights give the mean over
+all tokens. Neither depends on the packing.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from r1s_jax.config import AlgorithmConfig
 from r1s_jax.learning.packing import PackedBatch
 
 Metrics = dict[str, Array]
-# (log-probabilities, micro-batch) -> (loss, metrics of the loss's own naming). Metrics add up over
-# micro-batches and become means over the trained tokens; those whose names end in `max` are maxima.
+# (log-probabilities, micro-batch) -> (loss, metrics). Metrics are summed over micro-batches and
+# divided by the number of trained tokens; metrics whose names end in `max` are maxima.
 TokenLoss = Callable[[Array, PackedBatch], tuple[Array, Metrics]]
 
 
 def policy_loss(config: AlgorithmConfig) -> TokenLoss:
-    """The loss that a config's algorithm asks for."""
+    """The loss that `config` names, with its bounds."""
     a, limits = config, {"clip_high": config.clip_high}
     loss: TokenLoss = {
         "clip": partial(clipped_loss, a.clip, dual_clip=a.dual_clip, **limits),
@@ -33,7 +33,7 @@ def policy_loss(config: AlgorithmConfig) -> TokenLoss:
         "reinforce": reinforce_loss,
     }[a.loss]
     if a.llds_coefficient:
-        loss = partial(_preserving, a.llds_coefficient, loss)
+        loss = partial(_with_llds, a.llds_coefficient, loss)
     return loss
 
 
@@ -48,10 +48,10 @@ def clipped_loss(
     """PPO's clipped objective (arXiv 1707.06347, eq. 7) and the KL to the reference (k3).
 
     Args:
-      clip: how far the ratio may leave 1 before it counts no more.
+      clip: the ratio is clipped at this distance from 1.
       clip_high: the same above 1, where it differs (DAPO, arXiv 2503.14476); 0: as `clip`.
-      dual_clip: a bound on what a token of negative advantage may cost, in advantages
-        (arXiv 1912.09729, eq. 5); 0: none.
+      dual_clip: a token with a negative advantage costs at most this many advantages
+        (arXiv 1912.09729, eq. 5); 0: no bound.
       batch: `kl_weights` are a token's share of the KL, times its coefficient.
     """
     log_ratio = _log_ratio(logprobs, batch)
@@ -66,10 +66,10 @@ def clipped_loss(
 def gspo_loss(
     clip: float, logprobs: Float[Array, "R T"], batch: PackedBatch, *, clip_high: float = 0.0
 ) -> tuple[Array, Metrics]:
-    """One ratio a sequence, the geometric mean of its tokens' (GSPO, arXiv 2507.18071, eq. 5-7).
+    """One ratio per sequence (GSPO, arXiv 2507.18071, eq. 5-7).
 
-    Such ratios stay near 1: the paper clips at 3e-4 below and 4e-4 above. Its length is that of
-    what the policy wrote. Goes with a loss averaged by sequence.
+    It is the geometric mean of the ratios of the sequence's sampled tokens. Such ratios stay near
+    1: the paper clips at 3e-4 below and 4e-4 above. Goes with loss_average=sequence.
     """
     log_ratio = _sequence_means(_log_ratio(logprobs, batch), batch)
     ratio = jnp.exp(log_ratio)
@@ -80,10 +80,10 @@ def gspo_loss(
 def cispo_loss(
     clip: float, logprobs: Float[Array, "R T"], batch: PackedBatch, *, clip_high: float = 0.0
 ) -> tuple[Array, Metrics]:
-    """REINFORCE weighed by the ratio, which is cut above and not differentiated (CISPO,
-    arXiv 2506.13585, eq. 4-5): no token ever drops out of the gradient.
+    """REINFORCE weighted by the ratio, which is clipped above and not differentiated (CISPO,
+    arXiv 2506.13585, eq. 4-5), so that no token drops out of the gradient.
 
-    As in the paper there is no bound below. Goes with a loss averaged by token.
+    As in the paper, the ratio has no lower bound. Goes with loss_average=token.
     """
     log_ratio = _log_ratio(logprobs, batch)
     ratio, most = jnp.exp(log_ratio), 1 + (clip_high or clip)
@@ -98,8 +98,8 @@ def gmpo_loss(
     """The geometric mean of a sequence's ratios, each clipped by itself (GMPO, arXiv 2507.20673,
     eq. 4).
 
-    `clip` and `clip_high` bound the logarithm of a ratio on the side that the advantage pushes it
-    to; the paper takes 0.4. Goes with a loss averaged by sequence.
+    The logarithm of a ratio is at most `clip_high` where the advantage is positive, and at least
+    -`clip` elsewhere; the paper uses 0.4 for both. Goes with loss_average=sequence.
     """
     log_ratio, up = _log_ratio(logprobs, batch), batch.advantages > 0
     limited = jnp.where(
@@ -111,22 +111,22 @@ def gmpo_loss(
 
 
 def reinforce_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[Array, Metrics]:
-    """Williams' REINFORCE (1992): log-likelihood times advantage, no ratio and no bound.
+    """Williams' REINFORCE (1992): log-likelihood times advantage, without ratio or bound.
 
-    Right only while the policy that learns is the one that sampled: one update a rollout.
+    Correct only on-policy, which means one update per rollout.
     """
     log_ratio = _log_ratio(logprobs, batch)
     objective, nothing = batch.advantages * logprobs, jnp.zeros(logprobs.shape, bool)
     return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, nothing, batch)
 
 
-def _preserving(
+def _with_llds(
     coefficient: float, loss: TokenLoss, logprobs: Float[Array, "R T"], batch: PackedBatch
 ) -> tuple[Array, Metrics]:
-    """`loss`, and a price on likelihood that good trajectories lose (LLDS, arXiv 2512.04220).
+    """`loss` plus a penalty on lost likelihood (LLDS, arXiv 2512.04220).
 
-    Of trajectories whose advantage is not negative and which have become less likely as a whole,
-    the tokens that did pay what they lost.
+    It applies to trajectories whose advantage is not negative and that became less likely as a
+    whole: each token that became less likely costs its loss of log-probability.
     """
     value, metrics = loss(logprobs, batch)
     log_ratio = _log_ratio(logprobs, batch)
@@ -138,18 +138,18 @@ def _preserving(
 
 
 def _log_ratio(logprobs: Array, batch: PackedBatch) -> Float[Array, "R T"]:
-    """Of every trained token; 0 elsewhere."""
+    """log(new / old probability) of every trained token; 0 elsewhere."""
     return jnp.where(batch.weights > 0, logprobs - batch.old_logprobs, 0.0)
 
 
 def _clipped(ratio: Array, advantages: Array, low: float, high: float) -> tuple[Array, Array]:
-    """The objective, and where the bound holds."""
+    """The clipped objective, and where the clip is active."""
     clipped = jnp.clip(ratio, 1 - low, 1 + high) * advantages
     return jnp.minimum(ratio * advantages, clipped), ratio * advantages > clipped
 
 
 def _sequence_means(values: Float[Array, "R T"], batch: PackedBatch) -> Float[Array, "R T"]:
-    """Mean over the trained tokens of each token's sequence. A sequence lies in one row whole."""
+    """Mean over the trained tokens of each token's sequence. No sequence spans two rows."""
     ids = batch.segment_ids
     first = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
     place, mask = jnp.cumsum(first, axis=1), (batch.weights > 0).astype(values.dtype)
@@ -164,16 +164,16 @@ def _sequence_means(values: Float[Array, "R T"], batch: PackedBatch) -> Float[Ar
 
 
 def _loss(objective: Array, logprobs: Array, batch: PackedBatch) -> Float[Array, ""]:
-    """Less the objective, each token by its weight, with the KL to the reference (k3)."""
-    # Where there is no KL there may be no reference either: its zeros must not reach exp.
+    """The KL to the reference (k3) minus the objective, both weighted by token."""
+    # Without a KL term there may be no reference: its zeros must not reach exp.
     gap = jnp.where(batch.kl_weights > 0, batch.reference_logprobs - logprobs, 0.0)
     objective = jnp.where(batch.weights > 0, objective, 0.0)
     return -(batch.weights * objective).sum() + (batch.kl_weights * (jnp.expm1(gap) - gap)).sum()
 
 
 def _metrics(logprobs: Array, log_ratio: Array, outside: Array, batch: PackedBatch) -> Metrics:
-    """`log_ratio` is what the loss takes: of tokens or of sequences. `logprob_diff_*` are of
-    `fresh` tokens only: older parameters drew the others, so a difference is their age."""
+    """`log_ratio` is by token or by sequence, as in the loss. `logprob_diff_*` cover `fresh` tokens
+    only: older parameters sampled the others, so their difference is staleness."""
     mask = (batch.weights > 0).astype(jnp.float32)
     fresh = mask * batch.fresh
     gap = fresh * jnp.abs(_log_ratio(logprobs, batch))
@@ -188,9 +188,10 @@ def _metrics(logprobs: Array, log_ratio: Array, outside: Array, batch: PackedBat
 
 
 def likelihood_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[Array, Metrics]:
-    """Negative log-likelihood, each token by its weight (the supervised cold start).
+    """Negative log-likelihood, weighted by token (the supervised cold start).
 
-    `accuracy` is the share of tokens of full weight that the policy finds likelier than not.
+    Metrics: `full` counts the tokens of full weight, `likely` those of them with a probability
+    above 0.5. The accuracy is `likely` / `full`.
     """
     full = (batch.weights > 0.99 * batch.weights.max()).astype(jnp.float32)
     metrics = {

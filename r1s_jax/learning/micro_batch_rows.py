@@ -1,4 +1,4 @@
-"""How many packed rows go through the network at a time, where a recipe leaves that open."""
+"""Chooses the packed rows of a micro-batch where a recipe leaves their number open."""
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,19 @@ from r1s_jax.models.sharding import BATCH_AXES, batch_shards, replicated
 from r1s_jax.system.console import console
 from r1s_jax.system.distributed import gather, together
 
-_MARGIN = 0.9  # of the memory may be used
+_MARGIN = 0.9  # usable share of a device's memory
 
 
 def micro_batch_rows(config: Config, learner: Learner, state: LearnerState, sequences: int) -> int:
-    """Rows of one forward and backward pass on each data shard, for updates on `sequences`.
+    """Rows of one forward and backward pass on each data shard, for `sequences` an update.
 
-    `optimizer.micro_batch_rows`; where that is 0, the largest useful number that fits in memory by
-    the compiler's account of the update. The log says which.
+    Returns `optimizer.micro_batch_rows`; if that is 0, the largest useful number with which the
+    update fits in memory, as the compiler reports it, and logs the choice.
     """
     if config.optimizer.micro_batch_rows:
         return config.optimizer.micro_batch_rows
     rows = most_rows(config, sequences, batch_shards(learner.mesh))
-    # Of several processes the one that has least: all must run the same program.
+    # The process with the least memory decides, because all must run the same program.
     limit, needed = _MARGIN * min(gather(_memory(learner))), 0.0
 
     def most_needed(rows: int) -> float:
@@ -34,13 +34,13 @@ def micro_batch_rows(config: Config, learner: Learner, state: LearnerState, sequ
 
     while rows > 1 and (needed := most_needed(rows)) > limit:
         rows //= 2
-    told = f" (the update takes {needed / 2**30:.1f} GiB)" if needed else ""
-    console.print(f"optimizer.micro_batch_rows: {rows} rows at a time{told}")
+    size = f" (the update takes {needed / 2**30:.1f} GiB)" if needed else ""
+    console.print(f"optimizer.micro_batch_rows: {rows} rows at a time{size}")
     return rows
 
 
 def most_rows(config: Config, sequences: int, shards: int) -> int:
-    """The largest number worth having: a power of two, so that eight passes take the longest batch.
+    """The largest useful number: a power of two, at most an eighth of the longest batch's rows.
 
     More rows a pass read the weights less often, but leave more of the last pass empty.
     """
@@ -52,7 +52,7 @@ def most_rows(config: Config, sequences: int, shards: int) -> int:
 def packed_shapes(
     learner: Learner, sequences: int, rows: int, length: int
 ) -> PackedBatch[jax.ShapeDtypeStruct]:
-    """The batch of an update as shapes: `rows` rows of `length` tokens a data shard and pass."""
+    """Shapes of an update's batch: `rows` rows of `length` tokens a data shard and pass."""
     rows *= batch_shards(learner.mesh)
     shape = (-(-sequences // rows), rows, length)
     sharding = NamedSharding(learner.mesh, P(None, BATCH_AXES))
@@ -70,7 +70,7 @@ def packed_shapes(
 def _bytes(
     config: Config, learner: Learner, state: LearnerState, sequences: int, rows: int
 ) -> float:
-    """What the update needs on a device, state included; infinite where it does not compile."""
+    """Bytes of the update on a device, state included; infinite where its memory is exhausted."""
     length = config.optimizer.pack_length or config.rollout.max_length
     batch = packed_shapes(learner, sequences, rows, length)
     scalar = [
@@ -83,12 +83,12 @@ def _bytes(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return np.inf
-    assert memory is not None  # every backend that learns has an account
+    assert memory is not None  # every backend that trains reports it
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _memory(learner: Learner) -> float:
-    """Bytes of one device."""
+    """Bytes of memory of one device; a device without a limit has its share of the host's."""
     device = learner.mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:

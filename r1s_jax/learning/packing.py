@@ -1,7 +1,7 @@
-"""Packing: several trajectories in one row, kept apart by segment ids.
+"""Packs several trajectories into one row, separated by segment ids.
 
-Rows of equal length waste nothing on padding when trajectories are ragged. A token's entries
-(`weights`, ...) belong to the token itself: the model predicts it from the one before.
+Packing saves the padding of trajectories of different lengths. A token's entries (`weights`, ...)
+belong to the token itself, which the model predicts at the position before.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ class PackedBatch(NamedTuple, Generic[A]):
     tokens: A  # int32
     segment_ids: A  # int32, 0 is padding
     positions: A  # int32, restarting in each segment
-    weights: A  # float32, a token's share of the loss; 0 on all the policy did not write
+    weights: A  # float32, a token's share of the loss; 0 unless the policy wrote it
     advantages: A  # float32
     old_logprobs: A  # float32, when the token was sampled
     reference_logprobs: A  # float32, under the frozen reference; 0 where there is none
     kl_weights: A  # float32, a token's share of a KL in the loss; 0 where there is none
-    fresh: A  # float32, 1 where the parameters that learn drew the token; for metrics
+    fresh: A  # float32, 1 where this step's parameters sampled the token; for metrics
 
 
 class Layout(NamedTuple):
-    """Where trajectories went: `row[i]`, `offset[i]` of each, and the number of rows used."""
+    """Places of trajectories: `row[i]` and `offset[i]` of each, and the number of rows used."""
 
     row: np.ndarray
     offset: np.ndarray
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 def first_fit(lengths: Sequence[int], capacity: int) -> Layout:
     """First-fit decreasing: within 11/9 of the fewest rows.
 
-    Raises ValueError when a length exceeds `capacity`.
+    Raises ConfigError when a length exceeds `capacity`.
     """
     row, offset = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
     used: list[int] = []
@@ -72,8 +72,9 @@ def pack(
 ) -> tuple[PackedBatch[np.ndarray], Layout, int]:
     """Packs N sequences ([N, W] arrays, `lengths` int[N]) into micro-batches.
 
-    Always returns `max_micro` micro-batches of `micro_batch_rows` rows (by default enough for one
-    sequence a row), so that the update compiles once; the number that hold anything comes third.
+    Returns the batch, its layout and the number of micro-batches that are not empty. The batch has
+    `max_micro` micro-batches of `micro_batch_rows` rows (by default enough for one sequence a row)
+    whatever is packed, so that the update compiles once.
     """
     layout = first_fit(np.asarray(lengths).tolist(), capacity)
     micro = -(-layout.rows // micro_batch_rows)

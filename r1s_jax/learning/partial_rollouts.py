@@ -1,9 +1,8 @@
-"""Trajectories that outlive a step: a step learns from the groups that are whole, and goes on with
-the others in the next.
+"""Partial rollouts: a step learns from the complete groups, and the next step continues the others.
 
-Twice as many groups as a step learns from are in flight. What is carried is fed again under the new
-parameters, so no key or value is stale; each token keeps the log-probability under the parameters
-that drew it, so the loss compares with what sampled it.
+Twice as many groups as a step learns from are in flight. A carried trajectory is prefilled again
+under the new parameters, so no entry of the KV cache is stale. Each token keeps the log-probability
+under the parameters that sampled it, for the importance ratio of the loss.
 """
 
 import base64
@@ -45,13 +44,14 @@ class PartialRollouts:
     def roll(self, params: Params, step: int, size: int) -> Rolled:
         """Continues until `size` groups are complete and returns them, oldest first.
 
-        Raises SearchFailure, NotFinite; then nothing has changed but what was drawn.
+        Raises SearchFailure, NotFinite; then newly drawn groups have been added and nothing else
+        has changed.
         """
         started = time.perf_counter()
-        first = self._draw(step, size)
-        wanted = size - sum(map(whole, self.groups))
+        first_searches = self._draw(step, size)
+        missing = size - sum(map(whole, self.groups))
         open_groups = [group for group in self.groups if not whole(group)]
-        counters = self._roll_on(params, open_groups, step, size, wanted)
+        counters = self._roll_on(params, open_groups, step, size, missing)
         ready = [group for group in self.groups if whole(group)][:size]
         self.groups = [group for group in self.groups if all(group is not r for r in ready)]
         self._expire_old_ones(step)
@@ -66,11 +66,12 @@ class PartialRollouts:
             ages=ages,
             carried=sum(bool(f.loss_mask.any()) and not f.ended for g in self.groups for f in g),
         )
-        return replace(rolled, outcomes=dict(first + Counter(rolled.outcomes)))
+        return replace(rolled, outcomes=dict(first_searches + Counter(rolled.outcomes)))
 
     def _draw(self, step: int, size: int) -> Counter[str]:
-        """Fills up what is in flight; returns what became of the system's own first searches."""
-        draw, first, broker = 0, Counter[str](), self.engine.broker
+        """Draws groups until 2 * size are in flight; returns the outcomes of their first searches,
+        which the system makes with `rollout.retrieve_first`."""
+        draw, first_searches, broker = 0, Counter[str](), self.engine.broker
         while len(self.groups) < 2 * size:
             batch = self.environment.batch(step, size, draw)
             broker.begin(batch.retriever)
@@ -78,16 +79,16 @@ class PartialRollouts:
             flights = self.engine.begin(batch.questions, samples=samples, step=step, draw=draw)
             broker.share()
             broker.check()
-            first += broker.counts
+            first_searches += broker.counts
             self.groups += split(flights)
             draw += 1
-        return first
+        return first_searches
 
     def _roll_on(
-        self, params: Params, groups: Sequence[Group], step: int, size: int, wanted: int
+        self, params: Params, groups: Sequence[Group], step: int, size: int, missing: int
     ) -> dict[str, np.ndarray]:
-        """Until so many of the groups are whole; returns the loop's counters."""
-        if wanted <= 0:
+        """Samples until `missing` of `groups` are complete; returns the loop's counters."""
+        if missing <= 0:
             self.engine.broker.begin(None)
             return {n: np.zeros(1, int) for n in ("decode_steps", "prefill_chunks", "busy", "room")}
         engine, shards = self.engine, batch_shards(self.engine.mesh)
@@ -95,15 +96,15 @@ class PartialRollouts:
         retrievers: dict[tuple[int, int], Retriever] = {}
 
         def retriever(flight: InFlight) -> Retriever:
-            drawn = flight.step, flight.draw
-            if drawn not in retrievers:
-                retrievers[drawn] = self.environment.retriever_of(*drawn)
-            return retrievers[drawn]
+            batch = flight.step, flight.draw
+            if batch not in retrievers:
+                retrievers[batch] = self.environment.retriever_of(*batch)
+            return retrievers[batch]
 
         engine.broker.begin(None, [f and retriever(f) for f in placed], steady=True)
         prompts = engine.prompts(placed, self.config.seed, self.config.rollout.max_length)
         session = Session(engine.programs, params, prompts, engine.tag_table)
-        session.run(Until(groups=-(-wanted // shards)))
+        session.run(Until(groups=-(-missing // shards)))
         engine.broker.share()
         engine.broker.check()
         (trajectory, counters), at = session.results(), session.positions()
@@ -114,9 +115,9 @@ class PartialRollouts:
         return counters
 
     def _places(self, groups: Sequence[Group], size: int, shards: int) -> list[InFlight | None]:
-        """A row for every flight that has not ended: whole groups by turns to the data shards.
+        """A row for every trajectory that has not ended; groups go to the data shards in turn.
 
-        As many rows at every step of a stage, or each would compile a program of its own.
+        The number of rows is the same at every step of a stage, so that the loop compiles once.
         """
         samples = self.config.algorithm.samples_per_question
         rows = samples * max(-(-2 * size // shards), -(-len(groups) // shards))
@@ -132,18 +133,18 @@ class PartialRollouts:
                 if not flight.ended and step - flight.step >= self.config.rollout.max_staleness:
                     flight.expire()
 
-    # In a checkpoint.
+    # Checkpoints.
 
     def state(self) -> str | None:
-        """All that is in flight, as text: MessagePack, compressed; None where nothing is."""
+        """The in-flight groups as text (compressed MessagePack in base64); None without any."""
         if not self.groups:
             return None
         saved = [[_Saved.of(flight) for flight in group] for group in self.groups]
-        # A step waits for this: the fastest level of compression, and base64, which is C.
+        # A step waits for this: hence the fastest level of compression, and base64, which runs in C.
         return base64.b64encode(zlib.compress(msgspec.msgpack.encode(saved), 1)).decode()
 
     def restore(self, state: str | None) -> None:
-        """What `state` gave; BadInput where it is not that."""
+        """Restores what `state` returned. Raises BadInput where it is damaged."""
         if not state:
             self.groups = []
             return
@@ -154,12 +155,12 @@ class PartialRollouts:
 
 
 def whole(group: Group) -> bool:
-    """Whether every trajectory of it has ended."""
+    """Whether every trajectory of the group has ended."""
     return all(flight.ended for flight in group)
 
 
 def split(flights: Sequence[InFlight]) -> list[Group]:
-    """Neighbours of one group in a list each."""
+    """Splits trajectories into groups: neighbours with the same group number."""
     groups: list[Group] = []
     for number, flight in zip(group_numbers(flights), flights, strict=True):
         if number == len(groups):
@@ -168,7 +169,7 @@ def split(flights: Sequence[InFlight]) -> list[Group]:
     return groups
 
 
-# Of a flight's arrays, which have an entry a token: their dtype in a checkpoint.
+# The arrays of a trajectory, with an entry per token, and their dtypes in a checkpoint.
 _ARRAYS = {
     "tokens": np.int32,
     "loss_mask": np.bool_,
@@ -180,7 +181,7 @@ _SEARCH = ("trajectory", "query", "outcome", "documents", "seconds", "detail")
 
 
 class _Saved(msgspec.Struct):
-    """A flight in a checkpoint."""
+    """An in-flight trajectory in a checkpoint."""
 
     question: Question
     sample: int
@@ -203,7 +204,7 @@ class _Saved(msgspec.Struct):
         return _Saved(**same, at=Position(*f.at), arrays=arrays, searches=searches)
 
     def flight(self) -> InFlight:
-        """Raises ValueError, KeyError or TypeError where the parts do not fit together."""
+        """The trajectory; raises ValueError, KeyError or TypeError for inconsistent parts."""
         arrays: dict[str, Any] = {
             n: np.frombuffer(self.arrays[n], kind).copy() for n, kind in _ARRAYS.items()
         }

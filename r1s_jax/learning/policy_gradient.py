@@ -23,14 +23,14 @@ GAP_METRICS = ("logprob_diff_mean", "logprob_diff_max")
 
 @dataclass(frozen=True)
 class Learned:
-    """What was learned from: `advantages` float32[N, W], and each update's metrics, in order."""
+    """The advantages and metrics of a step's updates."""
 
-    advantages: Float[np.ndarray, "N W"]
-    updates: list[dict[str, float]]
-    kl: float  # to the reference, mean over sampled tokens; 0 without one
-    importance_weight: float  # mean over sampled tokens; 1 without the correction
-    # Mean and maximum over the tokens that this step's parameters drew: |learner's - sampler's
-    # log-probability|, before any update. Empty where they drew none.
+    advantages: Float[np.ndarray, "N W"]  # float32
+    updates: list[dict[str, float]]  # metrics of each update, in order
+    kl: float  # to the reference, mean over sampled tokens; 0 without a reference
+    importance_weight: float  # mean over sampled tokens; 1 without tis_cap
+    # Mean and maximum of |learner's - sampler's log-probability| before any update, over the tokens
+    # that this step's parameters sampled; empty without such tokens.
     logprob_diff: dict[str, float] = field(default_factory=dict)
 
 
@@ -39,8 +39,8 @@ def token_weights(
 ) -> Float[np.ndarray, "N W"]:
     """Each token's share of the loss: see `AlgorithmConfig.loss_average`.
 
-    They add up to 1, but "constant" ones, which are 1 / (`longest` x sequences) whatever a
-    sequence's length (Dr. GRPO, arXiv 2503.20783).
+    The shares add up to 1, except with "constant": there each is 1 / (`longest` x sequences),
+    whatever the sequence's length (Dr. GRPO, arXiv 2503.20783).
     """
     if average == "token":
         return mask / max(1, mask.sum())
@@ -55,7 +55,7 @@ class PolicyGradient:
 
     def __init__(self, config: Config, learner: Learner):
         self.config, self.learner = config, learner
-        self._rows: int | None = None  # of a pass, once an update has been seen
+        self._rows: int | None = None  # of a micro-batch, chosen before the first update
 
     def learn(
         self,
@@ -66,16 +66,16 @@ class PolicyGradient:
         kl_coefficient: float,
         learning_rate_scale: float,
     ) -> tuple[LearnerState, Learned]:
-        """`updates_per_rollout` optimizer steps; donates `state`.
+        """Takes `updates_per_rollout` optimizer steps; donates `state`.
 
-        Every statistic is over the whole batch and taken once, before the first of them.
+        Statistics are taken once, over the whole batch, before the first update.
         """
         a, t, mask = self.config.algorithm, rewarded.rolled.trajectory, rewarded.mask
         self._rows = self._rows or self._choose_rows(state, len(t.lengths))
         order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
         parts = np.array_split(order, a.updates_per_rollout)
         old, gap = t.policy_logprobs, None
-        if self._asks_learner():
+        if self._uses_learner_logprobs():
             old = self._logprobs(state.params, t, mask, parts)
             gap = gap_metrics(old, t.policy_logprobs, rewarded.fresh)
         correction = np.ones(mask.shape)
@@ -110,16 +110,17 @@ class PolicyGradient:
                 fresh=rewarded.fresh[part],
             )
             state, row = self.learner.update(state, batch, micro, learning_rate_scale)
-            seen = _seen_gap(row)
-            gap = seen if gap is None else gap  # later updates see a policy that the first moved
+            update_gap = _pop_gap(row)
+            gap = update_gap if gap is None else gap  # of the first: later ones see a moved policy
             rows.append(row)
         means = (float(x[mask].mean()) for x in (kl, correction)) if mask.any() else (0.0, 1.0)
         return state, Learned(advantages, rows, *means, logprob_diff=gap or {})
 
-    def _asks_learner(self) -> bool:
-        """Whether ratios compare with the learner's own log-probabilities, not the sampler's.
+    def _uses_learner_logprobs(self) -> bool:
+        """Whether ratios use the learner's own old log-probabilities, not the sampler's.
 
-        So does gspo in bfloat16: its clip, some 3e-4, is finer than the two programs round.
+        With `tis_cap`, and with gspo in bfloat16, whose clip of about 3e-4 is finer than the
+        rounding difference between the two programs.
         """
         a = self.config.algorithm
         rounded = self.learner.compute_dtype != np.dtype("float32")
@@ -136,9 +137,9 @@ class PolicyGradient:
         mask: Bool[np.ndarray, "N W"],
         parts: Sequence[np.ndarray],
     ) -> Float[np.ndarray, "N W"]:
-        """Of every sampled token under `params`, as the learner computes them; 0 elsewhere.
+        """The learner's log-probability of every sampled token under `params`; 0 elsewhere.
 
-        Packed in `parts` as the updates are, so that they round alike.
+        Packed by `parts`, as the updates are, so that both round alike.
         """
         out = np.zeros(mask.shape, np.float32)
         for part in parts:
@@ -152,7 +153,7 @@ class PolicyGradient:
 
     def _pack(self, t: Trajectory[np.ndarray], rows: np.ndarray, **values: Any):
         c = self.config
-        assert self._rows is not None  # learn has chosen
+        assert self._rows is not None  # set by learn
         return pack(
             t.tokens[rows],
             t.lengths[rows],
@@ -162,8 +163,11 @@ class PolicyGradient:
         )
 
 
-def _seen_gap(row: dict[str, float]) -> dict[str, float]:
-    """Takes the gap out of an update's metrics, whose means are over all tokens of the update."""
+def _pop_gap(row: dict[str, float]) -> dict[str, float]:
+    """Removes the logprob difference from an update's metrics and returns it.
+
+    Metrics are means over all tokens of the update; the returned mean is over `fresh` tokens.
+    """
     fresh, mean, largest = (row.pop(name, 0.0) for name in ("fresh", *GAP_METRICS))
     return dict(zip(GAP_METRICS, (mean / fresh, largest), strict=True)) if fresh else {}
 
@@ -173,7 +177,7 @@ def gap_metrics(
     sampling: Float[np.ndarray, "N W"],
     fresh: Bool[np.ndarray, "N W"],
 ) -> dict[str, float]:
-    """How far the learner's log-probabilities of `fresh` tokens lie from the sampler's."""
+    """Mean and maximum of |learner's - sampler's log-probability| over `fresh` tokens, if any."""
     gap = np.abs(learning - sampling)[fresh]
     return (
         dict(zip(GAP_METRICS, map(float, (gap.mean(), gap.max())), strict=True)) if gap.size else {}
@@ -185,8 +189,7 @@ def importance_weights(
 ) -> Float[np.ndarray, "..."]:
     """Truncated importance weights p_learning / p_sampling, at most `cap`.
 
-    The program that samples and the one that learns round differently; where that grows to a gap,
-    tokens drawn from the one are weighed for the other (Yao et al. 2025, "Your efficient RL
-    framework secretly brings you off-policy RL training").
+    They correct for the rounding difference between the sampling and the learning program (Yao et
+    al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
     """
     return np.minimum(np.exp(learning - sampling), cap)
