@@ -121,7 +121,7 @@ def test_a_bad_override_is_named(assignment, complaint):
         ("environment.guess_weight", r"environment\.guess_weight is fixed at 0\.05 now"),
         ("rollout.stop_at_answer", r"rollout\.stop_at_answer is fixed at true now"),
         ("rollout.old_slots", r"rollout\.old_slots is called rollout\.slots now"),
-        ("rollout.older", r"rollout\.older is no more: set two others"),
+        ("rollout.older", r"rollout\.older was removed: set two others"),
     ],
 )
 def test_a_field_that_is_no_more_says_what_to_do(path, complaint, monkeypatch):

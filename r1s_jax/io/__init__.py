@@ -1,1 +1,1 @@
-"""Where what comes from outside is checked: the ground that every other room stands on."""
+"""Checks whatever is read from outside; every other room may import this one."""

@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend; anything else that is raised is a bug of ours."""
+"""Errors that users can mend; any other exception is a bug."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -6,22 +6,22 @@ from os import PathLike
 
 from r1s_jax.io.text import printable
 
-# Of a message: enough to say what, where and what to do; never the file itself.
+# Length of a message: enough for problem, place and advice, not for the content of a file.
 MOST_CHARACTERS = 390
 _MOST_REASON = 200
 Where = str | PathLike[str]  # what a message names: a file or an address
 
 
 class UserError(Exception):
-    """Something outside of the program is not as it must be; the message says what to do.
+    """A problem outside of the program; the message says what to do.
 
-    A command shows the message and nothing else. Every error of this kind derives from here, and
-    nothing does that the user cannot mend. Whatever a message quotes, it stays short.
+    A command shows only the message. Exactly the errors that users can mend derive from this class.
+    A message is shortened, whatever it quotes.
     """
 
     def __str__(self) -> str:
-        said = super().__str__()
-        return said if len(said) <= MOST_CHARACTERS and said.isprintable() else shorten(said)
+        text = super().__str__()
+        return text if len(text) <= MOST_CHARACTERS and text.isprintable() else shorten(text)
 
 
 class ConfigError(UserError, ValueError):
@@ -33,7 +33,7 @@ class BadInput(UserError, ValueError):
 
 
 def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
-    """On one line, with control characters shown, and cut in the middle where it is longer."""
+    """The text on one line, control characters shown, its middle cut beyond `most` characters."""
     text = printable(" ".join(text.split()))
     if len(text) <= most:
         return text
@@ -42,16 +42,16 @@ def shorten(text: str, most: int = MOST_CHARACTERS) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of somebody else's says, for a message of ours."""
-    said = shorten(str(error), _MOST_REASON)
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """Type and shortened text of an exception, to quote in a message."""
+    text = shorten(str(error), _MOST_REASON)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextmanager
 def reading(where: Where, error: type[UserError] = BadInput) -> Generator[None]:
-    """Around a reader that is not ours, which may raise anything: within, that becomes `error`.
+    """Turns whatever a third-party reader raises in this context into `error`.
 
-    Errors of ours pass, as do those of the operating system that name their file, and interrupts.
+    A UserError, an OSError that names its file, and interrupts pass unchanged.
     """
     try:
         yield
@@ -62,7 +62,7 @@ def reading(where: Where, error: type[UserError] = BadInput) -> Generator[None]:
             raise
         raise error(f"{where}: {reason(caught)}") from caught
     except BaseException as caught:
-        # A reader in Rust that panics raises what is no Exception (pyo3's PanicException).
+        # A reader in Rust that panics raises pyo3's PanicException, which is no Exception.
         if not isinstance(caught, Exception) and type(caught).__name__ != "PanicException":
             raise
         raise error(f"{where} cannot be read: {reason(caught)}") from caught

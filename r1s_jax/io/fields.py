@@ -1,4 +1,4 @@
-"""Dataclasses whose fields have the types and bounds that they declare, checked when made."""
+"""Dataclasses that check the declared types and bounds of their fields when created."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ _SIDES = {
 
 
 class Checked:
-    """A base of frozen dataclasses; messages about bounds call the field `section.field`."""
+    """Base class of frozen dataclasses; messages about bounds name `section.field`."""
 
     _section = ""
 
@@ -34,14 +34,14 @@ class Checked:
         fields = declared(type(self))
         for name, (kind, _) in fields.items():
             if not fits(value := getattr(self, name), kind):
-                told = f"{type(self).__name__}.{name} must be {described(kind)}"
-                raise ConfigError(f"{told}, got {shown(value)}")
+                place = f"{type(self).__name__}.{name}"
+                raise ConfigError(f"{place} must be {described(kind)}, got {shown(value)}")
         for name, (_, bounds) in fields.items():
             check_bounds(f"{self._section}.{name}", getattr(self, name), bounds)
         self.check_values()
 
     def check_values(self) -> None:
-        """Raises ConfigError for values that are each allowed but cannot be meant together."""
+        """Raises ConfigError for values that are each allowed but exclude each other."""
 
 
 def check(ok: bool, message: str) -> None:
@@ -52,7 +52,7 @@ def check(ok: bool, message: str) -> None:
 
 @functools.cache
 def declared(cls: type) -> dict[str, tuple[Any, Meta | None]]:
-    """Of each field of a dataclass its type, and its bounds if it has any."""
+    """The type and the bounds, if any, of each field of a dataclass."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: _parted(hints[field.name]) for field in dataclasses.fields(cls)}
 
@@ -65,15 +65,15 @@ def _parted(hint: Any) -> tuple[Any, Meta | None]:
 
 
 def check_bounds(name: str, value: Any, bounds: Meta | None) -> None:
-    """Raises ConfigError for a number beyond its bounds.
+    """Raises ConfigError for a number out of bounds.
 
-    Bounds with a `description` are named by it, others by the side that is broken.
+    The message quotes the `description` of the bounds, or else the violated bound.
     """
     for side, (words, holds) in _SIDES.items() if bounds else ():
         bound = getattr(bounds, side)
         if bound is not None and not holds(value, bound):
-            told = getattr(bounds, "description", None) or f"{words} {number(bound)}"
-            raise ConfigError(f"{name} must be {told}, got {shown(value)}")
+            allowed = getattr(bounds, "description", None) or f"{words} {number(bound)}"
+            raise ConfigError(f"{name} must be {allowed}, got {shown(value)}")
 
 
 def number(value: float) -> str:
@@ -82,11 +82,11 @@ def number(value: float) -> str:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a declared type; whole numbers are numbers too, and inf is none."""
+    """Whether a value has a declared type; a float may be an int, but not inf or NaN."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return isinstance(value, str) and value in inner
-    if origin is tuple:  # of any length, of one kind
+    if origin is tuple:  # any number of items of one type
         items = cast("tuple[Any, ...]", value)
         return isinstance(value, tuple) and all(fits(item, inner[0]) for item in items)
     if inner:  # a union
@@ -113,8 +113,8 @@ def described(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of somebody's for a message: short, whatever it is."""
+    """A short representation of any value, for a message."""
     try:
         return shorten(repr(value), 60)
-    except Exception as error:  # ten thousand digits, or an object that cannot say what it is
+    except Exception as error:  # an int of too many digits, or a __repr__ that raises
         return f"a {type(value).__name__} that cannot be shown ({reason(error)})"

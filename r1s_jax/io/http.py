@@ -1,8 +1,8 @@
-"""Asking a server of others: one deadline over the whole request, and a limit on the reply.
+"""HTTP requests with one deadline over the whole request and a limit on the reply.
 
-urllib3's own timeouts are for each read, and it sleeps as long as a `Retry-After` says: a server
-that sends a byte a second, or asks to come back tomorrow, would outlast them. So each request is
-tried once by urllib3, and tried again here. Proxies are those that the environment names.
+urllib3's timeouts apply to each read, and it sleeps as long as `Retry-After` says: a server that
+sends a byte a second, or asks for a retry tomorrow, would hold a request for as long. So urllib3
+makes each try, and this module the retries. Proxies are those that the environment names.
 """
 
 import contextlib
@@ -29,29 +29,29 @@ from urllib3.util import parse_url
 
 from r1s_jax.io.errors import UserError, reason
 
-# Each try that fails would be told on the terminal; the last one is, in the error.
+# urllib3 would log each failed try; the error reports the last one.
 for _name in ("urllib3.connectionpool", "urllib3.connection"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 RETRY_STATUS = (429, 500, 502, 503, 504)
 MOST_BYTES = 32 * 2**20
 _CHUNK = 1 << 16
-_PAUSE_S = 0.25  # before a request is made again; doubles from try to try
+_PAUSE_S = 0.25  # before the first retry; doubles from try to try
 _SHORTEST_S = 0.01  # a timeout must not be 0
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
 
 class ServerError(UserError, RuntimeError):
-    """A server that cannot be reached, is too slow, fails, or says too much."""
+    """A server that cannot be reached, is too slow, fails, or sends too long a reply."""
 
 
 class _TryAgain(ServerError):
-    """A reply whose end is missing, or of a server that is busy or failed this once."""
+    """A failure worth a retry: an incomplete reply, or a server that is busy or failed."""
 
-    pause_s = 0.0  # that the server asked for
+    pause_s = 0.0  # requested by the server
 
 
 class _Watch(threading.local):
-    """The deadline of the request that this thread makes, and what ends it then."""
+    """The deadline of this thread's request, and the timer that ends the request then."""
 
     deadline: float = math.inf
     timer: threading.Timer | None = None
@@ -61,9 +61,9 @@ _watch = _Watch()
 
 
 class Deadline(HTTPConnection):
-    """A connection that is shut down when the deadline has passed, whatever it waits for.
+    """A connection that is shut down at the deadline, even while a read blocks.
 
-    The deadline is that of the `within` which the asking thread is in.
+    The deadline is that of the thread's `within`.
     """
 
     def connect(self) -> None:
@@ -92,9 +92,9 @@ def _shut(sock: socket.socket) -> None:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Generator[None]:
-    """One deadline over all that a `Deadline` connection of this thread does inside.
+    """Sets a deadline for the `Deadline` connections that this thread uses in the context.
 
-    Inside another one, the earlier deadline holds.
+    In nested contexts the earliest deadline holds.
     """
     before = _watch.deadline
     _watch.deadline = min(before, time.monotonic() + seconds)
@@ -111,9 +111,8 @@ def left() -> float:
 
 
 def sooner(timeout: Any) -> Any:
-    """A timeout of urllib3, but not after the deadline."""
-    known = isinstance(timeout, int | float)
-    seconds = min(timeout, left()) if known else left()
+    """A timeout of urllib3, at most the time until the deadline."""
+    seconds = min(timeout, left()) if isinstance(timeout, int | float) else left()
     return seconds if seconds < math.inf else timeout
 
 
@@ -137,7 +136,7 @@ class _Secure(Deadline, HTTPSConnection):
 
 
 class Connections:
-    """Connections to servers, each straight or through the proxy that `proxy_of` its address names.
+    """Connections to servers, direct or through the proxy that `proxy_of` returns.
 
     Any number of threads may use them at once.
     """
@@ -157,11 +156,12 @@ class Connections:
     def request(
         self, method: str, url: str, *, hops: int = 0, **options: Any
     ) -> urllib3.BaseHTTPResponse:
-        """The head of a reply, its body unread.
+        """The reply, its body unread.
 
-        So many redirects are followed; what is not GET only where the method and the body stay the
-        same, and without its headers to another host. Nothing is tried again unless `options` has
-        `retries`. Raises urllib3's HTTPError, OSError, and ServerError for a proxy of another kind.
+        Follows up to `hops` redirects. Methods other than GET follow only redirects that keep
+        method and body, and send no headers to another host or from https to http. Makes no retry
+        unless `options` has `retries`. Raises urllib3's HTTPError, OSError, and ServerError as
+        `proxy_of` does.
         """
         options = {"retries": False, "preload_content": False, "redirect": False} | options
         while True:
@@ -195,8 +195,8 @@ class Connections:
 def proxy_of(url: str) -> str:
     """The proxy that http_proxy, https_proxy, all_proxy and no_proxy name for an address, or "".
 
-    None is between this machine and itself or an address of a private network, whatever they say.
-    Raises ServerError for a proxy that speaks something else than HTTP.
+    This machine and addresses of private networks are reached without a proxy in any case. Raises
+    ServerError for a proxy that is not http:// or https://.
     """
     parts, proxies = urlsplit(url), getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all", "")
@@ -225,7 +225,7 @@ def is_inside(host: str) -> bool:
 
 
 def _in_networks(host: str, names: list[str]) -> bool:
-    """Whether a host is an address in one of the networks such as 192.0.2.0/24."""
+    """Whether a host is an address in one of the networks among `names`, as in 192.0.2.0/24."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
         for name in filter(lambda name: "/" in name, names):
@@ -253,7 +253,7 @@ class Client:
         connections: int = 1,
         headers: Mapping[str, str] | None = None,
     ):
-        """`timeout_s` is for a whole request with its retries: of lost connections, 429 and 5xx."""
+        """`timeout_s` covers a request and its retries, after lost connections, 429 and 5xx."""
         self._timeout_s, self._retries = timeout_s, retries
         self._headers = dict(headers or {})
         self._connections = Connections(maxsize=connections)
@@ -261,8 +261,8 @@ class Client:
     def post(self, url: str, body: Any, most_bytes: int = MOST_BYTES) -> bytes:
         """The bytes of a reply with status 200.
 
-        Raises ServerError, naming the server without its credentials, for anything else, and at
-        once where a server asks to come back after the deadline.
+        Raises ServerError, naming the server without its credentials, for any other outcome; at
+        once where the server asks for a retry after the deadline.
         """
         where, seconds = without_credentials(url), min(self._timeout_s, left())
         with within(seconds):
@@ -270,15 +270,16 @@ class Client:
                 try:
                     return self._ask(url, where, body, most_bytes)
                 except (urllib3.exceptions.HTTPError, OSError, _TryAgain) as error:
-                    asked = getattr(error, "pause_s", 0.0)
-                    pause = max(_PAUSE_S * 2**tried, asked)
-                    told = error if isinstance(error, _TryAgain) else f"{where}: {_reason(error)}"
+                    requested_s = getattr(error, "pause_s", 0.0)
+                    pause = max(_PAUSE_S * 2**tried, requested_s)
+                    again = isinstance(error, _TryAgain)
+                    message = str(error) if again else f"{where}: {_reason(error)}"
                     if is_late():
-                        told = f"{where}: no whole answer within {seconds:g} s"
-                    elif asked >= left():
-                        told = f"{told}; it asks to come back in {asked:g} s, which is too late"
+                        message = f"{where}: no whole answer within {seconds:g} s"
+                    elif requested_s >= left():
+                        message += f"; it asks for a retry in {requested_s:g} s, which is too late"
                     if is_late() or tried == self._retries or pause >= left():
-                        raise ServerError(str(told)) from None
+                        raise ServerError(message) from None
                 time.sleep(pause)
         raise AssertionError("the last try returns or raises")
 
@@ -306,7 +307,7 @@ class Client:
             if is_late():
                 raise TimeoutError
             if response.status != 200:
-                raise _unwell(response, where, bytes(data[:150]))
+                raise _status_error(response, where, bytes(data[:150]))
             if announced > len(data) and not response.headers.get("content-encoding"):
                 raise _TryAgain(f"{where}: the reply broke off after {len(data)} bytes")
         except BaseException:
@@ -321,29 +322,28 @@ def _own_headers(url: str) -> dict[str, str]:
     return urllib3.make_headers(basic_auth=unquote(auth)) if auth else {}
 
 
-def _unwell(response: urllib3.BaseHTTPResponse, where: str, said: bytes) -> ServerError:
-    """The error for a reply of another status than 200."""
+def _status_error(response: urllib3.BaseHTTPResponse, where: str, start: bytes) -> ServerError:
+    """The error for a reply of another status than 200; `start` begins its body."""
+    detail = repr(start)
     if place := response.get_redirect_location():
-        told = f"it sends on to {without_credentials(place)}: name that address"
-    else:
-        told = repr(said)
-    text = f"{where}: status {response.status}: {told}"
+        detail = f"it redirects to {without_credentials(place)}: use that address"
+    text = f"{where}: status {response.status}: {detail}"
     if response.status not in RETRY_STATUS:
         return ServerError(text)
     error = _TryAgain(text)
-    asked = response.headers.get("retry-after", "")
+    retry_after = response.headers.get("retry-after", "")
     with contextlib.suppress(urllib3.exceptions.HTTPError, ValueError, OverflowError):
-        error.pause_s = urllib3.Retry().parse_retry_after(asked)
+        error.pause_s = urllib3.Retry().parse_retry_after(retry_after)
     return error
 
 
 def _reason(error: Exception) -> str:
-    """What is at the bottom of an error that names its pool and its address again and again."""
+    """The cause of an error of urllib3, whose own text repeats the pool and the address."""
     return reason(getattr(error, "reason", None) or error)
 
 
 def without_credentials(url: str) -> str:
-    """The address for messages and files: who asked, and with which key, is nobody's business."""
+    """The address for messages and files, with user, password and query masked."""
     parts = parse_url(url)
     hidden = parts._replace(auth="***" if parts.auth else None)
     return hidden._replace(query="***" if parts.query else None).url

@@ -1,4 +1,4 @@
-"""Files of rows that are written here: read while they grow, and gone on with."""
+"""JSONL files that this program writes: read while they grow, and continued later."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +14,17 @@ class DataError(UserError, ValueError):
 
 
 def parse_row(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
-    """The JSON object of line `number` of `path`, which a DataError names if it is none."""
+    """The JSON object of a line; DataError, naming `path` and line `number`, if it is none."""
     return parse_object(line, f"{path}, line {number}", DataError)
 
 
 def whole_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a JSONL file that may be being written, with their line numbers.
+    """The JSON objects of a JSONL file, with their line numbers; the file may still be growing.
 
-    A last line without its end is left out. Raises DataError, naming the file and the line, for
-    what is no JSON object.
+    An incomplete last line is left out. Raises DataError, naming the file and the line, for a line
+    that is no JSON object.
     """
-    # Bytes, not `splitlines`: it would also cut at U+2028 and its kin, which a model may write.
+    # Bytes: `str.splitlines` would also cut at U+2028 and the like, which a model may write.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.endswith(b"\n") and line.strip():
@@ -41,17 +41,17 @@ def rows_so_far(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def journal_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that is being written; an unfinished last line is cut off it.
+    """The rows of a JSONL file to append to; [] where there is no file.
 
-    A file that is not there has none. Raises DataError as read_rows does.
+    Truncates the file before an incomplete last line. Raises DataError as `whole_rows` does.
     """
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
         with path.open("r+b") as file:
-            file.truncate(whole)
+            file.truncate(end)
     with path.open("rb") as lines:
         numbered = enumerate(lines, start=1)
         return [parse_row(line, path, number) for number, line in numbered if line.strip()]

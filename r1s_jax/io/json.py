@@ -1,4 +1,4 @@
-"""JSON of others: bytes to values, with what is wrong named by place instead of printed."""
+"""Parses JSON from outside; errors name the damaged place and do not quote the text."""
 
 import json
 import re
@@ -15,10 +15,10 @@ _Scan = Callable[[str, int], tuple[Any, int]]
 
 
 def parse(data: bytes | str, where: Where, error: type[UserError] = BadInput) -> Any:
-    """The value that JSON text holds, lone surrogates in its texts replaced.
+    """The value of a JSON text, with lone surrogates in its strings replaced.
 
-    Raises `error`, naming `where`, for bytes that are no UTF-8 (which, and where), for what is no
-    JSON, and for values nested deeper than any that is read here.
+    Raises `error`, naming `where`, for bytes that are not UTF-8 (with the byte and its position),
+    for text that is not JSON, and for values nested deeper than `_DEEPEST` levels.
     """
     text = decode(data, where, error) if isinstance(data, bytes) else data.removeprefix("\ufeff")
     _check_depth(text, where, error)
@@ -26,15 +26,15 @@ def parse(data: bytes | str, where: Where, error: type[UserError] = BadInput) ->
         value = json.loads(text)
     except (ValueError, RecursionError) as wrong:
         raise _no_json(wrong, where, error) from None
-    return _mended(value, text)
+    return _without_surrogates(value, text)
 
 
 def parse_items(
     data: bytes | str, where: Where, error: type[UserError] = BadInput
 ) -> Iterator[Any]:
-    """The values of a JSON array, one after the other; `data` is gone through once.
+    """Yields the values of a JSON array in one pass over `data`.
 
-    Raises as `parse` does, when it comes to the damaged place.
+    Raises as `parse` does, when it reaches the damaged place.
     """
     text = decode(data, where, error) if isinstance(data, bytes) else data.removeprefix("\ufeff")
     decoder: Any = json.JSONDecoder()  # typeshed leaves its scan_once out
@@ -58,7 +58,7 @@ def parse_items(
             raise _no_json(wrong, where, error) from None
         own = text[at:after]
         _check_depth(own, f"{where}, item {item}", error)
-        yield _mended(value, own)
+        yield _without_surrogates(value, own)
         ended = text[after] == "]"
         after = after if ended else _after_space(text, after + 1)
     if _after_space(text, after + 1) < len(text):
@@ -81,7 +81,7 @@ def read_object(path: str | Path, error: type[UserError] = BadInput) -> dict[str
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any]]:
-    """(place, old, new) of every value in which two objects differ; None where one has none."""
+    """(place, old, new) of every value in which two objects differ; None where it is missing."""
     if isinstance(old, dict) and isinstance(new, dict):
         before, now = cast(dict[str, Any], old), cast(dict[str, Any], new)
         join = f"{place}." if place else ""
@@ -91,7 +91,7 @@ def differences(old: Any, new: Any, place: str = "") -> list[tuple[str, Any, Any
 
 
 def decode(data: bytes, where: Where, error: type[UserError] = BadInput) -> str:
-    """Bytes as text, a byte order mark apart; raises `error` that says where they are no UTF-8."""
+    """Bytes as text, without a byte order mark; `error` names the first byte that is not UTF-8."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as wrong:
@@ -102,17 +102,17 @@ def decode(data: bytes, where: Where, error: type[UserError] = BadInput) -> str:
 
 
 def _no_json(wrong: Exception, where: Where, error: type[UserError]) -> UserError:
-    """The error of a text that is no JSON, with its place where the parser tells it."""
+    """The error for text that is not JSON, with the place if the parser gives one."""
     if isinstance(wrong, json.JSONDecodeError):
         place = f"line {wrong.lineno}, column {wrong.colno}"
         return error(f"{where}: no JSON: {wrong.msg} at {place}")
-    return error(f"{where}: no JSON: {shorten(str(wrong), 100)}")  # digits by the thousand
+    return error(f"{where}: no JSON: {shorten(str(wrong), 100)}")  # a number of too many digits
 
 
 def _after_space(text: str, at: int) -> int:
-    found = _SPACE.match(text, at)
-    assert found is not None  # no space matches as well
-    return found.end()
+    space = _SPACE.match(text, at)
+    assert space is not None  # the pattern matches the empty string
+    return space.end()
 
 
 def _check_depth(text: str, where: Where, error: type[UserError]) -> None:
@@ -120,13 +120,13 @@ def _check_depth(text: str, where: Where, error: type[UserError]) -> None:
         raise error(f"{where}: JSON nested deeper than {_DEEPEST} levels")
 
 
-def _mended(value: Any, text: str) -> Any:
-    """A value without the lone surrogates that its text may hold."""
+def _without_surrogates(value: Any, text: str) -> Any:
+    """A value parsed from `text`, with lone surrogates replaced."""
     return _whole(value) if "\\ud" in text.lower() or has_surrogates(text) else value
 
 
 def _depth(text: str) -> int:
-    """How deep brackets outside of texts are nested."""
+    """Nesting depth of brackets outside of strings, counted to just above `_DEEPEST`."""
     depth = deepest = 0
     inside = escaped = False
     for character in text:

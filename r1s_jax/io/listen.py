@@ -1,6 +1,6 @@
-"""Serving HTTP to strangers: sockets, slow clients, and an end in good order.
+"""Listening for HTTP: sockets, limits for slow clients, and graceful shutdown.
 
-Of the extra `serve`; every server of ours listens through this.
+Needs the extra `serve`. Every server of this package listens through this module.
 """
 
 import math
@@ -15,15 +15,15 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-DRAIN_S = 30  # for what is in flight when a server is told to stop
+DRAIN_S = 30  # for requests in flight when a server stops
 _KEEP_ALIVE_S = 75
 _STARTUP_S = 60
-_REQUEST_S = 90  # from the connection, or the answer before, to a whole request
-_LAST_S = 1.0  # the same once the server is told to stop
+_REQUEST_S = 90  # from the connection, or the reply before, to a complete request
+_LAST_S = 1.0  # the same limit while the server stops
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of a port (0: any that is free), not yet listening.
+    """A socket bound to a port (0: any free one), not yet listening.
 
     Raises OSError that says what to do where the port is taken or the host is not this machine's.
     """
@@ -58,14 +58,14 @@ def serve(
     stopping: Callable[[], None] = lambda: None,
     drain_s: float = DRAIN_S,
 ) -> None:
-    """Serves until SIGTERM or SIGINT; requests in flight are answered first, within `drain_s`.
+    """Serves until SIGTERM or SIGINT, then answers requests in flight within `drain_s` seconds.
 
-    `announce` is told the address once connections are taken, and `stopping` called when the
-    signal comes; a second signal waits for nobody. Call it on the main thread.
+    Calls `announce` with the address once connections are accepted, and `stopping` when the signal
+    arrives; a second signal stops at once. Call it on the main thread.
     """
     server = _server(app, lambda: announce(address_of(bound)), drain_s)
 
-    # uvicorn drains on these signals, then raises them again: here that is no reason to die.
+    # uvicorn drains on these signals, then raises them again, which would kill this process.
     def stop(*_: object) -> None:
         stopping()
         server.force_exit = server.should_exit
@@ -77,7 +77,7 @@ def serve(
 
 
 def serve_in_background(app: ASGIApp, bound: socket.socket) -> str:
-    """Serves while this process lives; returns the address."""
+    """Serves on a thread until this process ends; returns the address."""
     up = threading.Event()
     server = _server(app, up.set)
     threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True).start()
@@ -92,14 +92,14 @@ def _server(app: ASGIApp, listening: Callable[[], None], drain_s: float = DRAIN_
         log_level="warning",
         access_log=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        http=_Patient,
+        http=_TimedProtocol,
         timeout_graceful_shutdown=math.ceil(drain_s),
     )
     return _Server(config, listening)
 
 
 class _Server(uvicorn.Server):
-    """Says when it listens."""
+    """Calls `listening` once it accepts connections."""
 
     def __init__(self, config: uvicorn.Config, listening: Callable[[], None]):
         super().__init__(config)
@@ -110,18 +110,18 @@ class _Server(uvicorn.Server):
         self._listening()
 
 
-class _Patient(H11Protocol):
-    """Closes a connection whose request is not whole in time: slow clients hold no place."""
+class _TimedProtocol(H11Protocol):
+    """Closes a connection whose request is not complete in time, so that slow clients hold none."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._leaving = False
+        self._stopping = False
         self._expect_request(_REQUEST_S)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._slow.cancel()
-        if self._leaving:
+        if self._stopping:
             self.transport.close()
         else:
             self._expect_request(_REQUEST_S)
@@ -131,21 +131,21 @@ class _Patient(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """The server is told to stop: a request that has begun to come has a moment left."""
-        self._leaving = True
+        """Called when the server stops: an incomplete request has `_LAST_S` seconds left."""
+        self._stopping = True
         # None until a first request, though uvicorn declares otherwise.
         if self.cycle is not None:  # pyright: ignore[reportUnnecessaryComparison]
             super().shutdown()
-        if not self.transport.is_closing() and not self._whole():
+        if not self.transport.is_closing() and not self._complete():
             self._slow.cancel()
             self._expect_request(_LAST_S)
 
     def _expect_request(self, seconds: float) -> None:
         self._slow = self.loop.call_later(seconds, self._close_if_slow)
 
-    def _whole(self) -> bool:
+    def _complete(self) -> bool:
         return self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED)
 
     def _close_if_slow(self) -> None:
-        if not self._whole() and not self.transport.is_closing():
+        if not self._complete() and not self.transport.is_closing():
             self.transport.close()

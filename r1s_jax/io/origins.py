@@ -1,8 +1,9 @@
-"""Which web pages may use a server: a browser must not make it work for anybody's.
+"""Which web pages may use a server, so that no other page can use it through a visitor's browser.
 
-Of the extra `serve`. A page of another site can send requests to a server on the visitor's own
-machine, and one whose name is made to resolve to that machine can read the replies. Browsers say
-whose page asks (`Origin`) and by which name (`Host`): a server that needs no key checks both.
+Needs the extra `serve`. A page of another site can send requests to a server on the visitor's own
+machine. If the site's name resolves to that machine (DNS rebinding), the page can also read the
+replies. Browsers send the site of the page (`Origin`) and the name of the server (`Host`): a server
+that needs no key checks both.
 """
 
 import ipaddress
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from r1s_jax.io.errors import ConfigError, shorten
 
 ANY = "*"
-# The last two are how containers call the loopback interface of the machine that they run on.
+# The last two are containers' names for the loopback interface of their host.
 _LOOPBACK = {"localhost", "host.docker.internal", "host.containers.internal"}
 _EVERYWHERE = {"", "0.0.0.0", "::"}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([^/\s@?#]+)")
@@ -30,38 +31,39 @@ class Callers(NamedTuple):
     """Who may use a server from a browser."""
 
     hosts: frozenset[str] | None = frozenset()  # names besides loopback's; None: any
-    origins: tuple[str, ...] = ()  # of pages besides its own
-    checked: bool = True  # not where every caller has to send a key
+    origins: tuple[str, ...] = ()  # of pages besides the server's own
+    checked: bool = True  # False where every caller has to send a key
 
 
 def callers(host: str, origins: Sequence[str], *, key: bool = False) -> Callers:
-    """Of a server that listens on `host`, with a key or without; raises ConfigError.
+    """The callers of a server that listens on `host`, with a key or without.
 
-    One that listens everywhere may be called by any name.
+    A server that listens on all interfaces may be called by any name. Raises ConfigError for an
+    origin that no browser sends.
     """
-    told = tuple(_read_origin(origin) for origin in origins)
-    if host in _EVERYWHERE or ANY in told:
-        return Callers(None, told, not key)
-    names = {_name(match[1]) for match in map(_ORIGIN.fullmatch, told) if match}
-    with suppress(OSError):  # said where the server cannot listen on it
-        names |= {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
-    return Callers(frozenset({host.lower(), *names}), told, not key)
+    pages = tuple(_read_origin(origin) for origin in origins)
+    if host in _EVERYWHERE or ANY in pages:
+        return Callers(None, pages, not key)
+    names = {_name(match[1]) for match in map(_ORIGIN.fullmatch, pages) if match}
+    with suppress(OSError):  # reported when the server cannot listen on it
+        names |= {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    return Callers(frozenset({host.lower(), *names}), pages, not key)
 
 
-def _read_origin(given: str) -> str:
-    origin = given.strip().lower().removesuffix("/")
+def _read_origin(text: str) -> str:
+    origin = text.strip().lower().removesuffix("/")
     if origin not in (ANY, "null") and not _ORIGIN.fullmatch(origin):
         raise ConfigError(
-            f"--cors {shorten(given, 80)!r}: expected the origin of a page as browsers send it, "
+            f"--cors {shorten(text, 80)!r}: expected the origin of a page as browsers send it, "
             "http://HOST:PORT or https://HOST, or * for every page"
         )
     return origin
 
 
 def guarded(app: ASGIApp, allowed: Callers, refuse: Callable[[str], Response]) -> ASGIApp:
-    """`app` behind the check, answering browsers what they ask first of the allowed origins.
+    """`app` behind the check of callers; answers CORS preflight requests of allowed origins.
 
-    `refuse` makes the reply (403) to a request from elsewhere, in the server's own form.
+    `refuse` makes the reply (403) to a refused request, in the server's own form.
     """
     guard: ASGIApp = _Guard(app, allowed, refuse) if allowed.checked else app
     if not allowed.origins:
@@ -88,12 +90,12 @@ class _Guard:
 
 
 def why_refused(request: Request, allowed: Callers) -> str:
-    """What is wrong with where a request comes from, and what to do; "" for nothing."""
+    """Why the host or origin of a request is refused, and what to do; "" if it is allowed."""
     host, origin = request.headers.get("host"), request.headers.get("origin")
-    if host is not None and not _called_so(_name(host), allowed):
+    if host is not None and not _may_be_called(_name(host), allowed):
         return (
-            f"this server is not called {shorten(host, 80)!r}: ask it as localhost, name it with "
-            "--host, or name the page that asks with --cors"
+            f"this server is not called {shorten(host, 80)!r}: call it localhost, name it with "
+            "--host, or name the calling page with --cors"
         )
     if origin is None or ANY in allowed.origins or origin.lower() in allowed.origins:
         return ""
@@ -106,7 +108,7 @@ def why_refused(request: Request, allowed: Callers) -> str:
     )
 
 
-def _called_so(name: str, allowed: Callers) -> bool:
+def _may_be_called(name: str, allowed: Callers) -> bool:
     if allowed.hosts is None or name in allowed.hosts or name in _LOOPBACK:
         return True
     try:

@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 def override(config: T, assignments: Sequence[str]) -> T:
-    """Applies `section.field=value` strings all at once; of one field the last one counts.
+    """Applies `section.field=value` strings together; of several for one field the last counts.
 
-    Raises ConfigError naming the unknown field (with the nearest known one), what became of one
-    that is no more, the value that does not fit its type, or what the sections that result do not
-    allow.
+    Raises ConfigError for an unknown field (naming the nearest one), for a renamed or removed field
+    (naming the replacement), for a value that does not fit its type or bounds, and for values that
+    the sections do not allow together.
     """
     changes: list[tuple[list[str], str, str]] = []
     for assignment in assignments:
@@ -38,8 +38,8 @@ def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
     paths: dict[str, str] = {}
     for (name, *rest), text, whole in changes:
         if rest:
-            sections.setdefault(_known(node, name, whole), []).append((rest, text, whole))
-        elif dataclasses.is_dataclass(getattr(node, _known(node, name, whole))):
+            sections.setdefault(_field(node, name, whole), []).append((rest, text, whole))
+        elif dataclasses.is_dataclass(getattr(node, _field(node, name, whole))):
             raise ConfigError(
                 f"{whole!r} is a section: name one of its fields, as {whole}.field=value"
             )
@@ -54,12 +54,12 @@ def _apply(node: Any, changes: Sequence[tuple[list[str], str, str]]) -> Any:
     return dataclasses.replace(node, **values) if values else node
 
 
-def _known(node: Any, name: str, whole: str) -> str:
-    """`name`, if it is a field of `node`."""
+def _field(node: Any, name: str, whole: str) -> str:
+    """`name`, if it is a field of `node`; raises ConfigError otherwise."""
     fields = {f.name for f in dataclasses.fields(node)}
     if name not in fields:
-        if told := retired(whole):
-            raise ConfigError(told)
+        if message := retired(whole):
+            raise ConfigError(message)
         near = difflib.get_close_matches(name, fields, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(fields))}"
         raise ConfigError(f"unknown config field {whole!r}: no {name!r} here{hint}")
@@ -67,11 +67,13 @@ def _known(node: Any, name: str, whole: str) -> str:
 
 
 def _parse(kind: Any, text: str, whole: str) -> Any:
-    """The value that `text` stands for, of that type; ConfigError names the field where none is."""
+    """Parses `text` as a `kind`; raises ConfigError, naming the field, where that fails."""
     value: Any = text
     if kind is bool:
         value = {"true": True, "false": False}.get(text.lower(), text)
-    elif kind in (int, float) and text.isascii():  # there are digits in other scripts
+    elif (
+        kind in (int, float) and text.isascii()
+    ):  # int() also takes other scripts' digits
         with contextlib.suppress(ValueError):
             value = kind(text)
     elif kind in (tuple[str, ...], tuple[float, ...]):

@@ -1,4 +1,4 @@
-"""Names that were: commands, options, fields, values. Each gets one message, until 0.3."""
+"""Old names of commands, options, fields and values; each gets a message until 0.3."""
 
 import json
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from typing import Any
 
 from r1s_jax.io.errors import ConfigError
 
-# By the path of a field: a text says what to write instead, often the path of the field that took
-# its place; any other value is the one at which the field is fixed now.
+# By the old path of a field. A text is the new path, or says what to write instead; any other value
+# is the one at which the field is fixed now.
 FIELDS: dict[str, Any] = {
     "environment.two_hop_fraction": 0.5,
     "environment.guess_fraction": 0.2,
@@ -28,7 +28,7 @@ FIELDS: dict[str, Any] = {
 }
 VALUES = {"group_norm": "grpo"}
 COMMANDS = {"bench": "python -m benchmarks"}
-_ASKING = (("eval", "run"), ("data", "select"), ("serve",), ("ask",))
+_COMMANDS_WITH_SETTINGS = (("eval", "run"), ("data", "select"), ("serve",), ("ask",))
 OPTIONS = {
     "--k": "rollout.documents_per_query=K",
     "--max-length": "rollout.max_length=TOKENS",
@@ -48,21 +48,21 @@ OPTIONS = {
 
 
 def retired(path: str) -> str | None:
-    """What to do about a field that is no more; None for any other."""
+    """The message about a field that was renamed or removed; None for any other."""
     if path not in FIELDS:
         return None
     instead = FIELDS[path]
     if not isinstance(instead, str):
         return f"{path} is fixed at {json.dumps(instead)} now: leave it out"
     is_path = instead.replace("_", "").replace(".", "").isalnum()
-    return f"{path} is called {instead} now" if is_path else f"{path} is no more: {instead}"
+    return f"{path} is called {instead} now" if is_path else f"{path} was removed: {instead}"
 
 
 def refuse_renamed(words: Sequence[str]) -> None:
     """Raises ConfigError for a command that moved, or an option that is a field now."""
     if words and (moved := COMMANDS.get(words[0])):
-        raise ConfigError(f"`r1s {words[0]}` is now `{moved}`, typed in a checkout of r1s_jax")
-    if not any(tuple(words[: len(command)]) == command for command in _ASKING):
+        raise ConfigError(f"`r1s {words[0]}` is now `{moved}`, run in a checkout of r1s_jax")
+    if not any(tuple(words[: len(command)]) == command for command in _COMMANDS_WITH_SETTINGS):
         return
     for word in words:
         if field := OPTIONS.get(word.partition("=")[0]):

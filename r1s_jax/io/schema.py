@@ -1,4 +1,4 @@
-"""Declared shapes of what is read: types and ranges checked in one call."""
+"""Checks values from outside against declared types and ranges."""
 
 from typing import Any, TypeVar
 
@@ -10,17 +10,17 @@ T = TypeVar("T")
 
 
 def check(value: Any, kind: type[T], where: Where, error: type[UserError] = BadInput) -> T:
-    """`value` as a `kind`: a msgspec.Struct, a TypedDict, or any type that msgspec knows.
+    """`value` as a `kind`: a msgspec.Struct, a TypedDict, or any type that msgspec supports.
 
-    Keys that the kind does not name pass. Raises `error` that names `where`, the key, what it must
-    be and what it is.
+    Keys that `kind` does not declare are ignored. Raises `error`, naming `where`, the key, its
+    declared type or range, and the type found.
     """
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as wrong:
-        said, _, path = shorten(str(wrong), 250).partition(" - at `$")
+        problem, _, path = shorten(str(wrong), 250).partition(" - at `$")
         place = path.removesuffix("`").removeprefix(".").replace("[...]", "[]")
-        raise error(f"{where}: {place + ': ' if place else ''}{said}") from None
+        raise error(f"{where}: {place + ': ' if place else ''}{problem}") from None
     except (ValueError, ArithmeticError, RecursionError) as wrong:
-        # Half of a surrogate pair in a text or a key, a number that no float holds.
+        # A lone surrogate in a text or a key, or a number too large for a float.
         raise error(f"{where}: {reason(wrong)}") from None

@@ -1,4 +1,4 @@
-"""Tables in text of others: CSV and TSV, with a line of names at the top."""
+"""Reads tables in CSV and TSV files from outside."""
 
 import ast
 import csv
@@ -13,7 +13,7 @@ from r1s_jax.io.json import decode
 
 _DELIMITERS = ("\t", ",", ";")
 _LONGEST_LIST = 10_000  # characters
-# NumPy prints a list without commas, which Python would read as one text.
+# NumPy prints lists without commas, which Python reads as one concatenated text.
 _NO_COMMAS = re.compile(r"""['"]\s+['"]""")
 
 Cell = str | list[str]
@@ -22,12 +22,12 @@ Cell = str | list[str]
 def parse_table(
     data: bytes, where: Where, error: type[UserError] = BadInput
 ) -> Iterator[tuple[int, dict[str, Cell]]]:
-    """The rows of a table, numbered from 1: each row's cells by name, without the empty ones.
+    """The rows of a table, numbered from 1: the cells that are not empty, by column name.
 
-    Names are in lower case. What parts the cells is a tab, a comma or a semicolon: the first of
-    these that the first line has. A cell that is a list of texts in JSON or in Python is one. DPR's
-    files have no names: a question, a tab, and a list of answers. Raises `error` for what is no
-    such table.
+    The first line has the names, which are returned in lower case. The delimiter is the first of
+    tab, comma and semicolon that occurs in it. A cell with a list of texts in JSON or Python syntax
+    is returned as a list. DPR's files have no line of names: each row is a question, a tab, and a
+    list of answers. Raises `error` for anything else.
     """
     text = decode(data, where, error)
     top = text.lstrip().partition("\n")[0]

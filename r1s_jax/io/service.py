@@ -1,4 +1,4 @@
-"""What every HTTP server here does alike: bodies, refusals, metrics (the extra `serve`)."""
+"""Shared by all HTTP servers here: bodies, refusals, metrics (needs the extra `serve`)."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Refused(UserError):
-    """A request that is not answered, with its HTTP status and the reason."""
+    """A refused request, with the HTTP status and the reason."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -37,22 +37,23 @@ class Refused(UserError):
         return {"error": str(self)}
 
     def reply(self) -> Response:
-        """The reply; a client that came at a busy time is told when to try again."""
+        """The reply; where the server is busy, with the time after which to retry."""
         headers = {"Retry-After": _RETRY_AFTER_S} if self.status in _BUSY else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.json(), self.status, headers)
 
 
-# A server's own form of a refusal, from a status and a reason.
+# Makes a server's own form of refusal from a status and a reason.
 Refuse = Callable[[int, str], Refused]
 
 
 async def read_body(request: Request, limit: int, refuse: Refuse) -> bytes:
     """The JSON body, at most `limit` bytes; raises a refusal: 413 (too large), 415 (not JSON).
 
-    A body that is too large is read on for a while: its sender would not see the reply otherwise.
-    Any web page may send another `Content-Type` than JSON's without asking first.
+    Reads on for a while after the limit, because a client that is still sending does not read the
+    reply. Requires JSON's `Content-Type`, because browsers let any web page send bodies of some
+    other types without a CORS preflight.
     """
     size = 0
     parts: list[bytes] = []
@@ -73,7 +74,7 @@ async def read_body(request: Request, limit: int, refuse: Refuse) -> bytes:
 
 
 def answered(handler: Handler, refuse: Refuse, count: Callable[[Request, int], None]) -> Handler:
-    """`handler` for a route: what it raises becomes a reply, whose status `count` receives."""
+    """`handler` for a route: turns exceptions into replies and passes their status to `count`."""
 
     async def handle(request: Request) -> Response:
         try:
@@ -106,8 +107,8 @@ def make_app(
 ) -> ASGIApp:
     """The ASGI application of `routes`; `close` is called when it stops.
 
-    `served` lists the routes for whoever asks for another. By default only loopback's names and
-    the server's own pages are `allowed`.
+    `served` lists the routes, for the reply to a request for any other. By default only loopback's
+    names and the server's own pages are `allowed`.
     """
 
     @asynccontextmanager
@@ -119,8 +120,8 @@ def make_app(
         assert isinstance(raised, HTTPException)  # as registered below
         reason = raised.detail
         if raised.status_code in (404, 405):
-            asked = f"{request.method} {shorten(request.url.path, 80)}"
-            reason = f"{reason}: {asked}; this server has {served}"
+            route = f"{request.method} {shorten(request.url.path, 80)}"
+            reason = f"{reason}: {route}; this server has {served}"
         body = refuse(raised.status_code, reason).json()
         return JSONResponse(body, raised.status_code, raised.headers)
 

@@ -140,7 +140,7 @@ class PartialRollouts:
         if not self.groups:
             return None
         saved = [[_Saved.of(flight) for flight in group] for group in self.groups]
-        # A step waits for this: hence the fastest level of compression, and base64, which runs in C.
+        # A step waits for this: the fastest level of compression, and base64, which runs in C.
         return base64.b64encode(zlib.compress(msgspec.msgpack.encode(saved), 1)).decode()
 
     def restore(self, state: str | None) -> None:
