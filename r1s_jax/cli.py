@@ -1,4 +1,4 @@
-"""The `r1s` command: registers the commands, and says what went wrong."""
+"""The `r1s` command: registers the subcommands and reports errors."""
 
 import os
 import platform
@@ -19,9 +19,9 @@ from r1s_jax.system.chips import hide_tpu_runtime
 from r1s_jax.system.console import read_as_utf8, speak_to_any_terminal
 from r1s_jax.system.memory import keep_memory
 
-# XLA's chatter is for its developers; errors still show.
+# XLA logs for its developers; its errors still show.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# Nor is it news that PyTorch is not installed.
+# transformers would warn that PyTorch is not installed.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 app = typer.Typer(
@@ -84,7 +84,7 @@ def options(
     """Options that come before a command."""
 
 
-# Switches of JAX that change what its numbers and shapes mean. Our programs hold for the defaults.
+# Switches of JAX that change numbers or shapes. r1s is written and tested for the defaults.
 _JAX_SWITCHES = (
     "JAX_ENABLE_X64",
     "JAX_DISABLE_JIT",
@@ -94,7 +94,7 @@ _JAX_SWITCHES = (
 
 
 def ignore_jax_switches() -> None:
-    """Unsets JAX's switches of other programs, and says so. Must come before JAX is imported."""
+    """Unsets `_JAX_SWITCHES`, with a warning. Must be called before JAX is imported."""
     for name in _JAX_SWITCHES:
         value = os.environ.pop(name, "")
         if value.lower() not in ("", "0", "false", "standard", "allow"):
@@ -106,8 +106,8 @@ def ignore_jax_switches() -> None:
 def main(run: Callable[[], None] = app) -> None:
     """Runs the command; an error that the user can mend is one message, not a traceback.
 
-    Such errors are a UserError, or what the operating system says of a file or a connection. Any
-    other is a bug and shows its traceback; with R1S_DEBUG=1 every error does.
+    Such errors are UserError, and OSError about a file or a connection. Any other error is a bug
+    and shows its traceback; with R1S_DEBUG=1 every error does.
     """
     hide_tpu_runtime()
     speak_to_any_terminal()
@@ -128,9 +128,9 @@ def main(run: Callable[[], None] = app) -> None:
 
 
 def command(run: Callable[[], None] = app) -> None:
-    """What the `r1s` script runs: `main`, in a process that it may begin anew."""
+    """The entry point of the `r1s` script; it may restart the process with other settings."""
     read_as_utf8()
-    if sys.argv[1:2] != ["compile"]:  # the compiler for TPUs takes half as long again with it
+    if sys.argv[1:2] != ["compile"]:  # the compiler for TPUs takes 1.5 times as long with it
         keep_memory()
     main(run)
 

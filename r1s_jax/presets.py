@@ -1,7 +1,7 @@
-"""Settings of a policy in use: the presets of the commands that ask one.
+"""Settings for inference: the presets of the commands that use a policy.
 
-`r1s eval run`, `r1s data select`, `r1s serve` and `r1s ask` change single fields of theirs by
-`section.field=value`, as `r1s train` does with a recipe.
+On the command lines of `r1s eval run`, `r1s data select`, `r1s serve` and `r1s ask`,
+`section.field=value` changes a field of the preset, as it does for a recipe with `r1s train`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.fields import Checked, check
 from r1s_jax.io.json import decode
 
-_LENGTH = 4096  # tokens of a trajectory, where nothing else is said
+_LENGTH = 4096  # default length of a trajectory, tokens
 _NO_LIMIT = 2**31 - 1
-# With these the same tokens are computed, sooner or later.
+# These change when tokens are computed, not which.
 _CHANGE_NO_TOKEN = (
     "slots",
     "prefill_rows",
@@ -29,7 +29,7 @@ _CHANGE_NO_TOKEN = (
 
 @dataclass(frozen=True)
 class PromptingConfig(Checked, section="protocol"):
-    """How the policy is asked; an empty field leaves that to the policy."""
+    """How the policy is prompted; an empty field takes the policy's own setting."""
 
     dialect: Literal["", DialectName] = ""
     """The dialect; empty: the policy's own, or r1_searcher where it names none."""
@@ -41,7 +41,7 @@ class PromptingConfig(Checked, section="protocol"):
     """Whether to ask in a dialect that the policy was not trained in."""
 
     def template(self) -> str | None:
-        """The text of the prompt's file; None where none is named. ConfigError for no UTF-8."""
+        """The text of the prompt file, None without one. ConfigError if it is not UTF-8."""
         if not self.prompt:
             return None
         return decode(Path(self.prompt).read_bytes(), Path(self.prompt), ConfigError)
@@ -49,22 +49,22 @@ class PromptingConfig(Checked, section="protocol"):
 
 @dataclass(frozen=True)
 class InferenceConfig(Checked):
-    """How a policy in use samples and searches, and how it is asked."""
+    """How a policy samples, searches and is prompted at inference."""
 
     rollout: RolloutConfig
     search: SearchConfig = field(default_factory=SearchConfig)
     protocol: PromptingConfig = field(default_factory=PromptingConfig)
     seed: Seed = 0
-    """Random keys come from it."""
+    """All random keys derive from this number."""
 
     def check_values(self) -> None:
-        told = "is a setting of training: leave it out"
-        check(not self.rollout.partial_rollouts, f"rollout.partial_rollouts {told}")
-        check(self.search.served_by == "each", f"search.served_by {told}")
+        message = "is a setting of training: leave it out"
+        check(not self.rollout.partial_rollouts, f"rollout.partial_rollouts {message}")
+        check(self.search.served_by == "each", f"search.served_by {message}")
 
 
 class Settings(NamedTuple):
-    """A preset and what the user changes of it."""
+    """A preset and the user's changes of it."""
 
     preset: Callable[[int], InferenceConfig]
     changes: Sequence[str] = ()
@@ -72,13 +72,13 @@ class Settings(NamedTuple):
     def config(self, longest: int = _NO_LIMIT) -> InferenceConfig:
         """The settings for a policy that reads `longest` tokens.
 
-        The preset's other lengths follow rollout.max_length. Raises ConfigError as
+        The preset derives its other lengths from rollout.max_length. Raises ConfigError as
         `config.override` does.
         """
-        of_length = [c for c in self.changes if c.partition("=")[0].strip() == "rollout.max_length"]
-        least = InferenceConfig(RolloutConfig(max_length=_LENGTH, max_prompt_length=1))
-        length = override(least, of_length).rollout.max_length
-        others = [c for c in self.changes if c not in of_length]
+        lengths = [c for c in self.changes if c.partition("=")[0].strip() == "rollout.max_length"]
+        default = InferenceConfig(RolloutConfig(max_length=_LENGTH, max_prompt_length=1))
+        length = override(default, lengths).rollout.max_length
+        others = [c for c in self.changes if c not in lengths]
         return override(self.preset(min(length, longest)), others)
 
 
@@ -118,9 +118,9 @@ def selection(length: int = _LENGTH) -> InferenceConfig:
 
 
 def serving(length: int = _LENGTH) -> InferenceConfig:
-    """Conversations; the temperature and top_p are those of requests that name none.
+    """Conversations; temperature and top_p are for requests that name none.
 
-    Answers seldom get their documents at the same moment: a chunk has one row, and is long.
+    Several answers seldom get documents at the same moment, so a prefill chunk has one long row.
     """
     return InferenceConfig(
         RolloutConfig(

@@ -17,15 +17,15 @@ from r1s_jax.io.renamed import FIELDS, retired
 
 
 def titles() -> dict[str, str]:
-    """The recipes by name, with what each is in a line."""
+    """The recipes by name, with a line about each."""
     return {name: _title(Path(str(module.__file__))) for name, module in _modules().items()}
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
     """The recipe of that name or in that file, changed by `section.field=value` texts.
 
-    A file of one's own ends in .py and has a `config()`, as the files of `configs/` have. Raises
-    ConfigError for what is neither, for a file that raises, and as `config.override` does.
+    A user's file ends in .py and has a function `config()`, like the files of `configs/`. Raises
+    ConfigError for an unknown name, for a file that raises, and as `config.override` does.
     """
     if name.endswith(".py"):
         return override(_from_file(Path(name)), overrides)
@@ -38,12 +38,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def recipe_name(name: str) -> str:
-    """What a recipe is called: that of a file by the file's name."""
+    """The name of a recipe; for a user's file, the file's name without .py."""
     return Path(name).stem if name.endswith(".py") else name
 
 
 def copy_recipe(name: str, file: Path) -> Path:
-    """Writes a recipe's source to a file of one's own, to start from.
+    """Copies a recipe's source to a new file of the user.
 
     Raises ConfigError for an unknown name, and for a file that exists.
     """
@@ -60,40 +60,40 @@ def copy_recipe(name: str, file: Path) -> Path:
 
 
 def _title(file: Path) -> str:
-    """The first line of a recipe's docstring, which Python itself may leave out (-OO)."""
+    """The first line of a recipe's docstring, read from the source: Python drops it with -OO."""
     return (ast.get_docstring(ast.parse(file.read_text("utf-8"))) or "").partition("\n")[0]
 
 
 def _from_file(file: Path) -> Config:
-    """What `config()` of a user's file gives; whatever the file does wrong is named with it."""
+    """The Config that `config()` of a user's file returns; every error names the file."""
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such file (looked for {file.absolute()})")
     spec = importlib.util.spec_from_file_location(f"r1s_recipe_{file.stem}", file)
-    assert spec is not None and spec.loader is not None  # by its suffix
+    assert spec is not None and spec.loader is not None  # the suffix is .py
     module = importlib.util.module_from_spec(spec)
-    with _of_user(file), reading(file, ConfigError):
+    with _naming(file), reading(file, ConfigError):
         spec.loader.exec_module(module)
     if not callable(getattr(module, "config", None)):
-        raise ConfigError(f"{file} has no function config(), which gives the Config of a run")
-    with _of_user(file), reading(f"{file}: config()", ConfigError):
+        raise ConfigError(f"{file} has no function config() that returns the Config of a run")
+    with _naming(file), reading(f"{file}: config()", ConfigError):
         config = module.config()
     if not isinstance(config, Config):
-        raise ConfigError(f"{file}: config() gave a {type(config).__name__}, not a Config")
+        raise ConfigError(f"{file}: config() returned a {type(config).__name__}, not a Config")
     return config
 
 
 @contextmanager
-def _of_user(file: Path) -> Iterator[None]:
-    """Around code of a user's file: what it asks wrongly of a Config is named with the file."""
+def _naming(file: Path) -> Iterator[None]:
+    """Adds the user's file to the errors that its code raises in this context."""
     try:
         yield
     except ConfigError as error:
-        told = str(error) if str(file) in str(error) else f"{file}: {error}"
-        if named := re.search(r"unexpected keyword argument '(\w+)'", told):
-            told += "".join(
-                f"; {r}" for p in FIELDS if p.endswith(f".{named[1]}") and (r := retired(p))
+        message = str(error) if str(file) in str(error) else f"{file}: {error}"
+        if match := re.search(r"unexpected keyword argument '(\w+)'", message):
+            message += "".join(
+                f"; {r}" for p in FIELDS if p.endswith(f".{match[1]}") and (r := retired(p))
             )
-        raise ConfigError(told) from error
+        raise ConfigError(message) from error
     except SystemExit as error:
         raise ConfigError(f"{file} ends the program (sys.exit): let config() return it") from error
 

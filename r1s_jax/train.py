@@ -47,20 +47,20 @@ def train(
     """Runs the whole config in `run_dir` and returns its summary.
 
     `profile` names the steps of reinforcement learning to trace, as "N:M". Signals (StopRequest)
-    end it early, at a step's end and with a checkpoint (the summary then has `stopped`); `resume`
-    goes on as if it never had, over data that must be what it was unless `accept_changed_data`.
-    Raises UserError of many kinds, each with what to do.
+    end the run after a step, with a checkpoint; the summary then has `stopped`. `resume` continues
+    as if the run had not ended. Its data must be unchanged unless `accept_changed_data`. Raises
+    UserError of many kinds, each with what to do.
     """
     keep_compiled_programs()
     trace = StepTrace(profile, run_dir / "profile")
-    with ExitStack() as held:
-        on_main(lambda: held.enter_context(only_one(run_dir, "the run")))
+    with ExitStack() as locks:
+        on_main(lambda: locks.enter_context(only_one(run_dir, "the run")))
         while True:
             try:
                 run = Run(config, run_dir, resume, accept_changed_data)
                 return _train(run, trace, cold_start_only)
             except DamagedCheckpoint as error:
-                warn(f"{error}; going on from the one before")
+                warn(f"{error}; continuing from the checkpoint before it")
 
 
 def _train(run: "Run", trace: StepTrace, cold_start_only: bool) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Run:
 
     def __init__(self, config: Config, run_dir: Path, resume: bool, accept_changed_data: bool):
         self.config, self.started = config, time.perf_counter()
-        # A name that is no reward must not be found out hours later.
+        # First, so that a wrong name of a reward is reported now, not at its stage.
         rewards = together(lambda: stage_rewards(config, run_dir))
         self.dir = on_main(lambda: open_run_dir(run_dir, config, resume))
         on_main(lambda: check_data(self.dir, config, accept_changed_data))
@@ -113,10 +113,10 @@ class Run:
         self.telemetry = Telemetry(self.dir, config)
         where = checkpoint_directory(self.dir, config.run.checkpoint_dir)
         self.checkpoints = Checkpoints(where, config.run.keep_checkpoints, self.dir)
-        known = self.checkpoints.progress(Progress.of) if resume else None
-        if resume and known is None:
-            warn(f"{run_dir} holds no checkpoint to resume from: the run begins anew")
-        self.progress = known or Progress()
+        saved = self.checkpoints.progress(Progress.of) if resume else None
+        if resume and saved is None:
+            warn(f"{run_dir} holds no checkpoint to resume from: the run starts from the beginning")
+        self.progress = saved or Progress()
         self.started -= self.progress.seconds
         self.clock = m.StepClock()
         self.telemetry.rewind(**self.progress.rows(config))
@@ -139,30 +139,29 @@ class Run:
                 self._save(state)
             return bool(stop.requested)
 
-        demonstrated = self.config, self.environment, self.engine, learner, state
-        batch_of = demonstrations_of(*demonstrated)
+        batch_of = demonstrations_of(self.config, self.environment, self.engine, learner, state)
         state = imitate(c, learner, state, progress, batch_of, after_step)
         if stop.requested:
             return state
         state = self._learning_state(state.params)
         progress.phase, progress.step = "learning", 0
         if evaluated:
-            self._examine(state)
+            self._evaluate_before(state)
         self._save(state)
         return state
 
-    def _examine(self, state: LearnerState) -> None:
-        """Evaluates what reinforcement learning begins with, once."""
+    def _evaluate_before(self, state: LearnerState) -> None:
+        """Evaluates the policy before reinforcement learning, once per run."""
         if not (self.progress.step or self.progress.before) and (before := self.evaluate(state)):
             scores = on_main(lambda: note_evaluation(self.dir, "before", before))
             self.progress.before = scores
 
     def learn(self, state: LearnerState, stop: StopRequest, trace: StepTrace) -> LearnerState:
-        """Stage 1, then stage 2. Raises UnhealthyRun, with a checkpoint, where that is fatal."""
+        """Runs stage 1, then stage 2. Raises UnhealthyRun, with a checkpoint, for a fatal signal."""
         c, progress = self.config, self.progress
         with self.checkpoints.reading():
             self.collector.restore(progress.environment, progress.carried)
-        self._examine(state)  # where the cold start was run by itself
+        self._evaluate_before(state)  # if the cold start ran with cold_start_only
         learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
         gradient = PolicyGradient(c, learner)
         with make_progress() as bar:
@@ -179,7 +178,7 @@ class Run:
                 self.telemetry.step(row)
                 last = stop.agree() or progress.step == progress.total_steps(c)
                 due = last or health.is_fatal(row) or progress.step % c.run.checkpoint_every == 0
-                # What is not a number any more must not take the place of what still is.
+                # Parameters that are NaN must not replace an older checkpoint.
                 if due and not health.is_lost(row):
                     self._save(state)
                 bar.update(task, advance=1, info=m.headline(row))
@@ -205,9 +204,9 @@ class Run:
         clock, kl_coefficient = self.clock, self.progress.kl(c)
         with clock.time("collect"):
             batch = self.collector.collect(state.params, step, name, stage)
-            kept = batch.first_groups(stage.questions_per_step)
-        # The baseline of reinforce++ is the batch: there, groups alike teach too.
-        if c.algorithm.estimator != "reinforce++" and not kept.teaches.any():
+            trained = batch.first_groups(stage.questions_per_step)
+        # The baseline of reinforce++ is the batch, so groups of equal rewards teach too.
+        if c.algorithm.estimator != "reinforce++" and not trained.teaches.any():
             warn(
                 f"step {step + 1}: all answers to each question earned the same, so nothing is "
                 "learned from them: raise rollout.temperature or rollout.top_p, or take other "
@@ -216,14 +215,20 @@ class Run:
         with clock.time("update"):
             state, learned = gradient.learn(
                 state,
-                kept,
+                trained,
                 step=step,
                 kl_coefficient=kl_coefficient,
                 learning_rate_scale=self.progress.learning_rate_scale(c),
             )
         self.progress.adapt_kl(c, learned.kl)
-        kept_too = learned.advantages, c.run.traces_per_step, self.engine.token_texts
-        for row in m.trace_rows(kept.rolled, kept.rewards, *kept_too):
+        traces = m.trace_rows(
+            trained.rolled,
+            trained.rewards,
+            learned.advantages,
+            c.run.traces_per_step,
+            self.engine.token_texts,
+        )
+        for row in traces:
             self.telemetry.trace({"step": step + 1, **row})
         row = {
             "step": step + 1,
@@ -232,23 +237,29 @@ class Run:
             **m.update_metrics(learned, clock.seconds["update"]),
             "kl_coefficient": kl_coefficient,
             **clock.metrics(
-                batch.rolled.seconds, state.params, int(kept.rolled.trajectory.lengths.sum())
+                batch.rolled.seconds, state.params, int(trained.rolled.trajectory.lengths.sum())
             ),
             "rewards_answers": stage.reward not in FORMAT_REWARDS,
         }
-        return state, on_main(lambda: row)  # with one clock's times: what it says decides
+        return state, on_main(lambda: row)  # every process must judge the same times
 
     def evaluate(self, state: LearnerState) -> Evaluation | None:
-        """Greedy on held-out questions, and sampled where asked for; None without questions."""
+        """Evaluates greedily, and sampled with `eval.samples`; None without `eval.questions`."""
         if not (count := self.config.eval.questions):
             return None
-        batch, drawn = self.environment.evaluation(count), (self.engine, self.config.eval.samples)
-        return evaluate(self.evaluation_engine, state.params, batch, *drawn)
+        batch, samples = self.environment.evaluation(count), self.config.eval.samples
+        return evaluate(self.evaluation_engine, state.params, batch, self.engine, samples)
 
     def _engine(self, rollout: RolloutConfig) -> Engine:
-        p, search = self.config.policy, self.config.search
-        numbers = {"compute_dtype": np.dtype(p.compute_dtype), "attention": p.attention}
-        return Engine(self.policy, rollout, search=search, mesh=self.mesh, **numbers)
+        c = self.config
+        return Engine(
+            self.policy,
+            rollout,
+            search=c.search,
+            mesh=self.mesh,
+            compute_dtype=np.dtype(c.policy.compute_dtype),
+            attention=c.policy.attention,
+        )
 
     def _learner(self, optimizer: Any, loss: Any) -> Learner:
         return Learner.of(self.config.policy, self.policy.model, self.mesh, optimizer, loss)
@@ -259,7 +270,7 @@ class Run:
         return learner.init(params, keep_reference=c.algorithm.kl_coefficient > 0)
 
     def _save(self, state: LearnerState) -> None:
-        """Starts a checkpoint of where the run stands; its index grows through both phases."""
+        """Starts to write a checkpoint, whose index grows through both phases."""
         progress, learning = self.progress, self.progress.phase == "learning"
         progress.environment, progress.carried = self.collector.state()
         progress.seconds = time.perf_counter() - self.started

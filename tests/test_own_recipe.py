@@ -108,7 +108,7 @@ def test_one_dialect_and_prompt_everywhere(seen, index, tmp_path, monkeypatch):
         ("x = 1", r"has no function config\(\)"),
         ("raise RuntimeError('broken')", "cannot be read: RuntimeError: broken"),
         ("def config(:", "cannot be read: SyntaxError"),
-        ("def config():\n    return 3", r"config\(\) gave a int, not a Config"),
+        ("def config():\n    return 3", r"config\(\) returned a int, not a Config"),
         ("import sys\nsys.exit(0)", r"ends the program \(sys.exit\)"),
         ("def config():\n    raise SystemExit(3)", r"ends the program \(sys.exit\)"),
         ("def config():\n    return 1 / 0", r"config\(\) cannot be read: ZeroDivisionError"),

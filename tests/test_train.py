@@ -106,7 +106,7 @@ def test_learning_begins_with_an_evaluation_and_has_one(tmp_path, monkeypatch, s
     run.dir, run.progress = tmp_path, Progress(phase="learning", step=step, before=known)
     monkeypatch.setattr(Run, "evaluate", lambda _, state: seen.append(state) or state)
     monkeypatch.setattr("r1s_jax.train.note_evaluation", lambda *_: {"f1": 0.5})
-    run._examine("the state")
+    run._evaluate_before("the state")
     assert len(seen) == asked and run.progress.before == ({"f1": 0.5} if asked else known)
 
 

@@ -71,9 +71,7 @@ def _parse(kind: Any, text: str, whole: str) -> Any:
     value: Any = text
     if kind is bool:
         value = {"true": True, "false": False}.get(text.lower(), text)
-    elif (
-        kind in (int, float) and text.isascii()
-    ):  # int() also takes other scripts' digits
+    elif kind in (int, float) and text.isascii():  # int() also takes other scripts' digits
         with contextlib.suppress(ValueError):
             value = kind(text)
     elif kind in (tuple[str, ...], tuple[float, ...]):

@@ -50,7 +50,7 @@ def clipped_loss(
     Args:
       clip: the ratio is clipped at this distance from 1.
       clip_high: the same above 1, where it differs (DAPO, arXiv 2503.14476); 0: as `clip`.
-      dual_clip: a token with a negative advantage costs at most this many advantages
+      dual_clip: a token with a negative advantage costs at most this many times the advantage
         (arXiv 1912.09729, eq. 5); 0: no bound.
       batch: `kl_weights` are a token's share of the KL, times its coefficient.
     """
