@@ -157,7 +157,7 @@ class Run:
             self.progress.before = scores
 
     def learn(self, state: LearnerState, stop: StopRequest, trace: StepTrace) -> LearnerState:
-        """Runs stage 1, then stage 2. Raises UnhealthyRun, with a checkpoint, for a fatal signal."""
+        """Runs stages 1 and 2. Raises UnhealthyRun, with a checkpoint, for a fatal signal."""
         c, progress = self.config, self.progress
         with self.checkpoints.reading():
             self.collector.restore(progress.environment, progress.carried)

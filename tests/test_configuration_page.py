@@ -22,7 +22,7 @@ def test_every_field_has_a_sentence():
 def test_a_row_tells_type_default_bounds_and_meaning():
     rows = made.page().splitlines()
     assert any(
-        row.startswith("| `lora_rank` | whole number | `0` | at least 0, at most 65536 | Adapters")
+        row.startswith("| `lora_rank` | whole number | `0` | at least 0, at most 65536 | Only")
         for row in rows
     )
     assert "## `environment` (CorpusConfig)" in rows and "## `stage1` and `stage2`" in rows

@@ -1,4 +1,4 @@
-"""Runs of several settings, each over several seeds, side by side: a table and their curves."""
+"""Compares settings, each over several seeds: a table and curves."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ from scipy.special import stdtrit
 from r1s_jax.io.journal import rows_so_far
 from r1s_jax.tracking.journal import read_json
 
-GOOD = 0.9  # F1 of a rollout, mean over the window, that a run is timed to
+GOOD = 0.9  # a run is timed until its rollouts' F1, a mean over _WINDOW, reaches this
 _WINDOW = 4  # steps
-# Of a summary, and what they are called in a table; the latter two where questions are of both
+# Fields of a summary and their columns in a table; the last two exist where questions are of both
 # kinds (see eval/held_out.search_by_need).
 _SEARCHES = {
     "searches_after": "searches",
@@ -28,7 +28,7 @@ class _Signal(TypedDict):
 
 
 class _Step(TypedDict):
-    """Of a row of metrics, what is read here."""
+    """The fields of a row of metrics that are read here."""
 
     step: int
     answer_f1: float
@@ -47,18 +47,18 @@ class _Summary(msgspec.Struct):
 
 
 class Arm(NamedTuple):
-    """One setting: a name, and what differs from the recipe."""
+    """One setting: a name, and its changes of the recipe."""
 
     name: str
     overrides: tuple[str, ...]
 
 
 def run_result(folder: Path) -> dict[str, Any]:
-    """What one run came to; `stopped` says why it ended early.
+    """The results of one run; `stopped` says why it ended early.
 
-    `steps_to_good` and `seconds_to_good` are those of reinforcement learning until the F1 of
-    rollouts reached GOOD, None where it never did; `signals` the health signals that fired, with
-    the first step of each.
+    `steps_to_good` and `seconds_to_good` count reinforcement learning until the F1 of rollouts
+    reaches GOOD; None if it never does. `signals` has the first step of each health signal that
+    fired.
     """
     summary = read_json(folder / "summary.json", _Summary)
     rows = rows_so_far(folder / "metrics.jsonl", _Step)
@@ -83,7 +83,7 @@ def run_result(folder: Path) -> dict[str, Any]:
 
 
 def table_of(results: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row an arm, of the results of its seeds: means with 95 % intervals (Student's t)."""
+    """A row an arm: means over its seeds, with 95 % intervals (Student's t)."""
     rows = []
     for name, runs in results.items():
         signals = sorted({signal for run in runs for signal in run["signals"]})
@@ -105,7 +105,7 @@ def table_of(results: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, 
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table for a page."""
+    """The table in Markdown."""
     lines = [list(cells) for cells in _cells(rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -121,14 +121,14 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """The headings, then a line of each arm; of the searches the columns that any arm fills."""
+    """The headings, then a line an arm; a column of searches is left out if no arm fills it."""
     searches = {k: v for k, v in _SEARCHES.items() if any(row[k] is not None for row in rows)}
     heads = ("arm", "F1 before", "F1 after (95 %)", f"steps to {GOOD}", "s", *searches.values())
     yield (*heads, "signals")
     for row in rows:
         low, high = row["f1_after_interval"] or (None, None)
         f1 = _number(row["f1_after"]) + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
-        if row["stopped"]:  # of which there is no F1
+        if row["stopped"]:  # a stopped run has no F1
             f1 += f", {row['stopped']} stopped"
         reached = f"{_number(row['steps_to_good'], 0)} ({row['reached_good']}/{row['seeds']})"
         yield (
@@ -147,7 +147,7 @@ def _number(value: float | None, places: int = 2) -> str:
 
 
 def plot_arms(folders: Mapping[str, Sequence[Path]], out: Path) -> None:
-    """F1 of rollouts by step: the mean of an arm's seeds, and a band from the least to the most."""
+    """F1 of rollouts by step: the mean of an arm's seeds, and a band from minimum to maximum."""
     from matplotlib.figure import Figure  # slow to import, and needed once
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -171,21 +171,21 @@ def plot_arms(folders: Mapping[str, Sequence[Path]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def _known(values: Sequence[float | None]) -> list[float]:
+def _not_none(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = _known(values)
-    return float(np.mean(known)) if known else None
+    numbers = _not_none(values)
+    return float(np.mean(numbers)) if numbers else None
 
 
 def _interval(values: Sequence[float | None]) -> tuple[float, float] | None:
-    """Of the mean over seeds; None for fewer than two."""
-    known = _known(values)
-    if len(known) < 2:
+    """The 95 % interval of a mean over seeds, cut to [0, 1]; None for fewer than two seeds."""
+    numbers = _not_none(values)
+    if len(numbers) < 2:
         return None
-    t = float(stdtrit(len(known) - 1, 0.975))  # Student's
-    half = t * float(np.std(known, ddof=1)) / len(known) ** 0.5
-    mean = float(np.mean(known))
+    t = float(stdtrit(len(numbers) - 1, 0.975))  # Student's
+    half = t * float(np.std(numbers, ddof=1)) / len(numbers) ** 0.5
+    mean = float(np.mean(numbers))
     return max(0.0, mean - half), min(1.0, mean + half)

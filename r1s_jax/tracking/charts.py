@@ -1,7 +1,7 @@
-"""Curves over steps as inline SVG: where everything of a panel lies, one curve a run.
+"""The geometry of curves over steps for inline SVG; a panel has one curve a run.
 
-A template draws what is here, and a script reads `Panel.data` to follow the pointer. Lengths are in
-the units of the SVG's view box, which a page shows at about one pixel each.
+A template draws the panels, and a script reads `Panel.data` to follow the pointer. Lengths are in
+units of the SVG's view box, which a page shows at about one pixel each.
 """
 
 import math
@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 360, 180
 LEFT, RIGHT, TOP, BOTTOM = 48, 344, 20, 156  # edges of the plot itself
-# More points than pixels only make the page heavy: a longer curve keeps its extremes.
+# More points than pixels only make the page larger: a longer curve is thinned to its extremes.
 _MOST_POINTS = 600
 _LETTER_HEIGHT = 11
 
@@ -37,7 +37,7 @@ class Curve:
         return points[-1] if points else None
 
     def stretches(self) -> Iterator[list[tuple[int, float]]]:
-        """Runs of neighbouring points that have values."""
+        """Stretches of neighbouring points that have values."""
         stretch: list[tuple[int, float]] = []
         for x, y in zip(self.x, self.y, strict=True):
             if y is not None:
@@ -51,7 +51,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear map of an axis and the values to name on it."""
+    """A linear map from values to an axis, and the axis's ticks."""
 
     low: float
     high: float
@@ -87,7 +87,7 @@ class Panel:
         return [(self.x(x), self.y(y)) for x, y in lone]
 
     def place(self, run: int, step: int) -> tuple[float, float] | None:
-        """Where a run's curve is at a step, or at the nearest that is drawn; None without one."""
+        """The point of a run's curve at a step, or at the nearest one drawn; None without any."""
         points = [
             (abs(x - step), x, y)
             for curve in self.curves
@@ -110,7 +110,7 @@ class Panel:
         return placed
 
     def data(self) -> dict[str, Any]:
-        """What the page's script needs to follow the pointer and to smooth."""
+        """The data with which the page's script follows the pointer and smooths curves."""
         return {
             "x": [self.x.low, self.x.high],
             "y": [self.y.low, self.y.high],
@@ -154,35 +154,35 @@ def _curve(run: int, key: str, rows: Sequence[Row]) -> Curve:
         for step, v in zip(steps, values, strict=True)
         if _is_number(v) and not math.isfinite(v)
     ]
-    kept = _extremes(numbers)
-    return Curve(run, [steps[i] for i in kept], [numbers[i] for i in kept], broken)
+    drawn = _extremes(numbers)
+    return Curve(run, [steps[i] for i in drawn], [numbers[i] for i in drawn], broken)
 
 
 def _extremes(values: Sequence[float | None]) -> list[int]:
-    """Positions of all values, or of the least and the greatest of each part of a long list."""
+    """Positions of all values; in a long list, of the minimum and maximum of each part."""
     if len(values) <= _MOST_POINTS:
         return list(range(len(values)))
-    kept = {0, len(values) - 1}
+    positions = {0, len(values) - 1}
     for part in np.array_split(np.arange(len(values)), _MOST_POINTS // 2):
-        known = {i: v for i in part.tolist() if (v := values[i]) is not None}
-        if known:
-            kept |= {min(known, key=known.__getitem__), max(known, key=known.__getitem__)}
+        drawn = {i: v for i in part.tolist() if (v := values[i]) is not None}
+        if drawn:
+            positions |= {min(drawn, key=drawn.__getitem__), max(drawn, key=drawn.__getitem__)}
         else:  # a part without any value still breaks the line
-            kept.add(int(part[0]))
-    return sorted(kept)
+            positions.add(int(part[0]))
+    return sorted(positions)
 
 
 def _y_scale(curves: Sequence[Curve]) -> Scale:
     values = [y for curve in curves for y in curve.y if y is not None] or [0.0]
     low, high = min(values), max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # flat, but for rounding
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # constant except for rounding
         low, high = (low - 0.1 * abs(low), high + 0.1 * abs(high)) if high else (0.0, 1.0)
     ticks = [float(t) for t in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
     return Scale(ticks[0], ticks[-1], BOTTOM, TOP, tuple(ticks))
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    """Whether it can be drawn; whole numbers of hundreds of digits cannot."""
+    """Whether a value can be drawn; an int of more than 300 digits cannot."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return isinstance(value, float) or abs(value) < 10**300

@@ -1,7 +1,7 @@
-"""Signs that a run goes wrong, watched at every step, each with what to do about it.
+"""Health signals of a run, checked at every step, each with advice.
 
-A signal is judged on means over the last few steps; `warning` is shown and kept in
-`metrics.jsonl` (field `health`), `fatal` also stops the run with a checkpoint.
+A signal is judged on means over the last few steps. A `warning` is printed and written to
+`metrics.jsonl` (field `health`); a `fatal` one also stops the run, with a checkpoint.
 """
 
 import math
@@ -17,9 +17,10 @@ from r1s_jax.system.console import console
 Row = dict[str, Any]
 
 _WINDOW = 4  # steps of a mean
-# Above this F1 a policy may be as sure of itself, and as like itself, as it wants.
+# Above this F1, low entropy and identical responses are not a problem.
 _GOOD_F1 = 0.5
-# Mean |log ratio| of a step's updates: of one that hardly moves the policy, and of one too many.
+# Mean |log ratio| of a step's updates: below the first they hardly move the policy, above the
+# second they move it too far.
 _SETTLED, _FAR = 0.02, 0.2
 
 
@@ -37,7 +38,7 @@ class History:
         self.rows = list(rows)
 
     def add(self, row: Row) -> "History":
-        """The history with one more step, to be looked at as a whole."""
+        """Adds a step; returns the history."""
         self.rows.append(row)
         return self
 
@@ -64,23 +65,23 @@ class History:
 
 @dataclass(frozen=True)
 class Signal:
-    """One sign: `value` of the history, and from where on it is a warning, and fatal."""
+    """A health signal: its `value`, and the thresholds of a warning and of a fatal signal."""
 
     name: str
     meaning: str
-    value: Callable[[History], float]  # NaN: there is nothing to judge
+    value: Callable[[History], float]  # NaN: not judged
     warning: float
     advice: str
     fatal: float = math.inf
 
 
 def _while_wrong(value: Callable[[History], float]) -> Callable[[History], float]:
-    """Judged only while most answers are wrong."""
+    """`value` while most answers are wrong, NaN otherwise."""
     return lambda h: value(h) if h.recent("answer_f1") < _GOOD_F1 else math.nan
 
 
 def _fallen(name: str, least: float) -> Callable[[History], float]:
-    """How much of its best a number has lost, 0 to 1, if it ever was at least `least`."""
+    """The share of its best value that a metric lost; NaN if that was below `least`."""
 
     def value(h: History) -> float:
         best = h.best(name)
@@ -90,7 +91,7 @@ def _fallen(name: str, least: float) -> Callable[[History], float]:
 
 
 def _grown(name: str) -> Callable[[History], float]:
-    """How many times its first value a number is now."""
+    """A metric's recent mean divided by its first one."""
     return lambda h: h.recent(name) / max(h.first(name), 1e-9)
 
 
@@ -100,18 +101,18 @@ def _empty_share(h: History) -> float:
 
 
 def _drift(h: History) -> float:
-    """A step that is too far by itself says so at once: those not there yet count as none."""
+    """Mean drift of the last steps; missing steps count as 0, so one large step fires at once."""
     return sum(row.get("ratio_drift", 0.0) for row in h.rows[-_WINDOW:]) / _WINDOW
 
 
 def _drift_returns(h: History) -> float:
-    """The newest step's drift, where an earlier one had settled; large ones are `ratio_drift`'s."""
+    """The newest step's drift after drift had settled; NaN where `ratio_drift` fires."""
     settled = any(row.get("ratio_drift", 1.0) < _SETTLED for row in h.rows[:-1])
     return h.rows[-1].get("ratio_drift", math.nan) if settled and _drift(h) < _FAR else math.nan
 
 
 def _reward_without_f1(h: History) -> float:
-    """How much the reward rose in this stage while F1 did not."""
+    """The rise of the reward in this stage; 0 if F1 rose too."""
     stage = h.stage()
     if len(stage.rows) < 2 * _WINDOW or not stage.rows[-1].get("rewards_answers", True):
         return math.nan
@@ -120,13 +121,13 @@ def _reward_without_f1(h: History) -> float:
 
 
 def _likelihood_lost(h: History) -> float:
-    """How far the likelihood of right answers has fallen in this stage while the reward has not."""
+    """The fall of right answers' likelihood in this stage; NaN if the reward fell too."""
     stage = h.stage()
     if len(stage.rows) < 2 * _WINDOW:
         return math.nan
     ends = range(_WINDOW, len(stage.rows))
     means = [History(stage.rows[:end]).recent("correct_logprob") for end in ends]
-    # Steps without a right answer have none.
+    # Windows with a step without right answers are NaN.
     best = max((mean for mean in means if not math.isnan(mean)), default=math.nan)
     rose = stage.recent("reward") >= stage.first("reward")
     return best - stage.recent("correct_logprob") if rose else math.nan
@@ -157,10 +158,10 @@ SIGNALS = (
     ),
     Signal(
         "entropy_explosion",
-        "entropy of the policy, in times of what it was",
+        "entropy of the policy, as a multiple of that of the first steps",
         lambda h: _grown("entropy")(h) if h.recent("entropy") > 1.0 else math.nan,
         2.0,
-        "the policy comes apart into noise: lower optimizer.learning_rate, raise "
+        "the policy turns into noise: lower optimizer.learning_rate, raise "
         "algorithm.kl_coefficient, check the reward",
     ),
     Signal(
@@ -168,24 +169,25 @@ SIGNALS = (
         "mean |log ratio| between the policy after a step's updates and the one that sampled",
         _drift,
         _FAR,
-        "each rollout is used for more than it is good for: lower optimizer.learning_rate or "
+        "the updates of a step leave the sampled policy too far behind: lower "
+        "optimizer.learning_rate or "
         "algorithm.updates_per_rollout",
     ),
     Signal(
         "drift_returns",
         "mean |log ratio| of one step's updates, after they had settled below "
-        f"{_SETTLED}: the first that is seen of a policy that comes apart",
+        f"{_SETTLED}: the first sign of a policy that diverges",
         _drift_returns,
         0.06,
-        "the policy moves far again though it had been learned: lower optimizer.learning_rate (let "
-        "it fall: optimizer.decay_to=0.1) or algorithm.updates_per_rollout",
+        "updates move the policy far again after it settled: lower optimizer.learning_rate (let it "
+        "fall: optimizer.decay_to=0.1) or algorithm.updates_per_rollout",
     ),
     Signal(
         "logprob_diff",
         "mean gap between sampling and training log-probabilities before any update",
         lambda h: h.recent("logprob_diff_mean"),
         0.05,
-        "the program that learns does not see what the one that sampled saw: set "
+        "the learner computes other probabilities than the sampler: set "
         "policy.compute_dtype=float32 (algorithm.tis_cap=2 corrects for a small gap)",
         fatal=1.0,
     ),
@@ -200,7 +202,7 @@ SIGNALS = (
     ),
     Signal(
         "no_searches",
-        "searches a question lost since their best",
+        "share of searches a question lost since their most",
         _fallen("searches_per_question", 0.2),
         0.9,
         "the policy stopped searching: run stage 1 first (or longer), and look at the documents in "
@@ -208,7 +210,7 @@ SIGNALS = (
     ),
     Signal(
         "search_limit",
-        "share of trajectories that end in one search too many",
+        "share of trajectories that end at the limit of searches",
         lambda h: h.recent("finish_search_limit"),
         0.3,
         "the policy searches without end: check that the reward does not pay for searching alone, "
@@ -216,7 +218,7 @@ SIGNALS = (
     ),
     Signal(
         "empty_documents",
-        "share of searches that bring nothing",
+        "share of searches without documents",
         _empty_share,
         0.1,
         "the policy learns from missing documents: check the retriever and its index",
@@ -226,7 +228,7 @@ SIGNALS = (
         "share of responses that occur twice in their group while most answers are wrong",
         _while_wrong(lambda h: h.recent("identical_responses")),
         0.9,
-        "groups of one and the same response teach nothing: raise rollout.temperature, lower "
+        "groups of identical responses teach nothing: raise rollout.temperature, lower "
         "optimizer.learning_rate",
     ),
     Signal(
@@ -234,22 +236,22 @@ SIGNALS = (
         "rise of the reward in this stage while answers became no better",
         _reward_without_f1,
         0.2,
-        "the policy may have found a way round the reward: read its best ones with "
+        "the policy may exploit the reward: read its best trajectories with "
         "`r1s traces RUN --min-reward 1`",
     ),
     Signal(
         "likelihood_displaced",
-        "nats a token that right answers have lost of their best likelihood while the reward does "
+        "nats a token by which right answers are below their best likelihood while the reward does "
         "not fall (arXiv 2512.04220)",
         _likelihood_lost,
         0.5,
-        "the early sign of a collapse: set algorithm.llds_coefficient=0.1, lower "
+        "an early sign of a collapse: set algorithm.llds_coefficient=0.1, lower "
         "optimizer.learning_rate or algorithm.updates_per_rollout, or take "
         "algorithm.estimator=reinforce_baseline",
     ),
     Signal(
         "thoughts_vanish",
-        "words of reasoning a turn lost since their most (arXiv 2602.19526)",
+        "share of reasoning words a turn lost since their most (arXiv 2602.19526)",
         _fallen("thought_words", 3.0),
         0.8,
         "the policy stops reasoning between its searches: take a reward that asks for the format "
@@ -268,28 +270,28 @@ SIGNALS = (
         "share of searches that a trajectory had made before",
         lambda h: h.recent("repeated_query_share"),
         0.3,
-        "the policy asks again what it was told: add -0.1*repeated_queries to the reward, and look "
+        "the policy repeats its queries: add -0.1*repeated_queries to the reward, and look "
         "at the documents in `r1s traces`",
     ),
     Signal(
         "truncated",
-        "share of trajectories cut off for want of tokens, searches or time",
+        "share of trajectories cut off by a limit of tokens, searches or staleness",
         lambda h: h.recent("truncated"),
         0.5,
-        "most of what is learned from has no end: raise rollout.max_length or "
+        "most trajectories of a batch are incomplete: raise rollout.max_length or "
         "rollout.max_turn_length, or set algorithm.mask_truncated=true",
     ),
     Signal(
         "no_signal",
-        "share of trajectories whose group has but one reward, while most answers are wrong",
+        "share of groups whose rewards are all equal, while most answers are wrong",
         _while_wrong(lambda h: h.recent("groups_without_signal")),
         0.95,
-        "nothing tells good from bad: take easier questions (r1s data select), more "
+        "groups of equal rewards teach nothing: take easier questions (r1s data select), more "
         "algorithm.samples_per_question, or algorithm.dynamic_sampling",
     ),
     Signal(
         "length_blow_up",
-        "length of what the policy writes, in times of what it was",
+        "length of responses, as a multiple of that of the first steps",
         _grown("response_length"),
         3.0,
         "longer is not better here: check finish_length in metrics.jsonl, lower "
@@ -321,18 +323,18 @@ def is_fatal(row: Row) -> bool:
 
 
 def is_lost(row: Row) -> bool:
-    """Whether the parameters after this step are worth nothing."""
+    """Whether the parameters after this step are not finite."""
     return any(fired["signal"] == "not_finite" for fired in row["health"])
 
 
 def announce(history: History) -> str:
-    """Prints the newest step's signals that the one before did not have; the fatal one's text."""
+    """Prints signals that are new in the newest step; returns the text of a fatal one, or ""."""
     row, fatal = history.rows[-1], ""
     before = history.rows[-2].get("health", []) if len(history.rows) > 1 else []
-    known = {(fired["signal"], fired["level"]) for fired in before}
+    shown = {(fired["signal"], fired["level"]) for fired in before}
     for fired in row["health"]:
         text = f"{fired['signal']} ({fired['value']:.3g}): {fired['advice']}"
-        if (fired["signal"], fired["level"]) not in known:
+        if (fired["signal"], fired["level"]) not in shown:
             console.print(f"[yellow]{fired['level']}:[/] step {row['step']}: {escape(text)}")
         if fired["level"] == "fatal":
             fatal = fatal or text

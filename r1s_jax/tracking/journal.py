@@ -1,4 +1,4 @@
-"""What a run's folder holds of its steps and results, checked as it is read again."""
+"""Reads the files of steps and results in a run's folder, and checks them."""
 
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
@@ -20,7 +20,7 @@ class Fired(TypedDict):
 
 
 class StepRow(TypedDict):
-    """What every row of metrics and of traces has, and some have."""
+    """The fields common to rows of metrics and traces; not all have `health`."""
 
     step: Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
     health: NotRequired[list[Fired]]
@@ -31,7 +31,7 @@ class _Planned(TypedDict, total=False):
 
 
 class PlannedConfig(TypedDict, total=False):
-    """Of a run's config, what a report computes with; the rest is shown as it stands."""
+    """The fields of a run's config that a report computes with; others are only shown."""
 
     cold_start: _Planned
     stage1: _Planned
@@ -42,7 +42,7 @@ _NUMBER: Any = float | bool
 
 
 class _LearningRow(StepRow):
-    """A row of `metrics.jsonl`: what is read by its name. All others of it are numbers too."""
+    """The fields of a row of `metrics.jsonl` that are read by name; others are numbers too."""
 
     stage: str
     reward: float
@@ -54,9 +54,9 @@ class _LearningRow(StepRow):
 
 
 def step_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows with a step each, in the order of the steps; [] where there is no file.
+    """The rows of a file, in the order of their steps; [] where there is no file.
 
-    Raises DataError for a row without a step, and for a number that no float holds.
+    Raises DataError for a row without a step, and for a number too large for a float.
     """
     rows = rows_so_far(path, StepRow)
     for row in rows:
@@ -67,7 +67,7 @@ def step_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def learning_rows(run: Path) -> list[dict[str, Any]]:
-    """The steps of reinforcement learning so far. Raises DataError for a row that is none."""
+    """The steps of reinforcement learning so far. Raises DataError for an invalid row."""
     path = run / "metrics.jsonl"
     rows = rows_so_far(path, _LearningRow)
     for row in rows:

@@ -1,4 +1,4 @@
-"""The numbers of one step, and the trajectories worth keeping."""
+"""The metrics of a step, and the rows of its traces."""
 
 import math
 import time
@@ -19,7 +19,7 @@ from r1s_jax.rollout.trajectory import Finish, Trajectory
 from r1s_jax.system.profiling import Compilations, host_memory_gib, model_flops_utilization
 from r1s_jax.tracking.behaviour import behaviour_metrics
 
-# How the parts of a reward are called in `metrics.jsonl`.
+# Names in `metrics.jsonl` of parts of a reward, where they differ.
 _PART_NAMES = {"format": "format_valid"}
 
 
@@ -65,7 +65,7 @@ def rollout_metrics(batch: Rewarded) -> dict[str, float]:
 
 
 def _ages(rolled: Rolled) -> dict[str, float]:
-    """Where trajectories are carried over: how many steps ago the tokens were drawn (shares)."""
+    """With partial rollouts: the shares of tokens by staleness in steps."""
     if rolled.ages is None:
         return {}
     ages = rolled.ages[rolled.trajectory.loss_mask]
@@ -78,9 +78,9 @@ def _ages(rolled: Rolled) -> dict[str, float]:
 
 
 def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
-    """Means over the updates of a step: what the learner and the loss measured, by their names.
+    """Means over the updates of a step of the metrics of learner and loss.
 
-    `ratio_drift` is that of the last update: how far the ones before it moved the policy.
+    `ratio_drift` is that of the last update: how far the updates before it moved the policy.
     """
     tokens = sum(u["tokens"] for u in learned.updates)
     names = [name for name in learned.updates[0] if name != "tokens"]
@@ -97,28 +97,28 @@ def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
 
 
 class StepClock:
-    """Where the time of a run's steps goes, and what else of the machine they take."""
+    """Measures the time that a run's steps take, their compilations and the host's memory."""
 
     def __init__(self) -> None:
-        self.seconds = {"collect": 0.0, "update": 0.0, "checkpoint": 0.0}  # the last of each
+        self.seconds = {"collect": 0.0, "update": 0.0, "checkpoint": 0.0}  # of the latest of each
         self._compilations = Compilations()
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        """Surrounds one phase of a step."""
+        """Measures one phase of a step."""
         begin = time.perf_counter()
         yield
         self.seconds[phase] = time.perf_counter() - begin
 
     def metrics(self, seconds_rollout: float, params: Any, learned_tokens: int) -> dict[str, float]:
-        """Of the step just done, in which `learned_tokens` went through the update."""
+        """Metrics of the latest step, whose update took `learned_tokens` tokens."""
         collect, update = self.seconds["collect"], self.seconds["update"]
         share = model_flops_utilization(params, learned_tokens, update)
         return {
             **({} if share is None else {"mfu_update": share}),
             "compilations": self._compilations.take(),
             "host_memory_gib": host_memory_gib(),
-            # Of beginning to write the last one: the rest goes on beside the next step.
+            # Until writing the latest one began: it continues during the next step.
             "seconds_checkpoint": self.seconds["checkpoint"],
             "seconds_rollout": seconds_rollout,
             "seconds_reward": collect - seconds_rollout,
@@ -127,7 +127,7 @@ class StepClock:
 
 
 def headline(row: dict[str, Any]) -> str:
-    """A step in a few words."""
+    """The main metrics of a step in one line."""
     return (
         f"reward {row['reward']:+.2f}  f1 {row['answer_f1']:.2f}  "
         f"searches {row['searches_per_question']:.2f}  {row['sampled_tokens_per_s']:.0f} tok/s"
@@ -141,11 +141,10 @@ def trace_rows(
     count: int,
     token_texts: Callable[[Trajectory[np.ndarray], int], list[str]],
 ) -> Iterator[TraceRow]:
-    """The trajectories of a step that go into `traces.jsonl`: spread over the batch.
+    """The rows of `traces.jsonl` of a step: `count` trajectories, spread over the batch.
 
-    Those without a reward, which no judge would judge, are left out.
-
-    `token_texts` gives the text of each token that the policy wrote (see Engine).
+    Trajectories without a reward (no verdict of the judge) are left out. `token_texts` returns the
+    text of each token that the policy wrote (see Engine).
     """
     rows = [i for i, reward in enumerate(rewards) if not math.isnan(reward.value)]
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
@@ -184,7 +183,7 @@ def _finish_shares(finish: np.ndarray) -> dict[str, float]:
 
 
 def _identical(rolled: Rolled) -> float:
-    """Share of responses that another sample of the same question repeats to the letter."""
+    """Share of responses that another sample of the same question repeats exactly."""
     texts = [
         (int(group), solution.written)
         for group, solution in zip(rolled.trajectory.groups, rolled.solutions, strict=True)

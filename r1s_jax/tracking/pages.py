@@ -11,8 +11,8 @@ from markupsafe import Markup
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.system.files import write_text
 
-# Control characters, of which HTML drops some, as the pictures that Unicode has of them; and by
-# name those that would turn the order of the text around them.
+# Stand-ins for control characters, of which HTML drops some: Unicode's pictures of them, and the
+# code points of those that change the direction of the text around them.
 _PICTURES: dict[int, int | str] = {
     **{i: 0x2400 + i for i in range(32) if chr(i) not in "\t\n"},
     0x7F: 0x2421,
@@ -22,10 +22,10 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
-    """Writes `templates/TEMPLATE` filled with `values`; the file is there whole or not at all.
+    """Writes `templates/TEMPLATE`, filled with `values`, as one atomic operation.
 
-    Everything is escaped; what no HTML can hold is shown by a stand-in. Raises ValueError for a
-    path that is not named as a page, which is mostly a file given by mistake.
+    Values are escaped; characters that HTML cannot hold are shown by a stand-in. Raises ConfigError
+    for a path that is not named .html, which is probably a mistake.
     """
     if path.suffix not in (".html", ".htm") or path.is_dir():
         raise ConfigError(f"{path}: a page must be a file named .html")
@@ -43,7 +43,7 @@ def write_page(path: Path, template: str, **values: Any) -> None:
 
 
 def breakable(name: str) -> Markup:
-    """A long name that may go on in a new line after each of its parts."""
+    """A long name in which a line may break after each part."""
     parts = re.split(r"(?<=[._-])", name)
     return Markup("<wbr>").join(_printable(part) for part in parts)
 
@@ -55,5 +55,5 @@ def _printable(value: Any) -> Any:
 
 
 def _source(name: str) -> Markup:
-    """A style sheet or script of ours, as it is."""
+    """A style sheet or script of this package, not escaped."""
     return Markup((files("r1s_jax.tracking") / "templates" / name).read_text("utf-8"))

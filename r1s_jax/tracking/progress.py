@@ -1,4 +1,4 @@
-"""Where a run stands: what a checkpoint keeps beside the state of the learner."""
+"""The progress of a run, which a checkpoint keeps beside the state of the learner."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -12,11 +12,11 @@ from r1s_jax.learning.cold_start import Standing
 
 @dataclass
 class Progress(Standing):
-    """The standing of a run; `step` counts the steps of the phase that it is in."""
+    """The progress of a run; `step` counts the steps of `phase`."""
 
     phase: Literal["cold_start", "learning"] = "cold_start"
     before: dict[str, float] | None = None  # the evaluation before reinforcement learning
-    environment: dict[str, Any] = field(default_factory=dict)  # its cursor
+    environment: dict[str, Any] = field(default_factory=dict)  # the environment's cursor
     carried: str | None = None  # the trajectories in flight (see learning/partial_rollouts.py)
     seconds: float = 0.0
     stage1_end: int | None = None  # the step at which stage 1 reached its goal
@@ -25,15 +25,15 @@ class Progress(Standing):
 
     @staticmethod
     def of(saved: Mapping[str, Any]) -> "Progress":
-        """What a checkpoint kept. BadInput for wrong types."""
-        return check(saved, Progress, "where a checkpoint stands")
+        """The progress that a checkpoint holds. Raises BadInput for wrong types."""
+        return check(saved, Progress, "the progress in a checkpoint")
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)
 
     def rows(self, config: Config) -> dict[str, int]:
-        """How many rows of each file of metrics belong to what was saved."""
+        """The number of rows of each file of metrics that the saved steps wrote."""
         if self.phase == "learning":
             return {"cold_start": config.cold_start.steps, "learning": self.step}
         return {"cold_start": self.step, "learning": 0}
@@ -46,7 +46,7 @@ class Progress(Standing):
         return ("stage1", config.stage1) if first else ("stage2", config.stage2)
 
     def total_steps(self, config: Config) -> int:
-        """Steps of both stages, those of stage 1 being fewer if it reached its goal."""
+        """Steps of both stages; stage 1 has fewer if it reached its goal."""
         return self._stage1_steps(config) + config.stage2.steps
 
     def learning_rate_scale(self, config: Config) -> float:
@@ -55,23 +55,23 @@ class Progress(Standing):
         return 1.0 - (1.0 - config.optimizer.decay_to) * share
 
     def note_step(self, config: Config, row: Mapping[str, Any]) -> None:
-        """Moves on past the step of a row of metrics, and maybe past stage 1."""
+        """Notes a finished step by its row of metrics, and the end of stage 1 at its goal."""
         stage = config.stage1 if row["stage"] == "stage1" else config.stage2
         self.step = row["step"]
         if stage is (config.stage2 if config.stage2.steps else config.stage1):
             f1 = row["answer_f1"]
             self.score = f1 if self.score is None else 0.9 * self.score + 0.1 * f1
-        wanted = stage.until_format_valid
-        if row["stage"] == "stage1" and wanted and row["format_valid"] >= wanted:
+        goal = stage.until_format_valid
+        if row["stage"] == "stage1" and goal and row["format_valid"] >= goal:
             self.stage1_end = row["step"]
 
     def _stage1_steps(self, config: Config) -> int:
         return config.stage1.steps if self.stage1_end is None else self.stage1_end
 
-    # The penalty on leaving the reference.
+    # The KL penalty.
 
     def kl(self, config: Config) -> float:
-        """Its coefficient at the next step."""
+        """The coefficient of the KL at the next step."""
         adapted = self.kl_coefficient
         return config.algorithm.kl_coefficient if adapted is None else adapted
 

@@ -19,7 +19,7 @@ from r1s_jax.tracking.trace_view import LABELS
 
 _TRACES = 60  # on a page, shared by its runs: enough to read, few enough to send around
 
-# The curves that matter, by what they tell; any other column of numbers comes under _OTHER.
+# The main curves by heading; every other column of numbers comes under _OTHER.
 _GROUPS = {
     "Outcome": {
         "reward": "Reward",
@@ -55,7 +55,7 @@ _OTHER, _COLD_START = "Other columns", "Cold start"
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run's directory tells; only `config.json` must be there."""
+    """The content of a run's directory; only `config.json` is required."""
 
     letter: str
     name: str
@@ -74,7 +74,7 @@ class RunData:
 
     @property
     def state(self) -> str:
-        """How far it came."""
+        """How far the run came, in words."""
         if self.rows:
             steps = f"step {self.rows[-1]['step']} of {self.planned}"
         elif self.cold_start:
@@ -98,7 +98,7 @@ class Alarm:
 
     @property
     def stretches(self) -> list[tuple[int, int]]:
-        """First and last step of each time that it fired at every step."""
+        """First and last step of each stretch of steps at which it fired."""
         return _stretches(self.steps)
 
 
@@ -170,7 +170,7 @@ def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
 
 
 def _letter(index: int) -> str:
-    """A run's sign where its name is too long: A, B, ..., then numbers."""
+    """A run's short label: A, B, ..., Z, then numbers."""
     return string.ascii_uppercase[index] if index < 26 else str(index + 1)
 
 
@@ -196,7 +196,7 @@ def _text(value: Any) -> str:
 
 
 def _facts(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
-    """The results of each run: (what, value of every run). A run without a summary has few."""
+    """(name, value of every run) of the results; a run without a summary has few."""
 
     def row(name: str, *keys: str) -> tuple[str, list[str]]:
         values = [[_number(run.summary.get(key)) for key in keys] for run in runs]
@@ -220,8 +220,8 @@ def _facts(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
         row("Sampled tokens/s", "sampled_tokens_per_s"),
         ("Time", [_duration(run.summary.get("seconds")) for run in runs]),
     ]
-    known = [r for r in rows if set(r[1]) != {"–"}]
-    return [("State", [run.state for run in runs]), *known]
+    filled = [r for r in rows if set(r[1]) != {"–"}]
+    return [("State", [run.state for run in runs]), *filled]
 
 
 def _alarms(run: int, rows: Sequence[dict[str, Any]]) -> Iterator[Alarm]:
@@ -238,19 +238,19 @@ def _alarms(run: int, rows: Sequence[dict[str, Any]]) -> Iterator[Alarm]:
 
 
 def _onsets(alarms: Sequence[Alarm]) -> list[tuple[int, int, str, str]]:
-    """(run, step, level, signals) wherever a signal began to fire; the worst level counts."""
-    begun: dict[tuple[int, int], list[Alarm]] = {}
+    """(run, step, level, signals) of each step at which signals began; the worst level counts."""
+    onsets: dict[tuple[int, int], list[Alarm]] = {}
     for alarm in alarms:
         for first, _ in alarm.stretches:
-            begun.setdefault((alarm.run, first), []).append(alarm)
+            onsets.setdefault((alarm.run, first), []).append(alarm)
     return [
         (
             run,
             step,
-            "fatal" if any(a.level == "fatal" for a in these) else "warning",
-            ", ".join(f"{a.signal} ({a.level})" for a in these),
+            "fatal" if any(a.level == "fatal" for a in group) else "warning",
+            ", ".join(f"{a.signal} ({a.level})" for a in group),
         )
-        for (run, step), these in begun.items()
+        for (run, step), group in onsets.items()
     ]
 
 
@@ -261,7 +261,7 @@ def _stretches(steps: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _panel_groups(runs: Sequence[RunData]) -> dict[str, list[charts.Panel]]:
-    """The panels by the heading under which they stand; no heading stands over nothing."""
+    """The panels by heading; headings without panels are left out."""
     rows, cold = [run.rows for run in runs], [run.cold_start for run in runs]
     groups = {}
     if any(rows):
@@ -270,20 +270,20 @@ def _panel_groups(runs: Sequence[RunData]) -> dict[str, list[charts.Panel]]:
         columns = {**_GROUPS, _OTHER: {key: _title(key) for key in rest}}
         x = charts.x_scale(rows)
         for heading, titles in columns.items():
-            made = [charts.panel(key, title, rows, x) for key, title in titles.items()]
-            groups[heading] = [panel for panel in made if panel]
+            panels = [charts.panel(key, title, rows, x) for key, title in titles.items()]
+            groups[heading] = [panel for panel in panels if panel]
     if any(cold):
         x = charts.x_scale(cold)
-        made = [charts.panel(key, _title(key), cold, x) for key in charts.numeric_columns(cold)]
-        groups[_COLD_START] = [panel for panel in made if panel]
+        panels = [charts.panel(key, _title(key), cold, x) for key in charts.numeric_columns(cold)]
+        groups[_COLD_START] = [panel for panel in panels if panel]
     return {heading: panels for heading, panels in groups.items() if panels}
 
 
 def _absent(runs: Sequence[RunData]) -> list[str]:
-    """Titles of the curves that matter and that no run has."""
-    known = set(charts.numeric_columns([run.rows for run in runs]))
-    titles = {key: title for columns in _GROUPS.values() for key, title in columns.items()}
-    return [title for key, title in titles.items() if key not in known]
+    """Titles of the main curves that no run has."""
+    columns = set(charts.numeric_columns([run.rows for run in runs]))
+    titles = {key: title for group in _GROUPS.values() for key, title in group.items()}
+    return [title for key, title in titles.items() if key not in columns]
 
 
 def _stage_marks(runs: Sequence[RunData]) -> list[tuple[float, str, int | None]]:
@@ -295,11 +295,11 @@ def _stage_marks(runs: Sequence[RunData]) -> list[tuple[float, str, int | None]]
             if stage != before.get("stage", ""):
                 at = (before["step"] + after["step"]) / 2
                 marks.setdefault((at, stage), []).append(i)
-    begun = sum(bool(run.rows) for run in runs)
+    learning = sum(bool(run.rows) for run in runs)
     return [
-        (at, stage, None if len(who) == begun else i)
-        for (at, stage), who in sorted(marks.items())
-        for i in who[: 1 if len(who) == begun else None]
+        (at, stage, None if len(changed) == learning else i)
+        for (at, stage), changed in sorted(marks.items())
+        for i in changed[: 1 if len(changed) == learning else None]
     ]
 
 
@@ -308,7 +308,7 @@ def _title(key: str) -> str:
 
 
 def _number(value: Any) -> str:
-    if not (fits(value, float) or isinstance(value, float)):  # nan and inf say what happened
+    if not (fits(value, float) or isinstance(value, float)):  # NaN and infinity are shown
         return "–"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 

@@ -1,4 +1,4 @@
-"""The directory of a run: what it is a run of, and how it is told to stop."""
+"""The directory of a run, and the signals that stop the run."""
 
 import dataclasses
 import importlib.metadata
@@ -26,9 +26,9 @@ from r1s_jax.models.checkpoint_owner import RUN_FORMAT, read_versions
 from r1s_jax.system.distributed import gather
 from r1s_jax.system.files import write_json, write_rows
 
-# What a run's first steps leave; before them nothing would be lost.
+# Files that a run's first steps write; without them a new run may replace it.
 _BEGUN = ("cold_start.jsonl", "metrics.jsonl", "checkpoints/[0-9]*")
-# What is in the directory of a run that was killed while it wrote the two files of its start.
+# Files in the directory of a run that was killed while it wrote its first two files.
 _STARTING = {"versions.json", "versions.json.partial", "config.json.partial"}
 _PACKAGES = ("r1s-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
 
@@ -36,21 +36,21 @@ _PACKAGES = ("r1s-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "s
 def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     """Makes the directory and writes `config.json` and `versions.json`, or checks them on resume.
 
-    Where a run ended before its first step, nothing would be lost: another may begin. Raises
+    A run that ended before its first step may be replaced, as nothing is lost. Raises
     ConfigError for a directory that is in use when not resuming, or one that holds a run of another
     config (naming the fields that differ).
     """
     described = as_written(config)
     # A model's directory has a config.json too.
-    known, versions = path / "config.json", path / "versions.json"
-    ours = known.exists() and versions.exists()
+    written, versions = path / "config.json", path / "versions.json"
+    ours = written.exists() and versions.exists()
     if ours and any(any(path.glob(name)) for name in _BEGUN):
         if not resume:
             raise ConfigError(f"{path} already holds a run: add --resume, or choose another")
         base = Path(read_versions(path).folder)
         differ = [
             f"{place} was {old!r}, now {new!r}"
-            for place, old, new in differences(read_object(known, ConfigError), described)
+            for place, old, new in differences(read_object(written, ConfigError), described)
             if not _same_place(old, new, base)
         ]
         if differ:
@@ -59,18 +59,18 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     if not ours and path.exists() and not (path.is_dir() and _names(path) <= _STARTING):
         raise ConfigError(f"{path} is not empty and holds no run: choose another directory")
     path.mkdir(parents=True, exist_ok=True)
-    # What a run that never took a step found of its model and its data binds no other.
+    # A run without steps does not bind the next one to its model and data.
     shutil.rmtree(path / "policy", ignore_errors=True)
     (path / "data.json").unlink(missing_ok=True)
-    # That of a run which ended before its first step goes on: a place for checkpoints may have it.
+    # Keeps the id of a run that ended before its first step: its place for checkpoints may have it.
     identity = read_versions(path).id if versions.exists() else uuid.uuid4().hex
     write_json(versions, {"format": RUN_FORMAT, "id": identity, **_versions()})
-    write_json(known, described)
+    write_json(written, described)
     return path
 
 
 def write_held_out(path: Path, questions: Sequence[Question]) -> None:
-    """The questions of the evaluation, so that `r1s eval run` can ask them of any model."""
+    """Writes the questions of the evaluation, for `r1s eval run` with any model."""
     write_rows(
         path / "held_out.jsonl",
         ({"id": q.id, "question": q.question, "answer": q.answers} for q in questions),
@@ -82,7 +82,7 @@ def _names(path: Path) -> set[str]:
 
 
 def as_written(config: Config) -> dict[str, Any]:
-    """A config as a run's folder, its report and other services see it: without credentials."""
+    """A config without credentials, for a run's folder, its report and other services."""
 
     def hidden(value: Any) -> Any:
         if isinstance(value, dict):
@@ -96,10 +96,10 @@ def as_written(config: Config) -> dict[str, Any]:
 
 
 def check_data(path: Path, config: Config, accept_changed: bool) -> None:
-    """Writes `data.json`, or compares it with what the run's files of data are now.
+    """Writes the digests of the run's data files to `data.json`, and compares older ones with them.
 
-    Raises ConfigError, naming what changed, unless that is accepted: a stream of questions that is
-    restored over others would go on somewhere else, and other questions would be held out.
+    Raises ConfigError, naming the files that changed, unless `accept_changed`: with other questions
+    a restored stream would continue elsewhere, and other questions would be held out.
     """
     if not isinstance(config.environment, CorpusConfig):
         return
@@ -117,10 +117,11 @@ def check_data(path: Path, config: Config, accept_changed: bool) -> None:
     write_json(file, {place: digest for place, (_, digest) in data.items()})
 
 
-# Ctrl-C and `kill`; then what schedulers send before they kill (Slurm's --signal, Grid Engine's
-# -notify) and what a terminal sends that goes away: what ignores those (nohup) goes on doing so.
-_ASKED = (signal.SIGINT, signal.SIGTERM)
-_WARNED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+# Ctrl-C and `kill`; then the signals that schedulers send before they kill (Slurm's --signal, Grid
+# Engine's -notify) and a terminal when it closes. If the process ignores one of the latter (nohup),
+# it continues to.
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_WARNING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopRequest:
@@ -130,18 +131,18 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.requested = ""  # what all processes know of; a signal alone does not change it
-        self._asked = ""
+        self.requested = ""  # the signal that all processes agreed on; only `agree` sets it
+        self._received = ""
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def agree(self) -> str:
-        """What any process was asked, so that all of them stop after the same step."""
-        self.requested = next(filter(None, gather(self.requested or self._asked)), "")
+        """The signal that any process received, so that all of them stop after the same step."""
+        self.requested = next(filter(None, gather(self.requested or self._received)), "")
         return self.requested
 
     def __enter__(self) -> "StopRequest":
-        heard = [s for s in _WARNED if signal.getsignal(s) is not signal.SIG_IGN]
-        self._previous = {s: signal.signal(s, self._note) for s in (*_ASKED, *heard)}
+        warnings = [s for s in _WARNING if signal.getsignal(s) is not signal.SIG_IGN]
+        self._previous = {s: signal.signal(s, self._note) for s in (*_STOPPING, *warnings)}
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -149,11 +150,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._asked = signal.Signals(number).name
+        self._received = signal.Signals(number).name
         for stream in (s for s in self._terminals if not os.isatty(s)):
-            # It has gone: writing to it would end the run before its save.
+            # The terminal has closed: writing to it would end the run before its checkpoint.
             with open(os.devnull, "w", encoding="utf-8") as nowhere:
                 os.dup2(nowhere.fileno(), stream)
 
@@ -176,7 +177,7 @@ def _installed(name: str) -> bool:
 
 
 def _same_place(old: Any, new: Any, base: Path) -> bool:
-    """Whether both name one file or folder, one of them by a path from the folder `base`."""
+    """Whether both name one file or folder, if `old` is relative to the folder `base`."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = zip(old, new, strict=True)
         return all(a == b or _same_place(a, b, base) for a, b in pairs)

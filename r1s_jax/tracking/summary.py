@@ -57,7 +57,7 @@ def note_evaluation(run_dir: Path, when: str, evaluation: Evaluation) -> dict[st
 def summarize(
     run_dir: Path, progress: Progress, after: Evaluation | None, best: epath.Path | None
 ) -> dict[str, Any]:
-    """Writes `summary.json` and `learning_curve.png`, shows both to people, returns the summary."""
+    """Writes `summary.json` and `learning_curve.png`, prints both, and returns the summary."""
     rows = learning_rows(run_dir)
     tokens = sum(row["sampled_tokens"] for row in rows)
     summary: dict[str, Any] = {
@@ -95,8 +95,8 @@ def _running_mean(values: list[float], window: int) -> list[float]:
 def plot_learning_curve(rows: list[dict[str, Any]], path: Path) -> None:
     """Reward, answer F1 and searches by step, with a mark where stage 2 begins.
 
-    From 20 steps on a line follows their running mean over a tenth of the steps: a rollout's
-    questions differ from those of the next.
+    From 20 steps on, a line shows the running mean over a tenth of the steps, because values vary
+    with the questions of a rollout.
     """
     steps = [row["step"] for row in rows]
     from matplotlib.figure import Figure  # slow to import, and needed once
@@ -141,12 +141,12 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
 
 
 def _evaluated(run_dir: Path, when: str) -> list[dict[str, Any]]:
-    """The rows of an evaluation, by question; none where its file is gone."""
+    """The rows of an evaluation, one a question; [] where there is no file."""
     return rows_so_far(run_dir / f"evaluation_{when}.jsonl", _Evaluated)
 
 
 def _gain(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str, float]:
-    """What F1 gained, with a 95 % interval by bootstrap over the questions, each with itself."""
+    """The gain in F1, with a 95 % interval by paired bootstrap over the questions."""
     if [row["id"] for row in before] != [row["id"] for row in after]:
         return {}
     gains = np.array([b["f1"] - a["f1"] for a, b in zip(before, after, strict=True)])
@@ -157,13 +157,13 @@ def _gain(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> dict[str
 def _show_trajectories(
     before: list[dict[str, Any]], after: list[dict[str, Any]], dialect: Dialect
 ) -> None:
-    """The two questions that gained most, before and after; where none did, the longest one."""
-    known = {row["id"]: row for row in before}
-    gained = [row for row in after if row["id"] in known and row["f1"] > known[row["id"]]["f1"]]
-    gained.sort(key=lambda row: known[row["id"]]["f1"] - row["f1"])
+    """Prints the two questions that gained most; if none did, the one with most searches."""
+    old = {row["id"]: row for row in before}
+    gained = [row for row in after if row["id"] in old and row["f1"] > old[row["id"]]["f1"]]
+    gained.sort(key=lambda row: old[row["id"]]["f1"] - row["f1"])
     chosen = gained[:2] or [max(after, key=lambda row: row["searches"])]
     for row in chosen:
-        for when, shown in (("before RL", known.get(row["id"])), ("after RL", row)):
+        for when, shown in (("before RL", old.get(row["id"])), ("after RL", row)):
             if shown:
                 console.rule(f"One trajectory, {when}")
                 spans = [(text, by_policy) for text, by_policy in shown["spans"]]

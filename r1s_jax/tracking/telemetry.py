@@ -1,4 +1,4 @@
-"""What a run tells: metrics and traces in files, TensorBoard, W&B."""
+"""Writes the metrics and traces of a run to files, TensorBoard and W&B."""
 
 import json
 from collections.abc import Mapping
@@ -16,28 +16,28 @@ from r1s_jax.tracking.board import Board
 from r1s_jax.tracking.journal import StepRow, learning_rows
 from r1s_jax.tracking.run_dir import as_written
 
-_PREFIXES = ("cold_start", "rl")  # of the numbers' names
+_PREFIXES = ("cold_start", "rl")  # of the scalars' names
 
 
 class Telemetry:
     """Appends to `metrics.jsonl`, `cold_start.jsonl` and `traces.jsonl` of a run directory.
 
-    One JSON object a line, flushed at once. `rewind` drops what a resumed run will write again.
-    Only the main process writes; for the others every call does nothing.
+    One JSON object a line, flushed at once. `rewind` drops rows that a resumed run writes again.
+    Only the main process writes; in others every call does nothing.
     """
 
     def __init__(self, run_dir: Path, config: Config | None = None):
         self.run_dir, self._writes = run_dir, is_main()
         console.quiet = not self._writes
         self._boards: dict[str, Board] = {}
-        self._first: dict[str, int] = dict.fromkeys(_PREFIXES, 1)  # the first step to come of each
+        self._first: dict[str, int] = dict.fromkeys(_PREFIXES, 1)  # the next step of each
         self._cold_steps = config.cold_start.steps if config else 0
         self._wandb = None
         if config and config.run.wandb_project and self._writes:
             self._wandb = _start_wandb(run_dir, config)
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """One row of `metrics.jsonl`, its numbers as scalars by step elsewhere."""
+        """Writes a row of `metrics.jsonl`, and its numbers as scalars."""
         self._append("metrics.jsonl", row)
         self._scalars("rl", row)
 
@@ -46,12 +46,12 @@ class Telemetry:
         return learning_rows(self.run_dir)
 
     def cold_start(self, row: Mapping[str, Any]) -> None:
-        """One row of `cold_start.jsonl`."""
+        """Writes a row of `cold_start.jsonl`, and its numbers as scalars."""
         self._append("cold_start.jsonl", row)
         self._scalars("cold_start", row)
 
     def trace(self, row: Mapping[str, Any]) -> None:
-        """One trajectory in `traces.jsonl`."""
+        """Writes a trajectory to `traces.jsonl`."""
         self._append("traces.jsonl", row)
 
     def rewind(self, *, cold_start: int, learning: int) -> None:
@@ -82,19 +82,19 @@ class Telemetry:
             self._boards[prefix] = Board(folder, self._first[prefix])
         self._boards[prefix].scalars(numbers, row["step"])
         if self._wandb:
-            # One axis for both: of cold starts that end early some steps are left out.
+            # One axis for both phases; a cold start that ends early leaves a gap.
             before = 0 if prefix == "cold_start" else self._cold_steps
             self._wandb.log(numbers, step=before + row["step"])
 
     def _drop_after(self, name: str, step: int) -> None:
         path = self.run_dir / name
         if self._writes and path.exists():
-            kept = [row for row in rows_so_far(path, StepRow) if row["step"] <= step]
-            write_rows(path, kept)
+            rows = [row for row in rows_so_far(path, StepRow) if row["step"] <= step]
+            write_rows(path, rows)
 
 
 def _start_wandb(run_dir: Path, config: Config) -> Any:
-    """The run there, which a resumed run goes on with: it leaves out steps that it has."""
+    """The W&B run, which a resumed run continues; W&B ignores steps that it already has."""
     try:
         import wandb
     except ImportError:

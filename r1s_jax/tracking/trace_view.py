@@ -17,7 +17,7 @@ STYLES = {
     "documents": "dim green",
     "answer": "bold magenta",
 }
-# What a page calls each of them beside its colour.
+# Labels on a page, beside the colours.
 LABELS = {
     "policy": "wrote",
     "query": "searched",
@@ -36,7 +36,7 @@ def as_text(trace: Trace) -> Text:
 
 
 def show(traces: Sequence[Trace], found: int, html: Path | None = None) -> None:
-    """Prints traces, through a pager where there is a reader; or writes them as a page."""
+    """Prints traces, with a pager on a terminal; or writes them as a page."""
     if html:
         write_page(html, "traces.html", traces=traces, found=found, labels=LABELS)
         return

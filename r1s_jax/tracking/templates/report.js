@@ -29,7 +29,7 @@
   const nearest = (steps, to) =>
     steps.reduce((best, step) => (Math.abs(step - to) < Math.abs(best - to) ? step : best), steps[0]);
 
-  // A long curve has not every step: its nearest within its own ends stands for the one pointed at.
+  // A thinned curve lacks some steps: its nearest step is taken, within the ends of the curve.
   const indexAt = (curve, step) =>
     step < curve.x[0] || step > curve.x[curve.x.length - 1] ? -1 : curve.x.indexOf(nearest(curve.x, step));
 
@@ -75,7 +75,7 @@
     panel.readout.replaceChildren(...entries);
   }
 
-  // One pointer for all panels of an axis: what happened elsewhere at this step?
+  // All panels of an axis show the same step, to compare them.
   const readAll = (axis, step) => panels.filter((p) => p.axis === axis).forEach((p) => read(p, step));
 
   for (const panel of panels) {
@@ -99,7 +99,7 @@
     });
   }
 
-  // Exponential mean, each value with its due weight from the first on; a gap stays a gap.
+  // Exponential mean with bias correction; a gap stays a gap.
   function smoothedPath(panel, curve, weight) {
     let sum = 0, due = 0, pen = "M";
     return curve.y.map((value, i) => {
@@ -149,14 +149,14 @@
     (from === "" || Number(value) >= Number(from)) && (to === "" || Number(value) <= Number(to));
 
   function filter() {
-    const wanted = Object.fromEntries(new FormData(filters));
+    const chosen = Object.fromEntries(new FormData(filters));
     for (const trace of traces) {
       const { run, step, reward, searches } = trace.dataset;
       trace.hidden = !(
-        (wanted.run === "" || wanted.run === run) &&
-        (wanted.searches === "" || wanted.searches === searches) &&
-        within(step, wanted.step_from, wanted.step_to) &&
-        within(reward, wanted.reward_from, wanted.reward_to)
+        (chosen.run === "" || chosen.run === run) &&
+        (chosen.searches === "" || chosen.searches === searches) &&
+        within(step, chosen.step_from, chosen.step_to) &&
+        within(reward, chosen.reward_from, chosen.reward_to)
       );
     }
     filters.elements.count.value = `${traces.filter((trace) => !trace.hidden).length} shown`;
@@ -164,5 +164,5 @@
 
   filters?.addEventListener("input", filter);
   filters?.addEventListener("submit", (event) => event.preventDefault());
-  if (filters) filter(); // a browser may have kept what was chosen before a reload
+  if (filters) filter(); // a browser may restore the choices after a reload
 })();
