@@ -338,8 +338,8 @@ class OptimizerConfig(Checked, section="optimizer"):
     grad_clip: Annotated[float, Meta(ge=0, le=1e9)] = 1.0
     """Gradients are scaled down to this global norm; 0 means no bound."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """The first moment is kept in this type; the second, whose small values matter, in that of the
-    parameters."""
+    """The first moment is kept in this type; the second, whose small values matter, in the
+    type of the parameters."""
     pack_length: Count = 0
     """Trajectories are packed into rows of this many tokens; 0 takes rollout.max_length."""
     micro_batch_rows: Count = 1

@@ -142,7 +142,7 @@ class Connections:
     """
 
     def __init__(self, plain: type = _Plain, secure: type = _Secure, **options: Any):
-        """`plain` and `secure` are the classes of connections; `options` those of PoolManager."""
+        """`plain` and `secure` are classes of connections; `options` go to PoolManager."""
         self._pools: dict[str, Any] = {
             scheme: type(pool.__name__, (pool,), {"ConnectionCls": connection})
             for scheme, pool, connection in (

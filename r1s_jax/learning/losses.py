@@ -190,8 +190,8 @@ def _metrics(logprobs: Array, log_ratio: Array, outside: Array, batch: PackedBat
 def likelihood_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[Array, Metrics]:
     """Negative log-likelihood, weighted by token (the supervised cold start).
 
-    Metrics: `full` counts the tokens of full weight, `likely` those of them with a probability
-    above 0.5. The accuracy is `likely` / `full`.
+    Metrics: `full` counts the tokens of full weight; `likely` counts the tokens of full weight with
+    a probability above 0.5. The accuracy is `likely` / `full`.
     """
     full = (batch.weights > 0.99 * batch.weights.max()).astype(jnp.float32)
     metrics = {

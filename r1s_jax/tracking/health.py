@@ -158,7 +158,7 @@ SIGNALS = (
     ),
     Signal(
         "entropy_explosion",
-        "entropy of the policy, as a multiple of that of the first steps",
+        "entropy of the policy, relative to the first steps",
         lambda h: _grown("entropy")(h) if h.recent("entropy") > 1.0 else math.nan,
         2.0,
         "the policy turns into noise: lower optimizer.learning_rate, raise "
@@ -291,7 +291,7 @@ SIGNALS = (
     ),
     Signal(
         "length_blow_up",
-        "length of responses, as a multiple of that of the first steps",
+        "length of responses, relative to the first steps",
         _grown("response_length"),
         3.0,
         "longer is not better here: check finish_length in metrics.jsonl, lower "

@@ -80,7 +80,7 @@ def _ages(rolled: Rolled) -> dict[str, float]:
 def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
     """Means over the updates of a step of the metrics of learner and loss.
 
-    `ratio_drift` is that of the last update: how far the updates before it moved the policy.
+    `ratio_drift` is from the last update: how far the updates before it moved the policy.
     """
     tokens = sum(u["tokens"] for u in learned.updates)
     names = [name for name in learned.updates[0] if name != "tokens"]

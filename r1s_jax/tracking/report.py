@@ -155,7 +155,7 @@ def _read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
 
 def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
     sampled = path / "traces.jsonl"
-    shown, found = sample_traces(sampled, traces) if sampled.exists() else ([], 0)
+    shown, total = sample_traces(sampled, traces) if sampled.exists() else ([], 0)
     return RunData(
         letter,
         name,
@@ -165,7 +165,7 @@ def _read_run(path: Path, name: str, letter: str, traces: int) -> RunData:
         step_rows(path / "metrics.jsonl"),
         step_rows(path / "cold_start.jsonl"),
         shown,
-        found,
+        total,
     )
 
 

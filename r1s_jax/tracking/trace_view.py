@@ -35,17 +35,17 @@ def as_text(trace: Trace) -> Text:
     return out
 
 
-def show(traces: Sequence[Trace], found: int, html: Path | None = None) -> None:
+def show(traces: Sequence[Trace], matching: int, html: Path | None = None) -> None:
     """Prints traces, with a pager on a terminal; or writes them as a page."""
     if html:
-        write_page(html, "traces.html", traces=traces, found=found, labels=LABELS)
+        write_page(html, "traces.html", traces=traces, matching=matching, labels=LABELS)
         return
     console = Console()
     if not console.is_terminal:
-        _print(console, traces, found)
+        _print(console, traces, matching)
         return
     with console.pager(styles=True):
-        _print(console, traces, found)
+        _print(console, traces, matching)
 
 
 def legend() -> Text:
@@ -53,9 +53,9 @@ def legend() -> Text:
     return Text.assemble(*((f" {name} ", style) for name, style in STYLES.items()))
 
 
-def _print(console: Console, traces: Sequence[Trace], found: int) -> None:
+def _print(console: Console, traces: Sequence[Trace], matching: int) -> None:
     console.print(legend())
     for trace in traces:
         console.print(Rule(Text(printable(trace.title()))))
         console.print(as_text(trace))
-    console.print(Rule(Text(f"{len(traces)} of {found} that fit")))
+    console.print(Rule(Text(f"{len(traces)} of {matching} that fit")))
