@@ -169,8 +169,7 @@ SIGNALS = (
         "mean |log ratio| between the policy after a step's updates and the one that sampled",
         _drift,
         _FAR,
-        "the updates of a step leave the sampled policy too far behind: lower "
-        "optimizer.learning_rate or "
+        "the updates of a step move the policy too far: lower optimizer.learning_rate or "
         "algorithm.updates_per_rollout",
     ),
     Signal(
@@ -187,7 +186,7 @@ SIGNALS = (
         "mean gap between sampling and training log-probabilities before any update",
         lambda h: h.recent("logprob_diff_mean"),
         0.05,
-        "the learner computes other probabilities than the sampler: set "
+        "learner and sampler compute different probabilities: set "
         "policy.compute_dtype=float32 (algorithm.tis_cap=2 corrects for a small gap)",
         fatal=1.0,
     ),

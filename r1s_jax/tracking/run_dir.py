@@ -131,7 +131,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.requested = ""  # the signal that all processes agreed on; only `agree` sets it
+        self.requested = ""  # why all processes stop; a signal alone does not set it
         self._received = ""
         self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
