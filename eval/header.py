@@ -77,9 +77,8 @@ def load_described(
             f"{out} was begun with checkpoint {checkpoint} of {reference}: {error}. Choose another "
             "file with --out"
         ) from error
-    described["model"] = {"sha256": policy_digest(policy)}
-    if policy.checkpoint is not None:
-        described["model"]["checkpoint"] = policy.checkpoint
+    number = {} if policy.checkpoint is None else {"checkpoint": policy.checkpoint}
+    described["model"] = {"sha256": policy_digest(policy)} | number
     if before:
         refuse_other(out, before, described, "model")
     return policy
