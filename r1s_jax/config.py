@@ -385,8 +385,8 @@ class StageConfig(Checked):
     questions_per_step: Size = 64
     """A step learns from this many questions."""
     until_format_valid: Share = 0.0
-    """The stage also ends after a step in which this share of answers kept the format; 0 means
-    never."""
+    """Stage 1 also ends after a step in which this share of trajectories kept the format; 0 means
+    never. Of stage1 only."""
 
 
 @dataclass(frozen=True)
@@ -552,6 +552,11 @@ def _check_sections(config: Config) -> None:
         "rollout.partial_rollouts with algorithm.loss=reinforce: that loss has no ratio, so tokens "
         "of older parameters would count as on-policy; set algorithm.tis_cap=2, or take another "
         "loss",
+    )
+    check(
+        config.stage2.until_format_valid == 0,
+        "stage2.until_format_valid: stage 2 ends after stage2.steps only; set "
+        "stage1.until_format_valid to end stage 1 at a share of well-formed trajectories",
     )
     for name in ("stage1", "stage2"):
         stage = getattr(config, name)

@@ -179,6 +179,7 @@ def test_an_absent_architecture_cannot_be_set_from_the_command_line():
         ("cold_start.checkpoint_every=0", "cold_start.checkpoint_every must be at least 1"),
         ("stage1.steps=-3", "stage1.steps must be at least 0"),
         ("stage2.until_format_valid=2", "stage2.until_format_valid must be between 0 and 1"),
+        ("stage2.until_format_valid=0.9", "stage 2 ends after stage2.steps only"),
         ("eval.questions=-5", "eval.questions must be at least 0"),
         ("run.checkpoint_every=0", "run.checkpoint_every must be at least 1"),
         ("run.keep_checkpoints=0", "run.keep_checkpoints must be at least 1"),
