@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the fields that r1s_jax/config.py declares.
+"""Writes docs/configuration.md (the fields of r1s_jax/config.py) and docs/recipes.md.
 
 Run it after a change of those: `python docs/make_configuration.py`.
 """
@@ -6,6 +6,7 @@ Run it after a change of those: `python docs/make_configuration.py`.
 import ast
 import dataclasses
 import json
+import os
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -15,10 +16,11 @@ from typing import Any, Literal
 
 from msgspec import Meta
 
-from r1s_jax import config, presets
+from r1s_jax import config, presets, recipes
 from r1s_jax.io.fields import declared, number
 
 PAGE = Path(__file__).with_name("configuration.md")
+RECIPES = PAGE.with_name("recipes.md")
 HEAD = """# Every field of a recipe
 
 A recipe sets fields by section; the command line changes one with `section.field=value`, several
@@ -35,8 +37,18 @@ IN_USE = """## A policy in use
 differ from the defaults above in these fields of `rollout`; lengths follow `rollout.max_length` and
 what the model reads.
 """
+RECIPES_HEAD = """# What each recipe sets
+
+The fields of each recipe in `configs/` that differ from the defaults in
+[configuration.md](configuration.md). `r1s configs --copy NAME my_recipe.py` copies a recipe, and
+`section.field=value` changes a field on the command line.
+
+This page is made by `python docs/make_configuration.py`; do not edit it.
+"""
 COLUMNS = """| field | type | default | bounds | meaning |
 | --- | --- | --- | --- | --- |"""
+SETS = """| field | value |
+| --- | --- |"""
 IN_USE_SECTION = (presets.PromptingConfig, ["protocol"])
 TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
@@ -60,6 +72,43 @@ def _presets() -> str:
         if len(set(values)) > 1:
             rows.append(f"| `{field.name}` | {' | '.join(map(json.dumps, values))} |")
     return "\n".join([*rows, ""])
+
+
+def recipes_page() -> str:
+    """The text of docs/recipes.md."""
+    sections = [RECIPES_HEAD]
+    for name, title in recipes.titles().items():
+        rows = [f"| `{path}` | {_shown(value)} |" for path, value in _changes(name)]
+        sections.append("\n".join([f"## {name}", "", title, "", SETS, *rows, ""]))
+    return "\n".join(sections)
+
+
+def _changes(name: str) -> list[tuple[str, Any]]:
+    """The fields of a recipe, by path, whose values are not the defaults."""
+
+    def walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+        for field in dataclasses.fields(node):
+            value, inner = getattr(node, field.name), f"{path}{field.name}"
+            if dataclasses.is_dataclass(value):
+                yield from walk(value, f"{inner}.")
+            elif value != _plain_default(field) and inner != "name":
+                yield inner, value
+
+    return list(walk(recipes.load_recipe(name, []), ""))
+
+
+def _plain_default(field: dataclasses.Field) -> Any:
+    made = field.default_factory
+    return field.default if made is dataclasses.MISSING else made()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = ",".join(map(str, value))
+    if isinstance(value, str):  # hotpot_smollm2 names files by absolute paths
+        folder = Path(os.environ.get("R1S_DATA", "data")).resolve()
+        value = value.replace(str(folder), "$R1S_DATA")
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 
 def undocumented() -> list[str]:
@@ -151,3 +200,4 @@ def _meanings(cls: type) -> dict[str, str]:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), "utf-8")
+    RECIPES.write_text(recipes_page(), "utf-8")

@@ -1,4 +1,4 @@
-"""docs/configuration.md says what r1s_jax/config.py declares."""
+"""docs/configuration.md says what r1s_jax/config.py declares, docs/recipes.md what recipes set."""
 
 import importlib.util
 from pathlib import Path
@@ -13,6 +13,10 @@ spec.loader.exec_module(made)
 def test_the_page_is_current():
     written = made.PAGE.read_text("utf-8")
     assert written == made.page(), "run: python docs/make_configuration.py"
+
+
+def test_the_page_of_recipes_is_current():
+    assert made.RECIPES.read_text("utf-8") == made.recipes_page()
 
 
 def test_every_field_has_a_sentence():
