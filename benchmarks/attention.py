@@ -1,7 +1,7 @@
-"""Our attention beside what a JAX user would otherwise call, all timed in one run.
+"""Our attention beside the alternatives of a JAX user, all timed in one run.
 
-Every implementation gets the same inputs in the layout that it likes best, is checked against
-float32 before it is timed, and takes its turns in alternation with the others.
+Every implementation gets the same inputs in its preferred layout and is checked against float32
+before it is timed. The timings of all implementations alternate.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from jax.experimental import io_callback
 
 from r1s_jax.kernels.attention import api, reference, xla
 
-# Work of forward + backward in units of the forward pass: five products of matrices against two.
+# Work of forward + backward in units of the forward pass: seven matrix products against two.
 _BACKWARD = 3.5
 OURS = "r1s"
 _UNITS = (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s"))
@@ -29,7 +29,7 @@ _UNITS = (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s"))
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to measure. Rows shrink as they grow longer, so that `tokens` stay in a batch."""
+    """Sizes to measure. A batch has `tokens` tokens: the longer its rows, the fewer."""
 
     lengths: tuple[int, ...] = (1024, 4096, 8192)
     head_dims: tuple[int, ...] = (64, 128)
@@ -57,7 +57,7 @@ QUICK = Sweep(
     calls=1,
     repeats=2,
 )
-# A CPU shows ratios, not a machine's limits: short rows and few heads do.
+# A CPU shows ratios, not the limits of hardware: short rows and few heads suffice.
 CPU = Sweep(
     lengths=(1024, 2048),
     tokens=2048,
@@ -72,11 +72,11 @@ CPU = Sweep(
 
 
 def bench_attention(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dict:
-    """Every case of the sweep.
+    """Measures every case of the sweep.
 
-    Returns `device`, `jax`, `copy_gb_per_s`, `callback_us` and `cases`: a list with the shape of
-    each case, milliseconds and TFLOP/s (`rows`) or GB/s (`decode`) of each implementation, the
-    largest error against float32, and `ratio`: how many times faster ours is than each other.
+    Returns `device`, `jax`, `copy_gb_per_s`, `callback_us` and `cases`: for each case its shape,
+    milliseconds and TFLOP/s (`rows`) or GB/s (`decode`) of each implementation, the largest error
+    against float32, and `ratio`: the speed-up of ours over each other implementation.
     """
     cases = []
     for length, head_dim, mode, backward in itertools.product(
@@ -98,14 +98,14 @@ def bench_attention(sweep: Sweep, progress: Callable[[str], None] = lambda _: No
 
 
 def as_markdown(result: dict) -> str:
-    """The cases as a table: our rate, then how many times faster than each other."""
+    """The cases as a table: our rate, then our speed-up over each other implementation."""
     names = dict.fromkeys(name for case in result["cases"] for name in case["ratio"])
     header = ["case", "length", "width", "ours", *(f"vs {name}" for name in names)]
     lines = [header, ["---"] * len(header)]
     for case in result["cases"]:
-        what, rate = _what_and_rate(case)
+        name, rate = _name_and_rate(case)
         ratios = (f"{case['ratio'][n]:.2f}" if n in case["ratio"] else "-" for n in names)
-        lines.append([what, str(case["length"]), str(case["head_dim"]), rate, *ratios])
+        lines.append([name, str(case["length"]), str(case["head_dim"]), rate, *ratios])
     notes = (
         f"{result['device']}, jax {result['jax']}: copies at {result['copy_gb_per_s']:.0f} GB/s, "
         f"a host callback in a loop costs {result['callback_us']:.0f} us"
@@ -113,21 +113,21 @@ def as_markdown(result: dict) -> str:
     return "\n".join([notes, "", *("| " + " | ".join(line) + " |" for line in lines)])
 
 
-def _what_and_rate(case: dict) -> tuple[str, str]:
+def _name_and_rate(case: dict) -> tuple[str, str]:
     ours = case["implementations"][OURS]
     rate = next((f"{ours[u]:.3g} {t}" for u, t in _UNITS if u in ours), ours.get("error", ""))
     return f"{case['mode']} {case['pass']}" if case["kind"] == "rows" else "decode", rate
 
 
 def _in_words(case: dict) -> str:
-    """One line: a sweep that is cut short has said what it measured."""
-    what, rate = _what_and_rate(case)
-    ratios = "".join(f", {ratio:.2f}x {name}" for name, ratio in case["ratio"].items())
-    return f"{what} {case['length']} x {case['head_dim']}: {rate}{ratios}"
+    """One line, printed at once, so that an interrupted sweep has shown its results."""
+    name, rate = _name_and_rate(case)
+    ratios = "".join(f", {ratio:.2f}x {peer}" for peer, ratio in case["ratio"].items())
+    return f"{name} {case['length']} x {case['head_dim']}: {rate}{ratios}"
 
 
 def packed_segments(rows: int, length: int) -> np.ndarray:
-    """Trajectories laid end to end, int32[rows, length]: six a row, uneven.
+    """Segment ids of rows packed with six trajectories of uneven lengths, int32[rows, length].
 
     No padding, so that peers are neither timed nor compared on discarded values.
     """
@@ -137,7 +137,7 @@ def packed_segments(rows: int, length: int) -> np.ndarray:
 
 
 def callback_seconds(calls: int = 1000) -> float:
-    """What one host callback costs inside a jitted `while_loop`."""
+    """Seconds per host callback inside a jitted `while_loop`."""
 
     def loop(n: jax.Array) -> jax.Array:
         shape = jax.ShapeDtypeStruct((), jnp.int32)
@@ -155,9 +155,9 @@ def callback_seconds(calls: int = 1000) -> float:
 
 
 def untuned() -> dict[str, int]:
-    """Compiler options for what only has to be right.
+    """Compiler options for programs whose speed does not matter.
 
-    XLA tries every product of a GPU's program in dozens of ways: a minute for one of float32.
+    On a GPU, XLA autotunes every matrix product, which takes a minute for a float32 program.
     """
     return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
 
@@ -176,7 +176,7 @@ def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward:
         ids = jnp.asarray(segments)
         mask = jnp.tril(ids[:, None, :, None] == ids[:, None, None, :])
 
-    def whole(attend: Callable) -> Callable:
+    def timed(attend: Callable) -> Callable:
         if not backward:
             return lambda q, k, v, dout, ids, mask: attend(q, k, v, ids, mask)
         return jax.value_and_grad(
@@ -186,10 +186,10 @@ def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward:
             (0, 1, 2),
         )
 
-    runs = {name: whole(attend) for name, attend in _row_peers().items()}
-    exact = whole(_without_mask(partial(xla.attention, causal=True, scale=head_dim**-0.5)))
+    runs = {name: timed(attend) for name, attend in _row_peers().items()}
+    exact = timed(_without_mask(partial(xla.attention, causal=True, scale=head_dim**-0.5)))
     flops = 4 * heads * head_dim * pairs * (_BACKWARD if backward else 1)
-    # All of it arguments: XLA folds constants, and a mask of 8,192 tokens takes it minutes.
+    # Inputs are arguments, not constants: XLA takes minutes to fold a mask of 8,192 tokens.
     measured = _measure(runs, exact, (q, k, v, dout, ids, mask), sweep)
     return {
         "kind": "rows",
@@ -207,14 +207,14 @@ def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward:
 
 
 def _row_peers() -> dict[str, Callable]:
-    """Implementations of whole-row attention as functions of q, k, v, segment ids and mask."""
+    """Implementations of attention over whole rows, as functions (q, k, v, segment_ids, mask)."""
     ours = {OURS: _without_mask(api.attention)}
     if api.default_impl() == "xla":
         ours["interpret"] = _without_mask(partial(api.attention, impl="interpret"))
 
     def dot_product(function: Callable, q: Any, k: Any, v: Any, ids: Any, mask: Any) -> Any:
-        how = {"is_causal": True} if mask is None else {"mask": mask}
-        return function(q, k, v, **how)
+        masking = {"is_causal": True} if mask is None else {"mask": mask}
+        return function(q, k, v, **masking)
 
     return {
         **ours,
@@ -228,7 +228,7 @@ def _without_mask(attend: Callable) -> Callable:
 
 
 def _dot_product_attentions() -> dict[str, Callable]:
-    """`dot_product_attention` of JAX and of tokamax, where they run."""
+    """`dot_product_attention` of JAX and of tokamax, where available."""
     peers = {"jax.nn xla": partial(jax.nn.dot_product_attention, implementation="xla")}
     if jax.default_backend() == "gpu":
         peers["jax.nn cudnn"] = partial(jax.nn.dot_product_attention, implementation="cudnn")
@@ -238,7 +238,7 @@ def _dot_product_attentions() -> dict[str, Callable]:
 
 
 def _decode_case(sweep: Sweep, capacity: int, head_dim: int, copy_gb_per_s: float) -> dict:
-    """One new token a row against caches filled from half to whole."""
+    """One new token per row against KV caches that are half full to full."""
     heads = max(1, sweep.width // head_dim)
     kv_heads, rows = max(1, heads // sweep.per_group), sweep.decode_rows
     stored = api.cache_dims(capacity, head_dim)
@@ -256,10 +256,10 @@ def _decode_case(sweep: Sweep, capacity: int, head_dim: int, copy_gb_per_s: floa
     for name, peer in _dot_product_attentions().items():
         runs[name] = partial(_with_flat_cache, peer, *flat, lengths)
     measured = _measure(runs, exact, (q,), sweep)
-    read = 2 * int(lengths.sum()) * kv_heads * head_dim * jnp.dtype(sweep.dtype).itemsize
+    cache_bytes = 2 * int(lengths.sum()) * kv_heads * head_dim * jnp.dtype(sweep.dtype).itemsize
     for m in measured.values():
         if "ms" in m:
-            m["gb_per_s"] = read / m["ms"] / 1e6
+            m["gb_per_s"] = cache_bytes / m["ms"] / 1e6
             m["of_copy_bandwidth"] = m["gb_per_s"] / copy_gb_per_s
     return {
         "kind": "decode",
@@ -282,7 +282,7 @@ def _with_flat_cache(attend: Callable, k: Any, v: Any, lengths: Any, q: Any) -> 
 def _measure(
     runs: dict[str, Callable], exact: Callable, inputs: tuple, sweep: Sweep
 ) -> dict[str, dict[str, Any]]:
-    """Milliseconds and largest error of each; what an implementation refuses is its `error`."""
+    """Milliseconds and largest error of each implementation, or the `error` that it raised."""
     with jax.default_matmul_precision("highest"):
         wide = jax.tree.map(
             lambda x: x.astype(jnp.float32) if x.dtype == sweep.dtype else x, inputs
@@ -297,7 +297,7 @@ def _measure(
             compiled[name] = program.result()
             got = jax.block_until_ready(compiled[name](*inputs))
             measured[name] = {"max_error": _largest_error(got, expected), "ms": math.inf}
-        except Exception as error:  # another's limits must not end the sweep
+        except Exception as error:  # the limits of one implementation must not end the sweep
             measured[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             compiled.pop(name, None)
     del expected
@@ -315,7 +315,7 @@ def _compiled(run: Callable, inputs: tuple) -> Callable:
 
 
 def _largest_error(got: Any, expected: Any) -> float:
-    """Largest deviation, relative to the largest expected value of its array."""
+    """The largest error in any array, relative to the array's largest expected value."""
     errors = [
         jnp.max(jnp.abs(g.astype(jnp.float32) - e)) / jnp.max(jnp.abs(e))
         for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
@@ -331,7 +331,7 @@ def _ratios(measured: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def _copy_gb_per_s(sweep: Sweep) -> float:
-    """Memory bandwidth of reading and writing one large array."""
+    """Memory bandwidth for reading and writing one large array."""
     x = jnp.zeros(sweep.copy_mb * 2**20 // 4, jnp.float32)
     measured = _measure({"copy": lambda x: x + 1}, lambda x: x + 1, (x,), sweep)
     return 2 * x.nbytes / measured["copy"]["ms"] / 1e6

@@ -1,4 +1,4 @@
-"""What several benchmarks share: a clock, memory, and the same weights in PyTorch."""
+"""Shared by the benchmarks: wall-clock time, memory, and the same weights in PyTorch."""
 
 import tempfile
 import time
@@ -26,7 +26,7 @@ def seconds_of(action: Callable[[], Any]) -> float:
 
 
 def peak_memory_gb() -> float:
-    """Peak bytes on the accelerator, or of this process where there is none."""
+    """Peak memory on the accelerator, or of this process without one; in GB (1e9 bytes)."""
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     if peak is None:
@@ -37,8 +37,8 @@ def peak_memory_gb() -> float:
 
 
 def torch_model(p: Pretrained) -> Any:
-    """The same weights in `transformers`, where JAX computes and as it does: as many threads, or
-    the same GPU with its short float32 products; None without PyTorch.
+    """The same weights in `transformers`, on JAX's device: the same number of CPU threads, or the
+    same GPU with TF32 products. None without PyTorch.
     """
     try:
         import torch
@@ -51,12 +51,12 @@ def torch_model(p: Pretrained) -> Any:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     if jax.default_backend() != "gpu":
         return model
-    torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies there
+    torch.set_float32_matmul_precision("high")  # TF32, JAX's default on GPUs
     return model.to("cuda")
 
 
-def waited_for(action: Callable[[], Any]) -> Callable[[], None]:
-    """`action` of PyTorch, over when its GPU has done it."""
+def synchronized(action: Callable[[], Any]) -> Callable[[], None]:
+    """A PyTorch `action` that returns only after its GPU has finished."""
     import torch
 
     def run() -> None:

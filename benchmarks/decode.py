@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.common import peak_memory_gb, random_tokens, seconds_of, torch_model, waited_for
+from benchmarks.common import peak_memory_gb, random_tokens, seconds_of, synchronized, torch_model
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import unstack_layers
@@ -20,10 +20,10 @@ from r1s_jax.rollout.sampler import sample
 def bench_decode(
     reference: str, *, batch: int, prompt_len: int, new_tokens: int, repeats: int = 3
 ) -> dict[str, Any]:
-    """Greedy decoding of random prompts, float32; tokens a second over all rows.
+    """Greedy decoding of random prompts in float32; tokens per second over all rows.
 
-    Where PyTorch is installed, `transformers` generates from the same weights in the same run,
-    alternating, and `ratio` compares the best of `repeats` of each.
+    Where PyTorch is installed, `transformers` generates from the same weights in alternating turns,
+    and `ratio` compares the best of `repeats` of each.
     """
     p = load_pretrained(reference)
     tokens = random_tokens(p.model, (batch, prompt_len))
@@ -57,7 +57,7 @@ def bench_decode(
 
 
 def _decode_programs(p: Pretrained, prompt_len: int, new_tokens: int) -> tuple[Callable, Callable]:
-    """Prefill of prompts, giving a token and a cache; and greedy decoding that goes on from it."""
+    """Two functions: prefill of prompts to (token, cache), and greedy decoding from both."""
 
     @jax.jit
     def prefill(params: Any, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -104,7 +104,7 @@ def _transformers_generate(
     import torch
 
     ids = torch.tensor(tokens, dtype=torch.long, device=model.device)
-    return waited_for(
+    return synchronized(
         lambda: model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

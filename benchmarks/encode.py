@@ -1,4 +1,4 @@
-"""Passages encoded a second, beside sentence-transformers where it is installed."""
+"""Passages encoded per second, beside sentence-transformers where it is installed."""
 
 import itertools
 import os
@@ -22,10 +22,10 @@ def bench_encode(corpus: Sequence[str], encoder: str, count: int) -> dict[str, A
 def bench_encoder(
     folder: Path, encoder: Encoder, texts: Sequence[str], turns: int = 3
 ) -> dict[str, Any]:
-    """Passages a second, beside sentence-transformers on the same folder where it is installed.
+    """Passages per second, beside sentence-transformers on the same folder where it is installed.
 
-    They take turns over the same texts, on the same threads, in float32; the better turn counts.
-    `difference` is the largest between their vectors' components.
+    Both encode the same texts in alternating turns, with the same number of threads, in float32;
+    the best turn counts. `difference` is the largest between components of the two sets of vectors.
     """
     peer = _sentence_transformer(folder)
     ours, theirs, vectors, others = [], [], None, None
@@ -38,12 +38,12 @@ def bench_encoder(
             begin = time.perf_counter()
             others = peer(texts)
             theirs.append(time.perf_counter() - begin)
-    told = {"texts": len(texts), "passages_per_s": len(texts) / min(ours)}
+    result = {"texts": len(texts), "passages_per_s": len(texts) / min(ours)}
     if peer:
-        told["sentence_transformers_per_s"] = len(texts) / min(theirs)
-        told["ratio"] = min(theirs) / min(ours)
-        told["difference"] = float(np.abs(vectors - others).max())
-    return told
+        result["sentence_transformers_per_s"] = len(texts) / min(theirs)
+        result["ratio"] = min(theirs) / min(ours)
+        result["difference"] = float(np.abs(vectors - others).max())
+    return result
 
 
 def _sentence_transformer(folder: Path) -> Callable[[Sequence[str]], np.ndarray] | None:

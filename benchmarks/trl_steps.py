@@ -1,7 +1,7 @@
-"""TRL's GRPOTrainer in a process of its own, one step at a time.
+"""TRL's GRPOTrainer in its own process, one step at a time.
 
-Two runtimes in one process hold on to each other's cores; here one waits while the other works. It
-runs as its users have it, without what our commands ask of malloc for themselves.
+In one process, PyTorch and JAX compete for the same cores; in two, one waits while the other works.
+The TRL process uses default malloc settings, as for its users, not those of our commands.
 """
 
 import multiprocessing
@@ -16,7 +16,7 @@ from r1s_jax.system.memory import malloc_as_it_comes
 
 
 class TrlSettings(NamedTuple):
-    """What both sides do: `folder` holds the model and tokenizer in Hugging Face form."""
+    """Settings shared by both sides; `folder` holds the model and tokenizer in HF format."""
 
     folder: Path
     prompt: str
@@ -31,7 +31,7 @@ class TrlSettings(NamedTuple):
 
 
 class TrlSteps:
-    """Takes a step when asked to; `available` says whether TRL is installed."""
+    """A TRL process that trains one step per call; `available` is False without TRL."""
 
     def __init__(self, settings: TrlSettings):
         context = multiprocessing.get_context("spawn")
@@ -43,7 +43,7 @@ class TrlSteps:
         self.available: bool = self._receive()
 
     def step(self) -> float:
-        """Seconds that the next step took."""
+        """Runs the next step and returns its seconds."""
         self._pipe.send("go")
         return self._receive()
 
@@ -55,11 +55,11 @@ class TrlSteps:
         try:
             return self._pipe.recv()
         except EOFError:
-            raise ConfigError("TRL's process ended: what it said is above") from None
+            raise ConfigError("the TRL process ended; see its output above") from None
 
 
 def rewards(texts: Sequence[str]) -> list[float]:
-    """Any that differ from answer to answer will do: here, how many different letters it uses."""
+    """The number of distinct characters of each text: any reward that varies would do."""
     return [float(len(set(text))) for text in texts]
 
 
@@ -86,7 +86,7 @@ def _train(settings: TrlSettings, pipe: Connection) -> None:
     s = settings
     torch.set_num_threads(s.threads)
     if not s.on_cpu:
-        torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies there
+        torch.set_float32_matmul_precision("high")  # TF32, JAX's default on GPUs
     config = GRPOConfig(
         output_dir=str(s.folder / "trl"),
         use_cpu=s.on_cpu,

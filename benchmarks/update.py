@@ -1,4 +1,4 @@
-"""One policy update, beside the same in PyTorch where it is installed."""
+"""One policy update, beside the same update in PyTorch where it is installed."""
 
 import time
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import peak_memory_gb, random_tokens, seconds_of, torch_model, waited_for
+from benchmarks.common import peak_memory_gb, random_tokens, seconds_of, synchronized, torch_model
 from r1s_jax.aot.costs import traced_flops
 from r1s_jax.config import MeshConfig, ModelConfig, OptimizerConfig
 from r1s_jax.kernels.matmul import matmul
@@ -30,9 +30,9 @@ def bench_update(
 ) -> dict[str, Any]:
     """One policy update over `batch` rows of `length` tokens in one pass, Adam.
 
-    `peak_gflops` is what a matrix product of the model's shape reaches here in `dtype`, and
-    `peak_share` what the update's products reach of it. Where PyTorch is installed, the same update
-    there (forward of all rows, clipped loss, backward, Adam).
+    `peak_gflops` is the rate that a matrix product of the model's shape reaches here in `dtype`;
+    `peak_share` is the rate of the update's products as a share of it. Where PyTorch is installed,
+    it runs the same update (forward of all rows, clipped loss, backward, Adam).
     """
     p = load_pretrained(reference)
     mesh = make_mesh(MeshConfig())
@@ -76,7 +76,7 @@ def bench_update(
 
 
 def _full_rows(tokens: np.ndarray) -> PackedBatch:
-    """Every token but a row's first is learned from."""
+    """A batch that trains every token except the first of each row."""
     ones = np.ones(tokens.shape, np.float32)
     ones[..., 0] = 0
     return PackedBatch(
@@ -93,17 +93,17 @@ def _full_rows(tokens: np.ndarray) -> PackedBatch:
 
 
 def _flops(learner: Learner, state: LearnerState, batch: PackedBatch) -> float:
-    """Of the matrix products of one update."""
+    """Floating-point operations of the matrix products of one update."""
     traced = jax.jit(learner.update_step).trace(state, batch, jnp.int32(1), jnp.float32(1))
     return traced_flops(traced.jaxpr.jaxpr, {})
 
 
 def _product_gflops(model: ModelConfig, tokens: int, dtype: str, repeats: int = 5) -> float:
-    """What the product of the feed-forward block reaches by itself."""
+    """GFLOP/s of the feed-forward block's matrix product alone."""
     x = jax.random.normal(jax.random.key(0), (tokens, model.d_model), dtype)
     w = jax.random.normal(jax.random.key(1), (model.d_model, model.d_ff), dtype)
     product = jax.jit(matmul)
-    # An accelerator is done with one before the host has asked for the next: many at a time.
+    # An accelerator finishes one product before the host dispatches the next: time many at once.
     calls = 1 if jax.default_backend() == "cpu" else 50
     jax.block_until_ready(product(x, w))
     best = min(
@@ -133,4 +133,4 @@ def _torch_update(p: Pretrained, tokens: np.ndarray, dtype: str) -> Callable[[],
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return waited_for(update)
+    return synchronized(update)
