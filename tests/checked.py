@@ -1,4 +1,4 @@
-"""Shapes and kinds of arrays, as annotated, checked at every call: see conftest.py."""
+"""Checks annotated shapes and dtypes of arrays at every call: see conftest.py."""
 
 from collections.abc import Callable
 from functools import reduce
@@ -11,7 +11,7 @@ from jaxtyping import AbstractArray
 
 
 def checked(function: Callable) -> Callable:
-    """`beartype` for what is an array; in the place of other things tests may put their own.
+    """`beartype` for parameters that are arrays; tests may pass fakes for all others.
 
     It does not know generic NamedTuples; an annotation with one is left out.
     """
@@ -30,7 +30,7 @@ def _has(hint: Any, kind: type) -> bool:
 
 
 def _of_any_library(hint: Any) -> Any:
-    """NumPy's arrays pass for JAX's, as in every function of JAX."""
+    """Accepts NumPy arrays where JAX arrays are annotated, as every function of JAX does."""
     if isinstance(hint, type) and issubclass(hint, AbstractArray):
         return hint.dtype[Any, hint.dim_str]
     inner = tuple(map(_of_any_library, get_args(hint)))

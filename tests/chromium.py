@@ -1,4 +1,4 @@
-"""A headless Chromium, told what to do over its debugging protocol."""
+"""A headless Chromium, controlled over its debugging protocol."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ class Page:
         self._socket, self._sent = socket, 0
 
     def call(self, method: str, **params):
-        """A command of the protocol and its result."""
+        """Sends a command of the protocol and returns its result."""
         self._sent += 1
         self._socket.send(json.dumps({"id": self._sent, "method": method, "params": params}))
         while (reply := json.loads(self._socket.recv(timeout=30))).get("id") != self._sent:
@@ -33,7 +33,7 @@ class Page:
         return reply["result"]
 
     def value(self, script: str):
-        """What an expression of JavaScript comes to."""
+        """The value of a JavaScript expression."""
         done = self.call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
@@ -46,7 +46,7 @@ class Page:
             time.sleep(0.05)
 
     def screenshot(self, file: Path) -> None:
-        """A PNG of what is seen."""
+        """A PNG of the visible page."""
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
 
@@ -73,7 +73,7 @@ def opened(url: str, width: int = 900, height: int = 800):
 
 
 def _tab(file: Path) -> str:
-    """The address of the first tab, once the browser listens."""
+    """The debugging address of the first tab; waits until the browser listens."""
     end = time.monotonic() + 60
     while not file.exists() or len(file.read_text().split()) < 2:
         assert time.monotonic() < end, "the browser did not start"

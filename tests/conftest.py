@@ -1,4 +1,4 @@
-"""Tests run on the CPU unless JAX_PLATFORMS says otherwise; a TPU compiler is no TPU."""
+"""Tests run on the CPU unless JAX_PLATFORMS is set, even where a TPU compiler is installed."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 
 from tests.checked import checked
 
-# At every call arrays are checked against their annotations, their shapes among them.
+# Every call checks the shapes and dtypes of arrays against their annotations.
 ROOMS = ("kernels", "retrieval", "models", "rollout", "learning", "eval")
 install_import_hook(
     [f"r1s_jax.{room}" for room in ROOMS], f"{checked.__module__}.{checked.__name__}"
@@ -20,19 +20,19 @@ from r1s_jax.system.profiling import forget_compiled_programs  # noqa: E402
 from tests import makers  # noqa: E402
 
 # Linux allows a process 65,530 memory maps by default, and each compiled program takes several: a
-# worker that keeps the programs of all its tests dies of them.
+# worker that kept the programs of all its tests would exceed the limit and crash.
 _MANY_MAPS = 25_000
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A random model that speaks the tiny world, as a Hugging Face directory."""
+    """A random model with the tokenizer of the tiny world, as a Hugging Face directory."""
     return makers.save_small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.fixture(scope="session")
 def index(tmp_path_factory):
-    """An index of a tiny world."""
+    """An index of the passages of a tiny world."""
     return makers.save_small_index(tmp_path_factory.mktemp("indexes"))
 
 
@@ -46,5 +46,5 @@ def few_programs():
 
 
 def pytest_collection_modifyitems(items):
-    """Whole runs come first: with two workers, what takes longest must not start last."""
+    """Whole runs come first: with two workers, the longest tests must not start last."""
     items.sort(key=lambda item: item.path.name != "test_train.py")

@@ -1,4 +1,4 @@
-"""What one of several processes does in a test: `python -m tests.distributed_worker WHAT DIR`."""
+"""The job of one of several processes in a test: `python -m tests.distributed_worker JOB DIR`."""
 
 import random
 import sys
@@ -20,7 +20,7 @@ from r1s_jax.system.distributed import (
 )
 from tests.fakes import RaisingRetriever
 
-# The tiny world made tiny: every part of a run, in seconds.
+# The tiny world with small numbers: every part of a run, in seconds.
 SHORT = (
     "cold_start.steps=4",
     "cold_start.cooldown_steps=2",
@@ -80,7 +80,7 @@ def agree(_: Path) -> None:
 
 
 def decide_alike(me: int) -> None:
-    """What each process would decide by itself, otherwise than the others."""
+    """Decisions that each process would make differently by itself."""
     import signal
     from types import SimpleNamespace
 
@@ -114,7 +114,7 @@ def decide_alike(me: int) -> None:
     learner = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1}))
     assert (
         micro_batch_rows.micro_batch_rows(config, learner, None, 64) == 4
-    )  # the first one's memory
+    )  # from the memory of process 0
 
     with StopRequest() as stop:
         if me == 1:
@@ -124,26 +124,26 @@ def decide_alike(me: int) -> None:
 
 
 def lottery(solution, golds) -> float:
-    """A user's reward that draws lots: other ones in each process."""
+    """A user's reward with random values, different in each process."""
     return random.random()
 
 
 def on_the_last(solution, golds) -> float:
-    """A user's reward that fails in all processes but the first."""
+    """A user's reward that fails in all processes except process 0."""
     import jax
 
     return 0.0 if jax.process_index() == 0 else 1 / 0
 
 
 def fails(solution, golds) -> float:
-    """A user's reward that fails in the first process."""
+    """A user's reward that fails in process 0."""
     import jax
 
     return 1 / 0 if jax.process_index() else float("no reward today")
 
 
 def own_reward(run_dir: Path) -> None:
-    """A whole run whose reward draws lots; says a digest of the parameters at its end."""
+    """A whole run with a random reward; prints a digest of the final parameters."""
     import hashlib
 
     import jax
@@ -168,7 +168,7 @@ def own_reward(run_dir: Path) -> None:
 
 
 def pieces(_: Path) -> None:
-    """A rollout that is left and entered again, by all processes alike."""
+    """A rollout that all processes leave and enter again at the same points."""
     import numpy as np
 
     from r1s_jax.config import MeshConfig
@@ -182,7 +182,7 @@ def pieces(_: Path) -> None:
 
 
 def failing_search(run_dir: Path) -> None:
-    """A whole run in which the retriever of the last process never works."""
+    """A whole run in which the retriever of the last process always fails."""
     import jax
 
     from r1s_jax.train import train
@@ -190,16 +190,16 @@ def failing_search(run_dir: Path) -> None:
     serve = TinyWorldEnvironment.batch
 
     def batch(self: TinyWorldEnvironment, step: int, size: int, draw: int = 0) -> Batch:
-        found = serve(self, step, size, draw)
+        drawn = serve(self, step, size, draw)
         last = jax.process_index() == jax.process_count() - 1
-        return found._replace(retriever=RaisingRetriever()) if last else found
+        return drawn._replace(retriever=RaisingRetriever()) if last else drawn
 
     TinyWorldEnvironment.batch = batch
     train(override(tiny_world.config(), SHORT), run_dir)
 
 
 def served(folder: Path) -> None:
-    """The index is opened by process 0 alone, and all of them find in it."""
+    """Only process 0 opens the index, and all processes search it."""
     from dataclasses import replace
 
     from r1s_jax.data import environment
@@ -223,8 +223,8 @@ def served(folder: Path) -> None:
 if __name__ == "__main__":
     join()
     try:
-        what = {f.__name__: f for f in (agree, failing_search, own_reward, pieces, served)}
-        what[sys.argv[1]](Path(sys.argv[2]))
+        jobs = {f.__name__: f for f in (agree, failing_search, own_reward, pieces, served)}
+        jobs[sys.argv[1]](Path(sys.argv[2]))
     except Exception:
         traceback.print_exc()
         leave(1)

@@ -1,4 +1,4 @@
-"""Retrievers for tests: one that always finds something, and one for each way to fail."""
+"""Retrievers for tests: one that always returns hits, and one for each kind of failure."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ class FakeHit:
 
 
 class EchoRetriever:
-    """Finds passages that repeat the query; `delay` is called before each search."""
+    """Returns passages that repeat the query; calls `delay` before each search."""
 
     def __init__(self, delay: Callable[[], None] | None = None):
         self.delay = delay
@@ -28,12 +28,12 @@ class EchoRetriever:
 
 
 def echo_lines(query: str, k: int) -> list[str]:
-    """What EchoRetriever finds."""
+    """The lines that EchoRetriever returns."""
     return [f"{query} {i}" for i in range(1, k + 1)]
 
 
 class WebRetriever(EchoRetriever):
-    """Finds pages of the web: titles, texts and addresses."""
+    """Returns web pages with titles, texts and addresses."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         super().search(queries, k)
@@ -58,14 +58,14 @@ class FlakyRetriever(EchoRetriever):
 
 
 class RaisingRetriever(FlakyRetriever):
-    """Never works."""
+    """Raises at every search."""
 
     def __init__(self):
         super().__init__(failures=10**9)
 
 
 class GarbageRetriever:
-    """Returns one and the same object whatever it is asked."""
+    """Returns the same object for every query."""
 
     def __init__(self, result: Any):
         self.result = result
@@ -75,14 +75,14 @@ class GarbageRetriever:
 
 
 class EmptyRetriever:
-    """Finds nothing."""
+    """Returns no hits."""
 
     def search(self, queries: Sequence[str], k: int) -> list[list[FakeHit]]:
         return [[] for _ in queries]
 
 
 class GatedRetriever(EchoRetriever):
-    """Answers only once its `gate` is opened: until then it hangs."""
+    """Hangs until its `gate` is set."""
 
     def __init__(self):
         self.gate, self.answered = threading.Event(), threading.Event()

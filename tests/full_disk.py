@@ -1,4 +1,4 @@
-"""The `r1s` command where the disk fills: a limit on the size of a file fails writes as well."""
+"""The `r1s` command on a full disk, simulated by a limit on file sizes."""
 
 import subprocess
 import sys
@@ -11,6 +11,6 @@ os.execv(sys.executable, [sys.executable, "-m", "r1s_jax.cli", *sys.argv[2:]])
 
 
 def r1s_on_a_full_disk(limit: int, *args: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command with files of at most `limit` bytes."""
+    """Runs the command with a limit of `limit` bytes per file."""
     command = [sys.executable, "-c", _LIMITED, str(limit), *args]
     return subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A trajectory sampled on the host, token by token: the oracle of the loop inside the program."""
+"""Samples a trajectory on the host, token by token: the oracle of the compiled rollout loop."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ from r1s_jax.serving.turns import Event, Turns
 
 @dataclass(kw_only=True)
 class HostLoop(Turns):
-    """A trajectory sampled from a policy here, with a KV cache of its own.
+    """Samples one trajectory from a policy on the host, with its own KV cache.
 
-    With `config.speculative_tokens` a pass verifies several (see lookup.py): the same tokens.
+    With `config.speculative_tokens` a pass verifies several tokens (see lookup.py); the sampled
+    tokens are the same.
     """
 
     model: ModelConfig
@@ -42,7 +43,7 @@ class HostLoop(Turns):
         return super().run(prompt, key)
 
     def _sample(self, key: Any) -> int:
-        """Feeds what is not in the cache yet first."""
+        """Samples a token after feeding all tokens that are not in the cache yet."""
         chunk = self.config.prefill_chunk
         while len(self.tokens) - self._cached > 1:
             new = self.tokens[self._cached : -1][:chunk]
@@ -57,25 +58,25 @@ class HostLoop(Turns):
         self.tokens.append(token)
         self.mask.append(True)
         self.policy_logprobs.append(logprob)
-        self._cached += 1  # the token before, or a guess that was right
+        self._cached += 1  # the previous token, or an accepted guess
         return token
 
     def _search(self, turn: list[int]) -> Event:
-        self._drawn = []  # what was drawn behind the turn follows something else now
+        self._drawn = []  # tokens drawn beyond the turn had another context
         return super()._search(turn)
 
     def _draw(self, key: Any) -> list[tuple[int, float]]:
-        """The next token, and those after it whose guesses prove right, with log-probabilities."""
-        c, known = self.config, len(self.tokens)
+        """The next token and the accepted guesses after it, with log-probabilities."""
+        c, length = self.config, len(self.tokens)
         fed = np.array(self.tokens[-1:], np.int32)
         if c.speculative_tokens:
             text = np.zeros((1, c.max_length + c.max_documents_length), np.int32)
-            text[0, :known] = self.tokens
-            guesses = _lookup(text, jnp.array([known]), c.speculative_tokens)[0]
+            text[0, :length] = self.tokens
+            guesses = _lookup(text, jnp.array([length]), c.speculative_tokens)[0]
             fed = np.concatenate([fed, np.asarray(guesses)])
         start = jnp.array([self._cached])
         logits, self._cache = _decode(self._static, self.params, fed, start, self._cache)
-        places = known + jnp.arange(len(fed))
+        places = length + jnp.arange(len(fed))
         uniform = jax.vmap(lambda at: jax.random.uniform(jax.random.fold_in(key, at)))(places)
         tokens, _, logprobs = map(np.asarray, _sample(logits, uniform, c.temperature, c.top_p))
         right = next((n for n, guess in enumerate(fed[1:]) if guess != tokens[n]), len(fed) - 1)

@@ -1,4 +1,4 @@
-"""A real local HTTP server for tests, answering whatever a function says."""
+"""A real local HTTP server for tests, whose replies a function computes."""
 
 import contextlib
 import itertools
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-# (path, JSON body or None) -> (status, body[, headers]); what is not bytes goes out as JSON.
+# (path, JSON body or None) -> (status, body[, headers]); other bodies than bytes are sent as JSON.
 Answer = Callable[[str, Any], tuple]
 
 
@@ -56,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = reply if raw else json.dumps(reply).encode()
         try:
             self.send_response(status)
-            # Asked to come back at once, a client does not slow the test down.
+            # With `Retry-After: 0`, the retries of a client do not slow the test down.
             self.send_header("retry-after-ms", "1")
             self.send_header("Content-Type", "text/html" if raw else "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -65,16 +65,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(data)
         except ConnectionError:
-            pass  # the client did not wait
+            pass  # the client hung up
 
     def log_message(self, *args: object) -> None:
         pass
 
 
 class LocalProxy(ThreadingHTTPServer):
-    """An HTTP proxy on a free port that knows some names of hosts, each a `LocalServer`.
+    """An HTTP proxy on a free port that maps some host names to `LocalServer`s.
 
-    `seen` holds what it was asked for: addresses, and host:port of tunnels, which it refuses.
+    `seen` lists all requests: addresses, and host:port of tunnels, which it refuses.
     """
 
     daemon_threads = True
@@ -121,7 +121,7 @@ class _ProxyHandler(BaseHTTPRequestHandler):
 
 
 def drip(seconds: float):
-    """A server that sends its reply a byte at a time, for so long."""
+    """A server that sends its reply a byte at a time, for a given time."""
 
     def serve(listener):
         connection, _ = listener.accept()
@@ -141,7 +141,7 @@ def drip(seconds: float):
 
 
 def breaking(*replies: bytes):
-    """A server that sends one of these bytes to each connection, and hangs up."""
+    """A server that sends the next of `replies` to each connection and hangs up."""
 
     def serve(listener):
         with contextlib.suppress(OSError):

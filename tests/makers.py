@@ -1,4 +1,4 @@
-"""What tests of several rooms are made of: small models, engines, learners, batches."""
+"""Small models, engines, learners and batches for the tests of several rooms."""
 
 import dataclasses
 import re
@@ -47,7 +47,7 @@ from tests.fakes import EchoRetriever
 
 # Runs.
 
-# The tiny world made short: every part of a run, in seconds.
+# The tiny world with few steps: every part of a run, in seconds.
 SHORT = [
     "cold_start.steps=30",
     "cold_start.checkpoint_every=10",
@@ -64,12 +64,12 @@ SHORT = [
 
 
 def run_cli(*args: str, stdin: str | None = None):
-    """One `r1s` command in this process."""
+    """Runs an `r1s` command in this process."""
     return CliRunner().invoke(cli.app, list(args), input=stdin)
 
 
 def save_small_run(run: Path) -> Path:
-    """The directory of a run, as if it had ended after two steps of each phase."""
+    """The directory of a run that ended after two steps of each phase."""
     small = ["d_model=16", "d_ff=32", "num_layers=1", "num_heads=2", "num_kv_heads=1", "head_dim=8"]
     config = override(tiny_world.config(), [f"policy.architecture.{change}" for change in small])
     open_run_dir(run, config, resume=False)
@@ -100,7 +100,7 @@ def save_small_run(run: Path) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    """The names in a folder, without those of locks."""
+    """The names of the files in a folder, except locks."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
@@ -108,7 +108,7 @@ SMALL = ModelConfig(156, 32, 64, 2, 4, 2, 8, tie_embeddings=True)
 
 
 def save_small_model(folder: Path) -> Path:
-    """A random model that speaks the tiny world, as a Hugging Face directory."""
+    """A random model with the tokenizer of the tiny world, as a Hugging Face directory."""
     params = jax.tree.map(np.asarray, init_params(SMALL, 0))
     tokenizer = build_tokenizer()
     eos = (tokenizer.eos_token_id,)
@@ -116,7 +116,7 @@ def save_small_model(folder: Path) -> Path:
 
 
 def save_other_weights(folder: Path) -> None:
-    """Puts other numbers into the place of a model's weights, under the same names."""
+    """Overwrites a model's weights with other numbers, under the same names."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor[..., ::-1].copy() for name, tensor in tensors.items()}, file)
@@ -129,7 +129,7 @@ CHAT = (
 )
 
 
-# Tools, calls and responses in the form of Hermes, and reasoning that can be switched off.
+# A chat template with Hermes' tools, calls and responses, and optional reasoning.
 HERMES_CHAT = (
     "{% if tools %}<|im_start|>system\nTools{% for t in tools %}{{ '\n' + t | tojson }}{% endfor %}"
     "{{ '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
@@ -149,7 +149,7 @@ HERMES_CHAT = (
 
 
 def letters(template: str, bos: bool, end: str = "</s>") -> PreTrainedTokenizerFast:
-    """A byte a token, with control tokens; `bos`: texts begin with <s>, as Llama's do."""
+    """One token per byte, and control tokens; with `bos`, texts begin with <s>, as Llama's do."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -166,7 +166,7 @@ def letters(template: str, bos: bool, end: str = "</s>") -> PreTrainedTokenizerF
 
 
 def save_letters_model(folder: Path, template: str = CHAT, end: str = "</s>") -> Path:
-    """A random model of bytes, which can read and write any text, as a Hugging Face directory."""
+    """A random model of bytes, for arbitrary text, as a Hugging Face directory."""
     tokenizer = letters(template, bos=False, end=end)
     model = dataclasses.replace(SMALL, vocab_size=len(tokenizer), max_position=16384)
     params = jax.tree.map(np.asarray, init_params(model, 0))
@@ -175,7 +175,7 @@ def save_letters_model(folder: Path, template: str = CHAT, end: str = "</s>") ->
 
 
 def save_small_index(folder: Path) -> Path:
-    """An index of a tiny world."""
+    """Builds an index of the passages of a tiny world."""
     world = TinyWorld((0, 0, 0), 30)
     lines = "".join(f"{p.id}\t{p.line}\n" for p in world.passages)
     (folder / "passages.tsv").write_text(lines)
@@ -209,9 +209,9 @@ QUESTIONS = [
 
 
 def searching_params(seed: int = 0, model: ModelConfig = MODEL):
-    """Random parameters that favour the tags, so that every kind of ending occurs."""
+    """Random parameters that favour the tags, so that every kind of ending occurs in rollouts."""
     params = init_params(model, seed)
-    # A constant feature in every hidden state, read out as a preference for the tags.
+    # A constant feature in every hidden state raises the logits of the tags.
     embed = params["embed"].at[:, 0].set(3.0)
     tokenizer = build_tokenizer()
     head = params["lm_head"].at[0].set(0.0)
@@ -221,7 +221,7 @@ def searching_params(seed: int = 0, model: ModelConfig = MODEL):
     return params | {"embed": embed, "lm_head": head}
 
 
-# Each of the tokens on the left is followed by one of those on the right.
+# Each token on the left is followed by one of the tokens on the right.
 _SCRIPT = {
     "<think>": ("teacher", "birthplace", "trade"),
     "teacher birthplace trade": (protocol.BEGIN_QUERY,),
@@ -235,10 +235,10 @@ _SCRIPT = {
 
 
 def scripted_policy() -> Pretrained:
-    """One that always thinks a word, searches another and answers with a third, drawn evenly."""
+    """A policy that thinks a word, searches for a second and answers a third, each drawn evenly."""
     tokenizer, params = build_tokenizer(), jax.tree.map(np.array, init_params(MODEL, 0))
     for name in ("wo", "w_down"):
-        params["layers"][name][:] = 0  # what comes next depends on the last token alone
+        params["layers"][name][:] = 0  # the next token depends on the last token alone
     params["embed"][:], params["lm_head"][:] = 0, 0
     params["embed"][:, -1] = 1
     for feature, (left, right) in enumerate(_SCRIPT.items()):
@@ -285,7 +285,7 @@ def roll(
 
 
 def open_session(engine: Engine, retriever=None, *, steady: bool = False) -> Session:
-    """The rollout of `roll`, to be entered and left."""
+    """The rollout of `roll` as a session that a test enters and leaves."""
     params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)
     engine.broker.begin(retriever or EchoRetriever(), steady=steady)
     flights = engine.begin(QUESTIONS, samples=6, step=2)
@@ -294,7 +294,7 @@ def open_session(engine: Engine, retriever=None, *, steady: bool = False) -> Ses
 
 
 def roll_in_pieces(engine: Engine, seed: int = 0) -> Trajectory:
-    """What `roll` gives, the loop being left after random numbers of decode steps."""
+    """The same as `roll`, but leaves the loop after random numbers of decode steps."""
     session, rng = open_session(engine), np.random.default_rng(seed)
     while not session.over:
         session.run(Until(steps=int(rng.integers(1, 30))))
@@ -310,15 +310,15 @@ WIDTH = 12
 
 @contextmanager
 def tuned_as_accelerator() -> Iterator[None]:
-    """Programs traced within compute in the form of an accelerator, on this CPU."""
+    """Programs traced in this context use the settings of accelerators, on this CPU."""
     with mock.patch("r1s_jax.models.sharding.default_tuning", return_value=ACCELERATOR):
         yield
 
 
 def with_rollout(settings: Settings, *changes: str, **fields) -> Settings:
-    """Settings with these fields of `rollout`, and other `section.field=value` changes."""
-    given = [f"rollout.{name}={value}" for name, value in fields.items()]
-    return settings._replace(changes=[*settings.changes, *given, *changes])
+    """A config with these fields of `rollout` and other `section.field=value` changes."""
+    rollout = [f"rollout.{name}={value}" for name, value in fields.items()]
+    return settings._replace(changes=[*settings.changes, *rollout, *changes])
 
 
 def make_learner(optimizer=None, **changes) -> Learner:
@@ -334,7 +334,7 @@ def make_learner(optimizer=None, **changes) -> Learner:
 
 
 def make_sequences(seed: int = 0) -> dict[str, np.ndarray]:
-    """Ragged sequences whose first two tokens, and some in the middle, are not trained on."""
+    """Ragged sequences; the first two tokens and some in the middle are not trained on."""
     rng = np.random.default_rng(seed)
     shape = (len(LENGTHS), WIDTH)
     mask = (np.arange(WIDTH) >= 2) & (np.arange(WIDTH) < LENGTHS[:, None])
@@ -370,7 +370,7 @@ METRICS_PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
 def documented_columns() -> set[str]:
-    """The columns of metrics.jsonl that docs/metrics.md has a row of a table for."""
+    """The columns of metrics.jsonl that have a row of a table in docs/metrics.md."""
     tables = METRICS_PAGE.read_text("utf-8").partition("## Health signals")[0]
     cells = re.findall(r"^\| (`[^|]+`[^|]*) \|", tables, re.M)
     return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
@@ -378,5 +378,5 @@ def documented_columns() -> set[str]:
 
 def undocumented(row: dict[str, Any]) -> set[str]:
     """The columns of a row of metrics.jsonl that docs/metrics.md does not name."""
-    found = {re.sub(r"^token_age_\d+$", "token_age_0", name) for name in row}
-    return found - documented_columns()
+    names = {re.sub(r"^token_age_\d+$", "token_age_0", name) for name in row}
+    return names - documented_columns()

@@ -1,4 +1,4 @@
-"""Tokens of a rollout and the parameters after an update, on meshes of this process' devices.
+"""Saves the tokens of a rollout and the parameters after an update, on meshes of this process.
 
 `python -m tests.mesh_worker OUT.npz DATAxFSDPxTENSOR ...`
 """
@@ -18,7 +18,7 @@ MODEL = ModelConfig(160, 32, 64, 2, 8, 8, 8, rope_theta=1000.0)
 
 
 def on_mesh(shape: str) -> dict[str, np.ndarray]:
-    """What a mesh gives: `tokens`, `lengths` and every parameter."""
+    """The result on a mesh: `tokens`, `lengths` and every parameter."""
     data, fsdp, tensor = map(int, shape.split("x"))
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     engine = makers.make_engine(model=MODEL, mesh=mesh)
@@ -34,5 +34,5 @@ def on_mesh(shape: str) -> dict[str, np.ndarray]:
 
 if __name__ == "__main__":
     out, *shapes = sys.argv[1:]
-    found = {shape: on_mesh(shape) for shape in shapes}
-    np.savez(out, **{f"{s} {k}": v for s, values in found.items() for k, v in values.items()})
+    results = {shape: on_mesh(shape) for shape in shapes}
+    np.savez(out, **{f"{s} {k}": v for s, values in results.items() for k, v in values.items()})

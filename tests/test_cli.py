@@ -1,4 +1,4 @@
-"""The commands as a user types them."""
+"""The commands, as users type them."""
 
 import ast
 import json
@@ -22,7 +22,7 @@ from tests.makers import run_cli as run
 from tests.test_layout import FILES
 
 
-def test_help_teaches():
+def test_help_lists_commands_and_first_steps():
     text = run("--help").output
     for word in ("train", "ask", "index", "tiny_world", "wheel:name==version"):
         assert word in text
@@ -65,14 +65,14 @@ def test_index_encode_build_info_and_plan(tmp_path):
         assert run("index", "encode", str(passages), *part).stdout.strip().endswith(".npy")
     built = ("--vectors", str(tmp_path / "v"), "--out", str(out), "--kind", "exact")
     assert run("index", "build", str(passages), *built).exit_code == 0
-    told = json.loads(run("index", "info", str(out), "--json").stdout)
-    assert (told["kind"], told["passages"], told["dims"]) == ("exact", 40, 512)
-    assert told["recall"] == {"k": 5, "queries": 40, "recall": 1.0}
-    assert told["disk_bytes"] > 40 * 2048
+    report = json.loads(run("index", "info", str(out), "--json").stdout)
+    assert (report["kind"], report["passages"], report["dims"]) == ("exact", 40, 512)
+    assert report["recall"] == {"k": 5, "queries": 40, "recall": 1.0}
+    assert report["disk_bytes"] > 40 * 2048
     assert "recall" in run("index", "info", str(out)).stdout
     size = ("--passages", "36e6", "--dims", "1024")
-    told = json.loads(run("index", "plan", *size, "--json").stdout)
-    assert told["kinds"]["scann"]["memory"] < 128e9 < told["kinds"]["exact"]["memory"]
+    report = json.loads(run("index", "plan", *size, "--json").stdout)
+    assert report["kinds"]["scann"]["memory"] < 128e9 < report["kinds"]["exact"]["memory"]
     assert "36,000,000 passages" in run("index", "plan", *size).stdout
 
 
@@ -140,7 +140,7 @@ def test_a_command_or_option_by_its_old_name_names_the_new_one(args, told, capsy
     assert told in capsys.readouterr().err
 
 
-def test_broken_question_file_is_named(tmp_path, monkeypatch, capsys):
+def test_a_broken_question_file_is_named(tmp_path, monkeypatch, capsys):
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "a?", "answer": "b"}\n{"question": "c?"\n')
     passages = tmp_path / "passages.tsv"
@@ -191,7 +191,7 @@ def test_reward_names_the_line_that_it_cannot_read(tmp_path):
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_export_and_what_is_in_the_way(model, tmp_path):
+def test_export_refuses_an_existing_folder(model, tmp_path):
     out = tmp_path / "hf"
     assert run("export", str(model), str(out), "--dtype", "float32").stdout.strip() == str(out)
     assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
@@ -212,7 +212,7 @@ def test_eval_score_compares_two_files(tmp_path):
 
 
 def test_a_bug_shows_its_traceback_and_a_mistake_does_not(monkeypatch, capsys):
-    """A ValueError of ours is no message for the user; R1S_DEBUG=1 shows every error whole."""
+    """A ValueError of ours is shown as a traceback; R1S_DEBUG=1 shows every traceback."""
 
     def shown(error: Exception) -> str:
         def fail(*_, **__):
@@ -236,7 +236,7 @@ def test_a_bug_shows_its_traceback_and_a_mistake_does_not(monkeypatch, capsys):
 
 
 def test_every_error_of_ours_is_a_user_error():
-    """What a command shows as a message derives from one class, and from nothing else of ours."""
+    """Every error that a command shows as a message derives from UserError."""
     bases = {
         node.name: {ast.unparse(base) for base in node.bases}
         for path in FILES.values()
@@ -260,7 +260,7 @@ def test_the_tpu_runtime_is_asked_for_only_where_there_is_a_tpu(here, monkeypatc
     assert "libtpu" not in sys.modules
 
 
-def test_switches_of_jax_that_change_numbers_are_ignored_aloud(monkeypatch, capsys):
+def test_jax_flags_that_change_numbers_are_ignored_with_a_warning(monkeypatch, capsys):
     for name in ("JAX_ENABLE_X64", "JAX_NUMPY_RANK_PROMOTION", "JAX_DISABLE_JIT"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("JAX_NUMPY_DTYPE_PROMOTION", "standard")

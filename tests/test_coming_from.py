@@ -1,4 +1,4 @@
-"""Every command of docs/coming_from.md, in order, on small data of the forms that it names."""
+"""Runs every command of docs/coming_from.md, in order, on small data in the forms it names."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from r1s_jax.retrieval.encoder import HashEncoder
 from tests.makers import CHAT, HERMES_CHAT, run_cli, save_letters_model
 from tests.test_docs import ROOT, commands
 
-# What makes a run of a real recipe one of seconds; the dialect and the files stay the page's.
+# Shortens a run of a real recipe to seconds; keeps the page's dialect and files.
 SMALL = ["policy.compute_dtype=float32", "policy.remat=none", "mesh.tensor=1", "stage1.steps=0"]
 SMALL += ["stage2.steps=1", "stage2.questions_per_step=2", "algorithm.samples_per_question=2"]
 SMALL += ["algorithm.updates_per_rollout=1", "rollout.slots=4", "rollout.prefill_rows=2"]
@@ -26,12 +26,12 @@ MODELS = {"search_r1_3b": "search_r1_model", "qwen2_5_0_5b": "search_r1_model"}
 
 
 def small(words: list[str]) -> list[str]:
-    """The same command without the hub, and short."""
+    """The same command without the hub and with few steps."""
     words = ["hash" if word.startswith("hf:") else word for word in words]
     if words[0] == "train":
-        given = [f"policy.model={MODELS[words[1]]}"] if words[1] in MODELS else []
+        models = [f"policy.model={MODELS[words[1]]}"] if words[1] in MODELS else []
         first, *rest = words[1:]
-        return ["train", first, *given, *SMALL, *rest]
+        return ["train", first, *models, *SMALL, *rest]
     if words[:2] == ["eval", "run"]:
         return [*words, "rollout.max_length=2048", "rollout.max_turn_length=8", "rollout.slots=2"]
     return words
@@ -39,7 +39,7 @@ def small(words: list[str]) -> list[str]:
 
 @pytest.fixture
 def others(tmp_path, monkeypatch):
-    """The files that people bring along."""
+    """The files of users of other libraries."""
     monkeypatch.chdir(tmp_path)
     save_letters_model(tmp_path / "search_r1_model", CHAT)
     save_letters_model(tmp_path / "qwen3_tools", HERMES_CHAT, end="<|im_end|>")

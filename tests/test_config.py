@@ -92,7 +92,7 @@ def test_overrides_apply_from_left_to_right():
         ("rollout.slot=1", r"'rollout\.slot'.*did you mean 'slots'"),
         ("rolout.slots=1", r"'rolout\.slots'.*did you mean 'rollout'"),
         ("mesh.zzz=1", r"known: data, fsdp, tensor"),
-        ("environment.questions=x", r"'environment\.questions'"),  # not a field of the tiny world
+        ("environment.questions=x", r"'environment\.questions'"),  # no field of the tiny world
         ("rollout.slots.x=1", r"'slots' has no fields"),
         ("rollout=1", r"'rollout' is a section.*rollout\.field=value"),
         ("rollout.slots", r"write section\.field=value"),
@@ -124,7 +124,7 @@ def test_a_bad_override_is_named(assignment, complaint):
         ("rollout.older", r"rollout\.older was removed: set two others"),
     ],
 )
-def test_a_field_that_is_no_more_says_what_to_do(path, complaint, monkeypatch):
+def test_a_removed_field_says_what_to_do(path, complaint, monkeypatch):
     monkeypatch.setitem(renamed.FIELDS, "rollout.old_slots", "rollout.slots")
     monkeypatch.setitem(renamed.FIELDS, "rollout.older", "set two others")
     for value in ("0", "false"):
@@ -137,11 +137,11 @@ def test_a_value_by_its_old_name_names_the_new_one():
         override(make_config(), ["algorithm.estimator=group_norm"])
 
 
-def test_fields_that_are_no_more_are_no_fields():
-    for made in (make_config(), CORPUS):
+def test_removed_fields_are_not_in_the_config():
+    for config in (make_config(), CORPUS):
         for path in renamed.FIELDS:
             section, _, name = path.partition(".")
-            assert not hasattr(getattr(made, section), name)
+            assert not hasattr(getattr(config, section), name)
 
 
 def test_an_absent_architecture_cannot_be_set_from_the_command_line():
@@ -255,7 +255,7 @@ def test_every_recipe_builds(name):
 
 
 def test_overrides_are_judged_together():
-    """Each of these alone would leave its section invalid."""
+    """Each override alone would make its section invalid."""
     changed = override(CORPUS, ["environment.passages=", "environment.retriever=http://x/queries"])
     assert changed.environment.retriever == "http://x/queries" and not changed.environment.passages
     small = override(CORPUS, ["rollout.slots=2", "rollout.prefill_rows=2"])

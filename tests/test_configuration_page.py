@@ -1,4 +1,4 @@
-"""docs/configuration.md says what r1s_jax/config.py declares, docs/recipes.md what recipes set."""
+"""docs/configuration.md agrees with r1s_jax/config.py, docs/recipes.md with the recipes."""
 
 import importlib.util
 from pathlib import Path
@@ -6,25 +6,25 @@ from pathlib import Path
 FILE = Path(__file__).parents[1] / "docs" / "make_configuration.py"
 spec = importlib.util.spec_from_file_location("make_configuration", FILE)
 assert spec is not None and spec.loader is not None
-made = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+make_configuration = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_configuration)
 
 
 def test_the_page_is_current():
-    written = made.PAGE.read_text("utf-8")
-    assert written == made.page(), "run: python docs/make_configuration.py"
+    written = make_configuration.PAGE.read_text("utf-8")
+    assert written == make_configuration.page(), "run: python docs/make_configuration.py"
 
 
 def test_the_page_of_recipes_is_current():
-    assert made.RECIPES.read_text("utf-8") == made.recipes_page()
+    assert make_configuration.RECIPES.read_text("utf-8") == make_configuration.recipes_page()
 
 
 def test_every_field_has_a_sentence():
-    assert not made.undocumented()
+    assert not make_configuration.undocumented()
 
 
 def test_a_row_tells_type_default_bounds_and_meaning():
-    rows = made.page().splitlines()
+    rows = make_configuration.page().splitlines()
     assert any(
         row.startswith("| `lora_rank` | whole number | `0` | at least 0, at most 65536 | Only")
         for row in rows

@@ -1,4 +1,4 @@
-"""Several real processes on this machine, and the ways in which one of them may fail."""
+"""Several real processes on this machine, and failures of one of them."""
 
 import json
 import os
@@ -20,7 +20,7 @@ WORKER = ["tests.distributed_worker"]
 
 
 def start(count, module, *, devices=1):
-    """`count` processes of `python -m module ...` that know of each other."""
+    """Starts `count` processes of `python -m module ...` in one distributed group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -41,7 +41,7 @@ def start(count, module, *, devices=1):
 
 
 def finish(processes, timeout=900):
-    """(exit status, stdout, stderr) of each; all are killed when one takes too long."""
+    """(exit status, stdout, stderr) of each process; kills all when one takes too long."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
@@ -51,9 +51,9 @@ def finish(processes, timeout=900):
 
 
 def learned(run_dir):
-    """What a run left behind, less what it took."""
+    """The journals of a run, without columns that depend on time."""
     timed = ("seconds", "_per_s", "compilations", "host_memory")
-    timed += ("decode_steps", "prefill_chunks", "slots_busy")  # while a search is out, others go on
+    timed += ("decode_steps", "prefill_chunks", "slots_busy")  # depends on the time of searches
     metrics = [
         {k: v for k, v in row.items() if not any(t in k for t in timed)}
         for row in rows_so_far(run_dir / "metrics.jsonl")
@@ -66,7 +66,7 @@ def learned(run_dir):
 
 
 def assert_alike(a, b):
-    """Equal but for the order in which four processes add up."""
+    """Equal up to the order of reductions over four processes."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         a, b = list(a.values()), [b[key] for key in a]
@@ -79,7 +79,7 @@ def assert_alike(a, b):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run of one process with as many devices as the others have together."""
+    """The run of one process with as many devices as the several processes together."""
     folder = tmp_path_factory.mktemp("alone")
 
     def run(devices):
@@ -101,7 +101,7 @@ def test_several_processes_learn_what_one_does(alone, tmp_path, count):
     ended = finish(start(count, [*TRAIN, "--run-dir", str(run_dir), "--distributed"]))
     assert [status for status, *_ in ended] == [0] * count, ended[0][2]
     assert json.loads(ended[0][1].splitlines()[-1])["steps"] == 3
-    assert all("steps" not in out for _, out, _ in ended[1:])  # one of them talks
+    assert all("steps" not in out for _, out, _ in ended[1:])  # only process 0 prints
     cold_start, metrics, traces = learned(run_dir)
     assert_alike([cold_start, metrics, traces], alone(count))
     assert all(row["searches"] >= 16 for row in metrics)
@@ -109,11 +109,11 @@ def test_several_processes_learn_what_one_does(alone, tmp_path, count):
 
 
 def test_they_tell_each_other_values_and_errors(tmp_path, monkeypatch):
-    for name in ("http_proxy", "https_proxy"):  # which leads nowhere: they talk straight
+    for name in ("http_proxy", "https_proxy"):  # a dead proxy: processes must connect directly
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     ended = finish(start(2, [*WORKER, "agree", str(tmp_path)]))
-    told = [(status, out.splitlines()[-1]) for status, out, _ in ended]
-    assert told == [(0, "agreed")] * 2, ended[1][2]
+    outcomes = [(status, out.splitlines()[-1]) for status, out, _ in ended]
+    assert outcomes == [(0, "agreed")] * 2, ended[1][2]
 
 
 @pytest.mark.slow
@@ -140,9 +140,9 @@ def test_search_may_be_served_by_one_process_for_all(tmp_path, monkeypatch):
     rows = [{"question": f"Who wrote Dune {i}?", "answer": "Herbert"} for i in range(4)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ended = finish(start(2, [*WORKER, "served", str(tmp_path)]))
-    found = f"found {lines[1]} | {lines[0]}"
-    told = [out.splitlines()[-1] for _, out, _ in ended]
-    assert told == [f"1 opened, {found}", f"0 opened, {found}"], ended[1][2][-2000:]
+    hits = f"found {lines[1]} | {lines[0]}"
+    last_lines = [out.splitlines()[-1] for _, out, _ in ended]
+    assert last_lines == [f"1 opened, {hits}", f"0 opened, {hits}"], ended[1][2][-2000:]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the documentation tells people to type exists, and what it links to is there."""
+"""The commands and targets of links in the documentation exist."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ _BLOCK = re.compile(r"```bash\n(.*?)```", re.S)
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command in the page's bash blocks."""
+    """The words of every command in the bash blocks of a page."""
     text = "\n".join(_BLOCK.findall(page.read_text()))
     lines = text.replace("\\\n", " ").splitlines()
     return [shlex.split(line.strip(), comments=True) for line in lines if line.strip()]
@@ -35,25 +35,25 @@ TYPED = [
 
 
 @pytest.mark.parametrize(("words", "start"), TYPED, ids=lambda x: " ".join(x)[:60])
-def test_every_command_is_one(words, start):
+def test_every_documented_command_exists(words, start):
     command, arguments = typer.main.get_command(PROGRAMS[start]), words[len(start) :]
     while hasattr(command, "commands"):  # a group
         assert arguments and arguments[0] in command.commands, words
         command = command.commands[arguments.pop(0)]
     context = command.make_context(command.name, arguments)
     recipe = context.params.get("config")
-    if recipe and not recipe.endswith(".py"):  # the reader's own
+    if recipe and not recipe.endswith(".py"):  # a file of the reader
         load_recipe(recipe, context.params["overrides"] or [])
 
 
-def test_every_make_target_is_there():
+def test_every_documented_make_target_exists():
     targets = set(re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = [words[1] for _, words in COMMANDS if words[:1] == ["make"]]
     assert named and set(named) <= targets
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_targets_of_links_exist(page):
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
     missing = [x for x in links if "://" not in x and not (page.parent / x).exists()]
     assert not missing
@@ -61,7 +61,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page):
-    """Where a change goes, what to read first: a file that moved must not be looked for."""
+    """The lists of files in AGENTS.md and CONTRIBUTING.md must not name a file that moved."""
     starts = ("r1s_jax/", "kernels/", "retrieval/", "eval/", "configs/", "benchmarks/", "tests/")
     named = [n for n in re.findall(r"`([\w./-]+)`", page.read_text()) if n.startswith(starts)]
     named += re.findall(r"\b(?:tests|r1s_jax|kernels|benchmarks)/[\w/]+\.py\b", page.read_text())
@@ -69,7 +69,7 @@ def test_files_that_a_page_names_exist(page):
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
-def test_agents_page_tells_where_ten_changes_go():
+def test_agents_page_says_where_ten_changes_go():
     table = (ROOT / "AGENTS.md").read_text().partition("## Where ten changes go")[2]
     rows = re.findall(r"^\| (an? [^|]+) \| (.+) \|$", table, re.M)
     assert len(rows) == 10
@@ -78,16 +78,16 @@ def test_agents_page_tells_where_ten_changes_go():
 
 
 def names(app: typer.Typer, start: str) -> list[str]:
-    """Every command of a program, as it is typed."""
+    """Every command of a program, as users type it."""
 
     def inner(command: Any, words: str) -> list[str]:
-        found = getattr(command, "commands", {})
-        return [n for w, c in found.items() for n in inner(c, f"{words} {w}")] or [words]
+        subcommands = getattr(command, "commands", {})
+        return [n for w, c in subcommands.items() for n in inner(c, f"{words} {w}")] or [words]
 
     return inner(typer.main.get_command(app), start)
 
 
-def test_every_command_stands_in_a_page():
+def test_every_command_is_documented():
     text = " ".join(" ".join(page.read_text("utf-8").split()) for page in PAGES)
     commands = [*names(cli.app, "r1s"), *names(benchmarks, "python -m benchmarks")]
     assert len(commands) > 30

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer, and that it would see what it looks for."""
+"""A short run of the fuzzer, and checks that it detects each kind of bad outcome."""
 
 import time
 
@@ -34,7 +34,7 @@ def fails(error):
         (lambda folder: "bad", "used"),
     ],
 )
-def test_the_judge_sees(call, outcome, tmp_path):
+def test_the_judge_detects(call, outcome, tmp_path):
     (tmp_path / "a.npy").touch()
     reader = Reader(lambda folder: None, call, sealed=("*.npy",))
     assert fuzz.judge(reader, tmp_path, "a.npy", digest("good"))[0] == outcome

@@ -1,4 +1,4 @@
-"""`r1s lab`: what it refuses, and that a kill in the middle changes nothing."""
+"""`r1s lab`: refused input, and runs that a kill must not change."""
 
 import json
 import signal
@@ -39,7 +39,7 @@ def test_bad_input_is_one_message_and_nothing_begins(tmp_path, arguments, words)
     assert not (tmp_path / "lab").exists()
 
 
-def test_a_directory_is_of_one_comparison(tmp_path):
+def test_a_directory_holds_one_comparison(tmp_path):
     (tmp_path / "plan.json").write_text(
         json.dumps({"recipe": "tiny_world", "overrides": [], "arms": {"a": ["seed=1"]}})
     )
@@ -58,12 +58,12 @@ def test_arms_share_a_cold_start_where_nothing_it_depends_on_differs(tmp_path):
         assert folder(changes) != folder()
     assert folder(seed=1) != folder()
     plan = _planned("tiny_world", TINY, Arm("x", ("algorithm.loss=gspo",)), 0, tmp_path)
-    # Whichever arm comes first makes it, and may be killed and left out the next time.
+    # The first arm makes the shared cold start; that arm may be killed and then left out.
     assert plan.cold_start.algorithm.loss == "clip" and plan.config.algorithm.loss == "gspo"
     assert plan.cold_start.eval == plan.config.eval and not plan.config.cold_start.steps
 
 
-def test_each_run_keeps_its_checkpoints_apart(tmp_path):
+def test_each_run_has_its_own_checkpoints(tmp_path):
     elsewhere = [*TINY, "run.checkpoint_dir=gs://bucket/lab/"]
     plans = [
         _planned("tiny_world", elsewhere, Arm(name, ()), seed, tmp_path)
@@ -76,7 +76,7 @@ def test_each_run_keeps_its_checkpoints_apart(tmp_path):
     assert cold[0] == cold[1] != cold[2]
 
 
-def test_a_comparison_goes_on_after_its_folder_was_moved(tmp_path):
+def test_a_comparison_resumes_after_its_folder_was_moved(tmp_path):
     def begin(out: Path, *changes: str):
         plan = _planned("tiny_world", [*TINY, *changes], Arm("x", ()), 0, out)
         _note_move(run_folder(out, "x", 0), plan)
@@ -85,20 +85,20 @@ def test_a_comparison_goes_on_after_its_folder_was_moved(tmp_path):
     (begin(tmp_path / "lab") / "metrics.jsonl").touch()
     (tmp_path / "lab").rename(tmp_path / "moved")
     begin(tmp_path / "moved")
-    with pytest.raises(ConfigError, match=r"policy\.model was"):  # another cold start
+    with pytest.raises(ConfigError, match=r"policy\.model was"):  # would need another cold start
         begin(tmp_path / "moved", "eval.questions=7")
 
 
 @pytest.mark.parametrize(
     "plan", ["[]", '{"recipe": "tiny_world"}', '{"recipe": "t", "overrides": [], "arms": {"a": 1}}']
 )
-def test_a_plan_that_is_damaged_is_named(tmp_path, plan):
+def test_a_damaged_plan_is_named(tmp_path, plan):
     (tmp_path / "plan.json").write_text(plan)
     done = run_cli("lab", "tiny_world", "--arm", "a:", "--out", str(tmp_path))
     assert isinstance(done.exception, ConfigError) and "plan.json: " in str(done.exception)
 
 
-def test_a_run_of_a_recipe_that_was_edited_since_is_refused(tmp_path):
+def test_a_run_of_an_edited_recipe_is_refused(tmp_path):
     arm, out = Arm("x", ()), tmp_path / "lab"
     plan = _planned("tiny_world", TINY, arm, 0, out)
     folder = run_folder(out, "x", 0)
@@ -113,10 +113,10 @@ def test_a_run_of_a_recipe_that_was_edited_since_is_refused(tmp_path):
 
 
 def without_times(folder: Path) -> dict:
-    told = json.loads((folder / "lab.json").read_text())
-    for row in [*told["arms"], *(run for runs in told["runs"].values() for run in runs)]:
+    table = json.loads((folder / "lab.json").read_text())
+    for row in [*table["arms"], *(run for runs in table["runs"].values() for run in runs)]:
         row.pop("seconds_to_good")
-    return told
+    return table
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path):
     assert whole.returncode == 0, whole.stderr[-2000:]
     last = json.loads(whole.stdout.splitlines()[-1])
     assert [row["arm"] for row in last["arms"]] == ["a", "b"]
-    assert len(list((tmp_path / "whole/cold_starts").glob("*.done"))) == 2  # one a seed
+    assert len(list((tmp_path / "whole/cold_starts").glob("*.done"))) == 2  # one per seed
 
     process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
     metrics = tmp_path / "killed/runs/b-0/metrics.jsonl"
@@ -143,8 +143,8 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path):
         assert (tmp_path / "killed" / name).stat().st_size > 100
 
 
-def test_arms_over_other_data_are_not_put_into_one_table(tmp_path):
-    """A run that is done counts as long as its questions are what they were."""
+def test_arms_over_different_data_are_not_compared(tmp_path):
+    """A finished run counts only while its questions are unchanged."""
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "Who?", "answer": "A"}\n')
     environment = CorpusConfig(questions=(str(questions),), retriever="http://x/queries")

@@ -1,4 +1,4 @@
-"""The launch scripts: linted, run dry, and one of them run for real against runs that stop."""
+"""The launch scripts: linted, dry runs, and one real script against runs that stop."""
 
 import os
 import shlex
@@ -52,12 +52,12 @@ def test_every_script_is_tested():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_dry_run_says_what_would_be_done(script):
+def test_a_dry_run_prints_the_commands(script):
     done = launch(script, OVERRIDE, **COMMON, **INPUTS[script])
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr
     if script == "tpu_pod.sh":
-        # What the hosts run is one quoted argument of ssh.
+        # The command for the hosts is one quoted argument of ssh.
         (said,) = [w for w in shlex.split(said) if "r1s_jax.cli" in w]
         said = said.removeprefix("--command=")
     elif script == "gke_jobset.sh":
@@ -74,7 +74,7 @@ def test_a_dry_run_says_what_would_be_done(script):
     assert ("--distributed" in train) == (script != "single_gpu.sh")
 
 
-def test_a_pod_is_asked_for_and_set_up_first():
+def test_a_pod_is_requested_and_set_up_first():
     done = launch("tpu_pod.sh", **COMMON, **INPUTS["tpu_pod.sh"], SPOT="1")
     create, setup, install, train = done.stderr.splitlines()
     assert "queued-resources create mine" in create and create.endswith("--spot")
@@ -83,7 +83,7 @@ def test_a_pod_is_asked_for_and_set_up_first():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_what_is_missing_is_named(script):
+def test_missing_variables_are_named(script):
     inputs = COMMON | INPUTS[script]
     inputs.pop("R1S_REPOSITORY", None)
     needed = INPUTS[script].keys() & inputs.keys() - {"SETUP"} | {"RECIPE", "RUN_DIR"}
@@ -94,7 +94,7 @@ def test_what_is_missing_is_named(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_programs_that_are_missing_are_named(script, tmp_path):
+def test_missing_programs_are_named(script, tmp_path):
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(shutil.which(name))
     done = launch(script, dry=False, PATH=str(tmp_path), **COMMON, **INPUTS[script])
@@ -102,15 +102,15 @@ def test_programs_that_are_missing_are_named(script, tmp_path):
 
 
 def pretend_r1s(folder: Path, body: str) -> str:
-    """A PATH on which `r1s` is a script of ours."""
+    """A PATH on which `r1s` is a fake script."""
     program = folder / "r1s"
     program.write_text(f"#!/bin/bash\ncd {shlex.quote(str(folder))}\n{body}\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return f"{folder}:{os.environ['PATH']}"
 
 
-def test_it_goes_on_after_a_kill_and_after_a_stop(tmp_path):
-    """The first attempt is killed, the second told to stop, the third completes the run."""
+def test_a_run_resumes_after_a_kill_and_after_a_stop(tmp_path):
+    """The first attempt is killed, the second stops at a signal, the third completes the run."""
     path = pretend_r1s(
         tmp_path,
         'echo "$@" >> calls; case $(wc -l < calls) in 1) kill -9 $$;; 2) exit 0;; '
@@ -125,7 +125,7 @@ def test_it_goes_on_after_a_kill_and_after_a_stop(tmp_path):
     assert "stopped with status 137" in done.stderr and "restart 2" in done.stderr
 
 
-def test_an_error_is_not_tried_again(tmp_path):
+def test_an_error_is_not_retried(tmp_path):
     path = pretend_r1s(tmp_path, "echo x >> calls; exit 1")
     env = {"RECIPE": "r", "RUN_DIR": str(tmp_path / "run"), "PATH": path}
     done = launch("single_gpu.sh", dry=False, **env)
@@ -133,7 +133,7 @@ def test_an_error_is_not_tried_again(tmp_path):
     assert (tmp_path / "calls").read_text() == "x\n"
 
 
-def test_scripts_are_sound():
+def test_scripts_pass_shellcheck():
     scripts = [str(path) for path in sorted(LAUNCH.glob("*.sh"))]
     shellcheck = Path(sys.executable).with_name("shellcheck")
     options = ["--external-sources", "--source-path=SCRIPTDIR", "--shell=bash"]

@@ -1,4 +1,4 @@
-"""Arrows between rooms run down to the ground, files form no circle, functions stay short."""
+"""Imports follow the order of rooms, without cycles, and functions are short."""
 
 import ast
 import os
@@ -7,7 +7,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Ground first. A file imports its own room and those before it; some of those only.
+# Lowest room first. A file imports its own room and earlier ones; some rooms only the listed ones.
 ROOMS = "io config presets kernels system retrieval protocol rewards data models rollout"
 ROOMS += " learning eval tracking aot serving train configs recipes commands cli"
 ORDER = ROOMS.split()
@@ -16,7 +16,7 @@ BESIDE = ("kernels", "retrieval", "eval", "configs")
 
 
 def python_files(folder: Path) -> list[Path]:
-    """Below a folder, links not followed: what `rglob` does with them depends on the Python."""
+    """Python files below a folder without following links, unlike `rglob` in some Pythons."""
     walk = os.walk(folder)
     return [Path(at, name) for at, _, names in walk for name in names if name.endswith(".py")]
 
@@ -32,23 +32,23 @@ BENCHMARKS = [*(ROOT / "benchmarks").rglob("*.py")]
 
 
 def imports(name: str) -> set[str]:
-    """The files of ours that a file imports, anywhere in it."""
-    found = set()
+    """Our files that a file imports, anywhere in it."""
+    modules = set()
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert not node.level, f"{name} imports by a relative path"
             parts = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {part if part in FILES else node.module for part in parts}
-    return {part for part in found if part in FILES} - {"r1s_jax", name}
+            modules |= {part if part in FILES else node.module for part in parts}
+    return {part for part in modules if part in FILES} - {"r1s_jax", name}
 
 
 def room(name: str) -> str:
     return name.split(".")[1]
 
 
-def test_arrows_run_down_to_the_ground():
+def test_imports_follow_the_order_of_rooms():
     assert {room(name) for name in FILES if name != "r1s_jax"} == set(ORDER)
     upwards = [
         f"{name} -> {target}"
@@ -63,7 +63,7 @@ def test_arrows_run_down_to_the_ground():
     assert not upwards
 
 
-def test_files_form_no_circle():
+def test_there_are_no_import_cycles():
     tuple(TopologicalSorter({name: imports(name) for name in FILES}).static_order())
 
 
@@ -81,7 +81,7 @@ def test_functions_are_short():
 
 
 def test_every_room_is_a_package():
-    """A folder without `__init__.py` would be missing from what is installed."""
+    """A folder without `__init__.py` would be missing from the installed package."""
     folders = {name.rpartition(".")[0] for name, path in FILES.items() if path.stem != "__init__"}
     packages = {name for name, path in FILES.items() if path.stem == "__init__"}
     assert folders == packages

@@ -1,4 +1,4 @@
-"""Every way to arrange eight devices gives the trajectories and the update of one."""
+"""Every mesh of eight devices gives the same trajectories and update as one device."""
 
 import os
 import subprocess
@@ -29,8 +29,10 @@ def computed(folder, devices, shapes):
 )
 def test_a_mesh_changes_nothing(tmp_path, shapes):
     one = computed(tmp_path, 1, ["1x1x1"])["1x1x1"]
-    for shape, found in computed(tmp_path, 8, shapes).items():
-        assert found.keys() == one.keys()
-        np.testing.assert_array_equal(found["tokens"], one["tokens"], err_msg=shape)
+    for shape, result in computed(tmp_path, 8, shapes).items():
+        assert result.keys() == one.keys()
+        np.testing.assert_array_equal(result["tokens"], one["tokens"], err_msg=shape)
         for name in one.keys() - {"tokens"}:
-            np.testing.assert_allclose(found[name], one[name], atol=1e-4, err_msg=f"{shape} {name}")
+            np.testing.assert_allclose(
+                result[name], one[name], atol=1e-4, err_msg=f"{shape} {name}"
+            )

@@ -1,4 +1,4 @@
-"""docs/metrics.md names what a run writes and what health watches, and nothing else."""
+"""docs/metrics.md names every column of a run and every health signal, and nothing else."""
 
 import re
 from pathlib import Path
@@ -17,14 +17,14 @@ def test_every_signal_is_documented():
 
 
 def test_every_documented_column_is_in_the_source():
-    """A column that was renamed or removed leaves the page as well."""
+    """A column that is renamed or removed must also disappear from the page."""
     source = "\n".join(path.read_text("utf-8") for path in SOURCE.rglob("*.py"))
-    # Built from a prefix and a name there.
+    # The source builds these names from a prefix and a name.
     stems = {re.sub(r"^(finish|token_age)_|_per_s$", "", c).lower() for c in documented_columns()}
     words = set(re.findall(r"\w+", source.lower()))
     assert not {stem for stem in stems if stem not in words and not stem.isdigit()}
 
 
-def test_a_column_without_a_row_is_found():
+def test_a_column_without_a_row_is_detected():
     assert undocumented({"reward": 1.0, "finish_length": 0.0, "token_age_7": 0.1}) == set()
     assert undocumented({"rewards": 1.0}) == {"rewards"}

@@ -1,4 +1,4 @@
-"""The notebooks in examples/, executed cell by cell: shortened ones, and as they stand."""
+"""Executes the notebooks in examples/ cell by cell: shortened, and unchanged."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def execute(name: str, folder: Path) -> str:
-    """Runs every cell in `folder`; returns what they printed. Raises CellExecutionError."""
+    """Runs every cell in `folder`; returns the printed text. Raises CellExecutionError."""
     notebook = nbformat.read(EXAMPLES / name, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "committed without outputs"
     NotebookClient(notebook, timeout=7200, resources={"metadata": {"path": str(folder)}}).execute()

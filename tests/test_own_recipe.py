@@ -1,4 +1,4 @@
-"""A recipe in a file of one's own: the same dialect and prompt wherever its policy is used."""
+"""A recipe in a user's file: the same dialect and prompt in every use of its policy."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ CHANGES += ["rollout.retrieve_first=false", "eval.questions=1", "search.max_fail
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Token ids of every prompt, by whoever made it."""
+    """Token ids of every prompt, by the command that made it."""
     ids = {}
 
     def watch(module):
@@ -78,7 +78,7 @@ def test_one_dialect_and_prompt_everywhere(seen, index, tmp_path, monkeypatch):
 
     call("train", mine / "my_recipe.py", "--run-dir", "run")
     shutil.rmtree(sorted((elsewhere / "run" / "checkpoints").glob("[0-9]*"))[-1])
-    (mine / "prompt.txt").unlink()  # the run has it
+    (mine / "prompt.txt").unlink()  # the run has a copy
     call("train", mine / "my_recipe.py", "--run-dir", "run", "--resume")
     trained = {tuple(ids) for ids in seen.pop("r1s_jax.rollout.engine")}
     call("export", "run", "model", "--dtype", "float32")
@@ -93,8 +93,8 @@ def test_one_dialect_and_prompt_everywhere(seen, index, tmp_path, monkeypatch):
         assert len(rows_so_far(elsewhere / out)) == 2
         assert next(read_traces(elsewhere / out)).dialect == load_pretrained(model).dialect
         call("ask", row["question"], "--model", model, "--index", index)
-        (asked,) = seen.pop("r1s_jax.serving.ask")
-        assert tuple(asked) in trained
+        (prompt_ids,) = seen.pop("r1s_jax.serving.ask")
+        assert tuple(prompt_ids) in trained
     words = ["ask", "Who?", "--model", "model", "--index", str(index), "protocol.dialect=search_r1"]
     refused = run_cli(*words)
     assert refused.exit_code == 1 and f"the policy speaks {dialect}" in str(refused.exception)

@@ -1,4 +1,4 @@
-"""What pip installs: each file once, the rooms as r1s_jax.<room>, and a package that works."""
+"""The installed package: each file once, the rooms as r1s_jax.<room>, working commands."""
 
 import importlib.metadata
 import json
@@ -39,7 +39,7 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """The tree as it is checked out, links included."""
+    """The tree as checked out, links included."""
     tree = tmp_path_factory.mktemp("source") / "tree"
     tree.mkdir()
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -56,13 +56,13 @@ def built(source, tmp_path_factory) -> dict[str, Path]:
     return {kind: build(kind, source, out) for kind in ("wheel", "sdist")}
 
 
-def wanted() -> list[str]:
-    """The files of the package, those of the rooms beside it under their name in it."""
+def package_files() -> list[str]:
+    """The files of the package; files of linked rooms under their name in the package."""
     files = []
     for folder, inside in [(ROOT / "r1s_jax", "r1s_jax")] + [
         (ROOT / name, f"r1s_jax/{name}") for name in ROOMS
     ]:
-        # os.walk follows no links, in any version of Python.
+        # os.walk follows links in no version of Python.
         for parent, _, names in os.walk(folder):
             place = Path(inside, Path(parent).relative_to(folder))
             files += [(place / n).as_posix() for n in names if n.endswith((".py", *OTHERS))]
@@ -71,13 +71,13 @@ def wanted() -> list[str]:
 
 def test_each_file_is_packed_once(built):
     names = [n for n in zipfile.ZipFile(built["wheel"]).namelist() if ".dist-info/" not in n]
-    assert sorted(names) == wanted()
+    assert sorted(names) == package_files()
     with tarfile.open(built["sdist"]) as packed:
         members = packed.getmembers()
     assert all(m.isfile() or m.isdir() for m in members), "links would point nowhere"
     names = [m.name.partition("/")[2] for m in members if m.isfile()]
     assert len(names) == len(set(names))
-    assert sorted(n for n in names if n.startswith("r1s_jax/")) == wanted()
+    assert sorted(n for n in names if n.startswith("r1s_jax/")) == package_files()
     assert not [n for n in names if n.startswith(tuple(f"{room}/" for room in ROOMS))]
 
 
@@ -92,10 +92,10 @@ def test_the_source_archive_makes_the_same_wheel(built, tmp_path):
 
 
 def environment(folder: Path) -> Path:
-    """A fresh virtual environment's programs; its dependencies are those of this one."""
+    """The bin folder of a fresh virtual environment that uses this environment's dependencies."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # What .pth files of these folders do, as to find a checkout of this package, is left out.
+    # Python ignores .pth files in these folders; one of them may point to a checkout of ours.
     paths = [p for p in sys.path if Path(p).name == "site-packages"]
     (packages / "shared.pth").write_text("\n".join(paths), "utf-8")
     return folder / "bin"
@@ -106,14 +106,14 @@ def install(bin_dir: Path, *what: object) -> None:
     run(*pip, "--no-build-isolation", "--ignore-installed", "--no-index", *what, cwd=bin_dir)
 
 
-def test_an_editable_install_leaves_the_bare_names_to_others(source, tmp_path):
+def test_an_editable_install_adds_no_other_top_level_names(source, tmp_path):
     bin_dir = environment(tmp_path / "venv")
     install(bin_dir, "--editable", source)
     code = "from importlib.util import find_spec; import r1s_jax.kernels.attention, r1s_jax.eval; "
     code += f"print(r1s_jax.__file__, *map(find_spec, {[*ROOMS, 'tests']}))"
-    file, *found = run(bin_dir / "python", "-c", code, cwd=tmp_path).split()
+    file, *specs = run(bin_dir / "python", "-c", code, cwd=tmp_path).split()
     assert Path(file).parent == source / "r1s_jax"
-    assert found == ["None"] * 5
+    assert specs == ["None"] * 5
 
 
 def test_the_source_archive_installs(built, tmp_path):

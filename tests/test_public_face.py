@@ -1,4 +1,4 @@
-"""What users build on and must find again: imports, their own files, commands, keys of output."""
+"""The public interface: imports, files of users, commands, keys of output."""
 
 import importlib
 import json
@@ -65,9 +65,9 @@ NAMES = {
 
 
 @pytest.mark.parametrize("module", NAMES)
-def test_names_are_there(module):
-    found = importlib.import_module(module)
-    assert not [name for name in NAMES[module] if not hasattr(found, name)]
+def test_public_names_exist(module):
+    imported = importlib.import_module(module)
+    assert not [name for name in NAMES[module] if not hasattr(imported, name)]
 
 
 REWARD_FILE = """
@@ -154,7 +154,7 @@ def test_every_command_explains_itself(path):
     assert done.exit_code == 0 and "Usage" in done.output
 
 
-# The last line that a command prints, or a row or file that it writes.
+# The keys of the last printed line of a command, or of a row or file that it writes.
 KEYS = {
     "index search": "query results",
     "index info": "corpus dims disk_bytes encoder format kind memory_bytes parameters passages "
@@ -172,7 +172,7 @@ KEYS = {
 
 
 @pytest.mark.slow
-def test_keys_of_output_are_as_before(model, index, tmp_path, monkeypatch):
+def test_keys_of_output_are_unchanged(model, index, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row = {"question": "q", "answer": "Rome", "solution": "so </think> <answer> Rome </answer>"}
     (tmp_path / "s.jsonl").write_text(json.dumps(row) + "\n")

@@ -1,6 +1,6 @@
-"""Every number of a recipe at the lowest and at the highest value that it may have.
+"""Every number of a recipe at its lowest and at its highest allowed value.
 
-Either something is learned with it, or a message says why not: no setting passes and does nothing.
+Either the run learns with it, or a message says why not: no accepted setting is without effect.
 """
 
 import dataclasses
@@ -36,28 +36,28 @@ from r1s_jax.tracking.progress import Progress
 from r1s_jax.train import train
 from tests.learning.test_policy_gradient import VOCABULARY, TableLearner, make_batch, rewarded_of
 
-# Of an ending run what matters is that it may run: each is told where it does not go with others.
+# Candidates for the lowest value of a field; the first one that is allowed is the lowest.
 LOWEST = {int: (-1, 0, 1, 2, 3), float: (0.0, 1e-6, 0.01)}
-# Numbers of things: the highest that is allowed is a matter of memory and of patience.
+# Counts, whose highest allowed values would take too much memory or time in a test.
 SIZES = "slots length rows chunk people questions samples steps documents searches batch_size pack"
 SIZES += " architecture lora_rank speculative_tokens dynamic_sampling mesh traces queries"
 SIZES += " checkpoint_every concurrency"
-# One that another must go with.
+# Fields that must change together with another field.
 NEEDS = {"kl_target": ["algorithm.kl_coefficient=0.1"], "lora_alpha": ["policy.lora_rank=2"]}
 NEEDS |= {"slots": ["rollout.prefill_rows=1"], "max_length": ["rollout.max_prompt_length=1"]}
 NEEDS |= {"timeout_s": ["search.retries=0"], "max_staleness": ["rollout.partial_rollouts=true"]}
 
 
 def numbers(node: Any, path: str = "") -> dict[str, type]:
-    """Every field that holds a number, by its path."""
-    found = {}
+    """The types of all numeric fields, by path."""
+    types = {}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if dataclasses.is_dataclass(value):
-            found |= numbers(value, f"{path}{field.name}.")
+            types |= numbers(value, f"{path}{field.name}.")
         elif type(value) in (int, float):
-            found[path + field.name] = type(value)
-    return found
+            types[path + field.name] = type(value)
+    return types
 
 
 NUMBERS = numbers(tiny_world.config())
@@ -85,8 +85,8 @@ def allowed(path: str, value: float) -> bool:
         return False
 
 
-def most(path: str) -> float:
-    """The upper bound that a field declares."""
+def upper_bound(path: str) -> float:
+    """The declared upper bound of a field."""
     *sections, name = path.split(".")
     node = reduce(getattr, sections, tiny_world.config())
     bounds = declared(type(node))[name][1]
@@ -96,11 +96,11 @@ def most(path: str) -> float:
 
 @cache
 def ends(path: str) -> tuple[float, float]:
-    """The lowest and the highest value that a recipe may give a field."""
+    """The lowest and the highest allowed value of a field."""
     kind = NUMBERS[path]
-    highest = (most(path), 192, 64, 16, 8, 4, 1)
+    highest = (upper_bound(path), 192, 64, 16, 8, 4, 1)
     if kind is float:
-        highest = (float(most(path)), 1.0, 1 - 1e-6)
+        highest = (float(upper_bound(path)), 1.0, 1 - 1e-6)
     low = next(value for value in LOWEST[kind] if allowed(path, value))
     return low, next(value for value in highest if allowed(path, kind(value)))
 
@@ -115,7 +115,7 @@ def test_every_number_has_a_lowest_and_a_highest_value(path):
 
 @cache
 def learned(config: Config) -> np.ndarray:
-    """How far each number of a policy that is a table moves in three steps."""
+    """How far three steps move each parameter of a tabular policy."""
     learner = TableLearner(
         config.policy.architecture,
         make_mesh(MeshConfig()),
@@ -146,64 +146,64 @@ SHORT += ["optimizer.decay_to=1", "optimizer.learning_rate=1e-3"]
 
 
 LEARNING = [case for case in CASES if case[0].startswith(("algorithm.", "optimizer."))]
-# Zero is what means something else than it says; highest ends are for the slow tests.
+# Only zero can have a special meaning; the slow tests cover the highest values.
 LEARNING = [pytest.param(*case, marks=[pytest.mark.slow] * case[1]) for case in LEARNING]
 
 
 @pytest.mark.parametrize(("path", "end"), LEARNING)
-def test_at_its_ends_a_setting_still_teaches(path, end):
+def test_the_policy_learns_at_both_ends_of_a_setting(path, end):
     moved = learned(set_to(path, ends(path)[end], *SHORT))
     if (path, end) == ("optimizer.learning_rate", 1):
-        assert np.isnan(moved).all()  # with which a run stops and says so
+        assert np.isnan(moved).all()  # a run stops at these with a message
     else:
         assert (moved > 0).sum() >= 5 and np.isfinite(moved).all()
 
 
 @pytest.mark.parametrize("name", ["optimizer.grad_clip", "algorithm.reward_clip"])
-def test_no_bound_is_a_bound_that_is_never_met(name):
+def test_zero_disables_bounds(name):
     none, large = (learned(set_to(name, value, *SHORT)) for value in (0, 1e6))
     np.testing.assert_array_equal(none, large)
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
 @pytest.mark.parametrize("path", [p for p in NUMBERS if p.startswith("cold_start.")])
-def test_at_its_ends_a_cold_start_still_teaches(path, end):
-    """In each of its first steps, by so much that weights of usual size change in float32."""
+def test_a_cold_start_learns_at_both_ends_of_a_setting(path, end):
+    """Each of the first steps changes weights of usual size in float32."""
     c = set_to(path, ends(path)[end]).cold_start
-    begun = 0 if cooldown_begins(c, 0, 0.0) else None
-    for step in range(min(3, cold_start_end(c, begun))):
-        rate = c.learning_rate * learning_rate_scale(c, step, begun)
+    cooldown_start = 0 if cooldown_begins(c, 0, 0.0) else None
+    for step in range(min(3, cold_start_end(c, cooldown_start))):
+        rate = c.learning_rate * learning_rate_scale(c, step, cooldown_start)
         assert rate > 0 and (path.endswith("learning_rate") or rate > 1e-9)
 
 
 @pytest.mark.parametrize("end", [0, 1], ids=["lowest", "highest"])
 @pytest.mark.parametrize("path", [p for p in NUMBERS if p.startswith("environment.")])
-def test_at_its_ends_a_world_has_something_to_imitate(path, end):
+def test_a_world_has_demonstrations_at_both_ends_of_a_setting(path, end):
     value = ends(path)[end]
     config = set_to(path, 200 if end and "people" in path else value)
     try:
-        made = TinyWorldEnvironment(config.environment, 0).demonstrations(0, 16)
+        demonstrations = TinyWorldEnvironment(config.environment, 0).demonstrations(0, 16)
     except ConfigError as error:
         assert path in str(error)
         return
-    for demonstration in made:
+    for demonstration in demonstrations:
         weights = [weight for _, weight in demonstration.spans]
         assert any(weights) and demonstration.first_weight + sum(weights) > 0
 
 
-def test_demonstrations_that_are_cut_to_nothing_are_no_batch():
-    made = TinyWorldEnvironment(tiny_world.config().environment, 0).demonstrations(0, 4)
+def test_demonstrations_that_are_cut_to_nothing_are_refused():
+    demonstrations = TinyWorldEnvironment(tiny_world.config().environment, 0).demonstrations(0, 4)
     encoders = (lambda text: [1] * 4,) * 3
     with pytest.raises(ConfigError, match="anything to learn within 2 tokens: raise rollout"):
-        demonstration_batch(made, *encoders, capacity=2, micro_batch_rows=1)
-    demonstration_batch(made, *encoders, capacity=64, micro_batch_rows=1)
+        demonstration_batch(demonstrations, *encoders, capacity=2, micro_batch_rows=1)
+    demonstration_batch(demonstrations, *encoders, capacity=64, micro_batch_rows=1)
 
 
 # Whole runs.
 
 
 def pays_by_text(solution: Any, golds: Any) -> float:
-    """Different answers have different rewards, whatever a policy that knows nothing writes."""
+    """A reward that differs between answers, even of a random policy."""
     return zlib.crc32(solution.written.encode()) % 8 / 8
 
 
@@ -225,7 +225,7 @@ WHOLE = ("policy.lora", "rollout.", "search.", "environment.", "stage", "run.", 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "end"), [case for case in CASES if case[0].startswith(WHOLE)])
-def test_at_its_ends_a_whole_run_learns_or_says_why_not(path, end, tmp_path, capsys):
+def test_a_whole_run_learns_or_says_why_not_at_both_ends(path, end, tmp_path, capsys):
     try:
         config = set_to(path, ends(path)[end], *[r for r in RUN if not r.startswith(f"{path}=")])
         train(config, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Whole runs of the tiny world, cut short: files, resuming, stopping, bad input."""
+"""Whole short runs of the tiny world: files, resuming, stopping, bad input."""
 
 import contextlib
 import json
@@ -28,9 +28,9 @@ from r1s_jax.tracking.run_dir import open_run_dir
 from r1s_jax.train import Run, train
 from tests.makers import SHORT, run_cli, undocumented
 
-# What the clock decides; everything else of a row must not depend on when a run was stopped.
+# Columns that depend on time; no other column may depend on when a run was stopped.
 TIMES = ("seconds", "_per_s", "compilations", "host_memory")
-# While a search is out, others go on: how many turns the loop takes depends on how long it took.
+# Rows go on during a search of others, so the number of decode steps depends on its duration.
 TIMES += ("decode_steps", "prefill_chunks", "slots_busy")
 
 
@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
+    """An uninterrupted run."""
     path = tmp_path_factory.mktemp("runs") / "whole"
     done = subprocess.run(command(path), env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -101,7 +101,7 @@ def test_a_run_leaves_its_files(whole):
 @pytest.mark.parametrize(
     ("step", "known", "asked"), [(0, None, 1), (0, {"f1": 1.0}, 0), (2, {}, 0)]
 )
-def test_learning_begins_with_an_evaluation_and_has_one(tmp_path, monkeypatch, step, known, asked):
+def test_learning_begins_with_one_evaluation(tmp_path, monkeypatch, step, known, asked):
     run, seen = Run.__new__(Run), []
     run.dir, run.progress = tmp_path, Progress(phase="learning", step=step, before=known)
     monkeypatch.setattr(Run, "evaluate", lambda _, state: seen.append(state) or state)
@@ -112,7 +112,7 @@ def test_learning_begins_with_an_evaluation_and_has_one(tmp_path, monkeypatch, s
 
 @pytest.mark.slow
 def test_the_cold_start_by_itself_and_then_the_rest_is_the_same_run(whole, tmp_path, monkeypatch):
-    """Also where it is killed between the two, before the evaluation that the rest begins with."""
+    """Also after a kill between both, before the evaluation at which the second part starts."""
     config, path = override(tiny_world.config(), SHORT), tmp_path / "parts"
     assert train(config, path, cold_start_only=True)["stopped"] == "end of the cold start"
     assert not (path / "evaluation_before.jsonl").exists()
@@ -178,8 +178,8 @@ def wait_until(happened: Callable[[], object], run: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_carrying_over_is_the_same_run_when_killed_and_resumed(tmp_path):
-    """What is in flight is in the checkpoint, and no clock decides what a step waits for."""
+def test_partial_rollouts_are_the_same_run_when_killed_and_resumed(tmp_path):
+    """A checkpoint holds the trajectories in flight, and a step never depends on time."""
     paths = tmp_path / "whole", tmp_path / "killed"
     for path in paths:
         carry = "rollout.partial_rollouts=true"
@@ -202,7 +202,7 @@ def test_carrying_over_is_the_same_run_when_killed_and_resumed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_path):
+def test_a_damaged_checkpoint_costs_the_steps_since_the_previous_one(whole, tmp_path):
     path = tmp_path / "damaged"
     shutil.copytree(whole, path)
     (path / "summary.json").unlink()
@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_pa
     assert_same_run(whole, path)
 
 
-def test_another_config_is_refused_and_nothing_lost(whole):
+def test_another_config_is_refused_without_loss(whole):
     before = (whole / "metrics.jsonl").read_bytes()
     other = override(tiny_world.config(), [*SHORT, "seed=5", "optimizer.learning_rate=0.1"])
     with pytest.raises(ConfigError, match=r"another config: optimizer.learning_rate was .*seed"):
@@ -240,8 +240,8 @@ def test_the_checkpoints_of_another_run_are_refused(whole, tmp_path):
         train(others, tmp_path / "run")
 
 
-def test_what_fails_before_the_first_step_keeps_no_directory_from_another_try(tmp_path):
-    """A reward that does not exist is found at once, a mesh that does not fit can be mended."""
+def test_a_failure_before_the_first_step_leaves_the_directory_usable(tmp_path):
+    """After an unknown reward or a mesh that does not fit, a second try uses the directory."""
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="no reward 'nonsense'"):
         train(override(tiny_world.config(), [*SHORT, "stage2.reward=nonsense"]), run)
@@ -252,11 +252,11 @@ def test_what_fails_before_the_first_step_keeps_no_directory_from_another_try(tm
     assert json.loads((run / "config.json").read_text())["mesh"]["tensor"] == 3
     open_run_dir(run, right, resume=False)
     assert json.loads((run / "config.json").read_text())["mesh"]["tensor"] == 1
-    (run / "config.json").rename(run / "config.json.partial")  # as a kill leaves it
+    (run / "config.json").rename(run / "config.json.partial")  # the state after a kill
     open_run_dir(run, right, resume=True)
     (run / "config.json").write_text("{")
     (run / "versions.json").rename(tmp_path / "versions.json")
-    with pytest.raises(ConfigError, match="holds no run"):  # of a model, for all we know
+    with pytest.raises(ConfigError, match="holds no run"):  # it may be a model's config.json
         open_run_dir(run, right, resume=False)
     assert (run / "config.json").read_text() == "{"
     (tmp_path / "versions.json").rename(run / "versions.json")
@@ -274,7 +274,7 @@ def test_stage_1_ends_at_its_goal_and_groups_without_signal_are_replaced(tmp_pat
     ended = next(row["step"] for row in rows if row["format_valid"] >= 0.01)
     assert [row["stage"] for row in rows] == ["stage1"] * ended + ["stage2"] * 2
     assert ended < 5 and summary["steps"] == ended + 2
-    # Trajectories rolled out over those learned from: a second batch wherever signal was missing.
+    # Sampled over trained trajectories: steps without enough signal sample a second batch.
     for row in rows:
         assert row["trained_tokens"] <= row["sampled_tokens"]
         assert row["groups_without_signal"] == 0 or row["trained_tokens"] < row["sampled_tokens"]
@@ -282,7 +282,7 @@ def test_stage_1_ends_at_its_goal_and_groups_without_signal_are_replaced(tmp_pat
 
 @pytest.mark.slow
 def test_kl_to_the_reference(tmp_path):
-    """With a coefficient there is a reference, and at first no distance to it."""
+    """With a KL coefficient there is a reference, and the KL is zero at first."""
     short = [*SHORT, "cold_start.steps=0", "stage1.steps=0", "stage2.steps=2", "eval.questions=0"]
     config = override(tiny_world.config(), [*short, "algorithm.kl_coefficient=0.1"])
     train(config, tmp_path / "kl")
@@ -298,7 +298,7 @@ def test_kl_to_the_reference(tmp_path):
     ids=["20 kills", "10 kills, trajectories carried over"],
 )
 def test_kills_at_random_moments_change_nothing(tmp_path, kills, changes):
-    """The launch script restarts the run; each kill comes within twenty seconds of its start."""
+    """The launch script restarts the run after kills within twenty seconds of its start."""
     path, rng = tmp_path / "killed", random.Random(0)
     longer = [*SHORT, *changes]
     train(override(tiny_world.config(), longer), tmp_path / "whole")
@@ -323,13 +323,13 @@ def test_kills_at_random_moments_change_nothing(tmp_path, kills, changes):
 
 
 def trainings(script: int) -> list[psutil.Process]:
-    """The runs that a script has begun, and not what else it calls in between."""
-    found = []
+    """The `r1s train` processes that a script started, without its other commands."""
+    runs = []
     for process in psutil.Process(script).children():
         with contextlib.suppress(psutil.NoSuchProcess):
             if "train" in process.cmdline():
-                found.append(process)
-    return found
+                runs.append(process)
+    return runs
 
 
 @pytest.mark.slow
@@ -357,22 +357,22 @@ CORPUS += [
 
 
 @pytest.mark.slow
-def test_a_run_carries_what_it_needs_and_knows_its_data(model, index, tmp_path, monkeypatch):
-    """From another folder, and after its base model is gone; and no data changes under it."""
+def test_a_run_folder_is_complete_and_remembers_its_data(model, index, tmp_path, monkeypatch):
+    """Resumes from another folder without its base model; changed data is refused."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model, "base")
     rows = [{"question": f"What is the trade of Bakor{i}?", "answer": "smith"} for i in range(12)]
     Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = [*CORPUS, "environment.passages=", f"environment.index={index}"]
-    given += ["environment.questions=q.jsonl"]
+    shared = [*CORPUS, "environment.passages=", f"environment.index={index}"]
+    shared += ["environment.questions=q.jsonl"]
 
     def train_it(*options, base="base", questions="q.jsonl"):
-        changes = [*given, f"policy.model={base}", f"environment.questions={questions}"]
+        changes = [*shared, f"policy.model={base}", f"environment.questions={questions}"]
         return run_cli("train", "wiki_smollm2", *changes, "--run-dir", "run", *options)
 
     assert (done := train_it()).exit_code == 0, done.output
     checkpoints = sorted(Path("run/checkpoints").glob("[0-9]*"))
-    shutil.rmtree(checkpoints[-1])  # as if it had been stopped a step before
+    shutil.rmtree(checkpoints[-1])  # the state of a run stopped one step earlier
     absolute = {"base": tmp_path / "base", "questions": tmp_path / "q.jsonl"}
     Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:8]))
     done = train_it("--resume", **absolute)

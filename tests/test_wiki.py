@@ -1,4 +1,4 @@
-"""The recipe over real text, made small: real model, real encoder, real index."""
+"""The recipe over real text with few steps: real model, real encoder, real index."""
 
 import json
 
@@ -23,7 +23,7 @@ def test_wiki_recipe_learns_a_step(tmp_path, monkeypatch):
     changes += ["cold_start.steps=1", "cold_start.batch_size=4", "stage1.steps=0"]
     changes += ["stage2.steps=1", "stage2.questions_per_step=2", "eval.questions=2"]
     changes += ["rollout.retrieve_first=true", "rollout.max_prompt_length=320"]
-    changes += ["rollout.max_length=384", "policy.compute_dtype=float32"]  # to compare logprobs
+    changes += ["rollout.max_length=384", "policy.compute_dtype=float32"]  # for comparable logprobs
     changes += ["algorithm.samples_per_question=2", "rollout.max_turn_length=16"]
     result = train(override(wiki_smollm2.config(), changes), tmp_path / "run")
     assert result["steps"] == 1 and result["searches"] >= 4

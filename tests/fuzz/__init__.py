@@ -1,1 +1,1 @@
-"""Damages valid examples of everything that is read, room by room: `python -m tests.fuzz`."""
+"""Damages valid examples of all input formats, room by room: `python -m tests.fuzz`."""

@@ -1,4 +1,4 @@
-"""Damage to one file of an example."""
+"""Random damage to one file of an example."""
 
 import json
 import random
@@ -11,7 +11,7 @@ STRANGE += ["../../etc/passwd", [], {}, [[]], {"a": {"b": []}}, "<|im_end|>", "\
 
 
 def damage(folder: Path, rng: random.Random) -> str:
-    """Changes one file of an example; returns its name from the folder on."""
+    """Damages one file of an example; returns its path relative to the folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     path = rng.choice(files)
     data = path.read_bytes()
@@ -43,7 +43,7 @@ def _bytes_damage(data: bytes, rng: random.Random) -> bytes:
 
 
 def _value_damage(data: bytes, rng: random.Random) -> bytes:
-    """A JSON text, or one of its lines, with one value or key changed."""
+    """Changes one value or key of a JSON text, or of one JSON line."""
     lines = data.split(b"\n")
     whole = data.strip().startswith((b"{\n", b"[\n")) or len(lines) < 2
     i = 0 if whole else rng.randrange(len(lines))

@@ -1,4 +1,4 @@
-"""Questions in every form, and the names beside them."""
+"""Question files in every form, and files of answer aliases."""
 
 import json
 from collections.abc import Callable
@@ -14,23 +14,24 @@ def _questions(folder: Path) -> None:
 
 
 def _published_questions() -> list[dict[str, Any]]:
-    """A row of each published form, which may stand together in one file."""
+    """A row of each published form; one file may mix them."""
     facts = {"title": ["Ada", "Bo"], "sent_id": [0, 1]}
     pages = [{"idx": 0, "title": "Ada", "is_supporting": True}, {"idx": 1, "title": "Bo"}]
     steps = [{"id": 1, "support_paragraph": {"title": "Ada"}}]
     messages = [{"role": "user", "content": "Answer it. Question: who sings x?"}]
     truth = {"ground_truth": {"target": ["a", "b"]}, "style": "rule"}
-    asked = {"question": "Who?"}
+    question = {"question": "Who?"}
     return [
-        asked | {"_id": "h", "answer": "yes", "supporting_facts": [["Ada", 0], ["Bo", 1]]},
-        asked | {"id": "w", "answer": "yes", "supporting_facts": facts},
-        asked | {"id": "m", "answer": "a", "answer_aliases": ["b"], "paragraphs": pages},
-        asked | {"answers": ["a"], "positive_ctxs": []},
-        asked | {"question_id": "t", "answer": {"value": "a", "aliases": ["b", "c"]}},
-        asked | {"id": 42, "possible_answers": '["a", "b"]'},
+        question | {"_id": "h", "answer": "yes", "supporting_facts": [["Ada", 0], ["Bo", 1]]},
+        question | {"id": "w", "answer": "yes", "supporting_facts": facts},
+        question | {"id": "m", "answer": "a", "answer_aliases": ["b"], "paragraphs": pages},
+        question | {"answers": ["a"], "positive_ctxs": []},
+        question | {"question_id": "t", "answer": {"value": "a", "aliases": ["b", "c"]}},
+        question | {"id": 42, "possible_answers": '["a", "b"]'},
         {"prompt": messages, "reward_model": truth, "extra_info": {"index": 0}},
-        asked | {"id": "f", "golden_answers": ["a"], "metadata": {"supporting_facts": facts}},
-        asked | {"id": "g", "golden_answers": ["a"], "metadata": {"question_decomposition": steps}},
+        question | {"id": "f", "golden_answers": ["a"], "metadata": {"supporting_facts": facts}},
+        question
+        | {"id": "g", "golden_answers": ["a"], "metadata": {"question_decomposition": steps}},
     ]
 
 
@@ -49,11 +50,11 @@ def _read_tables(folder: Path) -> Any:
 
 def _squad(folder: Path) -> None:
     answers = [{"text": "a", "answer_start": 3}, {"text": "b", "answer_start": 9}]
-    asked = [{"id": f"q{i}", "question": f"Who is {i}?", "answers": answers} for i in range(3)]
-    asked[2] |= {"is_impossible": True, "answers": []}
+    questions = [{"id": f"q{i}", "question": f"Who is {i}?", "answers": answers} for i in range(3)]
+    questions[2] |= {"is_impossible": True, "answers": []}
     whole = {
         "version": "2",
-        "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": asked}]}],
+        "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": questions}]}],
     }
     (folder / "squad.json").write_text(json.dumps(whole, indent=1))
     row = {"question": "Who?", "context": "c", "answers": {"text": ["a"], "answer_start": [3]}}

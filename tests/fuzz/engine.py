@@ -1,4 +1,4 @@
-"""Judging what comes of damage, in a process that may hang or die."""
+"""Runs readers on damaged examples in a process that may hang or crash."""
 
 import multiprocessing
 import random
@@ -27,27 +27,27 @@ READERS = {
 
 
 def judge(reader: Reader, folder: Path, damaged: str, good: str) -> tuple[str, str]:
-    """(outcome, what was said) of one damaged example."""
+    """(outcome, message) of one damaged example."""
     from r1s_jax.io.errors import UserError
 
     try:
-        found = digest(reader.call(folder))
+        result = digest(reader.call(folder))
     except (UserError, OSError) as error:
-        said = str(error)
-        if len(said) > MOST_CHARACTERS:
-            return "long", said[:300]
+        message = str(error)
+        if len(message) > MOST_CHARACTERS:
+            return "long", message[:300]
         names = {path.name for path in folder.rglob("*")} | {str(folder)}
-        return ("clear" if any(name in said for name in names) else "unnamed"), said
+        return ("clear" if any(name in message for name in names) else "unnamed"), message
     except Exception:
         return "traceback", traceback.format_exc()[-1500:]
-    if found == good:
+    if result == good:
         return "same", ""
     sealed = any(Path(damaged).match(pattern) for pattern in reader.sealed)
     return ("used" if sealed else "other"), ""
 
 
 def _work(tasks: Any, answers: Any) -> None:
-    """A process that judges inputs until it is told to stop."""
+    """The loop of a process that judges inputs until it receives None."""
     import logging
     import os
     import warnings
@@ -98,18 +98,19 @@ class _Worker:
 
 
 def run(readers: list[str], seed: int, inputs: int, tell: bool = False) -> dict[str, Counter]:
-    """Counts of outcomes by reader, over `inputs` inputs in all; bad ones are printed."""
+    """Counts of outcomes by reader over `inputs` inputs in all; prints bad ones."""
     total = sum(READERS[name].weight for name in readers)
     counts: dict[str, Counter] = {name: Counter() for name in readers}
     worker, shown = _Worker(), Counter()
     for name in readers:
         for i in range(max(1, inputs * READERS[name].weight // total)):
-            _, _, damaged, outcome, said = worker.ask(name, seed * 1_000_003 + i)
+            _, _, damaged, outcome, message = worker.ask(name, seed * 1_000_003 + i)
             counts[name][outcome] += 1
             if outcome in BAD and shown[name, outcome] < 3:
                 shown[name, outcome] += 1
                 print(
-                    f"{name}: {outcome}: {damaged} (seed {seed}, input {i})\n{said}\n", flush=True
+                    f"{name}: {outcome}: {damaged} (seed {seed}, input {i})\n{message}\n",
+                    flush=True,
                 )
             if outcome in ("hang", "crash"):
                 worker = _Worker()

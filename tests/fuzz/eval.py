@@ -1,4 +1,4 @@
-"""Answers, their headers and verdicts, and solutions to be rewarded."""
+"""Files of answers with headers and verdicts, and solutions for rewards."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def _results(folder: Path) -> None:
 
 
 def _header() -> dict[str, Any]:
-    """Of a file of answers to the questions of `_journal_questions`."""
+    """The header of a file of answers to `_journal_questions`."""
     from r1s_jax.eval.header import describe
     from r1s_jax.presets import EVALUATION
     from r1s_jax.protocol.dialects import make_dialect
@@ -36,12 +36,12 @@ def _journal_questions() -> list[Any]:
 
 
 def _answers(folder: Path) -> None:
-    """What a stopped `r1s eval run` leaves, and a stopped `r1s data select`."""
-    told = {"answer": "Ada", "stop_reason_final": "finished", "gen_text_store": "x", "searches": 1}
-    told |= {"prompt_tokens": 3, "sampled_tokens": 4, "seconds": 0.5, "pred_ans": "Ada"}
-    told |= {"search_outcomes": ["found"]}
-    rated = {"answer": "Ada", "first_solved": None, "solved": 0, "difficulty": "hard"}
-    for name, key, values in (("a.jsonl", "id", told), ("m.jsonl", "idx", rated)):
+    """The files of an interrupted `r1s eval run` and of an interrupted `r1s data select`."""
+    row = {"answer": "Ada", "stop_reason_final": "finished", "gen_text_store": "x", "searches": 1}
+    row |= {"prompt_tokens": 3, "sampled_tokens": 4, "seconds": 0.5, "pred_ans": "Ada"}
+    row |= {"search_outcomes": ["found"]}
+    rating = {"answer": "Ada", "first_solved": None, "solved": 0, "difficulty": "hard"}
+    for name, key, values in (("a.jsonl", "id", row), ("m.jsonl", "idx", rating)):
         rows = [{key: q.id, "question": q.question} | values for q in _journal_questions()]
         (folder / name).write_text(lines(*rows[:2]))
         (folder / f"{name}.header.json").write_text(json.dumps(_header()))

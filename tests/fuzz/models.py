@@ -1,4 +1,4 @@
-"""Models and tokenizers as others save them."""
+"""Models and tokenizers as other libraries save them."""
 
 import json
 from pathlib import Path
@@ -35,32 +35,32 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _tokenizers(folder: Path) -> None:
-    """Of SentencePiece's kinds, and one that normalises before it looks for control tokens."""
+    """Tokenizers of SentencePiece's kinds, and one that normalises text before control tokens."""
     from tokenizers import normalizers
 
     from tests.models.test_tokenizer import SPACED, normalising, sentencepiece
 
     steps = normalizers.NFKC(), normalizers.Lowercase()
-    made = [sentencepiece(**parts) for parts in SPACED.values()]
-    for i, tokenizer in enumerate([*made, normalising(*steps, special=True)]):
+    tokenizers = [sentencepiece(**parts) for parts in SPACED.values()]
+    for i, tokenizer in enumerate([*tokenizers, normalising(*steps, special=True)]):
         tokenizer.save_pretrained(folder / f"t{i}")
 
 
 def _read_tokenizers(folder: Path) -> Any:
     from r1s_jax.models import tokenizer as ours
 
-    found = []
+    rows = []
     for path in sorted(folder.glob("t*")):
         tokenizer = ours.load_tokenizer(path)
         text = ours.foreign(tokenizer)("a <|IM_END|> ＜ｓ＞ <s>\n b")
         ids = ours.encode(tokenizer, text)
-        begun = ours.encode_start(tokenizer, "a b")
-        found.append((text, ids, ours.decode(tokenizer, ids), begun, ours.token_strings(tokenizer)))
-    return found
+        first = ours.encode_start(tokenizer, "a b")
+        rows.append((text, ids, ours.decode(tokenizer, ids), first, ours.token_strings(tokenizer)))
+    return rows
 
 
 def _shards(folder: Path) -> None:
-    """Weights in two shards, with an index, of a model that was wrapped when it was saved."""
+    """Weights of a wrapped model in two shards with an index."""
     from safetensors.numpy import load_file, save_file
 
     _model(folder)

@@ -1,4 +1,4 @@
-"""Dialects, what a policy writes in them, sums of rewards, and requests to a served policy."""
+"""Dialects, tool calls of a policy, sums of rewards, and requests to a served policy."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def _calls(folder: Path) -> None:
 
 
 def _read_calls(folder: Path) -> Any:
-    """What a policy writes between its tags is from outside as well: it must get a reply."""
+    """Text of the policy between its tags is outside input as well and must get a reply."""
     from r1s_jax.protocol.dialects import make_dialect
 
     dialect = make_dialect("tool_call")
@@ -57,8 +57,8 @@ def _read_chat(folder: Path) -> Any:
     from r1s_jax.serving.chat import Refused, read_request
 
     try:
-        asked = read_request((folder / "chat.json").read_bytes())
-        return asked.conversation(), asked.stops, asked.limit, asked.temperature, asked.seed
+        chat = read_request((folder / "chat.json").read_bytes())
+        return chat.conversation(), chat.stops, chat.limit, chat.temperature, chat.seed
     except Refused as refused:
         assert refused.status == 400 and json.dumps(refused.json())
         raise Refused(400, f"chat.json: {refused}") from None
@@ -79,7 +79,7 @@ def _read_sums(folder: Path) -> Any:
         return [read_sum(text, RewardError) for text in texts if isinstance(text, str)]
     except RewardError as error:
         raise RewardError(f"sums.json: {error}"[:MOST_CHARACTERS]) from error
-    except TypeError:  # no list: not what is read here
+    except TypeError:  # not iterable: the damage concerns the test, not the reader
         return None
 
 

@@ -1,4 +1,4 @@
-"""What a reader of examples is, and what may come of a damaged one."""
+"""Readers of examples, and the possible outcomes of damage."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ MOST_CHARACTERS = 400
 
 @dataclass(frozen=True)
 class Reader:
-    """How an example is made, what is called, and which of its files must never be used damaged."""
+    """Makes an example and reads it; `sealed` files must never be used when damaged."""
 
     make: Callable[[Path], None]
     call: Callable[[Path], Any]
-    sealed: tuple[str, ...] = ()  # patterns of files whose numbers are under a checksum
-    weight: int = 10  # its share of the inputs
+    sealed: tuple[str, ...] = ()  # patterns of files with checksums
+    weight: int = 10  # share of the inputs
 
 
 def lines(*rows: Any) -> str:
@@ -27,7 +27,7 @@ def lines(*rows: Any) -> str:
 
 
 def digest(value: Any) -> str:
-    """Of a result: equal for what is equal."""
+    """A digest that is equal for equal results."""
     import jax
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""Passages, indexes, vectors, encoders, and what servers and their clients send."""
+"""Passages, indexes, vectors, encoders, and messages of servers and clients."""
 
 import contextlib
 import json
@@ -105,7 +105,7 @@ def _reply(contract: str, body: Any) -> Reader:
     def call(folder: Path) -> Any:
         from r1s_jax.retrieval.http import HttpRetriever
 
-        # The address is what a message can name of a server.
+        # The message names the server's address, so the address contains the file name.
         retriever = HttpRetriever(f"http://reply.json/{contract}")
         retriever._client.post = lambda *_: (folder / "reply.json").read_bytes()
         return retriever.search(["a"], 2)
@@ -113,7 +113,7 @@ def _reply(contract: str, body: Any) -> Reader:
     return Reader(make, call)
 
 
-# Heads of replies that are well, busy, elsewhere, and half gone.
+# Heads of replies: success, busy, and a redirect.
 _HEADS = {
     "ok": "HTTP/1.1 200 OK\r\nContent-Type: application/json",
     "busy": "HTTP/1.1 503 Busy\r\nRetry-After: 7200",
@@ -129,44 +129,44 @@ def _replies(folder: Path) -> None:
 
 
 def _read_replies(folder: Path) -> Any:
-    """What a retriever makes of each reply, sent over a socket as it stands."""
+    """The retriever's result for each reply, which is sent unchanged over a socket."""
     from r1s_jax.retrieval.http import HttpRetriever, RemoteError
     from tests.http_server import breaking
 
-    found = []
+    results = []
     for name in _HEADS:
         data = (folder / f"{name}.http").read_bytes()
         listener, url = breaking(data, data)
         with listener:
             retriever = HttpRetriever(f"{url}/{name}.http/queries", timeout_s=2, retries=0)
             try:
-                found.append(repr(retriever.search(["a"], 2)))
+                results.append(repr(retriever.search(["a"], 2)))
             except RemoteError as error:
                 assert f"{name}.http" in str(error) and len(str(error)) <= MOST_CHARACTERS
-                found.append(type(error).__name__)
+                results.append(type(error).__name__)
             with contextlib.suppress(OSError):  # so that the server's thread ends
                 socket.create_connection(listener.getsockname(), timeout=1).close()
-    return found
+    return results
 
 
-def _asked(folder: Path) -> None:
+def _index_request(folder: Path) -> None:
     (folder / "body.json").write_text(json.dumps({"queries": ["Who?", "river"], "k": 2}))
     headers = {"host": "localhost:8000", "origin": "http://localhost:8000"}
     headers |= {"content-type": "application/json; charset=utf-8"}
     (folder / "headers.json").write_text(json.dumps(headers))
 
 
-def _answer_asked(folder: Path) -> Any:
-    """A request to the server of an index, without its socket."""
+def _answer_request(folder: Path) -> Any:
+    """Calls the index server with a request, without a socket."""
     import asyncio
 
     from r1s_jax.io.errors import BadInput
     from r1s_jax.io.json import parse_object
 
-    given = parse_object((folder / "headers.json").read_bytes(), "headers.json")
+    fields = parse_object((folder / "headers.json").read_bytes(), "headers.json")
     headers = [
         (name.encode("latin-1", "replace"), value.encode("latin-1", "replace"))
-        for name, value in given.items()
+        for name, value in fields.items()
         if isinstance(value, str)
     ]
     scope = {"type": "http", "method": "POST", "path": "/queries", "headers": headers}
@@ -210,5 +210,5 @@ READERS = {
         "retrieve", {"result": [[{"document": {"contents": '"T"\nx', "id": 1}, "score": 0.5}]]}
     ),
     "replies": Reader(_replies, _read_replies, weight=2),
-    "index request": Reader(_asked, _answer_asked),
+    "index request": Reader(_index_request, _answer_request),
 }

@@ -1,4 +1,4 @@
-"""The directory of a run, its checkpoints and journals, and comparisons of runs."""
+"""Run directories, their checkpoints and journals, and comparisons of runs."""
 
 import json
 import shutil
@@ -15,14 +15,14 @@ def _run(folder: Path) -> None:
 
 
 def _rows_of_run(folder: Path) -> None:
-    """What a report reads."""
+    """The files of a run that a report reads."""
     _run(folder)
     for name in ("checkpoints", "policy"):
         shutil.rmtree(folder / "run" / name)
 
 
 def _resumable(folder: Path) -> None:
-    """A run with two checkpoints, of small arrays, and a search and its documents in flight."""
+    """A run with two checkpoints of small arrays; a search and its documents are in flight."""
     from r1s_jax.config import override
     from r1s_jax.configs import tiny_world
     from r1s_jax.models.checkpoint import Checkpoints
@@ -44,9 +44,9 @@ def _carried(step: int) -> str | None:
     from r1s_jax.rollout.broker import Search
     from r1s_jax.rollout.in_flight import InFlight
 
-    asked = Question(step, "Who is Bakori?", ("a smith",))
-    begun = {"occurrence": 0, "step": step, "draw": 0, "start": 3}
-    flights = [InFlight.begun(asked, [1, 2, 3], sample=i, **begun) for i in range(2)]
+    question = Question(step, "Who is Bakori?", ("a smith",))
+    origin = {"occurrence": 0, "step": step, "draw": 0, "start": 3}
+    flights = [InFlight.begun(question, [1, 2, 3], sample=i, **origin) for i in range(2)]
     flights[0].note_first(Search(0, "Bakori", "found", ("Bakori   is a smith",), seconds=0.5))
     carried = PartialRollouts(None, None, None)
     carried.groups = [flights]
@@ -63,7 +63,7 @@ def _state(step: int) -> Any:
 
 
 def _resume(folder: Path) -> Any:
-    """As a run resumes; what it goes on from, unless that is what was saved."""
+    """Resumes a run; returns "sound", or the restored state if it differs from the saved one."""
     from r1s_jax.config import override
     from r1s_jax.configs import tiny_world
     from r1s_jax.learning.partial_rollouts import PartialRollouts
@@ -99,7 +99,7 @@ def _journals(folder: Path) -> None:
 
 
 def _go_on(folder: Path) -> Any:
-    """What a resumed run does with its journals, to its summary and its card."""
+    """Reads the journals as a resumed run does, for its summary and model card."""
     from r1s_jax.models.export import _card
     from r1s_jax.protocol.solution import R1_SEARCHER
     from r1s_jax.tracking import health
@@ -173,7 +173,7 @@ def _load_run(folder: Path) -> Any:
 
 
 def _deep(pattern: str) -> tuple[str, ...]:
-    """A pattern of files in a folder, and in folders of it."""
+    """Patterns of files in a folder and in three levels of subfolders."""
     return tuple(pattern + "/*" * depth for depth in range(4))
 
 

@@ -1,4 +1,4 @@
-"""Settings of the command line, and recipes of the user's own."""
+"""Settings of the command line, and users' recipes."""
 
 import json
 import sys
@@ -30,15 +30,15 @@ def _override(folder: Path) -> Any:
 
 
 def _fields(node: Any, path: str = "") -> dict[str, Any]:
-    """Every field of a configuration that holds no section, by its path."""
+    """The values of all fields of a configuration that are no sections, by path."""
     import dataclasses
 
-    found = {}
+    values = {}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         inner = dataclasses.is_dataclass(value)
-        found |= _fields(value, f"{path}{field.name}.") if inner else {path + field.name: value}
-    return found
+        values |= _fields(value, f"{path}{field.name}.") if inner else {path + field.name: value}
+    return values
 
 
 def _settings(folder: Path) -> None:
@@ -48,15 +48,15 @@ def _settings(folder: Path) -> None:
 
 
 def _set(folder: Path) -> Any:
-    """Each field as a text of the command line."""
+    """Sets each field by a text of the command line."""
     from r1s_jax.io.errors import ConfigError
     from r1s_jax.io.json import parse_object
     from r1s_jax.recipes import load_recipe
 
-    found = parse_object((folder / "settings.json").read_bytes(), "settings.json")
-    known = {p: v for p, v in found.items() if v is not None and p not in ("policy.model",)}
+    damaged = parse_object((folder / "settings.json").read_bytes(), "settings.json")
+    values = {p: v for p, v in damaged.items() if v is not None and p not in ("policy.model",)}
     try:
-        return load_recipe("tiny_world", [f"{path}={value}" for path, value in known.items()])
+        return load_recipe("tiny_world", [f"{path}={value}" for path, value in values.items()])
     except ConfigError as error:
         raise ConfigError(f"settings.json: {error}"[:MOST_CHARACTERS]) from error
 
@@ -88,15 +88,15 @@ def config():
 def _recipe(folder: Path) -> None:
     from r1s_jax.configs import tiny_world
 
-    known = {p: v for p, v in _fields(tiny_world.config()).items() if p.count(".") < 2}
-    (folder / "values.json").write_text(json.dumps(known))
+    values = {p: v for p, v in _fields(tiny_world.config()).items() if p.count(".") < 2}
+    (folder / "values.json").write_text(json.dumps(values))
     (folder / "mine.py").write_text(_RECIPE)
 
 
 def _read_recipe(folder: Path) -> Any:
     from r1s_jax.recipes import load_recipe
 
-    sys.dont_write_bytecode = True  # what Python keeps of a recipe is not read here
+    sys.dont_write_bytecode = True  # the fuzzer must not read cached bytecode
     return load_recipe(str(folder / "mine.py"))
 
 
