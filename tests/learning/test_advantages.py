@@ -19,7 +19,7 @@ N, W = 12, 9
 
 
 def oracle(estimator, rewards, groups, mask, kl=None, coefficient=0.0, clip=10.0):
-    """Token by token, in float64."""
+    """The advantages in float64, token by token."""
     rewards = np.clip(np.asarray(rewards, np.float64), -clip, clip)
     out = np.zeros(mask.shape)
     for i, row in enumerate(mask):
@@ -48,7 +48,7 @@ def oracle(estimator, rewards, groups, mask, kl=None, coefficient=0.0, clip=10.0
 @st.composite
 def batches(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**31)))
-    mask = rng.random((N, W)) < rng.random((N, 1))  # ragged, with holes where documents stood
+    mask = rng.random((N, W)) < rng.random((N, 1))  # ragged, with holes for documents
     mask[rng.random(N) < 0.2] = False
     groups = rng.integers(0, draw(st.sampled_from([1, 4, N])), N)
     levels = draw(st.sampled_from([np.array([-2, 0, 0.5, 1]), np.array([1 / 3, 2 / 3]), None]))
@@ -80,8 +80,8 @@ def test_rewards_are_clamped(estimator):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_what_was_not_sampled_takes_part_in_nothing(estimator):
-    """Neither the reward of a row without a sampled token nor the KL of a masked one matters."""
+def test_forced_tokens_have_no_effect(estimator):
+    """The reward of a row without sampled tokens and the KL of masked tokens have no effect."""
     rng = np.random.default_rng(1)
     rewards, groups = rng.normal(size=N).astype(np.float32), (np.arange(N) // 3).astype(np.int32)
     mask, kl = rng.random((N, W)) < 0.5, rng.normal(size=(N, W)).astype(np.float32)
@@ -95,8 +95,8 @@ def test_what_was_not_sampled_takes_part_in_nothing(estimator):
 
 @pytest.mark.parametrize("estimator", ["reinforce_baseline", "rloo", "grpo", "dr_grpo"])
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 2 / 3, 0.7])
-def test_equal_rewards_in_a_group_teach_nothing(estimator, reward):
-    """Rounding must not pass for a difference, least of all in units of a standard deviation."""
+def test_equal_rewards_in_a_group_have_zero_advantages(estimator, reward):
+    """Rounding errors must not count as differences, even in units of a standard deviation."""
     mask = np.ones((N, W), bool)
     for size in (3, 6, 12):
         groups = np.arange(N) // size
@@ -104,7 +104,7 @@ def test_equal_rewards_in_a_group_teach_nothing(estimator, reward):
         np.testing.assert_array_equal(got, 0)
 
 
-def test_a_sample_alone_in_its_group_has_no_signal_of_its_own():
+def test_a_single_sample_in_a_group_has_no_signal():
     mask = np.ones((N, W), bool)
     rewards, groups = np.arange(N, dtype=np.float32), np.arange(N)
     for estimator in ("reinforce_baseline", "rloo", "grpo", "dr_grpo"):
@@ -112,7 +112,7 @@ def test_a_sample_alone_in_its_group_has_no_signal_of_its_own():
     assert np.asarray(token_advantages("reinforce++", rewards, groups, mask)).any()
 
 
-def test_group_norm_is_in_units_of_the_groups_standard_deviation():
+def test_grpo_is_in_units_of_the_groups_standard_deviation():
     mask = np.zeros((4, 3), bool)
     mask[:, 1] = True
     rewards = np.array([0.0, 1.0, 5.0, 7.0], np.float32)
@@ -136,7 +136,7 @@ def test_whitening_ignores_masked_tokens():
     assert not got[~mask].any()
 
 
-def test_a_kl_of_noise_stays_noise_where_rewards_are_all_alike():
+def test_a_small_kl_stays_small_where_rewards_are_equal():
     rng, mask = np.random.default_rng(0), np.ones((N, W), bool)
     kl = rng.normal(0, 0.05, (N, W)).astype(np.float32)
     for estimator in ("reinforce++", "reinforce_baseline", "rloo"):
@@ -150,7 +150,7 @@ def test_a_kl_of_noise_stays_noise_where_rewards_are_all_alike():
     assert whitened.std() == pytest.approx(1, abs=1e-4), "one in a thousand still counts in full"
 
 
-def test_one_tokens_kl_cannot_drown_a_batch():
+def test_the_kl_of_one_token_is_clipped():
     mask, kl = np.ones((2, 3), bool), np.zeros((2, 3), np.float32)
     kl[0, 1] = np.expm1(30.0)
     got = token_advantages(
@@ -165,7 +165,7 @@ def test_an_unknown_estimator_is_named():
 
 
 def test_kl_estimates_are_right_on_average():
-    """k1 and k3 of samples from p estimate the same number, the sum over p of p log p/q."""
+    """k1 and k3 on samples from p both estimate KL(p, q), the sum of p log p/q."""
     rng = np.random.default_rng(0)
     p, q = rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(5))
     drawn = rng.choice(5, 200_000, p=p)

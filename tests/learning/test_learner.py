@@ -20,8 +20,8 @@ from tests.makers import LENGTHS, WIDTH, make_learner, make_params, make_sequenc
 OTHERS = ("reference_logprobs", "kl_weights", "fresh")
 
 
-def one_a_row(sequences) -> tuple[PackedBatch, int]:
-    """Without the packer: each sequence in a row of its own, padding behind it."""
+def one_per_row(sequences) -> tuple[PackedBatch, int]:
+    """A batch without the packer: one sequence per row, with padding."""
     inside = np.arange(WIDTH) < LENGTHS[:, None]
     arrays = {name: np.where(inside, a, 0)[None] for name, a in sequences.items()}
     arrays |= {name: np.zeros((1, *inside.shape)) for name in OTHERS}
@@ -51,12 +51,12 @@ def learner():
 
 @pytest.fixture(scope="module")
 def alone(learner):
-    return step(learner, *one_a_row(make_sequences()))
+    return step(learner, *one_per_row(make_sequences()))
 
 
 @pytest.mark.parametrize(("length", "chunk"), [(1, 4), (4, 4), (5, 4), (11, 4), (11, 128)])
 @pytest.mark.parametrize("tuning", [ACCELERATOR, CPU], ids=["accelerator", "cpu"])
-def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
+def test_token_logprobs_and_entropies_equal_those_of_full_logits(
     params, monkeypatch, length, chunk, tuning
 ):
     monkeypatch.setattr(logprobs_module, "_LOGIT_CHUNK", chunk)
@@ -73,19 +73,17 @@ def test_token_logprobs_and_entropies_are_those_of_the_full_logits(
 
 
 @pytest.mark.parametrize("tuning", [ACCELERATOR, CPU], ids=["accelerator", "cpu"])
-def test_logits_are_made_of_wanted_tokens_only_and_the_gradient_is_theirs(
-    params, monkeypatch, tuning
-):
+def test_logits_are_computed_for_selected_tokens_only(params, monkeypatch, tuning):
     monkeypatch.setattr(logprobs_module, "_LOGIT_CHUNK", 4)
     rng, policy = np.random.default_rng(0), Policy(MODEL, params, tuning=tuning)
     tokens = rng.integers(0, MODEL.vocab_size, (3, 14))
-    wanted = rng.random((3, 14)) < 0.3
-    wanted[:, 0] = False
+    selected = rng.random((3, 14)) < 0.3
+    selected[:, 0] = False
     hidden = jnp.asarray(rng.normal(size=(3, 14, MODEL.d_model)), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=wanted.shape) * wanted)
+    weights = jnp.asarray(rng.normal(size=selected.shape) * selected)
 
     def ours(hidden):
-        logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden, wanted)
+        logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden, selected)
         return (weights * logprobs).sum(), (logprobs, entropies)
 
     def theirs(hidden):
@@ -97,10 +95,10 @@ def test_logits_are_made_of_wanted_tokens_only_and_the_gradient_is_theirs(
     expected, right = jax.value_and_grad(theirs)(hidden)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, right, atol=1e-5)
-    # Of 14 columns in chunks of 4, those past the fullest row's last wanted token are not made.
-    chunks = -(-int(wanted.sum(1).max()) // 4)
+    # The fullest row needs fewer chunks than all 14 columns in chunks of 4.
+    chunks = -(-int(selected.sum(1).max()) // 4)
     assert (np.asarray(entropies) != 0).sum(1).max() <= 4 * chunks < 14
-    assert (np.asarray(logprobs)[wanted] != 0).all()
+    assert (np.asarray(logprobs)[selected] != 0).all()
 
 
 @jax.jit
@@ -123,7 +121,7 @@ def test_the_update_is_the_gradient_of_the_loss_over_full_logits(params, alone):
     np.testing.assert_allclose(metrics["loss"], value, atol=1e-5)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     assert metrics["tokens"] == (sequences["weights"] > 0).sum()
-    assert metrics["grad_norm"] > 0.1  # or the comparison above would say little
+    assert metrics["grad_norm"] > 0.1  # so that the comparison above is meaningful
 
 
 @pytest.mark.parametrize(("capacity", "micro_batch_rows", "micro"), [(16, 1, 3), (24, 2, 1)])
@@ -139,8 +137,8 @@ def test_packing_and_micro_batches_change_nothing(
 
 
 @pytest.mark.parametrize("remat", ["attention", "full"])
-def test_recomputing_layers_changes_nothing(alone, remat):
-    after, _ = step(make_learner(remat=remat), *one_a_row(make_sequences()))
+def test_remat_changes_nothing(alone, remat):
+    after, _ = step(make_learner(remat=remat), *one_per_row(make_sequences()))
     assert_close(after, alone[0], atol=1e-5)
 
 
@@ -158,7 +156,7 @@ def test_recomputing_layers_changes_nothing(alone, remat):
 )
 @pytest.mark.slow
 def test_bfloat16_learns_what_float32_does(remat, tied):
-    """Rows long enough for the matrix units of a CPU to take their products."""
+    """Rows are long enough for the matrix units of a CPU."""
     model = ModelConfig(64, 64, 128, 2, 4, 2, 16, tie_embeddings=tied)
     params = init_params(model, 0)
     batch, micro = packed(make_sequences(), capacity=96, micro_batch_rows=2)
@@ -174,8 +172,8 @@ def test_bfloat16_learns_what_float32_does(remat, tied):
 
 
 @pytest.mark.slow
-def test_recomputing_more_keeps_less():
-    """Bytes that one update holds at a time, on a model whose activations are most of them."""
+def test_more_remat_needs_less_memory():
+    """Compares the peak bytes of an update on a model with mostly activations."""
     model = ModelConfig(31, 32, 64, 8, 2, 1, 16)
     params = init_params(model, 0)
     batch, micro = packed(make_sequences(), capacity=256, micro_batch_rows=4)
@@ -190,13 +188,13 @@ def test_recomputing_more_keeps_less():
     assert full < attention < none
 
 
-def test_the_first_moment_may_be_kept_in_half():
+def test_the_first_moment_may_be_in_bfloat16():
     optimizer = make_optimizer(OptimizerConfig(moment_dtype="bfloat16"))
     adam = optimizer.init({"w": jnp.ones(3)})[1][0]
     assert (adam.mu["w"].dtype, adam.nu["w"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_micro_batches_past_the_used_ones_are_not_looked_at(learner):
+def test_unused_micro_batches_are_not_read(learner):
     batch, micro = packed(make_sequences())
     before, _ = step(learner, batch, micro)
     for array in batch:
@@ -217,7 +215,7 @@ def test_a_segment_does_not_see_its_neighbours(learner, params):
         )
         second = unpack(learner.logprobs(params, batch, micro), layout, LENGTHS, WIDTH)
         others = np.arange(len(LENGTHS)) != i
-        # A sequence's first token has nothing before it: its entry speaks of the neighbour.
+        # The entry of a first token, which has no context, depends on the neighbour.
         np.testing.assert_allclose(second[others, 1:], first[others, 1:], atol=1e-6)
         assert np.abs(second[i] - first[i]).max() > 1e-2
 
@@ -234,22 +232,22 @@ def test_logprobs_are_those_of_each_sequence_alone(learner, params):
 
 
 def test_documents_carry_no_loss_but_are_read(learner, alone):
-    """What masked tokens were worth changes nothing; what they say changes what follows."""
+    """Advantages of masked tokens have no effect; their ids change the loss of later tokens."""
     sequences = make_sequences()
     masked = sequences["weights"] == 0
     worth = sequences | {
         "advantages": np.where(masked, 1e6, sequences["advantages"]).astype(np.float32),
         "old_logprobs": np.where(masked, -1e6, sequences["old_logprobs"]).astype(np.float32),
     }
-    after, metrics = step(learner, *one_a_row(worth))
+    after, metrics = step(learner, *one_per_row(worth))
     assert_close(after, alone[0], rtol=0)
     assert metrics == alone[1]
-    said = sequences["tokens"].copy()
-    said[:, 0] = (said[:, 0] + 1) % MODEL.vocab_size
-    assert step(learner, *one_a_row(sequences | {"tokens": said}))[1]["loss"] != metrics["loss"]
+    ids = sequences["tokens"].copy()
+    ids[:, 0] = (ids[:, 0] + 1) % MODEL.vocab_size
+    assert step(learner, *one_per_row(sequences | {"tokens": ids}))[1]["loss"] != metrics["loss"]
 
 
-def test_nothing_to_learn_moves_nothing(learner, params):
+def test_without_trained_tokens_nothing_changes(learner, params):
     sequences = make_sequences()
     sequences["weights"][:] = 0
     after, metrics = step(learner, *packed(sequences))
@@ -297,13 +295,13 @@ def test_updates_in_a_row_are_optax_applied_by_hand(params):
         _, gradient = plain_loss(by_hand, sequences)
         updates, moments = move(gradient, moments, by_hand)
         by_hand = optax.apply_updates(by_hand, updates)
-        state, _ = learner.update(state, *one_a_row(sequences))
+        state, _ = learner.update(state, *one_per_row(sequences))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), by_hand, params)
     assert min(jax.tree.leaves(moved)) > 5e-4
     assert_close(state.params, by_hand, atol=2e-5)
 
 
-def test_updates_leave_the_given_parameters_and_the_reference_alone(learner, params):
+def test_updates_do_not_change_the_given_parameters_and_the_reference(learner, params):
     before = jax.device_get(params)
     state = learner.init(params, keep_reference=True)
     state, _ = learner.update(state, *packed(make_sequences()))
@@ -313,11 +311,11 @@ def test_updates_leave_the_given_parameters_and_the_reference_alone(learner, par
 
 
 def test_a_loss_names_its_own_metrics():
-    """Another loss needs no change in the learner, nor in the row of a step."""
+    """A new loss needs no change in the learner or in the metrics of a step."""
 
     def other(logprobs, batch):
-        wanted = batch.weights > 0
-        surprise = jnp.where(wanted, -logprobs, 0.0)
+        trained = batch.weights > 0
+        surprise = jnp.where(trained, -logprobs, 0.0)
         return (batch.weights * surprise).sum(), {
             "surprise": surprise.sum(),
             "surprise_max": surprise.max(),

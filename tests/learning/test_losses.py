@@ -33,14 +33,14 @@ def random_rows(
 
 
 def oracle(config, logprobs, batch):
-    """Loss and how many tokens the clip keeps from moving on."""
+    """The loss, and the number of tokens without a gradient because of the clip."""
     loss, outside = 0.0, 0
     for at in np.ndindex(batch.weights.shape):
         if batch.weights[at] > 0:
             ratio, advantage = np.exp(logprobs[at] - batch.old_logprobs[at]), batch.advantages[at]
             high = config.clip_high or config.clip
             gain = min(ratio * advantage, min(max(ratio, 1 - config.clip), 1 + high) * advantage)
-            # Outside of the range on the side where the objective no longer grows.
+            # Beyond the bound at which the clipped objective stays constant.
             outside += ratio > 1 + high if advantage > 0 else ratio < 1 - config.clip
             if config.dual_clip and advantage < 0:
                 gain = max(gain, config.dual_clip * advantage)
@@ -87,7 +87,7 @@ def test_each_option_makes_a_difference(name):
 
 
 def test_the_first_gradient_is_that_of_reinforce():
-    """With ratio 1 nothing is clipped: the gradient is weight times advantage."""
+    """At ratio 1 nothing is clipped: the gradient is weight times advantage."""
     logprobs, batch = random_rows()
     batch = batch._replace(old_logprobs=logprobs)
     gradient = jax.grad(lambda x: clipped_loss(0.2, x, batch)[0])(logprobs)
@@ -95,7 +95,7 @@ def test_the_first_gradient_is_that_of_reinforce():
 
 
 @pytest.mark.parametrize("loss", [partial(clipped_loss, 0.2), likelihood_loss])
-def test_tokens_of_weight_0_have_no_gradient_and_no_say(loss):
+def test_tokens_of_weight_0_have_no_effect(loss):
     logprobs, batch = random_rows()
     masked = batch.weights == 0
     value, _ = loss(logprobs, batch)
@@ -121,7 +121,7 @@ def test_likelihood_loss_is_the_weighted_negative_log_likelihood():
 
 
 def sequences(batch: PackedBatch):
-    """The trained tokens of every sequence: (row, places)."""
+    """(row, positions) of the trained tokens of every sequence."""
     for row, ids in enumerate(batch.segment_ids):
         for number in np.unique(ids[ids > 0]):
             places = np.flatnonzero((ids == number) & (batch.weights[row] > 0))
@@ -144,7 +144,7 @@ def gain_of(config: AlgorithmConfig, log_ratio, advantage, logprob):
 
 
 def sequence_oracle(config: AlgorithmConfig, logprobs, batch, fixed=None) -> float:
-    """`fixed` are the log-probabilities of what CISPO does not differentiate."""
+    """`fixed` are the log-probabilities that CISPO treats as constants."""
 
     def wide(array):
         return np.asarray(array, np.float64)
@@ -174,7 +174,7 @@ SEQUENCE_CONFIGS = {
 
 
 def packed_rows(seed: int) -> tuple[np.ndarray, PackedBatch]:
-    """Two rows of three sequences of one advantage each, the rest of a row being padding."""
+    """Two rows of three sequences, with one advantage per sequence, and padding."""
     logprobs, batch = random_rows(seed=seed)
     ids = np.repeat(np.array([[1, 2, 3, 0], [4, 5, 6, 0]]), [7, 13, 15, 5], axis=1)
     advantages = np.random.default_rng(seed).normal(size=7).astype(np.float32)[ids]
@@ -205,7 +205,7 @@ def test_other_losses_against_float64_and_finite_differences(name):
 
 @pytest.mark.parametrize("name", SEQUENCE_CONFIGS)
 def test_packing_changes_no_loss(name):
-    """The same sequences, one a row."""
+    """Compares with the same sequences, one per row."""
     loss = policy_loss(SEQUENCE_CONFIGS[name])
     logprobs, batch = packed_rows(1)
     rows = [(row, batch.segment_ids[row] == i) for row in (0, 1) for i in range(1, 7)]
@@ -222,7 +222,7 @@ def test_packing_changes_no_loss(name):
 def test_losses_agree_where_the_policy_has_not_moved():
     """At the policy that sampled, every objective has the gradient of REINFORCE."""
     _, batch = packed_rows(2)
-    # One weight a sequence, as averages by sequence have it.
+    # One weight per sequence, as in averages by sequence.
     batch = batch._replace(weights=(batch.weights > 0).astype(np.float32))
 
     def slope(config: AlgorithmConfig) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How many rows go through the network at a time, where a recipe leaves it open."""
+"""The number of micro-batch rows where a recipe leaves it open."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -18,13 +18,13 @@ OPEN = override(tiny_world.config(), ["optimizer.micro_batch_rows=0", "rollout.m
     ("sequences", "pack_length", "shards", "rows"),
     [(64, 160, 1, 8), (64, 320, 1, 4), (64, 160, 4, 2), (40, 160, 1, 4), (2, 160, 1, 1)],
 )
-def test_eight_passes_take_the_longest_batch(sequences, pack_length, shards, rows):
+def test_at_most_eight_passes_take_the_longest_batch(sequences, pack_length, shards, rows):
     config = override(OPEN, [f"optimizer.pack_length={pack_length}"])
     assert most_rows(config, sequences, shards) == rows
 
 
 @pytest.mark.slow
-def test_memory_decides(monkeypatch, capsys):
+def test_memory_limits_the_micro_batch_rows(monkeypatch, capsys):
     learner = makers.make_learner()
     state = learner.init(makers.make_params())
     assert micro_batch_rows(OPEN, learner, state, 64) == 8

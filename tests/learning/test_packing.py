@@ -12,7 +12,7 @@ ragged = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=14)
 
 
 def random_batch(lengths, seed: int = 0):
-    """Four [N, W] arrays; what stands past a sequence's end must not matter."""
+    """Four [N, W] arrays; values past the end of a sequence must have no effect."""
     rng = np.random.default_rng(seed)
     shape = (len(lengths), WIDTH)
     tokens = rng.integers(1, 1000, shape).astype(np.int32)
@@ -23,19 +23,19 @@ def random_batch(lengths, seed: int = 0):
 @settings(deadline=None)
 def test_sequences_neither_overlap_nor_overflow(lengths):
     layout = first_fit(lengths, CAPACITY)
-    taken = np.zeros((layout.rows, CAPACITY), int)
+    uses = np.zeros((layout.rows, CAPACITY), int)
     for row, offset, length in zip(layout.row, layout.offset, lengths, strict=True):
         assert offset + length <= CAPACITY
-        taken[row, offset : offset + length] += 1
-    assert taken.sum() == sum(lengths)
-    assert (taken <= 1).all()
+        uses[row, offset : offset + length] += 1
+    assert uses.sum() == sum(lengths)
+    assert (uses <= 1).all()
     assert not len(lengths) or (layout.row < layout.rows).all()
 
 
 @given(ragged)
 @settings(deadline=None)
 def test_few_rows_are_used(lengths):
-    """No two rows would fit into one."""
+    """No two rows fit into one."""
     layout = first_fit(lengths, CAPACITY)
     used = np.bincount(layout.row, weights=lengths, minlength=layout.rows)
     assert (used > 0).all()
@@ -61,7 +61,7 @@ def pack_all(lengths, **options):
 
 @given(ragged, st.integers(1, 3))
 @settings(deadline=None)
-def test_everything_lands_on_its_tokens_and_comes_back(lengths, micro_batch_rows):
+def test_values_stay_with_their_tokens_and_unpack_unchanged(lengths, micro_batch_rows):
     arrays = random_batch(lengths)
     inside = np.arange(WIDTH) < np.array(lengths)[:, None]
     batch, layout, micro = pack_all(lengths, micro_batch_rows=micro_batch_rows)
@@ -83,7 +83,7 @@ def test_everything_lands_on_its_tokens_and_comes_back(lengths, micro_batch_rows
 
 @given(ragged)
 @settings(deadline=None)
-def test_segments_tell_sequences_apart_and_positions_restart(lengths):
+def test_segment_ids_separate_sequences_and_positions_restart(lengths):
     batch, _, _ = pack_all(lengths)
     segments = batch.segment_ids.reshape(-1, CAPACITY)
     positions = batch.positions.reshape(-1, CAPACITY)

@@ -1,4 +1,4 @@
-"""Trajectories that outlive a step: whole groups, their own keys and worlds, and a checkpoint."""
+"""Trajectories in flight across steps: complete groups, their own keys and worlds, checkpoints."""
 
 import dataclasses
 import json
@@ -26,14 +26,14 @@ SAMPLES, SIZE, STEPS = 3, 2, 6
 
 
 class Worlds:
-    """Four new questions a step; each step's own retriever knows when it was drawn."""
+    """New questions at each step; the retriever of a step returns the step in its documents."""
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
         first = 100 * step + 10 * draw
-        asked = [
+        questions = [
             Question(first + i, f"What is the trade of {first + i}?", ("x",)) for i in range(size)
         ]
-        return Batch(asked, self.retriever_of(step, draw))
+        return Batch(questions, self.retriever_of(step, draw))
 
     def retriever_of(self, step: int, draw: int) -> "World":
         return World(f"drawn {step} {draw}")
@@ -61,7 +61,7 @@ def engine(config):
 
 
 def steps(config, engine, *, restart: bool):
-    """Six steps with one policy; `restart`: every step by a new process, so to say."""
+    """Six steps with one policy; with `restart`, every step restores its state."""
     carried, batches = PartialRollouts(config, engine, Worlds()), []
     params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)
     for step in range(STEPS):
@@ -78,7 +78,7 @@ def batches(config, engine):
     return steps(config, engine, restart=False)[0]
 
 
-def test_every_step_learns_from_whole_groups(batches):
+def test_every_step_trains_complete_groups(batches):
     drawn = set()
     for rolled in batches:
         t = rolled.trajectory
@@ -92,18 +92,18 @@ def test_every_step_learns_from_whole_groups(batches):
     assert max(b.ages.max() for b in batches) >= 1
 
 
-def test_a_steps_metrics_can_be_written(batches):
+def test_the_metrics_of_a_step_are_json(batches):
     rule = reward_rule("stage2")
     for rolled in batches:
-        asked = zip(rolled.solutions, rolled.questions, strict=True)
-        rewards = [rule(solution, question.answers) for solution, question in asked]
+        pairs = zip(rolled.solutions, rolled.questions, strict=True)
+        rewards = [rule(solution, question.answers) for solution, question in pairs]
         row = rollout_metrics(Rewarded.of(rolled, rewards, AlgorithmConfig()))
         assert json.loads(json.dumps(row))["partial_trajectories"] >= 0
     assert any(rolled.carried for rolled in batches)
 
 
-def test_with_one_policy_the_tokens_are_those_of_a_rollout_that_nobody_left(batches, engine):
-    """Same parameters at every step: then carrying over changes no token, mask or ending."""
+def test_with_one_policy_tokens_equal_those_of_an_uninterrupted_rollout(batches, engine):
+    """With the same parameters at every step, partial rollouts change no token, mask or ending."""
     params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)
     compared = 0
     for rolled in batches:
@@ -133,18 +133,18 @@ def test_with_one_policy_the_tokens_are_those_of_a_rollout_that_nobody_left(batc
     assert compared >= STEPS
 
 
-def test_a_search_is_answered_by_the_world_that_its_question_is_of(batches):
-    found = 0
+def test_a_search_goes_to_the_retriever_of_its_question(batches):
+    answered = 0
     for rolled in batches:
         for question, searches in zip(rolled.questions, rolled.searches, strict=True):
             name = f"drawn {question.id // 100} {question.id % 100 // 10} "
             for search in searches:
                 assert all(document.startswith(name) for document in search.documents)
-                found += bool(search.documents)
-    assert found >= 5
+                answered += bool(search.documents)
+    assert answered >= 5
 
 
-def test_a_checkpoint_holds_all_of_it(batches, config, engine):
+def test_a_checkpoint_restores_trajectories_in_flight(batches, config, engine):
     again, _ = steps(config, engine, restart=True)
     for a, b in zip(batches, again, strict=True):
         assert a.questions == b.questions and a.carried == b.carried
@@ -155,12 +155,12 @@ def test_a_checkpoint_holds_all_of_it(batches, config, engine):
             assert [(s.query, s.outcome) for s in mine] == [(s.query, s.outcome) for s in theirs]
 
 
-def test_what_is_too_old_is_cut_off_and_counted(config):
+def test_too_stale_trajectories_are_cut_off_and_counted(config):
     short = dataclasses.replace(config.rollout, slots=12, max_staleness=1)
     config = dataclasses.replace(config, rollout=short)
     batches, carried = steps(config, make_engine(short), restart=False)
     ages = np.concatenate([b.ages.ravel() for b in batches])
-    assert ages.max() <= 2  # cut at the end of its second step, learned from in the next
+    assert ages.max() <= 2  # cut at the end of the second step, trained in the next
     ends = np.concatenate([b.trajectory.finish for b in batches])
     assert (ends == Finish.TOO_OLD).any()
     for group in carried.groups:
@@ -191,13 +191,13 @@ def test_settings_that_make_no_sense_are_refused(wrong, said):
         override(tiny_world.config(), wrong)
 
 
-def test_first_searches_are_counted_and_too_many_that_fail_end_the_step(config, monkeypatch):
+def test_first_searches_are_counted_and_too_many_failures_end_the_step(config, monkeypatch):
     searching = dataclasses.replace(config.rollout, retrieve_first=True, max_prompt_length=64)
     engine = make_engine(searching)
     c = dataclasses.replace(config, rollout=searching)
     params = shard_params(searching_params(model=engine.model), engine.model, engine.mesh)
     rolled = PartialRollouts(c, engine, Worlds()).roll(params, 0, SIZE)
-    # Of every question that was drawn, beside those of the policy.
+    # One first search for every drawn question, besides those of the policy.
     assert rolled.outcomes["found"] >= 2 * SIZE
     monkeypatch.setattr(Worlds, "retriever_of", lambda *_: RaisingRetriever())
     with pytest.raises(SearchFailure, match="2 of 2 searches failed"):

@@ -34,7 +34,7 @@ PLAIN = AlgorithmConfig()
 
 
 class TableLearner(Learner):
-    """The real update around a policy so small that NumPy can follow: a logprob for each token."""
+    """The real update of a tabular policy with a logprob per token, which NumPy can reproduce."""
 
     def _forward(self, params, batch):
         logprobs = params["table"][batch.tokens]
@@ -80,7 +80,7 @@ def rewarded_of(t: Trajectory, values, algorithm=PLAIN, **changed) -> Rewarded:
 
 
 def oracle(a, t, rewards, table, reference, seed, step, rate):
-    """Every update by hand in float64; returns the table after them."""
+    """All updates in NumPy float64; returns the final table."""
     table = table.astype(np.float64)
     mask = t.loss_mask & (t.finish == Finish.FINISHED)[:, None]
     old = table[t.tokens] if a.tis_cap else t.policy_logprobs
@@ -113,7 +113,7 @@ def oracle(a, t, rewards, table, reference, seed, step, rate):
 
 
 def slopes(a, log_ratio, advantage):
-    """What a sequence's objective gains with each log-probability, in advantages."""
+    """The derivative of a sequence's objective by each log-probability, in units of advantages."""
     ratio, high = np.exp(log_ratio), a.clip_high or a.clip
     if a.loss == "reinforce":
         return np.ones(len(ratio))
@@ -198,8 +198,8 @@ def test_learning_equals_its_oracle_on_four_devices():
     assert "." * len(OPTIONS) in done.stdout
 
 
-def test_the_options_are_not_idle():
-    """Each option changes what is learned, or its oracle would prove nothing."""
+def test_each_option_has_an_effect():
+    """Each option changes the result; otherwise its comparison would be void."""
     t, rewards = make_batch(0)
     rng = np.random.default_rng(0)
     table, reference = rng.normal(-2, 0.3, (2, VOCABULARY)).astype(np.float32)
@@ -213,12 +213,12 @@ def test_the_options_are_not_idle():
         assert name == "plain" or np.abs(learned(**options) - plain).max() > 1e-4, name
 
 
-def test_importance_weights_are_cut_off_above():
+def test_importance_weights_are_truncated_from_above():
     got = importance_weights(np.log([0.2, 0.5, 0.9]), np.log([0.4, 0.5, 0.1]), cap=2.0)
     np.testing.assert_allclose(got, [0.5, 1.0, 2.0])
 
 
-def test_groups_without_signal_give_way_and_the_number_stays():
+def test_groups_without_signal_are_replaced_and_the_number_stays():
     t, _ = make_batch(0)
     groups = np.repeat(np.arange(5), 2)
     t = t._replace(
@@ -226,7 +226,7 @@ def test_groups_without_signal_give_way_and_the_number_stays():
     )
     rewards = np.array([0, 0, 0, 1, 1, 1, 1, 0, 2, 2.0])
 
-    def chosen(wanted: int, *, unanswered=False, **finish) -> list[int]:
+    def chosen(count: int, *, unanswered=False, **finish) -> list[int]:
         said = [
             Solution.of_text("?" if v else "<answer> a </answer>")
             for v in unanswered | (groups < 0)
@@ -235,7 +235,7 @@ def test_groups_without_signal_give_way_and_the_number_stays():
         batch = rewarded_of(t._replace(**finish), rewards, a, solutions=tuple(said))
         metrics = rollout_metrics(batch)
         assert metrics["groups_without_signal"] == 1 - len(set(groups[batch.teaches])) / 5
-        return batch.first_groups(wanted).groups.tolist()
+        return batch.first_groups(count).groups.tolist()
 
     assert chosen(2) == [1, 1, 3, 3]
     assert chosen(3) == [0, 0, 1, 1, 3, 3]
@@ -246,7 +246,7 @@ def test_groups_without_signal_give_way_and_the_number_stays():
     assert chosen(1, unanswered=groups == 1) == [3, 3]
 
 
-def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
+def test_truncated_and_unanswered_trajectories_are_trained_unless_masked():
     t, _ = make_batch(0)
     ends = [Finish.FINISHED, Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD, Finish.BAD_QUERY]
     ends += [Finish.SEARCH_ERROR, Finish.ABORTED]
@@ -255,14 +255,14 @@ def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
     )
     unanswered = t.finish == Finish.FINISHED
 
-    def kept(**options) -> set[int]:
+    def finishes_trained(**options) -> set[int]:
         mask = learnable(t, AlgorithmConfig(**options), unanswered, np.zeros(N))
         assert (mask.all(-1) == mask.any(-1)).all()
         return set(t.finish[mask.any(-1)].tolist())
 
-    assert kept() == set(ends[:5])
-    assert kept(mask_truncated=True) == {Finish.FINISHED, Finish.BAD_QUERY}
-    assert kept(mask_unanswered=True) == set(ends[1:5])
+    assert finishes_trained() == set(ends[:5])
+    assert finishes_trained(mask_truncated=True) == {Finish.FINISHED, Finish.BAD_QUERY}
+    assert finishes_trained(mask_unanswered=True) == set(ends[1:5])
 
 
 @pytest.mark.parametrize(
@@ -274,8 +274,8 @@ def test_what_was_cut_off_or_void_counts_unless_it_is_to_be_left_out():
     ],
 )
 @pytest.mark.parametrize("aged", [False, True])
-def test_the_gap_is_that_of_the_sampler_whatever_ratios_compare_with(options, dtype, aged):
-    """The sampler is 3 nats off; tokens that older parameters drew are further off and no gap."""
+def test_the_logprob_difference_is_to_the_sampler_whatever_the_ratios(options, dtype, aged):
+    """The sampler differs by 3 nats; tokens of older parameters differ more and are excluded."""
     t, rewards = make_batch(0)
     rng = np.random.default_rng(0)
     table = rng.normal(-2, 0.3, VOCABULARY).astype(np.float32)
@@ -299,7 +299,7 @@ def test_the_gap_is_that_of_the_sampler_whatever_ratios_compare_with(options, dt
     assert drift == 0 if options else drift >= 3, "ratios to the learner's own begin at 1"
 
 
-def test_no_fresh_token_no_gap():
+def test_without_fresh_tokens_there_is_no_logprob_difference():
     t, rewards = make_batch(0)
     learner = table_learner(PLAIN)
     state = learner.start(np.zeros(VOCABULARY), np.zeros(VOCABULARY))
@@ -312,8 +312,8 @@ def test_no_fresh_token_no_gap():
     assert "logprob_diff_mean" not in update_metrics(learned, seconds=1.0)
 
 
-def test_dynamic_sampling_draws_until_enough_groups_teach():
-    """Groups all right but for one trajectory that is cut off, and masked, teach nothing."""
+def test_dynamic_sampling_draws_until_enough_groups_have_signal():
+    """Groups whose only wrong trajectory is cut off, and so masked, have no signal."""
     t, _ = make_batch(0)
     t = t._replace(groups=np.repeat(np.arange(5), 2), loss_mask=np.ones((N, W), bool))
     flat = np.where(np.arange(N) % 2, Finish.LENGTH, Finish.FINISHED)
@@ -332,7 +332,7 @@ def test_dynamic_sampling_draws_until_enough_groups_teach():
         def render(self, question):
             return question
 
-    def reward(asked, solutions, golds):
+    def reward(questions, solutions, golds):
         return [Reward(float(v), {}) for v in batches[drawn[-1]][1]]
 
     a = AlgorithmConfig(dynamic_sampling=3, mask_truncated=True)

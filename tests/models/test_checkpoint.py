@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and a failed save costs only itself."""
+"""Checkpoints: saved state is restored, and a failed save loses only itself."""
 
 import importlib
 import json
@@ -30,8 +30,8 @@ from r1s_jax.models.seals import checksums, host_checksum
 from r1s_jax.system.locks import InUse
 
 
-def told(saved: dict) -> dict:
-    """What was handed to `save`."""
+def progress_fields(saved: dict) -> dict:
+    """The fields of progress that the test passed to `save`."""
     return {name: saved[name] for name in ("step", "before") if name in saved}
 
 
@@ -41,19 +41,19 @@ def state(value: float) -> LearnerState:
 
 def test_restores_the_newest(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    assert checkpoints.progress(told) is None
+    assert checkpoints.progress(progress_fields) is None
     for i in (1, 2, 3):
         checkpoints.save(i, state(i), {"step": i, "before": None})
     checkpoints.wait()
     again = Checkpoints(tmp_path / "c", keep=2)
-    assert again.progress(told) == {"step": 3, "before": None}
+    assert again.progress(progress_fields) == {"step": 3, "before": None}
     restored = again.restore(state(0))
     np.testing.assert_array_equal(restored.params["w"], state(3).params["w"])
     np.testing.assert_array_equal(restored.optimizer["mu"], state(3).optimizer["mu"])
     assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [2, 3]
 
 
-def test_the_best_is_kept_whatever_its_age(tmp_path):
+def test_the_best_is_kept_at_any_age(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     assert checkpoints.best() is None
     checkpoints.save(1, state(1), {"step": 1})
@@ -63,11 +63,11 @@ def test_the_best_is_kept_whatever_its_age(tmp_path):
     assert checkpoints.best() == tmp_path / "c" / "3"
     assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [3, 5, 6]
     again = Checkpoints(tmp_path / "c", keep=2)
-    assert again.progress(told) == {"step": 6} and again.best() == tmp_path / "c" / "3"
+    assert again.progress(progress_fields) == {"step": 6} and again.best() == tmp_path / "c" / "3"
 
 
-def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, capfd, caplog):
-    """A limit on the size of files stands in for a disk without room."""
+def test_a_full_disk_is_one_clear_error_without_loss(tmp_path, capfd, caplog):
+    """A limit on file sizes simulates a full disk."""
     checkpoints = Checkpoints(tmp_path / "c", keep=2)
     checkpoints.save(1, state(1), {"step": 1})
     checkpoints.wait()
@@ -84,7 +84,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(tmp_path, capfd, caplo
     checkpoints.close_after_error()
     assert not capfd.readouterr().err and not caplog.records, "nothing but the error is said"
     again = Checkpoints(tmp_path / "c", keep=2)
-    assert again.progress(told) == {"step": 1}
+    assert again.progress(progress_fields) == {"step": 1}
     np.testing.assert_array_equal(again.restore(state(0)).params["w"], state(1).params["w"])
 
 
@@ -95,7 +95,7 @@ def flip(path, at):
 
 
 def random_state(seed: int) -> LearnerState:
-    """Numbers that no compression makes small, in several dtypes."""
+    """Incompressible numbers in several dtypes."""
     key = jax.random.key(seed)
     params = {"w": jax.random.normal(key, (64, 1024))}
     params["half"] = jax.random.normal(key, (32, 32)).astype(jnp.bfloat16)
@@ -103,7 +103,7 @@ def random_state(seed: int) -> LearnerState:
 
 
 @pytest.mark.parametrize("what", ["numbers", "description"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, what):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, what):
     checkpoints = Checkpoints(tmp_path / "c", keep=3)
     for i in (1, 2):
         checkpoints.save(i, random_state(i), {"step": i})
@@ -116,11 +116,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, what
         flip(tmp_path / "c" / "2" / "state" / "_METADATA", 40)
     again = Checkpoints(tmp_path / "c", keep=3)
     with pytest.raises(DamagedCheckpoint, match=rf"checkpoint {tmp_path}/c/2 is damaged.*moved to"):
-        again.progress(told)
+        again.progress(progress_fields)
         again.restore(random_state(0))
     assert (tmp_path / "damaged-c" / "2").is_dir()
     sound = Checkpoints(tmp_path / "c", keep=3)
-    assert sound.progress(told) == {"step": 1}
+    assert sound.progress(progress_fields) == {"step": 1}
     restored = sound.restore(random_state(0))
     flip(tmp_path / "c" / "1" / "state" / "_METADATA", 40)
     with pytest.raises(CheckpointError, match=r"c/1 is damaged.*there is no other"):
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, what
         np.testing.assert_array_equal(read, saved)
 
 
-def test_checksums_notice_every_array():
+def test_checksums_cover_every_array():
     whole = checksums(random_state(0))
     assert whole == checksums(random_state(0)) and len(whole) == 4
     other = checksums(random_state(1))
@@ -140,8 +140,8 @@ def test_checksums_notice_every_array():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
-def test_checksums_notice_what_changed_places(dtype):
-    """Also numbers that differ in their sign alone; on a device and on the host alike."""
+def test_checksums_depend_on_positions(dtype):
+    """Also numbers that differ only in sign, on the device as on the host."""
     x = np.asarray(jax.random.normal(jax.random.key(0), (300, 7, 32)) * 8).astype(jnp.dtype(dtype))
     x[2, 0, :2] = 1, -1
     rows, signs = x.copy(), x.copy()
@@ -193,21 +193,19 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_checkpoint_that_is_not_whole_is_set_aside_and_the_one_before_it_used(
-    tmp_path, capsys, damage
-):
+def test_an_incomplete_checkpoint_is_moved_away_and_the_previous_one_used(tmp_path, capsys, damage):
     newest = saved_twice(tmp_path / "c")
     damage(newest)
     again = Checkpoints(tmp_path / "c", keep=3)
-    assert again.progress(told) == {"step": 1}
+    assert again.progress(progress_fields) == {"step": 1}
     np.testing.assert_array_equal(again.restore(state(0)).params["w"], state(1).params["w"])
     assert again.best() == tmp_path / "c" / "1"
     again.close()
-    said = "".join(capsys.readouterr().err.split())  # the terminal breaks lines where it likes
+    said = "".join(capsys.readouterr().err.split())  # ignores line breaks of the terminal
     assert f"checkpoint{newest}isdamaged" in said and "wasmovedto" in said
 
 
-def test_a_checkpoint_that_cannot_be_reached_now_is_not_moved(tmp_path):
+def test_an_unreachable_checkpoint_is_not_moved(tmp_path):
     newest = saved_twice(tmp_path / "c")
     (newest / "_CHECKPOINT_METADATA").unlink()
     (newest / "_CHECKPOINT_METADATA").mkdir()
@@ -226,44 +224,44 @@ def test_the_only_checkpoint_stays_where_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("damaged", ['{"scores": 1}', '{"score": "x"}', "[]", '{"score": 9.0}'])
-def test_a_score_that_is_not_what_was_saved_is_no_score(tmp_path, damaged):
+def test_a_changed_score_is_ignored(tmp_path, damaged):
     newest = saved_twice(tmp_path / "c")
     if "9" in damaged:
         damaged = json.dumps(json.loads((newest / "metrics/metrics").read_text()) | {"score": 9.0})
     (newest / "metrics" / "metrics").write_text(damaged)
     again = Checkpoints(tmp_path / "c", keep=3)
-    assert again.best() == tmp_path / "c" / "1" and again.progress(told) == {"step": 2}
+    assert again.best() == tmp_path / "c" / "1" and again.progress(progress_fields) == {"step": 2}
 
 
-def test_what_cannot_be_read_further_sets_its_checkpoint_aside(tmp_path):
+def test_a_checkpoint_whose_content_cannot_be_read_is_moved_away(tmp_path):
     newest = saved_twice(tmp_path / "c")
     again = Checkpoints(tmp_path / "c", keep=3)
     named = pytest.raises(DamagedCheckpoint, match=rf"{newest} is damaged \(no flights\)")
     with named, again.reading():
         raise BadInput("no flights")
-    assert Checkpoints(tmp_path / "c", keep=3).progress(told) == {"step": 1}
+    assert Checkpoints(tmp_path / "c", keep=3).progress(progress_fields) == {"step": 1}
 
 
-def begun(folder: Path, identity: str = "") -> Path:
+def a_run(folder: Path, identity: str = "") -> Path:
     folder.mkdir()
     versions = {"format": 1, "id": identity or folder.name, "folder": "."}
     (folder / "versions.json").write_text(json.dumps(versions))
     return folder
 
 
-def test_a_folder_of_checkpoints_is_one_runs(tmp_path):
-    one, two, shared = begun(tmp_path / "one"), begun(tmp_path / "two"), tmp_path / "shared"
+def test_a_folder_of_checkpoints_belongs_to_one_run(tmp_path):
+    one, two, shared = a_run(tmp_path / "one"), a_run(tmp_path / "two"), tmp_path / "shared"
     first = Checkpoints(shared, keep=2, run=one)
     with pytest.raises(InUse, match=r"shared: this folder of checkpoints .* process \d+"):
         Checkpoints(shared, keep=2, run=two)
     first.close()
-    Checkpoints(shared, keep=2, run=two).close()  # there was nothing to lose
+    Checkpoints(shared, keep=2, run=two).close()  # allowed while the folder is empty
     saved_twice(shared, two)
     with pytest.raises(CheckpointError, match=rf"{shared} belongs to the run in {two}: give this"):
         Checkpoints(shared, keep=2, run=one)
     moved = two.rename(tmp_path / "moved")
     again = Checkpoints(shared, keep=2, run=moved)
-    assert again.progress(told) == {"step": 2}
+    assert again.progress(progress_fields) == {"step": 2}
     again.close()
     for run, words in ((one, "belongs to the run"), (moved, "cannot be read")):
         with pytest.raises(CheckpointError, match=words):
@@ -271,7 +269,7 @@ def test_a_folder_of_checkpoints_is_one_runs(tmp_path):
     (shared / "run.json").unlink()
     with pytest.raises(CheckpointError, match="holds checkpoints of another run"):
         Checkpoints(shared, keep=2, run=moved)
-    inside = saved_twice(moved / "checkpoints")  # by nobody who says so
+    inside = saved_twice(moved / "checkpoints")  # without an owner
     with pytest.raises(CheckpointError, match="holds checkpoints of another run"):
         Checkpoints(inside.parent, keep=2, run=moved)
     (one / "versions.json").write_text('{"jax": "0.10.2", "id": "one"}')
@@ -323,15 +321,15 @@ print(best, newest, saved_in(best.parent)[0])
 
 @pytest.mark.slow
 def test_checkpoints_in_a_bucket(monkeypatch, tmp_path):
-    """A real client and a real server of the storage protocol."""
+    """A real client with an emulator of the storage server."""
     storage = pytest.importorskip("gcp_storage_emulator.server", reason="no storage emulator")
     pytest.importorskip("gcsfs", reason="the extra `gcs` is not installed")
     objects = importlib.import_module("gcp_storage_emulator.handlers.objects")
     download = objects.download
 
     def with_generation(request, response, files, *args, **kwargs):
-        # The emulator leaves this header out. Whoever writes a file once more after reading it, as
-        # tensorstore does when its batches fall so, names the generation that it read.
+        # The emulator omits this header. A client that rewrites a file after reading it, as
+        # tensorstore does for some batches, sends the generation that it read.
         download(request, response, files, *args, **kwargs)
         if response.status != 404:
             named = request.params["bucket_name"], request.params["object_id"]

@@ -1,4 +1,4 @@
-"""The cache: what is fed in chunks and one token at a time is what a whole row gives."""
+"""The KV cache: chunked prefill and decode steps equal a forward pass over the whole row."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ LENGTH, CHUNK, SLOTS = 30, 8, 5
 
 
 def randomised(params, seed=1):
-    """Biases and gains too, which start as zeros and ones."""
+    """Also randomises biases and gains, which start as zeros and ones."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -39,7 +39,7 @@ def randomised(params, seed=1):
         ("qwen3", "interpret", True),
     ],
 )
-def test_cached_decoding_is_the_full_forward(family, impl, stacked):
+def test_cached_decoding_equals_the_full_forward_pass(family, impl, stacked):
     config = FAMILIES[family]
     params = randomised(init_params(config, 0))
     tokens = np.random.default_rng(0).integers(0, 61, (2, LENGTH))
@@ -84,7 +84,7 @@ def test_cached_decoding_is_the_full_forward(family, impl, stacked):
 @pytest.mark.parametrize("step", ["decode", "prefill"])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_no_step_copies_the_cache(slots, step, quantized):
-    """Memory of the compiled step beside its operands, against the cache's own."""
+    """Compares the temporary memory of a compiled step with the size of the cache."""
     config, impl = FAMILIES["llama"], "xla"
     params = unstack_layers(init_params(config, 0))
     heads = config.num_kv_heads

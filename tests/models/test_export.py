@@ -1,4 +1,4 @@
-"""From a run to Hugging Face form and back."""
+"""From a run to Hugging Face format and back."""
 
 import dataclasses
 import filecmp
@@ -74,7 +74,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, pytest.param("smollm2", marks=pytest.mark.slow)])
-def test_transformers_gives_our_logits_for_what_is_exported(name, tmp_path):
+def test_transformers_gives_our_logits_for_an_export(name, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -116,13 +116,11 @@ def half_copied(folder):
 
 
 @pytest.mark.parametrize("damage", [lambda f: (shutil.rmtree(f), f.mkdir()), half_copied])
-def test_a_newest_checkpoint_that_is_not_whole_is_named_and_passed_over(
-    run, tmp_path, capsys, damage
-):
+def test_an_incomplete_newest_checkpoint_is_named_and_skipped(run, tmp_path, capsys, damage):
     copied = shutil.copytree(run, tmp_path / "run")
     damage(copied / "checkpoints" / "12")
     assert_equal(load_pretrained(str(copied)).params, init_params(MODEL, 7))
-    said = "".join(capsys.readouterr().err.split())  # the terminal breaks lines where it likes
+    said = "".join(capsys.readouterr().err.split())  # ignores line breaks of the terminal
     assert "checkpoints/12" in said and "Usingthecheckpointbeforeit" in said
     with pytest.raises(CheckpointError, match="checkpoints/12"):
         load_pretrained(str(copied / "checkpoints" / "12"))

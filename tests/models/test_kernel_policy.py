@@ -1,4 +1,4 @@
-"""The policy on an accelerator's kernels (interpreted) samples and learns as it does on XLA."""
+"""The policy with interpreted accelerator kernels samples and learns as with XLA."""
 
 import dataclasses
 import os
@@ -21,13 +21,13 @@ from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import attention_impl, make_mesh, mesh_tuning, row_attention
 from tests import makers
 
-# The narrowest heads that a kernel serves.
+# The narrowest heads that a kernel supports.
 LEARNING = dataclasses.replace(makers.LEARNED, head_dim=16, vocab_size=32)
 SAMPLING = dataclasses.replace(makers.MODEL, head_dim=16)
 
 
 def as_its_platform(run):
-    """`run(impl, ...)` in the form of the platform that `impl` stands for."""
+    """`run(impl, ...)` with the tuning of the platform of `impl`."""
 
     def tuned(impl: str, *args):
         with makers.tuned_as_accelerator() if impl == "interpret" else nullcontext():
@@ -38,7 +38,7 @@ def as_its_platform(run):
 
 @as_its_platform
 def learning_step(impl: str, mesh) -> dict[str, np.ndarray]:
-    """Loss, and the gradients as the step of plain descent, of one packed batch."""
+    """Loss and gradients (as a step of SGD) of one packed batch."""
     learner = makers.make_learner(
         optax.sgd(1.0), model=LEARNING, mesh=mesh, attention=impl, remat="full"
     )
@@ -98,7 +98,7 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(plain, plai
     assert_same_step(step, plain)
 
 
-def test_a_backend_that_does_not_serve_the_policy_is_named():
+def test_a_backend_that_does_not_support_the_policy_is_named():
     narrow = dataclasses.replace(makers.MODEL, head_dim=24)
     with pytest.raises(ConfigError, match=r"policy.attention=gpu: head width 24.*powers of two"):
         makers.make_engine(model=narrow, attention="gpu")
@@ -116,8 +116,8 @@ def test_auto_takes_the_backend_of_the_mesh():
         row_attention("cuda", mesh)(q, q, q, segment_ids=np.ones((1, 2), np.int32))
 
 
-def test_the_form_of_a_platform_is_not_that_of_its_attention_backend():
-    """XLA's attention on an accelerator: a cache in bfloat16, layers in one scan."""
+def test_tuning_follows_from_the_platform_not_from_the_attention_backend():
+    """XLA's attention on an accelerator uses a bfloat16 cache and a scan over layers."""
     tpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
     assert mesh_tuning(tpu) == ACCELERATOR and mesh_tuning(make_mesh(MeshConfig())) == CPU
     assert default_tuning() == CPU and default_tuning("cuda") == ACCELERATOR
@@ -126,7 +126,7 @@ def test_the_form_of_a_platform_is_not_that_of_its_attention_backend():
     prompts, params = engine.prompts([None], 0, 8), init_params(SAMPLING, 0)
 
     def form() -> tuple[np.dtype, bool]:
-        """The cache's dtype, and whether layers are read one by one."""
+        """The dtype of the cache, and whether layers are unstacked."""
         cache = jax.eval_shape(roll.start, prompts).cache.k
         return cache.dtype, isinstance(roll.prepare(params)["layers"], list)
 

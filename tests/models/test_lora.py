@@ -1,4 +1,4 @@
-"""Adapters change nothing at first, are all that is trained, and are gone when merged."""
+"""Adapters start without effect, are the only trained parameters, and can be merged."""
 
 from dataclasses import replace
 from functools import cache
@@ -30,7 +30,7 @@ TOKENS = np.random.default_rng(0).integers(0, 31, (2, 9))
 
 @cache
 def filled() -> dict:
-    """Parameters whose adapters are not zero."""
+    """Parameters with nonzero adapters."""
     params, rng = jax.jit(lambda: init_params(MODEL, 0))(), np.random.default_rng(1)
     layers = {
         name: jnp.asarray(rng.normal(0, 0.2, p.shape), jnp.float32) if is_adapter(name) else p
@@ -76,8 +76,8 @@ def test_new_adapters_change_nothing():
     assert trainable(adapted).keys() == {"layers"}
 
 
-def test_sampling_reads_the_very_weights_that_learning_reads():
-    """Gains of norms and adapters that bfloat16 cannot hold: both compute with the same numbers."""
+def test_sampler_and_learner_use_the_same_weights():
+    """Both use the same values of norm gains and adapters that bfloat16 would round."""
     rng, params = np.random.default_rng(2), filled()
     layers = {n: p * (0.01 if n.endswith("_lora_b") else 1) for n, p in params["layers"].items()}
     for name in ("attn_norm", "mlp_norm"):
@@ -96,7 +96,7 @@ def test_sampling_reads_the_very_weights_that_learning_reads():
     def logits(params):
         return Policy(MODEL, params, compute_dtype=jnp.bfloat16, tuning=CPU)(TOKENS)
 
-    with makers.tuned_as_accelerator():  # which reads them in learning's layout
+    with makers.tuned_as_accelerator():  # uses the learner's layout of weights
         prepared = loop.prepare(params)
     learned, sampled = logits(params), logits(prepared)
     np.testing.assert_array_equal(sampled, learned)
@@ -118,7 +118,7 @@ def test_only_the_adapters_are_trained_and_with_their_own_gradient(remat):
     assert all((change > 0) == adapter for adapter, change in leaves)
     assert state.reference.keys() == {"layers"}
 
-    # The same by hand: the gradient of the merged weight, led back to A and B.
+    # By hand: the gradients of A and B from that of the merged weight.
     plain = make_learner(model=MODEL.without_lora(), remat=remat)
     merged = merge_adapters(params, MODEL.lora_scale)
     after, _ = plain.update(plain.init(merged), batch, micro)

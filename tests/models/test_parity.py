@@ -1,4 +1,4 @@
-"""Our logits against those of transformers, kept in tests/fixtures/parity (see make_parity.py)."""
+"""Our logits against those of transformers, stored in tests/fixtures/parity (make_parity.py)."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from r1s_jax.system.assets import resolve
 
 PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 TINY = ["llama", "qwen2", "qwen3"]
-TOLERANCE = 1e-4  # of the largest logit
+TOLERANCE = 1e-4  # relative to the largest logit
 
 
 def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
@@ -22,8 +22,8 @@ def logits(path: Path, tokens: np.ndarray) -> np.ndarray:
         return np.asarray(Policy(config, params)(jnp.asarray(tokens)))
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+def assert_close(logits: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -33,7 +33,7 @@ def test_logits_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_transformers_loads_what_we_save(name, tmp_path):
+def test_transformers_loads_our_files(name, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -43,8 +43,8 @@ def test_transformers_loads_what_we_save(name, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
     expected = np.load(PARITY / name / "expected.npz")
     with torch.no_grad():
-        found = model(torch.tensor(expected["tokens"], dtype=torch.long)).logits.numpy()
-    assert_close(found, expected["logits"])
+        logits = model(torch.tensor(expected["tokens"], dtype=torch.long)).logits.numpy()
+    assert_close(logits, expected["logits"])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def smollm2():
 
 
 def test_smollm2_logits(smollm2):
-    """A real model in a quantised file: most likely tokens along a chat prompt."""
+    """A real model in a quantised file: the likeliest tokens along a chat prompt."""
     policy, expected = smollm2
     out = np.asarray(policy(jnp.asarray(expected["tokens"][None])))[0, expected["positions"]]
     top = np.take_along_axis(out, expected["top_ids"], axis=-1)
@@ -63,7 +63,7 @@ def test_smollm2_logits(smollm2):
 
 
 def test_smollm2_greedy(smollm2):
-    """Fed the reference's own answer, each next token is the one it chose."""
+    """Given the reference answer, each greedy token equals the reference's next token."""
     policy, expected = smollm2
     row = np.concatenate([expected["tokens"], expected["greedy"]])
     out = policy(jnp.asarray(row[None, :-1]))[0, len(expected["tokens"]) - 1 :]

@@ -23,7 +23,7 @@ from r1s_jax.models.tokenizer import (
 from r1s_jax.models.weights import WeightsError
 from r1s_jax.system.assets import resolve
 
-# Contractions, digits, spaces, newlines, accents both composed and not, the protocol's tags.
+# Contractions, digits, spaces, newlines, composed and decomposed accents, the protocol's tags.
 TEXTS = [
     "It's 12345.67 metres, isn't it?",
     "  two  spaces\n\n\tand a tab \n",
@@ -56,7 +56,7 @@ def write_gguf(file, pre="smollm", model="gpt2", **ids):
 
 
 def words(tokenizer) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer of the given words, as transformers saves it."""
+    """A word-level tokenizer of transformers with the given words."""
     vocab = {word: i for i, word in enumerate(tokenizer)}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="[unk]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -88,7 +88,7 @@ def test_tokens_of_a_gguf(tmp_path):
     assert len(tokenizer) == len(TOKENS)
     encoded = tokenizer("<|im_start|> the<think>the")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(encoded) == ["<|im_start|>", "Ġthe", "<think>", "the"]
-    # A control token is special, one that the user defined is text.
+    # A control token is special; a user-defined token is text.
     assert tokenizer.decode(encoded, skip_special_tokens=True) == " the<think>the"
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == "[hi]"
@@ -113,7 +113,7 @@ def test_unsupported_tokenizers(tmp_path):
         load_tokenizer(tmp_path / "dir")
 
 
-# ---- what the engine asks of any tokenizer
+# ---- requirements of the engine
 
 
 def test_token_strings_of_bytes(tmp_path):
@@ -142,7 +142,7 @@ def test_token_strings_of_sentencepiece():
     assert token_strings(tokenizer) == ["<unk>", " ", "a", " a", "b", "\n"]
 
 
-# The ways in which tokenizers say that a text begins with a space.
+# The ways in which tokenizers mark a leading space.
 _JOINED = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 _TO_BAR = normalizers.Replace(" ", "▁")
 SPACED = {
@@ -162,7 +162,7 @@ SPACED = {
 
 
 def sentencepiece(**parts) -> PreTrainedTokenizerFast:
-    """A tokenizer of characters and bytes, of SentencePiece's kind."""
+    """A tokenizer of characters and bytes, like SentencePiece's."""
     vocab = ["<unk>", "<s>", "▁", *"abdegimnosuy<|>_.", "▁a", *(f"<0x{i:02X}>" for i in range(256))]
     numbered = {token: i for i, token in enumerate(vocab)}
     backend = Tokenizer(
@@ -177,7 +177,7 @@ def sentencepiece(**parts) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("kind", SPACED)
 @pytest.mark.parametrize("text", ["a", " a", "  a b", "\n\n<|begin", "a\n", "日本", " "])
-def test_texts_inside_a_sequence_keep_their_spaces(kind, text, tmp_path):
+def test_text_inside_a_sequence_keeps_its_spaces(kind, text, tmp_path):
     sentencepiece(**SPACED[kind]).save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     ids = encode(tokenizer, text)
@@ -186,12 +186,12 @@ def test_texts_inside_a_sequence_keep_their_spaces(kind, text, tmp_path):
     assert "".join(token_texts(ids, partial(decode, tokenizer))) == text
     if text.isascii():
         assert "".join(token_strings(tokenizer)[i] for i in ids) == text
-    # The beginning of a sequence is what the tokenizer makes of it.
+    # The start of a sequence is encoded as by the tokenizer itself.
     assert encode_start(tokenizer, "b a") == tokenizer.encode("b a")
     assert tokenizer.convert_ids_to_tokens(encode_start(tokenizer, "b a"))[0] == "▁"
 
 
-def test_byte_tokens_behind_a_space_of_their_own():
+def test_a_byte_tokenizer_with_an_added_leading_space():
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(ALPHABET)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
@@ -210,7 +210,7 @@ def test_a_tokenizer_that_joins_texts_with_spaces_is_refused(tmp_path):
 
 
 def normalising(*steps, special: bool) -> PreTrainedTokenizerFast:
-    """Bytes behind normalisers, with control tokens that are looked for in normalised text."""
+    """A byte tokenizer that normalises text before it searches for control tokens."""
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(ALPHABET)}, []))
     backend.normalizer = normalizers.Sequence(list(steps))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -231,7 +231,7 @@ def normalising(*steps, special: bool) -> PreTrainedTokenizerFast:
         "<|im_e\u0301nd|>＜／Ｓ＞[/ＩＮＳＴ] all <|IM_ÉND|><|IM_ÉND|>",
     ],
 )
-def test_no_spelling_is_a_control_token(special, text):
+def test_no_spelling_in_foreign_text_becomes_a_control_token(special, text):
     steps = normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()
     tokenizer = normalising(*steps, special=special)
     control = set(tokenizer.added_tokens_decoder) - set(tokenizer.convert_tokens_to_ids(["the"]))
@@ -244,7 +244,7 @@ def test_no_spelling_is_a_control_token(special, text):
     )
 
 
-def test_a_word_of_the_vocabulary_may_be_a_control_token_too():
+def test_a_word_of_the_vocabulary_may_be_a_control_token():
     backend = Tokenizer(models.WordLevel({"[unk]": 0, "</s>": 1, "a": 2}, unk_token="[unk]"))
     backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -254,7 +254,7 @@ def test_a_word_of_the_vocabulary_may_be_a_control_token_too():
     assert tokenizer.eos_token_id not in encode(tokenizer, foreign(tokenizer)("a ＜／ｓ＞ </s>"))
 
 
-def test_a_name_that_is_known_with_a_space_inside_is_left_out():
+def test_a_control_token_that_ignores_spaces_is_removed():
     tokenizer = normalising(normalizers.Replace(" ", ""), special=True)
     assert foreign(tokenizer)("a <|im_ end|> b") == "a   b"
 
@@ -271,7 +271,7 @@ def test_families_that_look_for_exact_names_are_safe(text, smollm2, tmp_path):
 
 
 def test_eos_ids(tmp_path):
-    """A chat model ends with its turn's marker or its text's; generation_config comes first."""
+    """A chat model has an end of turn and an end of text; generation_config has precedence."""
     file = write_gguf(tmp_path / "m.gguf")
     tokenizer = load_tokenizer(file)
     assert eos_ids(tokenizer, file) == (2, 0)
@@ -292,7 +292,7 @@ def test_check_tokenizer():
         check_tokenizer(words(["[unk]", "[end]", "who", "ran"]), config)
 
 
-# ---- a real one
+# ---- a real tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_smollm2(smollm2, tmp_path):
         if text.isascii():
             assert "".join(strings[i] for i in ids) == text
     assert eos_ids(tokenizer, smollm2) == (2, 0)
-    # Saved beside a llama model's config.json it is the same tokenizer, not Llama's.
+    # Saved beside a llama model's config.json, it must load as itself, not as Llama's.
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     again = load_tokenizer(tmp_path)
@@ -328,7 +328,7 @@ def test_tokens_spell_their_text(smollm2):
     assert len(texts) == len(ids) and "".join(texts) == "日本 is 🙂, café"
     assert [text for text in texts if text][:3] == ["日", "本", " is"]
     assert "" in texts, "a character of several tokens is the last one's"
-    rng = np.random.default_rng(0)  # bytes in any order, most of them no text at all
+    rng = np.random.default_rng(0)  # random bytes, mostly invalid UTF-8
     for vocabulary, length in [(300, 3), (300, 40), (300, 200), (len(tokenizer), 200)] * 10:
         ids = rng.integers(0, vocabulary, length).tolist()
         texts = token_texts(ids, decode)

@@ -41,7 +41,7 @@ def assert_same(a, b):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the tiny llama that a test may damage."""
+    """A copy of the tiny llama for tests that damage it."""
     return Path(shutil.copytree(PARITY / "llama", tmp_path / "copy"))
 
 
@@ -72,7 +72,7 @@ def test_shapes_and_values(name):
     assert jax.tree.map(np.shape, params) == shapes
     assert {p.dtype for p in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     stored = load_file(PARITY / name / "model.safetensors")
-    # Element by element, so that no transposition is taken on trust.
+    # Element by element, to check each transposition.
     q = stored["model.layers.1.self_attn.q_proj.weight"]
     o = stored["model.layers.1.self_attn.o_proj.weight"]
     k = config.head_dim
@@ -103,7 +103,7 @@ def test_older_spelling_of_rope(copy):
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("max_shard_bytes", [5e9, 3e4])
 def test_round_trip(name, max_shard_bytes, tmp_path):
-    """Load, save, load: equal configuration; and the tensors are byte for byte those we read."""
+    """Load, save, load: equal configuration, and byte-equal tensors."""
     config, params = load_config(PARITY / name), load_params(PARITY / name)
     out = save_params(
         params, config, tmp_path / "out", dtype="float32", max_shard_bytes=max_shard_bytes
@@ -136,7 +136,7 @@ def test_saves_jax_arrays_and_eos_ids(tmp_path):
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [2, 0]
 
 
-def test_save_is_all_or_nothing(tmp_path, monkeypatch):
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     params = init_params(LLAMA, seed=0)
 
     def full_disk(file, content):
@@ -156,7 +156,7 @@ def test_save_is_all_or_nothing(tmp_path, monkeypatch):
         save_params(params, LLAMA, tmp_path / "out")
 
 
-# ---- what is wrong with a file, said by name
+# ---- damaged files, named in the message
 
 
 def test_missing_path_and_files(tmp_path, copy):
@@ -179,7 +179,7 @@ def test_missing_shard(tmp_path):
 
 
 def in_shards(folder: Path) -> dict:
-    """Makes two shards of a folder's weights; returns the tensors."""
+    """Splits a folder's weights into two shards; returns the tensors."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names, weight_map = sorted(tensors), {}
@@ -191,11 +191,11 @@ def in_shards(folder: Path) -> dict:
     return tensors
 
 
-def test_of_a_tensor_in_two_shards_the_index_names_one(copy):
+def test_the_index_selects_the_shard_of_a_tensor_in_two_shards(copy):
     expected = load_params(copy)
     tensors = in_shards(copy)
     files = sorted(copy.glob("model-*"))
-    for file in files:  # each holds sevens in the place of the other's
+    for file in files:  # each holds sevens for the other's tensors
         held = load_file(file)
         save_file({name: held.get(name, np.full_like(t, 7)) for name, t in tensors.items()}, file)
     assert_same(load_params(copy), expected)
@@ -222,8 +222,8 @@ def test_a_tensor_is_missing_where_the_index_puts_it(copy):
         load_params(copy)
 
 
-def test_whole_weights_count_before_shards(copy, tmp_path, capsys):
-    """As for transformers, and it is said."""
+def test_an_unsharded_file_precedes_shards(copy, tmp_path, capsys):
+    """As in transformers, with a message."""
     expected, old = load_params(copy), Path(shutil.copytree(copy, tmp_path / "old"))
     edit_tensors(old, model__norm__weight=np.full(32, 7, np.float32))
     in_shards(old)
@@ -271,7 +271,7 @@ def test_names_of_wrapped_models(copy, wrapped):
         ("README.md", True, "model.safetensors is missing: weights are read from"),
     ],
 )
-def test_folders_in_another_form(copy, file, config, message):
+def test_folders_in_other_formats_are_named(copy, file, config, message):
     (copy / "model.safetensors").unlink()
     (copy / file).parent.mkdir(exist_ok=True)
     (copy / file).touch()
@@ -279,7 +279,7 @@ def test_folders_in_another_form(copy, file, config, message):
         (copy / "config.json").unlink()
     with pytest.raises(WeightsError, match=message):
         load_params(copy)
-    if not config:  # verl keeps config and tokenizer in a folder beside its shards
+    if not config:  # verl saves config and tokenizer in a folder beside the shards
         inner = (copy / file).parent / "huggingface"
         shutil.copytree(PARITY / "llama", inner)
         (inner / "model.safetensors").unlink()
@@ -331,7 +331,7 @@ def test_wrong_tensors(copy):
 
 
 def test_left_over_tensors(copy):
-    """A tensor that would be ignored is an error, unless it follows from the others."""
+    """An unused tensor is an error, unless it can be computed from the others."""
     edit_tensors(copy, model__layers__0__self_attn__rotary_emb__inv_freq=np.zeros(6, np.float32))
     load_params(copy)
     edit_tensors(copy, model__layers__0__self_attn__q_proj__bias=np.zeros(48, np.float32))
@@ -343,7 +343,7 @@ def test_left_over_tensors(copy):
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """How a llama GGUF orders the rows of queries and keys: halves interleaved."""
+    """The order of rows of queries and keys in a llama GGUF: interleaved halves."""
     halves = rows.reshape(heads, 2, -1, rows.shape[-1])
     return halves.transpose(0, 2, 1, 3).reshape(rows.shape)
 
@@ -387,7 +387,7 @@ def write_gguf(
 
 @pytest.mark.parametrize("name", TINY)
 def test_gguf_holds_the_same_model(name, tmp_path):
-    """Written the way llama.cpp does, read back equal: names, row order, metadata."""
+    """A file with the names, row order and metadata of llama.cpp."""
     config, params = load_config(PARITY / name), load_params(PARITY / name)
     if name == "llama":
         config = replace(config, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), rope_theta=5e5)
@@ -401,7 +401,7 @@ def test_gguf_quantised(tmp_path):
     params = jax.tree.map(np.asarray, init_params(LLAMA, seed=0))
     write_gguf(tmp_path / "m.gguf", params, LLAMA, block_type=GGMLQuantizationType.Q8_0)
     loaded = load_params(tmp_path / "m.gguf")
-    # 8 bits of the largest of each 32: half a step of 1/127.
+    # Q8_0 rounds to 1/127 of the largest of 32 values: an error of at most half a step.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=np.abs(b).max() / 200), loaded, params
     )

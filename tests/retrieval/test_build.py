@@ -1,4 +1,4 @@
-"""Indexes built on disk, what they say of themselves, and what was predicted."""
+"""Indexes built on disk, their metadata, and predicted sizes."""
 
 import json
 import os
@@ -41,14 +41,14 @@ def stage(title):
 
 
 @pytest.mark.parametrize("kind", ["scann", "exact", "bm25", "hybrid", "milvus"])
-def test_a_built_index_finds_and_tells(tmp_path, kind):
+def test_a_built_index_is_searched_and_reports_progress(tmp_path, kind):
     needs = {"scann": ["scann"], "bm25": ["bm25s"], "hybrid": ["scann", "bm25s"]}
     for module in needs.get(kind, ["milvus_lite"] if kind == "milvus" else []):
         pytest.importorskip(module)
-    told = []
-    write_index(tmp_path / "a", PASSAGES, ENCODER, stage, kind=kind, tell=told.append)
+    messages = []
+    write_index(tmp_path / "a", PASSAGES, ENCODER, stage, kind=kind, tell=messages.append)
     assert names(tmp_path) == ["a"]
-    assert "300 passages" in told[0]
+    assert "300 passages" in messages[0]
     info = index_info(tmp_path / "a")
     assert (info["kind"], info["passages"]) == (kind, 300)
     assert info["disk_bytes"] > 10_000 and info["seconds"] >= 0
@@ -71,7 +71,7 @@ def test_a_build_from_shards_equals_one_that_encodes(tmp_path):
     write_index(tmp_path / "b", PASSAGES, ENCODER, stage, kind="exact")
     first, second = (np.load(tmp_path / name / "vectors.npy") for name in "ab")
     np.testing.assert_array_equal(first, second)
-    assert (tmp_path / "v").exists()  # what the user made stays
+    assert (tmp_path / "v").exists()  # the user's vectors stay
     with pytest.raises(VectorError, match="another corpus"):
         write_index(tmp_path / "c", PASSAGES[1:], ENCODER, stage, vectors=tmp_path / "v")
     with pytest.raises(VectorError, match="another encoder"):
@@ -81,7 +81,7 @@ def test_a_build_from_shards_equals_one_that_encodes(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_a_stopped_build_goes_on(tmp_path, monkeypatch):
+def test_a_stopped_build_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(vectors_module, "_CHUNK", 50)
     with pytest.raises(KeyboardInterrupt):
         write_index(tmp_path / "a", PASSAGES, Interrupted(4), stage, kind="exact")
@@ -89,7 +89,7 @@ def test_a_stopped_build_goes_on(tmp_path, monkeypatch):
     second = Interrupted(100)
     write_index(tmp_path / "a", PASSAGES, second, stage, kind="exact")
     assert 100 - second.calls == 2 + 1  # the other two chunks, and the queries that measure recall
-    # What another corpus left behind is thrown away, not mixed in.
+    # Vectors of another corpus are deleted, not reused.
     with pytest.raises(KeyboardInterrupt):
         write_index(tmp_path / "b", PASSAGES, Interrupted(4), stage, kind="exact")
     write_index(tmp_path / "b", PASSAGES[:100], ENCODER, stage, kind="exact")
@@ -97,22 +97,22 @@ def test_a_stopped_build_goes_on(tmp_path, monkeypatch):
     assert names(tmp_path) == ["a", "b"]
 
 
-def test_passages_longer_than_the_encoder_reads_are_told(tmp_path):
-    """Of 64 tokens: those with more, words that are one token each, and not those with less."""
+def test_passages_longer_than_the_encoders_limit_are_reported(tmp_path):
+    """Counts the passages of more than 64 tokens, the limit of the encoder."""
     write_bert(tmp_path)
     encoder = BertEncoder(tmp_path, passage_instruction="p ")
     lines = ["a " * 20, "a " * 61, "a " * 62, "A   " + "b " * 99, "\u00e9 " * 80, "abc" * 30]
     passages = [Passage(f"p{i}", line.strip()) for i, line in enumerate(lines)]
-    told = []
-    write_index(tmp_path / "i", passages, encoder, stage, kind="exact", tell=told.append)
+    messages = []
+    write_index(tmp_path / "i", passages, encoder, stage, kind="exact", tell=messages.append)
     cut = {"passages": 3, "limit_tokens": 64, "longest": "p3", "longest_tokens": 103}
     assert index_info(tmp_path / "i")["cut"] == cut
-    (text,) = [line for line in told if "longer than the encoder reads" in line]
+    (text,) = [line for line in messages if "longer than the encoder reads" in line]
     assert "3 of 6 passages" in text and "64 tokens" in text and "'p3', has 103" in text
     short = [Passage("0", "a b c")]
-    write_index(tmp_path / "s", short, encoder, stage, kind="exact", tell=told.append)
+    write_index(tmp_path / "s", short, encoder, stage, kind="exact", tell=messages.append)
     assert read_info(tmp_path / "s")["cut"] == {"passages": 0, "limit_tokens": 64}
-    assert "longer than" not in told[-1]
+    assert "longer than" not in messages[-1]
     write_index(tmp_path / "w", passages, ENCODER, stage, kind="exact")
     assert "cut" not in read_info(tmp_path / "w")
 
@@ -122,8 +122,8 @@ def test_options_reach_scann(tmp_path):
     options = Options(leaves=8, leaves_searched=4, reorder=50, shards=2)
     write_index(tmp_path / "a", PASSAGES, ENCODER, stage, options=options)
     parameters = read_info(tmp_path / "a")["parameters"]
-    wanted = {"leaves": 8, "leaves_searched": 4, "reorder": 50, "shards": 2}
-    assert parameters.items() >= wanted.items()
+    expected = {"leaves": 8, "leaves_searched": 4, "reorder": 50, "shards": 2}
+    assert parameters.items() >= expected.items()
     assert (tmp_path / "a" / "scann" / "1").is_dir()
 
 
@@ -144,15 +144,15 @@ def test_an_index_of_the_older_format_says_what_to_do(tmp_path):
 
 
 def test_kilt_fits_one_host():
-    told = plan(36_000_000, 1024)
-    scann = told["kinds"]["scann"]
+    report = plan(36_000_000, 1024)
+    scann = report["kinds"]["scann"]
     assert scann["memory"] < 50e9 and scann["build_peak"] < 100e9
-    assert told["kinds"]["exact"]["memory"] == 36_000_000 * 4096
-    assert told["scann"]["parameters"]["shards"] == 8
+    assert report["kinds"]["exact"]["memory"] == 36_000_000 * 4096
+    assert report["scann"]["parameters"]["shards"] == 8
 
 
 def predicted_and_measured(tmp_path, count, dims) -> tuple[float, float]:
-    """Bytes of an index of random vectors: planned, and grown by opening it elsewhere."""
+    """Bytes of an index of random vectors: planned, and measured by opening it in a process."""
     pytest.importorskip("scann")
     vectors, _ = synthetic_vectors(count, dims, 1)
     parameters = scann_parameters(count)
@@ -166,18 +166,18 @@ def predicted_and_measured(tmp_path, count, dims) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_planned_memory_of_hashing_is_what_it_takes(tmp_path):
+def test_planned_memory_of_hash_vectors_is_the_measured_one(tmp_path):
     planned, measured = predicted_and_measured(tmp_path, 60_000, 512)
     assert measured == pytest.approx(planned, rel=0.15)
 
 
 @pytest.mark.slow
-def test_planned_memory_of_a_million_is_what_it_takes(tmp_path):
+def test_planned_memory_of_a_million_vectors_is_the_measured_one(tmp_path):
     planned, measured = predicted_and_measured(tmp_path, 1_000_000, 1024)
     assert measured == pytest.approx(planned, rel=0.15)
 
 
-def test_cost_grows_with_what_is_kept():
+def test_cost_grows_with_the_stored_bytes():
     costs = [cost("scann", n, 384, scann_parameters(n)).memory / n for n in (90_000, 1_000_000)]
     assert costs[0] > 4 * 384 > 0.35 * 4 * 384 > costs[1]
 
@@ -202,8 +202,8 @@ def test_scann_recalls_real_passages_for_real_queries(reference):
     files = [str(data / f"passages_{n}.tsv.gz") for n in ("hotpotqa_abstract", "kilt_100w")]
     lines = [passage.line for passage in corpus_passages(files)]
     rows = [json.loads(x) for p in data.glob("queries_*.jsonl") for x in p.read_text().splitlines()]
-    asked = encoder.encode([row["query"] for row in rows], kind="query")
-    assert (len(lines), len(asked)) == (14_372, 1_303)
+    query_vectors = encoder.encode([row["query"] for row in rows], kind="query")
+    assert (len(lines), len(query_vectors)) == (14_372, 1_303)
     vectors = encoder.encode(lines, kind="passage")
-    found = ScannSearcher.build(vectors).search(asked, 5)[0]
-    assert recall(found, ExactSearcher(vectors).search(asked, 5)[0]) >= 0.98
+    ids = ScannSearcher.build(vectors).search(query_vectors, 5)[0]
+    assert recall(ids, ExactSearcher(vectors).search(query_vectors, 5)[0]) >= 0.98

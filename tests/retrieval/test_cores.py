@@ -1,4 +1,4 @@
-"""Many small computations at once: the same bits as alone, and the process as it was afterwards."""
+"""Parallel small computations: bit-equal to sequential ones, with thread limits restored after."""
 
 import threading
 
@@ -10,13 +10,13 @@ from r1s_jax.retrieval import cores
 
 
 def threads_of_blas() -> set[int]:
-    found = cores._blas().info()
-    return {pool["num_threads"] for pool in found if pool["user_api"] == "blas"}
+    pools = cores._blas().info()
+    return {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"}
 
 
 @pytest.fixture(autouse=True)
 def with_a_blas_of_openmp():
-    """That of faiss, whose limit is each thread's own: NumPy's may be one of these too."""
+    """Loads faiss' BLAS over OpenMP, whose limit is per thread; NumPy's BLAS may be one, too."""
     pytest.importorskip("faiss")
     for cached in (cores._blas, cores._pool):
         cached.cache_clear()
@@ -28,7 +28,7 @@ def operands() -> list[np.ndarray]:
     return [rng.normal(size=(5 + i, 384)).astype(np.float32) for i in range(24)]
 
 
-def test_each_result_is_what_it_is_alone(operands):
+def test_each_result_equals_the_sequential_one(operands):
     w = np.random.default_rng(1).normal(size=(384, 1536)).astype(np.float32)
     for threads in (1, 2):
         with threadpool_limits(threads, "blas"):
@@ -38,7 +38,7 @@ def test_each_result_is_what_it_is_alone(operands):
             np.testing.assert_array_equal(a, b)
 
 
-def test_the_last_to_leave_lifts_the_limit():
+def test_the_last_caller_lifts_the_limit():
     with threadpool_limits(2, "blas"):
         first = cores.on_all_cores(lambda _: threads_of_blas(), range(2))
         second = cores.on_all_cores(lambda _: threads_of_blas(), range(2))
@@ -49,14 +49,14 @@ def test_the_last_to_leave_lifts_the_limit():
         assert threads_of_blas() == {2}
 
 
-def test_an_error_reaches_who_asked_and_lifts_the_limit():
+def test_an_error_reaches_the_caller_and_lifts_the_limit():
     with threadpool_limits(2, "blas"):
         with pytest.raises(ZeroDivisionError):
             list(cores.on_all_cores(lambda x: 1 // x, [1, 0]))
         assert threads_of_blas() == {2}
 
 
-def test_many_threads_may_ask(operands):
+def test_many_threads_may_call(operands):
     w = np.random.default_rng(1).normal(size=(384, 96)).astype(np.float32)
     expected, wrong = [x @ w for x in operands], []
 

@@ -1,4 +1,4 @@
-"""Corpora: the line forms, the files they come in, and what is said of broken ones."""
+"""Corpora: forms of lines and files, and the messages for broken ones."""
 
 import gzip
 import json
@@ -85,12 +85,12 @@ def test_a_folder_of_files_is_read_in_their_order(tmp_path):
 
 
 def test_a_passage_is_found_with_its_own_id(tmp_path):
-    """By which judgements of relevance know it."""
+    """Relevance judgements refer to this id."""
     (tmp_path / "c.tsv").write_text("Q42\tDouglas   a writer\nQ1\tUniverse   all there is\n")
     out = tmp_path / "i"
     write_corpus_index([str(tmp_path / "c.tsv")], HashEncoder(), out, kind="exact")
-    told = run_cli("index", "search", str(out), "Universe", "--k", "1").stdout
-    assert json.loads(told)["results"][0]["id"] == "Q1"
+    stdout = run_cli("index", "search", str(out), "Universe", "--k", "1").stdout
+    assert json.loads(stdout)["results"][0]["id"] == "Q1"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_store_refuses_a_cut_file(tmp_path):
         PassageStore(tmp_path)
 
 
-def test_a_disk_that_fills_leaves_no_index(tmp_path):
+def test_a_full_disk_leaves_no_index(tmp_path):
     lines = "".join(f"{i}\tTitle {i}   {'word ' * 40}\n" for i in range(1000))
     (tmp_path / "c.tsv").write_text(lines)
     args = ("index", "build", str(tmp_path / "c.tsv"), "--out", str(tmp_path / "index"))
@@ -217,8 +217,8 @@ def test_published_corpora_are_read_whole(name, count):
     assert all(passage.title and passage.text for passage in passages)
 
 
-def test_what_others_leave_is_read_as_it_is_meant(tmp_path):
-    """Blank lines; DPR's table with its header and quotes; half an emoji in JSON."""
+def test_common_irregularities_are_read(tmp_path):
+    """Blank lines, DPR's table with header and quotes, half an emoji in JSON."""
     (tmp_path / "a.tsv").write_text("0\tA   one\n\n1\tB   two\n\n")
     assert len(list(read_passages(tmp_path / "a.tsv"))) == 2
     (tmp_path / "dpr.tsv").write_text(

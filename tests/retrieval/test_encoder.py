@@ -102,7 +102,7 @@ def test_queries_and_passages_have_the_same_vectors(folder, pooling):
     _set_pooling(folder, pooling)
     encoder = BertEncoder(folder)
     rng = np.random.default_rng(1)
-    # Lengths up to beyond the model's 64 positions; enough short ones for a full and a part batch.
+    # Lengths beyond the model's 64 positions; enough short texts for a full and a partial batch.
     lengths = [*rng.integers(0, 100, 30), *[3] * 270]
     texts = [" ".join(rng.choice(WORDS[4:], n)) for n in lengths]
     seen = []
@@ -149,15 +149,15 @@ def test_instructions_come_from_the_models_own_files(folder):
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     encoder = BertEncoder(folder)
     assert encoder.instructions == {"query": "q ", "passage": "p "}
-    given = BertEncoder(folder, query_instruction="")  # an empty one counts: none
-    assert given.instructions == {"query": "", "passage": "p "}
+    chosen = BertEncoder(folder, query_instruction="")  # an empty instruction overrides the files
+    assert chosen.instructions == {"query": "", "passage": "p "}
     prompts["prompts"]["passage"] = "r "
     (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     assert BertEncoder(folder).instructions["passage"] == "r "
     (folder / "config_sentence_transformers.json").unlink()
     plain = BertEncoder(folder)
-    wanted = plain.encode(["q a b", "q c"], kind="query")
-    np.testing.assert_array_equal(encoder.encode(["a b", "c"], kind="query"), wanted)
+    expected = plain.encode(["q a b", "q c"], kind="query")
+    np.testing.assert_array_equal(encoder.encode(["a b", "c"], kind="query"), expected)
     assert encoder.fingerprint != plain.fingerprint
 
 
@@ -172,14 +172,14 @@ def test_instructions_come_from_the_models_own_files(folder):
         ("hf:sentence-transformers/all-MiniLM-L6-v2", "", "", "mean"),
     ],
 )
-def test_what_files_do_not_say_follows_from_the_name(folder, reference, query, passage, pooling):
+def test_missing_settings_follow_from_the_name(folder, reference, query, passage, pooling):
     (folder / "1_Pooling" / "config.json").unlink()
     encoder = BertEncoder(folder, reference=reference)
     assert encoder.instructions == {"query": query, "passage": passage}
     assert encoder._pooling == pooling
     with pytest.raises(OSError, match="1_Pooling"):
         BertEncoder(folder, reference="hf:somebody/my-e5-base-v2-tuned")
-    # As current versions of sentence-transformers save a model whose prompts nobody named.
+    # Current versions of sentence-transformers save empty prompts for a model without prompts.
     empty = {"prompts": {"query": "", "document": ""}}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(empty))
     assert BertEncoder(folder, reference=reference).instructions["query"] == query
@@ -194,9 +194,9 @@ def test_files_and_the_user_win_over_the_name(folder):
     assert encoder.instructions == {"query": "q ", "passage": ""}
     assert (encoder._pooling, encoder.max_length) == ("cls", 8)
     (folder / "config_sentence_transformers.json").unlink()
-    given = BertEncoder(folder, reference="hf:intfloat/e5-base-v2", passage_instruction="")
-    assert given.instructions == {"query": "query: ", "passage": ""}
-    # What an index remembers makes the encoder that it was built with, whatever is known by now.
+    chosen = BertEncoder(folder, reference="hf:intfloat/e5-base-v2", passage_instruction="")
+    assert chosen.instructions == {"query": "query: ", "passage": ""}
+    # The instructions stored in an index restore its encoder, whatever the name implies now.
     before = BertEncoder(folder)
     remembered = {f"{kind}_instruction": text for kind, text in before.instructions.items()}
     again = BertEncoder(folder, reference="hf:intfloat/e5-base-v2", **remembered)
@@ -211,21 +211,21 @@ def test_the_length_by_name_is_never_beyond_the_models(folder):
     name = "embeddings.position_embeddings.weight"
     save_file(tensors | {name: np.tile(tensors[name], (16, 1))}, folder / "model.safetensors")
     config.write_text(json.dumps(roomy))
-    for reference, wanted in (("x", 1024), ("org/gte-base", 512), ("o/all-MiniLM-L6-v2", 256)):
-        assert BertEncoder(folder, reference=reference).max_length == wanted
+    for reference, length in (("x", 1024), ("org/gte-base", 512), ("o/all-MiniLM-L6-v2", 256)):
+        assert BertEncoder(folder, reference=reference).max_length == length
 
 
-def test_a_bare_name_is_the_hubs(folder, monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(references, "resolve", lambda reference: asked.append(reference) or folder)
+def test_a_bare_name_is_a_repository_on_the_hub(folder, monkeypatch, tmp_path):
+    resolved = []
+    monkeypatch.setattr(references, "resolve", lambda ref: resolved.append(ref) or folder)
     encoder = references.load_encoder("intfloat/e5-base-v2")
-    assert encoder.reference == asked[-1] == "hf:intfloat/e5-base-v2"
+    assert encoder.reference == resolved[-1] == "hf:intfloat/e5-base-v2"
     assert encoder.instructions["query"] == "query: "
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     for here in ("models/mine", "./no/mine", "/no/mine", "no/such/mine", "hf:no/mine"):
         references.load_encoder(here)
-        assert asked[-1] == here
+        assert resolved[-1] == here
 
 
 _SHARDED = """
@@ -235,8 +235,8 @@ assert jax.device_count() == 3
 rng = np.random.default_rng(0)
 texts = [" ".join(rng.choice(list("abcdefgh"), n)) for n in rng.integers(0, 100, 200)]
 one, all = (BertEncoder(sys.argv[1], devices=jax.devices()[:n]) for n in (1, 3))
-wanted = one.encode(texts, kind="passage")
-np.testing.assert_allclose(all.encode(texts, kind="passage"), wanted, atol=1e-6)
+expected = one.encode(texts, kind="passage")
+np.testing.assert_allclose(all.encode(texts, kind="passage"), expected, atol=1e-6)
 """
 
 
@@ -266,7 +266,7 @@ def test_other_models_are_refused(folder):
 
 def test_queries_are_encoded_while_a_program_holds_every_device(folder):
     encoder = BertEncoder(folder)
-    inbox, done, wanted = queue.Queue(), [], 8
+    inbox, done, count = queue.Queue(), [], 8
 
     def worker():
         while (text := inbox.get()) is not None:
@@ -278,7 +278,7 @@ def test_queries_are_encoded_while_a_program_holds_every_device(folder):
     def wait_for_vectors(x):
         def more(carry):
             turn, ready = carry
-            return (ready < wanted) & (turn < 1_000_000)
+            return (ready < count) & (turn < 1_000_000)
 
         def turn(carry):
             ready = io_callback(poll, jax.ShapeDtypeStruct((), jnp.int32), carry[0])
@@ -296,12 +296,12 @@ def test_queries_are_encoded_while_a_program_holds_every_device(folder):
     zeros = jax.device_put(zeros, jax.NamedSharding(mesh, P("x")))
     thread = threading.Thread(target=worker, daemon=True)
     thread.start()
-    for _ in range(wanted):
+    for _ in range(count):
         inbox.put("a b c")
     inbox.put(None)
     ready = np.asarray(program(zeros))
     thread.join()
-    assert (ready == wanted).all()
+    assert (ready == count).all()
 
 
 def test_hash_encoder_finds_shared_names():

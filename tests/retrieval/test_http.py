@@ -1,4 +1,4 @@
-"""The HTTP retriever against a real server, in both contracts, well and unwell."""
+"""The HTTP retriever against a real server, in both contracts, healthy and failing."""
 
 import math
 import time
@@ -31,7 +31,7 @@ def answer(path, body):
 
 
 @pytest.mark.parametrize("path", ["/queries", "/retrieve"])
-def test_both_contracts_find_the_same(path):
+def test_both_contracts_return_the_same_hits(path):
     with LocalServer(answer) as server:
         hits = HttpRetriever(server.url + path).search(["a", "b"], 2)
     assert [[hit.line for hit in row] for row in hits] == [
@@ -42,7 +42,7 @@ def test_both_contracts_find_the_same(path):
     assert math.isnan(hits[0][1].score) if path == "/queries" else hits[0][1].score == 0.5
 
 
-def test_what_was_asked_before_is_not_asked_again():
+def test_repeated_queries_come_from_the_cache():
     with LocalServer(answer) as server:
         retriever = HttpRetriever(server.url + "/queries")
         first = retriever.search(["a", "b", "a"], 2)
@@ -56,7 +56,7 @@ def test_what_was_asked_before_is_not_asked_again():
         assert server.requests == 2
 
 
-def test_what_is_kept_is_bounded_by_its_bytes():
+def test_the_cache_is_bounded_in_bytes():
     text = "x" * 1_000_000
 
     def answer(path, body):
@@ -67,12 +67,12 @@ def test_what_is_kept_is_bounded_by_its_bytes():
         assert len(retriever.search(["long"], 1)[0][0].line) == len(text)
         for i in range(1000):
             retriever._cache.put(f"q{i}", 1, [Hit("", 0.0, "y" * 1000)])
-        kept = [i for i in range(1000) if retriever._cache.get(f"q{i}", 1)]
-        assert 50 < len(kept) < 100 and kept[-1] == 999
+        cached = [i for i in range(1000) if retriever._cache.get(f"q{i}", 1)]
+        assert 50 < len(cached) < 100 and cached[-1] == 999
         assert not retriever._cache.get("long", 1)
 
 
-def test_a_busy_server_is_asked_again():
+def test_a_busy_server_is_retried():
     busy = iter([503, 429, 500])
     with LocalServer(lambda p, b: (s, {}) if (s := next(busy, 0)) else answer(p, b)) as server:
         hits = HttpRetriever(server.url + "/queries").search(["a"], 1)
@@ -95,7 +95,7 @@ def test_a_busy_server_is_asked_again():
         ((200, [1]), "not a reply"),
     ],
 )
-def test_an_unwell_server_is_an_error_and_never_no_documents(reply, message):
+def test_a_failing_server_is_an_error_and_never_an_empty_result(reply, message):
     with LocalServer(lambda *_: reply) as server:
         retriever = HttpRetriever(server.url + "/queries", retries=1)
         with pytest.raises(RemoteError, match=message):
@@ -134,9 +134,9 @@ def test_a_server_that_drips_does_not_outlast_the_deadline():
         assert time.monotonic() - begin < 20
 
 
-def test_a_reply_that_breaks_off_is_asked_for_again():
+def test_an_incomplete_reply_is_retried():
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
-    # Without a byte of the reply, in the middle of it, and whole.
+    # The connection ends before the body, in the middle of it, and after it.
     listener, url = breaking(head % 9, head % 9 + b'{"a"', head % 9 + b'{"a": 1} ')
     with listener:
         assert Client(timeout_s=20, retries=2).post(url, {}) == b'{"a": 1} '
@@ -153,8 +153,8 @@ def test_a_reply_without_end_is_refused():
         Client(timeout_s=20, retries=0).post(server.url + "/queries", {}, most_bytes=2**20)
 
 
-def test_documents_in_other_clothes_are_read():
-    """Titles that hold quotes, title and text apart, no score: as servers of that kind answer."""
+def test_documents_in_other_forms_are_read():
+    """Titles with quotes, separate title and text, no score, as in replies of real servers."""
     documents = [
         {"document": {"id": 7, "contents": '""Heroes" (album)"\nA song.'}, "score": None},
         {"document": {"title": "1984", "text": "A novel."}, "score": 0.5},

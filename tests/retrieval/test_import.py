@@ -1,4 +1,4 @@
-"""Indexes made of vectors that exist: what is read, what is refused, what it takes."""
+"""Indexes built from existing vectors: accepted and refused files, and memory."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HEADER = struct.Struct("<4siqqqBiQ")
 
 
 def flat(path, vectors=VECTORS, kind=b"IxFI", metric=0):
-    """A file as FAISS writes it; `test_files_of_faiss_itself` holds that it is."""
+    """A file in FAISS' format, as checked by `test_files_of_faiss_itself`."""
     count, dims = vectors.shape
     head = HEADER.pack(kind, dims, count, 1 << 20, 1 << 20, 1, metric, vectors.size)
     path.write_bytes(head + vectors.astype("<f4").tobytes())
@@ -59,15 +59,15 @@ def test_files_of_faiss_itself(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["scann", "exact"])
-def test_an_imported_index_finds_and_tells(tmp_path, kind):
+def test_an_imported_index_is_searched_and_reports_progress(tmp_path, kind):
     if kind == "scann":
         pytest.importorskip("scann")
     said = []
-    told = imported(tmp_path, flat(tmp_path / "f"), kind=kind, tell=said.append)
-    assert told["recall"] == {"k": 10, "queries": 200, "recall": pytest.approx(1, abs=0.01)}
-    assert (told["passages"], told["dims"], told["kind"]) == (300, 32, kind)
-    assert told["compared"] == {"passages": 8, "cosine": 1.0, "text": "line"}
-    assert "8 passages encoded again" in said[0] and told["bytes_per_vector"] >= 128
+    info = imported(tmp_path, flat(tmp_path / "f"), kind=kind, tell=said.append)
+    assert info["recall"] == {"k": 10, "queries": 200, "recall": pytest.approx(1, abs=0.01)}
+    assert (info["passages"], info["dims"], info["kind"]) == (300, 32, kind)
+    assert info["compared"] == {"passages": 8, "cosine": 1.0, "text": "line"}
+    assert "8 passages encoded again" in said[0] and info["bytes_per_vector"] >= 128
     hits = open_index(tmp_path / "a", ENCODER).search(["Town 77 by river77"], 3)[0]
     assert hits[0].line == PASSAGES[77].line
     info = read_info(tmp_path / "a")
@@ -80,8 +80,8 @@ def test_an_imported_index_finds_and_tells(tmp_path, kind):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_numpy_file_is_read_too(tmp_path, dtype):
     np.save(tmp_path / "v.npy", VECTORS.astype(dtype))
-    told = imported(tmp_path, tmp_path / "v.npy", kind="exact")
-    assert told["recall"]["recall"] == 1 and told["compared"]["cosine"] > 0.999
+    info = imported(tmp_path, tmp_path / "v.npy", kind="exact")
+    assert info["recall"]["recall"] == 1 and info["compared"]["cosine"] > 0.999
     whole = (tmp_path / "v.npy").read_bytes()
     for broken in (whole[:-8], whole + b"12345678", whole[:40], b"\x93NUMPY"):
         (tmp_path / "v.npy").write_bytes(broken)
@@ -94,7 +94,7 @@ def test_a_numpy_file_is_read_too(tmp_path, dtype):
 
 
 def test_bare_numbers_are_read_by_the_encoders_dims(tmp_path):
-    """As FlashRAG keeps its embeddings."""
+    """FlashRAG stores its embeddings in this form."""
     path = tmp_path / "emb_e5.memmap"
     path.write_bytes(VECTORS.astype("<f4").tobytes())
     np.testing.assert_array_equal(FlatVectors(path, VECTORS.shape[1])[: len(VECTORS)], VECTORS)
@@ -128,7 +128,7 @@ def test_broken_files_are_refused_by_name(tmp_path):
         assert len(str(error.value)) < 400
 
 
-def test_what_does_not_belong_together_is_refused(tmp_path):
+def test_vectors_of_other_passages_are_refused(tmp_path):
     path = flat(tmp_path / "f")
     with pytest.raises(VectorError, match="32 dims, the encoder's have 64"):
         imported(tmp_path, path, encoder=HashEncoder(64))
@@ -145,11 +145,11 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     with pytest.raises(VectorError, match=r"has length 2\.000"):
         imported(tmp_path, flat(tmp_path / "g", 2 * VECTORS, b"IxF2", 1), kind="exact")
     assert names(tmp_path) == ["f", "g"]
-    told = imported(tmp_path, path, PASSAGES[::-1], kind="exact", check=False)
-    assert told["compared"] is None
+    info = imported(tmp_path, path, PASSAGES[::-1], kind="exact", check=False)
+    assert info["compared"] is None
 
 
-def test_passages_may_have_been_joined_otherwise(tmp_path):
+def test_the_encoded_text_of_passages_is_recognised(tmp_path):
     encoder = HashEncoder(32)
     encode = encoder.encode
     contents = [f'"{p.title}"\n{p.text}' for p in PASSAGES]
@@ -157,18 +157,18 @@ def test_passages_may_have_been_joined_otherwise(tmp_path):
     encoder.encode = lambda texts, **kind: np.stack(
         [seen[t] if t in seen else -encode([t], **kind)[0] for t in texts]
     )
-    told = imported(tmp_path, flat(tmp_path / "f"), encoder=encoder, kind="exact")
-    assert told["compared"]["text"] == "contents"
+    info = imported(tmp_path, flat(tmp_path / "f"), encoder=encoder, kind="exact")
+    assert info["compared"]["text"] == "contents"
 
 
-def test_parts_follow_from_the_peak():
+def test_shards_follow_from_the_peak_memory():
     assert shards_within(4_000, 64) is None
     assert shards_within(20_000, 64) == 3
     assert shards_within(21_015_324, 768) == 7
-    assert shards_within(100_000_000, 768) is None  # its parts are small already
+    assert shards_within(100_000_000, 768) is None  # its leaves are small already
 
 
-def test_the_command_ends_with_what_it_built(tmp_path):
+def test_the_command_prints_the_result_last(tmp_path):
     encoder = HashEncoder()
     flat(tmp_path / "f", encoder.encode([p.line for p in PASSAGES], kind="passage"))
     rows = [{"id": p.id, "contents": f'"{p.title}"\n{p.text}'} for p in PASSAGES]
@@ -179,9 +179,9 @@ def test_the_command_ends_with_what_it_built(tmp_path):
     done = subprocess.run(
         [*map(str, command), "--kind", "exact"], capture_output=True, text=True, check=True
     )
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["out"] == str(out) and told["recall"]["recall"] == 1 and told["seconds"] >= 0
-    assert told["bytes_per_vector"] == pytest.approx(4 * 512, rel=0.01)
+    info = json.loads(done.stdout.splitlines()[-1])
+    assert info["out"] == str(out) and info["recall"]["recall"] == 1 and info["seconds"] >= 0
+    assert info["bytes_per_vector"] == pytest.approx(4 * 512, rel=0.01)
 
 
 _GROWTH = """
@@ -216,10 +216,10 @@ def watch():
         time.sleep(0.001)
 watcher = threading.Thread(target=watch)
 watcher.start()
-told = run(folder, "large")
+info = run(folder, "large")
 ended = True
 watcher.join()
-print(told["recall"]["recall"], peak - before)
+print(info["recall"]["recall"], peak - before)
 """
 
 

@@ -1,4 +1,4 @@
-"""Indexes: what is found, what is saved, and what is refused."""
+"""Indexes: search, saving, and refused files."""
 
 import json
 import os
@@ -90,7 +90,7 @@ def test_incomplete_and_foreign_folders_are_refused(tmp_path, kind):
     for path in files:
         whole = path.read_bytes()
         path.write_bytes(whole[:-1])
-        if path.name != "index.json":  # whose last byte is only a line break
+        if path.name != "index.json":  # its last byte is only a line break
             with pytest.raises(IndexFormatError, match=path.name):
                 open_index(tmp_path / "a", ENCODER)
         path.unlink()
@@ -122,7 +122,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_only_an_empty_folder_is_written_into(tmp_path):
+def test_only_an_empty_folder_is_accepted_for_saving(tmp_path):
     index = build_index(_passages(3), ENCODER, kind="exact")
     (tmp_path / "a").mkdir()
     save_index(index, tmp_path / "a")
@@ -138,7 +138,7 @@ def test_without_scann_the_message_names_the_other_kind(monkeypatch):
 
 def test_importing_scann_leaves_tensorflow_as_it_was(monkeypatch):
     pytest.importorskip("scann")
-    monkeypatch.setitem(sys.modules, "tensorflow", json)  # any module will do
+    monkeypatch.setitem(sys.modules, "tensorflow", json)  # stands for TensorFlow
     scann_module.scann()
     assert sys.modules["tensorflow"] is json
 
@@ -149,7 +149,7 @@ def test_scann_parameters_follow_the_size():
     assert scann_parameters(1_000_000)["leaves"] == 1000
 
 
-# Random words form no clusters, so a tree that reads a tenth of its leaves misses some.
+# Random words form no clusters, so a search of a tenth of the leaves misses some neighbours.
 @pytest.mark.parametrize(("tree_above", "least"), [(100_000, 0.85), (1000, 0.4)])
 def test_approximate_search_recalls_what_exact_search_finds(
     monkeypatch, tmp_path, tree_above, least
@@ -164,13 +164,13 @@ def test_approximate_search_recalls_what_exact_search_finds(
     exact = build_index(passages, ENCODER, kind="exact")
     queries = [" ".join(passage.text.split()[:4]) for passage in passages[:100]]
     assert _recall(approximate.search(queries, 5), exact.search(queries, 5)) > least
-    # More than the leaves hold that are read at first.
-    for found in approximate.search(queries[:20], 2_000):
-        assert len({hit.id for hit in found}) == 2_000
+    # More hits than the leaves of the first search hold.
+    for hits in approximate.search(queries[:20], 2_000):
+        assert len({hit.id for hit in hits}) == 2_000
 
 
-def _recall(found, wanted) -> float:
-    pairs = zip(found, wanted, strict=True)
+def _recall(hits, exact) -> float:
+    pairs = zip(hits, exact, strict=True)
     return float(np.mean([len({h.id for h in a} & {h.id for h in b}) / len(b) for a, b in pairs]))
 
 
@@ -191,13 +191,13 @@ def test_real_passages_are_found_by_their_own_words():
     index = build_index(passages, HashEncoder())
     queries = [f"{p.title} {' '.join(p.text.split()[:12])}" for p in passages]
     hits = index.search(queries, 5)
-    found = [p.id in {hit.id for hit in row} for p, row in zip(passages, hits, strict=True)]
-    assert np.mean(found) > 0.95
+    in_top_5 = [p.id in {hit.id for hit in row} for p, row in zip(passages, hits, strict=True)]
+    assert np.mean(in_top_5) > 0.95
 
 
 @pytest.mark.parametrize("kind", ["exact", "scann"])
-def test_vectors_that_are_not_those_that_were_built_are_never_searched(tmp_path, kind):
-    """Zeroed, reordered, of another build of the same size: the sizes tell nothing."""
+def test_changed_vectors_are_never_searched(tmp_path, kind):
+    """Zeroed vectors, vectors of another build and a flipped bit, all of the same size."""
     passages = [Passage(str(i), f"Town {i}   lies by river {i * 7}.") for i in range(300)]
     encoder = HashEncoder()
     for seed, name in enumerate(("a", "b")):

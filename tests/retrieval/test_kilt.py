@@ -1,4 +1,4 @@
-"""Corpora from dumps: the published bytes, from any place, whatever happens on the way."""
+"""Corpora from dumps: the published bytes, from any source, also after failures."""
 
 import bz2
 import gzip
@@ -31,7 +31,7 @@ def sample(name: str) -> Path:
 
 
 def pages(count: int, words: int = 230) -> bytes:
-    """A source of that many KILT pages."""
+    """A source of `count` KILT pages."""
     rows = []
     for i in range(count):
         text = [f"Page {i}\n", "Section::::Fïrst.\n", "BULLET::::- an item\n", "wörd " * words]
@@ -44,7 +44,7 @@ def r1s(*args: str) -> list[str]:
 
 
 class FileServer(ThreadingHTTPServer):
-    """Serves one file; `cut`: hangs up after so many bytes."""
+    """Serves one file; with `cut`, hangs up after `cut` bytes."""
 
     daemon_threads = True
 
@@ -113,7 +113,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["s.jsonl", "s.jsonl.gz"])
-def test_a_stopped_conversion_leaves_nothing_and_is_run_again(tmp_path, whole, name):
+def test_a_stopped_conversion_leaves_nothing_and_can_be_rerun(tmp_path, whole, name):
     source, out = tmp_path / name, tmp_path / "out.tsv"
     source.write_bytes(gzip.compress(whole[0], 1) if name.endswith("gz") else whole[0])
     calls = []
@@ -134,11 +134,11 @@ def test_a_stopped_conversion_leaves_nothing_and_is_run_again(tmp_path, whole, n
 
 @pytest.mark.parametrize("name", ["s.jsonl", "s.jsonl.gz?download=1"])
 def test_a_source_behind_http_is_read_too(tmp_path, whole, name):
-    told = []
+    calls = []
     with FileServer(gzip.compress(whole[0], 1) if ".gz" in name else whole[0]) as server:
         source = open_source(server.url(name))
-        convert(source, tmp_path / "out.tsv", KILT, progress=lambda *at: told.append(at))
-        assert told[-1] == (len(server.data), len(server.data)) and told == sorted(told)
+        convert(source, tmp_path / "out.tsv", KILT, progress=lambda *at: calls.append(at))
+        assert calls[-1] == (len(server.data), len(server.data)) and calls == sorted(calls)
     assert (tmp_path / "out.tsv").read_bytes() == whole[1]
 
 
@@ -212,7 +212,7 @@ def test_a_full_disk_is_named(tmp_path):
     assert names(tmp_path) == ["s.jsonl"]
 
 
-def test_what_is_refused(tmp_path, whole):
+def test_bad_sources_and_outputs_are_refused(tmp_path, whole):
     source, out = tmp_path / "s.jsonl", tmp_path / "out.tsv"
     with pytest.raises(FileNotFoundError):
         open_source(str(source))
@@ -234,7 +234,7 @@ def test_what_is_refused(tmp_path, whole):
 
 
 def raw_abstracts(published: bytes) -> list[dict]:
-    """Dump rows that must have given these lines: unquoted, sentences apart."""
+    """The dump rows of published lines: without quotes, split into sentences."""
     rows = []
     for line in published.decode("utf-8-sig").splitlines():
         id, _, text = line.partition("\t")
@@ -248,7 +248,7 @@ def raw_abstracts(published: bytes) -> list[dict]:
 
 @pytest.fixture
 def dump(tmp_path):
-    """A folder like HotpotQA's, and what comes of it."""
+    """A folder like HotpotQA's dump, and the expected corpus."""
     published = sample("wiki_abstracts_100.tsv").read_bytes()
     lines = [json.dumps(row) + "\n" for row in raw_abstracts(published)]
     # A thousand pages in four files.

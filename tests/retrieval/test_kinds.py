@@ -1,4 +1,4 @@
-"""The kinds of index beyond one ScaNN: shards, a mesh of devices, words, fused ranks, Milvus."""
+"""Other indexes than one ScaNN: shards, a device mesh, BM25, hybrid, Milvus."""
 
 import os
 import subprocess
@@ -34,10 +34,10 @@ PASSAGES = [Passage(str(i), line) for i, line in enumerate(TEXTS)]
 ENCODER = HashEncoder(64)
 
 
-def test_top_k_puts_what_is_no_hit_last_and_ties_in_order():
+def test_top_k_puts_nan_last_and_ties_in_order():
     ids = np.array([[3, 1, 2, 0]])
-    found, scores = top_k(ids, np.array([[1.0, np.nan, 2.0, 1.0]]), 4)
-    assert found.tolist() == [[2, 0, 3, 1]]
+    order, scores = top_k(ids, np.array([[1.0, np.nan, 2.0, 1.0]]), 4)
+    assert order.tolist() == [[2, 0, 3, 1]]
     assert np.isnan(scores[0, 3])
     assert top_k(ids, np.array([[1.0, np.nan, 2.0, 1.0]]), 1)[0].tolist() == [[2]]
 
@@ -62,9 +62,9 @@ def test_shards_of_int8_are_merged_saved_and_opened(tmp_path):
     searcher = ScannSearcher.open(tmp_path, parameters)
     assert len(searcher) == 6000
     ids, scores = searcher.search(queries, 10)
-    wanted, exact_scores = ExactSearcher(vectors).search(queries, 10)
-    assert recall(ids, wanted) > 0.95
-    # Scores of different shards stand on one scale: they are the dot products, up to rounding.
+    exact_ids, exact_scores = ExactSearcher(vectors).search(queries, 10)
+    assert recall(ids, exact_ids) > 0.95
+    # Scores of all shards are comparable: they are dot products, up to rounding.
     np.testing.assert_allclose(scores, (queries[:, None] * vectors[ids]).sum(-1), atol=0.01)
     np.testing.assert_allclose(scores[:, 0], exact_scores[:, 0], atol=0.01)
     np.testing.assert_allclose(stored_vectors(tmp_path, parameters), vectors, atol=0.01)
@@ -117,19 +117,19 @@ from r1s_jax.retrieval.searchers import ExactSearcher, MeshSearcher
 assert jax.device_count() == 4
 vectors, queries = synthetic_vectors(1001, 16, 70)  # divides neither by devices nor by batches
 for k in (1, 5, 300):
-    wanted = ExactSearcher(vectors).search(queries, k)
-    found = MeshSearcher(vectors, jax.devices()).search(queries, k)
-    np.testing.assert_array_equal(found[0], wanted[0])
-    np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
+    exact = ExactSearcher(vectors).search(queries, k)
+    hits = MeshSearcher(vectors, jax.devices()).search(queries, k)
+    np.testing.assert_array_equal(hits[0], exact[0])
+    np.testing.assert_allclose(hits[1], exact[1], atol=1e-5)
 """
 
 
-def test_a_mesh_of_devices_finds_what_blas_finds():
+def test_a_mesh_of_devices_finds_the_same_as_blas():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", _MESH], check=True, env={**os.environ, **flags})
 
 
-def test_bm25_finds_words_and_nothing_where_there_are_none(tmp_path):
+def test_bm25_finds_shared_words_and_nothing_else(tmp_path):
     pytest.importorskip("bm25s")
     index = build_index(PASSAGES, ENCODER, kind="bm25")
     save_index(index, tmp_path / "a")
@@ -202,7 +202,7 @@ def test_a_missing_library_names_its_extra(module, extra, monkeypatch, tmp_path)
     [("中国的首都", "0"), ("北京是哪个国家的首都", "0"), ("東京タワー", "1"), ("ประเทศไทย", "2"),
      (unicodedata.normalize("NFD", "Beyoncé"), "3")],
 )  # fmt: skip
-def test_words_are_found_without_spaces_between_them_and_however_they_are_composed(query, found):
+def test_words_are_found_in_scripts_without_spaces_and_in_any_normal_form(query, found):
     pytest.importorskip("bm25s")
     lines = ["北京   北京是中国的首都。", "東京   東京タワーは東京にある。",
              "ไทย   กรุงเทพเป็นเมืองหลวงของประเทศไทย",

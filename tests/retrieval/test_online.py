@@ -1,4 +1,4 @@
-"""Searching the web: a local server plays the search API and the pages, hostile ones too."""
+"""Web search: a local server fakes the search API and the pages, hostile ones too."""
 
 import threading
 
@@ -35,7 +35,7 @@ PAGES = {
 
 
 class Web(LocalServer):
-    """`links` are what the API answers; pages by `PAGES`."""
+    """A fake search API that returns `links`, and a web server of `PAGES`."""
 
     def __init__(self, links=(), pages=None):
         super().__init__(self.reply)
@@ -44,13 +44,13 @@ class Web(LocalServer):
     def reply(self, path, body):
         if path == "/search":
             self.asked.append(body)
-            found = [{"title": link.strip("/"), "link": self.page(link)} for link in self.links]
-            return 200, {"organic": found}
+            results = [{"title": link.strip("/"), "link": self.page(link)} for link in self.links]
+            return 200, {"organic": results}
         page = self.pages[path]
         return page() if callable(page) else page
 
     def page(self, link):
-        # By a name that is trusted below; the address 127.0.0.1 itself is not.
+        # The tests trust the name localhost, not the address 127.0.0.1.
         return link if "://" in link else f"http://localhost:{self.server_address[1]}{link}"
 
 
@@ -78,7 +78,7 @@ def test_the_nearest_passages_of_the_pages_come_first():
         assert web.requests == requests  # from the cache
 
 
-def test_no_result_is_no_document_and_a_page_without_text_neither():
+def test_no_result_and_an_empty_page_give_no_documents():
     with Web([]) as web:
         assert retriever_of(web).search(["nothing"], 3) == [[]]
         web.links = ["/empty"]
@@ -140,7 +140,7 @@ def test_slow_and_endless_pages_are_cut(monkeypatch):
         assert sum(len(hit.text) for hit in cut) <= 500
 
 
-def test_a_page_or_an_api_that_drips_is_let_go():
+def test_a_page_or_an_api_that_drips_times_out():
     listener, url = drip(30)
     with listener, Web() as web:
         web.links = [url.replace("127.0.0.1", "localhost") + "/page"]
@@ -154,7 +154,7 @@ def test_a_page_or_an_api_that_drips_is_let_go():
 @pytest.mark.parametrize(
     "reply", [(403, {}), (200, b"<html>"), (200, [1]), (200, {"organic": [1]})]
 )
-def test_an_api_that_fails_is_an_error_that_hides_the_key(reply):
+def test_a_failing_api_is_an_error_that_hides_the_key(reply):
     with LocalServer(lambda *_: reply) as server:
         retriever = OnlineRetriever(HashEncoder(), endpoint=server.url)
         with pytest.raises(RemoteError) as error:

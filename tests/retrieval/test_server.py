@@ -1,4 +1,4 @@
-"""The server, as a process of its own behind a real socket: contracts, load, limits and death."""
+"""The server in its own process behind a real socket: contracts, load, limits and shutdown."""
 
 import json
 import os
@@ -35,7 +35,7 @@ NAMES = [
 
 
 class ServerProcess:
-    """`r1s index serve` on a port, killed at the end if it still runs."""
+    """`r1s index serve` on a port; killed at the end of the test if it still runs."""
 
     def __init__(self, index: Path, port: int = 0):
         command = [sys.executable, "-m", "r1s_jax.cli", "index", "serve", str(index)]
@@ -94,7 +94,7 @@ def post(url: str, body: object, headers: dict[str, str] = JSON) -> tuple[int, d
             return error.code, json.load(error)
 
 
-def test_the_contracts_to_the_letter(server, index):
+def test_replies_follow_both_contracts_exactly(server, index):
     queries = [NAMES[3], "line without title"]
     hits = index.search(queries, 2)
     status, reply = post(f"{server.url}/queries", {"queries": queries, "k": 2})
@@ -115,14 +115,14 @@ def test_the_contracts_to_the_letter(server, index):
 
 
 @pytest.mark.parametrize("path", ["/queries", "/retrieve"])
-def test_our_own_client_finds_what_the_index_finds(server, index, path):
-    found = HttpRetriever(server.url + path).search(NAMES[:20], 3)
+def test_our_client_finds_the_same_as_the_index(server, index, path):
+    hits = HttpRetriever(server.url + path).search(NAMES[:20], 3)
     expected = index.search(NAMES[:20], 3)
-    assert [[(h.id, h.line) for h in row] for row in found] == [
+    assert [[(h.id, h.line) for h in row] for row in hits] == [
         [(h.id, h.line) for h in row] for row in expected
     ]
     if path == "/retrieve":
-        assert [[h.score for h in row] for row in found] == [
+        assert [[h.score for h in row] for row in hits] == [
             [h.score for h in row] for row in expected
         ]
 
@@ -149,7 +149,7 @@ def test_our_own_client_finds_what_the_index_finds(server, index, path):
         ("/healthz", {}, 405, "Method Not Allowed: POST /healthz; this server has"),
     ],
 )
-def test_wrong_requests_are_told_so(server, path, body, status, message):
+def test_wrong_requests_get_an_error(server, path, body, status, message):
     code, reply = post(server.url + path, body)
     assert code == status and message in reply["error"]
 
@@ -168,7 +168,7 @@ def test_health_and_metrics(server):
 
 
 def search_until(url: str, stop: Callable[[int], bool], client: int, retries: int = 4) -> int:
-    """Asks one new query after another and checks each answer; the number of them."""
+    """Sends new queries and checks each answer until `stop`; returns their number."""
     retriever, done = HttpRetriever(url, retries=retries, timeout_s=60, connections=1), 0
     while not stop(done):
         name = NAMES[(client + done) % len(NAMES)]
@@ -220,7 +220,7 @@ def test_clients_outlive_a_killed_server(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_is_in_flight_is_answered_before_the_end(folder, number):
+def test_requests_in_flight_are_answered_before_shutdown(folder, number):
     words = [f"w{i:05}" for i in range(30_000)]
     queries = [" ".join(words[i : i + 20]) for i in range(0, len(words), 20)]
     with ServerProcess(folder) as running, ThreadPoolExecutor(1) as threads:
@@ -237,7 +237,7 @@ def test_what_is_in_flight_is_answered_before_the_end(folder, number):
         assert running.process.wait(30) == 0
 
 
-def test_half_a_request_does_not_hold_the_end(folder):
+def test_half_a_request_does_not_delay_shutdown(folder):
     head = b"POST /queries HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     body = b'{"queries": ["a"]}'
     head += f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -249,34 +249,34 @@ def test_half_a_request_does_not_hold_the_end(folder):
         started = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
-        late.sendall(body)  # this one comes in time
+        late.sendall(body)  # in time
         assert late.recv(100).startswith(b"HTTP/1.1 200")
         assert running.process.wait(10) == 0 and time.monotonic() - started < 8
         half.close()
         late.close()
 
 
-def test_only_its_own_pages_may_ask(index):
+def test_only_allowed_pages_may_call_it(index):
     allowed = callers("127.0.0.1", ["http://localhost:5173"])
     url = serve_in_background(index, "127.0.0.1")
-    asked = {"queries": [NAMES[0]]}
+    body = {"queries": [NAMES[0]]}
     for headers, status in (
         ({}, 200),
         ({"Content-Type": "text/plain"}, 415),
         ({"Origin": "http://evil.example"}, 403),
         ({"Host": "evil.example"}, 403),
     ):
-        assert post(f"{url}/queries", asked, JSON | headers)[0] == status
+        assert post(f"{url}/queries", body, JSON | headers)[0] == status
     retriever = Gated(index)
     retriever.gate.set()
     with in_process(retriever, Limits(), allowed) as url:
         headers = JSON | {"Origin": "http://localhost:5173"}
-        request = urllib.request.Request(f"{url}/queries", json.dumps(asked).encode(), headers)
+        request = urllib.request.Request(f"{url}/queries", json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request) as reply:
             assert reply.headers["Access-Control-Allow-Origin"] == "http://localhost:5173"
 
 
-def test_a_taken_port_is_said_at_once(folder):
+def test_a_used_port_is_reported_at_once(folder):
     with LocalServer(lambda *_: (200, {})) as other:
         port = str(other.server_address[1])
         command = [sys.executable, "-m", "r1s_jax.cli", "index", "serve", str(folder)]
@@ -286,7 +286,7 @@ def test_a_taken_port_is_said_at_once(folder):
 
 
 class Gated:
-    """An index whose searches wait until its `gate` is opened; `bad` among the queries fails."""
+    """An index whose searches wait until `gate` is set, and fail for the query "bad"."""
 
     def __init__(self, index: Index):
         self._index, self.gate, self.asked = index, threading.Event(), []
@@ -301,14 +301,14 @@ class Gated:
             raise ValueError("a bad query")
         return self._index.search(queries, k)
 
-    def until_asked(self) -> None:
+    def wait_for_query(self) -> None:
         while not self.asked:
             time.sleep(0.01)
 
 
 @contextmanager
 def in_process(retriever: Gated, limits: Limits, allowed: Callers | None = None):
-    """The application on a thread of this process, where the engine can be held back."""
+    """The application on a thread of this process, so that tests can block the index."""
     app = make_app(retriever, limits, allowed)
     running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     with bind("127.0.0.1", 0) as bound:
@@ -324,7 +324,7 @@ def in_process(retriever: Gated, limits: Limits, allowed: Callers | None = None)
             thread.join(10)
 
 
-def test_a_failing_search_is_an_error_and_never_no_documents(index):
+def test_a_failing_search_is_an_error_and_never_an_empty_result(index):
     retriever = Gated(index)
     retriever.gate.set()
     with in_process(retriever, Limits()) as url:
@@ -334,11 +334,11 @@ def test_a_failing_search_is_an_error_and_never_no_documents(index):
         assert "r1s_errors_total 1.0" in metrics and 'status="500"} 1.0' in metrics
 
 
-def test_too_much_waiting_is_refused_until_there_is_room(index):
+def test_a_full_queue_refuses_queries_until_there_is_room(index):
     retriever = Gated(index)
     with in_process(retriever, Limits(waiting=2)) as url, ThreadPoolExecutor(3) as threads:
         first = threads.submit(post, f"{url}/queries", {"queries": ["a"]})
-        retriever.until_asked()
+        retriever.wait_for_query()
         second = threads.submit(post, f"{url}/queries", {"queries": ["b", "c"]})
         while b"r1s_waiting_queries 2.0" not in urllib.request.urlopen(f"{url}/metrics").read():
             time.sleep(0.01)
@@ -350,27 +350,27 @@ def test_too_much_waiting_is_refused_until_there_is_room(index):
         assert patient.result()[0][0].title == NAMES[0].title()
 
 
-def test_batches_hold_what_waits_for_the_same_k(index):
+def test_batches_group_waiting_queries_by_k(index):
     sizes, retriever = [], Gated(index)
     batcher = Batcher(retriever, Limits(batch=4), sizes.append)
     batcher.submit(["first"], 1)
-    retriever.until_asked()
+    retriever.wait_for_query()
     requests = [(NAMES[2 * i : 2 * i + 2], k) for i, k in enumerate((1, 2, 1, 1, 2))]
     jobs = [batcher.submit(*request) for request in [*requests, (NAMES[:9], 1)]]
     retriever.gate.set()
     batcher.close()
-    assert sizes == [1, 4, 4, 4, 4, 3]  # the nine take turns with the others
+    assert sizes == [1, 4, 4, 4, 4, 3]  # the request of nine alternates with the others
     for (queries, k), job in zip([*requests, (NAMES[:9], 1)], jobs, strict=True):
         assert job.result() == index.search(queries, k)
     with pytest.raises(Refused, match="stopping"):
         batcher.submit(["late"], 1)
 
 
-def test_a_large_request_holds_nobody(index):
+def test_a_large_request_delays_no_other(index):
     retriever = Gated(index)
     batcher = Batcher(retriever, Limits(batch=4, characters=40), lambda _: None)
     large = batcher.submit([f"large {i}" for i in range(40)], 1)
-    retriever.until_asked()
+    retriever.wait_for_query()
     long = batcher.submit(["x" * 25] * 3, 1)
     small = batcher.submit(["small"], 1)
     retriever.gate.set()
@@ -382,11 +382,11 @@ def test_a_large_request_holds_nobody(index):
     assert long.result() == index.search(["x" * 25] * 3, 1)
 
 
-def test_one_bad_request_does_not_spoil_its_neighbours(index):
+def test_a_bad_request_does_not_fail_others_in_its_batch(index):
     retriever = Gated(index)
     batcher = Batcher(retriever, Limits(), lambda _: None)
     first = batcher.submit(["first"], 1)
-    retriever.until_asked()
+    retriever.wait_for_query()
     jobs = [batcher.submit([query], 1) for query in ("good", "bad", "fine")]
     retriever.gate.set()
     batcher.close()
@@ -394,7 +394,7 @@ def test_one_bad_request_does_not_spoil_its_neighbours(index):
     assert [job.exception() is None for job in (first, *jobs)] == [True, True, False, True]
 
 
-def test_a_request_that_fails_midway_fails_whole(index):
+def test_a_request_that_fails_midway_fails_entirely(index):
     retriever = Gated(index)
     retriever.gate.set()
     batcher = Batcher(retriever, Limits(batch=2), lambda _: None)
@@ -404,17 +404,17 @@ def test_a_request_that_fails_midway_fails_whole(index):
     batcher.close()
 
 
-def test_a_client_that_never_finishes_its_request_is_let_go(index, monkeypatch):
+def test_a_client_that_never_finishes_its_request_is_disconnected(index, monkeypatch):
     monkeypatch.setattr("r1s_jax.io.listen._REQUEST_S", 0.3)
     address = serve_in_background(index, "127.0.0.1")
     port = int(address.rpartition(":")[2])
-    for begun in (
+    for sent in (
         b"",
         b"POST /queries HT",
         b"POST /queries HTTP/1.1\r\nContent-Length: 99\r\n\r\n{",
     ):
         with socket.create_connection(("127.0.0.1", port), timeout=60) as slow:
-            slow.sendall(begun)
-            while slow.recv(4096):  # what it may be told; then the end
+            slow.sendall(sent)
+            while slow.recv(4096):  # an error reply, if any, and then the end
                 pass
     assert HttpRetriever(f"{address}/queries").search(["a"], 1)[0]

@@ -1,4 +1,4 @@
-"""Passages from tables: Parquet files and what `datasets` saved, whole and broken."""
+"""Passages from tables: Parquet files and saved `datasets`, whole and broken."""
 
 import json
 
@@ -53,22 +53,22 @@ def test_a_saved_table_and_its_splits(tmp_path):
             read(name)
 
 
-def test_a_table_of_several_configs_says_which(monkeypatch):
-    """As hotpot_qa and trivia_qa are."""
+def test_a_table_of_several_configs_names_them(monkeypatch):
+    """hotpot_qa and trivia_qa have several configs."""
     tables = {
         "distractor": {"train": ROWS[:1], "validation": ROWS[1:]},
         "fullwiki": {"train": ROWS},
     }
 
     def load(place, config=None, *, streaming):
-        known = list(tables)
+        configs = list(tables)
         if config is None:
             raise ValueError(
-                f"Config name is missing.\nPlease pick one among the available configs: {known}\n"
+                f"Config name is missing.\nPlease pick one among the available configs: {configs}\n"
                 f"Example of usage:\n\t`load_dataset('{place}', 'distractor')`"
             )
         if config not in tables:
-            raise ValueError(f"BuilderConfig '{config}' not found. Available: {known}")
+            raise ValueError(f"BuilderConfig '{config}' not found. Available: {configs}")
         return tables[config]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -97,7 +97,7 @@ def test_broken_rows_are_named(parquet, rows, message):
         read(parquet(rows))
 
 
-def test_what_is_no_table_is_refused(parquet, tmp_path):
+def test_a_file_that_is_no_table_is_refused(parquet, tmp_path):
     path = parquet([{"id": str(i), "contents": "x" * 99} for i in range(5000)])
     path.write_bytes(path.read_bytes()[:-40])
     (tmp_path / "empty").mkdir()
@@ -110,7 +110,7 @@ def test_what_is_no_table_is_refused(parquet, tmp_path):
         read(tmp_path / "none.parquet")
 
 
-def test_a_recipe_takes_a_table_that_cannot_change(parquet, tmp_path, monkeypatch):
+def test_a_recipe_requires_a_table_that_cannot_change(parquet, tmp_path, monkeypatch):
     monkeypatch.setenv("R1S_CACHE", str(tmp_path / "cache"))
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "?", "answer": "!"}))

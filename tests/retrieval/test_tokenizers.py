@@ -1,4 +1,4 @@
-"""tensorflow-text gives the ids that Rust's tokenizer gives, on whatever text."""
+"""tensorflow-text gives the same ids as the Rust tokenizer on any text."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Vector shards: written by several, continued, and refused where they do not fit."""
+"""Vector shards: written by several jobs, resumed, and refused where they do not match."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def write_all(folder, shards=4):
 
 
 class Interrupted(HashEncoder):
-    """Stops at the n-th call, as a job that is killed."""
+    """Raises KeyboardInterrupt after `calls` calls, like a killed job."""
 
     def __init__(self, calls: int):
         super().__init__(32)
@@ -44,33 +44,33 @@ class Interrupted(HashEncoder):
 def test_shards_are_the_vectors_up_to_float16(tmp_path):
     write_all(tmp_path)
     shards = VectorShards(tmp_path)
-    wanted = ENCODER.encode([p.line for p in PASSAGES], kind="passage")
+    expected = ENCODER.encode([p.line for p in PASSAGES], kind="passage")
     assert shards.shape == (103, 32)
-    np.testing.assert_allclose(shards[:], wanted, atol=5e-4)
+    np.testing.assert_allclose(shards[:], expected, atol=5e-4)
     for rows in (slice(20, 60), slice(25, 26), slice(0, 0), slice(100, 200)):
         np.testing.assert_array_equal(shards[rows], shards[:][rows])
     assert shards[3:5].dtype == np.float32
 
 
-def test_a_stopped_shard_goes_on(tmp_path):
+def test_a_stopped_shard_resumes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         encode_shard(CORPUS, Interrupted(3), tmp_path)
     partial = tmp_path / "vectors-00000-of-00001.part"
     with pytest.raises(VectorError, match="missing or not finished"):
         VectorShards(tmp_path)
     with partial.open("ab") as file:
-        file.write(b"half a row")  # as a kill in the middle of a write leaves it
-    second, told = Interrupted(1000), []
-    encode_shard(CORPUS, second, tmp_path, progress=lambda *done: told.append(done))
-    assert 1000 - second.calls == 8  # of eleven chunks, three were there
-    assert told[0][0] == 40 and told[-1] == (103, 103)
+        file.write(b"half a row")  # the state after a kill during a write
+    second, progress_calls = Interrupted(1000), []
+    encode_shard(CORPUS, second, tmp_path, progress=lambda *done: progress_calls.append(done))
+    assert 1000 - second.calls == 8  # three of eleven chunks existed
+    assert progress_calls[0][0] == 40 and progress_calls[-1] == (103, 103)
     whole = ENCODER.encode([p.line for p in PASSAGES], kind="passage").astype(np.float16)
     np.testing.assert_array_equal(np.load(tmp_path / "vectors-00000-of-00001.npy"), whole)
-    encode_shard(CORPUS, Interrupted(0), tmp_path)  # nothing is left to do
+    encode_shard(CORPUS, Interrupted(0), tmp_path)  # already complete
     assert not partial.exists()
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_mismatches_are_named(tmp_path):
     write_all(tmp_path)
     other = Corpus(lambda: PASSAGES[::-1])
     with pytest.raises(VectorError, match="encoder is 'hash-v1-32-3-5', not 'hash-v1-32-2-5'"):
@@ -127,8 +127,8 @@ def test_missing_damaged_and_nan_shards_are_named(tmp_path):
     path.unlink()
     with pytest.raises(VectorError, match=r"00002-of-00004\.npy missing"):
         VectorShards(tmp_path)
-    told = path.with_suffix(".json")
-    told.write_text(told.read_text().replace('"format": 1', '"format": 0'))
+    header = path.with_suffix(".json")
+    header.write_text(header.read_text().replace('"format": 1', '"format": 0'))
     with pytest.raises(VectorError, match="made by another version"):
         VectorShards(tmp_path)
 

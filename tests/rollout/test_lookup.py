@@ -1,4 +1,4 @@
-"""Guesses from a text against a plain search through it."""
+"""Prompt lookup against a plain search in the text."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from r1s_jax.rollout.lookup import lookup
 
 
 def plain(text, count):
-    """The latest earlier place of the last three tokens, or else of the last two."""
+    """The tokens after the latest earlier place of the last three tokens, else of the last two."""
     for size in (3, 2):
         if len(text) <= size:
             continue
@@ -18,12 +18,12 @@ def plain(text, count):
 
 
 @pytest.mark.parametrize("count", [1, 3, 6])
-def test_what_followed_the_last_tokens_before_is_the_guess(count):
+def test_the_guess_follows_the_latest_earlier_occurrence(count):
     rng = np.random.default_rng(count)
     lengths = rng.integers(1, 30, 200)
     texts = rng.integers(1, 4, (200, 32)).astype(np.int32)
     texts[np.arange(32) >= lengths[:, None]] = 0
-    found = np.asarray(lookup(texts, lengths.astype(np.int32), count))
-    for row, length, guess in zip(texts.tolist(), lengths, found.tolist(), strict=True):
+    guesses = np.asarray(lookup(texts, lengths.astype(np.int32), count))
+    for row, length, guess in zip(texts.tolist(), lengths, guesses.tolist(), strict=True):
         assert guess == plain(row[:length], count), (row[:length], guess)
-    assert (found > 0).any() and (found == 0).all(1).any()
+    assert (guesses > 0).any() and (guesses == 0).all(1).any()

@@ -1,4 +1,4 @@
-"""The loop inside the program: its laws, and its equality with the loop driven from the host."""
+"""The compiled rollout loop: its laws, and its equality with the host loop."""
 
 import dataclasses
 import threading
@@ -48,7 +48,7 @@ def rolled(engine):
 
 
 def assert_same(a, b, rows=slice(None)):
-    """Equal tokens, masks and endings; log-probabilities up to the order of reductions."""
+    """Equal tokens, masks and endings; equal log-probabilities up to the order of reductions."""
     for name in ("tokens", "loss_mask", "lengths", "prompt_lengths", "searches", "finish"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name)[rows], err_msg=name)
     for name in ("sample_logprobs", "policy_logprobs"):
@@ -63,7 +63,7 @@ def test_the_batch_exercises_every_ending(rolled):
 
 
 def test_mask_selects_exactly_the_sampled_tokens(engine, rolled):
-    """Everything else is prompt, or a document block the retriever's passages tokenise to."""
+    """All other tokens are the prompt or the tokenised document blocks."""
     t = rolled.trajectory
     for row in range(len(t.lengths)):
         prompt = engine.encode(engine.render(rolled.questions[row].question))
@@ -91,7 +91,7 @@ def test_log_probabilities_are_those_of_the_policy(rolled):
     expected = np.take_along_axis(np.asarray(logprobs), t.tokens[:, 1:, None], -1)[..., 0]
     mask = t.loss_mask[:, 1:]
     np.testing.assert_allclose(t.policy_logprobs[:, 1:][mask], expected[mask], atol=2e-5)
-    # Cutting to the nucleus can only raise the probability of a token that stayed.
+    # The nucleus (top-p) can only raise the probability of a token in it.
     assert (t.sample_logprobs[t.loss_mask] >= t.policy_logprobs[t.loss_mask] - 1e-6).all()
     assert (t.sample_logprobs[t.loss_mask] <= 1e-6).all()
 
@@ -101,7 +101,7 @@ def test_log_probabilities_are_those_of_the_policy(rolled):
     [(1.0, 0), pytest.param(0.0, 0, marks=pytest.mark.slow), (1.0, 3)],
 )
 def test_the_host_driven_loop_agrees(temperature, speculative_tokens):
-    """`speculative_tokens` are those of the host's loop alone."""
+    """Only the host loop uses `speculative_tokens`."""
     engine = make_engine(dataclasses.replace(CONFIG, temperature=temperature))
     params = searching_params()
     rolled = roll(engine, params=params)
@@ -142,8 +142,8 @@ def test_traces_name_every_token_and_its_advantage(engine, rolled):
         expected = ["" if j in engine.eos_ids else engine.decode([j]).strip() for j in ids]
         assert [text.strip() for text in texts] == expected
         ended += ids[-1] in engine.eos_ids
-        kept = [advantage for _, advantage in row["token_advantages"]]
-        np.testing.assert_allclose(kept, advantages[i][t.loss_mask[i]], rtol=1e-3)
+        advantages_of_row = [advantage for _, advantage in row["token_advantages"]]
+        np.testing.assert_allclose(advantages_of_row, advantages[i][t.loss_mask[i]], rtol=1e-3)
     assert len(rows) == len(rewards) and 0 < ended < len(rows)
 
 
@@ -186,8 +186,8 @@ def test_slots_and_chunks_change_nothing(rolled, changes):
 
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
 @pytest.mark.slow
-def test_drafts_give_the_same_tokens_in_fewer_passes(temperature):
-    """A policy that repeats itself: at low temperatures most guesses are right."""
+def test_speculative_tokens_give_the_same_tokens_in_fewer_passes(temperature):
+    """The policy repeats itself, so that at low temperatures most guesses are accepted."""
     config = dataclasses.replace(CONFIG, temperature=temperature)
     plain = roll(make_engine(config))
     speculated = roll(make_engine(dataclasses.replace(config, speculative_tokens=4)))
@@ -196,8 +196,8 @@ def test_drafts_give_the_same_tokens_in_fewer_passes(temperature):
 
 
 @pytest.mark.slow
-def test_an_int8_cache_draws_from_what_it_computes():
-    """Nearly the same policy, log-probabilities near the exact ones."""
+def test_an_int8_cache_records_nearly_exact_log_probabilities():
+    """The log-probabilities are close to those of an exact cache."""
     rolled = roll(make_engine(dataclasses.replace(CONFIG, cache_dtype="int8")))
     t = rolled.trajectory
     logits = jax.jit(lambda p, x: Policy(MODEL, p)(x))(searching_params(), t.tokens)
@@ -229,7 +229,7 @@ def test_search_latency_changes_nothing(engine, rolled):
 
 
 def test_waiting_rows_do_not_stop_sampling_rows(engine, monkeypatch):
-    """The first search gets its documents only once another row has gone on to search."""
+    """The first search waits until another row has sampled on and searches."""
     monkeypatch.setattr(engine.broker, "config", SearchConfig(timeout_s=120.0))
     second, calls, met = threading.Event(), [], []
 
@@ -249,8 +249,8 @@ def test_leaving_and_entering_again_changes_nothing(engine, rolled, seed):
     assert_same(roll_in_pieces(engine, seed), rolled.trajectory)
 
 
-def test_no_clock_decides_how_far_a_steady_rollout_has_come(engine, rolled):
-    """Slow or fast, documents arrive at the same turn: the same tokens when the loop is left."""
+def test_a_steady_rollout_does_not_depend_on_time(engine, rolled):
+    """Slow or fast, documents arrive at the same decode step, so the tokens so far are equal."""
     rng, cuts = np.random.default_rng(0), []
     slow = EchoRetriever(delay=lambda: time.sleep(rng.uniform(0, 0.1)))
     for retriever in (EchoRetriever(), slow):
@@ -266,7 +266,7 @@ def test_no_clock_decides_how_far_a_steady_rollout_has_come(engine, rolled):
     assert cuts[0][-1].any() or cuts[1][-1].any(), "no query was out when the loop was left"
 
 
-def test_the_loop_is_left_when_so_many_groups_are_complete(engine):
+def test_the_loop_stops_when_enough_groups_are_complete(engine):
     session = open_session(engine)
     session.run(Until(groups=2))
     t, _ = session.results()
@@ -274,8 +274,8 @@ def test_the_loop_is_left_when_so_many_groups_are_complete(engine):
     assert ended.sum() >= 2 and not ended.all()
 
 
-def test_what_is_carried_into_another_rollout_ends_as_if_it_had_stayed(engine, rolled):
-    """Text fed again, in another order, with its own keys: what a later step does with it."""
+def test_a_trajectory_resumed_in_another_rollout_ends_the_same(engine, rolled):
+    """As in a later step: the text is prefilled again in another order, with its own keys."""
     session = open_session(engine)
     session.run(Until(steps=9))
     t, _ = session.results()
@@ -283,21 +283,21 @@ def test_what_is_carried_into_another_rollout_ends_as_if_it_had_stayed(engine, r
     flights = engine.begin(QUESTIONS, samples=6, step=2)
     for row, flight in enumerate(flights):
         flight.absorb(t, row, step=2, at=at)
-    left = [f for f in flights if not f.ended]
-    assert any(f.loss_mask.any() for f in left)
-    assert any(Position(*f.at).asked for f in left)
+    unfinished = [f for f in flights if not f.ended]
+    assert any(f.loss_mask.any() for f in unfinished)
+    assert any(Position(*f.at).asked for f in unfinished)
     engine.broker.begin(EchoRetriever())
-    prompts = engine.prompts(left, 1, engine.config.max_length)
+    prompts = engine.prompts(unfinished, 1, engine.config.max_length)
     session = Session(engine.programs, searching_params(), prompts, engine.tag_table)
     session.run()
     t, _ = session.results()
-    for row, flight in enumerate(left):
+    for row, flight in enumerate(unfinished):
         flight.absorb(t, row, step=3)
     assert all(f.ended for f in flights)
     assert_same(
         trajectories(flights, CONFIG.max_length, rolled.trajectory.groups), rolled.trajectory
     )
-    for flight in left:
+    for flight in unfinished:
         assert set(flight.drawn[~flight.loss_mask]) == {-1}
         assert set(flight.drawn[flight.loss_mask]) <= {2, 3}
 
@@ -353,7 +353,7 @@ def test_a_prompt_that_is_too_long_is_named(engine):
 
 @pytest.mark.slow
 def test_the_cache_is_never_copied():
-    """The compiled loop keeps one cache: all else it holds at a time is small beside it."""
+    """The compiled loop holds one cache; all its other memory is small."""
     model = dataclasses.replace(MODEL, num_layers=6, head_dim=32)
     config = dataclasses.replace(CONFIG, slots=8, max_length=1024, prefill_rows=2)
     engine = make_engine(config, model=model)

@@ -24,7 +24,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
-    """Mask of the smallest set of likeliest tokens that holds top_p; ties stand together."""
+    """Mask of the smallest set of likeliest tokens with mass top_p; includes all ties."""
     likeliest = np.sort(probs.astype(np.float64))[::-1]
     size = int((np.cumsum(likeliest) < top_p).sum()) + 1
     return probs >= likeliest[min(size, len(probs)) - 1]
@@ -37,8 +37,8 @@ def random_logits(rows: int, vocab: int, scale: float = 3.0, seed: int = 0) -> n
 
 @pytest.mark.parametrize("top_p", [1 / 64, 0.25, 0.5, 0.75, 61 / 64, 63 / 64])
 @pytest.mark.parametrize("vocab", [5, 300])
-def test_nucleus_is_that_of_a_sort(vocab, top_p):
-    """Probabilities are multiples of 1/1024: sums are exact, many tokens tie, some have none."""
+def test_nucleus_equals_that_of_a_sort(vocab, top_p):
+    """Probabilities are multiples of 1/1024: exact sums, many ties, some zeros."""
     rng = np.random.default_rng(vocab)
     shares = rng.dirichlet(np.full(vocab, 0.5), size=32)
     probs = np.stack([rng.multinomial(1024, s) for s in shares]).astype(np.float32) / 1024
@@ -47,7 +47,7 @@ def test_nucleus_is_that_of_a_sort(vocab, top_p):
         np.testing.assert_array_equal(row >= t, nucleus(row, top_p))
 
 
-def test_nucleus_of_equal_probabilities_is_all_of_them():
+def test_nucleus_of_equal_probabilities_is_all_tokens():
     probs = jnp.full((1, 64), 1 / 64)
     for top_p in (0.01, 0.5, 0.99):
         assert threshold_of(probs, top_p)[0] == 1 / 64
@@ -65,7 +65,7 @@ def test_nucleus_of_real_probabilities_is_the_smallest_that_suffices(top_p):
 
 @pytest.mark.parametrize("vocab", [3, 128, 300])
 def test_tokens_are_drawn_as_often_as_they_are_likely(vocab):
-    """Evenly spaced uniforms must hit every token its share of times, give or take the ends."""
+    """Evenly spaced uniforms must hit every token in proportion, up to one draw at each end."""
     draws = 1 << 14
     probs = np.exp(log_softmax(random_logits(1, vocab, 1.5)))[0]
     probs[:: max(2, vocab // 7)] = 0  # zeros at the front, too
@@ -95,7 +95,7 @@ def test_the_only_possible_token_is_drawn(only, uniform):
 
 
 def test_no_impossible_token_is_drawn_at_the_edges_of_blocks():
-    """Rounding must not let a uniform beside a block's edge fall on a token without mass."""
+    """Rounding of a uniform near a block's edge must not select a token without mass."""
     rng = np.random.default_rng(0)
     vocab, rows = 128 * 24, 64
     probs = rng.random((rows, vocab)).astype(np.float32) ** 4
@@ -123,9 +123,9 @@ def test_both_log_probabilities(temperature, top_p):
     token, sample_logprob, policy_logprob = map(np.asarray, drawn)
     tempered = np.exp(log_softmax(logits / temperature))
     for i, t in enumerate(token):
-        kept = nucleus(tempered[i], top_p)
-        assert kept[t]
-        expected = np.log(tempered[i, t] / tempered[i, kept].sum())
+        in_nucleus = nucleus(tempered[i], top_p)
+        assert in_nucleus[t]
+        expected = np.log(tempered[i, t] / tempered[i, in_nucleus].sum())
         np.testing.assert_allclose(sample_logprob[i], expected, atol=2e-5)
         np.testing.assert_allclose(policy_logprob[i], log_softmax(logits)[i, t], atol=2e-5)
 
@@ -186,7 +186,7 @@ def test_keys_differ_in_each_of_seed_step_question_and_sample():
     assert len(np.unique(every, axis=0)) == len(every)
 
 
-def test_a_question_met_once_has_the_keys_it_always_had():
+def test_a_question_seen_once_has_unchanged_keys():
     base = jax.random.fold_in(jax.random.key(5), 7)
     first = jax.random.fold_in(jax.random.fold_in(base, 3), 1)
     np.testing.assert_array_equal(keys(5, 7, [(3, 1)])[0], jax.random.key_data(first))

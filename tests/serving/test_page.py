@@ -1,4 +1,4 @@
-"""The page to ask on, in a real browser."""
+"""The chat page in a real browser."""
 
 import json
 import time
@@ -16,7 +16,7 @@ MARKUP = "<img src=x onerror='document.title=1'><b>bold</b>"
 
 
 class Slow:
-    """Finds passages full of markup, after a while."""
+    """Returns passages full of markup, after a delay."""
 
     def search(self, queries, k):
         time.sleep(0.3)
@@ -26,7 +26,7 @@ class Slow:
         ]
 
 
-def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_path):
+def test_an_answer_streams_thoughts_queries_and_passages_as_plain_text(tmp_path):
     question = f"What is the trade of Bakori? {MARKUP}"
     with serving(Slow()) as (url, serving_loop), opened(url) as page:
         page.value(f"box.value = {json.dumps(question)}; form.requestSubmit()")
@@ -50,7 +50,7 @@ def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_
 
         page.value("box.value = 'again'; form.requestSubmit()")
         page.until("document.querySelector('.query')?.textContent.includes('searching')")
-        page.value("form.requestSubmit()")  # the button says Stop
+        page.value("form.requestSubmit()")  # the button is Stop now
         page.until("document.querySelector('main').textContent.includes('Stopped.')")
         for _ in range(3000):
             if not serving_loop.slots_busy:
@@ -59,10 +59,10 @@ def test_an_answer_grows_with_thoughts_queries_and_passages_and_all_is_text(tmp_
         raise AssertionError("a stopped answer keeps its slot")
 
 
-def test_what_fails_is_said():
+def test_failures_are_shown():
     with serving(Slow(), key="secret") as (url, _), opened(f"{url}/?q=Who%3F") as page:
         page.until("box.value === 'Who?'")
-        assert not page.value("document.querySelector('.turn')")  # a link asks nothing by itself
+        assert not page.value("document.querySelector('.turn')")  # opening a link sends no question
         page.value("form.requestSubmit()")
         page.until("document.querySelector('[data-done]') !== null")
         assert "Incorrect API key" in page.value("document.querySelector('.error').textContent")

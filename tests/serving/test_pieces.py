@@ -1,5 +1,4 @@
-"""Thoughts and answers told apart: the same however the text comes, and what the dialect calls the
-answer."""
+"""Thoughts and answers in a stream: split as by the dialect, wherever the text is cut."""
 
 import random
 
@@ -46,7 +45,7 @@ CASES = [
 ]
 
 
-def told(dialect, prompt: str, spans, cuts: random.Random | None) -> dict[str, str]:
+def split(dialect, prompt: str, spans, cuts: random.Random | None) -> dict[str, str]:
     pieces, out = Pieces(dialect, prompt), {"content": "", "reasoning": ""}
 
     def hear(new) -> None:
@@ -60,22 +59,22 @@ def told(dialect, prompt: str, spans, cuts: random.Random | None) -> dict[str, s
         for end in range(1, len(text)):
             if cuts and cuts.random() < 0.6:
                 hear(pieces.write(text[:end]))
-                # Tokens may end inside a character.
+                # A token may end inside a character.
                 hear(pieces.write(text[:end] + "\N{REPLACEMENT CHARACTER}"))
         hear(pieces.write(text, over=True))
     return out
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_thoughts_and_answer_are_told_apart_however_they_come(case):
+def test_thoughts_and_answer_are_split_whatever_the_pieces(case):
     dialect, prompt, spans, thoughts = CASES[case]
-    whole = told(dialect, prompt, spans, None)
+    whole = split(dialect, prompt, spans, None)
     assert whole["content"] == Solution(tuple(spans), dialect).answer
     assert " ".join(whole["reasoning"].split()) == " ".join(thoughts.split())
     for seed in range(50):
-        assert told(dialect, prompt, spans, random.Random(seed)) == whole
+        assert split(dialect, prompt, spans, random.Random(seed)) == whole
 
 
-def test_an_answer_that_never_comes_is_no_answer():
+def test_without_an_answer_tag_all_text_is_a_thought():
     spans = [(" I think <|begin_of_query|> and that", True)]
-    assert told(R1, "<think>", spans, None) == {"content": "", "reasoning": "I think"}
+    assert split(R1, "<think>", spans, None) == {"content": "", "reasoning": "I think"}

@@ -1,4 +1,4 @@
-"""`r1s serve` as a process of its own: how it starts, holds out under bad clients, and ends."""
+"""`r1s serve` in its own process: start, misbehaving clients, and shutdown."""
 
 import asyncio
 import json
@@ -68,7 +68,7 @@ def client_of(url: str, kind=openai.OpenAI):
     return kind(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=60)
 
 
-def test_what_runs_is_finished_when_it_is_told_to_stop(folder):
+def test_sigterm_lets_running_answers_finish(folder):
     with LocalServer(slowly(1.5)) as engine, serving(folder, engine.url) as (process, url):
         client, got = client_of(url), []
         assert [m.id for m in client.models.list()] == ["policy"]
@@ -125,8 +125,8 @@ def _ask(url: str, seed: int) -> tuple:
 
 
 async def _crowd(url: str, seconds: float, expected: dict) -> tuple[list, int]:
-    """64 clients: one in four hangs up half-way, one in eight sends rubbish. What was wrong of the
-    others' answers, and how many were right."""
+    """Runs 64 clients; some hang up half-way, one in eight sends rubbish. Returns the wrong answers
+    to the others and the number of right ones."""
     client, end = client_of(url, openai.AsyncOpenAI), time.monotonic() + seconds
     wrong, right = [], 0
 
@@ -180,7 +180,7 @@ async def _hang_up(url: str, seed: int, after: float) -> None:
         pass
 
 
-def test_a_client_that_stops_reading_is_let_go(folder, monkeypatch):
+def test_a_client_that_stops_reading_is_disconnected(folder, monkeypatch):
     from r1s_jax.serving import events
 
     async def never(message) -> None:
@@ -195,22 +195,22 @@ def test_a_client_that_stops_reading_is_let_go(folder, monkeypatch):
         await asyncio.sleep(60)
 
     monkeypatch.setattr(events, "_WRITE_S", 0.1)
-    left = []
-    stream = events.EventStream(forever(), lambda: left.append(True))
+    calls = []
+    stream = events.EventStream(forever(), lambda: calls.append(True))
     with pytest.raises(ConnectionError, match="stopped reading"):
         asyncio.run(stream({}, receive, never))
-    assert left == [True]
+    assert calls == [True]
 
 
 def test_bad_input_is_one_message(folder, tmp_path):
     port = socket.create_server(("127.0.0.1", 0))
     with port:
-        taken = str(port.getsockname()[1])
+        used_port = str(port.getsockname()[1])
         for arguments, words in [
             ((str(folder),), "name one of an index"),
             ((str(tmp_path / "none"), "--retriever", "http://x/queries"), "none"),
             ((str(folder), "--retriever", "http://x/nothing"), "/retrieve"),
-            ((str(folder), "--retriever", "http://x/queries", "--port", taken), "--port"),
+            ((str(folder), "--retriever", "http://x/queries", "--port", used_port), "--port"),
             (
                 (str(folder), "--retriever", "http://x/queries", "protocol.dialect=tool_call"),
                 "speaks",

@@ -1,4 +1,4 @@
-"""The chat API over real sockets, asked by OpenAI's own client."""
+"""The chat API over real sockets, with OpenAI's own client."""
 
 import asyncio
 import dataclasses
@@ -66,7 +66,7 @@ def client(url):
 
 
 def streamed(chunks) -> tuple[dict, list]:
-    """A stream put together again, by answer, and the usage that came last."""
+    """The reassembled answers of a stream, and its last usage."""
     answers, usage = {}, None
     for chunk in chunks:
         usage = chunk.usage or usage
@@ -85,7 +85,7 @@ def streamed(chunks) -> tuple[dict, list]:
 
 
 def post(url: str, body, headers: dict | None = None):
-    """(status, reply, headers) of a request that need not be a right one."""
+    """(status, reply, headers) of a request, valid or not."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"Content-Type": "application/json"} | (headers or {})
     request = urllib.request.Request(url + CHAT, data, sent)
@@ -132,7 +132,7 @@ def test_the_openai_client_gets_answer_thoughts_and_searches(client):
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
-def test_a_stream_says_what_the_whole_says(client):
+def test_a_stream_equals_the_whole_answer(client):
     for seed in range(5):
         how = {"model": "tiny", "messages": ASK, "seed": seed, "n": 3}
         whole = client.chat.completions.create(**how)
@@ -151,12 +151,12 @@ def test_a_stream_says_what_the_whole_says(client):
     assert len({(c.message.content, c.message.reasoning_content) for c in whole.choices}) > 1
 
 
-def test_equal_requests_get_equal_answers_whatever_is_beside_them(url):
-    asked = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+def test_equal_requests_get_equal_answers_in_any_company(url):
+    async_client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
 
     async def ask(seed: int):
         how = {"temperature": 0} if seed % 4 == 0 else {"seed": seed}
-        done = await asked.chat.completions.create(model="tiny", messages=ASK, **how)
+        done = await async_client.chat.completions.create(model="tiny", messages=ASK, **how)
         return done.choices[0].message.model_dump()
 
     async def both():
@@ -180,7 +180,7 @@ def test_limits_and_stops(client):
     stop = whole.content[1:]
     finish, message, usage = ask(stop=[stop, "never"])
     assert (finish, message.content) == ("stop", whole.content[0])
-    assert usage.completion_tokens == 7  # the end of the answer came after the stop
+    assert usage.completion_tokens == 7  # includes tokens after the stop text
     answers, _ = streamed(
         client.chat.completions.create(
             model="tiny", messages=ASK, temperature=0, stop=stop, stream=True
@@ -189,7 +189,7 @@ def test_limits_and_stops(client):
     assert answers[0]["content"] == whole.content[0]
 
 
-def test_messages_of_several_turns_are_asked_in_one_prompt(served, client):
+def test_messages_of_several_turns_form_one_prompt(served, client):
     earlier = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "What is the trade?"}]},
@@ -234,7 +234,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("case", range(len(WRONG)))
-def test_what_is_wrong_is_refused_in_openais_form(url, case):
+def test_bad_requests_are_refused_in_openais_form(url, case):
     body, status, words = WRONG[case]
     got, reply, _ = post(url, body)
     assert got == status and set(reply) == {"error"}
@@ -242,7 +242,7 @@ def test_what_is_wrong_is_refused_in_openais_form(url, case):
     assert set(reply["error"]) == {"message", "type", "param", "code"}
 
 
-def test_what_says_nothing_of_the_answer_is_let_pass(url):
+def test_fields_without_effect_on_the_answer_are_accepted(url):
     more = {"user": "me", "metadata": {}, "tools": [], "presence_penalty": 0, "logprobs": None}
     status, reply, _ = post(url, {"messages": ASK, **more})
     assert status == 200 and reply["choices"][0]["message"]["content"]
@@ -251,7 +251,7 @@ def test_what_says_nothing_of_the_answer_is_let_pass(url):
 
 
 @pytest.mark.parametrize("path", ["/v1/nothing", "/v1/completions", "/chat/completions", CHAT])
-def test_what_is_not_there_is_told_what_is(url, path):
+def test_unknown_paths_name_the_known_ones(url, path):
     with pytest.raises(urllib.error.HTTPError) as refused:
         get(url + path)
     said = json.loads(refused.value.read())["error"]["message"]
@@ -264,7 +264,7 @@ def test_the_model_by_its_name(url, client):
         client.models.retrieve("gpt-5")
 
 
-def test_only_its_own_pages_may_ask(url):
+def test_only_its_own_pages_may_call_it(url):
     for headers, status in (
         ({"Content-Type": "text/plain"}, 415),
         ({"Content-Type": ""}, 415),
@@ -279,7 +279,7 @@ def test_only_its_own_pages_may_ask(url):
         assert status == 200 or set(reply["error"]) == {"message", "type", "param", "code"}
 
 
-def test_pages_of_an_origin_that_is_allowed(served):
+def test_pages_of_an_allowed_origin_may_call_it(served):
     _, serving_loop = served
     page = "http://localhost:5173"
     for key in ("", "secret"):
@@ -316,12 +316,12 @@ def test_health_metrics_and_the_page(url):
     assert float(lines["r1s_tokens_written"]) >= 8 and float(lines["r1s_slots"]) == 4
     assert float(lines['r1s_searches{outcome="found"}']) >= 1
     assert float(lines["r1s_first_token_seconds_count"]) >= 1
-    assert ".requestSubmit" not in get(f"{url}/page.js")  # a link must not ask by itself
+    assert ".requestSubmit" not in get(f"{url}/page.js")  # opening a link must send nothing
     page = get(url)
     assert "<script src=" in page and "innerHTML" not in page + get(f"{url}/page.js")
 
 
-def test_a_key_where_one_is_set():
+def test_a_configured_key_is_required():
     with serving(WebRetriever(), key="secret") as (url, _):
         for headers in (
             {},
@@ -330,9 +330,9 @@ def test_a_key_where_one_is_set():
             {"Authorization": "secret"},
         ):
             sent = {name: value.encode().decode("latin-1") for name, value in headers.items()}
-            status, reply, told = post(url, {"messages": ASK}, sent)
+            status, reply, reply_headers = post(url, {"messages": ASK}, sent)
             assert status == 401 and reply["error"]["code"] == "invalid_api_key"
-            assert told["WWW-Authenticate"] == "Bearer"
+            assert reply_headers["WWW-Authenticate"] == "Bearer"
         raw = http.client.HTTPConnection(urlsplit(url).netloc)
         raw.request("GET", "/v1/models", headers={"Authorization": b"Bearer \xff\xfe"})
         assert raw.getresponse().status == 401
@@ -349,8 +349,8 @@ def test_a_key_that_no_client_can_send_is_refused(key):
         check_key(key)
 
 
-def half_asked(url: str, **more) -> socket.socket:
-    """A connection that sent a request and reads nothing yet."""
+def sent_request(url: str, **more) -> socket.socket:
+    """A connection that sent a request and reads no reply yet."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     body = json.dumps({"messages": ASK, **more}).encode()
     sock = socket.create_connection((host, port))
@@ -359,12 +359,12 @@ def half_asked(url: str, **more) -> socket.socket:
     return sock
 
 
-def test_clients_that_leave_free_their_slots_and_a_full_queue_says_when_to_come_back():
+def test_clients_that_hang_up_free_their_slots_and_a_full_queue_sets_retry_after():
     retriever = GatedRetriever()
     with serving(retriever, waiting=1) as (url, serving_loop):
-        gone = [half_asked(url, stream=i % 2 == 0) for i in range(4)]
+        gone = [sent_request(url, stream=i % 2 == 0) for i in range(4)]
         until(lambda: serving_loop.slots_busy == 4)
-        waits = half_asked(url)
+        waits = sent_request(url)
         until(lambda: serving_loop.queued == 1)
         status, reply, headers = post(url, {"messages": ASK})
         assert status == 429 and headers["Retry-After"]
@@ -379,7 +379,7 @@ def test_clients_that_leave_free_their_slots_and_a_full_queue_says_when_to_come_
         until(lambda: serving_loop.slots_busy == 0)
 
 
-def test_an_answer_that_takes_too_long_is_given_up():
+def test_an_answer_ends_at_its_deadline():
     retriever = GatedRetriever()
     with serving(retriever, limits=Limits(deadline_s=0.5)) as (url, serving_loop):
         status, reply, _ = post(url, {"messages": ASK})
@@ -391,7 +391,7 @@ def test_an_answer_that_takes_too_long_is_given_up():
         retriever.gate.set()
 
 
-def test_a_retriever_that_fails_is_told_and_takes_nothing_down():
+def test_a_failing_retriever_is_reported_and_answers_continue():
     with serving(RaisingRetriever()) as (url, _):
         status, reply, _ = post(url, {"messages": ASK, "temperature": 0})
         message = reply["choices"][0]["message"]
@@ -406,39 +406,39 @@ def test_the_system_may_search_the_question_itself_first(monkeypatch):
     monkeypatch.setattr("r1s_jax.serving.completion._QUIET_S", 0.05)
     retriever = GatedRetriever()
     with serving(retriever, retrieve_first=True) as (url, serving_loop):
-        asked = {"messages": ASK, "temperature": 0, "stream": True}
+        body = {"messages": ASK, "temperature": 0, "stream": True}
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="any")
-        stream = client.chat.completions.create(model="tiny", **asked)  # it has begun already
+        stream = client.chat.completions.create(model="tiny", **body)  # starts before documents
         raw = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
-        raw.request("POST", CHAT, json.dumps(asked), {"Content-Type": "application/json"})
+        raw.request("POST", CHAT, json.dumps(body), {"Content-Type": "application/json"})
         lines = iter(raw.getresponse().readline, b"data: [DONE]\n")
         before = list(itertools.takewhile(lambda line: line != b": waiting\n", lines))
         assert b'"status": "searching"' in b"".join(before) and not retriever.answered.is_set()
-        gone = half_asked(url, stream=True)
+        gone = sent_request(url, stream=True)
         until(lambda: len(retriever.queries) == 3)
         gone.close()
         retriever.gate.set()
         answers, _ = streamed(stream)
         assert all(line.strip() in (b"", b": waiting") or b"data" in line for line in lines)
-        message = post(url, asked | {"stream": False})[1]["choices"][0]["message"]
-        (search,) = message["searches"]  # the policy has what it needs
+        message = post(url, body | {"stream": False})[1]["choices"][0]["message"]
+        (search,) = message["searches"]  # the policy does not search again
         assert search["query"] == ASK[0]["content"] and len(search["documents"]) == 2
         assert answers[0]["searches"][0] == search
         assert answers[0]["content"] == message["content"]
         until(lambda: serving_loop.slots_busy == 0)
 
 
-def test_prompts_that_are_read_have_a_place_and_a_deadline(served):
+def test_tokenised_prompts_have_a_place_and_a_deadline(served):
     _, serving_loop = served
     service = Service(serving_loop, "tiny", limits=Limits(deadline_s=2))
     gate, read = threading.Event(), service.desk.read
     service.desk.read = lambda raw: gate.wait() and read(raw)
     url = listen.serve_in_background(make_app(service), listen.bind("127.0.0.1", 0))
     places = serving_loop.waiting + serving_loop.rows
-    asked = [half_asked(url) for _ in range(places)]
+    connections = [sent_request(url) for _ in range(places)]
     until(lambda: service.desk._promised == places)
     assert post(url, {"messages": ASK})[0] == 429
-    statuses = [http.client.HTTPResponse(sock) for sock in asked]
+    statuses = [http.client.HTTPResponse(sock) for sock in connections]
     for reply in statuses:
         reply.begin()
     assert {reply.status for reply in statuses} == {504}
@@ -447,9 +447,9 @@ def test_prompts_that_are_read_have_a_place_and_a_deadline(served):
     assert post(url, {"messages": ASK})[0] == 200
 
 
-def test_a_policy_that_breaks_is_said_and_the_server_is_not_well():
+def test_a_failing_policy_is_reported_and_the_server_unhealthy():
     with serving(WebRetriever()) as (url, serving_loop):
-        assert post(url, {"messages": ASK})[0] == 200  # nothing of its beginning is left to do
+        assert post(url, {"messages": ASK})[0] == 200  # everything is compiled and set up
         serving_loop.engine.programs = None
         status, reply, _ = post(url, {"messages": ASK})
         assert status == 500 and "policy failed" in reply["error"]["message"]

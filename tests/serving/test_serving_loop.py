@@ -1,4 +1,4 @@
-"""Answers made in shared slots, against the same made alone and against the loop of the host."""
+"""Answers sampled in shared slots equal answers sampled alone and those of the host loop."""
 
 import dataclasses
 import os
@@ -32,13 +32,13 @@ def random_policy() -> Pretrained:
 
 @pytest.fixture(scope="module")
 def serving_loop():
-    made = ServingLoop(random_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
-    yield made
-    made.close()
+    serving_loop = ServingLoop(random_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
+    yield serving_loop
+    serving_loop.close()
 
 
 class Heard:
-    """What a job's listener heard."""
+    """A listener that records the updates of a job."""
 
     def __init__(self):
         self.tokens, self.mask, self.searches = [], [], []
@@ -53,8 +53,8 @@ class Heard:
             self.over.set()
 
 
-def wanted(serving_loop: ServingLoop, count: int = 16) -> list[dict]:
-    """Requests of every kind of sampling."""
+def requests_of(serving_loop: ServingLoop, count: int = 16) -> list[dict]:
+    """Requests with all kinds of sampling settings."""
     prompts = [serving_loop.engine.prompt_tokens(q.question) for q in QUESTIONS]
     return [
         {
@@ -67,29 +67,31 @@ def wanted(serving_loop: ServingLoop, count: int = 16) -> list[dict]:
     ]
 
 
-def answered(serving_loop: ServingLoop, wishes: list[dict], group: int) -> list[Heard]:
-    heard = [Heard() for _ in wishes]
-    both = enumerate(zip(heard, wishes, strict=True), start=group)
-    serving_loop.submit([Job(update=h, group=number, **wish) for number, (h, wish) in both])
+def answered(serving_loop: ServingLoop, requests: list[dict], group: int) -> list[Heard]:
+    heard = [Heard() for _ in requests]
+    both = enumerate(zip(heard, requests, strict=True), start=group)
+    serving_loop.submit([Job(update=h, group=number, **request) for number, (h, request) in both])
     for h in heard:
         assert h.over.wait(60)
     return heard
 
 
-def test_sixteen_at_once_say_what_each_says_alone(serving_loop):
-    wishes = wanted(serving_loop)
-    together = answered(serving_loop, wishes, group=100)
-    alone = [answered(serving_loop, [wish], group=200 + i)[0] for i, wish in enumerate(wishes)]
+def test_sixteen_answers_at_once_equal_each_answer_alone(serving_loop):
+    requests = requests_of(serving_loop)
+    together = answered(serving_loop, requests, group=100)
+    alone = [
+        answered(serving_loop, [request], group=200 + i)[0] for i, request in enumerate(requests)
+    ]
     for a, b in zip(together, alone, strict=True):
         assert (a.tokens, a.mask, a.finish) == (b.tokens, b.mask, b.finish)
     assert any(h.searches for h in together)
     assert len({h.finish for h in together}) > 1
 
 
-def test_what_is_said_is_what_the_loop_of_the_host_says(serving_loop):
-    wishes = wanted(serving_loop)
-    for wish, heard in zip(wishes, answered(serving_loop, wishes, group=300), strict=True):
-        how = {"temperature": wish["temperature"], "top_p": wish["top_p"]}
+def test_answers_equal_those_of_the_host_loop(serving_loop):
+    requests = requests_of(serving_loop)
+    for request, heard in zip(requests, answered(serving_loop, requests, group=300), strict=True):
+        how = {"temperature": request["temperature"], "top_p": request["top_p"]}
         loop = HostLoop(
             model=MODEL,
             params=searching_params(),
@@ -99,8 +101,8 @@ def test_what_is_said_is_what_the_loop_of_the_host_says(serving_loop):
             broker=serving_loop.engine.broker,
             decode=serving_loop.engine.decode,
         )
-        list(loop.run(wish["prompt"], jax.random.fold_in(jax.random.key(wish["seed"]), 0)))
-        assert loop.tokens[len(wish["prompt"]) :] == heard.tokens
+        list(loop.run(request["prompt"], jax.random.fold_in(jax.random.key(request["seed"]), 0)))
+        assert loop.tokens[len(request["prompt"]) :] == heard.tokens
         assert loop.finish == heard.finish
 
 
@@ -119,17 +121,17 @@ def test_samples_of_one_group_differ_and_the_seed_decides(serving_loop):
     assert len({tuple(tokens) for tokens in first}) > 1
 
 
-def test_a_limit_cuts_what_would_have_come(serving_loop):
-    wishes = wanted(serving_loop, 6)
-    whole = answered(serving_loop, wishes, group=500)
-    cut = answered(serving_loop, [{**wish, "max_tokens": 5} for wish in wishes], group=510)
+def test_a_limit_cuts_the_same_answer_short(serving_loop):
+    requests = requests_of(serving_loop, 6)
+    whole = answered(serving_loop, requests, group=500)
+    cut = answered(serving_loop, [{**request, "max_tokens": 5} for request in requests], group=510)
     for a, b in zip(whole, cut, strict=True):
         assert sum(b.mask) == min(5, sum(a.mask))
         assert a.tokens[: len(b.tokens)] == b.tokens
         assert b.finish == (a.finish if a.tokens == b.tokens else Finish.LENGTH)
 
 
-def test_what_does_not_fit_is_refused(serving_loop):
+def test_requests_that_do_not_fit_are_refused(serving_loop):
     with pytest.raises(ValueError, match="no room"):
         serving_loop.submit([Job([5] * CONFIG.max_length, 0, Heard())])
 
@@ -151,7 +153,7 @@ def until(condition) -> None:
     raise AssertionError("it never came to be")
 
 
-def test_who_waits_for_documents_stops_nobody_and_a_full_queue_refuses(gated):
+def test_waiting_for_documents_stops_no_other_and_a_full_queue_refuses(gated):
     serving_loop, retriever = gated
     prompt = serving_loop.engine.prompt_tokens(QUESTIONS[0].question)
     slots = serving_loop.rows
@@ -164,7 +166,7 @@ def test_who_waits_for_documents_stops_nobody_and_a_full_queue_refuses(gated):
     assert [h.searches[0][1] for h in heard[:slots]] == ["pending"] * slots
     assert serving_loop.slots_busy == slots and serving_loop.queued == 2
 
-    serving_loop.cancel(jobs[:2])  # their slots go to those that wait, their documents to nobody
+    serving_loop.cancel(jobs[:2])  # waiting jobs get their slots; their documents are dropped
     until(lambda: all(h.searches for h in heard[slots:]))
     assert serving_loop.queued == 0
     retriever.gate.set()
@@ -175,9 +177,9 @@ def test_who_waits_for_documents_stops_nobody_and_a_full_queue_refuses(gated):
     assert not any(h.finish for h in heard[:2])
 
 
-def test_a_search_that_fails_is_told_and_the_answer_goes_on():
+def test_a_failed_search_is_reported_and_the_answer_continues():
     serving_loop = ServingLoop(scripted_policy(), RaisingRetriever(), CONFIG, compute_dtype=FLOAT32)
-    (heard,) = answered(serving_loop, wanted(serving_loop, 1), group=1)
+    (heard,) = answered(serving_loop, requests_of(serving_loop, 1), group=1)
     serving_loop.close()
     assert heard.finish == Finish.FINISHED and heard.searches[-1][1] == "error"
     assert "None" in serving_loop.engine.decode(heard.tokens)
@@ -185,10 +187,10 @@ def test_a_search_that_fails_is_told_and_the_answer_goes_on():
         serving_loop.submit([Job([5], 0, Heard())])
 
 
-def test_a_broker_that_breaks_is_said_and_nothing_waits_for_ever(monkeypatch):
+def test_a_failing_broker_is_reported_and_nothing_waits_for_ever(monkeypatch):
     serving_loop = ServingLoop(scripted_policy(), EchoRetriever(), CONFIG, compute_dtype=FLOAT32)
     monkeypatch.setattr(serving_loop.engine.broker, "_result", lambda searches: 1 / 0)
-    (heard,) = answered(serving_loop, wanted(serving_loop, 1), group=1)
+    (heard,) = answered(serving_loop, requests_of(serving_loop, 1), group=1)
     assert heard.finish == Finish.ABORTED and "SearchFailure" in serving_loop.failed
     with pytest.raises(Busy, match="the policy failed"):
         serving_loop.submit([Job([5], 0, Heard())])

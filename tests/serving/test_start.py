@@ -1,4 +1,4 @@
-"""What a served model is called, and what a server does not heed."""
+"""The name of a served model, and settings that a server refuses."""
 
 import pytest
 
@@ -36,6 +36,6 @@ def test_a_model_has_the_name_of_its_folder_or_repository(model, name, tmp_path,
     assert name_of(model.format(here=run)) == name
 
 
-def test_a_seed_is_of_a_request_and_not_of_a_server():
+def test_a_server_has_no_seed():
     with pytest.raises(ConfigError, match="seed is a setting of each request"):
         checked(Settings(presets.serving, ["seed=3"]))
