@@ -1,4 +1,4 @@
-"""Recipes through the compilers of hardware that is not here, and the counting of it all."""
+"""Recipes through the compilers of absent hardware, and counts of FLOPs, bytes and memory."""
 
 import json
 
@@ -19,7 +19,7 @@ from r1s_jax.recipes import load_recipe, titles
 SMALL = ["rollout.slots=16", "rollout.max_length=2048"]
 
 
-def test_flops_count_every_turn_of_every_loop():
+def test_flops_count_every_iteration_of_every_loop():
     w = jnp.ones((8, 8))
 
     def program(x):
@@ -59,8 +59,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 """
 
 
-def test_collectives_count_as_often_as_their_scope_runs():
-    """The one before the loop bears the loop's name, but runs once."""
+def test_collectives_count_per_run_of_their_scope():
+    """The collective before the loop has the loop's name but runs once."""
     assert collective_bytes(HLO, {"step": 7}) == {
         "all-gather": 32 + 7 * 16 * 4 * 2,
         "all-reduce": 7 * 8 * 4,
@@ -79,7 +79,7 @@ def test_every_published_recipe_names_a_known_architecture():
         assert config.algorithm.samples_per_question == 16
 
 
-def test_what_cannot_be_compiled_is_said():
+def test_an_unknown_target_is_named():
     config = load_recipe("smollm2_135m")
     with pytest.raises(CannotCompile, match="v99:2x2"):
         compile_recipe(config, "v99:2x2")
@@ -111,7 +111,7 @@ def test_a_recipe_fits_its_chips(small):
 
 @pytest.mark.aot
 def test_the_rollout_keeps_one_cache_on_a_tpu(small):
-    """What it holds beside the weights is the cache and little more."""
+    """Besides the weights, the rollout holds the cache and little more."""
     rollout = small["phases"]["rollout"]
     weights = 2 * 134_515_008 / 2**30
     assert rollout["cache_gib"] > 1
@@ -119,7 +119,7 @@ def test_the_rollout_keeps_one_cache_on_a_tpu(small):
 
 
 @pytest.mark.aot
-def test_what_does_not_fit_is_refused_with_advice(small):
+def test_a_recipe_that_does_not_fit_is_refused_with_advice(small):
     command = [
         "compile",
         "smollm2_135m",
@@ -155,7 +155,7 @@ def test_fit_finds_the_cheapest_that_fits(small):
 
 
 @pytest.mark.parametrize("more", [[], ["--fit"]])
-def test_a_phase_that_is_none_is_refused(more):
+def test_an_unknown_phase_is_refused(more):
     result = CliRunner().invoke(app, ["compile", "smollm2_135m", "--phase", "nonsense", *more])
     assert result.exit_code == 1 and "take rollout, update or all" in str(result.exception)
 

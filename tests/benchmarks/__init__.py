@@ -4,5 +4,5 @@ from benchmarks.__main__ import app
 
 
 def run(*args: object):
-    """One command of the benchmarks in this process."""
+    """Runs a command of the benchmarks in this process."""
     return CliRunner().invoke(app, [*map(str, args)])

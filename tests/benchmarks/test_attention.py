@@ -4,12 +4,12 @@ from benchmarks import attention
 
 
 @pytest.mark.slow
-def test_every_case_is_right_and_compared():
-    heard = []
-    result = attention.bench_attention(attention.QUICK, heard.append)
+def test_every_case_is_correct_and_compared():
+    lines = []
+    result = attention.bench_attention(attention.QUICK, lines.append)
     assert result["copy_gb_per_s"] > 0 and result["callback_us"] > 0
     cases = result["cases"]
-    assert len(cases) == len(heard) == 5
+    assert len(cases) == len(lines) == 5
     assert {(c.get("mode"), c.get("pass")) for c in cases} == {
         ("causal", "forward"),
         ("causal", "forward+backward"),
@@ -34,7 +34,7 @@ def test_segments_cover_whole_rows():
         assert list(dict.fromkeys(row.tolist())) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_refusal_is_written_down_and_does_not_end_the_run():
+def test_an_error_is_recorded_and_does_not_end_the_run():
     def refuse(x):
         raise NotImplementedError("not this shape")
 

@@ -1,4 +1,4 @@
-"""The commands as they are typed, and the keys that they print."""
+"""The commands as users type them, and the printed keys."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_every_command_explains_itself(command):
     assert done.exit_code == 0 and "--json" in done.output
 
 
-def test_there_are_eight():
+def test_every_command_is_tested():
     assert {command.callback.__name__ for command in app.registered_commands} == set(COMMANDS)
 
 
@@ -38,10 +38,10 @@ KEYS = {
 def test_keys_of_output(model, args):
     done = run(*args, "--model", model, "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
     keys = KEYS[args].split()
-    assert set(keys) <= told.keys()
-    assert all(told[key] > 0 for key in keys if key not in ("dtype", "searches"))
+    assert set(keys) <= result.keys()
+    assert all(result[key] > 0 for key in keys if key not in ("dtype", "searches"))
 
 
 def test_bad_input_is_one_clear_message(capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Decode steps of rollouts whose trajectories are of given lengths."""
+"""Decode steps of rollouts whose trajectories have given lengths."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_a_missing_file_and_an_odd_batch_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_carrying_over_keeps_the_slots_busy():
+def test_partial_rollouts_keep_the_slots_busy():
     sizes = {"slots": 8, "batch": 64, "batches": 3, "limit": 160, "runaway": 0.05}
     waiting = bench_lengths([10, 20, 30], partial_rollouts=False, **sizes)
     carried = bench_lengths([10, 20, 30], partial_rollouts=True, **sizes)

@@ -11,13 +11,13 @@ from tests.benchmarks import run
 @pytest.mark.slow
 def test_every_engine_is_measured():
     pytest.importorskip("scann")
-    told = bench_synthetic(300, 8, lambda _: None, queries=20)
-    engines = told["engines"]
+    result = bench_synthetic(300, 8, lambda _: None, queries=20)
+    engines = result["engines"]
     assert {"scann"} <= engines.keys() <= {"scann", "faiss_flat", "faiss_ivfpq", "faiss_hnsw"}
-    for result in engines.values():
-        assert result["p50_ms"] <= result["p99_ms"] and result["batch_per_s"] > 0
+    for figures in engines.values():
+        assert figures["p50_ms"] <= figures["p99_ms"] and figures["batch_per_s"] > 0
     assert engines["scann"]["recall"] == 1
-    assert ("over_faiss_flat" in told) == ("faiss_flat" in engines)
+    assert ("over_faiss_flat" in result) == ("faiss_flat" in engines)
 
 
 @pytest.mark.slow

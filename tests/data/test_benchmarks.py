@@ -12,19 +12,19 @@ def test_a_benchmark_is_fetched_by_name(monkeypatch, tmp_path):
     fetched = tmp_path / "dev.jsonl"
     row = {"id": "dev_0", "question": "Who?", "golden_answers": ["Ada", "Ada Lovelace"]}
     fetched.write_text(json.dumps(row) + "\n")
-    asked = []
+    requests = []
 
     def hf_hub_download(repo, file, **_):
-        asked.append((repo, file))
+        requests.append((repo, file))
         return str(fetched)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
     (question,) = read_questions(questions_file("2wiki"))
-    assert asked == [("RUC-NLPIR/FlashRAG_datasets", "2wikimultihopqa/dev.jsonl")]
+    assert requests == [("RUC-NLPIR/FlashRAG_datasets", "2wikimultihopqa/dev.jsonl")]
     assert question.answers == ("Ada", "Ada Lovelace") and question.id == 0
 
 
-def test_one_that_cannot_be_fetched_says_so(monkeypatch):
+def test_a_failed_download_says_what_to_do(monkeypatch):
     def hf_hub_download(*_, **__):
         raise OSError("no network")
 
@@ -33,7 +33,7 @@ def test_one_that_cannot_be_fetched_says_so(monkeypatch):
         questions_file("popqa")
 
 
-def test_they_are_listed():
+def test_benchmarks_are_listed():
     rows = [*map(json.loads, run_cli("data", "benchmarks", "--json").stdout.splitlines())]
     assert [row["name"] for row in rows] == list(BENCHMARKS)
     assert rows[0] == {"name": "nq", "title": "NQ", "split": "test", "questions": 3610} | {
@@ -43,7 +43,7 @@ def test_they_are_listed():
     assert all(word in shown for word in ("Bamboogle", "12,576", "popqa"))
 
 
-def test_anything_else_is_a_reference(tmp_path):
+def test_other_names_are_paths_or_references(tmp_path):
     assert questions_file(str(tmp_path)) == tmp_path
     with pytest.raises(AssetError, match="no such file"):
         questions_file("hotpot")
@@ -67,5 +67,5 @@ def test_anything_else_is_a_reference(tmp_path):
         *((b.source, name) for name, b in BENCHMARKS.items()),
     ],
 )
-def test_a_file_says_which_benchmark_it_is(name, expected):
+def test_the_name_of_a_file_tells_its_benchmark(name, expected):
     assert benchmark_of(name) == expected

@@ -1,4 +1,4 @@
-"""The cold start from trajectories: what is imitated, what is not, and what carries loss."""
+"""The cold start from trajectories: which ones are imitated, and which tokens carry loss."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def answers(path: Path, *texts: str) -> Path:
     return path
 
 
-def test_only_what_is_right_and_well_formed_is_imitated(tmp_path, capsys):
+def test_only_right_and_well_formed_trajectories_are_imitated(tmp_path, capsys):
     wrong = GOOD.replace("<answer> Herbert", "<answer> Asimov")
     path = answers(tmp_path / "a.jsonl", GOOD, "no tags at all", wrong, GOOD)
     unwanted = {normalize_answer("who wrote dune 3")}
@@ -60,7 +60,7 @@ def test_a_chat_is_no_demonstration(tmp_path, key):
 
 
 @pytest.mark.parametrize("reason", ["shot_down", "many_retrieve", "length"])
-def test_what_was_cut_off_is_not_imitated(tmp_path, capsys, reason):
+def test_truncated_trajectories_are_not_imitated(tmp_path, capsys, reason):
     path = answers(tmp_path / "a.jsonl", GOOD, GOOD)
     path.write_text(path.read_text("utf-8").replace("finished", reason, 1), "utf-8")
     assert len(read_demonstrations([path])) == 1
@@ -82,37 +82,40 @@ def tokens_and_weights(demonstration, dialect, tokenizer):
 
 @pytest.mark.parametrize("thinking", ["template", "off"])
 @pytest.mark.parametrize("with_end", [False, True])
-def test_the_end_of_the_last_turn_is_imitated_where_it_acts(tmp_path, thinking, with_end):
-    """Token for token what a generated demonstration trains; files leave the last token away."""
+def test_an_end_of_turn_token_is_imitated(tmp_path, thinking, with_end):
+    """The tokens equal those of a generated demonstration; files may omit the last token."""
     tokenizer = build_tokenizer("tool_call")
     dialect = bound(make_dialect("tool_call", thinking), tokenizer)
     world = TinyWorld((1,), 30)
     (question,) = world.questions(1, 1.0)
-    made = world.demonstration(question, "search", dialect)
-    assert made[-1][0].endswith(dialect.turn_end)
-    spans = [*made[:-1], (made[-1][0].removesuffix("" if with_end else dialect.turn_end), True)]
+    full = world.demonstration(question, "search", dialect)
+    assert full[-1][0].endswith(dialect.turn_end)
+    spans = [
+        *full[:-1],
+        (full[-1][0].removesuffix("" if with_end else dialect.turn_end), True),
+    ]
     row = {"step": 0, "question": question.question, "answers": question.answers, "reward": 1.0}
     path = tmp_path / "traces.jsonl"
     row |= {"token_advantages": [(text, 0.0) for text, by_policy in spans if by_policy]}
     path.write_text(json.dumps(row | {"finish": "finished", "spans": spans, "searches": []}) + "\n")
-    (read,) = read_demonstrations([path], dialect=dialect)
-    generated = Demonstration(question.question, tuple((t, float(own)) for t, own in made))
-    tokens, trained = tokens_and_weights(read, dialect, tokenizer)
+    (demonstration,) = read_demonstrations([path], dialect=dialect)
+    generated = Demonstration(question.question, tuple((t, float(own)) for t, own in full))
+    tokens, trained = tokens_and_weights(demonstration, dialect, tokenizer)
     assert (tokens, trained) == tokens_and_weights(generated, dialect, tokenizer)
     last = [token for token, own in zip(tokens, trained, strict=True) if own][-1]
     assert last == tokenizer.eos_token_id
 
 
 def document_tokens(lines):
-    """A letter a token, nothing cut."""
+    """One token per byte, without a cut."""
     return list(document_block(lines).encode())
 
 
-def test_the_loss_is_on_what_the_policy_wrote(tmp_path):
-    """A letter a token; documents and prompt have none of the loss, the rest equal shares."""
-    kept = read_demonstrations([answers(tmp_path / "a.jsonl", GOOD)])
+def test_only_tokens_of_the_policy_carry_loss(tmp_path):
+    """Documents and prompt carry no loss; all other tokens carry equal shares."""
+    demonstrations = read_demonstrations([answers(tmp_path / "a.jsonl", GOOD)])
     batch, micro = demonstration_batch(
-        kept,
+        demonstrations,
         lambda t: list(t.encode()),
         lambda q: list(f"Q: {q} <think>".encode()),
         document_tokens,
@@ -129,20 +132,20 @@ def test_the_loss_is_on_what_the_policy_wrote(tmp_path):
     np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-5)
 
 
-def test_documents_are_shown_as_a_rollout_would_show_them(tmp_path):
-    """Only so many, and cut alike: `document_tokens` sees the lines with their places."""
+def test_documents_are_shown_as_in_a_rollout(tmp_path):
+    """The same number, cut alike: `document_tokens` receives the lines without their numbers."""
     lines = ["1984 is a novel.", "A film   from 1984.", "(3) is no number here"]
     block = document_block([f"7\t{line}" for line in lines])
     seen = []
 
-    def two(found):
-        seen.extend(found)
-        return list(document_block(found[:2]).encode())
+    def two(lines_of_block):
+        seen.extend(lines_of_block)
+        return list(document_block(lines_of_block[:2]).encode())
 
     text = GOOD[: GOOD.index("\n\n<")] + block + GOOD[GOOD.index("Found") :]
-    (kept,) = read_demonstrations([answers(tmp_path / "a.jsonl", text)])
+    (demonstration,) = read_demonstrations([answers(tmp_path / "a.jsonl", text)])
     batch, _ = demonstration_batch(
-        [kept],
+        [demonstration],
         lambda t: list(t.encode()),
         lambda q: list(q.encode()),
         two,
@@ -155,10 +158,10 @@ def test_documents_are_shown_as_a_rollout_would_show_them(tmp_path):
     assert "(1)1984 is a novel.\n(2)A film   from 1984.\n<|end" in shown
 
 
-def test_what_is_too_long_loses_its_end(tmp_path):
-    kept = read_demonstrations([answers(tmp_path / "a.jsonl", GOOD)])
+def test_a_long_demonstration_is_cut_at_its_end(tmp_path):
+    demonstrations = read_demonstrations([answers(tmp_path / "a.jsonl", GOOD)])
     batch, _ = demonstration_batch(
-        kept,
+        demonstrations,
         lambda t: list(t.encode()),
         lambda q: [],
         document_tokens,
@@ -168,7 +171,7 @@ def test_what_is_too_long_loses_its_end(tmp_path):
     assert bytes(batch.tokens[batch.segment_ids > 0].tolist()).decode() == GOOD[:40]
 
 
-def test_each_is_seen_once_before_any_comes_again():
+def test_every_epoch_shows_each_demonstration_once():
     everything = list(range(7))
     drawn = [d for step in range(7) for d in demonstrations_at(everything, step, 3, seed=0)]
     assert [sorted(drawn[i : i + 7]) for i in (0, 7, 14)] == [everything] * 3
@@ -181,8 +184,8 @@ def test_the_published_traces_can_be_imitated():
     if "R1S_DATA" not in os.environ:
         pytest.skip("R1S_DATA does not name the folder of published data")
     path = Path(os.environ["R1S_DATA"], "traces", "hotpotqa_qwen.jsonl.gz")
-    kept = read_demonstrations([path])
-    assert 300 < len(kept) < 500
-    for demonstration in kept:
+    demonstrations = read_demonstrations([path])
+    assert 300 < len(demonstrations) < 500
+    for demonstration in demonstrations:
         trained = "".join(text for text, weight in demonstration.spans if weight)
         assert "<|begin_of_documents|>" not in trained and trained.count("<answer>") == 1

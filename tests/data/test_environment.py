@@ -1,4 +1,4 @@
-"""Where a recipe over a corpus finds its documents: passages, a built index, another's engine."""
+"""Sources of documents of a corpus recipe: passages, a built index, a search server."""
 
 import json
 
@@ -27,7 +27,7 @@ def files(tmp_path, monkeypatch):
     return passages, questions
 
 
-def found_by(questions, **source) -> str:
+def first_line(questions, **source) -> str:
     config = CorpusConfig(questions=(str(questions),), **source)
     environment = CorpusEnvironment(config, seed=0, held_out=1)
     batch, held_out = environment.batch(0, 2), environment.evaluation(8)
@@ -38,36 +38,36 @@ def found_by(questions, **source) -> str:
 
 def test_passages_are_indexed_and_an_index_brings_its_own_encoder(files, tmp_path):
     passages, questions = files
-    assert found_by(questions, passages=(str(passages),)) == LINES["1"]
+    assert first_line(questions, passages=(str(passages),)) == LINES["1"]
     save_index(build_index(read_passages(passages), HashEncoder()), tmp_path / "index")
-    # The default encoder of the config has no say in it.
+    # The encoder of the config has no effect here.
     source = {"index": str(tmp_path / "index"), "encoder": "wheel:absent==1"}
-    assert found_by(questions, **source) == LINES["1"]
+    assert first_line(questions, **source) == LINES["1"]
 
 
-def test_a_search_engine_of_others(files):
+def test_a_search_server(files):
     def answer(path, body):
         return 200, {"answers": [[LINES["1"]] for _ in body["queries"]]}
 
     with LocalServer(answer) as server:
-        assert found_by(files[1], retriever=f"{server.url}/queries") == LINES["1"]
+        assert first_line(files[1], retriever=f"{server.url}/queries") == LINES["1"]
 
 
-def test_one_engine_at_a_time(tmp_path):
+def test_exactly_one_engine_is_named(tmp_path):
     for named in ({}, {"index": tmp_path, "url": "http://x/queries"}, {"url": "x", "site": ""}):
         with pytest.raises(ConfigError, match="name one of"):
             open_search_engine(**named)
 
 
-def test_what_the_evaluation_asks_is_never_learned_from(files, tmp_path, capsys):
+def test_questions_of_the_evaluation_are_never_trained(files, tmp_path, capsys):
     passages, questions = files
     other = tmp_path / "hotpotqa.jsonl"
     other.write_text('{"question": "who wrote dune part 2", "answer": "Herbert"}\n')
     config = CorpusConfig((str(questions),), passages=(str(passages),), exclude=(str(other),))
     environment = CorpusEnvironment(config, seed=0, held_out=1)
     held_out = {q.question for q in environment.evaluation(1).questions}
-    asked = {q.question for step in range(4) for q in environment.batch(step, 4).questions}
-    assert asked.isdisjoint({"Who wrote Dune, part 2?"} | held_out)
+    trained = {q.question for step in range(4) for q in environment.batch(step, 4).questions}
+    assert trained.isdisjoint({"Who wrote Dune, part 2?"} | held_out)
     learned = 4 - len(held_out | {"Who wrote Dune, part 2?"})
     assert f"{learned} to learn from, 1 held out" in capsys.readouterr().err
     everything = tmp_path / "all.jsonl"
@@ -77,7 +77,7 @@ def test_what_the_evaluation_asks_is_never_learned_from(files, tmp_path, capsys)
         CorpusEnvironment(config, seed=0, held_out=1)
 
 
-def test_another_batch_size_goes_on_where_the_last_one_stopped(tmp_path, files):
+def test_another_batch_size_continues_at_the_same_question(tmp_path, files):
     passages, _ = files
     questions = tmp_path / "many.jsonl"
     rows = (f'{{"question": "Who is {i}?", "answer": "x"}}\n' for i in range(24))
@@ -93,7 +93,7 @@ def test_another_batch_size_goes_on_where_the_last_one_stopped(tmp_path, files):
         assert sorted(first + then) == list(range(24)), "no question twice in an epoch"
 
 
-def test_the_same_are_held_out_whatever_the_seed_and_the_order_of_files(files, tmp_path):
+def test_held_out_questions_do_not_depend_on_seed_or_order_of_files(files, tmp_path):
     passages, questions = files
     turned = tmp_path / "turned.jsonl"
     turned.write_text("\n".join(reversed(questions.read_text().splitlines())))

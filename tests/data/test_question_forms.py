@@ -1,4 +1,4 @@
-"""Question files as they are published, an example of each."""
+"""An example of each published form of question files."""
 
 import gzip
 import json
@@ -116,18 +116,18 @@ def test_forms_are_read_from_tables(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
     for i, (row, expected) in enumerate(FORMS.values()):
         if isinstance(row.get("supporting_facts"), list):
-            continue  # of two types, which a table does not hold
+            continue  # mixed types, impossible in a table
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / f"{i}.parquet")
         assert read_questions(tmp_path / f"{i}.parquet") == [expected]
 
 
-def test_an_array_of_several_lines_packed_and_with_a_mark(tmp_path):
+def test_a_compressed_array_of_several_lines_with_a_byte_order_mark(tmp_path):
     rows = [row for row, _ in FORMS.values() if row.get("id") != 42 and "_id" not in row]
     rows = [row | {"id": f"n{i}", "question_id": ""} for i, row in enumerate(rows)]
     with gzip.open(tmp_path / "q.json.gz", "wt", encoding="utf-8-sig") as file:
         json.dump(rows, file, indent=2)
-    read = read_questions(tmp_path / "q.json.gz")
-    assert [(q.id, q.source_id) for q in read] == [(i, f"n{i}") for i in range(len(rows))]
+    questions = read_questions(tmp_path / "q.json.gz")
+    assert [(q.id, q.source_id) for q in questions] == [(i, f"n{i}") for i in range(len(rows))]
     whole = (tmp_path / "q.json.gz").read_bytes()
     (tmp_path / "q.json.gz").write_bytes(whole[:-20])
     with pytest.raises(DataError, match=r"q\.json\.gz"):
@@ -140,7 +140,7 @@ def test_an_empty_array_has_no_questions(tmp_path):
         read_questions(tmp_path / "q.json")
 
 
-def test_one_name_is_of_one_question(tmp_path):
+def test_ids_are_unique(tmp_path):
     rows = [{"_id": "a", "question": f"q{i}", "answer": "x"} for i in range(2)]
     (tmp_path / "q.json").write_text(json.dumps(rows))
     with pytest.raises(DataError, match=r"q\.json, item 2: id a was used before"):
@@ -188,7 +188,7 @@ def test_tables_in_text(tmp_path, name, text, expected, packed):
         ("question,answer\nwho?,\n", "row 1: `answer` must be a text"),
     ],
 )
-def test_tables_that_are_none(tmp_path, text, message):
+def test_broken_tables_are_refused(tmp_path, text, message):
     (tmp_path / "q.csv").write_text(text)
     with pytest.raises(DataError, match=message):
         read_questions(tmp_path / "q.csv")
@@ -198,13 +198,13 @@ SQUAD = [{"id": f"i{i}", "question": f"{i}?", "answers": [{"text": "x"}]} for i 
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_squads_own_file(tmp_path, indent, capsys):
+def test_the_file_format_of_squad(tmp_path, indent, capsys):
     none = {"id": "n", "question": "none?", "answers": [], "is_impossible": True}
     pages = [{"context": "c", "qas": SQUAD[:2]}, {"context": "d", "qas": [SQUAD[2], none]}]
     file = tmp_path / "train.json"
     file.write_text(json.dumps({"version": "2.0", "data": [{"paragraphs": pages}]}, indent=indent))
-    read = read_questions(file)
-    assert [(q.source_id, q.question, q.answers) for q in read] == [
+    questions = read_questions(file)
+    assert [(q.source_id, q.question, q.answers) for q in questions] == [
         (f"i{i}", f"{i}?", ("x",)) for i in range(3)
     ]
     assert "1 rows marked as unanswerable" in " ".join(capsys.readouterr().err.split())
@@ -215,7 +215,7 @@ def test_squads_own_file(tmp_path, indent, capsys):
         read_questions(file)
 
 
-def test_an_object_over_several_lines_and_lines_named_json(tmp_path):
+def test_an_object_of_several_lines_and_json_lines_named_json(tmp_path):
     file = tmp_path / "q.json"
     file.write_text(json.dumps(SQUAD[0], indent=1))
     assert len(read_questions(file)) == 1

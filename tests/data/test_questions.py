@@ -33,8 +33,8 @@ def test_reads_text_and_list_answers_and_either_id(tmp_path):
     ]
 
 
-def test_the_other_names_of_answers_are_read_from_the_file_beside(tmp_path, capsys):
-    """As 2WikiMultiHopQA ships them."""
+def test_aliases_of_answers_are_read_from_the_file_beside(tmp_path, capsys):
+    """2WikiMultiHopQA has its aliases in a second file."""
     rows = [
         {"_id": "a", "question": "where?", "answer": "United Kingdom", "answer_id": "Q145"},
         {"_id": "b", "question": "really?", "answer": "yes", "answer_id": None},
@@ -119,7 +119,7 @@ def test_each_epoch_is_another_permutation_and_every_batch_is_full():
     assert len(set(epochs)) == len(epochs)
 
 
-def test_a_restored_stream_goes_on_identically():
+def test_a_restored_stream_continues_identically():
     stream = question_stream([QUESTIONS], seed=5)
     ids(stream, 15)
     state = json.loads(json.dumps(stream.state()))
@@ -129,14 +129,14 @@ def test_a_restored_stream_goes_on_identically():
         assert ids(restored, 4) + ids(restored, 17) == rest, "whatever the size of batches"
 
 
-def test_stream_refuses_nothing_to_stream():
+def test_a_stream_needs_questions():
     with pytest.raises(ValueError, match="at least one question"):
         question_stream([], seed=0)
     with pytest.raises(ValueError, match="of each source"):
         question_stream([QUESTIONS, []], seed=0)
 
 
-def test_files_mixed_by_ratio_keep_it_whatever_their_size():
+def test_the_mixing_ratio_does_not_depend_on_the_sizes_of_files():
     small = [Question(i, f"s{i}", ("a",)) for i in range(3)]
     stream = question_stream([QUESTIONS, small], seed=0, mix=(1, 3))
     state = stream.state()
@@ -147,10 +147,10 @@ def test_files_mixed_by_ratio_keep_it_whatever_their_size():
     assert [q.question[0] for _ in range(20) for q in again.take(8)] == drawn
 
 
-def test_questions_of_the_evaluation_are_found_by_their_text():
+def test_questions_of_the_evaluation_are_recognised_by_their_text():
     unwanted = texts([Question(0, "Who wrote the novel Dune?", ("x",))])
-    asked = [Question(1, "who wrote novel  DUNE", ("x",)), Question(2, "Who wrote It?", ("y",))]
-    assert [q.id for q in without(asked, unwanted)] == [2]
+    questions = [Question(1, "who wrote novel  DUNE", ("x",)), Question(2, "Who wrote It?", ("y",))]
+    assert [q.id for q in without(questions, unwanted)] == [2]
 
 
 def test_reads_tables(tmp_path):

@@ -32,7 +32,7 @@ def tokenizer():
 
 
 def texts_of(world, questions) -> list[str]:
-    """Everything that can be said in a world, document blocks apart."""
+    """All texts that occur in a world, except document blocks."""
     two_hop = [q for q in questions if q.hops == 2]
     demonstrations = [world.demonstration(q, s) for q in questions for s in ("guess", "search")]
     demonstrations += [world.demonstration(q, "search_then_guess") for q in two_hop]
@@ -44,7 +44,7 @@ def texts_of(world, questions) -> list[str]:
 
 
 def read_answer(world, question) -> list[str]:
-    """Answers a question from its words and the passages alone; every reading that is possible."""
+    """All possible answers to a question, from its words and the passages alone."""
     words = question.question.removesuffix("?").split(" of ")
     relations = [part.split()[-1] for part in words[:-1]]
     subjects = [words[-1]]
@@ -83,28 +83,28 @@ def test_all_questions_of_a_small_world(num_people):
     assert len({q.question for q in questions}) == len(questions)
     for question in questions:
         assert read_answer(world, question) == list(question.answers)
-        assert question.answers[0] not in question.question  # nobody leads back to themself
+        assert question.answers[0] not in question.question  # no person leads to itself
     with pytest.raises(ValueError, match="of each kind"):
         world.questions(len(questions) + 2, two_hop_fraction=0.5)
 
 
-def test_known_people_are_the_same_everywhere_and_disturb_nobody():
+def test_memorised_people_are_the_same_in_every_world():
     worlds = [TinyWorld((0, 1, step), 60, memorised_people=5) for step in (2, 3)]
     for world in worlds:
         world.check()
-        for question in (asked := world.questions(40, 0.5, memorised_fraction=0.3)):
+        for question in (questions := world.questions(40, 0.5, memorised_fraction=0.3)):
             assert read_answer(world, question) == list(question.answers)
             assert (question.hops == 0) == question.memorised
-        assert sum(q.memorised for q in asked) == 12
-        assert [q.hops for q in asked].count(2) == 14
-        known = world.known_questions()
-        assert len(known) == 5 * len(RELATIONS) and all(q.memorised for q in known)
+        assert sum(q.memorised for q in questions) == 12
+        assert [q.hops for q in questions].count(2) == 14
+        memorised = world.known_questions()
+        assert len(memorised) == 5 * len(RELATIONS) and all(q.memorised for q in memorised)
         assert sum(q.memorised for q in world.questions(100, 0.5, memorised_fraction=0.5)) == len(
-            known
+            memorised
         )
-        for question in known:
-            told = world.demonstration(question, "guess")
-            assert rewards.stage2(rewards.Solution(told), question.answers).value == 1.0
+        for question in memorised:
+            from_memory = world.demonstration(question, "guess")
+            assert rewards.stage2(rewards.Solution(from_memory), question.answers).value == 1.0
             looked_up = rewards.Solution(world.demonstration(question, "search"))
             assert rewards.searches_answered(looked_up) == 1
             assert rewards.stage2(looked_up, question.answers).value == 1.0
@@ -117,7 +117,7 @@ def test_known_people_are_the_same_everywhere_and_disturb_nobody():
     }
 
 
-def test_check_finds_a_clash():
+def test_check_detects_a_name_used_twice():
     world = TinyWorld((7,), 5)
     world.places[0] = world.people[0].name
     with pytest.raises(ValueError, match="two things"):
@@ -129,12 +129,12 @@ def test_a_world_of_more_people_than_names_is_refused():
         TinyWorld((0,), 25_000)
 
 
-def test_a_world_needs_a_ring_of_three():
+def test_a_world_needs_three_people():
     with pytest.raises(ValueError, match="at least 3 people"):
         TinyWorld((0,), 2)
 
 
-def test_searching_demonstrations_are_rewarded_as_right(world, questions):
+def test_searching_demonstrations_get_full_reward(world, questions):
     for question in questions:
         solution = rewards.Solution(world.demonstration(question, "search"))
         assert rewards.searches_answered(solution) == question.hops
@@ -143,11 +143,11 @@ def test_searching_demonstrations_are_rewarded_as_right(world, questions):
         assert solution.text.endswith(EOS)
 
 
-def test_documents_are_the_only_untrained_spans_and_answer_the_query_before(world, questions):
+def test_only_documents_are_untrained_and_they_match_the_query(world, questions):
     line_of = {passage.title: passage.line for passage in world.passages}
     for question in questions:
         spans = world.demonstration(question, "search")
-        # Each hop is a turn, its documents, and the fact restated; the answer comes last.
+        # Each hop is a turn, its documents, and the restated fact; the answer comes last.
         for (turn, trained), (documents, documents_trained), (fact, fact_trained) in zip(
             spans[:-1:3], spans[1::3], spans[2::3], strict=True
         ):
@@ -166,8 +166,8 @@ def test_guesses_are_well_formed_of_the_right_kind_and_mostly_wrong(world, quest
         reward = rewards.stage2(solution, question.answers)
         assert reward.parts["format"] == 1.0
         assert rewards.searches_answered(solution) == question.hops - 1
-        asked = question.question.split()[3]
-        assert protocol.extract_answer(solution.written) in kinds[asked]
+        relation = question.question.split()[3]
+        assert protocol.extract_answer(solution.written) in kinds[relation]
         scores.append(reward.parts["exact_match"])
     assert np.mean(scores) < 0.1
 
@@ -180,14 +180,14 @@ def test_a_question_of_another_world_and_a_pointless_guess_are_refused(world, qu
         TinyWorld((9,), 200).demonstration(one_hop, "search")
 
 
-def test_tokenizer_gives_every_text_of_the_world_back(world, questions, tokenizer):
+def test_tokenizer_decodes_every_text_of_the_world_unchanged(world, questions, tokenizer):
     for text in texts_of(world, questions):
         ids = tokenizer.encode(text)
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids).split() == text.split()
 
 
-def test_tokenizer_keeps_document_blocks_up_to_white_space(world, tokenizer):
+def test_tokenizer_preserves_document_blocks_up_to_white_space(world, tokenizer):
     lines = [f"{passage.id}\t{passage.line}" for passage in world.passages[:5]]
     for documents in ([], lines[:1], lines):
         block = protocol.document_block(documents)
@@ -198,13 +198,13 @@ def test_tokenizer_keeps_document_blocks_up_to_white_space(world, tokenizer):
         assert tokenizer.encode(text) == ids
 
 
-def test_decoding_in_pieces_is_decoding_at_once(world, questions, tokenizer):
+def test_decoding_in_pieces_equals_decoding_at_once(world, questions, tokenizer):
     text = "".join(text for text, _ in world.demonstration(questions[0], "search"))
     ids = tokenizer.encode(text)
     assert "".join(tokenizer.decode([i]) for i in ids) == tokenizer.decode(ids)
 
 
-def test_spans_tokenised_apart_are_the_text_tokenised_whole(world, questions, tokenizer):
+def test_spans_tokenised_separately_equal_the_whole_text(world, questions, tokenizer):
     for question in questions:
         spans = world.demonstration(question, "search")
         whole = tokenizer.encode("".join(text for text, _ in spans))
@@ -212,7 +212,7 @@ def test_spans_tokenised_apart_are_the_text_tokenised_whole(world, questions, to
         assert whole[-1] == tokenizer.eos_token_id
 
 
-def test_names_and_tags_are_the_same_few_tokens_everywhere(world, tokenizer):
+def test_names_and_tags_have_the_same_few_tokens_everywhere(world, tokenizer):
     assert len(tokenizer) == 156
     assert tokenizer.encode("astronaut") == [tokenizer.unk_token_id]
     for tag in (protocol.BEGIN_QUERY, protocol.END_DOCUMENTS, protocol.END_ANSWER):
@@ -226,8 +226,8 @@ def test_names_and_tags_are_the_same_few_tokens_everywhere(world, tokenizer):
 
 def test_a_query_by_name_and_relation_finds_the_page(world):
     index = build_index(world.passages, HashEncoder(), kind="exact")
-    wanted = [person for person in world.people for _ in RELATIONS]
+    people = [person for person in world.people for _ in RELATIONS]
     queries = [f"{person.name} {relation}" for person in world.people for relation in RELATIONS]
     hits = index.search(queries, k=1)
-    right = [hit[0].line == person.passage for hit, person in zip(hits, wanted, strict=True)]
+    right = [hit[0].line == person.passage for hit, person in zip(hits, people, strict=True)]
     assert np.mean(right) >= 0.97

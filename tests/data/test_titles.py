@@ -1,4 +1,4 @@
-"""Questions and demonstrations made of articles."""
+"""Questions and demonstrations from articles."""
 
 import json
 
@@ -17,7 +17,7 @@ ROWS = [
     for i in range(40)
 ]
 ROWS[3] |= {"description": "Market town in Y (1300-1400)"}
-ROWS[4] |= {"text": "Nobody knows."}  # nothing says what it is
+ROWS[4] |= {"text": "Nobody knows."}  # without a definition
 ROWS[5] |= {"description": "Town"}  # too short an answer
 
 
@@ -35,17 +35,17 @@ def test_descriptions_are_answers(corpus):
     assert len(articles) == 38 and not {"Town 4", "Town 5"} & set(articles)
 
 
-def test_the_table_of_summaries_is_read_alike(corpus, tmp_path):
+def test_a_table_of_summaries_is_read_alike(corpus, tmp_path):
     table = {str(i): {"title": r["title"], "extract": r["text"]} for i, r in enumerate(ROWS)}
     (tmp_path / "summaries_en.json").write_text(json.dumps(table))
-    told = [(a.title, a.text) for a in read_articles(tmp_path / "summaries_en.json")]
-    assert told[:3] == [(row["title"], row["text"]) for row in ROWS[:3]]
+    articles = [(a.title, a.text) for a in read_articles(tmp_path / "summaries_en.json")]
+    assert articles[:3] == [(row["title"], row["text"]) for row in ROWS[:3]]
 
 
 def test_demonstrations_and_questions_share_no_article(corpus):
     articles = read_articles(corpus)
-    shown, asked = apart(articles, 10)
-    assert len(shown) == 10 and len(asked) == 28 and not set(shown) & set(asked)
+    shown, questions = apart(articles, 10)
+    assert len(shown) == 10 and len(questions) == 28 and not set(shown) & set(questions)
     assert apart(articles[::-1], 10)[0] == shown[::-1]
     assert len(apart(articles, 1000)[0]) == 19  # never more than half
 
@@ -53,9 +53,9 @@ def test_demonstrations_and_questions_share_no_article(corpus):
 @pytest.mark.parametrize("name", list(DIALECTS))
 def test_demonstrations_are_well_formed(name, corpus):
     dialect = make_dialect(name)
-    made = title_demonstrations(read_articles(corpus), dialect, searching=0.5)
+    demonstrations = title_demonstrations(read_articles(corpus), dialect, searching=0.5)
     searches = 0
-    for demonstration in made:
+    for demonstration in demonstrations:
         spans = [(text, bool(weight)) for text, weight in demonstration.spans]
         spans[-1] = (spans[-1][0].removesuffix(dialect.turn_end), True)
         solution = Solution(tuple(spans), dialect)
@@ -64,13 +64,13 @@ def test_demonstrations_are_well_formed(name, corpus):
     assert 5 < searches < 33
 
 
-def test_the_command_writes_what_recipes_read(corpus, tmp_path):
+def test_the_command_writes_files_for_recipes(corpus, tmp_path):
     out = tmp_path / "out"
     words = ["data", "from-titles", str(corpus), "--out", str(out), "--demonstrations", "12"]
     done = run_cli(*words)
     assert done.exit_code == 0, done.output
-    made = json.loads(done.output.splitlines()[-1])
-    assert (made["questions"], made["demonstrations"]) == (26, 12)
+    report = json.loads(done.output.splitlines()[-1])
+    assert (report["questions"], report["demonstrations"]) == (26, 12)
     assert len(read_questions(out / "questions.jsonl")) == 26
     assert len(read_demonstrations([out / "demonstrations.jsonl"])) == 12
     assert "exists: choose another folder" in str(run_cli(*words).exception)
@@ -84,7 +84,7 @@ def test_the_command_writes_what_recipes_read(corpus, tmp_path):
         ("[1]", "JSON"),
     ],
 )
-def test_what_holds_no_articles_is_named(text, message, tmp_path):
+def test_a_file_without_articles_is_named(text, message, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(text)
     with pytest.raises(DataError, match=message):

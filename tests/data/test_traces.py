@@ -60,7 +60,7 @@ def test_a_run_and_a_file_of_answers_read_alike(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "fits"),
+    ("filter", "fits"),
     [
         (Wanted(), True),
         (Wanted(min_reward=0.5, max_reward=0.5), True),
@@ -74,12 +74,12 @@ def test_a_run_and_a_file_of_answers_read_alike(tmp_path):
         (Wanted(contains="Paris"), False),
     ],
 )
-def test_filters(tmp_path, wanted, fits):
+def test_traces_are_filtered(tmp_path, filter, fits):
     (trace,) = read_traces(write(tmp_path / "traces.jsonl", RUN_ROW))
-    assert wanted.fits(trace) is fits
+    assert filter.fits(trace) is fits
 
 
-def test_what_is_not_known_is_not_wanted():
+def test_a_trace_without_a_reward_fits_no_range():
     trace = Trace("q", ("a",), [("text", True)])
     assert not Wanted(min_reward=0.0).fits(trace) and not Wanted(max_reward=1.0).fits(trace)
 
@@ -93,7 +93,7 @@ def test_each_part_has_its_colour(tmp_path):
     assert styles["dim green"] == DOCUMENTS
 
 
-def test_tokens_are_dealt_out_to_the_pieces():
+def test_tokens_are_assigned_to_pieces():
     begin, end = protocol.BEGIN_QUERY, protocol.END_QUERY
     spans = [(f"So {begin}é{end}", True), (DOCUMENTS, False), (" it", True)]
     tokens = [("So ", 1.0), (begin, 2.0), ("", 3.0), ("é", 4.0), (f"{end}", -5.0)]
@@ -114,20 +114,20 @@ def test_tokens_are_dealt_out_to_the_pieces():
 
 def test_a_run_is_sampled_evenly(tmp_path):
     path = write(tmp_path / "traces.jsonl", *[RUN_ROW | {"step": step} for step in range(1, 10)])
-    path.write_text(path.read_text() + '{"step": 10')  # being written
-    traces, found = sample_traces(path, 3)
-    assert [trace.step for trace in traces] == [1, 5, 9] and found == 9
+    path.write_text(path.read_text() + '{"step": 10')  # an unfinished line
+    traces, count = sample_traces(path, 3)
+    assert [trace.step for trace in traces] == [1, 5, 9] and count == 9
     assert len(sample_traces(path, 100)[0]) == 9
     assert sample_traces(write(tmp_path / "none.jsonl"), 3) == ([], 0)
 
 
-def test_the_last_line_of_a_run_that_goes_on_may_be_unfinished(tmp_path):
+def test_the_last_line_of_a_running_run_may_be_unfinished(tmp_path):
     line = json.dumps(RUN_ROW)
     (tmp_path / "traces.jsonl").write_text(line + "\n" + line[:20])
     assert len(list(read_traces(tmp_path))) == 1
 
 
-def test_what_is_no_trajectory_is_named(tmp_path):
+def test_a_row_that_is_no_trajectory_is_named(tmp_path):
     with pytest.raises(DataError, match=r"line 2: no trajectory \(.*missing required field `step`"):
         broken = {k: v for k, v in RUN_ROW.items() if k != "step"}
         list(read_traces(write(tmp_path / "traces.jsonl", RUN_ROW, broken)))

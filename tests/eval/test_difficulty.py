@@ -1,4 +1,4 @@
-"""Questions chosen by difficulty: classes, ratios, and a selection killed and resumed."""
+"""Questions selected by difficulty: classes, ratios, and a selection that is killed and resumed."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def rows(easy: int, medium: int, hard: int) -> list[dict]:
         ((0, 1, 2), (0, 3, 6)),
     ],
 )
-def test_as_many_as_there_are_in_that_ratio(ratio, expected):
+def test_a_selection_keeps_the_ratio_of_classes(ratio, expected):
     chosen = mixed(rows(9, 4, 6), ratio, seed=0)
     names = [row["difficulty"] for row in chosen]
     assert tuple(map(names.count, ("easy", "medium", "hard"))) == expected
@@ -52,7 +52,7 @@ def test_as_many_as_there_are_in_that_ratio(ratio, expected):
     assert mixed(rows(9, 4, 6), ratio, seed=0) == chosen
 
 
-def test_a_class_that_is_not_there_is_named():
+def test_an_empty_class_is_named():
     with pytest.raises(DataError, match=r"no medium question among 9 \(3 easy, 0 medium, 6 hard\)"):
         mixed(rows(3, 0, 6), (0, 1, 1), seed=0)
     with pytest.raises(ConfigError, match="rollouts=19"):
@@ -61,7 +61,7 @@ def test_a_class_that_is_not_there_is_named():
         Selection("q", "m", ratio=(0, 0, 0))
 
 
-def test_a_question_keeps_the_name_that_its_file_gave_it():
+def test_a_question_keeps_its_id():
     answers = [SimpleNamespace(answer="Paris" if i == 11 else None) for i in range(20)]
     rolled, selection = SimpleNamespace(solutions=answers), Selection("q", "m", rollouts=20)
     row = {"_id": "5a8b57f2", "question": "Where?", "answer": "Paris"}
@@ -101,18 +101,18 @@ def select(world: Path, out: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_it_selects_the_same(world, tmp_path):
+def test_a_resumed_selection_equals_an_uninterrupted_one(world, tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    begun = select(world, cut)
+    process = select(world, cut)
     measured = tmp_path / "cut.jsonl.measured.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (measured.exists() and measured.stat().st_size):
         time.sleep(0.01)
-    begun.send_signal(signal.SIGKILL)
-    begun.wait()
-    kept = measured.read_bytes()
-    assert 0 < kept.count(b"\n") < 50
-    measured.write_bytes(kept + b'{"idx": 9, "quest')  # as a crash would leave it
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows_so_far = measured.read_bytes()
+    assert 0 < rows_so_far.count(b"\n") < 50
+    measured.write_bytes(rows_so_far + b'{"idx": 9, "quest')  # the state after a crash
     printed = [json.loads(select(world, path).communicate()[0]) for path in (cut, whole)]
     assert whole.read_bytes() == cut.read_bytes()
     everything = (tmp_path / "whole.jsonl.measured.jsonl").read_bytes()
@@ -128,7 +128,7 @@ def test_killed_and_resumed_it_selects_the_same(world, tmp_path):
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch) -> tuple[Selection, Path]:
-    """A question, and its row and header as if it had been measured."""
+    """A question with the row and header of a finished measurement."""
     file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
     file.write_text('{"question": "Who?", "answer": "A"}\n')
     selection = Selection(str(file), str(save_small_model(tmp_path / "m")), ratio=(0, 0, 1))
@@ -139,20 +139,20 @@ def measured(tmp_path, monkeypatch) -> tuple[Selection, Path]:
         raise AssertionError("measured")
 
     monkeypatch.setattr(eval_difficulty, "_measure", nothing_may_be)
-    with pytest.raises(AssertionError, match="measured"):  # the header is there before any row
+    with pytest.raises(AssertionError, match="measured"):  # writes the header before any row
         select_questions(selection, None, {"corpus": "c"}, out)
     journal.write_text(json.dumps(row | {"difficulty": "hard"}) + "\n")
     return selection, out
 
 
-def test_what_was_measured_is_not_measured_again(measured):
+def test_measured_questions_are_not_measured_again(measured):
     selection, out = measured
     assert select_questions(selection, None, {"corpus": "c"}, out)["chosen"] == 1
     with pytest.raises(DataError, match=r"q\.jsonl: no easy question among 1"):
         select_questions(replace(selection, ratio=(1, 0, 0)), None, {"corpus": "c"}, out)
 
 
-def test_another_selection_is_refused_once_something_was_measured(measured):
+def test_a_changed_selection_is_refused_after_the_first_measurement(measured):
     selection, out = measured
     journal = out.with_name("a.jsonl.measured.jsonl")
     header = journal.with_name("a.jsonl.measured.jsonl.header.json")

@@ -1,4 +1,4 @@
-"""Files for the scorers of others, and that those would agree with ours."""
+"""Files for other scorers, whose scores must equal ours."""
 
 import json
 import re
@@ -33,27 +33,27 @@ def answers(tmp_path):
 
 
 def plain(text: str) -> str:
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", kept).split())
+    letters = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", letters).split())
 
 
 def official(golds: dict[str, str], answers: dict[str, str]) -> tuple[float, float]:
-    """(EM, F1), shares: the arithmetic of HotpotQA's scorer, which divides by all gold answers."""
+    """(EM, F1) from 0 to 1, as in HotpotQA's scorer, which divides by all gold answers."""
     em = f1 = 0.0
     for id, gold in golds.items():
-        predicted, wanted = plain(answers[id]), plain(gold)
-        em += predicted == wanted
-        if predicted != wanted and {predicted, wanted} & {"yes", "no", "noanswer"}:
+        predicted, expected = plain(answers[id]), plain(gold)
+        em += predicted == expected
+        if predicted != expected and {predicted, expected} & {"yes", "no", "noanswer"}:
             continue
-        left, right = predicted.split(), wanted.split()
-        same = sum((Counter(left) & Counter(right)).values())
+        ours, theirs = predicted.split(), expected.split()
+        same = sum((Counter(ours) & Counter(theirs)).values())
         if same:
-            precision, recall = same / len(left), same / len(right)
+            precision, recall = same / len(ours), same / len(theirs)
             f1 += 2 * precision * recall / (precision + recall)
     return em / len(golds), f1 / len(golds)
 
 
-def test_the_official_scorer_of_hotpotqa_agrees(answers, tmp_path):
+def test_scores_equal_those_of_hotpotqas_scorer(answers, tmp_path):
     assert export(answers, "hotpotqa", tmp_path / "deep" / "pred.json") == len(PAIRS)
     predicted = json.loads((tmp_path / "deep" / "pred.json").read_text())
     assert predicted["sp"] == {id: [] for id in predicted["answer"]}
@@ -61,7 +61,7 @@ def test_the_official_scorer_of_hotpotqa_agrees(answers, tmp_path):
     scores = [row["scores"] for row in read_results(answers)]
     ours = [sum(s[name] for s in scores) / len(scores) for name in ("em_squad", "f1_squad", "f1")]
     assert official(golds, predicted["answer"]) == pytest.approx(tuple(ours[:2]))
-    assert ours[1] != pytest.approx(ours[2])  # R1-Searcher's is another
+    assert ours[1] != pytest.approx(ours[2])  # R1-Searcher's F1 differs
 
 
 def test_other_forms(answers, tmp_path):
@@ -79,7 +79,7 @@ def test_other_forms(answers, tmp_path):
     }  # fmt: skip
 
 
-def test_what_cannot_be_exported(answers, tmp_path):
+def test_results_that_cannot_be_exported_are_refused(answers, tmp_path):
     out = tmp_path / "pred.json"
     with pytest.raises(ConfigError, match="format 'squad': take hotpotqa, 2wiki"):
         export(answers, "squad", out)

@@ -1,4 +1,4 @@
-"""A search that failed is never taken for one that found nothing."""
+"""A failed search never counts as a search without hits."""
 
 import json
 import time
@@ -57,7 +57,7 @@ SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in BROKEN]
 
 @pytest.mark.parametrize("kind", ["dead", *SLOW])
 @pytest.mark.slow
-def test_failures_end_an_evaluation_and_can_be_mended(kind, model, questions, tmp_path):
+def test_failures_end_an_evaluation_and_can_be_retried(kind, model, questions, tmp_path):
     out, state = tmp_path / "out.jsonl", {"broken": True}
 
     def serve(path, body):
@@ -73,7 +73,7 @@ def test_failures_end_an_evaluation_and_can_be_mended(kind, model, questions, tm
         header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
         assert header["searches"] == {"found": 0, "empty": 0, "failed": 3, "unanswered": 0}
         state["broken"] = False
-        with pytest.raises(SearchFailure, match="3 of 3"):  # a resume alone does not hide them
+        with pytest.raises(SearchFailure, match="3 of 3"):  # a resumed run still counts them
             evaluate(questions, model, out, server.url)
         evaluate(questions, model, out, server.url, retry_failed=True)
         evaluate(questions, model, tmp_path / "undisturbed.jsonl", server.url)
@@ -83,7 +83,7 @@ def test_failures_end_an_evaluation_and_can_be_mended(kind, model, questions, tm
     assert headers[0] == headers[1] and headers[0]["searches"]["found"] == 3
 
 
-def test_what_finds_nothing_has_not_failed(model, questions, tmp_path):
+def test_a_search_without_hits_has_not_failed(model, questions, tmp_path):
     run = EvalRun(str(questions), str(model), SMALL, "rag")
     out = answer_file(run, EmptyRetriever(), {}, tmp_path / "out.jsonl")
     assert {tuple(row["search_outcomes"]) for row in rows_so_far(out)} == {("empty",)}
@@ -91,14 +91,14 @@ def test_what_finds_nothing_has_not_failed(model, questions, tmp_path):
     assert header["searches"] == {"found": 0, "empty": 3, "failed": 0, "unanswered": 0}
 
 
-def test_a_second_process_is_told_of_the_first(model, questions, tmp_path):
+def test_a_second_process_is_refused(model, questions, tmp_path):
     out = tmp_path / "out.jsonl"
     with only_one(out, "the file"), pytest.raises(InUse, match=r"process \d+ on \S+; wait for it"):
         evaluate(questions, model, out, "http://127.0.0.1:9")
     assert not out.exists()
 
 
-def test_an_evaluation_that_ends_midway_says_why_in_its_header(model, tmp_path):
+def test_an_evaluation_that_ends_midway_counts_searches_in_its_header(model, tmp_path):
     rows = [{"id": i, "question": f"What is it, {i}?", "answer": "smith"} for i in range(12)]
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Files of answers are known by the content of model and questions, whatever their names."""
+"""Headers identify model and questions by content, not by name."""
 
 import json
 import shutil
@@ -22,9 +22,9 @@ MODEL = {"sha256": "0" * 64}
 HEAD = {"format": 2}
 
 
-def header(asked=QUESTIONS, model="m", questions="q.jsonl", **fields) -> dict:
+def header(rows=QUESTIONS, model="m", questions="q.jsonl", **fields) -> dict:
     settings, source = with_rollout(EVALUATION, **fields), {"corpus": "c", "folder": "i"}
-    return describe(model, questions, asked, settings, source, mode="direct")
+    return describe(model, questions, rows, settings, source, mode="direct")
 
 
 def write(out: Path, head: dict | str) -> Path:
@@ -39,14 +39,14 @@ def test_names_may_change_and_contents_may_not(tmp_path):
     moved["source"]["folder"] = "j"
     rows, before = begun(out, moved)
     assert rows == [{"id": 0}] and before["model"] == MODEL
-    for change, told in (
+    for change, message in (
         ({"run": header(top_p=0.5)["run"]}, r"run\.rollout\.top_p was 0\.95, now 0\.5"),
         ({"source": {"corpus": "d"}}, "source.corpus was c, now d"),
         ({"dtype": "bfloat16"}, "dtype was float32, now bfloat16"),
         ({"questions": header(QUESTIONS[:1])["questions"]}, r"other questions \(.*count was 2, no"),
         ({"questions": header([*QUESTIONS[:1], QUESTIONS[0]])["questions"]}, "other questions"),
     ):
-        with pytest.raises(DataError, match=rf"o\.jsonl was written by another run: .*{told}"):
+        with pytest.raises(DataError, match=rf"o\.jsonl was written by another run: .*{message}"):
             begun(out, header() | change)
     right = Question(1, "Where?", ("B",))
     with pytest.raises(DataError, match="other questions"):
@@ -54,7 +54,7 @@ def test_names_may_change_and_contents_may_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("head", "told"),
+    ("head", "message"),
     [
         ({}, r"made by another version \(format None"),
         (HEAD, "does not say which model and questions"),
@@ -68,25 +68,25 @@ def test_names_may_change_and_contents_may_not(tmp_path):
         ('{"run": ', "no JSON"),
     ],
 )
-def test_a_damaged_header_says_what_is_wrong_with_it(tmp_path, head, told):
+def test_a_damaged_header_is_named_with_its_fault(tmp_path, head, message):
     out = write(tmp_path / "o.jsonl", head)
-    with pytest.raises(DataError, match=rf"o\.jsonl.*{told}"):
+    with pytest.raises(DataError, match=rf"o\.jsonl.*{message}"):
         begun(out, header())
     assert out.read_text() == '{"id": 0}\n'
 
 
-def test_where_no_row_is_there_yet_another_run_may_begin(tmp_path):
+def test_before_the_first_row_another_run_may_start(tmp_path):
     out = write(tmp_path / "o.jsonl", header() | {"model": MODEL})
-    out.write_text('{"id": 0, "quest')  # as a kill leaves it
+    out.write_text('{"id": 0, "quest')  # the state after a kill
     assert begun(out, header(top_p=0.5)) == ([], None) and not out.read_text()
-    out.write_text("somebody's notes")  # a file that is none of ours is not cut
+    out.write_text("somebody's notes")  # a foreign file is not changed
     header_path(out).unlink()
     with pytest.raises(DataError, match="does not say"):
         begun(out, header())
     assert out.read_text() == "somebody's notes"
 
 
-def test_a_digest_is_of_what_a_model_says(tmp_path):
+def test_a_digest_depends_on_all_that_changes_answers(tmp_path):
     model = save_small_model(tmp_path / "m")
     policy = load_pretrained(str(model))
     digest = policy_digest(policy)
@@ -97,7 +97,7 @@ def test_a_digest_is_of_what_a_model_says(tmp_path):
     assert len({digest, *map(policy_digest, others)}) == 4
 
 
-def test_a_run_answers_with_the_checkpoint_that_it_began_with(tmp_path):
+def test_a_resumed_evaluation_uses_its_first_checkpoint(tmp_path):
     run, out = save_small_run(tmp_path / "run"), tmp_path / "o.jsonl"
     first = header()
     policy = load_described(out, str(run), first, None)
@@ -120,7 +120,7 @@ def test_a_run_answers_with_the_checkpoint_that_it_began_with(tmp_path):
         load_described(out, str(run), header(), first)
 
 
-def test_headers_are_read_as_they_are_written(tmp_path):
+def test_headers_are_read_unchanged(tmp_path):
     out = tmp_path / "o.jsonl"
     write_json(header_path(out), header() | {"model": MODEL, "more": 1})
     assert read_header(out) == header() | {"model": MODEL, "more": 1}

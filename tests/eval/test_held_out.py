@@ -1,4 +1,4 @@
-"""Evaluation while training: greedy, and of several samples, against counting by hand."""
+"""Evaluation during training: greedy and with several samples, against counting by hand."""
 
 import dataclasses
 
@@ -14,8 +14,8 @@ from tests.makers import QUESTIONS, ROLLOUT, make_engine, scripted_policy
 
 
 @pytest.fixture(scope="module")
-def told():
-    """Of a policy that answers one trade in six, whatever it is asked."""
+def evaluated():
+    """Results of a policy that answers one of six trades to every question."""
     params = scripted_policy().params
     greedy = make_engine(dataclasses.replace(ROLLOUT, temperature=0.0))
     sampler = make_engine(dataclasses.replace(ROLLOUT, top_p=1.0))
@@ -26,29 +26,29 @@ def told():
     return evaluate(greedy, params, batch, sampler, 12), rolled
 
 
-def test_what_is_solved_is_told_with_and_without_a_search(told):
-    got, _ = told
+def test_solved_questions_are_counted_with_and_without_a_search(evaluated):
+    got, _ = evaluated
     right = [exact_match(s.answer or "", "farmer") for s in got.rolled.solutions]
     assert got.solved_with_search == np.mean(right)  # this policy always searches
     assert got.solved_without_search == 0
     assert set(got.scores()) >= {"f1", "cover_em", "searches", "solved_with_search"}
 
 
-def test_searching_by_need_is_told_apart_where_some_need_no_search():
-    lookup, known = QUESTIONS[0], dataclasses.replace(QUESTIONS[0], hops=0, memorised=True)
+def test_search_by_need_compares_memorised_with_other_questions():
+    lookup, memorised = QUESTIONS[0], dataclasses.replace(QUESTIONS[0], hops=0, memorised=True)
     searched, f1 = np.array([True, False, True, False]), np.array([1.0, 0.0, 0.5, 1.0])
-    assert search_by_need([lookup, lookup, lookup, known], searched, f1) == {
+    assert search_by_need([lookup, lookup, lookup, memorised], searched, f1) == {
         "searched_needed": 2 / 3,
         "searched_memorised": 0.0,
         "f1_needed": 0.5,
         "f1_memorised": 1.0,
     }
-    for alike in (lookup, known):
+    for alike in (lookup, memorised):
         assert search_by_need([alike] * 4, searched, f1) == {}
 
 
-def test_avg_and_pass_at_k_are_counted_over_the_samples_of_a_question(told):
-    got, rolled = told
+def test_avg_and_pass_at_k_are_counted_over_the_samples_of_a_question(evaluated):
+    got, rolled = evaluated
     answers = np.array([s.answer or "" for s in rolled.solutions]).reshape(len(QUESTIONS), 12)
     f1 = [[f1_score(a, "farmer")[0] for a in row] for row in answers]
     passed = [any(exact_match(a, "farmer") for a in row) for row in answers]
@@ -59,7 +59,7 @@ def test_avg_and_pass_at_k_are_counted_over_the_samples_of_a_question(told):
         assert low <= got.sampled[name] <= high
 
 
-def test_without_samples_there_is_nothing_of_them():
+def test_without_samples_there_are_no_sampled_scores():
     engine = make_engine(dataclasses.replace(ROLLOUT, temperature=0.0))
     params = shard_params(scripted_policy().params, engine.model, engine.mesh)
     assert evaluate(engine, params, Batch(QUESTIONS, EchoRetriever())).sampled == {}

@@ -1,4 +1,4 @@
-"""The judge against a real server that is slow, fails, and talks nonsense."""
+"""The judge against a real server that is slow, fails, and replies nonsense."""
 
 import json
 import threading
@@ -16,9 +16,9 @@ from tests.http_server import LocalServer
 
 
 class JudgeServer(LocalServer):
-    """Says True where the prediction is the gold answer; `faults(n)` may spoil request n.
+    """Replies True where the prediction is the gold answer; `faults(n)` may spoil request n.
 
-    The first `together` requests are answered once that many are open, and fail otherwise.
+    Replies to the first `together` requests once all of them are open; otherwise they fail.
     """
 
     def __init__(self, faults=lambda n: None, together=1):
@@ -68,7 +68,7 @@ def verdicts_of(out):
 WANTED = ["unparsable", "True", "False"]
 
 
-def test_every_row_is_judged_once_whatever_fails(tmp_path):
+def test_every_row_is_judged_once_despite_failures(tmp_path):
     path, rows = write_rows(tmp_path / "a.jsonl", 400)
     out = tmp_path / "a.judged.jsonl"
     statuses = [500, 429, 503]
@@ -87,7 +87,7 @@ def test_every_row_is_judged_once_whatever_fails(tmp_path):
     assert read_header(out) == {"format": 2, "judge": {"model": "j", "url": server.url}}
 
 
-def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
+def test_only_failed_rows_are_judged_again(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 40)
     out = tmp_path / "out.jsonl"
     nonsense = [b"<html>busy</html>", {"choices": []}, {"choices": [{"message": {}}]}]
@@ -97,14 +97,14 @@ def test_what_failed_is_asked_again_and_nothing_else(tmp_path):
             judge_file(path, ChatEndpoint(server.url, "j", retries=0), out)
         assert Counter(v is None for v in verdicts_of(out)) == {False: 30, True: 10}
         journal = tmp_path / "out.jsonl.verdicts.jsonl"
-        journal.write_bytes(journal.read_bytes()[:-9])  # as a kill leaves it: one verdict lost
-        server.faults, asked = lambda n: None, server.requests
+        journal.write_bytes(journal.read_bytes()[:-9])  # the state after a kill: one verdict lost
+        server.faults, before = lambda n: None, server.requests
         judge_file(path, ChatEndpoint(server.url, "j"), out)
-        assert server.requests - asked == 11
+        assert server.requests - before == 11
     assert verdicts_of(out) == [WANTED[i % 3] for i in range(40)]
 
 
-def test_an_endpoint_that_always_fails_is_not_asked_for_ever(tmp_path):
+def test_an_endpoint_that_always_fails_ends_the_command(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 200)
     with JudgeServer(lambda n: 401) as server:
         with pytest.raises(ChatApiError, match=r"failed \d+ requests in a row.*401"):
@@ -115,8 +115,8 @@ def test_an_endpoint_that_always_fails_is_not_asked_for_ever(tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_dead_endpoint_takes_no_verdict_away(tmp_path):
-    """Neither from a file judged before, nor from the file that is to be judged."""
+def test_a_dead_endpoint_deletes_no_verdict(tmp_path):
+    """Neither the judged file nor the file with the rows changes."""
     path, _ = write_rows(tmp_path / "a.jsonl", 3)
     with JudgeServer() as server:
         judge_file(path, ChatEndpoint(server.url, "j"), tmp_path / "out.jsonl")
@@ -129,7 +129,7 @@ def test_a_dead_endpoint_takes_no_verdict_away(tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
-def test_equal_rows_share_a_verdict_and_another_judge_asks_anew(tmp_path):
+def test_equal_rows_share_a_verdict_but_not_between_judges(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 3)
     path.write_text(path.read_text() * 5)
     with JudgeServer() as server:
@@ -140,7 +140,7 @@ def test_equal_rows_share_a_verdict_and_another_judge_asks_anew(tmp_path):
     assert verdicts_of(tmp_path / "out.jsonl") == WANTED * 5
 
 
-def test_no_more_requests_a_minute_than_allowed(tmp_path):
+def test_requests_per_minute_are_limited(tmp_path):
     path, _ = write_rows(tmp_path / "a.jsonl", 6)
     begin = time.monotonic()
     with JudgeServer() as server:
@@ -161,11 +161,11 @@ def test_no_more_requests_a_minute_than_allowed(tmp_path):
         ("", "unparsable"),
     ],
 )
-def test_a_verdict_is_read_or_it_is_none(reply, verdict):
+def test_a_verdict_is_parsed_or_missing(reply, verdict):
     assert parse_verdict(reply) == verdict
 
 
-def test_a_broken_row_stops_before_anything_is_asked(tmp_path):
+def test_a_broken_row_stops_before_the_first_request(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"question": "q", "answer": "a"}\n')
     with pytest.raises(DataError, match="line 1: `pred_ans`"):

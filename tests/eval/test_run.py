@@ -1,4 +1,4 @@
-"""Answering a file: every mode, the published schema, and going on after a stop."""
+"""Answering a file: every mode, the published schema, and resuming."""
 
 import json
 import os
@@ -29,7 +29,7 @@ PROMPT = "{question} : "
 
 @pytest.fixture(scope="module")
 def searcher(tmp_path_factory):
-    """A random model that is fond of the tags."""
+    """A random model that favours the tags."""
     import jax
     import numpy as np
 
@@ -89,23 +89,23 @@ def test_rows_are_complete_and_can_be_scored(questions, searcher, tmp_path):
     assert header["run"]["rollout"]["documents_per_query"] == 2
 
 
-def test_going_on_gives_the_same_file(questions, searcher, tmp_path):
+def test_a_resumed_run_gives_the_same_file(questions, searcher, tmp_path):
     run, retriever = make_run(questions, searcher), EchoRetriever()
     whole = answer_file(run, retriever, {}, tmp_path / "whole.jsonl")
     cut = tmp_path / "cut.jsonl"
     lines = whole.read_text().splitlines(keepends=True)
-    cut.write_text(lines[0] + lines[1] + lines[2][:40])  # as a kill leaves it
+    cut.write_text(lines[0] + lines[1] + lines[2][:40])  # the state after a kill
     (tmp_path / "cut.jsonl.header.json").write_text(
         (tmp_path / "whole.jsonl.header.json").read_text()
     )
     answer_file(run, retriever, {}, cut)
     assert strip(rows_of(cut)) == strip(rows_of(whole))
     before = cut.read_bytes()
-    answer_file(run, retriever, {}, cut)  # nothing is left to do
+    answer_file(run, retriever, {}, cut)  # already complete
     assert cut.read_bytes() == before
 
 
-def test_a_file_of_another_run_is_left_alone(questions, searcher, tmp_path):
+def test_a_file_of_another_run_is_not_changed(questions, searcher, tmp_path):
     run = make_run(questions, searcher, mode="direct", limit=1)
     out = answer_file(run, None, {}, tmp_path / "out.jsonl")
     before = out.read_bytes()
@@ -118,7 +118,7 @@ def test_a_file_of_another_run_is_left_alone(questions, searcher, tmp_path):
     assert out.read_bytes() == before
 
 
-def test_what_cannot_be_answered_is_told_before_anything_is(questions, searcher, tmp_path):
+def test_unanswerable_questions_are_reported_before_the_first_answer(questions, searcher, tmp_path):
     long = {"question": "What is the trade of " + "Bakori " * 200 + "?", "answer": "baker"}
     (tmp_path / "q.jsonl").write_text(questions.read_text() + json.dumps(long) + "\n")
     run = make_run(tmp_path / "q.jsonl", searcher, mode="direct")
@@ -140,7 +140,7 @@ def test_direct_never_searches_and_rag_searches_once(questions, searcher, tmp_pa
 
 
 def test_documents_of_the_first_search_need_no_room_of_the_prompts(questions, searcher, tmp_path):
-    """A prompt of nearly half the length, and documents that fill their third of it."""
+    """A prompt of nearly half the maximum length, and documents that fill their third of it."""
     (tmp_path / "q.jsonl").write_text(
         json.dumps({"question": "the trade of Bakori, " * 4, "answer": "baker"}) + "\n"
     )
@@ -150,7 +150,7 @@ def test_documents_of_the_first_search_need_no_room_of_the_prompts(questions, se
 
 
 @pytest.mark.slow
-def test_several_samples_a_question(questions, searcher, tmp_path):
+def test_several_samples_per_question(questions, searcher, tmp_path):
     run = make_run(questions, searcher, samples=3, slots=4)
     whole = answer_file(run, EchoRetriever(), {}, tmp_path / "whole.jsonl")
     rows = rows_of(whole)
@@ -171,8 +171,8 @@ def test_several_samples_a_question(questions, searcher, tmp_path):
     lines = whole.read_text().splitlines(keepends=True)
     header = read_header(whole)
     del header["searches"]
-    for kept in (4, 6):
-        cut.write_text("".join(lines[:kept]))
+    for count in (4, 6):
+        cut.write_text("".join(lines[:count]))
         (tmp_path / "cut.jsonl.header.json").write_text(json.dumps(header))
         answer_file(run, EchoRetriever(), {}, cut)
         assert strip(rows_of(cut)) == strip(rows) and read_header(cut) == read_header(whole)
@@ -186,7 +186,7 @@ def test_several_samples_a_question(questions, searcher, tmp_path):
 
 
 @pytest.mark.slow
-def test_of_several_samples_only_those_that_failed_are_asked_again(questions, searcher, tmp_path):
+def test_only_samples_with_failed_searches_are_repeated(questions, searcher, tmp_path):
     run = make_run(questions, searcher, samples=2, mode="rag")
     out = answer_file(run, EchoRetriever(), {}, tmp_path / "out.jsonl")
     whole = rows_of(out)
@@ -200,7 +200,7 @@ def test_of_several_samples_only_those_that_failed_are_asked_again(questions, se
 
 
 @pytest.mark.slow
-def test_names_and_supporting_pages_come_back(questions, searcher, tmp_path):
+def test_ids_and_supporting_pages_are_written(questions, searcher, tmp_path):
     facts = [["Bakori", 0], ["nobody", 1]]
     rows = [
         {"_id": f"5a{i}", "question": f"Bakori   {i} ?", "answer": "x", "supporting_facts": facts}
@@ -209,16 +209,16 @@ def test_names_and_supporting_pages_come_back(questions, searcher, tmp_path):
     (tmp_path / "q.json").write_text(json.dumps(rows))
     run = make_run(tmp_path / "q.json", searcher, mode="rag")
     out = answer_file(run, EchoRetriever(), {}, tmp_path / "out.jsonl")
-    found = rows_of(out)
-    assert [(row["id"], row["supporting_recall"]) for row in found] == [
+    written = rows_of(out)
+    assert [(row["id"], row["supporting_recall"]) for row in written] == [
         (f"5a{i}", 0.5) for i in range(3)
     ]
     assert summarize(read_results(out))["supporting_recall"] == 50.0
-    out.write_text(json.dumps(found[0]) + "\n")
+    out.write_text(json.dumps(written[0]) + "\n")
     answer_file(run, EchoRetriever(), {}, out)
     assert [row["id"] for row in rows_of(out)] == ["5a0", "5a1", "5a2"]
     for change in ({"id": "5a9"}, {"question": "Another?"}):
-        out.write_text(json.dumps(found[0] | change) + "\n")
+        out.write_text(json.dumps(written[0] | change) + "\n")
         with pytest.raises(DataError, match="line 1 answers another question"):
             answer_file(run, EchoRetriever(), {}, out)
 
@@ -229,13 +229,13 @@ def test_on_accelerators_it_computes_in_bfloat16(questions, searcher, tmp_path, 
     out = answer_file(run, None, {}, tmp_path / "out.jsonl")
     assert len(rows_of(out)) == 2 and read_header(out)["dtype"] == "bfloat16"
     monkeypatch.undo()
-    with pytest.raises(DataError, match="written by another run"):  # its numbers are others
+    with pytest.raises(DataError, match="written by another run"):  # other vectors
         answer_file(run, None, {}, out)
 
 
 @pytest.mark.slow
 def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
-    """Through the command: the search API and its pages are a local server."""
+    """By the command; a local server is the search API and the web."""
     with Web(["/timbuktu"]) as web:
         env = {"SERPER_API_KEY": "k", "SERPER_URL": f"{web.url}/search"}
         options = ["--model", searcher, "--online", "--site", "", "--mode", "rag", "--limit", "1"]
@@ -246,7 +246,7 @@ def test_the_live_web_can_be_searched(questions, searcher, tmp_path):
         assert done.returncode == 1 and "1 of 1 searches failed (100%" in done.stderr, done.stderr
         assert web.asked[0]["q"].startswith("What is the trade of")
     (row,) = rows_of(tmp_path / "out.jsonl")
-    # Its pages lie on this machine, which no stranger's link may lead to: an error, and told so.
+    # Links to this machine are refused, so the pages of the local server are an error.
     assert row["searches"] == 0 and row["stop_reason_final"] == "retrieve_error"
     assert row["search_outcomes"] == ["error"]
     header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
@@ -267,8 +267,8 @@ def test_the_command(questions, searcher, index, tmp_path):
     assert header["source"]["encoder"]["fingerprint"]
 
 
-@pytest.mark.slow  # tests/rollout/test_loop.py holds the same of the loop
-def test_drafts_change_no_answer(questions, searcher, tmp_path):
+@pytest.mark.slow  # tests/rollout/test_loop.py checks the same for the loop
+def test_speculative_tokens_change_no_answer(questions, searcher, tmp_path):
     def answers(speculative_tokens: int) -> list[dict]:
         run = make_run(questions, searcher, slots=2, speculative_tokens=speculative_tokens)
         return rows_of(
@@ -284,11 +284,11 @@ def test_drafts_change_no_answer(questions, searcher, tmp_path):
 
 
 def test_other_weights_under_one_name_are_refused(questions, searcher, tmp_path):
-    """A folder whose weights were overwritten, and a file of other questions of the same ids."""
+    """A folder with overwritten weights, and a file of other questions with the same ids."""
     model = shutil.copytree(searcher, tmp_path / "m")
     run = make_run(questions, str(model), mode="direct", limit=2)
     out = answer_file(run, None, {}, tmp_path / "out.jsonl")
-    begun = out.read_bytes()
+    before = out.read_bytes()
     (tmp_path / questions.name).write_text(questions.read_text().replace("trade", "teacher"))
     other = make_run(tmp_path / questions.name, str(model), mode="direct")
     for retry in (False, True):
@@ -299,4 +299,4 @@ def test_other_weights_under_one_name_are_refused(questions, searcher, tmp_path)
         with pytest.raises(DataError, match="other model"):
             answer_file(make_run(questions, str(model), mode="direct"), None, {}, out,
                         retry_failed=retry)  # fmt: skip
-    assert out.read_bytes() == begun
+    assert out.read_bytes() == before

@@ -34,13 +34,13 @@ def test_means_are_in_percent(tmp_path):
     assert s["finish"] == {"unknown": 3}
 
 
-def test_without_a_verdict_there_is_no_judged_accuracy(tmp_path):
+def test_without_verdicts_there_is_no_judged_accuracy(tmp_path):
     s = summarize(read_results(write(tmp_path / "r.jsonl", ROWS[:1])))
     assert s["acc_l"] is None and s["exact"]["acc_l"] is None and s["judged"] == 0
 
 
 def test_the_interval_is_that_of_the_mean(tmp_path):
-    """Against the normal approximation, on a coin of 400 throws."""
+    """Compares with the normal approximation on 400 coin throws."""
     rows = [
         {"question": str(i), "answer": "x", "pred_ans": "x" if i % 4 else "y"} for i in range(400)
     ]
@@ -49,7 +49,7 @@ def test_the_interval_is_that_of_the_mean(tmp_path):
     assert s["interval"]["em"] == pytest.approx([75 - half, 75 + half], abs=0.6)
 
 
-def test_a_paired_comparison_takes_the_questions_in_common(tmp_path):
+def test_a_paired_comparison_uses_the_common_questions(tmp_path):
     better = [row | {"pred_ans": "Paris"} for row in ROWS[1:]]
     first = read_results(write(tmp_path / "a.jsonl", ROWS))
     second = read_results(write(tmp_path / "b.jsonl", better))
@@ -60,7 +60,7 @@ def test_a_paired_comparison_takes_the_questions_in_common(tmp_path):
     assert compare(first, [r | {"question": "other"} for r in second]) is None
 
 
-def test_each_score_says_whose_normaliser_it_goes_by(tmp_path):
+def test_each_score_names_its_normaliser(tmp_path):
     rows = [
         {"question": "a", "answer": "J.R.R. Tolkien", "pred_ans": "JRR Tolkien"},
         {"question": "b", "answer": "York", "pred_ans": "New Yorkshire"},
@@ -96,7 +96,7 @@ def test_the_share_of_supporting_pages():
 
 
 def sampled(*right: str) -> list[dict]:
-    """Questions with a sample a letter: x is right."""
+    """Questions with one sample per letter; x is right."""
     return [
         {"id": f"q{i}", "question": "who?", "answer": "x", "pred_ans": letter, "sample": j}
         for i, letters in enumerate(right)
@@ -104,10 +104,10 @@ def sampled(*right: str) -> list[dict]:
     ]
 
 
-def test_several_samples_a_question(tmp_path):
+def test_several_samples_per_question(tmp_path):
     path = write(tmp_path / "r.jsonl", sampled("xx", "xn", "nn", "nn", "x"))
     s = summarize(read_results(path))
-    assert (s["n"], s["samples"], s["questions"]) == (9, 2, 4)  # one is not whole yet
+    assert (s["n"], s["samples"], s["questions"]) == (9, 2, 4)  # one question is incomplete
     assert s["avg@k"]["em"]["mean"] == 37.5 and s["pass@k"]["em"]["mean"] == 50.0
     assert s["avg@k"].keys() == {"em", "cem", "f1"} and s["pass@k"].keys() == {"em", "cem"}
     assert s["avg@k"]["f1"]["interval"] == s["avg@k"]["em"]["interval"]
@@ -123,7 +123,7 @@ def test_several_samples_a_question(tmp_path):
 
 
 def test_the_interval_is_over_questions(tmp_path):
-    """Four equal answers to each of 100 questions tell no more than one answer to each."""
+    """Four equal answers to each of 100 questions give the same interval as one answer to each."""
     once = sampled(*("x" if i % 4 else "n" for i in range(100)))
     again = sampled(*("xxxx" if i % 4 else "nnnn" for i in range(100)))
     one = summarize(read_results(write(tmp_path / "a.jsonl", once)))
@@ -146,7 +146,7 @@ def test_samples_are_compared_by_their_mean():
     assert compare(first, second[::2])["n"] == 3  # some samples, or one
 
 
-def test_files_whose_ids_differ_share_no_questions():
+def test_files_with_different_ids_share_no_questions():
     rows = [row | {"id": f"dev_{i}"} for i, row in enumerate(scored(ROWS))]
     assert compare(rows, rows)["n"] == 3
     assert compare(rows, [row | {"id": "x" + row["id"]} for row in rows]) is None

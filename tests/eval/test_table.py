@@ -27,7 +27,7 @@ def run_of(questions: str, mode: str = "search") -> dict:
     return {"model": "runs/mine", "mode": mode, "questions": questions}
 
 
-def test_a_cell_says_what_was_measured_on_what(tmp_path):
+def test_a_cell_names_model_benchmark_and_size(tmp_path):
     source = {"corpus": "c0ffee", "kind": "scann"}
     one = results(tmp_path, "one.jsonl", run=run_of("hotpotqa_500.jsonl"), source=source)
     two = results(tmp_path, "two.jsonl", run=run_of("musique.jsonl", "direct"), source={})
@@ -48,7 +48,7 @@ def test_a_cell_says_what_was_measured_on_what(tmp_path):
     assert "do not compare" not in text
 
 
-def test_rows_over_different_corpora_are_said_to_be_so(tmp_path):
+def test_rows_over_different_corpora_are_marked(tmp_path):
     files = [
         results(tmp_path, f"{m}.jsonl", run=run_of("bamboogle.jsonl", m), source={"corpus": m})
         for m in ("rag", "search")
@@ -67,7 +67,7 @@ def test_files_and_figure(tmp_path):
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_model_has_one_file_a_benchmark(tmp_path):
+def test_a_model_has_one_file_per_benchmark(tmp_path):
     run = run_of("musique.jsonl")
     files = [results(tmp_path, name, run=run, source={}) for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(DataError, match=r"b.jsonl: there is another file of runs/mine \(search\)"):
@@ -104,7 +104,7 @@ def test_exact_match_is_by_the_normaliser_of_squad(tmp_path):
     assert (cell.acc_r, cell.em_squad) == (0.0, 100.0)
 
 
-def test_other_questions_and_other_weights_are_said_to_be_so(tmp_path):
+def test_other_questions_and_other_weights_are_marked(tmp_path):
     def digests(model: str, questions: str) -> dict:
         return {"model": {"sha256": model}, "questions": {"sha256": questions, "count": 2}}
 

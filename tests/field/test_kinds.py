@@ -1,4 +1,4 @@
-"""Inputs that failed in others' hands, each with its right value."""
+"""Inputs on which users' runs failed, each with the right result."""
 
 import dataclasses
 import json
@@ -48,14 +48,14 @@ def test_questions_that_repeat_are_compared_one_by_one(tmp_path):
         {"question": "Who?", "answer": answer, "pred_ans": "politician"}
         for answer in ("politician", "painter")
     ]
-    for given in (rows, [row | {"id": i} for i, row in enumerate(rows)]):
-        results = read_results(lines(tmp_path / "a.jsonl", *given))
+    for batch in (rows, [row | {"id": i} for i, row in enumerate(rows)]):
+        results = read_results(lines(tmp_path / "a.jsonl", *batch))
         assert compare(results, results)["em"] == {
             "difference": 0.0, "interval": [0.0, 0.0], "better": 0, "worse": 0
         }  # fmt: skip
 
 
-def test_aliases_count_and_what_cannot_be_answered_is_left_out(tmp_path):
+def test_aliases_count_and_unanswerable_questions_are_skipped(tmp_path):
     row = {"id": "2hop", "question": "Which state?", "answer": "New York State"}
     row |= {"answer_aliases": ["New York", "NY"]}
     answered = lines(tmp_path / "r.jsonl", row | {"answerable": True, "pred_ans": "New York"})
@@ -86,14 +86,14 @@ def test_ids_of_both_kinds(tmp_path):
         ("[" * 100_000, r"no JSON|nested deeper"),
     ],
 )
-def test_a_file_of_another_form_is_told_what_it_has(tmp_path, text, message):
+def test_a_file_of_another_form_is_refused_with_its_keys(tmp_path, text, message):
     (tmp_path / "q.json").write_text(text)
     with pytest.raises(DataError, match=message) as error:
         read_questions(tmp_path / "q.json")
     assert "q.json" in str(error.value)
 
 
-def test_rows_that_repeat_count_once(tmp_path):
+def test_repeated_rows_are_refused(tmp_path):
     row = {"id": 3, "question": "Who?", "answer": "a b", "pred_ans": "a b"}
     with pytest.raises(DataError, match=r"line 2: id 3 again, as in line 1"):
         read_results(lines(tmp_path / "a.jsonl", row, row))
@@ -103,7 +103,7 @@ def test_rows_that_repeat_count_once(tmp_path):
         read_results(lines(tmp_path / "a.jsonl", row | {"searches": 10**400}))
 
 
-def test_an_encoder_as_sentence_transformers_saves_it_now(tmp_path):
+def test_an_encoder_in_the_current_form_of_sentence_transformers(tmp_path):
     write_bert(tmp_path)
     before = BertEncoder(tmp_path).encode(["a b c"], kind="query")
     (tmp_path / "1_Pooling" / "config.json").write_text(
@@ -117,7 +117,7 @@ def test_an_encoder_as_sentence_transformers_saves_it_now(tmp_path):
 
 
 @needs_data
-def test_the_settings_of_a_real_one():
+def test_the_settings_of_a_real_encoder():
     from r1s_jax.retrieval.bert import BertConfig
     from r1s_jax.retrieval.encoder import _read_max_length, _read_pooling
 
@@ -138,7 +138,7 @@ def test_an_export_is_read_by_older_transformers(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_numbers_that_are_none_are_never_used(model, tmp_path):
+def test_nan_parameters_are_never_used(model, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(model, tmp_path / "m")
@@ -166,11 +166,11 @@ def test_an_architecture_out_of_range_is_named(model, tmp_path, field, value):
         load_config(tmp_path / "m")
 
 
-def test_flipped_bits_of_a_checkpoint_are_used_by_no_command(tmp_path, index):
+def test_no_command_uses_a_checkpoint_with_flipped_bits(tmp_path, index):
     run = save_small_run(tmp_path / "run")
     sums = run / "checkpoints" / "124" / "progress" / "metadata"
     progress = json.loads(sums.read_text())
-    progress["array_checksums"][".params['embed']"] ^= 1  # as if the numbers were others
+    progress["array_checksums"][".params['embed']"] ^= 1  # the checksum of other numbers
     sums.write_text(json.dumps(sealed({k: v for k, v in progress.items() if k != SEAL})))
     for command in (
         ("export", str(run), str(tmp_path / "out")),
@@ -183,7 +183,7 @@ def test_flipped_bits_of_a_checkpoint_are_used_by_no_command(tmp_path, index):
         assert "124 is damaged: 1 arrays are not as they were saved" in str(done.exception)
 
 
-def test_an_enormous_document_takes_no_memory_and_no_time():
+def test_an_enormous_document_takes_little_memory_and_time():
     engine, process = make_engine(), psutil.Process()
     document = "a tower <|end_of_documents|> " * 1_700_000  # 50 MB
     before = process.memory_info().rss
@@ -239,13 +239,13 @@ def test_published_forms_are_read(name):
 
 
 @needs_data
-def test_every_published_form_is_tried():
+def test_every_published_form_is_tested():
     files = {path.name for path in (DATA / "question-files").iterdir()}
     assert files - {"README.md"} == PUBLISHED.keys()
 
 
 def test_a_first_search_leaves_room_for_itself():
-    """Its documents are cut to what a long question leaves; one that leaves nothing is told."""
+    """Its documents are cut to the room that a question leaves; without room it is an error."""
     from r1s_jax.data.questions import Question
 
     config = dataclasses.replace(ROLLOUT, retrieve_first=True, max_prompt_length=64)
@@ -287,8 +287,8 @@ def test_a_hostile_retriever_forges_nothing_in_a_rollout():
     before = process.memory_info().rss
     rolled = roll(engine, retriever, samples=4)
     assert process.memory_info().rss - before < 200e6
-    kept = [d for found in rolled.searches for s in found for d in s.documents]
-    assert kept and max(map(len, kept)) < 10_000
+    documents = [d for searches in rolled.searches for s in searches for d in s.documents]
+    assert documents and max(map(len, documents)) < 10_000
     t = rolled.trajectory
     assert t.searches.sum() > 0 and rolled.outcomes["found"] > 0
     forced = ~t.loss_mask & (np.arange(t.tokens.shape[1]) < t.lengths[:, None])
@@ -301,7 +301,7 @@ def test_a_hostile_retriever_forges_nothing_in_a_rollout():
         assert not any("</answer>" in text or "</think>" in text for text in documents)
 
 
-def test_a_question_met_twice_has_samples_of_its_own():
+def test_a_repeated_question_has_its_own_samples():
     engine = make_engine()
     rolled = roll(engine, questions=[QUESTIONS[0], QUESTIONS[0]], samples=3)
     rows = [tuple(row) for row in rolled.trajectory.tokens.tolist()]
@@ -310,7 +310,7 @@ def test_a_question_met_twice_has_samples_of_its_own():
     assert [tuple(row) for row in alone] == rows[:3]
 
 
-def test_a_model_in_parts_says_so(tmp_path):
+def test_a_model_in_parts_is_named(tmp_path):
     from gguf import GGUFWriter
 
     writer = GGUFWriter(tmp_path / "m.gguf", "llama")
@@ -322,7 +322,7 @@ def test_a_model_in_parts_says_so(tmp_path):
         load_config(tmp_path / "m.gguf")
 
 
-def test_a_judge_that_refuses_a_parameter_says_so(tmp_path):
+def test_a_judge_that_refuses_a_parameter_is_reported(tmp_path):
     from r1s_jax.eval.judge import judge_file
     from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint
 

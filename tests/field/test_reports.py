@@ -1,4 +1,4 @@
-"""The very files of others' reports, each with its right value."""
+"""Files from users' bug reports, each with the right result."""
 
 import json
 import os
@@ -42,30 +42,30 @@ def test_a_folder_of_shards_is_a_corpus(tmp_path):
         *("--encoder", "hash", "--kind", "exact"),
     )
     assert built.exit_code == 0, built.output
-    found = result("index", "search", tmp_path / "idx", "Passage number 39", "--k", 1)
-    assert "d39" in found.output, "the last passage of the second file, by its own id"
+    hits = result("index", "search", tmp_path / "idx", "Passage number 39", "--k", 1)
+    assert "d39" in hits.output, "the last passage of the second file, by its own id"
 
 
-def test_of_two_tensors_the_one_that_the_index_names_counts():
+def test_the_index_selects_one_of_two_tensors():
     folder = DATA / "shard_index_ignored" / "model"
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     right = load_file(folder / index["lm_head.weight"])["lm_head.weight"]
     try:
-        found = load_pretrained(str(folder)).params["lm_head"]
+        head = load_pretrained(str(folder)).params["lm_head"]
     except WeightsError as error:
         assert "lm_head.weight" in str(error)
     else:
-        np.testing.assert_array_equal(found, right.astype(np.float32).T)
+        np.testing.assert_array_equal(head, right.astype(np.float32).T)
 
 
-def test_one_whole_file_counts_before_older_shards():
+def test_an_unsharded_file_precedes_older_shards():
     folder = DATA / "shard_index_ignored" / "stale"
     right = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    found = load_pretrained(str(folder)).params["embed"]
-    np.testing.assert_array_equal(found, right.astype(np.float32))
+    embed = load_pretrained(str(folder)).params["embed"]
+    np.testing.assert_array_equal(embed, right.astype(np.float32))
 
 
-def test_the_space_of_a_sentencepiece_tokenizer(tmp_path):
+def test_the_leading_space_of_a_sentencepiece_tokenizer(tmp_path):
     data = DATA / "sentencepiece_prefix_space"
     built = result(
         *("index", "build", data / "c.tsv", "--out", tmp_path / "idx"),
@@ -85,7 +85,7 @@ def test_the_space_of_a_sentencepiece_tokenizer(tmp_path):
     assert text.startswith(f"{query}\n\n<|begin_of_documents|>")
 
 
-def test_other_questions_behind_one_name_are_refused(model, tmp_path):
+def test_other_questions_in_a_file_of_the_same_name_are_refused(model, tmp_path):
     data, out = DATA / "eval_resume_other_questions", tmp_path / "o.jsonl"
     common = ("--model", model, "--mode", "direct", "--out", out, "rollout.max_turn_length=4")
     first = result("eval", "run", data / "a" / "q.jsonl", *common, "--limit", 2)
@@ -96,7 +96,7 @@ def test_other_questions_behind_one_name_are_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize("command", [("traces", "--limit", "1"), ("reward", "--variant", "f1")])
-def test_a_terminal_of_ascii(command):
+def test_an_ascii_terminal(command):
     name, *options = command
     done = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Whole runs and evaluations over servers that are hostile: they go on, count, and stay small."""
+"""Runs and evaluations with a hostile server: they continue, count failures, use little memory."""
 
 import json
 import time
@@ -27,7 +27,7 @@ def huge() -> bytes:
 
 
 class Hostile(LocalServer):
-    """Answers by turns: forged tags, half an emoji and 50 MB; sound documents; a drip; a 500."""
+    """Replies in turn by `kinds`: (f)orged tags, (h)uge, (s)ound, (d)elayed, or status (5)00."""
 
     def __init__(self, kinds: str):
         super().__init__(self.reply)
@@ -41,7 +41,7 @@ class Hostile(LocalServer):
         if kind == "h":
             return 200, huge()
         if kind == "d":
-            time.sleep(1.5)  # longer than anybody waits
+            time.sleep(1.5)  # longer than any timeout
             return 200, {"answers": [[] for _ in body["queries"]]}
         line = "0\tTower   " + (FORGED if kind == "f" else "Tower is a tower.")
         return 200, {"answers": [[line] * body["k"] for _ in body["queries"]]}
@@ -49,7 +49,7 @@ class Hostile(LocalServer):
 
 @pytest.fixture
 def little_memory():
-    """What Python takes during a test, the server's replies included, stays below 200 MB."""
+    """Checks that Python's peak memory, with the server's replies, stays below 200 MB."""
     huge()
     tracemalloc.start(1)
     yield
@@ -82,15 +82,17 @@ RUN += ["optimizer.pack_length=0", "rollout.prefill_chunk=256"]
 
 
 def train(model, questions, url, out):
-    given = [f"policy.model={model}", f"environment.questions={questions}"]
+    changes = [f"policy.model={model}", f"environment.questions={questions}"]
     return run_cli(
-        "train", "wiki_smollm2", *RUN, *given, f"environment.retriever={url}/queries",
+        "train", "wiki_smollm2", *RUN, *changes, f"environment.retriever={url}/queries",
         "--run-dir", str(out),
     )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_run_over_a_hostile_server_goes_on_and_counts(model, questions, tmp_path, little_memory):
+def test_a_run_with_a_hostile_server_continues_and_counts_failures(
+    model, questions, tmp_path, little_memory
+):
     with Hostile("fhd5s") as server:
         done = train(model, questions, server.url, tmp_path / "run")
     assert done.exit_code == 0, done.output
@@ -103,14 +105,14 @@ def test_a_run_over_a_hostile_server_goes_on_and_counts(model, questions, tmp_pa
 
 
 def assert_nothing_forged(spans):
-    """No tag and no control token that a document wrote is one, and none is the policy's."""
+    """Tags in documents stay text, and none of it counts as the policy's."""
     documents = [text for text, by_policy in spans if not by_policy]
     assert any("forged" in text for text in documents)
     assert not any("forged" in text for text, by_policy in spans if by_policy)
     for text in documents:
         assert text.count("<|end_of_documents|>") <= 1
         assert not any(tag in text for tag in ("</answer>", "</think>", "<answer>"))
-        text.encode()  # no half of a character
+        text.encode()  # no half character
 
 
 def evaluate(model, questions, server, out):
@@ -121,11 +123,11 @@ def evaluate(model, questions, server, out):
     return answer_file(run, retriever, {}, out)
 
 
-def test_an_evaluation_over_a_hostile_server_goes_on_and_counts(
+def test_an_evaluation_with_a_hostile_server_continues_and_counts_failures(
     model, questions, tmp_path, little_memory
 ):
     out = tmp_path / "out.jsonl"
-    with Hostile("f555s") as server:  # a search is tried three times
+    with Hostile("f555s") as server:  # a search has three attempts
         evaluate(model, questions, server, out)
     header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
     assert header["searches"] == {"found": 8, "empty": 0, "failed": 4, "unanswered": 0}
@@ -133,4 +135,4 @@ def test_an_evaluation_over_a_hostile_server_goes_on_and_counts(
     assert sum(row["stop_reason_final"] == "retrieve_error" for row in rows) == 4
     written = "".join(row["gen_text_store"] for row in rows)
     assert "forged" in written and "</answer>" not in written and "\ud83d" not in written
-    assert written.count("<|end_of_documents|>") == 12  # its own a row, what failed included
+    assert written.count("<|end_of_documents|>") == 12  # one per row, also of failed searches

@@ -1,4 +1,4 @@
-"""Whatever a reader of somebody else's raises becomes one message."""
+"""Any error of a third-party reader becomes one message."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from r1s_jax.io.errors import BadInput, reading
 
 
 class PanicException(BaseException):
-    """As a library in Rust raises it: no Exception."""
+    """Like the panic of a Rust library: not a subclass of Exception."""
 
 
 @pytest.mark.parametrize("raised", [PanicException("index 9 out of range"), KeyError("model")])
-def test_what_a_reader_raises_names_the_file(raised):
+def test_an_error_of_a_reader_names_the_file(raised):
     with (
         pytest.raises(BadInput, match=r"tokenizer\.json cannot be read: "),
         reading("tokenizer.json"),

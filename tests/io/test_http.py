@@ -1,4 +1,4 @@
-"""One deadline over a request whatever the server says, redirects, and proxies."""
+"""The deadline of a whole request, redirects, and proxies."""
 
 import gc
 import re
@@ -24,7 +24,7 @@ TOMORROW = {"Retry-After": "Fri, 31 Dec 2999 23:59:59 GMT"}
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
-    """No proxies but those of the test."""
+    """Removes the proxies of the environment."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -33,7 +33,7 @@ def bare(monkeypatch):
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize("headers", [LATER, TOMORROW, {"Retry-After": "9" * 5000}])
-def test_a_server_that_asks_to_come_back_later_is_an_error_at_once(status, headers):
+def test_a_long_retry_after_is_an_error_at_once(status, headers):
     with LocalServer(lambda *_: (status, {}, headers)) as server:
         begin = time.monotonic()
         with pytest.raises(ServerError, match=rf"status {status}"):
@@ -41,17 +41,17 @@ def test_a_server_that_asks_to_come_back_later_is_an_error_at_once(status, heade
         assert time.monotonic() - begin < 2
 
 
-@pytest.mark.parametrize("asked", ["1", "soon", "-5", ""])
-def test_a_short_pause_is_made_and_nonsense_is_none(asked):
-    replies = iter([(503, {}, {"Retry-After": asked}), (200, {})])
+@pytest.mark.parametrize("retry_after", ["1", "soon", "-5", ""])
+def test_a_short_retry_after_is_obeyed_and_an_invalid_one_ignored(retry_after):
+    replies = iter([(503, {}, {"Retry-After": retry_after}), (200, {})])
     with LocalServer(lambda *_: next(replies)) as server:
         begin = time.monotonic()
         assert Client(timeout_s=20, retries=1).post(server.url, {}) == b"{}"
-        assert (time.monotonic() - begin >= 1) == (asked == "1")
+        assert (time.monotonic() - begin >= 1) == (retry_after == "1")
 
 
-def test_nobody_sleeps_in_a_retry_after(tmp_path):
-    """Neither for a retriever, a reward server, a search API and its pages, nor for a corpus."""
+def test_no_client_sleeps_for_a_long_retry_after(tmp_path):
+    """A retriever, a reward server, a search API and its pages, and a corpus."""
     before, begin = threading.active_count(), time.monotonic()
 
     def answer(path, body):
@@ -77,7 +77,7 @@ def test_nobody_sleeps_in_a_retry_after(tmp_path):
     assert threading.active_count() <= before
 
 
-def test_a_judge_that_asks_to_come_back_later_is_left_at_the_deadline():
+def test_a_judge_with_a_long_retry_after_ends_at_the_deadline():
     pytest.importorskip("openai", reason="the extra `judge` is not installed")
     later = {"retry-after-ms": "60000", "Retry-After": "60"}
     with LocalServer(lambda *_: (429, {}, later)) as server:
@@ -112,14 +112,14 @@ def test_a_redirect_that_keeps_the_method_is_followed_with_the_body(status, plac
 @pytest.mark.parametrize(
     ("status", "place"), [(302, "/there"), (301, "/there"), (307, "/queries"), (308, "http://[x")]
 )
-def test_other_redirects_are_errors_that_say_where_to(status, place):
+def test_other_redirects_are_errors_that_name_the_target(status, place):
     with LocalServer(lambda *_: (status, {}, {"Location": place})) as server:
         with pytest.raises(RemoteError, match=re.escape(place)):
             HttpRetriever(f"{server.url}/queries", retries=0).search(["a"], 1)
         assert server.requests <= 2
 
 
-def test_another_host_does_not_see_the_key():
+def test_a_redirect_to_another_host_omits_the_key():
     seen = []
 
     def answer(path, body):
@@ -140,7 +140,7 @@ def test_another_host_does_not_see_the_key():
     assert [headers.get("X-API-KEY") for headers in seen] == [None, "secret"]
 
 
-def test_what_the_environment_says_of_proxies(monkeypatch):
+def test_proxies_come_from_the_environment(monkeypatch):
     monkeypatch.setenv("http_proxy", "me:secret@proxy:3128")
     monkeypatch.setenv("https_proxy", "socks5://me:secret@proxy")
     monkeypatch.setenv("no_proxy", "intra.net,*.corp,93.184.0.0/16")
@@ -155,8 +155,8 @@ def test_what_the_environment_says_of_proxies(monkeypatch):
     assert proxy_of("http://example.org/a") == ""
 
 
-def test_what_is_far_is_asked_through_the_proxy_and_this_machine_is_not(monkeypatch):
-    """The names are known to the proxy alone."""
+def test_only_remote_hosts_are_reached_through_the_proxy(monkeypatch):
+    """Only the proxy can resolve the host names."""
     text = "Timbuktu is a city in Mali, known for its ancient mosques and its libraries. " * 20
 
     def answer(path, body):
@@ -191,7 +191,7 @@ def test_what_is_far_is_asked_through_the_proxy_and_this_machine_is_not(monkeypa
             HttpRetriever("http://engine.example/queries", retries=0).search(["a"], 1)
 
 
-def test_a_judge_is_asked_through_the_proxy_unless_it_is_here(monkeypatch):
+def test_a_remote_judge_is_reached_through_the_proxy(monkeypatch):
     pytest.importorskip("openai", reason="the extra `judge` is not installed")
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "1"}}
     reply = {"id": "x", "object": "chat.completion", "choices": [choice]}

@@ -1,4 +1,4 @@
-"""Which requests of browsers a server takes."""
+"""The requests of browsers that a server accepts."""
 
 import pytest
 
@@ -17,8 +17,8 @@ EVIL = "http://evil.example"
 
 
 def request(host: str | None, origin: str | None) -> Request:
-    given = {"host": host, "origin": origin}
-    headers = [(k.encode(), v.encode("latin-1")) for k, v in given.items() if v is not None]
+    values = {"host": host, "origin": origin}
+    headers = [(k.encode(), v.encode("latin-1")) for k, v in values.items() if v is not None]
     return Request({"type": "http", "headers": headers})
 
 
@@ -70,24 +70,24 @@ def test_its_own_pages_and_programs_pass(allowed, host, origin):
         (EVERYWHERE, "node-3.cluster:8000", EVIL),
     ],
 )
-def test_others_are_told_what_to_do(allowed, host, origin):
+def test_others_are_refused_with_advice(allowed, host, origin):
     why = why_refused(request(host, origin), allowed)
     assert "--cors" in why and len(why) < 400
 
 
-@pytest.mark.parametrize("given", ["localhost:3000", "http://", "http://a/path", "", "a b://c"])
-def test_an_origin_is_written_as_browsers_send_it(given):
+@pytest.mark.parametrize("text", ["localhost:3000", "http://", "http://a/path", "", "a b://c"])
+def test_origins_in_other_forms_are_refused(text):
     with pytest.raises(ConfigError, match="--cors"):
-        callers("127.0.0.1", [given])
+        callers("127.0.0.1", [text])
 
 
-def test_a_name_that_it_listens_on_stands_for_its_address(monkeypatch):
-    found = [(None, None, None, "", ("10.0.0.7", 0))]
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_: found)
+def test_a_listening_name_stands_for_its_address(monkeypatch):
+    addresses = [(None, None, None, "", ("10.0.0.7", 0))]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: addresses)
     for host in ("node-3:8000", "10.0.0.7:8000", "localhost:8000"):
         assert why_refused(request(host, None), callers("node-3", [])) == ""
     assert why_refused(request("10.0.0.8", None), callers("node-3", []))
 
 
-def test_where_a_key_is_needed_nothing_more_is():
+def test_a_key_replaces_the_check_of_origins():
     assert not callers("127.0.0.1", [], key=True).checked

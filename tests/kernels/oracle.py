@@ -1,10 +1,10 @@
-"""Attention in float64, one query at a time: what every backend must give."""
+"""Attention in float64, one query at a time: the expected result of every backend."""
 
 import numpy as np
 
 
 def softmax_mix(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
-    """One query's attention to a few keys; zeros without any."""
+    """Attention of one query to some keys; zeros without keys."""
     if not len(keys):
         return np.zeros_like(q)
     scores = keys @ q * scale
@@ -50,7 +50,7 @@ def random_cache(layers, rows, kv_heads, capacity, head_dim, new, heads, seed=0)
 
 
 def random_segments(rng, rows: int, length: int, padded: bool = True) -> np.ndarray:
-    """Runs of ids 1, 2, 3... over each row, some rows ending in padding."""
+    """Segment ids 1, 2, 3... along each row; some rows end in padding."""
     out = np.zeros((rows, length), np.int32)
     for row in out:
         end = rng.integers(1, length + 1) if padded else length

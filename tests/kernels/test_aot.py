@@ -1,4 +1,4 @@
-"""Every kernel as the recipes use it, through the compilers of hardware that is not here."""
+"""Every kernel at the sizes of the recipes, through the compilers of absent hardware."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from r1s_jax.kernels.attention import api
 pytestmark = pytest.mark.aot
 
 CHIPS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "h100": "h100:1"}
-# Query heads, key/value heads and head width on one device.
+# Query heads, key/value heads and head width per device.
 SHAPES = {
     "smollm2_135m": (9, 3, 64),
     "qwen2_5_7b over 4": (7, 1, 128),
@@ -43,7 +43,7 @@ def rows_of(name, length, dtype):
     return q, kv, kv, shape(2, length, dtype="int32")
 
 
-# float32 is for small models.
+# Only small models use float32.
 CASES = [*((name, "bfloat16") for name in SHAPES), ("smollm2_135m", "float32")]
 
 
@@ -60,7 +60,7 @@ def test_forward_and_backward(device, name, dtype, length):
         device, jax.value_and_grad(loss, (0, 1, 2)), *rows_of(name, length, dtype), **options
     )
     scores = 4 * 2 * SHAPES[name][0] * length**2
-    if length > 4096:  # no array of scores hides anywhere
+    if length > 4096:  # no array of all scores exists
         assert compiled.memory_analysis().temp_size_in_bytes < scores / 4
 
 
@@ -91,7 +91,7 @@ def test_decode(device, name, dtype, new):
 
 
 def test_a_spill_is_refused():
-    """The gate itself: blocks far too large for an H100's registers do not pass."""
+    """Checks the check: blocks too large for an H100's registers must fail."""
     try:
         device = target_devices("h100:1")[0]
     except CannotCompile as why:

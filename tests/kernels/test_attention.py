@@ -57,7 +57,7 @@ def test_the_future_and_other_segments_have_no_gradient():
         assert set(np.flatnonzero(np.abs(gradient[0]).sum((1, 2)))) == set(seen)
 
 
-def test_attention_of_its_own_scale():
+def test_attention_with_a_given_scale():
     q, k, v = random_qkv(1, 6, 2, 2, 4)
     got = reference.attention(q, k, v, scale=1.7)
     expected = attention_oracle(q, k, v, np.ones((1, 6)), 1.7)
@@ -67,7 +67,7 @@ def test_attention_of_its_own_scale():
 @pytest.mark.parametrize("backend", DECODE)
 @pytest.mark.parametrize(("capacity", "new"), [(7, 3), (128, 1), (200, 3), (256, 1), (300, 2)])
 def test_decode_over_ragged_lengths(backend, capacity, new):
-    """Empty and full rows, lengths around the edges of blocks, capacities that are no multiple."""
+    """Empty and full rows, lengths at block edges, capacities that are no multiple of a block."""
     lengths = np.array([0, new, capacity // 2, capacity - 1, capacity, 128, 129], np.int32)
     lengths = np.minimum(lengths, capacity)
     q, k, v = random_cache(3, len(lengths), 2, capacity, 8, new, 6)
@@ -80,7 +80,7 @@ def test_decode_over_ragged_lengths(backend, capacity, new):
 
 @pytest.mark.parametrize("backend", DECODE)
 @pytest.mark.parametrize("new", [1, 3])
-def test_decode_of_an_int8_cache_is_that_of_its_numbers_times_their_scales(backend, new):
+def test_decode_of_an_int8_cache_equals_that_of_the_dequantised_cache(backend, new):
     lengths = np.array([0, new, 120, 199, 200], np.int32)
     q, k, v = random_cache(2, len(lengths), 2, 200, 8, new, 6)
     (k, k_scale), (v, v_scale) = (tuple(map(np.asarray, quantize(x))) for x in (k, v))
@@ -92,7 +92,7 @@ def test_decode_of_an_int8_cache_is_that_of_its_numbers_times_their_scales(backe
 
 @pytest.mark.parametrize("backend", DECODE)
 def test_decode_of_short_rows_in_a_long_cache(backend):
-    """What stands past a row's text is garbage, and large garbage must not leak."""
+    """Large values past the end of a row must have no effect."""
     lengths = np.array([5, 1, 130], np.int32)
     q, k, v = random_cache(2, 3, 2, 500, 8, 1, 4)
     expected = decode_oracle(q, k, v, 1, lengths, 8**-0.5)
@@ -108,7 +108,7 @@ def test_decode_of_nothing_is_zero(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])
-def test_decode_of_its_own_scale(backend):
+def test_decode_with_a_given_scale(backend):
     module = {"reference": reference, "xla": xla}[backend]
     q, k, v = random_cache(1, 2, 2, 140, 4, 2, 4)
     lengths = np.array([140, 17], np.int32)
@@ -157,7 +157,7 @@ def test_bfloat16_in_bfloat16_out_near_float32():
 
 
 @pytest.mark.parametrize("backend", DECODE)
-def test_decoding_chunk_by_chunk_is_attention_over_the_whole_text(backend):
+def test_decoding_chunk_by_chunk_equals_attention_over_the_whole_text(backend):
     q, k, v = random_qkv(2, 12, 4, 2, 8)
     whole = attention_oracle(q, k, v, np.ones((2, 12)), 8**-0.5)
     k_cache, v_cache = (np.moveaxis(x, 1, 2)[None] for x in (k, v))
@@ -167,6 +167,6 @@ def test_decoding_chunk_by_chunk_is_attention_over_the_whole_text(backend):
         np.testing.assert_allclose(got, whole[:, start:end], atol=3e-6)
 
 
-def test_a_recipe_names_the_backends_there_are():
-    """`config` imports no kernel, so the names stand there again."""
+def test_a_recipe_may_name_every_backend():
+    """`config` imports no kernel, so it repeats the names."""
     assert get_args(Impl) == tuple(api.BACKENDS)

@@ -1,4 +1,4 @@
-"""The Pallas kernels, interpreted: against float64, against autodiff, and against sabotage."""
+"""The interpreted Pallas kernels: against float64, against autodiff, and with seeded errors."""
 
 import importlib.util
 import inspect
@@ -26,9 +26,9 @@ from tests.kernels.oracle import (
 
 BACKENDS = {"tpu": tpu.backend(True), "gpu": gpu.backend(True)}
 MODULES = {"tpu": tpu, "gpu": gpu}
-# The longest tests, of which `make test` runs one backend.
+# The longest tests; `make test` runs them for one backend.
 GPU_SLOW = ["tpu", pytest.param("gpu", marks=pytest.mark.slow)]
-# Numbers of a kernel run as on the machine: races found, memory never written reads as NaN.
+# Interprets a kernel strictly: detects races, and unwritten memory reads as NaN.
 STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
@@ -50,12 +50,12 @@ def gradients(attend, q, k, v, dout):
 
 
 def check_rows(backend, *, length=300, heads=4, kv_heads=2, head_dim=16, causal=True, seed=0):
-    """Output and gradients of one random packed batch."""
+    """Checks output and gradients of a random packed batch."""
     q, k, v = random_qkv(3, length, heads, kv_heads, head_dim, seed)
     rng = np.random.default_rng(seed)
     segments = random_segments(rng, 3, length)
-    segments[0] = 1  # one that crosses every block
-    segments[1] = 1 + 4 * np.arange(length) // length  # and some that share blocks
+    segments[0] = 1  # one segment across all blocks
+    segments[1] = 1 + 4 * np.arange(length) // length  # several segments per block
     dout = normal(rng, *q.shape)
     attend = jax.jit(lambda q, k, v: rows(backend, q, k, v, segments, causal))
     expected = attention_oracle(q, k, v, segments, head_dim**-0.5, causal)
@@ -91,7 +91,7 @@ def test_any_shape(backend, length, kv_heads, per_group, head_dim, causal, seed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_segments_and_of_its_own_scale(backend):
+def test_without_segments_and_with_a_given_scale(backend):
     q, k, v = random_qkv(2, 140, 3, 1, 16)
     expected = attention_oracle(q, k, v, np.ones((2, 140)), 1.7)
     np.testing.assert_allclose(
@@ -120,7 +120,7 @@ def test_a_change_in_one_segment_reaches_no_other(backend):
 
 
 def test_blocks_that_share_no_segment_are_skipped():
-    """Eight segments of one block each: every query block visits its own keys alone."""
+    """With eight segments of one block each, every query block visits only its own keys."""
     segments = np.repeat(np.arange(1, 9), 128)[None].astype(np.int32)
     ranges = flash.key_ranges(1024, segments, True, 1)
     meets = flash._meeting_blocks(ranges, flash.Blocks(128, 128, None))
@@ -130,7 +130,7 @@ def test_blocks_that_share_no_segment_are_skipped():
         np.testing.assert_array_equal(hi - lo, np.ones((1, 8)))
 
 
-def test_no_race_and_no_memory_left_unwritten(capfd):
+def test_no_race_and_no_unwritten_memory(capfd):
     q, k, v = random_qkv(1, 300, 2, 1, 16)
     segments = random_segments(np.random.default_rng(3), 1, 300)
     attend = partial(rows, tpu.backend(STRICT), segments=segments)
@@ -145,7 +145,7 @@ def test_no_race_and_no_memory_left_unwritten(capfd):
     assert "RACE" not in capfd.readouterr().out.upper()
 
 
-# Each breaks the meaning in one place: what a slip of the pen would do.
+# Each replacement introduces one error of the kind that a typing mistake causes.
 SABOTAGE = {
     "the future is seen": ("(at <= last), scores", "(at <= last + 1), scores"),
     "other segments are seen": ("(at >= first) & (at <= last), scores", "(at <= last), scores"),
@@ -159,7 +159,7 @@ SABOTAGE = {
 
 @pytest.mark.parametrize("slip", SABOTAGE)
 def test_a_broken_kernel_fails(slip, tmp_path):
-    """The checks above find every one of these copies of the kernels wrong."""
+    """The checks above detect the error in each of these copies of the kernels."""
     source, (good, bad) = inspect.getsource(flash), SABOTAGE[slip]
     assert good in source
     path = tmp_path / "broken_flash.py"
@@ -231,7 +231,7 @@ def test_decode_of_some_rows_of_the_cache(backend):
 
 
 @pytest.mark.parametrize("backend", MODULES)
-def test_decoding_a_token_is_the_row_of_its_prefill(backend):
+def test_decoding_a_token_equals_its_row_of_the_prefill(backend):
     q, k, v = random_qkv(2, 200, 4, 2, 16)
     whole = rows(BACKENDS[backend], q, k, v, None)
     capacity = ((0, 0), (0, 0), (0, 56), (0, 0))
@@ -259,7 +259,7 @@ def test_bfloat16_stays_near_float64(backend):
 
 
 def test_a_cache_wider_than_the_heads():
-    """Narrow heads are stored with zeros beside them where the tiles are 128 wide."""
+    """Narrow heads are padded with zeros where tiles are 128 wide."""
     assert api.cache_dims(300, 64, "interpret") == (384, 128)
     assert api.cache_dims(300, 64, "xla") == (300, 64)
     q, k, v = random_cache(2, 3, 1, 384, 16, 2, 3)
@@ -271,8 +271,8 @@ def test_a_cache_wider_than_the_heads():
         np.testing.assert_allclose(got, expected, atol=5e-6)
 
 
-def test_what_no_backend_serves_is_said():
-    # Without the tests' own check of shapes.
+def test_unsupported_shapes_are_named():
+    # Bypasses the tests' check of shapes.
     attention, decode = map(inspect.unwrap, (api.attention, api.decode_attention))
     q, k, v = random_qkv(2, 8, 4, 2, 16)
     ck, cv = random_cache(1, 2, 2, 256, 16, 1, 4)[1:]

@@ -1,4 +1,4 @@
-"""On a real GPU: the compiled kernels against float32, at the sizes that are used there."""
+"""On a real GPU: the compiled kernels against float32 at realistic sizes."""
 
 from functools import partial
 

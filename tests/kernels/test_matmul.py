@@ -1,4 +1,4 @@
-"""The CPU's matrix product against float64, in every form that it compiles to."""
+"""The CPU's matrix product against float64, in every compiled form."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 
 from r1s_jax.kernels.matmul import matmul
 
-# (batch, rows, width, columns): odd ones, a single one, and what the matrix units take.
+# (batch, rows, width, columns): odd sizes, ones, and sizes for the matrix units.
 SHAPES = [((), 1, 3, 5), ((), 7, 8, 3), ((), 64, 24, 40), ((2, 3), 32, 16, 48), ((), 36, 128, 16)]
 CLOSE = {"float32": 1e-5, "bfloat16": 2e-2}
 

@@ -14,7 +14,7 @@ TAGS = (protocol.END_QUERY, protocol.END_ANSWER)
 
 
 def scan(tags: TagTable, ids: list[int]) -> list[int | None]:
-    """The tag that each token ended, as the rollout reads the table."""
+    """The tag that each token completes, from the table as in a rollout."""
     state, ended = 0, []
     for i in ids:
         state = int(tags.table[state, i])
@@ -24,7 +24,7 @@ def scan(tags: TagTable, ids: list[int]) -> list[int | None]:
 
 
 def search_text(tags, tokens: list[str]) -> list[int | None]:
-    """The same by looking for the tags in the running text, which begins anew after a tag."""
+    """The same by a text search, which restarts after each tag."""
     text, ended = "", []
     for token in tokens:
         text += token
@@ -44,7 +44,7 @@ def check(tags, tokens: list[str]) -> list[int | None]:
 
 @st.composite
 def cut(draw, pieces):
-    """A text of random pieces, cut into tokens at random places."""
+    """A text of random pieces, cut into tokens at random positions."""
     text = "".join(draw(st.lists(pieces, max_size=12)))
     edges = sorted(draw(st.sets(st.integers(0, len(text)))) | {0, len(text)})
     return [text[a:b] for a, b in pairwise(edges)]
@@ -59,7 +59,7 @@ parts = st.sampled_from(TAGS).flatmap(
 
 @given(cut(st.sampled_from(TAGS) | parts | st.text("<|end é", max_size=3)))
 @settings(deadline=None, max_examples=200)
-def test_finds_the_protocols_tags_however_the_text_is_split(tokens):
+def test_finds_the_tags_however_the_text_is_split(tokens):
     check(TAGS, tokens)
 
 
@@ -83,7 +83,7 @@ def test_finds_tags_that_overlap_themselves_and_each_other(tags, tokens):
         (["<|end<|end_of_query|>"], [0]),
         (["<|end", "<|end_of", "_query|>"], [None, None, 0]),
         (["<|end_of_answer|>", "</answer>"], [None, 1]),
-        (["</answer> <|end_of_query|>"], [1]),  # the first to end counts
+        (["</answer> <|end_of_query|>"], [1]),  # the first complete tag counts
         (["<|end_of_query", "|>|>"], [None, 0]),
         (["<|end_of_query|><|end_of", "_query|>"], [0, None]),  # the rest of the token is dropped
         (["<|end_of_query", "", "|>"], [None, None, 0]),
@@ -129,15 +129,15 @@ def test_a_real_tokenizer_however_it_splits_the_tags(smollm2, smollm2_table, tex
     ids, start, ended = smollm2.encode(text), 0, []
     for end in range(1, len(ids) + 1):
         decoded = smollm2.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        found = {decoded.find(tag): i for i, tag in enumerate(TAGS) if tag in decoded}
-        ended.append(found[min(found)] if found else None)
-        start = end if found else start
+        tags_by_position = {decoded.find(tag): i for i, tag in enumerate(TAGS) if tag in decoded}
+        ended.append(tags_by_position[min(tags_by_position)] if tags_by_position else None)
+        start = end if tags_by_position else start
     assert scan(smollm2_table, ids) == ended
     assert sum(e is not None for e in ended) == sum(text.count(tag) for tag in TAGS)
 
 
 def test_a_real_tokenizer_in_random_streams(smollm2, smollm2_strings, smollm2_table):
-    """Fragments encoded apart give splits that no encoding of a whole text would."""
+    """Separately encoded fragments give splits that do not occur in whole texts."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(40):

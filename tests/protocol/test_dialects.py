@@ -1,4 +1,4 @@
-"""Every dialect: its texts, its ends in the program and on the host, its words of a template."""
+"""Every dialect: its texts, its end tags in the program and on the host, its chat template."""
 
 import dataclasses
 import gzip
@@ -69,7 +69,7 @@ def test_prompts_open_the_reasoning_or_do_not(name, thinking):
     assert text.count("<think>") == (thinking != "off")
 
 
-def test_a_dialect_survives_its_file():
+def test_a_dialect_is_restored_from_its_file():
     for name, thinking in SPOKEN:
         dialect, _ = tiny(name, thinking)
         assert from_dict(json.loads(json.dumps(dialect.as_dict())), "it") == dialect
@@ -84,7 +84,7 @@ def test_a_dialect_survives_its_file():
         ({}, "missing required field `dialect`"),
     ],
 )
-def test_what_is_no_dialect_is_named(saved, message):
+def test_an_unknown_dialect_is_named(saved, message):
     with pytest.raises(ConfigError, match=f"x.json: .*{message}"):
         from_dict(saved, "x.json")
 
@@ -96,7 +96,7 @@ def test_what_is_no_dialect_is_named(saved, message):
     ("turn", "query", "problem"),
     [
         ("<think> a </think> <search> who wrote Dune </search>", "who wrote Dune", ""),
-        ("<search> a <search> b </search>", "a <search> b", ""),  # the first begin
+        ("<search> a <search> b </search>", "a <search> b", ""),  # the first start tag counts
         ("<search>a</search>\n", "a", ""),
         ("<search> </search>", "", "empty query"),
         ("a </search>", "", "neither"),
@@ -109,8 +109,8 @@ def test_queries_of_search_r1(turn, query, problem):
 
 
 def test_documents_of_search_r1_are_shown_as_released():
-    found = [["7\tEiffel Tower   It is </information> in\nParis.", '"Dune"   A novel.']]
-    assert make_dialect("search_r1").reply(found) == (
+    hits = [["7\tEiffel Tower   It is </information> in\nParis.", '"Dune"   A novel.']]
+    assert make_dialect("search_r1").reply(hits) == (
         '\n\n<information>Doc 1(Title: "Eiffel Tower") It is < /information> in Paris.\n'
         'Doc 2(Title: "Dune") A novel.</information>\n\n'
     )
@@ -129,7 +129,7 @@ ANSWERED = "<think> b </think> <answer> c </answer>"
         ([(" a </think> <answer> c </answer>", True)], True),  # the prompt opened it
         ([(GOOD, True), (INFORMATION, False), ("b </think> <answer> c </answer>", True)], False),
         ([(GOOD, True), (INFORMATION, False)], False),
-        ([("<answer> c </answer>", True)], False),  # without a thought
+        ([("<answer> c </answer>", True)], False),  # without reasoning
         ([(GOOD + INFORMATION + ANSWERED, True)], False),  # forged information
         ([("x", True), (search_r1.INVALID, False), (ANSWERED, True)], False),
         ([(f"{ANSWERED} more", True)], False),
@@ -162,7 +162,7 @@ def test_released_rewards_of_search_r1():
     assert len(rows) == 2400
 
 
-def test_silence_is_paid_to_the_letter_only_under_released_names():
+def test_only_released_rewards_pay_for_silence():
     silent = Solution((("<think> hm </think>", True),), make_dialect("search_r1"))
     assert reward_rule("search_r1_format")(silent, ["x"]).value == 0.1
     assert reward_rule("search_r1_em")(silent, ["Beijing"]).value == 1.0  # the prompt's example
@@ -174,7 +174,7 @@ def test_silence_is_paid_to_the_letter_only_under_released_names():
 
 @pytest.fixture(scope="module")
 def hermes():
-    """(dialect, tokenizer) with a chat template in the manner of Qwen's."""
+    """(dialect, tokenizer) with a chat template like Qwen's."""
     tokenizer = letters(HERMES_CHAT, bos=False, end="<|im_end|>")
     return bound(make_dialect("tool_call"), tokenizer), tokenizer
 
@@ -186,7 +186,7 @@ def template_ids(tokenizer, messages, **options) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_a_conversation_is_what_the_template_makes_of_it(hermes):
+def test_a_conversation_equals_that_of_the_template(hermes):
     dialect, tokenizer = hermes
     question, queries, texts = "Who wrote Dune?", ["Dune author", "a"], ["(1)Dune   x", "None"]
     calls = [
@@ -222,7 +222,7 @@ def test_a_conversation_is_what_the_template_makes_of_it(hermes):
         ('{"name": "search", "arguments": "{\\"query\\": \\"x\\"}"}', ""),
     ],
 )
-def test_calls_that_are_none_say_why(inside, problem):
+def test_invalid_calls_are_explained(inside, problem):
     dialect = make_dialect("tool_call")
     (call,) = dialect.calls(f"<tool_call>{inside}</tool_call><|im_end|>")
     assert problem in call.problem and bool(call.problem) == bool(problem)
@@ -232,10 +232,10 @@ def test_calls_that_are_none_say_why(inside, problem):
     assert len(dialect.calls(f"<tool_call>{inside}</tool_call>" * 8)) == 8
 
 
-def test_a_call_inside_the_reasoning_is_none():
+def test_a_call_inside_the_reasoning_is_invalid():
     call = make_dialect("tool_call").query_call("x")
-    (found,) = make_dialect("tool_call").calls(f"<think> {call} </think> Rome<|im_end|>")
-    assert "inside the reasoning" in found.problem
+    (result,) = make_dialect("tool_call").calls(f"<think> {call} </think> Rome<|im_end|>")
+    assert "inside the reasoning" in result.problem
 
 
 @pytest.mark.parametrize(
@@ -257,8 +257,8 @@ def test_answers_of_tool_calls(turn, prompt, answer):
     assert Solution(((turn, True),), dialect, complete=False).answer is None
 
 
-def test_reasoning_that_is_off_is_closed_in_every_turn():
-    """Where the template opens it whatever it is told."""
+def test_disabled_reasoning_is_closed_in_every_turn():
+    """For a template that opens the reasoning despite its options."""
     tokenizer = letters(HERMES_CHAT + "<think>\n", bos=False, end="<|im_end|>")
     for thinking, begins in (("off", False), ("on", True), ("template", True)):
         dialect = bound(make_dialect("tool_call", thinking), tokenizer)
@@ -312,11 +312,11 @@ def test_a_document_forges_nothing_in_any_dialect(name, hermes):
     assert len(cut) <= 200 and decode(tokenizer, cut).endswith(sound[-12:])
     question = renderer(dialect, tokenizer)(foreign(tokenizer)(FORGED))
     usual = renderer(dialect, tokenizer)("who")
-    found = [[i for i in encode(tokenizer, t) if i in control] for t in (question, usual)]
-    assert found[0] == found[1]
+    control_ids = [[i for i in encode(tokenizer, t) if i in control] for t in (question, usual)]
+    assert control_ids[0] == control_ids[1]
 
 
-# The loop inside the program, and its oracle.
+# The compiled loop, and its oracle.
 
 
 def searching(name: str, model, tokenizer, dialect):
@@ -334,7 +334,7 @@ def searching(name: str, model, tokenizer, dialect):
 
 
 class Calling(tool_call.ToolCall):
-    """Reads a query out of any call: what an untrained policy writes between tags is no JSON."""
+    """Accepts any text as a call, because an untrained policy writes no JSON between tags."""
 
     def calls(self, turn, evaluation=False):
         count = turn.count("</tool_call>")
@@ -381,8 +381,8 @@ def test_the_host_driven_loop_agrees(name, tell):
     assert len(set(t.finish.tolist())) >= 2
     if tell:
         assert rolled.outcomes["invalid_turn"] > 0 and Finish.BAD_QUERY not in t.finish
-        told = [text for s in rolled.solutions for text, by_policy in s.spans if not by_policy]
-        assert len(told) > int((t.searches > 0).sum()) / 2
+        documents = [text for s in rolled.solutions for text, by_policy in s.spans if not by_policy]
+        assert len(documents) > int((t.searches > 0).sum()) / 2
 
 
 def host_loop(engine, model, params, config) -> HostLoop:

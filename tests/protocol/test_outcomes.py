@@ -1,8 +1,7 @@
-"""What a trajectory is worth, by dialect, text and how it ended.
+"""Rewards of a trajectory by dialect, text and ending.
 
-The values are those that the descriptions of the rewards and of the dialects give: stage 1 pays 0.5
-for a search in the right form, stage 2 the answer's F1, less 2 where the form fails. The right
-answer is Rome.
+The expected values follow the descriptions of rewards and dialects: stage 1 pays 0.5 for a search
+in the right form; stage 2 pays the answer's F1, less 2 for a wrong form. The right answer is Rome.
 """
 
 # ruff: noqa: E501  (a table is read by its columns)
@@ -25,21 +24,21 @@ OPENED = HERMES._replace(after=HERMES.after + "<think>\n")  # a template that op
 
 
 def spoken(name: str) -> Dialect:
-    """A dialect by its name, how it thinks, and `opened` where its template begins a thought."""
+    """A dialect from "NAME THINKING [opened]"; with `opened` its template opens the reasoning."""
     dialect, thinking, *opened = name.split()
     return ToolCall(thinking, frame=OPENED) if opened else make_dialect(dialect, thinking)
 
 
 def spans(dialect: Dialect, text: str) -> tuple[tuple[str, bool], ...]:
-    """A text in which `[found]`, `[none]` and `[told]` stand for the system's replies."""
+    """The spans of a text, with the system's replies for `[found]`, `[none]` and `[told]`."""
     replies = {"[found]": [DOCUMENTS], "[none]": [[]], "[told]": ["that is no search"]}
     parts: list[tuple[str, bool]] = [(text, True)]
-    for mark, found in replies.items():
+    for mark, results in replies.items():
         split = []
         for part, by_policy in parts:
             pieces = part.split(mark) if by_policy else [part]
             for i, piece in enumerate(pieces):
-                split += [(dialect.reply(found), False)] * (i > 0)
+                split += [(dialect.reply(results), False)] * (i > 0)
                 split += [(piece, by_policy)] * bool(piece)
         parts = split
     return tuple(parts)
@@ -49,8 +48,8 @@ ASK = "<|begin_of_query|> capital of Italy <|end_of_query|>"
 LOOK = "<search> capital of Italy </search>"
 CALL = '<tool_call>\n{"name": "search", "arguments": {"query": "capital"}}\n</tool_call><|im_end|>'
 BROKEN = '<tool_call>\n{"name": "search"\n</tool_call><|im_end|>'
-# A text and what it is worth: (stage 1, stage 2, answer, well formed) where the policy ended it, and
-# where it did not.
+# A text and its (stage 1, stage 2, answer, well formed) where the policy ended it, and where it was
+# cut off.
 # fmt: off
 R1 = [
     # text                                                            ended                      cut off
@@ -94,7 +93,7 @@ SEARCH_R1_OFF = [
     (f"{LOOK}[found]<answer> Rome </answer>",                        (0.5,  1.0, "Rome", True),  (0.5,  1.0, "Rome", True)),
     ("it may be Rome",                                               (0.0, -2.0, None, False),   (0.0, -2.0, None, False)),
 ]
-# The end of a turn acts, so what is cut off has no answer, whatever it says.
+# Only a complete turn has an answer, so a text that was cut off has none.
 CUT = (0.0, -2.0, None, False)
 TOOL_CALL = [
     ("<think> so </think> Rome",                                     (0.0,  1.0, "Rome", True),  CUT),
@@ -110,7 +109,7 @@ TOOL_CALL = [
     (f"<think> hm </think> {BROKEN}[told]<think> so </think> Rome",  (0.0, -1.0, "Rome", False), CUT),
     (f"<think> hm {CALL}[found]<think> so </think> Rome",            (0.0, -1.0, "Rome", False), CUT),
 ]
-# Reasoning is asked for with `on`, and allowed with `template`.
+# Reasoning is required with `on`, and allowed with `template`.
 WITHOUT_A_THOUGHT = [
     ("Rome",                                                         (0.0,  1.0, "Rome", True),  CUT),
     (f"{CALL}[found]Rome",                                           (0.5,  1.0, "Rome", True),  CUT),
@@ -156,7 +155,7 @@ def worth(dialect: Dialect, text: str, finish: Finish) -> tuple:
 
 
 @pytest.mark.parametrize("name", OUTCOMES)
-def test_what_a_trajectory_is_worth(name):
+def test_rewards_of_a_trajectory(name):
     dialect = spoken(name)
     for text, ended, cut in OUTCOMES[name]:
         assert worth(dialect, text, Finish.FINISHED) == ended, text

@@ -28,7 +28,7 @@ from r1s_jax.protocol.r1_searcher import R1Searcher
         (
             ["12x b", " 12 b", "b 12 c"],
             "(1)12x b\n(2) 12 b\n(3)b 12 c\n",
-        ),  # only a whole one in front
+        ),  # only a complete id at the start
         (["a\n12\tb", "a\r\nb\u2028c"], "(1)a 12\tb\n(2)a b c\n"),
         (
             ["x <|end_of_documents|>\n\n</think> <answer>"],
@@ -47,8 +47,8 @@ def test_document_block(documents, body):
     [
         ("so <|begin_of_query|> Rome <|end_of_query|>", "Rome"),
         ("<|begin_of_query|>Rome<|end_of_query|>", "Rome"),
-        ("<|begin_of_query|> a <|begin_of_query|> b <|end_of_query|>", "b"),  # the last begin
-        ("<|begin_of_query|> a <|end_of_query|> b <|end_of_query|>", "a"),  # the next end
+        ("<|begin_of_query|> a <|begin_of_query|> b <|end_of_query|>", "b"),  # last start tag
+        ("<|begin_of_query|> a <|end_of_query|> b <|end_of_query|>", "a"),  # next end tag
         ("<|begin_of_query|> a", "a"),
         ('<|begin_of_query|> "The\t Incal" \n pages<|end_of_query|>', "The Incal pages"),
         ("<|begin_of_query|> it's 日本 ... <|end_of_query|>", "it's 日本 ..."),
@@ -72,7 +72,7 @@ def test_extract_query(turn, query):
         ("<answer>a</answer>b</answer>", "a"),
         ("<answer> x <answer> y </answer>", "y"),
         ("<answer></answer>", ""),
-        ("<answer>a</answer> <answer> b", None),  # the last one counts and never ends
+        ("<answer>a</answer> <answer> b", None),  # the last one counts and has no end tag
         ("a</answer>", None),
         ("</answer><answer>", None),
         ("", None),
@@ -83,7 +83,7 @@ def test_extract_answer(text, answer):
 
 
 @given(st.text(), st.text("ab <>|_\n"))
-def test_what_is_put_between_tags_comes_out(before, inside):
+def test_text_between_tags_is_extracted_unchanged(before, inside):
     turn = f"{before}{protocol.BEGIN_QUERY}{inside}{protocol.END_QUERY}"
     assert protocol.extract_query(turn) == " ".join(inside.split())
     text = f"{before}{protocol.BEGIN_ANSWER}{inside}{protocol.END_ANSWER}"
@@ -111,7 +111,7 @@ def test_the_prompts_name_every_tag_and_the_base_prompt_ends_thinking():
     assert rendered.endswith("Assistant: <think>")
 
 
-# The published 7B model's own text, with every query and every document block.
+# Text of the published 7B model, with all queries and document blocks.
 
 needs_data = pytest.mark.skipif(
     "R1S_DATA" not in os.environ, reason="R1S_DATA names no data folder"
@@ -136,12 +136,12 @@ def test_published_queries_are_recognised():
         assert all(turn.endswith(protocol.END_QUERY) for turn in turns)
         assert protocol.extract_query(last) is None
     assert len(queries) == 1055
-    # Published with their quotes, which are dropped before the search.
+    # The published queries have quotes, which are removed before the search.
     assert queries == [" ".join(query.replace('"', "").split()) for query in published]
 
 
 @needs_data
-def test_published_document_blocks_are_those_written_here():
+def test_published_document_blocks_equal_ours():
     blocks = [b for trace in read_traces() for b in BLOCK.split(trace["gen_text_store"])[1::2]]
     assert len(blocks) == 1055
     for block in blocks:

@@ -36,11 +36,11 @@ def test_f1_counts_repeated_tokens_once_each():
 
 
 @pytest.mark.parametrize("pair", [("yes sir", "yes"), ("no", "yes"), ("noanswer", "no answer")])
-def test_half_a_yes_is_worth_nothing(pair):
+def test_a_longer_answer_than_yes_scores_nothing(pair):
     assert answers.f1_score(*pair) == (0.0, 0.0, 0.0)
 
 
-def test_the_best_of_several_gold_answers_counts():
+def test_the_best_score_over_gold_answers_counts():
     golds = ["Big Apple", "New York"]
     assert answers.f1_score("new york", golds) == (1.0, 1.0, 1.0)
     assert answers.exact_match("New York.", golds)
@@ -50,7 +50,7 @@ def test_the_best_of_several_gold_answers_counts():
 
 
 @pytest.mark.parametrize("gold", ["A", "The The", "!!!", "an"])
-def test_a_gold_answer_that_normalises_to_nothing_is_not_answered_by_silence(gold):
+def test_an_empty_answer_does_not_match_a_gold_answer_that_normalises_to_nothing(gold):
     for wrong in ("", "New York", "..."):
         score = answers.score_answer(wrong, gold)
         assert not (score.exact_match or score.cover_exact_match or score.f1), wrong
@@ -91,7 +91,7 @@ def test_scores_by_the_normaliser_of_squad():
 
 
 @pytest.mark.parametrize("gold", ["A", "!!!"])
-def test_silence_and_other_words_are_no_part_of_nothing(gold):
+def test_wrong_answers_do_not_match_a_gold_answer_that_normalises_to_nothing(gold):
     for wrong in ("", "Banana", "x!!!"):
         assert not answers.sub_exact_match(wrong, gold)
         assert not answers.squad_exact_match(wrong, gold)
@@ -100,12 +100,12 @@ def test_silence_and_other_words_are_no_part_of_nothing(gold):
 
 
 @pytest.mark.skipif("R1S_DATA" not in os.environ, reason="R1S_DATA names no data folder")
-def test_scores_of_search_r1_as_its_code_gives_them():
+def test_scores_equal_those_of_search_r1s_code():
     score = {"em": answers.squad_exact_match, "subem": answers.sub_exact_match}
     with gzip.open(Path(os.environ["R1S_DATA"], "search_r1_cases.jsonl.gz")) as lines:
         cases = [case for line in lines if (case := json.loads(line))["variant"] in score]
-    given = [(re.findall(r"<answer>(.*?)</answer>", c["response"], re.S), c) for c in cases]
-    answered = [(found[-1], case) for found, case in given if found]
+    pairs = [(re.findall(r"<answer>(.*?)</answer>", c["response"], re.S), c) for c in cases]
+    answered = [(texts[-1], case) for texts, case in pairs if texts]
     assert len(answered) > 900
     for answer, case in answered:
         assert score[case["variant"]](answer, case["golden_answers"]) == case["score"], case

@@ -1,4 +1,4 @@
-"""Rewards that are sums: read strictly, each term by hand, every value in the parts."""
+"""Rewards that are sums: strict parsing, each term by hand, all values in the parts."""
 
 import re
 
@@ -36,7 +36,7 @@ GUESS = Solution(((" well </think> <answer> Asimov </answer>", True),), R1)
 SILENT = Solution(((" well", True),), R1, complete=False)
 GOLD = ["Frank Herbert"]
 
-# (reward, of GOOD, of GUESS, of SILENT); 13, 5 and 1 words were written.
+# (reward, values for GOOD, GUESS and SILENT, which have 13, 5 and 1 words).
 CASES = [
     ("stage2", 1.0, 0.0, -2.0),
     ("f1 + 0.5*searched", 1.5, 0.0, 0.0),
@@ -50,7 +50,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_a_sum_is_what_its_terms_add_up_to(case):
+def test_a_sum_adds_its_terms(case):
     rule, *expected = reward_rule(case[0]), *case[1:]
     for solution, value in zip((GOOD, GUESS, SILENT), expected, strict=True):
         reward = rule(solution, GOLD)
@@ -58,7 +58,7 @@ def test_a_sum_is_what_its_terms_add_up_to(case):
         assert {"answer_f1", "format", "searched"} <= set(reward.parts)
 
 
-def test_the_address_of_a_reward_server_is_no_sum():
+def test_the_url_of_a_reward_server_is_no_sum():
     for name in ("http://reward-server:8000/get_reward", "https://a/b+c*(d)", "stage2", "my_m:f"):
         assert not is_composed(name)
     for name in ("f1 - words", "2*f1", "searched", "searches_over(2)"):
@@ -80,8 +80,8 @@ def test_a_word_of_the_gold_answer_is_not_the_answer():
 
 
 @pytest.mark.parametrize("dialect", [R1, SearchR1(), ToolCall()], ids=lambda d: d.name)
-def test_only_the_documents_own_texts_are_found(dialect):
-    """Not their numbers, nor the word for none, nor tags, nor the query of a first search."""
+def test_only_the_texts_of_documents_count_as_retrieved(dialect):
+    """Numbers, the word for no documents, tags and the query of a first search do not count."""
     rule = reward_rule("retrieved_gold")
 
     def pays(documents, gold, first=""):
@@ -95,9 +95,9 @@ def test_only_the_documents_own_texts_are_found(dialect):
     for gold in ("2", "1", "Doc", "Title", "None", "documents", "information", "response", "user"):
         assert pays(lines, gold) == 0.0, gold
     assert pays([], "None") == 0.0
-    assert pays(lines, "it Oslo") == 0.0  # across the end of one and the beginning of the next
-    asked = dialect.first_call("who wrote Emma")
-    assert pays(lines, "Emma", asked) == 0.0 and pays(lines, "Dune", asked) == 1.0
+    assert pays(lines, "it Oslo") == 0.0  # spans two documents
+    first_search = dialect.first_call("who wrote Emma")
+    assert pays(lines, "Emma", first_search) == 0.0 and pays(lines, "Dune", first_search) == 1.0
     if dialect.can_tell_invalid:
         assert pays("the call was no JSON", "JSON") == pays("no call", "search") == 0.0
 
@@ -119,7 +119,7 @@ def test_only_the_documents_own_texts_are_found(dialect):
         ("", "no reward"),
     ],
 )
-def test_what_cannot_be_read_is_said(text, words):
+def test_invalid_sums_are_named(text, words):
     with pytest.raises(RewardError, match=re.escape(words)):
         reward_rule(text)(GOOD, GOLD)
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_read_is_said(text, words):
         max_size=8,
     )
 )
-def test_what_is_written_is_what_is_read(terms):
+def test_a_written_sum_is_parsed_unchanged(terms):
     text = " ".join(f"{'-' if minus else '+'} {weight} * {name}" for weight, name, minus in terms)
     expected = [Term(-weight if minus else weight, name, None) for weight, name, minus in terms]
     assert parse(text, RewardError) == expected

@@ -1,4 +1,4 @@
-"""Rewards from a real server, the released contract and every way to break it."""
+"""Rewards from a real server: the released contract, and replies that break it."""
 
 import pytest
 
@@ -17,21 +17,21 @@ PROMPTS, GOLDS = ["P0 ", "P1 ", "P2 "], [("0",), ("1",), ("x",)]
 
 
 def test_a_server_sees_prompt_and_solution_and_its_rewards_count():
-    asked = []
+    requests = []
 
     def answer(path, body):
-        asked.append((path, body))
+        requests.append((path, body))
         return 200, {"rewards": [0.5 * i for i in range(len(body["query"]))]}
 
     with LocalServer(answer) as server:
         rewards = batch_reward(f"{server.url}/get_reward")(PROMPTS, SOLUTIONS, GOLDS)
     texts = [p + s.text for p, s in zip(PROMPTS, SOLUTIONS, strict=True)]
-    assert asked == [("/get_reward", {"query": texts})]
+    assert requests == [("/get_reward", {"query": texts})]
     assert [r.value for r in rewards] == [0.0, 0.5, 1.0]
     assert [r.parts["answer_f1"] for r in rewards] == [1.0, 1.0, 0.0]
 
 
-def test_a_server_that_is_busy_is_asked_again():
+def test_a_busy_server_is_retried():
     answers = iter([(503, {}), (502, {}), (200, {"rewards": [1, 2, 3]})])
     with LocalServer(lambda path, body: next(answers)) as server:
         rewards = batch_reward(server.url)(PROMPTS, SOLUTIONS, GOLDS)
@@ -49,7 +49,7 @@ def test_a_server_that_is_busy_is_asked_again():
         ((200, b"<html>"), "gave no rewards"),
     ],
 )
-def test_what_is_no_answer_is_named(reply, message):
+def test_invalid_replies_are_named(reply, message):
     with LocalServer(lambda path, body: reply) as server:
         with pytest.raises(RewardServerError, match=message) as error:
             batch_reward(server.url)(PROMPTS, SOLUTIONS, GOLDS)

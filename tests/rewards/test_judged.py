@@ -1,4 +1,4 @@
-"""A judge behind a real socket as a reward: cached, limited, and never a silent zero."""
+"""A judge behind a real socket as a reward: cached, limited, and never silently zero."""
 
 import json
 import math
@@ -26,7 +26,7 @@ QUESTIONS, GOLDS = ["Which city?"] * 4, [["Rome"]] * 4
 
 
 def judging(verdict_of, status_of=lambda n: 200):
-    """A judge that answers with what a function of the prompt says."""
+    """A judge whose replies are a function of the prompt."""
     counter, lock = [0], threading.Lock()
 
     def answer(path, body):
@@ -58,7 +58,7 @@ def test_verdicts_are_a_term_of_the_sum_and_kept_on_disk(tmp_path):
         assert [r.value for r in got] == [1.5, 0.5, 0.0, 0.0]
         assert [r.parts["judge"] for r in got] == [1.0, 1.0, 0.0, 0.0]
         assert all("answer_f1" in r.parts for r in got)
-        assert server.requests == 3  # what has no answer is not asked about
+        assert server.requests == 3  # no request for a solution without an answer
         assert reward(QUESTIONS, SOLUTIONS, GOLDS) == got and server.requests == 3
         again = stage_reward("judge", config(server), journal)
         alone = again(QUESTIONS, SOLUTIONS, GOLDS)
@@ -66,28 +66,28 @@ def test_verdicts_are_a_term_of_the_sum_and_kept_on_disk(tmp_path):
         assert all({"answer_f1", "format"} <= r.parts.keys() for r in alone)
 
 
-def test_an_answer_without_a_verdict_has_no_reward_and_too_many_stop(tmp_path):
+def test_missing_verdicts_give_nan_rewards_and_too_many_stop_the_run(tmp_path):
     many = [says(f"city {i}") for i in range(10)]
-    asked, golds = ["Which city?"] * 10, [["Rome"]] * 10
+    questions, golds = ["Which city?"] * 10, [["Rome"]] * 10
     with judging(lambda p: "maybe" if "city 3" in p else "False") as server:
         reward = stage_reward("judge", config(server), tmp_path / "a.jsonl")
-        values = [r.value for r in reward(asked, many, golds)]
+        values = [r.value for r in reward(questions, many, golds)]
         assert math.isnan(values[3]) and sum(map(math.isnan, values)) == 1
-    with judging(knows_rome) as server:  # the judge was mended: what it said well still holds
+    with judging(knows_rome) as server:  # a working judge; earlier verdicts are kept
         reward = stage_reward("judge", config(server), tmp_path / "a.jsonl")
-        assert not any(math.isnan(r.value) for r in reward(asked, many, golds))
+        assert not any(math.isnan(r.value) for r in reward(questions, many, golds))
         assert server.requests == 1
     with judging(knows_rome, lambda n: 200 if n % 2 else 500) as server:
         reward = stage_reward("judge", config(server), tmp_path / "b.jsonl")
         with pytest.raises(JudgeFailure, match=r"5 of 10 answers got no verdict.*busy.*resume"):
-            reward(asked, many, golds)
+            reward(questions, many, golds)
 
 
-def test_a_batch_without_any_verdict_stops_whatever_is_allowed(tmp_path):
+def test_a_batch_without_any_verdict_always_stops_the_run(tmp_path):
     with judging(lambda prompt: "maybe") as server:
         all_may_fail = config(server, max_failure_rate=1.0)
         reward = stage_reward("judge", all_may_fail, tmp_path / "j.jsonl")
-        assert math.isnan(reward(QUESTIONS, SOLUTIONS, GOLDS)[0].value)  # one has no answer: 0
+        assert math.isnan(reward(QUESTIONS, SOLUTIONS, GOLDS)[0].value)  # one is 0: no answer
         with pytest.raises(JudgeFailure, match="2 of 2 answers"):
             reward(QUESTIONS[:2], SOLUTIONS[:2], GOLDS[:2])
 
@@ -100,7 +100,7 @@ def test_requests_have_a_limit(tmp_path):
         assert server.requests == 0
 
 
-def test_a_judge_that_is_nowhere_is_said_at_once(tmp_path):
+def test_a_missing_judge_url_is_named_at_once(tmp_path):
     with pytest.raises(RewardError, match=r"judge\.url"):
         stage_reward("stage2 + judge", JudgeConfig(), tmp_path / "j.jsonl")
     with pytest.raises(RewardError, match="expected WEIGHT"):
@@ -131,7 +131,7 @@ def test_a_run_is_judged_and_one_whose_judge_fails_ends_with_a_message(tmp_path)
         assert "got no verdict" in str(done.exception)
 
 
-def test_a_sum_of_nothing_is_no_reward(tmp_path):
+def test_a_sum_with_zero_weights_is_refused(tmp_path):
     for name in ("0*f1", "0*judge + 0.0*stage2", "1e-400*f1"):
         with pytest.raises(RewardError, match="every weight is 0"):
             stage_reward(name, JudgeConfig(url="http://x", model="j"), tmp_path / "j.jsonl")

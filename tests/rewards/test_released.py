@@ -1,4 +1,4 @@
-"""The released servers' rewards: one rule at a time, and on 1,800 of their own outputs."""
+"""Rewards of the released servers: one rule at a time, and on 1,800 of their own outputs."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from r1s_jax.rewards.registry import reward_rule
 
 BLOCK = f"{protocol.BEGIN_QUERY} k {protocol.END_QUERY}" + protocol.document_block(["T   text"])
 END = f"</think> <answer> New York {protocol.END_ANSWER}"
-# What each server pays for a text: qwen_zero, llama_stage1, llama_stage2.
+# A text and its reward by each server: qwen_zero, llama_stage1, llama_stage2.
 CASES = {
     "a search": (BLOCK + END, 1, 2, 1),
     "no search": (END, 1, 1.5, 1),

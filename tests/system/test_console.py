@@ -19,12 +19,12 @@ TEXT = "café 日本 </think> <answer> Göteborg </answer>"
 
 
 def r1s(*args: str | Path, **environment: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own, with these variables besides."""
-    told = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
+    """Runs the command in its own process, with additional environment variables."""
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
     return subprocess.run(
         [sys.executable, "-m", "r1s_jax.cli", *map(os.fsencode, args)],
         capture_output=True,
-        env=told | {"JAX_PLATFORMS": "cpu"} | environment,
+        env=base | {"JAX_PLATFORMS": "cpu"} | environment,
     )
 
 
@@ -42,37 +42,37 @@ def test_any_terminal_shows_traces(answers):
     assert "café ?? </think>" in shown.stdout.decode("latin-1")
 
 
-def test_a_program_is_told_all_in_ascii(answers):
+def test_json_output_is_ascii(answers):
     paid = r1s("reward", answers, "--variant", "f1", PYTHONIOENCODING="ascii")
     assert paid.returncode == 0, paid.stderr
     row = json.loads(paid.stdout.decode("ascii"))
     assert row["solution"] == TEXT and row["reward"] == 1
 
 
-def test_the_locale_c_without_utf8_asks_what_was_typed(tmp_path):
+def test_the_c_locale_passes_arguments_unchanged(tmp_path):
     (tmp_path / "p.tsv").write_text("0\tÉtretat   é lies by the sea.\n", "utf-8")
     folder = tmp_path / "é"
     save_index(build_index(read_passages(tmp_path / "p.tsv"), HashEncoder(), kind="exact"), folder)
     c = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    found = r1s("index", "search", folder, "é", "--k", "1", **c)
-    assert found.returncode == 0, found.stderr
-    row = json.loads(found.stdout)
+    done = r1s("index", "search", folder, "é", "--k", "1", **c)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
     assert row["query"] == "é" and row["results"][0]["title"] == "Étretat"
 
 
-def test_lines_of_stdin_that_are_no_utf8_are_refused(tmp_path):
+def test_lines_of_stdin_that_are_not_utf8_are_refused(tmp_path):
     (tmp_path / "p.tsv").write_text("0\tA   b\n", "utf-8")
     index = build_index(read_passages(tmp_path / "p.tsv"), HashEncoder(), kind="exact")
     save_index(index, tmp_path / "i")
-    found = run_cli("index", "search", str(tmp_path / "i"), stdin="\ufeffé\n")
-    assert json.loads(found.stdout)["query"] == "é"
+    done = run_cli("index", "search", str(tmp_path / "i"), stdin="\ufeffé\n")
+    assert json.loads(done.stdout)["query"] == "é"
     refused = run_cli("index", "search", str(tmp_path / "i"), stdin="who\ncafé\n".encode("latin-1"))
     assert "stdin, line 2: no UTF-8: byte 0xe9" in str(refused.exception)
 
 
 def calls_without_encoding(source: str) -> list[int]:
-    """Lines where text is read or written in the encoding of whatever locale there is."""
-    found = []
+    """Lines of calls that read or write text in the encoding of the locale."""
+    lines = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -81,22 +81,22 @@ def calls_without_encoding(source: str) -> list[int]:
         builtin = isinstance(node.func, ast.Name)
         if name == "open":
             place = 1 if builtin or getattr(node.func.value, "id", "") in ("gzip", "io") else 0
-            given = args[place] if len(args) > place else named.get("mode")
-            if isinstance(given, ast.Constant) and isinstance(given.value, str):
-                text = "b" not in given.value
-                text &= place == 0 or builtin or "t" in given.value  # gzip's are bytes
-            else:  # those of other classes take other things
-                text = given is None and (builtin or not args)
+            mode = args[place] if len(args) > place else named.get("mode")
+            if isinstance(mode, ast.Constant) and isinstance(mode.value, str):
+                text = "b" not in mode.value
+                text &= place == 0 or builtin or "t" in mode.value  # gzip's default is bytes
+            else:  # `open` of other classes has other parameters
+                text = mode is None and (builtin or not args)
             wrong = text and not named.keys() & {"encoding", "fileobj"} and len(args) < place + 3
         elif name in ("read_text", "write_text"):
-            own = builtin  # system.files.write_text says it itself
+            own = builtin  # system.files.write_text always uses UTF-8
             wrong = not own and "encoding" not in named and len(args) < 1 + (name == "write_text")
         elif name in ("run", "Popen", "check_output", "check_call"):
             wrong = "text" in named or "universal_newlines" in named
         else:
             wrong = name == "TextIOWrapper" and "encoding" not in named
-        found += [node.lineno] * bool(wrong)
-    return found
+        lines += [node.lineno] * bool(wrong)
+    return lines
 
 
 def test_every_text_file_is_utf8_whatever_the_locale():
@@ -121,7 +121,7 @@ def test_every_text_file_is_utf8_whatever_the_locale():
         "subprocess.run(c, text=True)",
     ],
 )
-def test_the_search_for_such_calls_finds_them(call):
+def test_calls_without_encoding_are_detected(call):
     assert calls_without_encoding(call) == [1]
     assert not calls_without_encoding("open(p, 'rb'); p.open('wb'); gzip.open(p); x.open(a, b)")
     assert not calls_without_encoding("open(p, encoding='utf-8'); p.read_text('utf-8')")

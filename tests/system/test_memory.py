@@ -1,4 +1,4 @@
-"""Malloc keeps what is freed, in huge pages: asked once, and nothing else changed."""
+"""Malloc settings: freed memory is kept in huge pages, and nothing else changes."""
 
 import os
 import platform
@@ -52,21 +52,21 @@ def run(**changes: str) -> str:
 
 
 @glibc
-def test_what_is_freed_is_kept_and_the_command_line_stays():
+def test_freed_memory_is_kept_and_the_command_line_unchanged():
     assert run() == f"{ALL} True ['a b', '--c']"
 
 
 @glibc
-def test_what_the_environment_says_already_stays():
+def test_settings_of_the_environment_are_kept():
     other = "glibc.malloc.check=0"
     assert run(GLIBC_TUNABLES=other) == f"{other}:{ALL} True ['a b', '--c']"
     refused = ":".join(f"{name}=0" for name in memory._MALLOC_SETTINGS if "threshold" not in name)
     thresholds = "glibc.malloc.mmap_threshold=131072:glibc.malloc.trim_threshold=131072"
-    told = f"{refused}:{thresholds}"
-    assert run(GLIBC_TUNABLES=told) == f"{told} False ['a b', '--c']"
+    tunables = f"{refused}:{thresholds}"
+    assert run(GLIBC_TUNABLES=tunables) == f"{tunables} False ['a b', '--c']"
 
 
-def test_programs_of_others_get_malloc_as_it_comes(monkeypatch):
+def test_child_processes_get_default_malloc_settings(monkeypatch):
     for before in ("glibc.malloc.check=0", ""):
         monkeypatch.setenv("GLIBC_TUNABLES", f"{before}:{ALL}".lstrip(":"))
         with memory.malloc_as_it_comes():
@@ -77,7 +77,7 @@ def test_programs_of_others_get_malloc_as_it_comes(monkeypatch):
 @pytest.mark.parametrize(
     ("libc", "device"), [("", None), ("glibc", "accel0"), ("glibc", "vfio/0"), ("glibc", "nvidia0")]
 )
-def test_nothing_happens_with_another_malloc_or_an_accelerator(monkeypatch, tmp_path, libc, device):
+def test_another_malloc_or_an_accelerator_changes_nothing(monkeypatch, tmp_path, libc, device):
     if device:
         (tmp_path / device).parent.mkdir(exist_ok=True)
         (tmp_path / device).touch()

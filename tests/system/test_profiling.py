@@ -27,8 +27,8 @@ def test_compilations_are_counted_once():
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are Linux's")
-def test_programs_of_runs_that_are_over_hold_no_memory():
-    """A process that compares many runs would reach the most that it may have."""
+def test_programs_of_finished_runs_hold_no_memory():
+    """A process that compares many runs would reach the limit of memory maps."""
 
     def maps() -> int:
         return Path("/proc/self/maps").read_bytes().count(b"\n")
@@ -39,16 +39,16 @@ def test_programs_of_runs_that_are_over_hold_no_memory():
             program(jnp.ones((7, 7))).block_until_ready()
         return programs
 
-    kept = [a_run()]
+    programs_of_runs = [a_run()]
     forget_compiled_programs()
     before = maps()
-    kept.append(a_run())
+    programs_of_runs.append(a_run())
     assert maps() > before + 15
     forget_compiled_programs()
     assert maps() <= before + 10
 
 
-def test_utilisation_is_known_where_the_chip_is(monkeypatch):
+def test_utilisation_is_reported_for_known_chips(monkeypatch):
     params = {"w": jnp.ones((1000, 1000)), "b": jnp.ones(1000)}
     assert model_flops_utilization(params, 10, 1.0) is None
     kind = jax.devices()[0].device_kind
@@ -57,7 +57,7 @@ def test_utilisation_is_known_where_the_chip_is(monkeypatch):
     assert share == pytest.approx(6 * 1_001_000 * 5000 / (2 * 1e14 * jax.device_count()))
 
 
-def test_the_steps_named_are_traced(tmp_path):
+def test_the_named_steps_are_traced(tmp_path):
     trace = StepTrace("2:3", tmp_path)
     for number in range(1, 5):
         with trace.step(number):
@@ -67,7 +67,7 @@ def test_the_steps_named_are_traced(tmp_path):
 
 def test_a_run_that_ends_early_still_writes_its_trace(tmp_path):
     trace = StepTrace("1:9", tmp_path)
-    with trace.step(4):  # resumed in the middle
+    with trace.step(4):  # a resumed run
         pass
     trace.close()
     assert list(tmp_path.rglob("*.json.gz"))
@@ -78,16 +78,16 @@ def test_a_run_that_ends_early_still_writes_its_trace(tmp_path):
 
 def test_compiled_programs_are_kept_for_accelerators(monkeypatch, tmp_path):
     monkeypatch.setenv("R1S_CACHE", str(tmp_path))
-    told = {}
-    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     profiling.keep_compiled_programs()
-    assert not told
+    assert not updates
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     profiling.keep_compiled_programs()
-    assert told == {"jax_compilation_cache_dir": str(tmp_path / "compiled")}
+    assert updates == {"jax_compilation_cache_dir": str(tmp_path / "compiled")}
 
 
 @pytest.mark.parametrize("steps", ["0:3", "3:1", "a", "1:2:3", "-1"])
-def test_what_is_no_range_is_refused(steps, tmp_path):
+def test_an_invalid_range_is_refused(steps, tmp_path):
     with pytest.raises(ConfigError, match="take N or N:M"):
         StepTrace(steps, tmp_path)

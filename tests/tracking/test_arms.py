@@ -1,4 +1,4 @@
-"""Comparisons of settings: what a run comes to, and the table over seeds."""
+"""Comparisons of settings: the result of a run, and the table over seeds."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def write_run(folder: Path, f1: list[float], after: float | None, signal_at: int
     return folder
 
 
-def test_a_run_comes_to_what_its_files_say(tmp_path):
+def test_the_result_of_a_run_comes_from_its_files(tmp_path):
     rising = [0.1, 0.5, 0.8, 0.9, 0.95, 0.95, 0.95]
     got = run_result(write_run(tmp_path / "a", rising, 0.97, signal_at=3))
     # The first four steps whose mean is .9 end with the sixth.
@@ -77,7 +77,7 @@ def test_a_row_holds_means_and_intervals_over_seeds(tmp_path):
     assert "stopped" not in page and "where it must" not in page
 
 
-def test_a_run_that_was_stopped_and_searches_by_need_stand_in_the_table(tmp_path):
+def test_stopped_runs_and_search_by_need_appear_in_the_table(tmp_path):
     runs = [
         run_result(write_run(tmp_path / n, [0.9] * 4, f1)) for n, f1 in (("a", 0.9), ("b", None))
     ]
@@ -88,7 +88,7 @@ def test_a_run_that_was_stopped_and_searches_by_need_stand_in_the_table(tmp_path
     assert "| searched where it must | and where not |" in head and "| 0.98 | 0.25 |" in line
 
 
-def test_the_picture_is_drawn_of_runs_of_several_lengths(tmp_path):
+def test_the_figure_accepts_runs_of_several_lengths(tmp_path):
     runs = [write_run(tmp_path / str(n), [0.1 * n] * n, 0.5) for n in (2, 5, 0)]
     plot_arms({"a": runs[:2], "b": runs[2:]}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

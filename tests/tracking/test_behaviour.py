@@ -1,4 +1,4 @@
-"""What a policy does with its turns, counted on trajectories written by hand."""
+"""Counts of the behaviour of a policy on trajectories written by hand."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def rolled(right: bool) -> Rolled:
             Solution(spans, R1, finish == Finish.FINISHED)
             for spans, finish in zip(TEXTS, FINISHES, strict=True)
         ),
-        searches=tuple(tuple(Search(0, q, "found") for q in asked) for asked in SEARCHES),
+        searches=tuple(tuple(Search(0, q, "found") for q in queries) for queries in SEARCHES),
         outcomes={},
         seconds=1.0,
         counters={},

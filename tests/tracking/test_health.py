@@ -1,4 +1,4 @@
-"""Signals of health: each fires in a run made to fail that way, none without a reason."""
+"""Health signals: each fires in a run with its failure, and none in healthy runs."""
 
 import zlib
 from collections.abc import Callable
@@ -46,7 +46,7 @@ HEALTHY = {
     "groups_without_signal": 0.3,
     "rewards_answers": True,
 }
-# What the last steps of an unhealthy run look like, and how bad that is.
+# The columns of the last steps of an unhealthy run, and the level of the signal.
 SICK = {
     "not_finite": ({"loss": float("nan")}, "fatal"),
     "entropy_collapse": ({"entropy": 0.01}, "warning"),
@@ -86,7 +86,7 @@ def test_a_signal_fires_for_its_own_reason_and_no_other(name):
     assert fired[0]["advice"]
 
 
-def test_a_healthy_run_is_left_in_peace():
+def test_a_healthy_run_fires_no_signal():
     assert check(rows({})) == []
     assert check(History([HEALTHY])) == []
     sure = {"entropy": 0.005, "identical_responses": 1.0, "answer_f1": 0.97, "reward": 0.97}
@@ -94,20 +94,20 @@ def test_a_healthy_run_is_left_in_peace():
     assert check(rows({"reward": 0.9, "rewards_answers": False})) == [], "stage 1 pays for format"
 
 
-def test_steps_without_a_right_answer_do_not_hide_a_likelihood_that_falls():
+def test_steps_without_a_right_answer_do_not_hide_a_falling_likelihood():
     none = {name: value for name, value in HEALTHY.items() if name != "correct_logprob"}
     lost = [HEALTHY | {"correct_logprob": -0.9}] * 5
     fired = check(History([none, *[HEALTHY] * 5, *lost]))
     assert [one["signal"] for one in fired] == ["likelihood_displaced"]
 
 
-def test_one_update_that_goes_much_too_far_is_told_after_the_first_step():
-    for drift, told in ((0.7, []), (0.9, ["ratio_drift"])):
+def test_one_update_far_too_large_fires_after_the_first_step():
+    for drift, signals in ((0.7, []), (0.9, ["ratio_drift"])):
         fired = check(History([HEALTHY | {"ratio_drift": drift}]))
-        assert [one["signal"] for one in fired] == told
+        assert [one["signal"] for one in fired] == signals
 
 
-def test_what_is_very_bad_is_fatal():
+def test_extreme_values_are_fatal():
     for last in ({"logprob_diff_mean": 2.0}, {"format_valid": 0.0}):
         assert [f["level"] for f in check(rows(last))] == ["fatal"]
 
@@ -116,12 +116,12 @@ AT_ONCE = ("not_finite", "drift_returns")
 
 
 @pytest.mark.parametrize("name", [name for name in SICK if name not in AT_ONCE])
-def test_one_bad_step_is_no_trend(name):
+def test_one_bad_step_fires_no_trend_signal(name):
     fired = {one["signal"] for one in check(rows(SICK[name][0], steps=1))}
     assert fired <= {"drift_returns"} and (name == "ratio_drift" or not fired)
 
 
-# Real runs of the tiny world, each sent the wrong way by its reward, its numbers or its retriever.
+# Real runs of the tiny world that fail because of their reward, settings or retriever.
 
 SHORT = [
     "stage1.steps=0",
@@ -133,7 +133,7 @@ SHORT = [
     "optimizer.learning_rate=1e-3",
     "optimizer.decay_to=1",
     "search.max_failure_rate=1",
-    "run.stop_when_unhealthy=false",  # what comes first is often another signal
+    "run.stop_when_unhealthy=false",  # another signal often fires first
 ]
 
 
@@ -163,7 +163,7 @@ def pays_for_noise(solution, golds):
 
 @pytest.fixture(scope="module")
 def beginner(tmp_path_factory) -> Path:
-    """A policy that speaks the protocol and reads a little, in Hugging Face form."""
+    """A policy after a short cold start, in Hugging Face format."""
     folder = tmp_path_factory.mktemp("beginner")
     cold = ["cold_start.steps=250", "cold_start.cooldown_steps=50", "eval.questions=0"]
     training.train(override(tiny_world.config(), cold), folder / "run", cold_start_only=True)
@@ -198,7 +198,7 @@ def samples_from_old_weights(self: Engine, params, *args, **options):
 
 @pytest.fixture(autouse=True)
 def any_learning_rate(monkeypatch):
-    """What loses a run for certain is more than a recipe may ask for."""
+    """Allows higher learning rates than recipes do, so that runs surely fail."""
     monkeypatch.setitem(declared(OptimizerConfig), "learning_rate", (float, None))
 
 
@@ -220,7 +220,7 @@ RUNS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_made_to_fail_says_so(beginner, tmp_path, monkeypatch, name):
+def test_a_failing_run_fires_its_signal(beginner, tmp_path, monkeypatch, name):
     if name == "empty_documents":
         _original_batch()
         monkeypatch.setattr(TinyWorldEnvironment, "_batch", finds_nothing)
@@ -239,8 +239,8 @@ def test_a_run_made_to_fail_says_so(beginner, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.slow
-def test_a_fatal_signal_stops_the_run_and_keeps_the_step_before(tmp_path):
-    """Parameters that are no numbers are not saved over those that are."""
+def test_a_fatal_signal_stops_the_run_and_keeps_the_previous_step(tmp_path):
+    """Parameters with NaN must not replace the saved ones."""
     config = override(
         tiny_world.config(),
         [*SHORT, "cold_start.steps=0", *RUNS["not_finite"]],

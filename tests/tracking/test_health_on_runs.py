@@ -1,6 +1,6 @@
-"""Health signals on what runs really did: fixtures/health_runs.json holds the columns they read.
+"""Health signals on the columns of real runs in fixtures/health_runs.json.
 
-Five of the recipe `tiny_world` (seeds 0 to 4), and runs that were sent the wrong way by their
+Five healthy runs of the recipe `tiny_world` (seeds 0 to 4), and runs that fail because of their
 learning rate: twenty times the recipe's from the start, rising to twenty times over the run, and
 five times with the loss `cispo`.
 """
@@ -33,7 +33,7 @@ def first_steps(rows: list[dict]) -> dict[str, int]:
 
 
 def fell(rows: list[dict]) -> int:
-    """The first step whose F1 is below half the best before it."""
+    """The first step whose F1 is below half of the best F1 so far."""
     best = 0.0
     for step, row in enumerate(rows, start=1):
         best = max(best, row["answer_f1"])
@@ -43,7 +43,7 @@ def fell(rows: list[dict]) -> int:
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_healthy_runs_are_left_in_peace(name):
+def test_healthy_runs_fire_no_signal(name):
     assert len(RUNS[name]) == 34 and RUNS[name][-1]["answer_f1"] > 0.9
     assert first_steps(RUNS[name]) == {}
 
@@ -53,11 +53,11 @@ def test_there_are_five_healthy_runs():
 
 
 @pytest.mark.parametrize("name", ["rising20", "lr5_cispo"])
-def test_a_collapse_is_told_three_steps_before_half_of_f1_is_lost(name):
+def test_a_signal_fires_three_steps_before_half_of_f1_is_lost(name):
     first = first_steps(RUNS[name])
     assert min(first.values()) <= fell(RUNS[name]) - 3, first
 
 
-def test_a_run_that_is_lost_by_its_first_update_is_told_so_before_the_next_rollout():
+def test_a_failed_first_update_fires_before_the_next_rollout():
     assert fell(RUNS["lr20"]) == 2
     assert first_steps(RUNS["lr20"])["ratio_drift"] == 1

@@ -1,4 +1,4 @@
-"""The page that compares runs: what it says, and how it behaves in a real browser."""
+"""The page that compares runs: its content, and its behaviour in a real browser."""
 
 import dataclasses
 import html
@@ -24,12 +24,12 @@ from r1s_jax.tracking.report import write_report
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(not BROWSER, reason="no chromium is installed")
 
-# What a question or a policy may hold, and no page may take for its own.
+# Text of a question or a policy that the page must not interpret.
 HOSTILE = (
     '</script><script>evil=1</script><img src=x onerror="evil=2"> \x00 "quoted\' {{ 7 * 7 }} '
     "שלום \u202eturned\u202c \u2028 عربي 日本語 \ud800 &lt;"
 )
-SHOWN = (  # the same with stand-ins for what no page can hold
+SHOWN = (  # the same with replacements for characters that a page cannot hold
     HOSTILE.replace("\x00", "\u2400")
     .replace("\ud800", "\ufffd")
     .replace("\u202e", "[U+202E]")
@@ -80,7 +80,7 @@ ALARM = {"signal": "low_entropy", "level": "warning", "value": 0.4, "advice": "E
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory) -> list[Path]:
-    """A finished run, and one that goes on: shorter, with gaps, with alarms, with other columns."""
+    """A finished run, and a running one: shorter, with gaps, alarms and other columns."""
     folder = tmp_path_factory.mktemp("runs")
     finished = make_run(
         folder / "finished",
@@ -98,7 +98,7 @@ def two_runs(tmp_path_factory) -> list[Path]:
     traces = [trace_row(2, text=HOSTILE), trace_row(5, text=HOSTILE)]
     going_on = make_run(folder / "going <b>on", "seed=1", rows=rows, traces=traces)
     with (going_on / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "rew')  # being written
+        file.write('{"step": 7, "rew')  # an unfinished line
     with (going_on / "traces.jsonl").open("a") as file:
         file.write('{"step": 7, "quest')
     return [finished, going_on]
@@ -112,17 +112,17 @@ def page(two_runs, tmp_path_factory) -> Path:
 
 
 def words(path: Path) -> str:
-    """What a page says, tags taken off."""
+    """The text of a page without tags."""
     body = path.read_text("utf-8").partition("<main>")[2].partition("<script")[0]
     return " ".join(html.unescape(re.sub("<[^>]*>", " ", body.replace("<wbr>", ""))).split())
 
 
 def browse(page: Path, width: int, script: str) -> dict:
-    """What `script` returns in the page shown `width` pixels wide; `errors` are the page's own."""
+    """The result of `script` in the page at `width` pixels; `errors` are the errors of the page."""
     catcher = "<script>errors = []; addEventListener('error', e => errors.push(e.message))</script>"
     watched = page.with_name("watched.html")
     watched.write_text(page.read_text("utf-8").replace("<head>", f"<head>{catcher}", 1), "utf-8")
-    # A window is never narrower than 500 pixels; a frame may be.
+    # A browser window has at least 500 pixels; a frame may be narrower.
     frame = f"""<iframe src="watched.html" width={width} height=900></iframe><pre></pre><script>
         addEventListener("load", () => {{
             const w = document.querySelector("iframe").contentWindow, d = w.document;
@@ -144,15 +144,15 @@ def browse(page: Path, width: int, script: str) -> dict:
          "--window-size=1400,1000", "--dump-dom", outer.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    (found,) = re.findall("<pre>(.*?)</pre>", done.stdout, re.S)
-    return json.loads(html.unescape(found))
+    (output,) = re.findall("<pre>(.*?)</pre>", done.stdout, re.S)
+    return json.loads(html.unescape(output))
 
 
 # ---- in a browser
 
 
 @needs_browser
-def test_curves_answer_to_pointer_keys_and_controls(page):
+def test_curves_react_to_pointer_keys_and_controls(page):
     got = browse(
         page,
         1280,
@@ -208,7 +208,7 @@ def test_curves_answer_to_pointer_keys_and_controls(page):
     assert got["cold_start_unmoved"] == "A 1.667 last"
     assert got["not_finite"].startswith("step 3 A 0.6667 B –")
     assert got["pointed_at_the_end"] == "step 8 A 0.8 B –"
-    # "Mine" is B's alone and under a heading that is closed.
+    # Only run B has "Mine", under a collapsed heading.
     assert got["without_b"] == 6
     assert got["without_b_read"].startswith("A 0.8")
 
@@ -276,7 +276,7 @@ def test_the_page_is_never_wider_than_the_screen(page, width):
     assert width - 20 <= got["seen"] <= width
 
 
-# ---- what it says
+# ---- content
 
 
 def test_results_differences_and_health(page):
@@ -305,11 +305,11 @@ def test_the_page_needs_nothing_else(page):
     assert not list(page.parent.glob("*.partial"))
 
 
-def test_runs_with_hardly_anything(tmp_path):
-    made = make_run(tmp_path / "made")
+def test_runs_with_almost_no_data(tmp_path):
+    fresh = make_run(tmp_path / "made")
     cold = make_run(tmp_path / "cold", cold_start=[{"step": 1, "loss": math.nan}])
     once = make_run(tmp_path / "once", rows=[metric_row(1)])
-    write_report([made], tmp_path / "a.html")
+    write_report([fresh], tmp_path / "a.html")
     text = words(tmp_path / "a.html")
     assert "not a step yet" in text and "No step has been written" in text
     assert "Nothing fired." in text and "No trajectory was written." in text
@@ -334,7 +334,7 @@ def test_runs_with_hardly_anything(tmp_path):
         ("traces.jsonl", json.dumps(trace_row(1) | {"token_advantages": [["x", 1]]}), "spell"),
     ],
 )
-def test_what_is_broken_is_named(tmp_path, name, line, message):
+def test_broken_files_are_named(tmp_path, name, line, message):
     run = make_run(tmp_path / "run", rows=[metric_row(1)], traces=[trace_row(1)])
     with (run / name).open("a") as file:
         file.write(line + "\n")
@@ -343,7 +343,7 @@ def test_what_is_broken_is_named(tmp_path, name, line, message):
     assert not (tmp_path / "report.html").exists()
 
 
-def test_what_is_no_run_is_named(tmp_path, two_runs):
+def test_a_folder_that_is_no_run_is_named(tmp_path, two_runs):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty is no run: it holds no config.json"):
         write_report([*two_runs, tmp_path / "empty"], tmp_path / "report.html")
@@ -405,6 +405,6 @@ def test_every_axis_has_a_height(values):
 
 
 @pytest.mark.parametrize("value", [10**400, True, "x", None])
-def test_what_is_no_number_is_shown_as_none(value):
+def test_nan_is_shown_as_missing(value):
     assert report._number(value) == report._duration(value) == "–"
     assert report._number(float("nan")) == "nan" and report._duration(float("nan")) == "–"

@@ -1,4 +1,4 @@
-"""What makes two configs the same run, and what of one is written down."""
+"""Which configs belong to the same run, and the files of a run directory."""
 
 import json
 import os
@@ -29,8 +29,8 @@ def config(**changes):
     return replace(wiki_smollm2.config(), environment=environment, **changes)
 
 
-def begin(path, given) -> None:
-    open_run_dir(path, given, resume=False)
+def begin(path, recipe) -> None:
+    open_run_dir(path, recipe, resume=False)
     (path / "metrics.jsonl").touch()
 
 
@@ -42,7 +42,7 @@ def test_no_credentials_are_written(tmp_path):
     open_run_dir(tmp_path / "run", config(), resume=True)
 
 
-def test_a_run_of_another_config_is_named_by_what_differs(tmp_path):
+def test_a_run_of_another_config_is_refused_with_the_difference(tmp_path):
     begin(tmp_path / "run", config())
     file = tmp_path / "run" / "config.json"
     with pytest.raises(ConfigError, match="another config: seed was 0, now 3"):
@@ -57,9 +57,9 @@ def test_a_run_of_another_config_is_named_by_what_differs(tmp_path):
 def test_a_run_of_an_earlier_version_is_refused(tmp_path):
     begin(tmp_path / "run", config())
     versions = tmp_path / "run" / "versions.json"
-    told = json.loads(versions.read_text())
-    del told["format"]
-    versions.write_text(json.dumps(told))
+    content = json.loads(versions.read_text())
+    del content["format"]
+    versions.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"versions\.json: .* an earlier version.*start a new run"):
         open_run_dir(tmp_path / "run", config(), resume=True)
     with pytest.raises(UserError, match="an earlier version"):
@@ -69,7 +69,7 @@ def test_a_run_of_an_earlier_version_is_refused(tmp_path):
         read_versions(tmp_path / "run")
 
 
-def test_one_file_by_two_names_is_the_same(tmp_path, monkeypatch):
+def test_two_paths_of_one_file_are_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     begin(tmp_path / "run", config())
     monkeypatch.chdir("/")
@@ -80,7 +80,7 @@ def test_one_file_by_two_names_is_the_same(tmp_path, monkeypatch):
         open_run_dir(tmp_path / "run", replace(config(), environment=other), resume=True)
 
 
-def test_a_run_that_took_no_step_binds_no_other(tmp_path):
+def test_a_run_without_steps_may_be_replaced(tmp_path):
     open_run_dir(tmp_path / "run", config(), resume=False)
     (tmp_path / "run" / "policy").mkdir()
     (tmp_path / "run" / "data.json").write_text("{}")
@@ -88,12 +88,12 @@ def test_a_run_that_took_no_step_binds_no_other(tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "versions.json"}
 
 
-def test_a_run_goes_on_with_its_own_architecture_and_tokenizer(tmp_path):
-    """What policy.model names may hold others by then; the parameters are the run's."""
-    made = PolicyConfig(model=str(save_small_model(tmp_path / "m")))
-    save_policy(tmp_path / "run", make_policy(made, 0))
-    save_other_weights(tmp_path / "m")  # are not read where there is a checkpoint
-    save_policy(tmp_path / "run", policy := make_policy(made, 0, run=tmp_path / "run"))
+def test_a_resumed_run_keeps_its_architecture_and_tokenizer(tmp_path):
+    """The folder of policy.model may have changed; the run uses its own parameters."""
+    policy_config = PolicyConfig(model=str(save_small_model(tmp_path / "m")))
+    save_policy(tmp_path / "run", make_policy(policy_config, 0))
+    save_other_weights(tmp_path / "m")  # not read: the run has its own policy
+    save_policy(tmp_path / "run", policy := make_policy(policy_config, 0, run=tmp_path / "run"))
     other = policy._replace(model=replace(policy.model, rope_theta=5.0))
     with pytest.raises(ConfigError, match=r"run: architecture .* changed since the run began"):
         save_policy(tmp_path / "run", other)
@@ -104,22 +104,22 @@ def test_a_run_goes_on_with_its_own_architecture_and_tokenizer(tmp_path):
         save_policy(tmp_path / "run", policy._replace(tokenizer=tokenizer))
 
 
-def test_the_encoder_of_passages_is_data(tmp_path, monkeypatch):
+def test_a_changed_encoder_is_changed_data(tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text('{"question": "Who?", "answer": "A"}\n')
     (tmp_path / "p.tsv").write_text("0\tA   is who\n")
     files = {"questions": (str(tmp_path / "q.jsonl"),), "passages": (str(tmp_path / "p.tsv"),)}
-    given = replace(wiki_smollm2.config(), environment=CorpusConfig(**files))
-    check_data(tmp_path, given, accept_changed=False)
-    check_data(tmp_path, given, accept_changed=False)
+    recipe = replace(wiki_smollm2.config(), environment=CorpusConfig(**files))
+    check_data(tmp_path, recipe, accept_changed=False)
+    check_data(tmp_path, recipe, accept_changed=False)
     other = SimpleNamespace(fingerprint="another")
     monkeypatch.setattr(digests, "load_encoder", lambda reference: other)
     with pytest.raises(ConfigError, match="hash changed since the run began"):
-        check_data(tmp_path, given, accept_changed=False)
-    check_data(tmp_path, given, accept_changed=True)
+        check_data(tmp_path, recipe, accept_changed=False)
+    check_data(tmp_path, recipe, accept_changed=True)
 
 
 def test_a_run_keeps_its_identity(tmp_path):
-    """Also where it ended before its first step."""
+    """Also a run that ended before its first step."""
     run = open_run_dir(tmp_path / "run", config(), resume=False)
     first = read_versions(run).id
     open_run_dir(run, config(seed=3), resume=False)
@@ -132,7 +132,7 @@ def test_a_run_keeps_its_identity(tmp_path):
 @pytest.mark.parametrize(
     "damaged", ['{"format": 1, "id": "a", "folder": 3}', "[]", '{"format": 1, "folder": "."}']
 )
-def test_versions_that_are_damaged_are_named(tmp_path, damaged):
+def test_damaged_versions_are_named(tmp_path, damaged):
     begin(tmp_path / "run", config())
     (tmp_path / "run" / "versions.json").write_text(damaged)
     with pytest.raises(UserError, match=r"versions\.json: "):
@@ -140,9 +140,9 @@ def test_versions_that_are_damaged_are_named(tmp_path, damaged):
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
-def test_a_signal_asks_to_stop_after_the_step(number):
+def test_a_signal_stops_the_run_after_the_step(number):
     chosen = signal.Signals[number]
-    outside = signal.signal(chosen, signal.SIG_DFL)  # the tests themselves may run under nohup
+    outside = signal.signal(chosen, signal.SIG_DFL)  # the tests may run under nohup
     try:
         with StopRequest() as stop:
             os.kill(os.getpid(), chosen)
@@ -154,7 +154,7 @@ def test_a_signal_asks_to_stop_after_the_step(number):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_an_ignored_signal_stays_ignored(number):
-    """As nohup leaves it."""
+    """nohup ignores SIGHUP."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with StopRequest() as stop:
@@ -167,7 +167,7 @@ def test_an_ignored_signal_stays_ignored(number):
 ON_A_TERMINAL = """
 import fcntl, signal, sys, termios, time
 from r1s_jax.tracking.run_dir import StopRequest
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # its terminal from now on
 with StopRequest() as stop:
     print("begun", flush=True)
@@ -178,7 +178,7 @@ with StopRequest() as stop:
 """
 
 
-def test_a_terminal_that_goes_away_stops_the_run_and_nothing_else(tmp_path):
+def test_a_closed_terminal_stops_the_run_and_nothing_else(tmp_path):
     terminal, other = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", ON_A_TERMINAL, str(tmp_path / "saved")],

@@ -17,8 +17,8 @@ from r1s_jax.tracking.run_dir import open_run_dir
 from r1s_jax.tracking.telemetry import Telemetry
 
 
-def test_rows_come_back_whatever_a_policy_wrote(tmp_path):
-    """Some characters end a line for Python, and none for JSON lines."""
+def test_rows_are_read_unchanged_whatever_a_policy_wrote(tmp_path):
+    """Some characters end a line in Python but not in JSON lines."""
     texts = ["\u2028 \u2029 \x85 \x0b \x0c \x1c \r\n \x00", "🙂"]
     telemetry = Telemetry(tmp_path)
     for step, text in enumerate(texts, start=1):
@@ -39,7 +39,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 def events(folder: Path) -> Iterator[Event]:
-    """What TensorBoard reads, file by file in the order of their names."""
+    """The events that TensorBoard reads, file by file in the order of their names."""
     for path in sorted(folder.iterdir()):
         data, at = path.read_bytes(), 0
         while at < len(data):
@@ -49,7 +49,7 @@ def events(folder: Path) -> Iterator[Event]:
 
 
 def points(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """The points of a curve as TensorBoard draws them: a restart takes back later steps."""
+    """The points of a curve as TensorBoard draws them: a restart removes later steps."""
     drawn: list[tuple[int, float]] = []
     for event in events(folder):
         if event.HasField("session_log"):
@@ -59,7 +59,7 @@ def points(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 
 def begin_twice(run: Path, config=None) -> None:
-    """Steps 1-3 of both phases, a kill, and again from step 2 of learning on."""
+    """Steps 1-3 of both phases, a kill, and a restart from step 2 of learning."""
     for again in (False, True):
         telemetry = Telemetry(run, config)
         telemetry.rewind(cold_start=3 * again, learning=again)
@@ -71,7 +71,7 @@ def begin_twice(run: Path, config=None) -> None:
 
 
 def test_tensorboard_has_each_step_once_after_a_kill(tmp_path, monkeypatch):
-    """Also where the clock was set back by more than a writer's thread can wait."""
+    """Also after the clock was set back by more than a writer's thread can wait."""
     now = time.time()
     clock = iter([now, *[now - 30 * 86_400] * 100])
     monkeypatch.setattr(time, "time", lambda: next(clock))
@@ -108,8 +108,8 @@ def test_a_resumed_run_is_one_run_of_wandb_on_one_axis(tmp_path, monkeypatch):
         def finish(self):
             pass
 
-    def init(**given):
-        calls.append(given)
+    def init(**options):
+        calls.append(options)
         return Recorder()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
