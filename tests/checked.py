@@ -13,7 +13,7 @@ from jaxtyping import AbstractArray
 def checked(function: Callable) -> Callable:
     """`beartype` for parameters that are arrays; tests may pass fakes for all others.
 
-    It does not know generic NamedTuples; an annotation with one is left out.
+    `beartype` does not support generic NamedTuples, so annotations with one are skipped.
     """
     hints = function.__annotations__.items()
     arrays = {n: hint for n, hint in hints if _has(hint, AbstractArray) and not _has(hint, Generic)}

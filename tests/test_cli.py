@@ -124,7 +124,7 @@ def test_a_number_out_of_range_is_named(args, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "advice"),
     [
         (("bench", "decode", "--json"), "`r1s bench` is now `python -m benchmarks`"),
         (("eval", "run", "q", "--max-length", "9"), "write rollout.max_length=TOKENS"),
@@ -132,12 +132,12 @@ def test_a_number_out_of_range_is_named(args, capsys, monkeypatch):
         (("ask", "Who?", "--force-dialect"), "write protocol.force=true"),
     ],
 )
-def test_a_command_or_option_by_its_old_name_names_the_new_one(args, told, capsys, monkeypatch):
+def test_a_command_or_option_by_its_old_name_names_the_new_one(args, advice, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["r1s", *args])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1
-    assert told in capsys.readouterr().err
+    assert advice in capsys.readouterr().err
 
 
 def test_a_broken_question_file_is_named(tmp_path, monkeypatch, capsys):

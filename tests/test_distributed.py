@@ -96,7 +96,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_learn_what_one_does(alone, tmp_path, count):
+def test_several_processes_learn_the_same_as_one(alone, tmp_path, count):
     run_dir = tmp_path / "run"
     ended = finish(start(count, [*TRAIN, "--run-dir", str(run_dir), "--distributed"]))
     assert [status for status, *_ in ended] == [0] * count, ended[0][2]
@@ -108,7 +108,7 @@ def test_several_processes_learn_what_one_does(alone, tmp_path, count):
     assert all(row["searches"][0]["outcome"] == "found" for row in traces)
 
 
-def test_they_tell_each_other_values_and_errors(tmp_path, monkeypatch):
+def test_values_and_errors_reach_every_process(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy"):  # a dead proxy: processes must connect directly
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     ended = finish(start(2, [*WORKER, "agree", str(tmp_path)]))
@@ -117,7 +117,7 @@ def test_they_tell_each_other_values_and_errors(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_reward_that_draws_lots_is_one_for_all(tmp_path):
+def test_a_random_reward_is_the_same_in_all_processes(tmp_path):
     ended = finish(start(2, [*WORKER, "own_reward", str(tmp_path / "run")]))
     assert [status for status, *_ in ended] == [0, 0], ended[0][2][-3000:] + ended[1][2][-3000:]
     one, two = [re.findall("parameters .*", out) for _, out, _ in ended]
@@ -125,7 +125,7 @@ def test_a_reward_that_draws_lots_is_one_for_all(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rollout_may_be_left_and_entered_again(tmp_path):
+def test_a_rollout_may_be_interrupted_and_resumed(tmp_path):
     ended = finish(start(2, [*WORKER, "pieces", str(tmp_path)]))
     one, two = [(status, out.splitlines()[-1:]) for status, out, _ in ended]
     assert one == two and one[0] == 0, ended[0][2][-3000:]
@@ -146,7 +146,7 @@ def test_search_may_be_served_by_one_process_for_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_failing_retriever_on_one_ends_all_alike(tmp_path):
+def test_a_failing_retriever_of_one_process_ends_all(tmp_path):
     ended = finish(start(2, [*WORKER, "failing_search", str(tmp_path / "run")]))
     messages = [error.strip().splitlines()[-1] for _, _, error in ended]
     assert messages[0] == messages[1]
@@ -156,7 +156,7 @@ def test_a_failing_retriever_on_one_ends_all_alike(tmp_path):
 
 
 @pytest.mark.slow
-def test_when_one_dies_the_others_end_and_say_which(tmp_path):
+def test_after_a_crash_the_other_processes_end_and_name_it(tmp_path):
     run_dir = tmp_path / "run"
     many = ["cold_start.steps=100000", "cold_start.checkpoint_every=100000"]
     train = ["r1s_jax.cli", "train", "tiny_world", *SHORT, *many]
@@ -170,7 +170,7 @@ def test_when_one_dies_the_others_end_and_say_which(tmp_path):
     assert status != 0 and re.search(r"stopped sending heartbeats\):\s+1\b", error), error[-3000:]
 
 
-def test_without_knowing_who_they_are_it_says_what_to_set(monkeypatch):
+def test_unknown_process_numbers_are_refused_with_advice(monkeypatch):
     monkeypatch.setenv("R1S_COORDINATOR", "localhost:1")
     with pytest.raises(distributed.ProcessError, match="set all of R1S_COORDINATOR, R1S_PROCESSES"):
         distributed.join()
@@ -181,7 +181,7 @@ def test_a_run_directory_must_be_named():
     assert status == 1 and "--distributed needs --run-dir" in error
 
 
-def test_alone_it_is_the_plain_thing():
+def test_one_process_needs_no_communication():
     assert distributed.gather(1) == [1] and distributed.on_main(lambda: 2) == 2
     with pytest.raises(ZeroDivisionError):
         distributed.together(lambda: 1 / 0)

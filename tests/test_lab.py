@@ -33,7 +33,7 @@ TINY = [*SHORT, "stage1.steps=0", "stage2.steps=3"]
         (["--arm", "a: 'open"], "quotation"),
     ],
 )
-def test_bad_input_is_one_message_and_nothing_begins(tmp_path, arguments, words):
+def test_bad_input_is_one_message_before_any_run(tmp_path, arguments, words):
     done = run_cli("lab", "tiny_world", *arguments, "--out", str(tmp_path / "lab"))
     assert done.exit_code and words in str(done.exception)
     assert not (tmp_path / "lab").exists()
@@ -48,7 +48,7 @@ def test_a_directory_holds_one_comparison(tmp_path):
         assert done.exit_code and "another comparison" in str(done.exception)
 
 
-def test_arms_share_a_cold_start_where_nothing_it_depends_on_differs(tmp_path):
+def test_arms_with_equal_cold_start_settings_share_one(tmp_path):
     def folder(*changes: str, seed: int = 0) -> Path:
         return _planned("tiny_world", TINY, Arm("x", changes), seed, tmp_path).cold_folder
 

@@ -35,7 +35,7 @@ CHANGES += ["rollout.retrieve_first=false", "eval.questions=1", "search.max_fail
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Token ids of every prompt, by the command that made it."""
+    """Token ids of every prompt, by the module that encoded it."""
     ids = {}
 
     def watch(module):

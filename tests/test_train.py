@@ -99,15 +99,17 @@ def test_a_run_leaves_its_files(whole):
 
 
 @pytest.mark.parametrize(
-    ("step", "known", "asked"), [(0, None, 1), (0, {"f1": 1.0}, 0), (2, {}, 0)]
+    ("step", "before", "evaluations"), [(0, None, 1), (0, {"f1": 1.0}, 0), (2, {}, 0)]
 )
-def test_learning_begins_with_one_evaluation(tmp_path, monkeypatch, step, known, asked):
+def test_learning_begins_with_one_evaluation(tmp_path, monkeypatch, step, before, evaluations):
     run, seen = Run.__new__(Run), []
-    run.dir, run.progress = tmp_path, Progress(phase="learning", step=step, before=known)
+    run.dir, run.progress = tmp_path, Progress(phase="learning", step=step, before=before)
     monkeypatch.setattr(Run, "evaluate", lambda _, state: seen.append(state) or state)
     monkeypatch.setattr("r1s_jax.train.note_evaluation", lambda *_: {"f1": 0.5})
     run._evaluate_before("the state")
-    assert len(seen) == asked and run.progress.before == ({"f1": 0.5} if asked else known)
+    assert len(seen) == evaluations and run.progress.before == (
+        {"f1": 0.5} if evaluations else before
+    )
 
 
 @pytest.mark.slow

@@ -42,8 +42,8 @@ def test_only_right_and_well_formed_trajectories_are_imitated(tmp_path, capsys):
     wrong = GOOD.replace("<answer> Herbert", "<answer> Asimov")
     path = answers(tmp_path / "a.jsonl", GOOD, "no tags at all", wrong, GOOD)
     unwanted = {normalize_answer("who wrote dune 3")}
-    kept = read_demonstrations([path], unwanted)
-    assert [d.question for d in kept] == ["Who wrote Dune 0?"]
+    demonstrations = read_demonstrations([path], unwanted)
+    assert [d.question for d in demonstrations] == ["Who wrote Dune 0?"]
     said = " ".join(capsys.readouterr().err.split())
     assert "1 kept; left out: 2 for their format or answer, 1 for a question" in said
     with pytest.raises(DataError, match="worth imitating"):

@@ -51,7 +51,7 @@ NO_SYSTEM = (
 )
 
 
-def test_a_template_without_a_system_role_says_what_helps():
+def test_a_template_without_a_system_role_is_refused_with_advice():
     message = r"no system role.*has none \(protocol.prompt=FILE.*prompt=base"
     with pytest.raises(ConfigError, match=message):
         chat_renderer(letters(NO_SYSTEM + CHAT, bos=False))("Why?")

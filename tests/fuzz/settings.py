@@ -72,16 +72,16 @@ VALUES = json.loads(Path(__file__).with_name("values.json").read_text())
 
 
 def config():
-    made = tiny_world.config()
+    mine = tiny_world.config()
     for path, value in VALUES.items():
         section, _, name = path.rpartition(".")
         if section.count("."):
             continue
         if not section:
-            made = replace(made, **{name: value})
+            mine = replace(mine, **{name: value})
         else:
-            made = replace(made, **{section: replace(getattr(made, section), **{name: value})})
-    return made
+            mine = replace(mine, **{section: replace(getattr(mine, section), **{name: value})})
+    return mine
 """
 
 

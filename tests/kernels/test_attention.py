@@ -102,7 +102,7 @@ def test_decode_of_short_rows_in_a_long_cache(backend):
 
 
 @pytest.mark.parametrize("backend", DECODE)
-def test_decode_of_nothing_is_zero(backend):
+def test_decode_without_keys_is_zero(backend):
     q, k, v = random_cache(1, 2, 1, 9, 4, 1, 2)
     assert not np.asarray(DECODE[backend](q, k, v, 0, np.zeros(2, np.int32))).any()
 

@@ -183,7 +183,7 @@ def test_the_kl_coefficient_nears_its_target_in_bounded_steps():
     np.testing.assert_allclose(adapted_kl_coefficient(0.1, kl=0.0, target=0.5), 0.098)
 
 
-def test_groups_with_signal_are_those_whose_rewards_differ():
+def test_groups_with_different_rewards_have_signal():
     rewards, groups = np.array([1, 1, 0, 1, 2.0]), np.array([7, 7, 3, 3, 9])
     assert has_signal(rewards, groups).tolist() == [False, False, True, True, False]
     assert not has_signal(np.array([]), np.array([], int)).size

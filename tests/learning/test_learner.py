@@ -155,7 +155,7 @@ def test_remat_changes_nothing(alone, remat):
     ],
 )
 @pytest.mark.slow
-def test_bfloat16_learns_what_float32_does(remat, tied):
+def test_bfloat16_learns_nearly_the_same_as_float32(remat, tied):
     """Rows are long enough for the matrix units of a CPU."""
     model = ModelConfig(64, 64, 128, 2, 4, 2, 16, tie_embeddings=tied)
     params = init_params(model, 0)

@@ -213,7 +213,7 @@ def test_the_index_selects_the_shard_of_a_tensor_in_two_shards(copy):
         load_params(copy)
 
 
-def test_a_tensor_is_missing_where_the_index_puts_it(copy):
+def test_a_tensor_missing_from_its_shard_is_named(copy):
     in_shards(copy)
     first = copy / "model-00001-of-00002.safetensors"
     held = load_file(first)

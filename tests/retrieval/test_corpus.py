@@ -171,7 +171,7 @@ def test_store_returns_what_was_written(tmp_path):
         store[-1]
 
 
-def test_store_refuses_what_it_could_not_return(tmp_path):
+def test_store_refuses_passages_that_it_cannot_return(tmp_path):
     with pytest.raises(CorpusError, match="no passages"):
         PassageStore.write(tmp_path, [])
     with pytest.raises(CorpusError, match="'b' does not fit on a line"):

@@ -119,7 +119,7 @@ def test_a_query_does_not_depend_on_its_neighbours(folder):
     np.testing.assert_array_equal(together[1:2], encoder.encode(["d"], kind="query"))
 
 
-def test_fingerprint_follows_whatever_changes_vectors(folder):
+def test_fingerprint_changes_with_the_vectors(folder):
     plain = BertEncoder(folder)
     assert plain.fingerprint == BertEncoder(folder, reference="elsewhere").fingerprint
     prints = {plain.fingerprint, BertEncoder(folder, query_instruction="q ").fingerprint}

@@ -136,7 +136,7 @@ def test_without_scann_the_message_names_the_other_kind(monkeypatch):
         build_index(_passages(3), ENCODER, kind="scann")
 
 
-def test_importing_scann_leaves_tensorflow_as_it_was(monkeypatch):
+def test_importing_scann_does_not_replace_tensorflow(monkeypatch):
     pytest.importorskip("scann")
     monkeypatch.setitem(sys.modules, "tensorflow", json)  # stands for TensorFlow
     scann_module.scann()
@@ -151,7 +151,7 @@ def test_scann_parameters_follow_the_size():
 
 # Random words form no clusters, so a search of a tenth of the leaves misses some neighbours.
 @pytest.mark.parametrize(("tree_above", "least"), [(100_000, 0.85), (1000, 0.4)])
-def test_approximate_search_recalls_what_exact_search_finds(
+def test_approximate_search_recalls_the_hits_of_exact_search(
     monkeypatch, tmp_path, tree_above, least
 ):
     pytest.importorskip("scann")
@@ -175,7 +175,7 @@ def _recall(hits, exact) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_find_what_one_thread_finds(kind):
+def test_several_threads_find_the_same_as_one(kind):
     index = build_index(_passages(300), ENCODER, kind=kind)
     queries = [passage.text for passage in index.passages[:64]]
     alone = [index.search([query], 3) for query in queries]

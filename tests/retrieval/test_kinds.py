@@ -198,15 +198,15 @@ def test_a_missing_library_names_its_extra(module, extra, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("query", "found"),
+    ("query", "id"),
     [("中国的首都", "0"), ("北京是哪个国家的首都", "0"), ("東京タワー", "1"), ("ประเทศไทย", "2"),
      (unicodedata.normalize("NFD", "Beyoncé"), "3")],
 )  # fmt: skip
-def test_words_are_found_in_scripts_without_spaces_and_in_any_normal_form(query, found):
+def test_words_are_found_in_scripts_without_spaces_and_in_any_normal_form(query, id):
     pytest.importorskip("bm25s")
     lines = ["北京   北京是中国的首都。", "東京   東京タワーは東京にある。",
              "ไทย   กรุงเทพเป็นเมืองหลวงของประเทศไทย",
              "Beyoncé   Beyoncé is a singer."]  # fmt: skip
     passages = [Passage(str(i), line) for i, line in enumerate(lines)]
     index = build_index(passages, HashEncoder(), kind="bm25")
-    assert [hit.id for hit in index.search([query], 1)[0]] == [found]
+    assert [hit.id for hit in index.search([query], 1)[0]] == [id]

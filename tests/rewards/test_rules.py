@@ -91,7 +91,7 @@ def test_bad_format(spans):
     assert second.parts["penalty"] == -2.0
 
 
-def test_a_wrong_answer_in_the_right_format_costs_nothing():
+def test_a_wrong_answer_in_the_right_format_has_reward_0():
     solution = Solution((policy(ANSWER),))
     assert rewards.stage2(solution, "Paris").value == 0.0
 

@@ -163,7 +163,7 @@ def test_a_bad_query_is_the_policys_fault_and_is_not_searched(text, detail):
 
 
 @pytest.mark.parametrize("lines", [[], [""], [" ", "\t\n", "\u3000"]])
-def test_an_empty_result_says_so_and_is_no_failure(lines):
+def test_an_empty_result_is_shown_and_is_no_failure(lines):
     broker = make_broker(GarbageRetriever([[FakeHit(line) for line in lines]]))
     results, _ = ask(broker, {2: turn("a")})
     assert results == {2: (Status.EMPTY, protocol.document_block([]))}

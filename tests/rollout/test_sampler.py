@@ -130,7 +130,7 @@ def test_both_log_probabilities(temperature, top_p):
         np.testing.assert_allclose(policy_logprob[i], log_softmax(logits)[i, t], atol=2e-5)
 
 
-def test_temperature_reshapes_what_is_drawn():
+def test_temperature_changes_the_distribution():
     draws = 4096
     logits = jnp.broadcast_to(jnp.array([0.0, 1.0, 3.0]), (draws, 3))
     uniform = (jnp.arange(draws) + 0.5) / draws

@@ -68,7 +68,7 @@ def test_failures_are_shown():
         assert "Incorrect API key" in page.value("document.querySelector('.error').textContent")
 
 
-def test_nothing_is_fetched_from_elsewhere():
+def test_the_page_fetches_nothing_from_other_hosts():
     for name in ("page.html", "page.js"):
         text = (Path(__file__).parents[2] / "r1s_jax/serving" / name).read_text()
         assert "http://" not in text and "https://" not in text and "innerHTML" not in text

@@ -97,7 +97,7 @@ def test_sigterm_lets_running_answers_finish(folder):
 @pytest.mark.parametrize(
     "seconds", [pytest.param(4, id="short"), pytest.param(30, id="long", marks=pytest.mark.slow)]
 )
-def test_clients_that_hang_up_or_send_rubbish_cost_the_others_nothing(folder, seconds):
+def test_clients_that_hang_up_or_send_rubbish_do_not_affect_others(folder, seconds):
     with (
         LocalServer(slowly(0.05)) as engine,
         serving(folder, engine.url, "--waiting", "200") as (process, url),

@@ -139,10 +139,12 @@ def test_requests_that_do_not_fit_are_refused(serving_loop):
 @pytest.fixture
 def gated():
     retriever = GatedRetriever()
-    made = ServingLoop(scripted_policy(), retriever, CONFIG, waiting=2, compute_dtype=FLOAT32)
-    yield made, retriever
+    serving_loop = ServingLoop(
+        scripted_policy(), retriever, CONFIG, waiting=2, compute_dtype=FLOAT32
+    )
+    yield serving_loop, retriever
     retriever.gate.set()
-    made.close()
+    serving_loop.close()
 
 
 def until(condition) -> None:

@@ -295,7 +295,7 @@ def test_results_differences_and_health(page):
     assert marks.count("fatal") == 5 and marks.count("warning") == 5  # on each curve of B
 
 
-def test_the_page_needs_nothing_else(page):
+def test_the_page_is_self_contained(page):
     text = page.read_text("utf-8")
     assert {link for link in re.findall(r"\bhref=\"([^\"]*)", text) if link[0] != "#"} == set()
     assert not re.search(

@@ -83,9 +83,9 @@ def test_tensorboard_has_each_step_once_after_a_kill(tmp_path, monkeypatch):
     if importlib.util.find_spec("tensorboard"):
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        read = EventAccumulator(str(board / "rl"))
-        read.Reload()
-        assert [(e.step, e.value) for e in read.Scalars("rl/reward")] == [
+        accumulator = EventAccumulator(str(board / "rl"))
+        accumulator.Reload()
+        assert [(e.step, e.value) for e in accumulator.Scalars("rl/reward")] == [
             (1, 1.0),
             (2, 2.5),
             (3, 3.5),
