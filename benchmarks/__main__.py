@@ -158,7 +158,7 @@ def search(
     from r1s_jax.system.console import console
 
     if (index is None) == (synthetic is None):
-        raise ConfigError("name a built index or --synthetic N, not both")
+        raise ConfigError("name a built index or --synthetic N, exactly one")
     if index:
         result = bench_index(index, console.print)
     else:
