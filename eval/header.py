@@ -20,11 +20,11 @@ from r1s_jax.models.identity import policy_digest
 from r1s_jax.models.pretrained import (
     Pretrained,
     choose_dialect,
-    default_dtype,
     dialect_at,
     load_pretrained,
 )
 from r1s_jax.presets import Settings, decisive
+from r1s_jax.system.dtype import default_dtype
 
 # Keys that are mere names: the header has digests of their content.
 _NAMES = ("run.model", "run.questions", "source.folder")

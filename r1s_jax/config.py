@@ -144,8 +144,9 @@ class PolicyConfig(Checked, section="policy"):
     """The policy starts from random weights of this architecture, instead of `model`."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameters are kept in this type."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Layers compute in this type."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Layers compute in this type; `auto`: bfloat16 on accelerators and on CPUs that multiply it
+    faster than float32, else float32."""
     remat: Remat = "none"
     """The backward pass recomputes nothing, all but products with weights (`attention`), or all
     (`full`) of each layer: less memory, more time."""

@@ -30,7 +30,13 @@ from r1s_jax.system.profiling import StepTrace, keep_compiled_programs
 from r1s_jax.tracking import health
 from r1s_jax.tracking import metrics as m
 from r1s_jax.tracking.progress import Progress
-from r1s_jax.tracking.run_dir import StopRequest, check_data, open_run_dir, write_held_out
+from r1s_jax.tracking.run_dir import (
+    StopRequest,
+    check_data,
+    open_run_dir,
+    with_dtype,
+    write_held_out,
+)
 from r1s_jax.tracking.summary import note_evaluation, summarize
 from r1s_jax.tracking.telemetry import Telemetry
 
@@ -88,6 +94,7 @@ class Run:
     """A run and everything that it needs, built once from its config."""
 
     def __init__(self, config: Config, run_dir: Path, resume: bool, accept_changed_data: bool):
+        config = with_dtype(config, run_dir, resume)
         self.config, self.started = config, time.perf_counter()
         # First, so that a wrong name of a reward is reported now, not at its stage.
         rewards = together(lambda: stage_rewards(config, run_dir))

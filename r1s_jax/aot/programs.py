@@ -5,7 +5,7 @@ A rollout's trip counts follow from a stated `Workload`.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from r1s_jax.protocol.dialects import make_dialect
 from r1s_jax.rollout.feeding import PREFILL_SCOPE
 from r1s_jax.rollout.loop import DECODE_SCOPE, Rollout
 from r1s_jax.rollout.trajectory import Position, Prompts
+from r1s_jax.system.dtype import AUTO
 
 _TAG_STATES = 64  # of the automaton that finds ends of tags; any tokenizer needs a few dozen
 
@@ -68,7 +69,10 @@ class Program:
 def make_learner(config: Config, model: ModelConfig, mesh: Mesh) -> Learner:
     """The learner of a recipe on a mesh whose devices need not be present."""
     optimizer, loss = make_optimizer(config.optimizer), policy_loss(config.algorithm)
-    return Learner.of(config.policy, model, mesh, optimizer, loss)
+    policy = config.policy
+    if policy.compute_dtype == AUTO:  # this machine is not the target
+        policy = replace(policy, compute_dtype="bfloat16")
+    return Learner.of(policy, model, mesh, optimizer, loss)
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:

@@ -34,6 +34,7 @@ from r1s_jax.models.sharding import (
     row_attention,
 )
 from r1s_jax.system.distributed import to_host
+from r1s_jax.system.dtype import AUTO, default_dtype
 
 # Named scope of the operations of a micro-batch in the compiled program.
 MICRO_SCOPE = "micro_batch"
@@ -93,7 +94,8 @@ class Learner:
 
         Raises ConfigError where the recipe's attention backend does not support the model.
         """
-        dtype = np.dtype(policy.compute_dtype)
+        name = policy.compute_dtype
+        dtype = default_dtype() if name == AUTO else np.dtype(name)
         check_attention(policy.attention, mesh, model, dtype)
         return Learner(model, mesh, dtype, policy.remat, optimizer, loss, policy.attention)
 

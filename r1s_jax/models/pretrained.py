@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 from etils import epath
@@ -287,9 +285,3 @@ def _load_base(reference: str, run: Path | None, dtype: Any) -> Pretrained:
             raise error from None
         warn(f"{error}. Using the policy in {run} instead")
         return policy
-
-
-def default_dtype() -> np.dtype:
-    """The dtype of weights and computation: bfloat16, as models are published and served; float32
-    on a CPU, which is slower in bfloat16."""
-    return np.dtype("float32" if jax.default_backend() == "cpu" else jnp.bfloat16)

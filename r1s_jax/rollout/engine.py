@@ -15,7 +15,7 @@ from r1s_jax.data.questions import Question
 from r1s_jax.io.errors import UserError
 from r1s_jax.io.journal import DataError
 from r1s_jax.models.params import Params
-from r1s_jax.models.pretrained import Pretrained, default_dtype
+from r1s_jax.models.pretrained import Pretrained
 from r1s_jax.models.sharding import (
     batch_sharding,
     batch_shards,
@@ -43,6 +43,7 @@ from r1s_jax.rollout.sampler import trajectory_keys
 from r1s_jax.rollout.session import Programs
 from r1s_jax.rollout.trajectory import Finish, Position, Prompts, Trajectory
 from r1s_jax.system.distributed import gather, to_host
+from r1s_jax.system.dtype import default_dtype
 
 # Least tokens for the documents of a first search, their tags included.
 _LEAST_DOCUMENTS = 24

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.text import printable
-from r1s_jax.models.pretrained import default_dtype, load_pretrained
+from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.presets import Settings
 from r1s_jax.protocol.solution import Solution, kind_of_new
 from r1s_jax.retrieval.api import Retriever
@@ -18,6 +18,7 @@ from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.serving.jobs import Job, Update
 from r1s_jax.serving.loop import ServingLoop
 from r1s_jax.system.console import out_console as console
+from r1s_jax.system.dtype import default_dtype
 from r1s_jax.tracking.trace_view import STYLES
 
 _WHY = {

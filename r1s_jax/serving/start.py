@@ -12,13 +12,14 @@ from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.fields import check
 from r1s_jax.io.origins import Callers
 from r1s_jax.models.checkpoint import run_of
-from r1s_jax.models.pretrained import default_dtype, load_pretrained
+from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.presets import SERVING, InferenceConfig, Settings
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.serving.completion import Limits
 from r1s_jax.serving.loop import ServingLoop
 from r1s_jax.serving.server import Service, check_key, make_app
 from r1s_jax.system.console import console
+from r1s_jax.system.dtype import default_dtype
 
 
 def start(

@@ -11,9 +11,10 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import msgspec
 
 from r1s_jax.config import Config, CorpusConfig
 from r1s_jax.data.digests import data_digests
@@ -23,8 +24,20 @@ from r1s_jax.io.http import without_credentials
 from r1s_jax.io.json import differences, read_object
 from r1s_jax.io.schema import check
 from r1s_jax.models.checkpoint_owner import RUN_FORMAT, read_versions
-from r1s_jax.system.distributed import gather
+from r1s_jax.system.distributed import gather, on_main
+from r1s_jax.system.dtype import choose_dtype
 from r1s_jax.system.files import write_json, write_rows
+
+
+class _WrittenPolicy(msgspec.Struct):
+    compute_dtype: Literal["float32", "bfloat16"]
+
+
+class _Written(msgspec.Struct):
+    """The part of a run's `config.json` that a resumed run takes over."""
+
+    policy: _WrittenPolicy
+
 
 # Files that a run's first steps write; without them a new run may replace it.
 _BEGUN = ("cold_start.jsonl", "metrics.jsonl", "checkpoints/[0-9]*")
@@ -67,6 +80,24 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     write_json(versions, {"format": RUN_FORMAT, "id": identity, **_versions()})
     write_json(written, described)
     return path
+
+
+def with_dtype(config: Config, path: Path, resume: bool) -> Config:
+    """`config` with a compute dtype in place of `auto`: a resumed run's own, or this machine's.
+
+    Prints the choice. Raises ConfigError for a `config.json` that cannot be read.
+    """
+
+    def choose() -> str:
+        before, written = "", path / "config.json"
+        if resume and written.exists():
+            policy = check(read_object(written, ConfigError), _Written, written, ConfigError).policy
+            before = policy.compute_dtype
+        return choose_dtype(config.policy.compute_dtype, before)
+
+    dtype: Any = on_main(choose)  # one of process 0's, so that all compute alike
+    policy = dataclasses.replace(config.policy, compute_dtype=dtype)
+    return dataclasses.replace(config, policy=policy)
 
 
 def write_held_out(path: Path, questions: Sequence[Question]) -> None:
