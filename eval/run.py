@@ -105,10 +105,16 @@ def answer_file(
         write_json(header_path(out), described)
         searches = _Searches(rows, config.search.max_failure_rate)
         at_a_time = max(1, config.rollout.slots // run.samples)
+        # Tokens of prompts and documents that were computed, not copied.
+        fed = Counter(prefill_tokens=(before or {}).get("prefill_tokens", 0))
+
+        def write_header() -> None:
+            counted = {"searches": searches.counts(), **fed}
+            write_json(header_path(out), described | counted)
 
         def answer(batch: Sequence[Question]) -> list[ResultRow]:
             size = min(at_a_time, len(questions))
-            answered = _answer(run, engine, params, batch, size, retriever or _NoSearch())
+            answered = _answer(run, engine, params, batch, size, retriever or _NoSearch(), fed)
             searches.note(answered, engine.broker.common_failures())
             return answered
 
@@ -124,9 +130,9 @@ def answer_file(
                 part = 0
                 searches.add(answered)
                 progress(len(rows), len(questions) * run.samples)
-                write_json(header_path(out), described | {"searches": searches.counts()})
+                write_header()
                 searches.check(out, midway=True)
-        write_json(header_path(out), described | {"searches": searches.counts()})
+        write_header()
         searches.check(out)
     return out
 
@@ -173,8 +179,9 @@ def _answer(
     batch: Sequence[Question],
     size: int,
     retriever: Retriever,
+    fed: Counter[str],
 ) -> list[ResultRow]:
-    """The rows of a few questions, the samples of a question side by side.
+    """The rows of a few questions, the samples of a question side by side; adds to `fed`.
 
     Every batch is padded to `size` questions, so that the program compiles once.
     """
@@ -182,6 +189,7 @@ def _answer(
     begin = time.perf_counter()
     k, seed = run.samples, run.settings.config().seed
     rolled = engine.run(params, padded, samples=k, seed=seed, step=0, retriever=retriever)
+    fed["prefill_tokens"] += rolled.counters["prefill_tokens"]
     seconds = (time.perf_counter() - begin) / (len(batch) * k)
     rows: list[ResultRow] = [_row(rolled, i, batch[i // k], seconds) for i in range(len(batch) * k)]
     if k > 1:

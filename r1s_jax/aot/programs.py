@@ -173,6 +173,7 @@ def _prompts(config: Config, mesh: Mesh) -> Prompts[jax.ShapeDtypeStruct]:
         prompt_lengths=by_row(),
         limits=by_row(),
         groups=by_row(),
+        shared=by_row(),
         keys=by_row(dtype=jax.random.key(0).dtype),
         live=by_row(dtype=bool),
         at=Position(*[by_row()] * len(Position._fields)),

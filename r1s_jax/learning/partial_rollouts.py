@@ -90,7 +90,8 @@ class PartialRollouts:
         """Samples until `missing` of `groups` are complete; returns the loop's counters."""
         if missing <= 0:
             self.engine.broker.begin(None)
-            return {n: np.zeros(1, int) for n in ("decode_steps", "prefill_chunks", "busy", "room")}
+            names = ("decode_steps", "prefill_chunks", "prefill_tokens", "busy", "room")
+            return {name: np.zeros(1, int) for name in names}
         engine, shards = self.engine, batch_shards(self.engine.mesh)
         placed = self._places(groups, size, shards)
         retrievers: dict[tuple[int, int], Retriever] = {}

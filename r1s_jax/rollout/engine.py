@@ -37,7 +37,13 @@ from r1s_jax.protocol.prompts import bound, renderer
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Broker, Search
-from r1s_jax.rollout.in_flight import NOBODY, InFlight, group_numbers, trajectories
+from r1s_jax.rollout.in_flight import (
+    NOBODY,
+    InFlight,
+    group_numbers,
+    shared_beginning,
+    trajectories,
+)
 from r1s_jax.rollout.loop import Rollout
 from r1s_jax.rollout.sampler import trajectory_keys
 from r1s_jax.rollout.session import Programs
@@ -292,6 +298,7 @@ class Engine:
             prompt_lengths=each(f.prompt_length for f in rows),
             limits=each(map(self.limit, rows)),
             groups=each(group_numbers(rows)),
+            shared=np.full(len(rows), shared_beginning(placed), np.int32),
             keys=keys,
             live=np.array([f is not None for f in placed]),
             at=Position(*map(each, zip(*(f.at for f in rows), strict=True))),

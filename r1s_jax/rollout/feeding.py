@@ -1,6 +1,7 @@
 """Feeding forced tokens (prompts, documents) to the KV cache, a chunk of a few slots at a time."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array
 
 from r1s_jax.config import RolloutConfig
 from r1s_jax.models.decoder import Policy
-from r1s_jax.rollout.state import Phase, Slots, State, take, when
+from r1s_jax.rollout.state import Phase, Slots, State, places, take, when
 from r1s_jax.rollout.trajectory import Prompts
 
 # Scope in the compiled program of the operations that run once per chunk.
@@ -21,51 +22,74 @@ def behind(s: Slots) -> Array:
     return (s.phase == Phase.ACTIVE) & (s.length - s.cached > 1)
 
 
+class _Copies(NamedTuple):
+    """For each slot: a slot with the same beginning, and what to do about it; each [S]."""
+
+    leader: Array  # int32: the slot to copy from
+    length: Array  # int32: how many tokens
+    ready: Array  # bool: the leader has cached them, so copy now
+    wait: Array  # bool: the leader is computing them, so wait
+
+
 def feed(config: RolloutConfig, policy: Policy, prompts: Prompts, state: State) -> State:
-    """Copies each prompt that another slot has already cached, then feeds one chunk."""
+    """Copies the beginnings that another slot has already cached, then feeds one chunk."""
     state = lax.while_loop(
-        lambda s: jnp.any(_prompt_leaders(prompts, s.slots)[1]),
-        partial(_copy_prompt, prompts),
-        state,
+        lambda s: jnp.any(_copies(prompts, s.slots).ready), partial(_copy, prompts), state
     )
     some = jnp.any(behind(state.slots))
     return when(some, partial(_prefill, config, policy, prompts), state)
 
 
-def _prompt_leaders(prompts: Prompts, s: Slots) -> tuple[Array, Array, Array]:
-    """Finds, for each slot, a slot of the same group (its leader) that prefills their prompt.
+def _copies(prompts: Prompts, s: Slots) -> _Copies:
+    """Copies of whole prompts within a group, and of the beginning that all prompts share.
 
-    Returns for every slot: the leader, which has the most of the prompt in its cache; whether the
-    slot can copy the whole prompt from the leader now; whether the slot must wait for the leader.
-    So samples of one prompt compute its keys and values once.
+    So the keys and values of each are computed once. A slot that may copy its whole prompt, or
+    waits for it, does not copy the shorter beginning.
     """
     group = prompts.groups.at[s.row].get(mode="fill", fill_value=-1)
     prompt = prompts.prompt_lengths.at[s.row].get(mode="fill", fill_value=0)
-    index = jnp.arange(group.shape[0])
-    # A slot that waits for documents feeds nothing, so it can lead only with a whole prompt.
-    leads = (s.phase == Phase.ACTIVE) | (s.cached >= prompt - 1)
-    same = (group[:, None] == group[None, :]) & (group[:, None] >= 0) & leads[None, :]
+    same = (group[:, None] == group[None, :]) & (group[:, None] >= 0)
+    whole = _leaders(s, same, prompt - 1)
+    beginning = _leaders(s, jnp.ones_like(same), jnp.full_like(prompt, prompts.shared.max()))
+    later = whole.ready | whole.wait
+    return _Copies(
+        jnp.where(whole.ready, whole.leader, beginning.leader),
+        jnp.where(whole.ready, whole.length, beginning.length),
+        whole.ready | (beginning.ready & ~later),
+        whole.wait | (beginning.wait & ~whole.ready),
+    )
+
+
+def _leaders(s: Slots, same: Array, length: Array) -> _Copies:
+    """For each slot, the slot with the most tokens in its cache among the `same` ones.
+
+    `length` int32[S] is the number of tokens that they have in common.
+    """
+    count = s.row.shape[0]
+    index = jnp.arange(count)
+    # Only an active slot feeds tokens; any other can lead only if it has them all.
+    leads = (s.phase == Phase.ACTIVE) | (s.cached >= length)
     # Most cached first, the lower slot on a tie: one total order, so no slots wait in a circle.
-    rank = s.cached * group.shape[0] + (group.shape[0] - 1 - index)
-    leader = jnp.argmax(jnp.where(same, rank[None, :], -1), axis=1)
-    follows = behind(s) & (leader != index) & (s.cached < prompt - 1)
-    complete = s.cached[leader] >= prompt - 1
-    return leader, follows & complete, follows & ~complete
+    rank = s.cached * count + (count - 1 - index)
+    leader = jnp.argmax(jnp.where(same & leads[None, :], rank[None, :], -1), axis=1)
+    follows = behind(s) & (leader != index) & (s.cached < length)
+    complete = s.cached[leader] >= length
+    return _Copies(leader, length, follows & complete, follows & ~complete)
 
 
-def _copy_prompt(prompts: Prompts, state: State) -> State:
-    """Copies one leader's cache to the first slot that follows it."""
+def _copy(prompts: Prompts, state: State) -> State:
+    """Copies one leader's cache to the first slot that may copy."""
     s, cache = state.slots, state.cache
-    leader, can_copy, _ = _prompt_leaders(prompts, s)
-    slot = jnp.argmax(can_copy)
+    copies = _copies(prompts, s)
+    slot = jnp.argmax(copies.ready)
 
     def copy(buffer: Array) -> Array:
         rest = (0,) * (buffer.ndim - 2)
         size = (buffer.shape[0], 1, *buffer.shape[2:])
-        source = lax.dynamic_slice(buffer, (0, leader[slot], *rest), size)
+        source = lax.dynamic_slice(buffer, (0, copies.leader[slot], *rest), size)
         return lax.dynamic_update_slice(buffer, source, (0, slot, *rest))
 
-    cached = s.cached.at[slot].set(prompts.prompt_lengths[s.row[slot]] - 1)
+    cached = s.cached.at[slot].set(copies.length[slot])
     cache = jax.tree.map(copy, cache)
     return state._replace(slots=s._replace(cached=cached), cache=cache)
 
@@ -74,11 +98,11 @@ def _copy_prompt(prompts: Prompts, state: State) -> State:
 def _prefill(config: RolloutConfig, policy: Policy, prompts: Prompts, state: State) -> State:
     """Feeds the next chunk of the slots that are furthest behind."""
     c, s = config, state.slots
-    must_wait = _prompt_leaders(prompts, s)[2]
+    must_wait = _copies(prompts, s).wait
     count = min(c.prefill_rows, s.row.shape[0])
     missing = jnp.where(behind(s) & ~must_wait, s.length - s.cached, 0)
     rows = jnp.argsort(-missing, stable=True)[:count]
-    starts, trajectory = take(s.cached, rows), take(s.row, rows)
+    starts, trajectory = take(places(prompts, s), rows), take(s.row, rows)
     at = starts[:, None] + jnp.arange(c.prefill_chunk)
     tokens = state.out.tokens.at[trajectory[:, None], at].get(mode="fill", fill_value=0)
     _, cache = policy.prefill(tokens, rows, starts, state.cache)
@@ -87,4 +111,5 @@ def _prefill(config: RolloutConfig, policy: Policy, prompts: Prompts, state: Sta
         slots=s._replace(cached=s.cached.at[rows].add(fed)),
         cache=cache,
         prefill_chunks=state.prefill_chunks + 1,
+        prefill_tokens=state.prefill_tokens + fed.sum(dtype=jnp.int32),
     )

@@ -12,6 +12,8 @@ from r1s_jax.rollout.trajectory import Finish, Position, Trajectory
 
 # A step's further draws use the random keys of steps beyond the end of any run.
 _DRAWS_APART = 1 << 20
+# A shorter common beginning is not worth a copy between slots.
+_LEAST_SHARED = 16
 
 
 @dataclass
@@ -113,6 +115,20 @@ class InFlight:
     def expire(self) -> None:
         """Ends it unfinished, as too old."""
         self.finish, self.found = int(Finish.TOO_OLD), Position(*self.at).searches
+
+
+def shared_beginning(flights: Sequence[InFlight | None]) -> int:
+    """The number of leading tokens that all prompts have in common; 0 for a few.
+
+    The last token of a prompt never counts: the decode step feeds it.
+    """
+    prompts = [f.tokens[: f.prompt_length - 1] for f in flights if f is not None]
+    least = min(map(len, prompts), default=0)
+    if least < _LEAST_SHARED:
+        return 0
+    same = (np.stack([p[:least] for p in prompts]) == prompts[0][:least]).all(0)
+    count = least if same.all() else int(same.argmin())
+    return count if count >= _LEAST_SHARED else 0
 
 
 def trajectories(

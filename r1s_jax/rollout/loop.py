@@ -52,6 +52,7 @@ from r1s_jax.rollout.state import (
     complete_groups,
     finish,
     initial,
+    places,
     refill,
     waiting_rows,
     when,
@@ -185,6 +186,7 @@ class Rollout:
         counters = {
             "decode_steps": state.decode_steps,
             "prefill_chunks": state.prefill_chunks,
+            "prefill_tokens": state.prefill_tokens,
             "busy": state.busy,
             "room": state.decode_steps * (state.slots.row.shape[0] // shards),
         }
@@ -263,7 +265,7 @@ class Rollout:
             proposed = lookup(text, s.length, speculative_tokens)
             fed = jnp.concatenate([fed, proposed], axis=1)
         # Slots that are not ready take part too; they write to the cache past their text.
-        hidden, cache = policy.decode(fed, s.cached, state.cache)
+        hidden, cache = policy.decode(fed, places(prompts, s), state.cache)
         state = state._replace(
             cache=cache,
             decode_steps=state.decode_steps + 1,

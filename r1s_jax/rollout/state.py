@@ -52,6 +52,7 @@ class State(NamedTuple, Generic[A]):
     next_row: Int[A, "1"]  # the first trajectory not yet in a slot
     decode_steps: Int[A, "1"]
     prefill_chunks: Int[A, "1"]
+    prefill_tokens: Int[A, "1"]  # forced tokens that were computed, not copied
     busy: Int[A, "1"]  # sum over decode steps of the slots that sampled
 
     @staticmethod
@@ -65,6 +66,7 @@ class State(NamedTuple, Generic[A]):
             next_row=batch,
             decode_steps=batch,
             prefill_chunks=batch,
+            prefill_tokens=batch,
             busy=batch,
         )
 
@@ -77,7 +79,7 @@ def initial(config: RolloutConfig, prompts: Prompts, cache: Callable[[int], KVCa
     out = _prompts_only(prompts, c.max_length + c.max_documents_length)
     zeros, zero = jnp.zeros(slots, jnp.int32), jnp.zeros(1, jnp.int32)
     free = Slots(jnp.full(slots, count), *[zeros] * (len(Slots._fields) - 1))
-    return State(free, out, cache(slots), zero, zero, zero, zero)
+    return State(free, out, cache(slots), zero, zero, zero, zero, zero)
 
 
 def _prompts_only(prompts: Prompts, width: int) -> Trajectory:
@@ -104,13 +106,27 @@ def waiting_rows(prompts: Prompts) -> Int[Array, "1"]:
 
 
 def refill(prompts: Prompts, state: State) -> State:
-    """Puts the next trajectories into the empty slots."""
+    """Puts the next trajectories into the empty slots.
+
+    An emptied slot still has the shared beginning of all prompts in its cache.
+    """
     s, count = state.slots, waiting_rows(prompts)
     empty = s.phase == Phase.EMPTY
     row = state.next_row + jnp.cumsum(empty) - 1
     chosen = empty & (row < count)
-    slots = _where(chosen, _started(prompts, row), s)
+    started = _started(prompts, row)
+    started = started._replace(cached=jnp.minimum(s.cached, prompts.shared.max()))
+    slots = _where(chosen, started, s)
     return state._replace(slots=slots, next_row=state.next_row + chosen.sum(dtype=jnp.int32))
+
+
+def places(prompts: Prompts, s: Slots) -> Int[Array, " S"]:
+    """The position in the cache at which each slot writes next.
+
+    An empty slot, which takes part in all passes, writes past the shared beginning that it keeps.
+    """
+    kept = jnp.minimum(s.cached, prompts.shared.max())
+    return jnp.where(s.phase == Phase.EMPTY, kept, s.cached)
 
 
 def admit(
@@ -194,4 +210,6 @@ def finish(state: State, reason: Int[Array, " S"]) -> State:
         searches=out.searches.at[row].set(s.searches, mode="drop"),
         finish=out.finish.at[row].set(reason, mode="drop"),
     )
-    return state._replace(slots=_where(done, _empty(out.lengths.shape[0]), s), out=out)
+    slots = _where(done, _empty(out.lengths.shape[0]), s)
+    # The cache stays: `refill` starts from the shared beginning in it.
+    return state._replace(slots=slots._replace(cached=s.cached), out=out)

@@ -65,6 +65,7 @@ class Prompts(NamedTuple, Generic[A]):
     prompt_lengths: Int[A, " N"]
     limits: Int[A, " N"]  # most tokens of a trajectory, at most `rollout.max_length`
     groups: Int[A, " N"]  # equal for samples of the same prompt
+    shared: Int[A, " N"]  # leading tokens that all prompts have in common; equal in all rows
     keys: A  # one random key per trajectory
     live: Bool[A, " N"]  # false for padding rows, which follow a data shard's live ones
     at: Position[A]
@@ -82,7 +83,7 @@ class Prompts(NamedTuple, Generic[A]):
         """Trajectories that hold only their prompts, as NumPy arrays."""
         zeros = np.zeros_like(lengths)
         at = Position(lengths, zeros, zeros, zeros, zeros, zeros)
-        return Prompts(tokens, lengths, lengths, limits, groups, keys, live, at)
+        return Prompts(tokens, lengths, lengths, limits, groups, zeros, keys, live, at)
 
 
 class Trajectory(NamedTuple, Generic[A]):
