@@ -103,18 +103,12 @@ def answer_file(
         engine, params = _load(run, out, described, before)
         engine.check_prompts(questions)
         write_json(header_path(out), described)
-        searches = _Searches(rows, config.search.max_failure_rate)
+        searches = _Searches(rows, config.search.max_failure_rate, before)
         at_a_time = max(1, config.rollout.slots // run.samples)
-        # Tokens of prompts and documents that were computed, not copied.
-        fed = Counter(prefill_tokens=(before or {}).get("prefill_tokens", 0))
-
-        def write_header() -> None:
-            counted = {"searches": searches.counts(), **fed}
-            write_json(header_path(out), described | counted)
 
         def answer(batch: Sequence[Question]) -> list[ResultRow]:
             size = min(at_a_time, len(questions))
-            answered = _answer(run, engine, params, batch, size, retriever or _NoSearch(), fed)
+            answered = _answer(run, engine, params, batch, size, retriever or _NoSearch(), searches)
             searches.note(answered, engine.broker.common_failures())
             return answered
 
@@ -130,9 +124,9 @@ def answer_file(
                 part = 0
                 searches.add(answered)
                 progress(len(rows), len(questions) * run.samples)
-                write_header()
+                write_json(header_path(out), described | searches.header())
                 searches.check(out, midway=True)
-        write_header()
+        write_json(header_path(out), described | searches.header())
         searches.check(out)
     return out
 
@@ -179,9 +173,9 @@ def _answer(
     batch: Sequence[Question],
     size: int,
     retriever: Retriever,
-    fed: Counter[str],
+    searches: "_Searches",
 ) -> list[ResultRow]:
-    """The rows of a few questions, the samples of a question side by side; adds to `fed`.
+    """The rows of a few questions, the samples of a question side by side.
 
     Every batch is padded to `size` questions, so that the program compiles once.
     """
@@ -189,7 +183,7 @@ def _answer(
     begin = time.perf_counter()
     k, seed = run.samples, run.settings.config().seed
     rolled = engine.run(params, padded, samples=k, seed=seed, step=0, retriever=retriever)
-    fed["prefill_tokens"] += rolled.counters["prefill_tokens"]
+    searches.prefill_tokens += rolled.counters["prefill_tokens"]
     seconds = (time.perf_counter() - begin) / (len(batch) * k)
     rows: list[ResultRow] = [_row(rolled, i, batch[i // k], seconds) for i in range(len(batch) * k)]
     if k > 1:
@@ -198,11 +192,21 @@ def _answer(
 
 
 class _Searches:
-    """The outcomes of the searches of all rows, and whether too many failed."""
+    """The outcomes of the searches of all rows, and whether too many failed.
 
-    def __init__(self, rows: Sequence[ResultRow], limit: float):
+    `prefill_tokens` counts the tokens of prompts and documents that were computed, not copied.
+    """
+
+    def __init__(
+        self, rows: Sequence[ResultRow], limit: float, before: dict[str, Any] | None = None
+    ):
         self.limit, self.reasons = limit, ""
+        self.prefill_tokens = (before or {}).get("prefill_tokens", 0)
         self.recount(rows)
+
+    def header(self) -> dict[str, Any]:
+        """The entries of the header of the answers."""
+        return {"searches": self.counts(), "prefill_tokens": self.prefill_tokens}
 
     def recount(self, rows: Sequence[ResultRow]) -> None:
         self.outcomes = Counter(o for row in rows for o in row["search_outcomes"])

@@ -75,6 +75,7 @@ class _Header(TypedDict, total=False):
     model: _Model
     questions: _Questions
     searches: dict[str, int]
+    prefill_tokens: int
     judge: dict[str, Any]
 
 
