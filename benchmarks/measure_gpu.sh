@@ -5,7 +5,8 @@
 #   benchmarks/measure_gpu.sh --quick OUT_DIR [STEP...]    the same with small sizes, on any machine
 #
 # STEP is the name of a step's output file: device.txt, correct.txt, ... (default: all steps).
-# The variable MODEL names the weights of the benchmarks (default: SmolLM2-135M).
+# The variable MODEL names the weights of the benchmarks (default: SmolLM2-135M); with R1S_DATA set,
+# hotpot_smollm2 trains for HOTPOT_SECONDS (default 300).
 # A failed step does not stop the next ones; the last line names all failed steps, and exit is 1.
 set -uo pipefail
 
@@ -41,17 +42,24 @@ else lengths=(--prompt-len 200 --new-tokens 128); size=(--batch 8 --length 1024)
     answers=(--samples 32 --new-tokens 256); wiki=()
 fi
 
+hotpot() { # trains until its time is over; a stop by SIGTERM saves and counts as success
+    timeout --signal=TERM "${HOTPOT_SECONDS:-300}" \
+        r1s train hotpot_smollm2 --run-dir "$out/hotpot" "${wiki[@]}" || [ $? -eq 124 ]
+}
+
+# What was never measured comes first: the time on a device may end.
 step device.txt python -c 'import jax; print(jax.__version__, jax.devices(), jax.devices()[0].device_kind)'
 step correct.txt python -m pytest -m gpu tests/kernels
-step attention.json python -m benchmarks attention --json $quick
-step attention.md table
-step decode.json python -m benchmarks decode --model "$model" --batch 8 "${lengths[@]}" --json
-step update.json python -m benchmarks update --model "$model" "${size[@]}" --json
-step update_bfloat16.json python -m benchmarks update --model "$model" "${size[@]}" --dtype bfloat16 --json
 step step.json python -m benchmarks step --model "$model" "${answers[@]}" --json
 step rollout_0ms.json python -m benchmarks rollout --model "$model" --latency-ms 0 --json
 step rollout_200ms.json python -m benchmarks rollout --model "$model" --latency-ms 200 --json
+step attention.json python -m benchmarks attention --json $quick
+step attention.md table
+step wiki.txt r1s train wiki_smollm2 stage2.steps=98 --run-dir "$out/wiki" "${wiki[@]}"
+if [ -n "${R1S_DATA:-}" ]; then step hotpot.txt hotpot; fi
+step update.json python -m benchmarks update --model "$model" "${size[@]}" --dtype float32 --json
+step update_bfloat16.json python -m benchmarks update --model "$model" "${size[@]}" --dtype bfloat16 --json
+step decode.json python -m benchmarks decode --model "$model" --batch 8 "${lengths[@]}" --json
 step train.txt r1s train tiny_world --run-dir "$out/tiny_world" "${run[@]}"
-step wiki.txt r1s train wiki_smollm2 --run-dir "$out/wiki" "${wiki[@]}"
 
 if [ ${#failed[@]} -gt 0 ]; then echo "failed: ${failed[*]}"; exit 1; fi

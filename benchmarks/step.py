@@ -40,9 +40,10 @@ from r1s_jax.models.weights import save_params
 from r1s_jax.protocol.prompts import renderer
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine
+from r1s_jax.system.dtype import AUTO, default_dtype
 
 _QUESTION = "Which rivers flow through the capital of Austria?"
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 _LEARNING_RATE, _CLIP = 1e-6, 0.2
 
 
@@ -51,20 +52,26 @@ def bench_step(
 ) -> dict[str, Any]:
     """Seconds per step: rollout of `samples` answers, rewards, advantages, one update.
 
-    Reports the best of `repeats`; `ratio` is TRL's seconds over ours, where TRL is installed.
+    Reports the best of `repeats`; `ratio` is TRL's seconds over ours, where TRL is installed. With
+    `auto` we compute in the faster dtype of this machine, and TRL in the one that is faster for it.
     """
     policy = load_pretrained(reference)._replace(eos_ids=(-1,), dialect=Endless())
+    peers = (dtype,) if dtype != AUTO else ("float32", "bfloat16")
+    dtype = default_dtype().name if dtype == AUTO else dtype
     step = _our_step(policy, samples, new_tokens, dtype)
     step(0)  # compiles
-    theirs: list[float] = []
+    theirs: dict[str, list[float]] = {}
     ours: list[dict[str, float]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        trl = _trl(policy, Path(folder), samples, new_tokens, dtype, repeats + 1)
-        for number in range(repeats + trl.available):  # TRL's first step includes its setup
-            if trl.available:
-                theirs.append(trl.step())
-            ours.append(step(number + 1))
-        trl.close()
+    for peer in peers:
+        with tempfile.TemporaryDirectory() as folder:
+            trl = _trl(policy, Path(folder), samples, new_tokens, peer, repeats + 1)
+            for _ in range(repeats + trl.available):  # TRL's first step includes its setup
+                if trl.available:
+                    theirs.setdefault(peer, []).append(trl.step())
+                ours.append(step(len(ours) + 1))
+            trl.close()
+        if not trl.available:
+            break
     best = min(ours, key=lambda row: row["seconds"])
     result = {
         **best,
@@ -75,8 +82,8 @@ def bench_step(
         "peak_memory_gb": peak_memory_gb(),
     }
     if theirs:
-        fastest = min(theirs[1:])
-        result |= {"trl_seconds": fastest, "ratio": fastest / best["seconds"]}
+        fastest, peer = min((min(seconds[1:]), name) for name, seconds in theirs.items())
+        result |= {"trl_seconds": fastest, "trl_dtype": peer, "ratio": fastest / best["seconds"]}
     return result
 
 

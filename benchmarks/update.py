@@ -18,6 +18,7 @@ from r1s_jax.learning.losses import clipped_loss
 from r1s_jax.learning.packing import PackedBatch
 from r1s_jax.models.pretrained import Pretrained, load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.system.dtype import AUTO, default_dtype
 
 
 def bench_update(
@@ -25,7 +26,7 @@ def bench_update(
     *,
     batch: int = 4,
     length: int = 256,
-    dtype: str = "float32",
+    dtype: str = AUTO,
     repeats: int = 3,
 ) -> dict[str, Any]:
     """One policy update over `batch` rows of `length` tokens in one pass, Adam.
@@ -34,6 +35,7 @@ def bench_update(
     `peak_share` is the rate of the update's products as a share of it. Where PyTorch is installed,
     it runs the same update (forward of all rows, clipped loss, backward, Adam).
     """
+    dtype = default_dtype().name if dtype == AUTO else dtype
     p = load_pretrained(reference)
     mesh = make_mesh(MeshConfig())
     learner = Learner(
