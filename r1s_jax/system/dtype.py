@@ -61,14 +61,14 @@ def _reason(chosen: str, before: str, speedup: float) -> str:
     return f"this CPU multiplies bfloat16 {speedup:.2g} times as fast as float32"
 
 
-@functools.cache
 def bfloat16_speedup() -> float:
-    """Speed of bfloat16 matrix products over float32 ones; infinity on accelerators.
+    """Speed of bfloat16 matrix products over float32 ones; infinity on accelerators."""
+    return _cpu_speedup() if jax.default_backend() == "cpu" else float("inf")
 
-    A CPU is timed once, in less than half a second; the result is cached with the machine's facts.
-    """
-    if jax.default_backend() != "cpu":
-        return float("inf")
+
+@functools.cache
+def _cpu_speedup() -> float:
+    """That of this CPU, timed once in half a second and cached with the machine's facts."""
     file = cache_dir() / "dtype" / f"{_machine()}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads(file.read_bytes())["bfloat16_speedup"])
@@ -80,19 +80,19 @@ def bfloat16_speedup() -> float:
 
 
 def _measure() -> float:
-    """The ratio of the shortest times of one product, in the form that a policy on a CPU uses.
+    """The ratio of the processor times of one product, in the form that a policy on a CPU uses.
 
-    The dtypes take turns, so that other work on the machine slows both.
+    Processor time, unlike elapsed time, does not count other programs on the machine.
     """
     products = {dtype: _product(dtype) for dtype in ("float32", "bfloat16")}
-    shortest = dict.fromkeys(products, float("inf"))
+    seconds = dict.fromkeys(products, 0.0)
     end = time.perf_counter() + _SECONDS
     while time.perf_counter() < end:
         for dtype, run in products.items():
             begin = time.process_time()
             run()
-            shortest[dtype] = min(shortest[dtype], time.process_time() - begin)
-    return shortest["float32"] / shortest["bfloat16"]
+            seconds[dtype] += time.process_time() - begin
+    return seconds["float32"] / max(seconds["bfloat16"], 1e-9)
 
 
 def _product(dtype: str) -> Callable[[], object]:

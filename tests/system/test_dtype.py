@@ -32,19 +32,19 @@ def measured(monkeypatch, tmp_path):
     calls: list[float] = []
     monkeypatch.setenv("R1S_CACHE", str(tmp_path))
     monkeypatch.setattr(dtype, "_measure", lambda: calls.append(2.5) or 2.5)
-    dtype.bfloat16_speedup.cache_clear()
+    dtype._cpu_speedup.cache_clear()
     yield calls
-    dtype.bfloat16_speedup.cache_clear()
+    dtype._cpu_speedup.cache_clear()
 
 
 def test_a_cpu_is_measured_once(measured, tmp_path):
     assert dtype.bfloat16_speedup() == 2.5
-    dtype.bfloat16_speedup.cache_clear()  # as in another process
+    dtype._cpu_speedup.cache_clear()  # as in another process
     assert dtype.bfloat16_speedup() == 2.5 and len(measured) == 1
     (file,) = (tmp_path / "dtype").glob("*.json")
     for content in ("{", "[]", '{"bfloat16_speedup": "x"}', '{"bfloat16_speedup": null}'):
         file.write_text(content)
-        dtype.bfloat16_speedup.cache_clear()
+        dtype._cpu_speedup.cache_clear()
         assert dtype.bfloat16_speedup() == 2.5
     assert len(measured) == 5
 
