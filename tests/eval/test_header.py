@@ -33,6 +33,12 @@ def write(out: Path, head: dict | str) -> Path:
     return out
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """A machine that computes in float32."""
+    monkeypatch.setattr("r1s_jax.system.dtype.bfloat16_speedup", lambda: 1.0)
+
+
 def test_names_may_change_and_contents_may_not(tmp_path):
     out = write(tmp_path / "o.jsonl", header() | {"model": MODEL})
     moved = header(model="elsewhere", questions="copy.jsonl")

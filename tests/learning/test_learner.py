@@ -54,7 +54,14 @@ def alone(learner):
     return step(learner, *one_per_row(make_sequences()))
 
 
-@pytest.mark.parametrize(("length", "chunk"), [(1, 4), (4, 4), (5, 4), (11, 4), (11, 128)])
+@pytest.mark.parametrize(
+    ("length", "chunk"),
+    [
+        (5, 4),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1, 4), (4, 4), (11, 4))),
+        (11, 128),
+    ],
+)
 @pytest.mark.parametrize("tuning", [ACCELERATOR, CPU], ids=["accelerator", "cpu"])
 def test_token_logprobs_and_entropies_equal_those_of_full_logits(
     params, monkeypatch, length, chunk, tuning

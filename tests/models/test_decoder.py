@@ -33,8 +33,8 @@ def randomised(params, seed=1):
     ("family", "impl", "stacked"),
     [
         ("llama", "xla", True),
-        ("llama", "xla", False),
-        ("llama", "interpret", True),
+        pytest.param("llama", "xla", False, marks=pytest.mark.slow),
+        pytest.param("llama", "interpret", True, marks=pytest.mark.slow),
         ("qwen2", "xla", False),
         ("qwen3", "interpret", True),
     ],
