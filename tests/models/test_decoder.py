@@ -32,7 +32,7 @@ def randomised(params, seed=1):
 @pytest.mark.parametrize(
     ("family", "impl", "stacked"),
     [
-        ("llama", "xla", True),
+        pytest.param("llama", "xla", True, marks=pytest.mark.slow),
         pytest.param("llama", "xla", False, marks=pytest.mark.slow),
         pytest.param("llama", "interpret", True, marks=pytest.mark.slow),
         ("qwen2", "xla", False),

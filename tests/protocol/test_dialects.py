@@ -345,7 +345,7 @@ class Calling(tool_call.ToolCall):
 @pytest.mark.parametrize(
     ("name", "tell"),
     [
-        ("search_r1", True),
+        pytest.param("search_r1", True, marks=pytest.mark.slow),
         pytest.param("search_r1", False, marks=pytest.mark.slow),
         pytest.param("tool_call", True, marks=pytest.mark.slow),
         ("tool_call", False),

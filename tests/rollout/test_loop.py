@@ -98,7 +98,7 @@ def test_log_probabilities_are_those_of_the_policy(rolled):
 
 @pytest.mark.parametrize(
     ("temperature", "speculative_tokens"),
-    [(1.0, 0), pytest.param(0.0, 0, marks=pytest.mark.slow), (1.0, 3)],
+    [*(pytest.param(t, 0, marks=pytest.mark.slow) for t in (0.0, 1.0)), (1.0, 3)],
 )
 def test_the_host_driven_loop_agrees(temperature, speculative_tokens):
     """Only the host loop uses `speculative_tokens`."""
@@ -176,7 +176,7 @@ def host_loop(engine: Engine, params) -> HostLoop:
         pytest.param({"slots": 24}, marks=pytest.mark.slow),
         pytest.param({"prefill_chunk": 32}, marks=pytest.mark.slow),
         pytest.param({"speculative_tokens": 1}, marks=pytest.mark.slow),
-        {"speculative_tokens": 5},
+        pytest.param({"speculative_tokens": 5}, marks=pytest.mark.slow),
     ],
 )
 def test_slots_and_chunks_change_nothing(rolled, changes):

@@ -52,7 +52,7 @@ def compared(monkeypatch):
     "changes",
     [
         {},
-        {"slots": 24, "prefill_chunk": 5},
+        pytest.param({"slots": 24, "prefill_chunk": 5}, marks=pytest.mark.slow),
         pytest.param({"slots": 1, "prefill_rows": 1}, marks=pytest.mark.slow),
         pytest.param({"speculative_tokens": 3}, marks=pytest.mark.slow),
         pytest.param({"cache_dtype": "int8"}, marks=pytest.mark.slow),
