@@ -44,7 +44,7 @@ def choose_dtype(requested: str, before: str = "") -> str:
     speedup = bfloat16_speedup()
     chosen = requested
     if requested == AUTO:
-        chosen = before or ("float32" if speedup < _GAIN else "bfloat16")
+        chosen = before or default_dtype().name
         console.print(f"policy.compute_dtype: {chosen} ({_reason(chosen, before, speedup)})")
     if chosen == "bfloat16" and speedup < 1:
         warn(f"this machine multiplies bfloat16 {1 / speedup:.1f} times slower than float32")
