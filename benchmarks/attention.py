@@ -19,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
 
-from r1s_jax.kernels.attention import api, reference, xla
+from r1s_jax.kernels.attention import api, reference
+from r1s_jax.kernels.attention.visibility import seen_keys
 
 # Work of forward + backward in units of the forward pass: seven matrix products against two.
 _BACKWARD = 3.5
 OURS = "r1s"
+# Of whole rows: one sequence, several, and several that share their beginning.
+MODES = ("causal", "packed", "shared")
 _UNITS = (("tflops", "TFLOP/s"), ("gb_per_s", "GB/s"))
 
 
@@ -80,9 +83,9 @@ def bench_attention(sweep: Sweep, progress: Callable[[str], None] = lambda _: No
     """
     cases = []
     for length, head_dim, mode, backward in itertools.product(
-        sweep.lengths, sweep.head_dims, ("causal", "packed"), (False, True)
+        sweep.lengths, sweep.head_dims, MODES, (False, True)
     ):
-        cases.append(_rows_case(sweep, length, head_dim, mode == "packed", backward))
+        cases.append(_rows_case(sweep, length, head_dim, mode, backward))
         progress(_in_words(cases[-1]))
     copy = _copy_gb_per_s(sweep)
     for capacity, head_dim in itertools.product(sweep.capacities, sweep.head_dims):
@@ -126,14 +129,19 @@ def _in_words(case: dict) -> str:
     return f"{name} {case['length']} x {case['head_dim']}: {rate}{ratios}"
 
 
-def packed_segments(rows: int, length: int) -> np.ndarray:
-    """Segment ids of rows packed with six trajectories of uneven lengths, int32[rows, length].
+def last_queries(mode: str, rows: int, length: int) -> np.ndarray:
+    """`last_query` int32[rows, length] of rows that hold six parts of uneven lengths.
 
+    "packed": each part is a trajectory. "shared": the first part is the beginning of the others.
     No padding, so that peers are neither timed nor compared on discarded values.
     """
     rng = np.random.default_rng(length)
     cuts = np.sort([rng.choice(np.arange(1, length), 5, replace=False) for _ in range(rows)])
-    return 1 + (np.arange(length)[None, :, None] >= cuts[:, None]).sum(-1).astype(np.int32)
+    ends = np.column_stack([cuts, np.full(rows, length)])
+    part = (np.arange(length)[None, :, None] >= cuts[:, None]).sum(-1)
+    if mode == "shared":
+        ends[:, 0] = length
+    return (np.take_along_axis(ends, part, axis=1) - 1).astype(np.int32)
 
 
 def callback_seconds(calls: int = 1000) -> float:
@@ -162,40 +170,39 @@ def untuned() -> dict[str, int]:
     return {"xla_gpu_autotune_level": 0} if jax.default_backend() == "gpu" else {}
 
 
-def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward: bool) -> dict:
+def _rows_case(sweep: Sweep, length: int, head_dim: int, mode: str, backward: bool) -> dict:
     heads = max(1, sweep.width // head_dim)
     kv_heads, rows = max(1, heads // sweep.per_group), max(1, sweep.tokens // length)
     q, k, v, dout = normal(
         sweep.dtype, *[(rows, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     )
-    ids = mask = None
+    last = mask = None
     pairs = rows * length * (length + 1) // 2
-    if packed:
-        segments = packed_segments(rows, length)
-        pairs = sum(n * (n + 1) // 2 for row in segments for n in np.bincount(row)[1:].tolist())
-        ids = jnp.asarray(segments)
-        mask = jnp.tril(ids[:, None, :, None] == ids[:, None, None, :])
+    if mode != "causal":
+        last = jnp.asarray(last_queries(mode, rows, length))
+        pairs = int((last - jnp.arange(length) + 1).sum())
+        mask = seen_keys(last)[:, None]
 
     def timed(attend: Callable) -> Callable:
         if not backward:
-            return lambda q, k, v, dout, ids, mask: attend(q, k, v, ids, mask)
+            return lambda q, k, v, dout, last, mask: attend(q, k, v, last, mask)
         return jax.value_and_grad(
-            lambda q, k, v, dout, ids, mask: jnp.sum(
-                (attend(q, k, v, ids, mask) * dout).astype(jnp.float32)
+            lambda q, k, v, dout, last, mask: jnp.sum(
+                (attend(q, k, v, last, mask) * dout).astype(jnp.float32)
             ),
             (0, 1, 2),
         )
 
     runs = {name: timed(attend) for name, attend in _row_peers().items()}
-    exact = timed(_without_mask(partial(xla.attention, causal=True, scale=head_dim**-0.5)))
+    exact = timed(_without_mask(partial(api.attention, impl="xla")))
     flops = 4 * heads * head_dim * pairs * (_BACKWARD if backward else 1)
     # Inputs are arguments, not constants: XLA takes minutes to fold a mask of 8,192 tokens.
-    measured = _measure(runs, exact, (q, k, v, dout, ids, mask), sweep)
+    measured = _measure(runs, exact, (q, k, v, dout, last, mask), sweep)
     return {
         "kind": "rows",
         "length": length,
         "head_dim": head_dim,
-        "mode": "packed" if packed else "causal",
+        "mode": mode,
         "pass": "forward+backward" if backward else "forward",
         "shape": {"rows": rows, "heads": heads, "kv_heads": kv_heads, "dtype": sweep.dtype},
         "implementations": {
@@ -207,12 +214,12 @@ def _rows_case(sweep: Sweep, length: int, head_dim: int, packed: bool, backward:
 
 
 def _row_peers() -> dict[str, Callable]:
-    """Implementations of attention over whole rows, as functions (q, k, v, segment_ids, mask)."""
+    """Implementations of attention over whole rows, as functions (q, k, v, last_query, mask)."""
     ours = {OURS: _without_mask(api.attention)}
     if api.default_impl() == "xla":
         ours["interpret"] = _without_mask(partial(api.attention, impl="interpret"))
 
-    def dot_product(function: Callable, q: Any, k: Any, v: Any, ids: Any, mask: Any) -> Any:
+    def dot_product(function: Callable, q: Any, k: Any, v: Any, last: Any, mask: Any) -> Any:
         masking = {"is_causal": True} if mask is None else {"mask": mask}
         return function(q, k, v, **masking)
 
@@ -224,7 +231,7 @@ def _row_peers() -> dict[str, Callable]:
 
 
 def _without_mask(attend: Callable) -> Callable:
-    return lambda q, k, v, ids, mask: attend(q, k, v, segment_ids=ids)
+    return lambda q, k, v, last, mask: attend(q, k, v, last_query=last)
 
 
 def _dot_product_attentions() -> dict[str, Callable]:

@@ -85,6 +85,7 @@ def _full_rows(tokens: np.ndarray) -> PackedBatch:
         tokens=tokens,
         segment_ids=np.ones_like(tokens),
         positions=np.broadcast_to(np.arange(tokens.shape[-1], dtype=np.int32), tokens.shape),
+        last_query=np.full_like(tokens, tokens.shape[-1] - 1),
         weights=ones / ones.sum(),
         advantages=ones,
         old_logprobs=-10 * ones,

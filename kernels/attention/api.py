@@ -49,8 +49,7 @@ def attention(
     k: Float[Array, "B T N K"],
     v: Float[Array, "B T N K"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    causal: bool = True,
+    last_query: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     impl: Impl | None = None,
 ) -> Float[Array, "B T H K"]:
@@ -62,11 +61,12 @@ def attention(
     _check_heads(q, k, v, k.shape[2], impl)
     if q.shape[:2] != k.shape[:2]:
         raise ValueError(f"q has rows x tokens {q.shape[:2]}, k and v have {k.shape[:2]}")
-    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
-        raise ValueError(f"segment_ids has shape {segment_ids.shape}, expected {q.shape[:2]}")
+    if last_query is None:
+        last_query = jnp.full(q.shape[:2], q.shape[1] - 1)
+    if last_query.shape != q.shape[:2]:
+        raise ValueError(f"last_query has shape {last_query.shape}, expected {q.shape[:2]}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    attend = BACKENDS[impl].attention
-    return attend(q, k, v, segment_ids=segment_ids, causal=causal, scale=scale)
+    return BACKENDS[impl].attention(q, k, v, last_query=last_query, scale=scale)
 
 
 def decode_attention(

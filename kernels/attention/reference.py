@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from r1s_jax.kernels.attention.visibility import seen_keys
+
 # Large enough to vanish after softmax, small enough that a fully masked row stays finite.
 MASKED = -1e30
 
@@ -17,30 +19,26 @@ def attention(
     k: Float[Array, "B T N K"],
     v: Float[Array, "B T N K"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    causal: bool = True,
+    last_query: Int[Array, "B T"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T H K"]:
     """Grouped-query attention over packed rows, softmax in float32.
 
-    Query head `h` reads key/value head `h // (H // N)`. A token attends to the tokens of its own
-    row and segment, to none after itself where `causal`. A segment is a run of equal ids; segment
-    0 is padding, which attends to nothing and gives zeros. `scale` defaults to `K ** -0.5`.
+    Query head `h` reads key/value head `h // (H // N)`. Token t of a row attends to the tokens s
+    with s <= t <= last_query[s] (None: to all up to itself; see `visibility`). A token without any,
+    as padding, gives zeros. `scale` defaults to `K ** -0.5`.
     """
-    length, head_dim = q.shape[1], q.shape[3]
+    head_dim = q.shape[3]
     factor = head_dim**-0.5 if scale is None else scale
     q = group_heads(q, k.shape[2])
     scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32) * factor
-    allowed = jnp.ones((1, length, length), bool)
-    if causal:
-        allowed = jnp.tril(allowed)
-    if segment_ids is not None:
-        allowed &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    scores = jnp.where(allowed[:, None, None], scores, MASKED)
+    if last_query is None:
+        last_query = jnp.full(k.shape[:2], k.shape[1] - 1)
+    seen = seen_keys(last_query)
+    scores = jnp.where(seen[:, None, None], scores, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bngts,bsnk->btngk", probs, v)
-    if segment_ids is not None:
-        out = jnp.where(segment_ids[:, :, None, None, None] > 0, out, 0)
+    out = jnp.where(seen.any(-1)[:, :, None, None, None], out, 0)
     return out.reshape(*out.shape[:2], -1, head_dim)
 
 

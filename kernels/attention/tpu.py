@@ -71,13 +71,12 @@ def attention(
     k: Float[Array, "B T N K"],
     v: Float[Array, "B T N K"],
     *,
-    segment_ids: Int[Array, "B T"] | None,
-    causal: bool,
+    last_query: Int[Array, "B T"],
     scale: float,
     interpret: Any = False,
 ) -> Float[Array, "B T H K"]:
     """`reference.attention` by the shared flash kernels."""
-    return flash_rows(backend(interpret), q, k, v, segment_ids, causal, scale)
+    return flash_rows(backend(interpret), q, k, v, last_query, scale)
 
 
 def decode_attention(

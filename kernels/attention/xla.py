@@ -1,7 +1,7 @@
 """Attention in plain XLA, block by block, for CPUs.
 
-The result is that of `reference`; blocks keep scores in the processor's caches and skip keys that
-no query may see.
+The result is that of `reference`; blocks keep scores in the processor's caches, and a block of
+queries visits only the blocks of keys that some query of it sees.
 """
 
 import jax.numpy as jnp
@@ -10,15 +10,14 @@ from jaxtyping import Array, Float, Int, Num
 
 from r1s_jax.kernels.attention.reference import MASKED, Scales, group_heads
 from r1s_jax.kernels.attention.support import Support
+from r1s_jax.kernels.attention.visibility import meeting_blocks, visits
 from r1s_jax.kernels.gradients import own_gradient
 from r1s_jax.kernels.matmul import matmul, summed_over_rows
 
 SUPPORT = Support()
 
 _BLOCK = 128  # keys of a cache
-_QUERY_BLOCK = 64
-# Most blocks of queries in a row: each adds code to the program.
-_MAX_QUERY_BLOCKS = 16
+_ROW_BLOCK = 128  # most tokens of a row's block
 
 
 def attention(
@@ -26,104 +25,108 @@ def attention(
     k: Float[Array, "B T N K"],
     v: Float[Array, "B T N K"],
     *,
-    segment_ids: Int[Array, "B T"] | None = None,
-    causal: bool = True,
-    scale: float | None = None,
+    last_query: Int[Array, "B T"],
+    scale: float,
 ) -> Float[Array, "B T H K"]:
-    """`reference.attention`; if `causal`, a block of queries skips the keys after its end.
-
-    The backward pass recomputes the scores of a block, so no [T, T] array is ever stored.
-    """
+    """`reference.attention`; the backward pass recomputes a block's scores."""
     batch, length, heads, head_dim = q.shape
-    q = group_heads(q * (head_dim**-0.5 if scale is None else scale), k.shape[2])
-    # Heads first, so that a group's queries of all tokens are the rows of one matrix product.
-    q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    if segment_ids is None:
-        segment_ids = jnp.ones((batch, length), jnp.int32)
-    out = _attend(q, k, v, segment_ids, causal)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+    blocks = -(-length // _ROW_BLOCK)
+    pad = -length % blocks
+    last = jnp.pad(last_query, ((0, 0), (0, pad)), constant_values=-1)
+    size = (length + pad) // blocks
+
+    def split(x: Float[Array, "B T N *G K"]) -> Float[Array, "I B N M K"]:
+        """Blocks first, then heads: the queries of a group are the rows of one matrix product."""
+        x = jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
+        x = jnp.moveaxis(x.reshape(batch, blocks, size, *x.shape[2:]), 2, -2)
+        return x.swapaxes(0, 1).reshape(blocks, batch, x.shape[2], -1, head_dim)
+
+    out = _attend(split(group_heads(q * scale, k.shape[2])), split(k), split(v), last)
+    out = out.reshape(blocks, batch, heads, size, head_dim).transpose(1, 0, 3, 2, 4)
+    return out.reshape(batch, length + pad, heads, head_dim)[:, :length]
 
 
-@own_gradient(4)
+@own_gradient()
 def _attend(
-    q: Float[Array, "B N G T K"],
-    k: Float[Array, "B N T K"],
-    v: Float[Array, "B N T K"],
-    segment_ids: Int[Array, "B T"],
-    causal: bool,
-) -> Float[Array, "B N G T K"]:
-    """Attention of grouped heads whose queries are already scaled."""
-    return _forward(q, k, v, segment_ids, causal)[0]
+    q: Float[Array, "I B N M K"],
+    k: Float[Array, "I B N S K"],
+    v: Float[Array, "I B N S K"],
+    last: Int[Array, "B T"],
+) -> Float[Array, "I B N M K"]:
+    """Attention of I blocks of S tokens; M = G * S are the scaled queries of a group of heads."""
+    return _forward(q, k, v, last)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, segment_ids: Array, causal: bool):
-    outs, sums = [], []
-    for queries, keys in _blocks(q.shape[3], causal):
-        scores, _ = _scores(q, k, segment_ids, queries, keys, causal)
-        peak = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - peak)
-        total = weights.sum(-1, keepdims=True)
-        mix = matmul(weights.astype(v.dtype), v[:, :, keys]) / total
-        outs.append(mix.reshape(q[:, :, :, queries].shape).astype(v.dtype))
-        sums.append((peak + jnp.log(total)).reshape(outs[-1].shape[:-1]))
-    out = jnp.where(_real(segment_ids), jnp.concatenate(outs, axis=3), 0)
-    return out, (q, k, v, segment_ids, out, jnp.concatenate(sums, axis=3))
+def _forward(q: Array, k: Array, v: Array, last: Array):
+    def attend(block: tuple[Array, ...]) -> tuple[Array, Array]:
+        i, queries, count, order = block
+
+        def visit(n: Array, carry: tuple) -> tuple:
+            peak, total, out = carry
+            j = order[n]
+            scores = _scores(queries, k[j], last, i, j)
+            new_peak = jnp.maximum(peak, scores.max(-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - new_peak), jnp.exp(peak - new_peak)
+            total = total * shrink + weights.sum(-1, keepdims=True)
+            return new_peak, total, out * shrink + matmul(weights.astype(v.dtype), v[j])
+
+        column = (*queries.shape[:-1], 1)
+        # Above a masked score, so that its weight is zero even before any key is seen.
+        start = jnp.full(column, MASKED / 2), jnp.zeros(column), jnp.zeros(queries.shape)
+        peak, total, out = lax.fori_loop(0, count, visit, start)
+        total = jnp.where(total > 0, total, 1.0)
+        return (out / total).astype(v.dtype), peak + jnp.log(total)
+
+    out, sums = lax.map(attend, (jnp.arange(len(q)), q, *_visits(last, len(q))))
+    return out, (q, k, v, last, out, sums)
 
 
-def _backward(causal: bool, residuals: tuple[Array, ...], g: Float[Array, "B N G T K"]):
+def _backward(residuals: tuple[Array, ...], g: Float[Array, "I B N M K"]):
     """With P the weights and O the output, dS = P * (dO V' - rowsum(dO * O)) (arXiv 2205.14135)."""
-    q, k, v, segment_ids, out, sums = residuals
-    g = jnp.where(_real(segment_ids), g, 0).astype(v.dtype)
-    inner = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    dq, dk, dv = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
-    for queries, keys in _blocks(q.shape[3], causal):
-        scores, q_rows = _scores(q, k, segment_ids, queries, keys, causal)
-        weights, g_rows = jnp.exp(scores - _rows(sums, queries)[..., None]), _rows(g, queries)
-        dv = dv.at[:, :, keys].add(summed_over_rows(weights.astype(v.dtype), g_rows))
-        change = matmul(g_rows, v[:, :, keys], True) - _rows(inner, queries)[..., None]
-        change = (weights * change).astype(q.dtype)
-        dq.append(matmul(change, k[:, :, keys]).reshape(q[:, :, :, queries].shape).astype(q.dtype))
-        dk = dk.at[:, :, keys].add(summed_over_rows(change, q_rows))
-    return jnp.concatenate(dq, axis=3), dk.astype(k.dtype), dv.astype(v.dtype), None
+    q, k, v, last, out, sums = residuals
+    g = g.astype(v.dtype)
+    inner = (g.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
+
+    def attend(carry: tuple[Array, Array], block: tuple[Array, ...]):
+        i, queries, outer, total, mean, count, order = block
+
+        def visit(n: Array, carry: tuple) -> tuple:
+            dq, dk, dv = carry
+            j = order[n]
+            weights = jnp.exp(_scores(queries, k[j], last, i, j) - total)
+            dv = dv.at[j].add(summed_over_rows(weights.astype(v.dtype), outer))
+            change = (weights * (matmul(outer, v[j], True) - mean)).astype(q.dtype)
+            dk = dk.at[j].add(summed_over_rows(change, queries))
+            return dq + matmul(change, k[j]), dk, dv
+
+        dq, *carry = lax.fori_loop(0, count, visit, (jnp.zeros(queries.shape), *carry))
+        return tuple(carry), dq.astype(q.dtype)
+
+    blocks = jnp.arange(len(q)), q, g, sums, inner, *_visits(last, len(q))
+    (dk, dv), dq = lax.scan(attend, (jnp.zeros(k.shape), jnp.zeros(v.shape)), blocks)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _blocks(length: int, causal: bool) -> list[tuple[slice, slice]]:
-    """The queries of each block, and the keys that they may see."""
-    block = max(_QUERY_BLOCK, -(-length // _MAX_QUERY_BLOCKS))
-    ends = [min(first + block, length) for first in range(0, length, block)]
-    return [
-        (slice(first, end), slice(0, end if causal else length))
-        for first, end in zip([0, *ends], ends, strict=False)
-    ]
+def _visits(last: Int[Array, "B T"], blocks: int) -> tuple[Int[Array, " I"], Int[Array, "I J"]]:
+    """The blocks of keys that each block of queries visits: those that it sees in any row."""
+    size = last.shape[1] // blocks
+    return visits(meeting_blocks(last, size, size).any(0))
 
 
 def _scores(
-    q: Array, k: Array, segment_ids: Array, queries: slice, keys: slice, causal: bool
-) -> tuple[Float[Array, "B N M S"], Float[Array, "B N M K"]]:
-    """Masked scores of a block with its M = G * T queries as rows, and these rows of `q`."""
-    rows = _rows(q, queries)
-    scores = matmul(rows, k[:, :, keys], True)
-    of_query, of_key = segment_ids[:, queries], segment_ids[:, keys]
-    allowed = of_query[:, :, None] == of_key[:, None, :]
-    if causal:
-        at = jnp.arange(queries.start, queries.stop)
-        allowed &= at[:, None] >= jnp.arange(keys.stop)
-    grouped = scores.reshape(*q.shape[:3], *allowed.shape[1:])
-    return jnp.where(allowed[:, None, None], grouped, MASKED).reshape(scores.shape), rows
-
-
-def _rows(x: Float[Array, "B N G T *K"], queries: slice) -> Float[Array, "B N M *K"]:
-    """A block's queries of all heads of a group, as the rows of one matrix."""
-    x = x[:, :, :, queries]
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def _real(segment_ids: Int[Array, "B T"]) -> Array:
-    """Mask of the tokens that are not padding, broadcastable to [B, N, G, T, K]."""
-    return segment_ids[:, None, None, :, None] > 0
+    queries: Float[Array, "B N M K"], keys: Float[Array, "B N S K"], last: Array, i: Array, j: Array
+) -> Float[Array, "B N M S"]:
+    """Masked scores of the queries of block i and the keys of block j."""
+    size = keys.shape[2]
+    query, key = i * size + jnp.arange(size)[:, None], j * size + jnp.arange(size)
+    until = lax.dynamic_slice_in_dim(last, j * size, size, axis=1)[:, None]
+    seen = ((key <= query) & (query <= until))[:, None, None]
+    scores = matmul(queries, keys, True)
+    grouped = scores.reshape(*scores.shape[:2], -1, size, size)
+    return jnp.where(seen, grouped, MASKED).reshape(scores.shape)
 
 
 def decode_attention(

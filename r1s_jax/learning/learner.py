@@ -157,7 +157,7 @@ class Learner:
             attend_rows=row_attention(impl, self.mesh),
             tuning=mesh_tuning(self.mesh),
         )
-        hidden = policy.hidden(batch.tokens, batch.positions, batch.segment_ids)
+        hidden = policy.hidden(batch.tokens, batch.positions, batch.last_query)
         return token_logprobs(policy, batch.tokens, hidden, batch.weights > 0)
 
     def update_step(

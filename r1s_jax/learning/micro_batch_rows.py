@@ -56,7 +56,7 @@ def packed_shapes(
     rows *= batch_shards(learner.mesh)
     shape = (-(-sequences // rows), rows, length)
     sharding = NamedSharding(learner.mesh, P(None, BATCH_AXES))
-    integers = ("tokens", "segment_ids", "positions")
+    integers = ("tokens", "segment_ids", "positions", "last_query")
     return PackedBatch(
         **{
             name: jax.ShapeDtypeStruct(

@@ -1,10 +1,13 @@
-"""Packs several trajectories into one row, separated by segment ids.
+"""Packs several trajectories into one row, the beginning that they share only once.
 
-Packing saves the padding of trajectories of different lengths. A token's entries (`weights`, ...)
-belong to the token itself, which the model predicts at the position before.
+Packing saves the padding of trajectories of different lengths, and computes a common beginning
+(the instructions, a question with its first documents) once for all trajectories of a row
+(Prefix Grouper, arXiv 2506.05433, for prompts). A token's entries (`weights`, ...) belong to the
+token itself, which the model predicts at the position before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Generic, NamedTuple
 
 import numpy as np
@@ -17,8 +20,9 @@ class PackedBatch(NamedTuple, Generic[A]):
     """Micro-batches of packed rows: every array is [M, R, T] (micro-batch, row, token)."""
 
     tokens: A  # int32
-    segment_ids: A  # int32, 0 is padding
-    positions: A  # int32, restarting in each segment
+    segment_ids: A  # int32, the trajectory of each token; 0 is padding
+    positions: A  # int32, in the token's own trajectory
+    last_query: A  # int32, last token of the row that attends to this one; -1 is padding
     weights: A  # float32, a token's share of the loss; 0 unless the policy wrote it
     advantages: A  # float32
     old_logprobs: A  # float32, when the token was sampled
@@ -28,32 +32,85 @@ class PackedBatch(NamedTuple, Generic[A]):
 
 
 class Layout(NamedTuple):
-    """Places of trajectories: `row[i]` and `offset[i]` of each, and the number of rows used."""
+    """Places of trajectories: trajectory i has the columns from `offset[i]` on of row `row[i]`.
+
+    These are its tokens from `shared[i]` on; those before stand among trajectories to the left.
+    """
 
     row: np.ndarray
     offset: np.ndarray
-    rows: int
+    shared: np.ndarray
+    rows: int  # in use
 
 
-def first_fit(lengths: Sequence[int], capacity: int) -> Layout:
-    """First-fit decreasing: within 11/9 of the fewest rows.
+class Beginnings(NamedTuple):
+    """What N sequences may share: their tokens before the first trained one, but the last of these.
 
-    Raises ConfigError when a length exceeds `capacity`.
+    The last one stays with each sequence because the model predicts the trained token there.
     """
-    row, offset = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.int64)
-    used: list[int] = []
-    for i in np.argsort(-np.asarray(lengths), kind="stable"):
-        if lengths[i] > capacity:
+
+    order: np.ndarray  # the sequences, sorted by their beginnings
+    common: np.ndarray  # [N, N] number of leading tokens that two sequences share
+    group: np.ndarray  # [N] equal for equal beginnings
+
+    @staticmethod
+    def of(tokens: np.ndarray, lengths: np.ndarray, trained: np.ndarray) -> "Beginnings":
+        """`tokens` and `trained` are [N, W]."""
+        first = np.where(trained.any(1), trained.argmax(1), lengths)
+        starts = [row[: max(0, n - 1)] for row, n in zip(tokens, first, strict=True)]
+        order = np.array(
+            sorted(range(len(starts)), key=lambda i: starts[i].astype(">i4").tobytes())
+        )
+        steps = [_common(starts[i], starts[j]) for i, j in pairwise(order)]
+        steps = np.array(steps, np.int64)
+        size, n = np.array([len(s) for s in starts], np.int64), len(starts)
+        common, group = np.zeros((n, n), np.int64), np.zeros(n, np.int64)
+        for at, i in enumerate(order):
+            # Two sequences share what all neighbours between them share.
+            common[i, i] = size[i]
+            common[i, order[at + 1 :]] = np.minimum.accumulate(steps[at:])
+        common = np.maximum(common, common.T)
+        same = (steps == size[order[1:]]) & (steps == size[order[:-1]])
+        group[order[1:]] = np.cumsum(~same)
+        return Beginnings(order, common, group)
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(len(a), len(b))
+    differ = a[:n] != b[:n]
+    return int(differ.argmax()) if differ.any() else n
+
+
+def first_fit(
+    lengths: Sequence[int] | np.ndarray, capacity: int, beginnings: Beginnings | None = None
+) -> tuple[np.ndarray, int]:
+    """The row of each sequence, and the number of rows: first-fit decreasing.
+
+    Sequences of equal beginnings are placed one after another. Each goes to the row that already
+    holds most of it, or to the first; without anything in common, the rows are within 11/9 of the
+    fewest. Raises ConfigError when a length exceeds `capacity`.
+    """
+    size = np.asarray(lengths, np.int64)
+    n = len(size)
+    group = np.arange(n) if beginnings is None else beginnings.group
+    longest = np.zeros(n, np.int64)
+    np.maximum.at(longest, group, size)
+    row, used = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    held = np.zeros((n, n), np.int64)  # [row, sequence]: tokens of the sequence in the row
+    rows = 0
+    for i in np.lexsort((-size, group, -longest[group])):
+        if size[i] > capacity:
             raise ConfigError(
-                f"a sequence of {lengths[i]} tokens does not fit into packed rows of {capacity}: "
+                f"a sequence of {size[i]} tokens does not fit into packed rows of {capacity}: "
                 "raise optimizer.pack_length"
             )
-        r = next((r for r, n in enumerate(used) if n + lengths[i] <= capacity), len(used))
-        if r == len(used):
-            used.append(0)
-        row[i], offset[i] = r, used[r]
-        used[r] += lengths[i]
-    return Layout(row, offset, len(used))
+        fits = used[:rows] + size[i] - held[:rows, i] <= capacity
+        r = int(np.where(fits, held[:rows, i], -1).argmax()) if fits.any() else rows
+        rows = max(rows, r + 1)
+        row[i], used[r] = r, used[r] + size[i] - held[r, i]
+        if beginnings is not None:
+            held[r] = np.maximum(held[r], beginnings.common[i])
+    return row, rows
 
 
 def pack(
@@ -68,41 +125,76 @@ def pack(
     *,
     capacity: int,
     micro_batch_rows: int,
-    max_micro: int | None = None,
 ) -> tuple[PackedBatch[np.ndarray], Layout, int]:
     """Packs N sequences ([N, W] arrays, `lengths` int[N]) into micro-batches.
 
     Returns the batch, its layout and the number of micro-batches that are not empty. The batch has
-    `max_micro` micro-batches of `micro_batch_rows` rows (by default enough for one sequence a row)
-    whatever is packed, so that the update compiles once.
+    enough micro-batches of `micro_batch_rows` rows for one sequence a row, whatever is packed, so
+    that the update compiles once. Sequences share a beginning up to the token before the first that
+    has a weight.
     """
-    layout = first_fit(np.asarray(lengths).tolist(), capacity)
+    trained = weights > 0 if kl_weights is None else (weights > 0) | (kl_weights > 0)
+    beginnings = Beginnings.of(tokens, lengths, trained)
+    layout, last = _place(*first_fit(lengths, capacity, beginnings), lengths, capacity, beginnings)
     micro = -(-layout.rows // micro_batch_rows)
-    max_micro = max_micro or -(-len(lengths) // micro_batch_rows)
-    shape = (max_micro * micro_batch_rows, capacity)
+    split = (-(-len(lengths) // micro_batch_rows), micro_batch_rows, capacity)
+    shape = (split[0] * micro_batch_rows, capacity)
     segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    last_query = np.full(shape, -1, np.int32)
+    last_query[: layout.rows] = last
     sources = {"tokens": tokens, "weights": weights, "advantages": advantages}
     sources |= {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs}
     sources |= {"kl_weights": kl_weights, "fresh": fresh}
     packed = {
         name: np.zeros(shape, np.int32 if name == "tokens" else np.float32) for name in sources
     }
-    for i, n in enumerate(lengths):
-        r, cut = layout.row[i], slice(layout.offset[i], layout.offset[i] + n)
-        segment_ids[r, cut] = i + 1
-        positions[r, cut] = np.arange(n)
+    for i, cut, own in _places(layout, lengths):
+        segment_ids[cut] = i + 1
+        positions[cut] = np.arange(own.start, own.stop)
         for name, source in sources.items():
             if source is not None:
-                packed[name][r, cut] = source[i, :n]
-    batch = PackedBatch(segment_ids=segment_ids, positions=positions, **packed)
-    split = (max_micro, micro_batch_rows, capacity)
+                packed[name][cut] = source[i, own]
+    batch = PackedBatch(
+        segment_ids=segment_ids, positions=positions, last_query=last_query, **packed
+    )
     return PackedBatch(*(a.reshape(split) for a in batch)), layout, micro
 
 
+def _place(
+    row: np.ndarray, rows: int, lengths: np.ndarray, capacity: int, beginnings: Beginnings
+) -> tuple[Layout, np.ndarray]:
+    """The layout, and `last_query` int[rows, capacity].
+
+    A row's sequences stand in the order of their beginnings, so that those with a common beginning
+    are neighbours, and each leaves out what it shares with the one before.
+    """
+    offset, shared = np.zeros_like(row), np.zeros_like(row)
+    last_query = np.full((rows, capacity), -1)
+    for r in range(rows):
+        columns, end, before = np.zeros(capacity, np.int64), 0, -1
+        for i in beginnings.order[row[beginnings.order] == r]:
+            shared[i] = 0 if before < 0 else beginnings.common[before, i]
+            offset[i], end, before = end, end + lengths[i] - shared[i], i
+            columns[shared[i] : lengths[i]] = np.arange(offset[i], end)
+            last_query[r, columns[: lengths[i]]] = end - 1
+    return Layout(row, offset, shared, rows), last_query
+
+
+def _places(layout: Layout, lengths: np.ndarray) -> Iterator[tuple[int, tuple[int, slice], slice]]:
+    """Each sequence, its place [row, columns], and which of its tokens stand there."""
+    for i, n in enumerate(lengths):
+        begin = layout.offset[i]
+        columns = slice(begin, begin + n - layout.shared[i])
+        yield i, (layout.row[i], columns), slice(layout.shared[i], n)
+
+
 def unpack(packed: np.ndarray, layout: Layout, lengths: np.ndarray, width: int) -> np.ndarray:
-    """Undoes `pack` for one array of values: [M, R, T] -> [N, width]."""
+    """Undoes `pack` for one array of values: [M, R, T] -> [N, width].
+
+    The values of a shared beginning are those of one of its sequences; the others have zeros there.
+    """
     rows = packed.reshape(-1, packed.shape[-1])
     out = np.zeros((len(lengths), width), packed.dtype)
-    for i, n in enumerate(lengths):
-        out[i, :n] = rows[layout.row[i], layout.offset[i] : layout.offset[i] + n]
+    for i, cut, own in _places(layout, lengths):
+        out[i, own] = rows[cut]
     return out

@@ -32,7 +32,7 @@ from r1s_jax.models.params import Params, as_computed
 LAYERS_SCOPE = "decoder_layer"
 
 
-# Called like `attention`, with q, k, v and `segment_ids=` of whole rows.
+# Called like `attention`, with q, k, v and `last_query=` of whole rows.
 RowAttention = Callable[..., Array]
 _PROJECTED = "projected"  # marks a projection that rematerialisation does not see as a product
 _REMAT = {
@@ -86,23 +86,27 @@ class Policy(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        last_query: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """float32 logits of whole rows."""
-        return self.logits(self.hidden(tokens, positions, segment_ids))
+        return self.logits(self.hidden(tokens, positions, last_query))
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        last_query: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Final hidden states of whole rows (learning). Positions restart in each segment."""
+        """Final hidden states of whole rows (learning).
+
+        `positions` are those in a token's own sequence; `last_query` says who attends to whom (see
+        kernels/attention/visibility.py).
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
         def attend(layer: Array, q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
-            return self.attend_rows(q, k, v, segment_ids=segment_ids), cache
+            return self.attend_rows(q, k, v, last_query=last_query), cache
 
         return self._stack(tokens, positions, attend, None)[0]
 

@@ -165,14 +165,14 @@ def row_attention(impl: Impl, mesh: Mesh) -> RowAttention:
     """
     rows, heads = P(BATCH_AXES), P(BATCH_AXES, None, TENSOR_AXIS)
 
-    def attend(q: Array, k: Array, v: Array, *, segment_ids: Array) -> Array:
+    def attend(q: Array, k: Array, v: Array, *, last_query: Array) -> Array:
         return jax.shard_map(
-            lambda q, k, v, ids: attention(q, k, v, segment_ids=ids, impl=impl),
+            lambda q, k, v, last: attention(q, k, v, last_query=last, impl=impl),
             mesh=mesh,
             in_specs=(heads, heads, heads, rows),
             out_specs=heads,
             check_vma=False,
-        )(q, k, v, segment_ids)
+        )(q, k, v, last_query)
 
     return attend
 

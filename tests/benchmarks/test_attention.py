@@ -1,3 +1,6 @@
+import itertools
+
+import numpy as np
 import pytest
 
 from benchmarks import attention
@@ -9,12 +12,9 @@ def test_every_case_is_correct_and_compared():
     result = attention.bench_attention(attention.QUICK, lines.append)
     assert result["copy_gb_per_s"] > 0 and result["callback_us"] > 0
     cases = result["cases"]
-    assert len(cases) == len(lines) == 5
+    assert len(cases) == len(lines) == 7
     assert {(c.get("mode"), c.get("pass")) for c in cases} == {
-        ("causal", "forward"),
-        ("causal", "forward+backward"),
-        ("packed", "forward"),
-        ("packed", "forward+backward"),
+        *itertools.product(attention.MODES, ("forward", "forward+backward")),
         (None, None),
     }
     for case in cases:
@@ -27,11 +27,12 @@ def test_every_case_is_correct_and_compared():
     assert len(table.splitlines()) == 2 + 2 + len(cases)
 
 
-def test_segments_cover_whole_rows():
-    segments = attention.packed_segments(3, 500)
-    assert segments.shape == (3, 500)
-    for row in segments:
-        assert list(dict.fromkeys(row.tolist())) == [1, 2, 3, 4, 5, 6]
+def test_six_parts_cover_whole_rows():
+    packed, shared = (attention.last_queries(mode, 3, 500) for mode in ("packed", "shared"))
+    for row, other in zip(packed, shared, strict=True):
+        ends = list(dict.fromkeys(row.tolist()))
+        assert len(ends) == 6 and ends[-1] == 499 and row[ends].tolist() == ends
+        np.testing.assert_array_equal(other, np.where(row == ends[0], 499, row))
 
 
 def test_an_error_is_recorded_and_does_not_end_the_run():

@@ -12,12 +12,11 @@ def softmax_mix(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: floa
     return weights @ values / weights.sum()
 
 
-def attention_oracle(q, k, v, segments, scale, causal=True) -> np.ndarray:
+def attention_oracle(q, k, v, last_query, scale) -> np.ndarray:
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out, per_group = np.zeros_like(q), q.shape[2] // k.shape[2]
     for b, t, h in np.ndindex(q.shape[:3]):
-        end = t + 1 if causal else q.shape[1]
-        seen = np.flatnonzero((segments[b, :end] == segments[b, t]) & (segments[b, t] > 0))
+        seen = np.flatnonzero(last_query[b, : t + 1] >= t)
         n = h // per_group
         out[b, t, h] = softmax_mix(q[b, t, h], k[b, seen, n], v[b, seen, n], scale)
     return out
@@ -49,11 +48,32 @@ def random_cache(layers, rows, kv_heads, capacity, head_dim, new, heads, seed=0)
     return normal(rng, rows, new, heads, head_dim), k, v
 
 
-def random_segments(rng, rows: int, length: int, padded: bool = True) -> np.ndarray:
-    """Segment ids 1, 2, 3... along each row; some rows end in padding."""
-    out = np.zeros((rows, length), np.int32)
+def whole_rows(rows: int, length: int) -> np.ndarray:
+    """`last_query` of rows of one sequence each."""
+    return np.full((rows, length), length - 1, np.int32)
+
+
+def in_parts(lengths, padding: int = 0) -> np.ndarray:
+    """`last_query` of one row of sequences one after another, then padding."""
+    ends = np.repeat(np.cumsum(lengths) - 1, lengths)
+    return np.concatenate([ends, np.full(padding, -1)])[None].astype(np.int32)
+
+
+def random_trees(rng, rows: int, length: int, depth: int = 3) -> np.ndarray:
+    """`last_query` of rows of random trees: sequences share beginnings that share beginnings.
+
+    Some rows end in padding.
+    """
+    out = np.full((rows, length), -1, np.int32)
+
+    def fill(row: np.ndarray, begin: int, end: int, depth: int) -> None:
+        cuts = np.sort(rng.integers(begin, end + 1, rng.integers(0, 4)))
+        for a, b in zip([begin, *cuts], [*cuts, end], strict=True):
+            stem = rng.integers(a, b + 1) if depth > 1 else b
+            row[a:stem] = b - 1
+            if stem < b:
+                fill(row, stem, b, depth - 1)
+
     for row in out:
-        end = rng.integers(1, length + 1) if padded else length
-        cuts = np.sort(rng.integers(0, end, rng.integers(0, 5)))
-        row[:end] = 1 + np.searchsorted(cuts, np.arange(end), side="right")
+        fill(row, 0, rng.integers(1, length + 1), depth)
     return out

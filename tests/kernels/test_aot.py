@@ -52,8 +52,8 @@ CASES = [*((name, "bfloat16") for name in SHAPES), ("smollm2_135m", "float32")]
 def test_forward_and_backward(device, name, dtype, length):
     impl, options = impl_and_options(device)
 
-    def loss(q, k, v, segment_ids):
-        out = api.attention(q, k, v, segment_ids=segment_ids, impl=impl)
+    def loss(q, k, v, last_query):
+        out = api.attention(q, k, v, last_query=last_query, impl=impl)
         return out.astype(jnp.float32).sum()
 
     compiled = compile_for(

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from r1s_jax.config import Impl
 from r1s_jax.kernels.attention import api, reference, xla
 from r1s_jax.models.kv_cache import quantize
-from tests.kernels.oracle import attention_oracle, decode_oracle, random_cache, random_qkv
+from tests.kernels.oracle import (
+    attention_oracle,
+    decode_oracle,
+    random_cache,
+    random_qkv,
+    random_trees,
+    whole_rows,
+)
 
 DECODE = {
     "reference": jax.jit(reference.decode_attention),
@@ -22,35 +29,41 @@ DECODE = {
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (4, 1)])
 def test_attention_is_causal_and_grouped(module, heads, kv_heads):
     q, k, v = random_qkv(2, 11, heads, kv_heads, 8)
-    one = np.ones((2, 11), int)
-    expected = attention_oracle(q, k, v, one, 8**-0.5)
+    expected = attention_oracle(q, k, v, whole_rows(2, 11), 8**-0.5)
     np.testing.assert_allclose(module.attention(q, k, v), expected, atol=2e-6)
 
 
-def test_attention_stays_within_its_segment():
-    q, k, v = random_qkv(3, 13, 4, 2, 8)
-    segments = np.array(
-        [
-            [1, 1, 1, 2, 2, 2, 2, 2, 3, 4, 4, 0, 0],
-            [5] * 13,
-            [2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 0],
-        ],
-        np.int32,
-    )
-    got = np.asarray(reference.attention(q, k, v, segment_ids=segments))
-    expected = attention_oracle(q, k, v, segments, 8**-0.5)
-    np.testing.assert_allclose(got, expected, atol=2e-6)
-    assert not got[segments == 0].any(), "padding attends to nothing"
+@pytest.mark.parametrize("module", [reference, api])
+@pytest.mark.parametrize(("length", "seed"), [(13, 0), (200, 1), (300, 2)])
+def test_attention_follows_its_tree(module, length, seed):
+    """Output and gradients; of one block and of several, with beginnings three levels deep."""
+    q, k, v = random_qkv(3, length, 4, 2, 8, seed)
+    last = random_trees(np.random.default_rng(seed), 3, length)
+    got = np.asarray(module.attention(q, k, v, last_query=last))
+    np.testing.assert_allclose(got, attention_oracle(q, k, v, last, 8**-0.5), atol=2e-6)
+    assert not got[last < 0].any(), "padding attends to nothing"
+
+    dout = np.cos(q)
+
+    def gradients(attend):
+        def loss(q, k, v):
+            return (attend(q, k, v, last_query=last) * dout).sum()
+
+        return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+    for mine, plain in zip(*map(gradients, (module.attention, reference.attention)), strict=True):
+        np.testing.assert_allclose(mine, plain, atol=2e-5)
 
 
-def test_the_future_and_other_segments_have_no_gradient():
+def test_the_future_and_other_branches_have_no_gradient():
+    """Two sequences share tokens 0 and 1; a third stands alone; then padding."""
     q, k, v = random_qkv(1, 8, 2, 1, 4)
-    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0]], np.int32)
+    last = np.array([[4, 4, 3, 3, 4, 6, 6, -1]], np.int32)
 
     def at(k, v, token):
-        return reference.attention(q, k, v, segment_ids=segments)[0, token].sum()
+        return reference.attention(q, k, v, last_query=last)[0, token].sum()
 
-    for token, seen in [(2, [0, 1, 2]), (5, [4, 5])]:
+    for token, seen in [(1, [0, 1]), (3, [0, 1, 2, 3]), (4, [0, 1, 4]), (6, [5, 6])]:
         for gradient in jax.grad(partial(at, token=token), (0, 1))(k, v):
             touched = np.flatnonzero(np.abs(gradient[0]).sum((1, 2)))
             assert set(touched) <= set(seen)
@@ -60,7 +73,7 @@ def test_the_future_and_other_segments_have_no_gradient():
 def test_attention_with_a_given_scale():
     q, k, v = random_qkv(1, 6, 2, 2, 4)
     got = reference.attention(q, k, v, scale=1.7)
-    expected = attention_oracle(q, k, v, np.ones((1, 6)), 1.7)
+    expected = attention_oracle(q, k, v, whole_rows(1, 6), 1.7)
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
@@ -159,7 +172,7 @@ def test_bfloat16_in_bfloat16_out_near_float32():
 @pytest.mark.parametrize("backend", DECODE)
 def test_decoding_chunk_by_chunk_equals_attention_over_the_whole_text(backend):
     q, k, v = random_qkv(2, 12, 4, 2, 8)
-    whole = attention_oracle(q, k, v, np.ones((2, 12)), 8**-0.5)
+    whole = attention_oracle(q, k, v, whole_rows(2, 12), 8**-0.5)
     k_cache, v_cache = (np.moveaxis(x, 1, 2)[None] for x in (k, v))
     for start, end in [(0, 4), (4, 8), (8, 12)]:
         lengths = np.full(2, end, np.int32)

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from r1s_jax.kernels.attention import api, flash, gpu, reference, tpu, xla
+from r1s_jax.kernels.attention.visibility import meeting_blocks, visits
 from r1s_jax.models.kv_cache import quantize
 from tests.kernels.oracle import (
     attention_oracle,
     decode_oracle,
+    in_parts,
     normal,
     random_cache,
     random_qkv,
-    random_segments,
+    random_trees,
+    whole_rows,
 )
 
 BACKENDS = {"tpu": tpu.backend(True), "gpu": gpu.backend(True)}
@@ -40,36 +43,35 @@ def decode(backend, q, k, v, layer, lengths, rows=None, *, scale, scales=None, i
     return run(*operands, scale=scale, scales=scales, interpret=interpret)
 
 
-def rows(backend, q, k, v, segments, causal=True, scale=None):
+def rows(backend, q, k, v, last, scale=None):
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    return flash.flash_rows(backend, q, k, v, segments, causal, scale)
+    return flash.flash_rows(backend, q, k, v, last, scale)
 
 
 def gradients(attend, q, k, v, dout):
     return jax.grad(lambda *args: jnp.sum(attend(*args) * dout), (0, 1, 2))(q, k, v)
 
 
-def check_rows(backend, *, length=300, heads=4, kv_heads=2, head_dim=16, causal=True, seed=0):
+def check_rows(backend, *, length=300, heads=4, kv_heads=2, head_dim=16, seed=0):
     """Checks output and gradients of a random packed batch."""
     q, k, v = random_qkv(3, length, heads, kv_heads, head_dim, seed)
     rng = np.random.default_rng(seed)
-    segments = random_segments(rng, 3, length)
-    segments[0] = 1  # one segment across all blocks
-    segments[1] = 1 + 4 * np.arange(length) // length  # several segments per block
+    last = random_trees(rng, 3, length)
+    last[0] = length - 1  # one sequence across all blocks
+    last[1] = in_parts([length // 4] * 4, length % 4)  # several sequences per block
     dout = normal(rng, *q.shape)
-    attend = jax.jit(lambda q, k, v: rows(backend, q, k, v, segments, causal))
-    expected = attention_oracle(q, k, v, segments, head_dim**-0.5, causal)
+    attend = jax.jit(lambda q, k, v: rows(backend, q, k, v, last))
+    expected = attention_oracle(q, k, v, last, head_dim**-0.5)
     np.testing.assert_allclose(attend(q, k, v), expected, atol=5e-6)
-    plain = partial(reference.attention, segment_ids=segments, causal=causal)
+    plain = partial(reference.attention, last_query=last)
     pairs = zip(gradients(attend, q, k, v, dout), gradients(plain, q, k, v, dout), strict=True)
     for got, expected in pairs:
         np.testing.assert_allclose(got, expected, atol=3e-5)
 
 
 @pytest.mark.parametrize("backend", GPU_SLOW)
-@pytest.mark.parametrize("causal", [True, False])
-def test_packed_rows_and_their_gradients(backend, causal):
-    check_rows(BACKENDS[backend], causal=causal)
+def test_packed_rows_and_their_gradients(backend):
+    check_rows(BACKENDS[backend])
 
 
 @pytest.mark.parametrize("backend", GPU_SLOW)
@@ -78,65 +80,65 @@ def test_packed_rows_and_their_gradients(backend, causal):
     kv_heads=st.integers(1, 2),
     per_group=st.integers(1, 8),
     head_dim=st.sampled_from([16, 64, 128]),
-    causal=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @settings(deadline=None, max_examples=4)
-def test_any_shape(backend, length, kv_heads, per_group, head_dim, causal, seed):
+def test_any_shape(backend, length, kv_heads, per_group, head_dim, seed):
     q, k, v = random_qkv(1, length, kv_heads * per_group, kv_heads, head_dim, seed)
-    segments = random_segments(np.random.default_rng(seed), 1, length)
-    got = rows(BACKENDS[backend], q, k, v, segments, causal)
-    expected = attention_oracle(q, k, v, segments, head_dim**-0.5, causal)
+    last = random_trees(np.random.default_rng(seed), 1, length)
+    got = rows(BACKENDS[backend], q, k, v, last)
+    expected = attention_oracle(q, k, v, last, head_dim**-0.5)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_without_segments_and_with_a_given_scale(backend):
+def test_a_given_scale(backend):
     q, k, v = random_qkv(2, 140, 3, 1, 16)
-    expected = attention_oracle(q, k, v, np.ones((2, 140)), 1.7)
+    last = whole_rows(2, 140)
+    expected = attention_oracle(q, k, v, last, 1.7)
     np.testing.assert_allclose(
-        rows(BACKENDS[backend], q, k, v, None, scale=1.7), expected, atol=1e-5
+        rows(BACKENDS[backend], q, k, v, last, scale=1.7), expected, atol=1e-5
     )
 
 
 @pytest.mark.parametrize("backend", GPU_SLOW)
-def test_a_change_in_one_segment_reaches_no_other(backend):
+def test_a_change_in_one_sequence_reaches_no_other(backend):
     q, k, v = random_qkv(1, 260, 2, 1, 16)
-    segments = np.repeat([[1, 2, 3, 0]], [70, 90, 60, 40], axis=1).astype(np.int32)
-    inside = np.flatnonzero(segments[0] == 2)
+    last = in_parts([70, 90, 60], padding=40)
+    inside = slice(70, 160)
+    outside = np.delete(np.arange(260), inside)
     changed = [x.copy() for x in (q, k, v)]
     for x in changed:
         x[:, inside] = 50 * x[:, inside] + 1
 
     def results(q, k, v):
-        attend = partial(rows, BACKENDS[backend], segments=segments)
+        attend = partial(rows, BACKENDS[backend], last=last)
         return attend(q, k, v), *gradients(attend, q, k, v, np.cos(q))
 
-    outside = segments[0] != 2
     for before, after in zip(results(q, k, v), results(*changed), strict=True):
         np.testing.assert_array_equal(before[:, outside], after[:, outside])
         assert np.isfinite(after).all()
         assert not np.array_equal(before[:, inside], after[:, inside])
 
 
-def test_blocks_that_share_no_segment_are_skipped():
-    """With eight segments of one block each, every query block visits only its own keys."""
-    segments = np.repeat(np.arange(1, 9), 128)[None].astype(np.int32)
-    ranges = flash.key_ranges(1024, segments, True, 1)
-    meets = flash._meeting_blocks(ranges, flash.Blocks(128, 128, None))
+def test_blocks_that_nobody_sees_are_skipped():
+    """Eight parts of one block each: apart, and the first as the beginning of the others."""
+    last = in_parts([128] * 8)
+    meets = meeting_blocks(last, 128, 128)
     np.testing.assert_array_equal(meets[0], np.eye(8, dtype=bool))
-    for axis in (1, 2):
-        lo, hi = flash._span(meets, axis)
-        np.testing.assert_array_equal(hi - lo, np.ones((1, 8)))
+    last[0, :128] = 1023
+    meets = meeting_blocks(last, 128, 128)
+    np.testing.assert_array_equal(meets[0], np.eye(8, dtype=bool) | (np.arange(8) == 0))
+    counts, order = visits(meets)
+    np.testing.assert_array_equal(counts, [[1, *[2] * 7]])
+    np.testing.assert_array_equal(order[0, 1:, :2], [[0, i] for i in range(1, 8)])
 
 
 def test_no_race_and_no_unwritten_memory(capfd):
     q, k, v = random_qkv(1, 300, 2, 1, 16)
-    segments = random_segments(np.random.default_rng(3), 1, 300)
-    attend = partial(rows, tpu.backend(STRICT), segments=segments)
-    np.testing.assert_allclose(
-        attend(q, k, v), attention_oracle(q, k, v, segments, 0.25), atol=1e-5
-    )
+    last = random_trees(np.random.default_rng(3), 1, 300)
+    attend = partial(rows, tpu.backend(STRICT), last=last)
+    np.testing.assert_allclose(attend(q, k, v), attention_oracle(q, k, v, last, 0.25), atol=1e-5)
     assert all(np.isfinite(g).all() for g in gradients(attend, q, k, v, np.cos(q)))
     lengths = np.array([0, 5, 256], np.int32)
     q, k, v = random_cache(2, 3, 2, 256, 16, 3, 4)
@@ -147,13 +149,19 @@ def test_no_race_and_no_unwritten_memory(capfd):
 
 # Each replacement introduces one error of the kind that a typing mistake causes.
 SABOTAGE = {
-    "the future is seen": ("(at <= last), scores", "(at <= last + 1), scores"),
-    "other segments are seen": ("(at >= first) & (at <= last), scores", "(at <= last), scores"),
+    "the future is seen": (
+        "(key + j * blocks.keys <= query)",
+        "(key + j * blocks.keys <= query + 1)",
+    ),
+    "other branches are seen": ("& (query <= last_ref[0:1, here])", ""),
     "the running sum is not rescaled": ("acc = acc * shrink +", "acc = acc +"),
-    "the last block is forgotten": ("hi_ref[b, i], attend", "hi_ref[b, i] - 1, attend"),
+    "the last block is forgotten": ("count_ref[b, i], attend", "count_ref[b, i] - 1, attend"),
     "the gradient ignores delta": ("(1, 1)) - delta)", "(1, 1)))"),
     "the gradient of keys lacks the scale": ("(dk * scale)", "(dk * 1.0)"),
-    "the gradient of values is masked nowhere": ("jnp.where(allowed, scores, MASKED)", "scores"),
+    "the gradient of values is masked nowhere": (
+        "scores = jnp.where((key <= at) & (at <= last), scores, MASKED)",
+        "pass",
+    ),
 }
 
 
@@ -233,7 +241,7 @@ def test_decode_of_some_rows_of_the_cache(backend):
 @pytest.mark.parametrize("backend", MODULES)
 def test_decoding_a_token_equals_its_row_of_the_prefill(backend):
     q, k, v = random_qkv(2, 200, 4, 2, 16)
-    whole = rows(BACKENDS[backend], q, k, v, None)
+    whole = rows(BACKENDS[backend], q, k, v, whole_rows(2, 200))
     capacity = ((0, 0), (0, 0), (0, 56), (0, 0))
     k_cache, v_cache = (np.pad(np.moveaxis(x, 1, 2), capacity)[None] for x in (k, v))
     for t in (0, 130, 199):
@@ -247,11 +255,12 @@ def test_bfloat16_stays_near_float64(backend):
     q, k, v = random_qkv(1, 200, 4, 2, 64)
     half = [jnp.asarray(x, "bfloat16") for x in (q, k, v)]
     exact = [np.asarray(x, np.float64) for x in half]
-    got = rows(BACKENDS[backend], *half, None)
+    last = whole_rows(1, 200)
+    got = rows(BACKENDS[backend], *half, last)
     assert got.dtype == "bfloat16"
-    expected = attention_oracle(*exact, np.ones((1, 200)), 64**-0.5)
+    expected = attention_oracle(*exact, last, 64**-0.5)
     np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=0.02)
-    grads = gradients(partial(rows, BACKENDS[backend], segments=None), *half, jnp.cos(half[0]))
+    grads = gradients(partial(rows, BACKENDS[backend], last=last), *half, jnp.cos(half[0]))
     plain = gradients(reference.attention, *map(jnp.float32, half), jnp.cos(half[0]))
     for g, p in zip(grads, plain, strict=True):
         assert g.dtype == "bfloat16"
@@ -281,7 +290,7 @@ def test_unsupported_shapes_are_named():
         ("impl='cuda' is not an attention backend", lambda: attention(q, k, v, impl="cuda")),
         ("3 query heads are not a multiple of 2", lambda: attention(q[:, :, :3], k, v)),
         ("k has shape .* v has", lambda: attention(q, k, v[:, :4])),
-        ("segment_ids has shape", lambda: attention(q, k, v, segment_ids=lengths)),
+        ("last_query has shape", lambda: attention(q, k, v, last_query=lengths)),
         ("q is float16", lambda: attention(np.float16(q), k, v, impl="interpret")),
         (
             "head width 24: impl='gpu' serves powers of two",

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.attention import normal, packed_segments, untuned
-from r1s_jax.kernels.attention import api, reference, xla
+from benchmarks.attention import last_queries, normal, untuned
+from r1s_jax.kernels.attention import api, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,17 +26,17 @@ def assert_near(got, expected, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(9, 3, 64), (28, 4, 128), (8, 8, 16)])
-@pytest.mark.parametrize(("length", "packed"), [(1000, True), (2048, False)])
-def test_rows_and_their_gradients(dtype, heads, kv_heads, head_dim, length, packed):
+@pytest.mark.parametrize(("length", "mode"), [(1000, "packed"), (1000, "shared"), (2048, "causal")])
+def test_rows_and_their_gradients(dtype, heads, kv_heads, head_dim, length, mode):
     shapes = [(2, length, n, head_dim) for n in (heads, kv_heads, kv_heads)]
     q, k, v = normal(dtype, *shapes)
-    ids = jnp.asarray(packed_segments(2, length)) if packed else None
+    last = None if mode == "causal" else jnp.asarray(last_queries(mode, 2, length))
 
     def loss(attend, q, k, v):
-        out = attend(q, k, v, segment_ids=ids)
+        out = attend(q, k, v, last_query=last)
         return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
 
-    exact = partial(xla.attention, causal=True, scale=head_dim**-0.5)
+    exact = partial(api.attention, impl="xla")
     grads = partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
     (_, got), got_grads = jax.jit(grads(partial(loss, api.attention)))(q, k, v)
     wide = (x.astype(jnp.float32) for x in (q, k, v))

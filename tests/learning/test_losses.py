@@ -26,6 +26,7 @@ def random_rows(
         tokens=zeros,
         segment_ids=zeros + 1,
         positions=zeros,
+        last_query=zeros,
         **{name: a.astype(np.float32) for name, a in arrays.items()},
     )
     logprobs = (old + rng.normal(0, spread, shape)).astype(np.float32)

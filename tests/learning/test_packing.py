@@ -21,31 +21,18 @@ def random_batch(lengths, seed: int = 0):
 
 @given(st.lists(st.integers(0, CAPACITY), max_size=30))
 @settings(deadline=None)
-def test_sequences_neither_overlap_nor_overflow(lengths):
-    layout = first_fit(lengths, CAPACITY)
-    uses = np.zeros((layout.rows, CAPACITY), int)
-    for row, offset, length in zip(layout.row, layout.offset, lengths, strict=True):
-        assert offset + length <= CAPACITY
-        uses[row, offset : offset + length] += 1
-    assert uses.sum() == sum(lengths)
-    assert (uses <= 1).all()
-    assert not len(lengths) or (layout.row < layout.rows).all()
-
-
-@given(ragged)
-@settings(deadline=None)
-def test_few_rows_are_used(lengths):
+def test_few_rows_are_used_and_none_overflows(lengths):
     """No two rows fit into one."""
-    layout = first_fit(lengths, CAPACITY)
-    used = np.bincount(layout.row, weights=lengths, minlength=layout.rows)
-    assert (used > 0).all()
-    pairs = used[:, None] + used[None, :] + np.diag(np.full(layout.rows, np.inf))
-    assert (pairs > CAPACITY).all()
+    row, rows = first_fit(lengths, CAPACITY)
+    used = np.bincount(row, weights=lengths, minlength=rows)
+    assert len(used) == rows and (used <= CAPACITY).all()
+    pairs = used[:, None] + used[None, :] + np.diag(np.full(rows, np.inf))
+    assert (pairs > CAPACITY).all() or not any(lengths)
 
 
 def test_a_sequence_of_the_full_length_has_a_row_of_its_own():
-    layout = first_fit([CAPACITY, 3, CAPACITY], CAPACITY)
-    assert layout.rows == 3 and len(set(layout.row)) == 3
+    row, rows = first_fit([CAPACITY, 3, CAPACITY], CAPACITY)
+    assert rows == 3 and len(set(row)) == 3
 
 
 @pytest.mark.parametrize("call", [first_fit, lambda n, c: pack_all(n, capacity=c)])
@@ -81,20 +68,67 @@ def test_values_stay_with_their_tokens_and_unpack_unchanged(lengths, micro_batch
     assert micro == math.ceil(layout.rows / micro_batch_rows)
 
 
-@given(ragged)
+@st.composite
+def alike(draw):
+    """Tokens, lengths and weights of sequences over two letters, so that many begin alike."""
+    lengths = np.array(draw(ragged))
+    seed = draw(st.integers(0, 1000))
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 2, (len(lengths), WIDTH)).astype(np.int32)
+    first = rng.integers(0, WIDTH, (len(lengths), 1))
+    weights = (np.arange(WIDTH) >= first) & (rng.random(tokens.shape) < 0.7)
+    return tokens, lengths, (weights & (np.arange(WIDTH) < lengths[:, None])).astype(np.float32)
+
+
+@given(alike(), st.integers(CAPACITY, 64), st.integers(1, 3))
 @settings(deadline=None)
-def test_segment_ids_separate_sequences_and_positions_restart(lengths):
-    batch, _, _ = pack_all(lengths)
-    segments = batch.segment_ids.reshape(-1, CAPACITY)
-    positions = batch.positions.reshape(-1, CAPACITY)
-    assert set(segments.flat) - {0} == set(range(1, len(lengths) + 1))
-    for i, length in enumerate(lengths):
-        row, column = np.nonzero(segments == i + 1)
-        assert len(set(row)) == 1
-        np.testing.assert_array_equal(column, column[0] + np.arange(length))
-        np.testing.assert_array_equal(positions[row, column], np.arange(length))
-    assert (segments == 0).sum() == segments.size - sum(lengths)
-    assert not positions[segments == 0].any()
+def test_each_sequence_attends_to_itself_alone(batch, capacity, micro_batch_rows):
+    """The tokens that a sequence's last one sees are the whole sequence, in order."""
+    tokens, lengths, weights = batch
+    packed, layout, micro = pack(
+        tokens, lengths, weights, weights, weights,
+        capacity=capacity, micro_batch_rows=micro_batch_rows,
+    )  # fmt: skip
+    rows = {name: a.reshape(-1, capacity) for name, a in packed._asdict().items()}
+    assert layout.rows <= first_fit(lengths, capacity)[1], "sharing never takes more rows"
+    assert micro == math.ceil(layout.rows / micro_batch_rows)
+    for i, n in enumerate(lengths):
+        row, end = layout.row[i], layout.offset[i] + n - layout.shared[i]
+        last = rows["last_query"][row]
+        seen = np.flatnonzero(last[:end] >= end - 1)
+        np.testing.assert_array_equal(rows["tokens"][row, seen], tokens[i, :n])
+        np.testing.assert_array_equal(rows["positions"][row, seen], np.arange(n))
+        own = seen[layout.shared[i] :]
+        np.testing.assert_array_equal(own, np.arange(layout.offset[i], end))
+        np.testing.assert_array_equal(rows["segment_ids"][row, own], i + 1)
+        np.testing.assert_array_equal(rows["weights"][row, own], weights[i, layout.shared[i] : n])
+        # What predicts a trained token is the sequence's own.
+        assert not weights[i, : layout.shared[i] + 1].any() or not layout.shared[i]
+    real = rows["segment_ids"] > 0
+    assert real.sum() == (lengths - layout.shared).sum()
+    assert (rows["last_query"][~real] == -1).all()
+    assert (rows["last_query"][real] >= np.nonzero(real)[1]).all()
+
+
+def test_samples_of_a_question_share_its_prompt_in_every_row():
+    """Two groups of four: [1, 2, 3, 4, 5] and [1, 2, 9, 4, 5] before five tokens of their own."""
+    rng = np.random.default_rng(0)
+    prompts = np.repeat([[1, 2, 3, 4, 5], [1, 2, 9, 4, 5]], 4, axis=0)
+    tokens = np.column_stack([prompts, rng.integers(10, 1000, (8, 5))]).astype(np.int32)
+    weights = np.broadcast_to((np.arange(10) >= 5).astype(np.float32), tokens.shape)
+
+    def used(capacity: int) -> list[int]:
+        shuffled = rng.permutation(8)
+        packed, layout, _ = pack(
+            tokens[shuffled], np.full(8, 10), weights, weights, weights,
+            capacity=capacity, micro_batch_rows=1,
+        )  # fmt: skip
+        return (packed.segment_ids.reshape(-1, capacity) > 0).sum(1)[: layout.rows].tolist()
+
+    # Four of a prompt's tokens are shared; the fifth predicts the first trained token.
+    assert used(28) == [4 + 4 * 6] * 2
+    assert used(80) == [2 + 2 * (2 + 4 * 6)], "two questions share their first two tokens"
+    assert used(16) == [4 + 2 * 6] * 4, "rows too short repeat the prompt once each"
 
 
 def test_shapes_do_not_depend_on_the_lengths():
@@ -103,5 +137,6 @@ def test_shapes_do_not_depend_on_the_lengths():
     assert (few, many) == (1, 4)
     for a, b in zip(short, long, strict=True):
         assert a.shape == b.shape == (4, 2, CAPACITY)
-    assert not any(a[few:].any() for a in short)
-    assert pack_all([2] * 7, max_micro=1)[0].tokens.shape == (1, 2, CAPACITY)
+    assert (short.last_query[few:] == -1).all()
+    rest = short._replace(last_query=short.tokens)
+    assert not any(a[few:].any() for a in rest)

@@ -113,7 +113,7 @@ def test_auto_takes_the_backend_of_the_mesh():
     assert attention_impl("interpret", mesh) == "interpret"
     with pytest.raises(ValueError, match="impl='cuda' is not an attention backend"):
         q = np.zeros((1, 2, 1, 16), np.float32)
-        row_attention("cuda", mesh)(q, q, q, segment_ids=np.ones((1, 2), np.int32))
+        row_attention("cuda", mesh)(q, q, q, last_query=np.ones((1, 2), np.int32))
 
 
 def test_tuning_follows_from_the_platform_not_from_the_attention_backend():

@@ -1,0 +1,126 @@
+"""A beginning computed once a row against one trajectory a row: the same losses and gradients."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from r1s_jax.config import AlgorithmConfig
+from r1s_jax.learning.losses import likelihood_loss, policy_loss
+from r1s_jax.learning.packing import PackedBatch, pack, unpack
+from tests.makers import LEARNED, make_learner, make_params, step
+
+WIDTH = 40
+LOSSES = {
+    name: policy_loss(AlgorithmConfig(loss=name, llds_coefficient=0.3))
+    for name in ("clip", "gspo", "cispo", "gmpo", "reinforce")
+} | {"likelihood": likelihood_loss}
+ADAPTED = replace(LEARNED, lora_rank=2, lora_alpha=4)
+
+
+def make_group_batch(seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Lengths and arrays of 12 trajectories: instructions, three questions, four samples of each.
+
+    Two samples of a question have the same first documents before their first trained token.
+    """
+    rng = np.random.default_rng(seed)
+
+    def some(n: int) -> list[int]:
+        return rng.integers(0, LEARNED.vocab_size, n).tolist()
+
+    instructions, texts, starts = some(5), [], []
+    for _ in range(3):
+        question, documents = some(rng.integers(2, 6)), some(4)
+        for sample in range(4):
+            texts.append(instructions + question + (documents if sample < 2 else []))
+            starts.append(len(texts[-1]))
+            texts[-1] = texts[-1] + some(rng.integers(3, 20))
+    lengths = np.array([len(text) for text in texts])
+    tokens = np.zeros((12, WIDTH), np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+        row[: len(text)] = text
+    at, shape = np.arange(WIDTH), tokens.shape
+    mask = (at > np.array(starts)[:, None]) & (rng.random(shape) < 0.7)
+    mask |= at == np.array(starts)[:, None]
+    mask &= at < lengths[:, None]
+    weights = mask * rng.uniform(0.02, 0.1, shape)
+    arrays = dict(tokens=tokens, weights=weights, advantages=rng.normal(size=(12, 1)) + 0 * weights)
+    arrays |= dict(old_logprobs=rng.normal(-3.4, 0.4, shape))
+    arrays |= dict(reference_logprobs=rng.normal(-3.4, 0.4, shape), kl_weights=0.3 * weights)
+    arrays |= dict(fresh=rng.random(shape) < 0.5)
+    floats = {n: a if n == "tokens" else a.astype(np.float32) for n, a in arrays.items()}
+    return lengths, floats
+
+
+def one_a_row(lengths: np.ndarray, arrays: dict[str, np.ndarray]) -> tuple[PackedBatch, int]:
+    """A batch without the packer."""
+    inside = np.arange(WIDTH) < lengths[:, None]
+    return PackedBatch(
+        segment_ids=inside.astype(np.int32)[None],
+        positions=np.where(inside, np.arange(WIDTH), 0).astype(np.int32)[None],
+        last_query=np.where(inside, lengths[:, None] - 1, -1).astype(np.int32)[None],
+        **{name: np.where(inside, a, 0)[None] for name, a in arrays.items()},
+    ), 1
+
+
+def compare(learner, capacity: int, rows: int) -> int:
+    """Compares one SGD step; returns how many tokens were computed."""
+    lengths, arrays = make_group_batch()
+    batch, layout, micro = pack(**arrays, lengths=lengths, capacity=capacity, micro_batch_rows=rows)
+    before = jax.device_get(make_params(learner.model))
+    expected, metrics = step(learner, *one_a_row(lengths, arrays))
+    got, own_metrics = step(learner, batch, micro)
+    moved = [jax.tree.map(np.subtract, before, after) for after in (expected, got)]
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(moved[0]))
+    assert scale > 1e-3
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5 * scale), *moved)
+    for name in metrics.keys() - {"likely", "full"}:  # those count a micro-batch's largest weights
+        np.testing.assert_allclose(own_metrics[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    params = make_params(learner.model)
+    alone = learner.logprobs(params, *one_a_row(lengths, arrays))[0]
+    mine = unpack(learner.logprobs(params, batch, micro), layout, lengths, WIDTH)
+    trained = arrays["weights"] > 0
+    np.testing.assert_allclose(mine[trained], alone[trained], atol=1e-5)
+    return int((batch.segment_ids > 0).sum())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_losses_and_metrics_are_those_of_separate_rows(name):
+    """In one row of everything, and in micro-batches of which each repeats some beginnings."""
+    lengths, _ = make_group_batch()
+    learner = make_learner(loss=LOSSES[name])
+    everything, some, few = (compare(learner, *size) for size in ((192, 1), (48, 2), (40, 1)))
+    assert everything < some <= few < lengths.sum()
+
+
+def test_with_adapters():
+    compare(make_learner(model=ADAPTED, loss=LOSSES["clip"]), 48, 2)
+
+
+@pytest.mark.parametrize("attention", ["interpret", pytest.param("xla", marks=pytest.mark.slow)])
+def test_by_kernels(attention):
+    model = replace(LEARNED, head_dim=16)
+    compare(make_learner(model=model, attention=attention, loss=LOSSES["clip"]), 192, 1)
+
+
+ON_DEVICES = """
+import jax
+from r1s_jax.config import MeshConfig
+from r1s_jax.models.sharding import make_mesh
+from tests.learning.test_shared_beginnings import LOSSES, compare, make_learner
+assert jax.device_count() == 4
+for shape in (MeshConfig(data=4), MeshConfig(data=2, fsdp=2)):
+    compare(make_learner(mesh=make_mesh(shape), loss=LOSSES["clip"]), 48, 4)
+"""
+
+
+def test_on_four_devices():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    run = [sys.executable, "-c", ON_DEVICES]
+    done = subprocess.run(run, env=os.environ | flags, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
