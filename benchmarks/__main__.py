@@ -41,15 +41,20 @@ def decode(
 @app.command()
 def update(
     model: Model,
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 4,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per row.")] = 256,
+    batch: Annotated[int, typer.Option(min=0, help="Trajectories. [default: 4, or one group]")] = 0,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per trajectory.")] = 256,
+    group: Annotated[
+        int, typer.Option(min=1, help="Samples of one question, which share their prompt.")
+    ] = 1,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
     """One policy update, beside PyTorch where it is installed."""
     from benchmarks.update import bench_update
 
-    _print_result(bench_update(model, batch=batch, length=length, dtype=dtype), as_json)
+    batch = batch or (group if group > 1 else 4)
+    result = bench_update(model, batch=batch, length=length, group=group, dtype=dtype)
+    _print_result(result, as_json)
 
 
 @app.command()

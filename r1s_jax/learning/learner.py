@@ -3,7 +3,7 @@
 Shapes: M micro-batches of R packed rows of T tokens (see packing.py), V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,6 +81,9 @@ class Learner:
     optimizer: optax.GradientTransformation
     loss: TokenLoss
     attention: Attention = "auto"
+    compiled: dict[tuple[int, ...], jax.stages.Compiled] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @staticmethod
     def of(
@@ -130,14 +133,21 @@ class Learner:
         `scale` multiplies the learning rate. Returns the new state and metrics: `loss`,
         `grad_norm`, `tokens` (trained), their mean `entropy`, and the metrics of the loss.
         """
-        state, metrics = self._update(
-            state, self._place(batch), jnp.int32(micro), jnp.float32(scale)
-        )
+        update = self.compiled.get(batch.tokens.shape) or self._update
+        state, metrics = update(state, self._place(batch), jnp.int32(micro), jnp.float32(scale))
         return state, {name: float(value) for name, value in metrics.items()}
 
-    def lower(self, state: LearnerState, *shapes: Any) -> jax.stages.Lowered:
-        """The lowered `update` for a batch, `micro` and `scale` given as shapes on the mesh."""
-        return self._update.lower(self, state, *shapes)
+    def compile(
+        self, state: LearnerState, batch: PackedBatch[jax.ShapeDtypeStruct]
+    ) -> jax.stages.Compiled:
+        """Compiles `update` for batches of this shape (see `packed_shapes`); keeps only that."""
+        scalars = [
+            jax.ShapeDtypeStruct((), dtype, sharding=replicated(self.mesh))
+            for dtype in (jnp.int32, jnp.float32)
+        ]
+        self.compiled.clear()
+        program = self._update.lower(self, state, batch, *scalars).compile()
+        return self.compiled.setdefault(batch.tokens.shape, program)
 
     def logprobs(self, params: Params, batch: PackedBatch[np.ndarray], micro: int) -> np.ndarray:
         """float32[M, R, T] log-probability of every token under `params`."""

@@ -10,32 +10,43 @@ from jax.sharding import PartitionSpec as P
 from r1s_jax.config import Config
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.packing import PackedBatch
-from r1s_jax.models.sharding import BATCH_AXES, batch_shards, replicated
-from r1s_jax.system.console import console
+from r1s_jax.models.sharding import BATCH_AXES, batch_shards
+from r1s_jax.system.console import console, warn
 from r1s_jax.system.distributed import gather, together
+from r1s_jax.system.memory import host_memory
 
 _MARGIN = 0.9  # usable share of a device's memory
+_CPU_TOKENS = 2048  # on a CPU, larger passes take more memory and are not faster
 
 
 def micro_batch_rows(config: Config, learner: Learner, state: LearnerState, sequences: int) -> int:
     """Rows of one forward and backward pass on each data shard, for `sequences` an update.
 
     Returns `optimizer.micro_batch_rows`; if that is 0, the largest useful number with which the
-    update fits in memory, as the compiler reports it, and logs the choice.
+    update fits in memory, as the compiler reports it. Logs the choice, and warns where even one row
+    does not fit.
     """
     if config.optimizer.micro_batch_rows:
         return config.optimizer.micro_batch_rows
     rows = most_rows(config, sequences, batch_shards(learner.mesh))
+    length = config.optimizer.pack_length or config.rollout.max_length
+    if learner.mesh.devices.flat[0].platform == "cpu":
+        rows = min(rows, max(1, 1 << (_CPU_TOKENS // length).bit_length() - 1))
     # The process with the least memory decides, because all must run the same program.
-    limit, needed = _MARGIN * min(gather(_memory(learner))), 0.0
+    limit = _MARGIN * min(gather(_memory(learner, state)))
 
     def most_needed(rows: int) -> float:
         return max(gather(together(lambda: _bytes(config, learner, state, sequences, rows))))
 
-    while rows > 1 and (needed := most_needed(rows)) > limit:
+    while (needed := most_needed(rows)) > limit and rows > 1:
         rows //= 2
-    size = f" (the update takes {needed / 2**30:.1f} GiB)" if needed else ""
-    console.print(f"optimizer.micro_batch_rows: {rows} rows at a time{size}")
+    size = f"{needed / 2**30:.1f} GiB"
+    console.print(f"optimizer.micro_batch_rows: {rows} at a time (the update takes {size})")
+    if needed > limit:
+        warn(
+            f"the update takes {size} of memory, and {limit / 2**30:.1f} GiB are free: it may be "
+            f"slow or killed. Set policy.remat=full, or optimizer.pack_length below {length}"
+        )
     return rows
 
 
@@ -73,12 +84,8 @@ def _bytes(
     """Bytes of the update on a device, state included; infinite where its memory is exhausted."""
     length = config.optimizer.pack_length or config.rollout.max_length
     batch = packed_shapes(learner, sequences, rows, length)
-    scalar = [
-        jax.ShapeDtypeStruct((), dtype, sharding=replicated(learner.mesh))
-        for dtype in (jnp.int32, jnp.float32)
-    ]
     try:
-        memory = learner.lower(state, batch, *scalar).compile().memory_analysis()
+        memory = learner.compile(state, batch).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -87,10 +94,15 @@ def _bytes(
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
 
-def _memory(learner: Learner) -> float:
-    """Bytes of memory of one device; a device without a limit has its share of the host's."""
+def _memory(learner: Learner, state: LearnerState) -> float:
+    """Bytes of memory of one device for an update and its state.
+
+    A device without a limit has its share of what the host has and this process does not yet hold.
+    """
     device = learner.mesh.local_devices[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
         return limit
-    return psutil.virtual_memory().total / len(learner.mesh.local_devices)
+    held = psutil.Process().memory_info().rss
+    held -= sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
+    return (host_memory() - max(0, held)) / len(learner.mesh.local_devices)

@@ -1,10 +1,14 @@
 """malloc settings for programs on a CPU, which allocate and free large arrays at every call."""
 
+import ctypes
 import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
 
 from r1s_jax.system.chips import has_accelerator
 
@@ -33,6 +37,24 @@ def keep_memory() -> None:
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(present + missing)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def host_memory() -> int:
+    """Bytes of memory that this host, or the container around this process, has."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups v2 and v1
+        with suppress(OSError, ValueError):
+            limits.append(int((Path("/sys/fs/cgroup") / name).read_text("ascii")))
+    return min(limits)
+
+
+def release_memory() -> None:
+    """Returns what malloc holds and nobody uses to the kernel; does nothing without glibc.
+
+    A phase of a run has its own programs, whose arrays fit no hole that another phase's left.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

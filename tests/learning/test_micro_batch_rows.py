@@ -1,8 +1,9 @@
 """The number of micro-batch rows where a recipe leaves it open."""
 
 import dataclasses
-from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 
 from r1s_jax.config import override
@@ -23,16 +24,37 @@ def test_at_most_eight_passes_take_the_longest_batch(sequences, pack_length, sha
     assert most_rows(config, sequences, shards) == rows
 
 
-@pytest.mark.slow
 def test_memory_limits_the_micro_batch_rows(monkeypatch, capsys):
     learner = makers.make_learner()
     state = learner.init(makers.make_params())
     assert micro_batch_rows(OPEN, learner, state, 64) == 8
-    assert "optimizer.micro_batch_rows: 8 rows at a time" in capsys.readouterr().err
-    sizes = {rows: module._bytes(OPEN, learner, state, 64, rows) for rows in (8, 4, 2)}
-    assert sizes[2] < sizes[4] < sizes[8]
-    memory = SimpleNamespace(total=sizes[4] / module._MARGIN + 1)
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: memory)
-    assert micro_batch_rows(OPEN, learner, state, 64) == 4
+    assert "optimizer.micro_batch_rows: 8 at a time (the update takes" in capsys.readouterr().err
+    sizes = {rows: module._bytes(OPEN, learner, state, 64, rows) for rows in (8, 4, 1)}
+    assert sizes[1] < sizes[4] < sizes[8]
+    for memory, rows, warned in [(sizes[4], 4, False), (sizes[1] / 2, 1, True)]:
+        free = memory / module._MARGIN + 1
+        monkeypatch.setattr(module, "_memory", lambda *_, free=free: free)
+        assert micro_batch_rows(OPEN, learner, state, 64) == rows
+        assert ("slow or killed" in capsys.readouterr().err) == warned
     fixed = dataclasses.replace(OPEN.optimizer, micro_batch_rows=3)
     assert micro_batch_rows(dataclasses.replace(OPEN, optimizer=fixed), learner, state, 64) == 3
+
+
+def test_the_update_that_was_measured_is_the_one_that_runs():
+    learner = makers.make_learner()
+    params = makers.make_params()
+    batch, micro = makers.packed(makers.make_sequences())
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), batch)
+    expected = makers.step(learner, batch, micro)
+    program = learner.compile(learner.init(params, keep_reference=True), shapes)
+    assert learner.compiled == {batch.tokens.shape: program}
+    got = makers.step(learner, batch, micro)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_on_a_cpu_a_pass_takes_few_tokens(capsys):
+    config = override(OPEN, ["rollout.max_length=1024"])
+    learner = makers.make_learner()
+    assert most_rows(config, 1024, 1) == 128
+    state = learner.init(makers.make_params())
+    assert micro_batch_rows(config, learner, state, 1024) == 2

@@ -80,7 +80,9 @@ def compare(learner, capacity: int, rows: int) -> int:
     assert scale > 1e-3
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5 * scale), *moved)
     for name in metrics.keys() - {"likely", "full"}:  # those count a micro-batch's largest weights
-        np.testing.assert_allclose(own_metrics[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            own_metrics[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name
+        )
     params = make_params(learner.model)
     alone = learner.logprobs(params, *one_a_row(lengths, arrays))[0]
     mine = unpack(learner.logprobs(params, batch, micro), layout, lengths, WIDTH)
