@@ -99,8 +99,8 @@ def _backward(residuals: tuple[Array, ...], g: Float[Array, "I B N M K"]):
             dk = dk.at[j].add(summed_over_rows(change, queries))
             return dq + matmul(change, k[j]), dk, dv
 
-        dq, *carry = lax.fori_loop(0, count, visit, (jnp.zeros(queries.shape), *carry))
-        return tuple(carry), dq.astype(q.dtype)
+        dq, dk, dv = lax.fori_loop(0, count, visit, (jnp.zeros(queries.shape), *carry))
+        return (dk, dv), dq.astype(q.dtype)
 
     blocks = jnp.arange(len(q)), q, g, sums, inner, *_visits(last, len(q))
     (dk, dv), dq = lax.scan(attend, (jnp.zeros(k.shape), jnp.zeros(v.shape)), blocks)

@@ -172,10 +172,11 @@ def _place(
     last_query = np.full((rows, capacity), -1)
     for r in range(rows):
         columns, end, before = np.zeros(capacity, np.int64), 0, -1
-        for i in beginnings.order[row[beginnings.order] == r]:
-            shared[i] = 0 if before < 0 else beginnings.common[before, i]
-            offset[i], end, before = end, end + lengths[i] - shared[i], i
-            columns[shared[i] : lengths[i]] = np.arange(offset[i], end)
+        for i in beginnings.order[row[beginnings.order] == r].tolist():
+            begin, known = end, 0 if before < 0 else int(beginnings.common[before, i])
+            offset[i], shared[i], before = begin, known, i
+            end += int(lengths[i]) - known
+            columns[known : lengths[i]] = np.arange(begin, end)
             last_query[r, columns[: lengths[i]]] = end - 1
     return Layout(row, offset, shared, rows), last_query
 
