@@ -84,6 +84,9 @@ def decide_alike(me: int) -> None:
     import signal
     from types import SimpleNamespace
 
+    import jax
+    import numpy as np
+
     from r1s_jax.learning import micro_batch_rows
     from r1s_jax.learning.collect import Collector
     from r1s_jax.protocol.solution import Solution
@@ -106,12 +109,13 @@ def decide_alike(me: int) -> None:
     else:
         raise AssertionError("the error of a reward did not arrive")
 
-    micro_batch_rows._memory = lambda learner: 100.0 * (me + 1)
+    micro_batch_rows._memory = lambda learner, state: 100.0 * (me + 1)
     micro_batch_rows._bytes = lambda config, learner, state, sequences, rows: 20.0 * rows
     config = override(
         tiny_world.config(), ["optimizer.micro_batch_rows=0", "rollout.max_length=160"]
     )
-    learner = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1}))
+    devices = np.array(jax.local_devices()[:1])
+    learner = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 1}, devices=devices))
     assert (
         micro_batch_rows.micro_batch_rows(config, learner, None, 64) == 4
     )  # from the memory of process 0

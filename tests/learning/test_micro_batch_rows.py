@@ -24,6 +24,7 @@ def test_at_most_eight_passes_take_the_longest_batch(sequences, pack_length, sha
     assert most_rows(config, sequences, shards) == rows
 
 
+@pytest.mark.slow
 def test_memory_limits_the_micro_batch_rows(monkeypatch, capsys):
     learner = makers.make_learner()
     state = learner.init(makers.make_params())

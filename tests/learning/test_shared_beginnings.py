@@ -71,7 +71,7 @@ def one_a_row(lengths: np.ndarray, arrays: dict[str, np.ndarray]) -> tuple[Packe
 def compare(learner, capacity: int, rows: int) -> int:
     """Compares one SGD step; returns how many tokens were computed."""
     lengths, arrays = make_group_batch()
-    batch, layout, micro = pack(**arrays, lengths=lengths, capacity=capacity, micro_batch_rows=rows)
+    batch, _, micro = pack(**arrays, lengths=lengths, capacity=capacity, micro_batch_rows=rows)
     before = jax.device_get(make_params(learner.model))
     expected, metrics = step(learner, *one_a_row(lengths, arrays))
     got, own_metrics = step(learner, batch, micro)
@@ -83,23 +83,35 @@ def compare(learner, capacity: int, rows: int) -> int:
         np.testing.assert_allclose(
             own_metrics[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name
         )
-    params = make_params(learner.model)
-    alone = learner.logprobs(params, *one_a_row(lengths, arrays))[0]
-    mine = unpack(learner.logprobs(params, batch, micro), layout, lengths, WIDTH)
-    trained = arrays["weights"] > 0
-    np.testing.assert_allclose(mine[trained], alone[trained], atol=1e-5)
     return int((batch.segment_ids > 0).sum())
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients_losses_and_metrics_are_those_of_separate_rows(name):
-    """In one row of everything, and in micro-batches of which each repeats some beginnings."""
-    lengths, _ = make_group_batch()
+    """In micro-batches of which each repeats some beginnings."""
+    assert compare(make_learner(loss=LOSSES[name]), 48, 2) < make_group_batch()[0].sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_in_one_row_and_in_short_ones(name):
     learner = make_learner(loss=LOSSES[name])
-    everything, some, few = (compare(learner, *size) for size in ((192, 1), (48, 2), (40, 1)))
-    assert everything < some <= few < lengths.sum()
+    everything, few = (compare(learner, *size) for size in ((192, 1), (40, 1)))
+    assert everything < few < make_group_batch()[0].sum()
 
 
+@pytest.mark.slow
+def test_the_logprobs_of_trained_tokens_are_those_of_separate_rows():
+    lengths, arrays = make_group_batch()
+    learner, params = make_learner(), make_params()
+    batch, layout, micro = pack(**arrays, lengths=lengths, capacity=48, micro_batch_rows=2)
+    alone = learner.logprobs(params, *one_a_row(lengths, arrays))[0]
+    mine = unpack(learner.logprobs(params, batch, micro), layout, lengths, WIDTH)
+    trained = arrays["weights"] > 0
+    np.testing.assert_allclose(mine[trained], alone[trained], atol=1e-5)
+
+
+@pytest.mark.slow
 def test_with_adapters():
     compare(make_learner(model=ADAPTED, loss=LOSSES["clip"]), 48, 2)
 
@@ -121,6 +133,7 @@ for shape in (MeshConfig(data=4), MeshConfig(data=2, fsdp=2)):
 """
 
 
+@pytest.mark.slow
 def test_on_four_devices():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     run = [sys.executable, "-c", ON_DEVICES]
