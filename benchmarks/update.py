@@ -35,9 +35,8 @@ def bench_update(
 ) -> dict[str, Any]:
     """One policy update over `batch` trajectories of `length` tokens in one pass, Adam.
 
-    If `group` is above 1, every `group` trajectories are samples of one question: they begin with
-    the same prompt, a share of their length as in `make wiki`, and are trained on the rest. Ours
-    computes a group in one row.
+    If `group` is above 1, so many trajectories are samples of one question: they begin with the
+    same prompt, and are trained on the rest. Ours computes a group in one row.
 
     `peak_gflops` is the rate that a matrix product of the model's shape reaches here in `dtype`;
     `peak_share` is the rate of the update's products as a share of it. Where PyTorch is installed,
@@ -54,9 +53,8 @@ def bench_update(
         make_optimizer(OptimizerConfig()),
         partial(clipped_loss, 0.2),
     )
-    tokens = random_tokens(p.model, (batch, length))
     prompt = max(1, int(_PROMPT_SHARE * length)) if group > 1 else 1
-    tokens[:, :prompt] = np.repeat(tokens[::group, :prompt], group, axis=0)[:batch]
+    tokens = _tokens(p.model, batch, length, prompt, group)
     packed = _packed(tokens, prompt, group)
     peer = _torch_update(p, tokens, prompt, dtype)
     state = learner.init(shard_params(p.params, p.model, mesh))
@@ -86,6 +84,13 @@ def bench_update(
             "ratio": min(other) / min(ours),
         }
     return result
+
+
+def _tokens(model: ModelConfig, batch: int, length: int, prompt: int, group: int) -> np.ndarray:
+    """int32[batch, length]: random, each `group` rows with the same `prompt` tokens first."""
+    tokens = random_tokens(model, (batch, length))
+    tokens[:, :prompt] = np.repeat(tokens[::group, :prompt], group, axis=0)[:batch]
+    return tokens
 
 
 def _packed(tokens: np.ndarray, prompt: int, group: int) -> PackedBatch[np.ndarray]:

@@ -51,7 +51,7 @@ class Beginnings(NamedTuple):
 
     order: np.ndarray  # the sequences, sorted by their beginnings
     common: np.ndarray  # [N, N] number of leading tokens that two sequences share
-    group: np.ndarray  # [N] equal for equal beginnings
+    group: np.ndarray  # [N] equal for equal beginnings, if there is something to share
 
     @staticmethod
     def of(tokens: np.ndarray, lengths: np.ndarray, trained: np.ndarray) -> "Beginnings":
@@ -70,7 +70,7 @@ class Beginnings(NamedTuple):
             common[i, i] = size[i]
             common[i, order[at + 1 :]] = np.minimum.accumulate(steps[at:])
         common = np.maximum(common, common.T)
-        same = (steps == size[order[1:]]) & (steps == size[order[:-1]])
+        same = (steps > 0) & (steps == size[order[1:]]) & (steps == size[order[:-1]])
         group[order[1:]] = np.cumsum(~same)
         return Beginnings(order, common, group)
 

@@ -26,8 +26,9 @@ def test_few_rows_are_used_and_none_overflows(lengths):
     row, rows = first_fit(lengths, CAPACITY)
     used = np.bincount(row, weights=lengths, minlength=rows)
     assert len(used) == rows and (used <= CAPACITY).all()
+    assert (used > 0).all() or not all(lengths)
     pairs = used[:, None] + used[None, :] + np.diag(np.full(rows, np.inf))
-    assert (pairs > CAPACITY).all() or not any(lengths)
+    assert (pairs > CAPACITY).all()
 
 
 def test_a_sequence_of_the_full_length_has_a_row_of_its_own():
@@ -90,7 +91,9 @@ def test_each_sequence_attends_to_itself_alone(batch, capacity, micro_batch_rows
         capacity=capacity, micro_batch_rows=micro_batch_rows,
     )  # fmt: skip
     rows = {name: a.reshape(-1, capacity) for name, a in packed._asdict().items()}
-    assert layout.rows <= first_fit(lengths, capacity)[1], "sharing never takes more rows"
+    used = (rows["segment_ids"] > 0).sum(1)[: layout.rows]
+    pairs = used[:, None] + used[None, :] + np.diag(np.full(layout.rows, np.inf))
+    assert (pairs > capacity).all(), "no two rows fit into one"
     assert micro == math.ceil(layout.rows / micro_batch_rows)
     for i, n in enumerate(lengths):
         row, end = layout.row[i], layout.offset[i] + n - layout.shared[i]
@@ -108,6 +111,19 @@ def test_each_sequence_attends_to_itself_alone(batch, capacity, micro_batch_rows
     assert real.sum() == (lengths - layout.shared).sum()
     assert (rows["last_query"][~real] == -1).all()
     assert (rows["last_query"][real] >= np.nonzero(real)[1]).all()
+
+
+def test_without_a_common_beginning_the_longest_come_first():
+    """Sequences of which nothing can be shared do not stay together as samples of a question do."""
+    lengths = np.array([16, 5, 5, 5, 11, 11, 11])
+    tokens = np.arange(len(lengths) * WIDTH).reshape(-1, WIDTH).astype(np.int32)
+    first = np.where(lengths == 11, 6, 0)[:, None]  # the others are trained from the start
+    inside = np.arange(WIDTH) < lengths[:, None]
+    weights = ((np.arange(WIDTH) >= first) & inside).astype(np.float32)
+    _, layout, _ = pack(
+        tokens, lengths, weights, weights, weights, capacity=CAPACITY, micro_batch_rows=1
+    )
+    assert layout.rows == 4
 
 
 def test_samples_of_a_question_share_its_prompt_in_every_row():
