@@ -8,6 +8,7 @@ from r1s_jax.aot.programs import Workload, trajectories
 from r1s_jax.aot.targets import target_devices
 from r1s_jax.config import Config
 from r1s_jax.io.overrides import override
+from r1s_jax.learning.packing import row_length
 from r1s_jax.models.sharding import batch_shards, make_mesh
 
 _MARGIN = 0.9  # share of a chip's memory for the program; the rest is for its surroundings
@@ -56,7 +57,7 @@ def _slots(config: Config, shards: int) -> list[list[Sequence[str]]]:
 
 
 def _rows(config: Config, shards: int, workload: Workload) -> list[list[Sequence[str]]]:
-    length = config.optimizer.pack_length or config.rollout.max_length
+    length = row_length(config)
     sequences = trajectories(config) // config.algorithm.updates_per_rollout
     tokens = sequences * (workload.prompt + workload.sampled + workload.documents)
     most = max(1, tokens // length // shards)

@@ -20,6 +20,7 @@ from r1s_jax.learning.learner import MICRO_SCOPE, Learner, LearnerState, make_op
 from r1s_jax.learning.logprobs import LOGITS_SCOPE, logit_chunks
 from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.micro_batch_rows import most_rows, packed_shapes
+from r1s_jax.learning.packing import row_length
 from r1s_jax.models.decoder import LAYERS_SCOPE
 from r1s_jax.models.lora import is_adapter, trainable
 from r1s_jax.models.params import ParamSpec, param_specs
@@ -189,7 +190,7 @@ def update_program(
 ) -> Program:
     """One optimizer step over its share of the batch, all packed rows full."""
     mesh = learner.mesh
-    length = config.optimizer.pack_length or config.rollout.max_length
+    length = row_length(config)
     shards = batch_shards(mesh)
     sequences = trajectories(config) // config.algorithm.updates_per_rollout
     per_shard = config.optimizer.micro_batch_rows or most_rows(config, sequences, shards)

@@ -12,7 +12,7 @@ from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.environment import Environment
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.micro_batch_rows import micro_batch_rows
-from r1s_jax.learning.packing import PackedBatch, pack
+from r1s_jax.learning.packing import PackedBatch, pack, row_length
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
@@ -86,7 +86,7 @@ def demonstrations_of(
             engine.prompt_tokens,
             engine.document_tokens,
             dialect=engine.dialect,
-            capacity=config.optimizer.pack_length or config.rollout.max_length,
+            capacity=row_length(config),
             micro_batch_rows=rows * batch_shards(engine.mesh),
         )
 

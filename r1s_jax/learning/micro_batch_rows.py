@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from r1s_jax.config import Config
 from r1s_jax.learning.learner import Learner, LearnerState
-from r1s_jax.learning.packing import PackedBatch
+from r1s_jax.learning.packing import PackedBatch, row_length
 from r1s_jax.models.sharding import BATCH_AXES, batch_shards
 from r1s_jax.system.console import console, warn
 from r1s_jax.system.distributed import gather, together
@@ -29,9 +29,9 @@ def micro_batch_rows(config: Config, learner: Learner, state: LearnerState, sequ
     if config.optimizer.micro_batch_rows:
         return config.optimizer.micro_batch_rows
     rows = most_rows(config, sequences, batch_shards(learner.mesh))
-    length = config.optimizer.pack_length or config.rollout.max_length
+    length = row_length(config)
     if learner.mesh.devices.flat[0].platform == "cpu":
-        rows = min(rows, max(1, 1 << (_CPU_TOKENS // length).bit_length() - 1))
+        rows = min(rows, _power_of_two(_CPU_TOKENS // length))
     # The process with the least memory decides, because all must run the same program.
     limit = _MARGIN * min(gather(_memory(learner, state)))
 
@@ -56,8 +56,12 @@ def most_rows(config: Config, sequences: int, shards: int) -> int:
     More rows a pass read the weights less often, but leave more of the last pass empty.
     """
     tokens = sequences * config.rollout.max_length
-    rows = tokens // (config.optimizer.pack_length or config.rollout.max_length) // shards
-    return 1 << max(0, (rows // 8).bit_length() - 1)
+    return _power_of_two(tokens // row_length(config) // shards // 8)
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two that is at most `n`, at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
 
 
 def packed_shapes(
@@ -82,8 +86,7 @@ def _bytes(
     config: Config, learner: Learner, state: LearnerState, sequences: int, rows: int
 ) -> float:
     """Bytes of the update on a device, state included; infinite where its memory is exhausted."""
-    length = config.optimizer.pack_length or config.rollout.max_length
-    batch = packed_shapes(learner, sequences, rows, length)
+    batch = packed_shapes(learner, sequences, rows, row_length(config))
     try:
         memory = learner.compile(state, batch).memory_analysis()
     except jax.errors.JaxRuntimeError as error:

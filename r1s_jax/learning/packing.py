@@ -12,8 +12,14 @@ from typing import Generic, NamedTuple
 
 import numpy as np
 
+from r1s_jax.config import Config
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.rollout.trajectory import A
+
+
+def row_length(config: Config) -> int:
+    """Tokens of a packed row."""
+    return config.optimizer.pack_length or config.rollout.max_length
 
 
 class PackedBatch(NamedTuple, Generic[A]):

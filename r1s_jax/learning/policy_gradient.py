@@ -12,7 +12,7 @@ from r1s_jax.learning.advantages import kl_divergence, token_advantages
 from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.micro_batch_rows import micro_batch_rows
-from r1s_jax.learning.packing import pack, unpack
+from r1s_jax.learning.packing import pack, row_length, unpack
 from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
@@ -152,13 +152,12 @@ class PolicyGradient:
         return np.where(mask, out, 0.0)
 
     def _pack(self, t: Trajectory[np.ndarray], rows: np.ndarray, **values: Any):
-        c = self.config
         assert self._rows is not None  # set by learn
         return pack(
             t.tokens[rows],
             t.lengths[rows],
             **values,
-            capacity=c.optimizer.pack_length or c.rollout.max_length,
+            capacity=row_length(self.config),
             micro_batch_rows=self._rows * batch_shards(self.learner.mesh),
         )
 

@@ -53,9 +53,11 @@ def test_the_update_that_was_measured_is_the_one_that_runs():
     jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
-def test_on_a_cpu_a_pass_takes_few_tokens(capsys):
-    config = override(OPEN, ["rollout.max_length=1024"])
+@pytest.mark.parametrize(("length", "rows"), [(1024, 2), (4096, 1)])
+def test_on_a_cpu_a_pass_takes_few_tokens(monkeypatch, length, rows):
+    config = override(OPEN, [f"rollout.max_length={length}"])
     learner = makers.make_learner()
     assert most_rows(config, 1024, 1) == 128
+    monkeypatch.setattr(module, "_bytes", lambda *_: 0.0)
     state = learner.init(makers.make_params())
-    assert micro_batch_rows(config, learner, state, 1024) == 2
+    assert micro_batch_rows(config, learner, state, 1024) == rows
