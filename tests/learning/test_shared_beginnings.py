@@ -86,7 +86,14 @@ def compare(learner, capacity: int, rows: int) -> int:
     return int((batch.segment_ids > 0).sum())
 
 
-@pytest.mark.parametrize("name", LOSSES)
+# By token, by sequence and supervised; each compiles for half a minute.
+QUICK = ("clip", "gspo", "likelihood")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LOSSES],
+)
 def test_gradients_losses_and_metrics_are_those_of_separate_rows(name):
     """In micro-batches of which each repeats some beginnings."""
     assert compare(make_learner(loss=LOSSES[name]), 48, 2) < make_group_batch()[0].sum()
