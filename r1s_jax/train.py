@@ -216,6 +216,7 @@ class Run:
         with clock.time("collect"):
             batch = self.collector.collect(state.params, step, name, stage)
             trained = batch.first_groups(stage.questions_per_step)
+        release_memory()
         # The baseline of reinforce++ is the batch, so groups of equal rewards teach too.
         if c.algorithm.estimator != "reinforce++" and not trained.teaches.any():
             warn(
@@ -231,6 +232,7 @@ class Run:
                 kl_coefficient=kl_coefficient,
                 learning_rate_scale=self.progress.learning_rate_scale(c),
             )
+        release_memory()
         self.progress.adapt_kl(c, learned.kl)
         traces = m.trace_rows(
             trained.rolled,

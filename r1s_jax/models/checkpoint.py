@@ -79,7 +79,14 @@ class Checkpoints:
         if run:
             on_main(lambda: self._held.enter_context(held_for(run, self._directory)))
         on_main(lambda: _drop_damaged(self._directory))
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        # Floats hardly compress: it takes a core for seconds and a gigabyte beside the next step.
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(
+            self._directory, item_handlers=handlers, options=options
+        )
 
     def save(
         self,
@@ -97,7 +104,7 @@ class Checkpoints:
             on_main(lambda: check_owner(run, self._directory))
         metrics = None if score is None else sealed({"score": score})
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.PyTreeSave(state),
             progress=ocp.args.JsonSave(sealed({**progress, _CHECKSUMS: checksums(state)})),
         )
         self._guard(lambda: self._manager.save(index, args=args, metrics=metrics, force=True))
@@ -160,7 +167,8 @@ class Checkpoints:
         with self.reading():
             saved = _saved_sums(self._directory / str(newest))
         try:
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            restore = ocp.checkpoint_utils.construct_restore_args(abstract)
+            args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore))
             restored: Any = self._manager.restore(newest, args=args)
             state = restored.state
         except jax.errors.JaxRuntimeError:
