@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A test compiles for longer than it computes. XLA's programs stay as they are; LLVM, which turns
+# them into machine code, takes half the time.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import pytest
 from jaxtyping import install_import_hook

@@ -1,6 +1,7 @@
 """Small models, engines, learners and batches for the tests of several rooms."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,12 @@ SHORT = [
 def run_cli(*args: str, stdin: str | None = None):
     """Runs an `r1s` command in this process."""
     return CliRunner().invoke(cli.app, list(args), input=stdin)
+
+
+def with_devices(count: int) -> dict[str, str]:
+    """The environment of a process that has `count` CPU devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def save_small_run(run: Path) -> Path:

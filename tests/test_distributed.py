@@ -1,7 +1,6 @@
 """Several real processes on this machine, and failures of one of them."""
 
 import json
-import os
 import re
 import signal
 import socket
@@ -14,6 +13,7 @@ import pytest
 from r1s_jax.io.journal import rows_so_far
 from r1s_jax.system import distributed
 from tests.distributed_worker import SHORT
+from tests.makers import with_devices
 
 TRAIN = ["r1s_jax.cli", "train", "tiny_world", *SHORT]
 WORKER = ["tests.distributed_worker"]
@@ -24,8 +24,7 @@ def start(count, module, *, devices=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    env = with_devices(devices)
     named = [{"R1S_COORDINATOR": address, "R1S_PROCESSES": str(count), "R1S_PROCESS": str(i)}
              for i in range(count)]  # fmt: skip
     return [

@@ -1,11 +1,12 @@
 """Every mesh of eight devices gives the same trajectories and update as one device."""
 
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+
+from tests.makers import with_devices
 
 SHAPES = ["8x1x1", "1x8x1", "1x1x8", "2x4x1", "4x2x1", "2x1x4", "4x1x2", "1x2x4", "1x4x2", "2x2x2"]
 FEW = ["2x2x2"]
@@ -13,10 +14,8 @@ FEW = ["2x2x2"]
 
 def computed(folder, devices, shapes):
     out = folder / f"{devices}-{len(shapes)}.npz"
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.mesh_worker", str(out), *shapes]
-    subprocess.run(command, check=True, env=env, timeout=900)
+    subprocess.run(command, check=True, env=with_devices(devices), timeout=900)
     arrays = np.load(out)
     return {
         shape: {key.partition(" ")[2]: arrays[key] for key in arrays if key.startswith(f"{shape} ")}

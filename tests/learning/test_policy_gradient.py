@@ -1,6 +1,5 @@
 """From rewards to parameters, with packing and several updates, against NumPy; 1 and 4 devices."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,6 +27,7 @@ from r1s_jax.rollout.trajectory import Finish, Trajectory
 from r1s_jax.tracking.metrics import rollout_metrics, update_metrics
 from tests.learning.test_advantages import ESTIMATORS
 from tests.learning.test_advantages import oracle as advantages_oracle
+from tests.makers import with_devices
 
 N, W, VOCABULARY, UPDATES, LONGEST = 10, 14, 7, 2, 17
 PLAIN = AlgorithmConfig()
@@ -189,11 +189,12 @@ def test_learning_equals_its_oracle(name):
 
 @pytest.mark.slow
 def test_learning_equals_its_oracle_on_four_devices():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     code = "import jax, pytest, sys; assert len(jax.devices()) == 4; sys.exit(pytest.main("
     code += f"[{__file__!r}, '-k', 'test_learning_equals_its_oracle and not four', '-p', "
     code += "'no:cacheprovider']))"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=with_devices(4), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert "." * len(OPTIONS) in done.stdout
 

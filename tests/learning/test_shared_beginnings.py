@@ -1,6 +1,5 @@
 """A beginning computed once a row against one trajectory a row: the same losses and gradients."""
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +12,7 @@ import pytest
 from r1s_jax.config import AlgorithmConfig
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.packing import PackedBatch, pack, unpack
-from tests.makers import LEARNED, make_learner, make_params, step
+from tests.makers import LEARNED, make_learner, make_params, step, with_devices
 
 WIDTH = 40
 LOSSES = {
@@ -142,7 +141,6 @@ for shape in (MeshConfig(data=4), MeshConfig(data=2, fsdp=2)):
 
 @pytest.mark.slow
 def test_on_four_devices():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     run = [sys.executable, "-c", ON_DEVICES]
-    done = subprocess.run(run, env=os.environ | flags, capture_output=True, text=True, check=False)
+    done = subprocess.run(run, env=with_devices(4), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """The policy with interpreted accelerator kernels samples and learns as with XLA."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -91,8 +90,8 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(plain, plai
         "step = t.learning_step('interpret', mesh)\n"
         f"np.savez({str(tmp_path / 'out.npz')!r}, tokens=t.sampled('interpret', mesh), **step)\n"
     )
-    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | env, timeout=300)
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, check=True, env=makers.with_devices(4), timeout=300)
     step = dict(np.load(tmp_path / "out.npz"))
     np.testing.assert_array_equal(step.pop("tokens"), plain_tokens)
     assert_same_step(step, plain)

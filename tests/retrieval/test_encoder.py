@@ -1,7 +1,6 @@
 """Encoders: parity with PyTorch, batching, and encoding while a program holds the devices."""
 
 import json
-import os
 import queue
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from r1s_jax.retrieval import references
 from r1s_jax.retrieval.encoder import BertEncoder, HashEncoder
 from r1s_jax.retrieval.tokenizers import rust_tokenize
 from r1s_jax.system.assets import AssetError, resolve
+from tests.makers import with_devices
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
 DIMS, LAYERS = 16, 2
@@ -241,9 +241,8 @@ np.testing.assert_allclose(all.encode(texts, kind="passage"), expected, atol=1e-
 
 
 def test_devices_share_the_rows_and_change_nothing(folder):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", _SHARDED, str(folder)]
-    subprocess.run(command, check=True, env={**os.environ, **flags})
+    subprocess.run(command, check=True, env=with_devices(3))
 
 
 def test_a_folder_without_an_encoder_says_what_is_missing(tmp_path):

@@ -1,6 +1,5 @@
 """Other indexes than one ScaNN: shards, a device mesh, BM25, hybrid, Milvus."""
 
-import os
 import subprocess
 import sys
 import unicodedata
@@ -23,6 +22,7 @@ from r1s_jax.retrieval.index import (
 from r1s_jax.retrieval.milvus import MilvusSearcher
 from r1s_jax.retrieval.scann import ScannSearcher, scann_parameters, stored_vectors
 from r1s_jax.retrieval.searchers import ExactSearcher, NotInstalled, recall, top_k
+from tests.makers import with_devices
 
 TEXTS = [
     "Dune   a novel by Frank Herbert",
@@ -125,8 +125,7 @@ for k in (1, 5, 300):
 
 
 def test_a_mesh_of_devices_finds_the_same_as_blas():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-c", _MESH], check=True, env={**os.environ, **flags})
+    subprocess.run([sys.executable, "-c", _MESH], check=True, env=with_devices(4))
 
 
 def test_bm25_finds_shared_words_and_nothing_else(tmp_path):

@@ -1,7 +1,6 @@
 """Answers sampled in shared slots equal answers sampled alone and those of the host loop."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 import threading
@@ -18,7 +17,14 @@ from r1s_jax.serving.jobs import Busy, Job, Update
 from r1s_jax.serving.loop import ServingLoop
 from tests.fakes import EchoRetriever, GatedRetriever, RaisingRetriever
 from tests.host_loop import HostLoop
-from tests.makers import MODEL, QUESTIONS, ROLLOUT, scripted_policy, searching_params
+from tests.makers import (
+    MODEL,
+    QUESTIONS,
+    ROLLOUT,
+    scripted_policy,
+    searching_params,
+    with_devices,
+)
 
 CONFIG = dataclasses.replace(ROLLOUT, slots=4, prefill_rows=2)
 FLOAT32 = np.dtype("float32")
@@ -201,8 +207,9 @@ def test_a_failing_broker_is_reported_and_nothing_waits_for_ever(monkeypatch):
 
 @pytest.mark.slow
 def test_the_same_holds_with_slots_on_four_devices():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     code = "import jax, pytest, sys; assert len(jax.devices()) == 4; sys.exit(pytest.main("
     code += f"[{__file__!r}, '-m', 'not slow', '-p', 'no:cacheprovider']))"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=with_devices(4), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-3000:]
