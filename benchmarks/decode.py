@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from benchmarks.common import peak_memory_gb, random_tokens, seconds_of, synchronized, torch_model
+from r1s_jax.kernels.tuning import default_tuning
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import unstack_layers
@@ -58,10 +59,11 @@ def bench_decode(
 
 def _decode_programs(p: Pretrained, prompt_len: int, new_tokens: int) -> tuple[Callable, Callable]:
     """Two functions: prefill of prompts to (token, cache), and greedy decoding from both."""
+    tuning = default_tuning()
 
     @jax.jit
     def prefill(params: Any, tokens: jax.Array) -> tuple[jax.Array, KVCache]:
-        policy, batch = Policy(p.model, params), tokens.shape[0]
+        policy, batch = Policy(p.model, params, tuning=tuning), tokens.shape[0]
         capacity = prompt_len + new_tokens
         cache = KVCache.empty(p.model, batch, capacity, p.model.num_kv_heads, jnp.float32)
         starts = jnp.zeros(batch, jnp.int32)
@@ -70,7 +72,7 @@ def _decode_programs(p: Pretrained, prompt_len: int, new_tokens: int) -> tuple[C
 
     @jax.jit
     def decode(params: Any, token: jax.Array, cache: KVCache) -> jax.Array:
-        policy, batch = Policy(p.model, params), token.shape[0]
+        policy, batch = Policy(p.model, params, tuning=tuning), token.shape[0]
 
         def step(i: jax.Array, carry: tuple) -> tuple:
             token, cache, out = carry
@@ -83,7 +85,7 @@ def _decode_programs(p: Pretrained, prompt_len: int, new_tokens: int) -> tuple[C
         return lax.fori_loop(1, new_tokens, step, (token, cache, out))[2]
 
     params = jax.device_put(p.params)
-    if jax.default_backend() == "cpu":
+    if tuning.unstack:
         params = unstack_layers(params)
     return (
         lambda tokens: prefill(params, tokens),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 class Tuning:
     """How a decoder computes on one platform. The default suits accelerators."""
 
-    # Sampling reads layers as a list of transposed matrices: no copy of a layer at each pass.
+    # Sampling reads layers as a list: no copy of a layer out of its stack at each pass.
     unstack: bool = False
     # Learning unrolls the layers where nothing is recomputed: a faster gradient.
     unroll: bool = False

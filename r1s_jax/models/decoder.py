@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from r1s_jax.config import Impl, ModelConfig, Remat
 from r1s_jax.kernels.attention.api import attention, decode_attention
-from r1s_jax.kernels.matmul import matmul, turned_matmul
+from r1s_jax.kernels.matmul import matmul
 from r1s_jax.kernels.tuning import ACCELERATOR, Tuning
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.lora import adapters_of
@@ -249,10 +249,7 @@ class Policy(nnx.Module):
         With two axes, a CPU would not compute the gradient of a weight as a matrix product.
         """
         rows = x.reshape(-1, x.shape[-1])
-        if isinstance(self.layers, list):
-            out = turned_matmul(rows, w[name])
-        else:
-            out = self._product(rows, w[name])
+        out = self._product(rows, w[name])
         if (pair := adapters_of(w, name)) is not None:
             inner = self._product(rows, pair[0]).astype(x.dtype)
             out = out + self.config.lora_scale * self._product(inner, pair[1])

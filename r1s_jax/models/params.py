@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from r1s_jax.config import ModelConfig
-from r1s_jax.models.lora import MATRICES, Params, adapter_entries, is_adapter
+from r1s_jax.models.lora import Params, adapter_entries, is_adapter
 
 
 class ParamSpec(NamedTuple):
@@ -103,20 +103,11 @@ def as_computed(params: Params, dtype: Any) -> Params:
 
 
 def unstack_layers(params: Params) -> Params:
-    """The same parameters with a list of layers, and their matrices transposed to [out, in].
+    """The same parameters with a list of layers.
 
     For sampling on a CPU: there a scan copies every layer's weights out of their stack at every
-    step, and reading weights dominates a decode step (see `kernels.matmul.turned_matmul`).
+    step, and reading weights dominates a decode step.
     """
     layers = params["layers"]
-
-    def transposed(name: str, w: Array) -> Array:
-        if name not in MATRICES:
-            return w
-        # The inputs of wo have two axes (heads, head width), those of the others have one.
-        inputs = w.shape[0] * w.shape[1] if name == "wo" else w.shape[0]
-        return w.reshape(inputs, -1).T
-
     count = len(layers["attn_norm"])
-    each = [{name: transposed(name, w[i]) for name, w in layers.items()} for i in range(count)]
-    return params | {"layers": each}
+    return params | {"layers": [{n: w[i] for n, w in layers.items()} for i in range(count)]}

@@ -19,7 +19,6 @@ from r1s_jax.io.errors import ConfigError
 from r1s_jax.kernels.attention.api import attention, check_support, default_impl
 from r1s_jax.kernels.tuning import Tuning, default_tuning
 from r1s_jax.models.decoder import RowAttention
-from r1s_jax.models.lora import MATRICES
 from r1s_jax.models.params import Params, ParamSpec, param_specs
 
 BATCH_AXES = ("data", "fsdp")
@@ -94,13 +93,7 @@ def sampling_partition(config: ModelConfig, *, unstacked: bool = False) -> dict[
     if not unstacked:
         return partition
 
-    def transposed(name: str, axes: tuple) -> P:
-        if name not in MATRICES:
-            return P(*axes)
-        inputs = 2 if name == "wo" else 1
-        return P(*(next(filter(None, part), None) for part in (axes[inputs:], axes[:inputs])))
-
-    layer = {name: transposed(name, spec[1:]) for name, spec in partition["layers"].items()}
+    layer = {name: P(*spec[1:]) for name, spec in partition["layers"].items()}
     return partition | {"layers": [layer] * config.num_layers}
 
 
