@@ -79,7 +79,7 @@ class Checkpoints:
         if run:
             on_main(lambda: self._held.enter_context(held_for(run, self._directory)))
         on_main(lambda: _drop_damaged(self._directory))
-        # Floats hardly compress: it takes a core for seconds and a gigabyte beside the next step.
+        # Compressing floats saves little, and takes a core and memory from the next step.
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(use_compression=False),
             "progress": ocp.JsonCheckpointHandler(),
