@@ -16,7 +16,7 @@ wiki: .venv/ready ## SmolLM2-135M learns to search Wikipedia summaries (20 minut
 	$(BIN)/r1s train wiki_smollm2 $(ARGS)
 
 test: .venv/dev ## The tests, without the slow ones
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot" $(ARGS)
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot" $(ARGS)
 
 test-aot: .venv/aot ## Compile every kernel for TPUs (and H100, with its compilers installed)
 	$(BIN)/pytest -n 2 -m "aot and not slow" $(ARGS)

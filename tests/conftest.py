@@ -19,8 +19,23 @@ install_import_hook(
     [f"r1s_jax.{room}" for room in ROOMS], f"{checked.__module__}.{checked.__name__}"
 )
 
+import jax  # noqa: E402
+
+from r1s_jax.system.dtype import machine  # noqa: E402
 from r1s_jax.system.profiling import forget_compiled_programs  # noqa: E402
 from tests import makers  # noqa: E402
+
+# Programs compile once, not for every worker, process and run of the tests.
+_PROGRAMS = {
+    "jax_compilation_cache_dir": str(
+        Path(__file__).parents[1] / ".pytest_cache" / f"programs-{machine()}"
+    ),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+for name, value in _PROGRAMS.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)  # for the processes that tests start
 
 # Linux allows a process 65,530 memory maps by default, and each compiled program takes several: a
 # worker that kept the programs of all its tests would exceed the limit and crash.
@@ -48,6 +63,25 @@ def few_programs():
         forget_compiled_programs()
 
 
+# The longest files, which come first: none of them may start last.
+_LONGEST = (
+    "test_train.py",
+    "test_mesh.py",
+    "test_notebooks.py",
+    "test_serve_command.py",
+    "test_run.py",
+    "test_flash.py",
+    "test_kinds.py",
+    "test_shared_beginnings.py",
+    "test_learner.py",
+    "test_attention.py",
+    "test_decoder.py",
+    "test_lora.py",
+    "test_distributed.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Whole runs come first: with two workers, the longest tests must not start last."""
-    items.sort(key=lambda item: item.path.name != "test_train.py")
+    """Puts the longest files first."""
+    place = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))

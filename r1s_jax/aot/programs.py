@@ -117,7 +117,6 @@ def rollout_program(
         compute_dtype=learner.compute_dtype,
         eos_ids=(0,),
         num_tag_states=_TAG_STATES,
-        host_callback=_no_host,
         dialect=make_dialect(config.protocol.dialect),
         attention=config.policy.attention,
     )
@@ -176,13 +175,10 @@ def _prompts(config: Config, mesh: Mesh) -> Prompts[jax.ShapeDtypeStruct]:
         groups=by_row(),
         shared=by_row(),
         keys=by_row(dtype=jax.random.key(0).dtype),
+        broker=by_row(),
         live=by_row(dtype=bool),
         at=Position(*[by_row()] * len(Position._fields)),
     )
-
-
-def _no_host(*_: Any) -> np.ndarray:
-    raise RuntimeError("a program that was only compiled has been run")
 
 
 def update_program(

@@ -4,7 +4,7 @@ Shapes: M micro-batches of R packed rows of T tokens (see packing.py), V vocabul
 """
 
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -52,10 +52,12 @@ class LearnerState(NamedTuple):
     reference: Params | None = None
 
 
+@cache
 def make_optimizer(
     config: OptimizerConfig, learning_rate: float | None = None
 ) -> optax.GradientTransformation:
-    """Adam after global-norm clipping; AdamW with weight decay."""
+    """Adam after global-norm clipping; AdamW with weight decay. The same object for equal configs,
+    so that equal learners share compiled programs."""
     rate = config.learning_rate if learning_rate is None else learning_rate
     clip = config.grad_clip
     return optax.chain(

@@ -6,7 +6,7 @@ all tokens. Neither depends on the packing.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,9 @@ Metrics = dict[str, Array]
 TokenLoss = Callable[[Array, PackedBatch], tuple[Array, Metrics]]
 
 
+@cache
 def policy_loss(config: AlgorithmConfig) -> TokenLoss:
-    """The loss that `config` names, with its bounds."""
+    """The loss that `config` names, with its bounds; the same object for equal configs."""
     a, limits = config, {"clip_high": config.clip_high}
     loss: TokenLoss = {
         "clip": partial(clipped_loss, a.clip, dual_clip=a.dual_clip, **limits),

@@ -6,12 +6,14 @@ briefly only when no slot has anything else to do). `exchange` never raises and 
 exception inside a callback would hang the other devices.
 """
 
+import itertools
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -38,6 +40,17 @@ _ALL_EMPTY = 64
 CHARACTERS_A_TOKEN = 32  # an upper bound for any text but runs of white space
 # Fewer failures than this never stop a rollout midway.
 _MIN_FAILURES = 8
+
+_numbers = itertools.count()
+_brokers: WeakValueDictionary[int, "Broker"] = WeakValueDictionary()
+
+
+def exchange(broker: Any, *operands: Any) -> np.ndarray:
+    """The host callback of every program: `exchange` of the broker with this number.
+
+    A program names no broker, so that engines with equal settings share one compiled program.
+    """
+    return _brokers[int(broker)].exchange(*operands)
 
 
 class SearchFailure(UserError, RuntimeError):
@@ -83,7 +96,8 @@ class Turn:
 class Broker:
     """Serves the searches of rollouts, one rollout at a time.
 
-    `log` holds every search of the current rollout in the order they ended.
+    `log` holds every search of the current rollout in the order they ended. Programs find the
+    broker by its `number`.
     """
 
     def __init__(
@@ -109,6 +123,8 @@ class Broker:
         self._k, self._width = documents_per_query, max_documents_length
         self._most_characters = max_documents_length * CHARACTERS_A_TOKEN
         self._changed = threading.Condition()
+        self.number = next(_numbers)
+        _brokers[self.number] = self
         self.begin(None)
         self.reply_tokens([["-"] * documents_per_query])  # raises now, not at the first search
 
@@ -210,7 +226,7 @@ class Broker:
     # Called by the program.
 
     def exchange(self, shard: Any, idle: Any, rows: Any, submit: Any, query: Any) -> np.ndarray:
-        """The host callback: takes new queries, returns the replies that are ready.
+        """Takes new queries, returns the replies that are ready.
 
         Args:
           shard: the calling data shard.

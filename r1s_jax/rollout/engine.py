@@ -187,7 +187,6 @@ class Engine:
             compute_dtype=compute_dtype,
             eos_ids=self.eos_ids,
             num_tag_states=tags.num_states,
-            host_callback=self.broker.exchange,
             dialect=self.dialect,
             attention=attention,
         )
@@ -300,6 +299,7 @@ class Engine:
             groups=each(group_numbers(rows)),
             shared=np.full(len(rows), shared_beginning(placed), np.int32),
             keys=keys,
+            broker=np.full(len(rows), self.broker.number, np.int32),
             live=np.array([f is not None for f in placed]),
             at=Position(*map(each, zip(*(f.at for f in rows), strict=True))),
         )

@@ -35,6 +35,7 @@ from r1s_jax.models.sharding import (
 )
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
+from r1s_jax.rollout.broker import exchange
 from r1s_jax.rollout.callback_arrays import (
     Result,
     Status,
@@ -80,9 +81,6 @@ class Until(NamedTuple):
 
 _TO_THE_END = Until()
 
-# (shard, idle, rows, submit, query tokens) -> the array of callback_arrays.py; see broker.py.
-HostCallback = Callable[..., Any]
-
 
 @dataclass(frozen=True)
 class Rollout:
@@ -94,7 +92,6 @@ class Rollout:
     compute_dtype: Any
     eos_ids: tuple[int, ...]
     num_tag_states: int
-    host_callback: HostCallback
     dialect: Dialect = R1_SEARCHER
     attention: Attention = "auto"
 
@@ -366,7 +363,7 @@ class Rollout:
         idle = ~jnp.any(s.phase == Phase.ACTIVE)
         shard = lax.axis_index(BATCH_AXES)
         rows = shard * state.out.lengths.shape[0] + s.row
-        results = self._call_host(shard, idle, rows, submit, query)
+        results = self._call_host(prompts.broker[0], shard, idle, rows, submit, query)
         s = s._replace(phase=jnp.where(submit, Phase.WAIT, s.phase))
         count, abort = unpack_head(results)
         state = lax.fori_loop(
@@ -384,11 +381,11 @@ class Rollout:
         shape = callback_shape(self.config.max_documents_length)
         result = jax.ShapeDtypeStruct(shape, jnp.int32)
         if self.mesh.shape[TENSOR_AXIS] == 1:
-            return io_callback(self.host_callback, result, *operands, ordered=False)
+            return io_callback(exchange, result, *operands, ordered=False)
         # One member of a tensor group calls the host; the sum gives its result to the others.
         answer = lax.cond(
             lax.axis_index(TENSOR_AXIS) == 0,
-            lambda: io_callback(self.host_callback, result, *operands, ordered=False),
+            lambda: io_callback(exchange, result, *operands, ordered=False),
             lambda: jnp.zeros(shape, jnp.int32),
         )
         return lax.psum(answer, TENSOR_AXIS)

@@ -1,6 +1,7 @@
 """A rollout that can be paused and resumed."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,12 @@ class Programs(NamedTuple):
     admit: Callable[..., State]
 
     @staticmethod
+    @lru_cache(maxsize=8)
     def of(roll: Rollout) -> "Programs":
-        """`whole` and `prepare` take the learner's parameters, adapters included."""
+        """`whole` and `prepare` take the learner's parameters, adapters included.
+
+        Equal loops share their programs.
+        """
         return Programs(
             whole=jax.jit(roll),
             prepare=jax.jit(roll.prepare),

@@ -67,6 +67,7 @@ class Prompts(NamedTuple, Generic[A]):
     groups: Int[A, " N"]  # equal for samples of the same prompt
     shared: Int[A, " N"]  # leading tokens that all prompts have in common; equal in all rows
     keys: A  # one random key per trajectory
+    broker: Int[A, " N"]  # number of the broker that answers searches; equal in all rows
     live: Bool[A, " N"]  # false for padding rows, which follow a data shard's live ones
     at: Position[A]
     settings: Settings[A] | None = None  # None: those of the config
@@ -79,11 +80,13 @@ class Prompts(NamedTuple, Generic[A]):
         keys: np.ndarray,
         live: Bool[np.ndarray, " N"],
         limits: Int[np.ndarray, " N"],
+        broker: int,
     ) -> "Prompts[np.ndarray]":
         """Trajectories that hold only their prompts, as NumPy arrays."""
         zeros = np.zeros_like(lengths)
         at = Position(lengths, zeros, zeros, zeros, zeros, zeros)
-        return Prompts(tokens, lengths, lengths, limits, groups, zeros, keys, live, at)
+        same = np.full_like(lengths, broker)
+        return Prompts(tokens, lengths, lengths, limits, groups, zeros, keys, same, live, at)
 
 
 class Trajectory(NamedTuple, Generic[A]):

@@ -50,7 +50,7 @@ class ServingLoop(Jobs):
         super().__init__(policy, config, search, waiting, **engine)
         mesh, programs = self.engine.mesh, self.engine.programs
         self._params = programs.prepare(shard_params(policy.params, policy.model, mesh))
-        self._prompts = _unused_rows(self.rows, config.max_length)
+        self._prompts = _unused_rows(self.rows, config.max_length, self.engine.broker.number)
         self._state = programs.start(self._placed())
         self.engine.broker.begin(retriever)
         self._jobs: dict[int, Job] = {}  # by row
@@ -205,7 +205,7 @@ def _key_data(seed: int, sample: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(key))
 
 
-def _unused_rows(rows: int, width: int) -> Prompts[np.ndarray]:
+def _unused_rows(rows: int, width: int, broker: int) -> Prompts[np.ndarray]:
     """Writable NumPy arrays of unused rows."""
     zeros = np.zeros(rows, np.int32)
     prompts = Prompts.fresh(
@@ -215,6 +215,7 @@ def _unused_rows(rows: int, width: int) -> Prompts[np.ndarray]:
         keys=np.stack([_key_data(0, 0)] * rows),
         live=np.zeros(rows, bool),
         limits=np.full(rows, width, np.int32),
+        broker=broker,
     )
     settings = Settings(np.zeros(rows, np.float32), np.ones(rows, np.float32))
     copies = jax.tree.map(np.copy, prompts._replace(settings=settings))

@@ -69,7 +69,7 @@ def bfloat16_speedup() -> float:
 @functools.cache
 def _cpu_speedup() -> float:
     """That of this CPU, timed once in half a second and cached with the machine's facts."""
-    file = cache_dir() / "dtype" / f"{_machine()}.json"
+    file = cache_dir() / "dtype" / f"{machine()}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
         return float(json.loads(file.read_bytes())["bfloat16_speedup"])
     speedup = _measure()
@@ -101,7 +101,7 @@ def _product(dtype: str) -> Callable[[], object]:
     return lambda: compiled(x, w).block_until_ready()
 
 
-def _machine() -> str:
+def machine() -> str:
     """A name for this processor and the compiler that generates code for it."""
     facts = [platform.machine(), str(os.cpu_count()), jaxlib.version.__version__]
     with suppress(OSError):

@@ -90,7 +90,6 @@ def test_sampler_and_learner_use_the_same_weights():
         compute_dtype=jnp.bfloat16,
         eos_ids=(0,),
         num_tag_states=1,
-        host_callback=lambda *_: None,
     )
 
     def logits(params):

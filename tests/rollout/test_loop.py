@@ -351,6 +351,15 @@ def test_a_prompt_that_is_too_long_is_named(engine):
         roll(engine, questions=[Question(5, "What is the trade of " * 9, ("x",))])
 
 
+def test_engines_of_equal_settings_share_their_programs_but_not_their_searches(engine, rolled):
+    other = make_engine(CONFIG)
+    assert other.programs is engine.programs
+    engine.broker.begin(None)
+    assert_same(roll(other).trajectory, rolled.trajectory)
+    assert other.broker.log and not engine.broker.log
+    assert make_engine(dataclasses.replace(CONFIG, top_p=0.5)).programs is not engine.programs
+
+
 @pytest.mark.slow
 def test_the_cache_is_never_copied():
     """The compiled loop holds one cache; all its other memory is small."""

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -76,15 +77,17 @@ def test_a_run_that_ends_early_still_writes_its_trace(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_compiled_programs_are_kept_for_accelerators(monkeypatch, tmp_path):
+def test_compiled_programs_are_kept_for_accelerators(monkeypatch, tmp_path, request):
     monkeypatch.setenv("R1S_CACHE", str(tmp_path))
-    updates = {}
+    name, update, updates = "jax_compilation_cache_dir", jax.config.update, {}
+    request.addfinalizer(partial(update, name, jax.config.jax_compilation_cache_dir))
+    update(name, None)  # the tests set one
     monkeypatch.setattr(jax.config, "update", updates.__setitem__)
     profiling.keep_compiled_programs()
     assert not updates
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     profiling.keep_compiled_programs()
-    assert updates == {"jax_compilation_cache_dir": str(tmp_path / "compiled")}
+    assert updates == {name: str(tmp_path / "compiled")}
 
 
 @pytest.mark.parametrize("steps", ["0:3", "3:1", "a", "1:2:3", "-1"])
