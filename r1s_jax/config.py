@@ -14,9 +14,13 @@ from r1s_jax.io.errors import ConfigError as ConfigError
 from r1s_jax.io.fields import Checked, check
 from r1s_jax.io.overrides import override as override
 
-Estimator = Literal["reinforce++", "reinforce_baseline", "rloo", "grpo", "dr_grpo"]
-Loss = Literal["clip", "gspo", "cispo", "gmpo", "reinforce"]
-KlEstimator = Literal["k1", "k3"]
+Estimator = Literal[
+    "reinforce++", "reinforce_baseline", "rloo", "grpo", "dr_grpo", "gdpo", "max_rl"
+]
+Loss = Literal["clip", "gspo", "cispo", "gmpo", "dppo", "reinforce"]
+Credit = Literal["outcome", "tips", "igpo"]
+LldsGate = Literal["action", "response"]
+KlEstimator = Literal["k1", "k2", "k3"]
 # What the backward pass recomputes of each layer (see PolicyConfig.remat).
 Remat = Literal["none", "attention", "full"]
 # How policies speak to a search engine (protocol/), and whether they reason before they act.
@@ -258,6 +262,9 @@ class AlgorithmConfig(Checked, section="algorithm"):
 
     estimator: Estimator = "reinforce_baseline"
     """How rewards become advantages."""
+    credit: Credit = "outcome"
+    """What the turns of a trajectory earn beside its outcome: only what the reward gives them, or
+    what their documents did for the gold answer (`tips`, `igpo`; see training.md)."""
     loss: Loss = "clip"
     """How advantages and probability ratios become a loss."""
     samples_per_question: Size = 16
@@ -274,9 +281,17 @@ class AlgorithmConfig(Checked, section="algorithm"):
     loss_average: Literal["sequence", "token", "constant"] = "sequence"
     """The loss is a mean over each sequence's tokens and then over sequences, a mean over all
     tokens, or a mean over sequences of sums divided by rollout.max_length (`constant`)."""
+    sequence_mask: Annotated[float, Meta(ge=0, le=1e3)] = 0.0
+    """Trajectories whose mean ratio (the geometric mean over their tokens) is further than this
+    from 1 are left out of an update (0.01 is usual); 0 means none."""
     llds_coefficient: Amount = 0.0
-    """Weight of the penalty on likelihood that trajectories of non-negative advantage lose (LLDS,
-    arXiv 2512.04220); 0 means none."""
+    """Weight of the penalty on likelihood that text of non-negative advantage loses (LLDS, arXiv
+    2512.04220; 0.2 is usual); 0 means none."""
+    llds_gate: LldsGate = "action"
+    """The penalty applies to turns (`action`), or to trajectories (`response`), that lost
+    likelihood as a whole."""
+    echo_coefficient: Amount = 0.0
+    """Weight of the cross-entropy of retrieved documents (ECHO; 0.1 is usual); 0 means none."""
     mask_truncated: bool = False
     """Trajectories that ran out of tokens or searches, or exceeded max_staleness, are left out of
     the loss and of their group's statistics."""
@@ -292,10 +307,16 @@ class AlgorithmConfig(Checked, section="algorithm"):
     """The KL is subtracted from the reward or added to the loss."""
     kl_estimator: KlEstimator = "k1"
     """How the KL is estimated from sampled tokens."""
+    teacher: str = ""
+    """The KL is measured to this policy instead of the reference model: a model or run, or the
+    policy itself when it is shown the gold answer (`gold`) or a right sample (`sample`)."""
     kl_target: Annotated[float, Meta(ge=0, le=1e6)] = 0.0
     """kl_coefficient is adapted so that a token's KL nears this, in nats; 0 leaves it fixed."""
     reward_clip: Annotated[float, Meta(ge=0, le=1e9)] = 10.0
     """Rewards are clamped to this far above and below 0; 0 means no bound."""
+    search_price: Amount = 0.0
+    """A trajectory loses up to this: its searches as a share of its group's most, times the group's
+    mean reward, so that searches cost little where questions are hard; 0 means none."""
     dynamic_sampling: Annotated[int, Meta(ge=0, le=1000)] = 0
     """A step rolls out up to this many more batches, to replace groups of equal rewards, which
     teach nothing (DAPO, arXiv 2503.14476); 0 means none."""
@@ -312,14 +333,24 @@ class AlgorithmConfig(Checked, section="algorithm"):
             "group of one answer has no baseline; take more samples, or estimator=reinforce++",
         )
         check(
-            self.kl_penalty == "reward" or self.kl_estimator == "k3",
-            "algorithm.kl_penalty=loss needs algorithm.kl_estimator=k3: the gradient of k1 is zero "
-            "on average",
+            self.kl_penalty == "reward" or self.kl_estimator != "k1",
+            "algorithm.kl_penalty=loss needs algorithm.kl_estimator=k2 or k3: the gradient of k1 "
+            "is zero on average",
         )
         check(
             self.kl_target == 0 or self.kl_coefficient > 0,
             "algorithm.kl_target adapts algorithm.kl_coefficient, which must start above 0",
         )
+        check(
+            not self.teacher or self.kl_coefficient > 0,
+            f"algorithm.teacher={self.teacher} teaches by algorithm.kl_coefficient, which must be "
+            "above 0 (1 is usual, with kl_penalty=loss and kl_estimator=k2)",
+        )
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether the policy that RL starts from is kept, frozen."""
+        return (self.kl_coefficient > 0 and not self.teacher) or self.credit == "tips"
 
 
 @dataclass(frozen=True)
@@ -327,7 +358,9 @@ class OptimizerConfig(Checked, section="optimizer"):
     """Adam (AdamW where weight_decay > 0) with global-norm clipping."""
 
     learning_rate: LearningRate = 2e-6
-    """The learning rate of the first RL step."""
+    """The learning rate of the first RL step (of the first after warmup_steps)."""
+    warmup_steps: Count = 0
+    """The learning rate rises linearly to learning_rate over this many RL steps; 0 means none."""
     decay_to: Annotated[float, Meta(ge=0, le=1e3)] = 1.0
     """The learning rate moves linearly to this many times learning_rate at the last RL step."""
     b1: MomentDecay = 0.9
@@ -425,6 +458,9 @@ class CorpusConfig(Checked, section="environment"):
     mix: tuple[float, ...] = ()
     """Each file of `questions` gives this share (above 0) of the training questions; empty: in
     proportion to its size."""
+    sampler: Literal["shuffled", "difficulty"] = "shuffled"
+    """Questions come in shuffled order (`shuffled`), or are drawn, most often those that some
+    samples solve and others do not (`difficulty`; see training.md)."""
     exclude: tuple[str, ...] = ()
     """Questions of these files, or benchmarks by name, are never trained on."""
     demonstrations: tuple[str, ...] = ()
@@ -447,6 +483,10 @@ class CorpusConfig(Checked, section="environment"):
             len(self.mix) in (0, len(self.questions)) and all(share > 0 for share in self.mix),
             f"environment.mix={self.mix}: give a share above 0 for each of the "
             f"{len(self.questions)} files of environment.questions",
+        )
+        check(
+            self.sampler == "shuffled" or not self.mix,
+            "environment.sampler=difficulty draws from all files alike: empty environment.mix",
         )
         check(
             bool(self.passages) + bool(self.index) + bool(self.retriever) == 1,

@@ -17,6 +17,7 @@ from r1s_jax.learning.collect import Collector
 from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
+from r1s_jax.learning.teacher import load_teacher
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
 from r1s_jax.models.pretrained import make_policy, save_policy, saved_dialect
 from r1s_jax.models.sharding import make_mesh, shard_params
@@ -117,6 +118,7 @@ class Run:
         self.engine = self._engine(config.rollout)
         self.engine.check_prompts(self.environment.questions())
         self.evaluation_engine = self._engine(dataclasses.replace(config.rollout, temperature=0.0))
+        self.teacher = together(lambda: load_teacher(config, self.mesh, policy))
         self.collector = Collector(config, self.engine, self.environment, rewards)
         self.telemetry = Telemetry(self.dir, config)
         where = checkpoint_directory(self.dir, config.run.checkpoint_dir)
@@ -174,7 +176,7 @@ class Run:
             self.collector.restore(progress.environment, progress.carried)
         self._evaluate_before(state)  # if the cold start ran with cold_start_only
         learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
-        gradient = PolicyGradient(c, learner)
+        gradient = PolicyGradient(c, learner, self.engine, self.teacher)
         with make_progress() as bar:
             total = progress.total_steps(c)
             task = bar.add_task("", total=total, completed=progress.step, info="")
@@ -237,7 +239,7 @@ class Run:
         traces = m.trace_rows(
             trained.rolled,
             trained.rewards,
-            learned.advantages,
+            learned,
             c.run.traces_per_step,
             self.engine.token_texts,
         )
@@ -282,7 +284,7 @@ class Run:
     def _learning_state(self, params: Any) -> LearnerState:
         c = self.config
         learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
-        return learner.init(params, keep_reference=c.algorithm.kl_coefficient > 0)
+        return learner.init(params, keep_reference=c.algorithm.keeps_reference)
 
     def _save(self, state: LearnerState) -> None:
         """Starts to write a checkpoint, whose index grows through both phases."""

@@ -78,7 +78,8 @@ class HostLoop(Turns):
         logits, self._cache = _decode(self._static, self.params, fed, start, self._cache)
         places = length + jnp.arange(len(fed))
         uniform = jax.vmap(lambda at: jax.random.uniform(jax.random.fold_in(key, at)))(places)
-        tokens, _, logprobs = map(np.asarray, _sample(logits, uniform, c.temperature, c.top_p))
+        drawn = _sample(logits, uniform, c.temperature, c.top_p)
+        tokens, logprobs = np.asarray(drawn.token), np.asarray(drawn.policy_logprob)
         right = next((n for n, guess in enumerate(fed[1:]) if guess != tokens[n]), len(fed) - 1)
         return [(int(tokens[n]), float(logprobs[n])) for n in range(right + 1)]
 

@@ -34,6 +34,7 @@ from r1s_jax.models.sharding import (
 from r1s_jax.protocol.dialects import make_dialect
 from r1s_jax.rollout.feeding import PREFILL_SCOPE
 from r1s_jax.rollout.loop import DECODE_SCOPE, Rollout
+from r1s_jax.rollout.sampler import kept_width
 from r1s_jax.rollout.trajectory import Position, Prompts
 from r1s_jax.system.dtype import AUTO
 
@@ -95,7 +96,7 @@ def abstract_state(learner: Learner, config: Config) -> LearnerState:
     params = _abstract(shapes, param_shardings(learner.model, learner.mesh))
     moments = jax.eval_shape(learner.optimizer.init, trainable(params))
     optimizer = _abstract(moments, learner.optimizer_shardings(params))
-    reference = trainable(params) if config.algorithm.kl_coefficient > 0 else None
+    reference = trainable(params) if config.algorithm.keeps_reference else None
     return LearnerState(params, optimizer, reference)
 
 
@@ -196,7 +197,8 @@ def update_program(
     sharing = max(1, min((length - workload.prompt) // own, config.algorithm.samples_per_question))
     tokens = own + workload.prompt / sharing
     micro = math.ceil(sequences * tokens / (rows * length))
-    batch = packed_shapes(learner, sequences, per_shard, length)
+    kept = kept_width(config.rollout.temperature, config.rollout.top_p)
+    batch = packed_shapes(learner, sequences, per_shard, length, kept)
     scalar = partial(jax.ShapeDtypeStruct, (), sharding=replicated(mesh))
     parameters, chips = _parameters(state), mesh.devices.size
     # Weights are read in the forward, the recomputed and the backward pass; Adam reads and writes

@@ -8,11 +8,13 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from jaxtyping import Float
 
 from r1s_jax.config import Config, CorpusConfig, TinyWorldConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
 from r1s_jax.data.questions import (
+    ByDifficulty,
     Question,
     question_stream,
     read_questions,
@@ -80,6 +82,10 @@ class Environment(Protocol):
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
         """Worked solutions to imitate at a step of the cold start."""
+        ...
+
+    def note(self, questions: Sequence[Question], rewards: Float[np.ndarray, " N"]) -> None:
+        """Notes what the samples of a batch earned, one question for each; NaN: no reward."""
         ...
 
     def state(self) -> dict[str, Any]:
@@ -165,6 +171,9 @@ class TinyWorldEnvironment:
         )
         return Demonstration(question.question, spans, 1.0 if style == "guess" else _SEARCH_WEIGHT)
 
+    def note(self, questions: Sequence[Question], rewards: Float[np.ndarray, " N"]) -> None:
+        pass
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -207,6 +216,9 @@ class CorpusEnvironment:
         self._learning = [without(file, self._unwanted) for file in files]
         self._report(len(questions))
         self._stream = question_stream(self._learning, seed=seed, mix=config.mix)
+        self._by_difficulty = None
+        if config.sampler == "difficulty":
+            self._by_difficulty = ByDifficulty(list(itertools.chain(*self._learning)), seed)
 
     def _report(self, total: int) -> None:
         """Prints how questions are used; raises DataError for a file with none to learn from."""
@@ -223,6 +235,8 @@ class CorpusEnvironment:
         return [*self._held_out, *itertools.chain(*self._learning)]
 
     def batch(self, step: int, size: int, draw: int = 0) -> Batch:
+        if self._by_difficulty:
+            return Batch(self._by_difficulty.take(size, step, draw), self.retriever)
         return Batch(self._stream.take(size), self.retriever)
 
     def retriever_of(self, step: int, draw: int) -> Retriever:
@@ -252,12 +266,19 @@ class CorpusEnvironment:
             return from_titles
         return from_titles + read_demonstrations(traces, self._unwanted, self._dialect)
 
+    def note(self, questions: Sequence[Question], rewards: Float[np.ndarray, " N"]) -> None:
+        if self._by_difficulty:
+            self._by_difficulty.note(questions, rewards)
+
     def state(self) -> dict[str, Any]:
-        return {"stream": self._stream.state()}
+        scores = {"scores": self._by_difficulty.state()} if self._by_difficulty else {}
+        return {"stream": self._stream.state(), **scores}
 
     def restore(self, state: dict[str, Any]) -> None:
         if state:
             self._stream.restore(state["stream"])
+        if self._by_difficulty:
+            self._by_difficulty.restore(state.get("scores", {}))
 
 
 def _hash(question: Question) -> str:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import numpy as np
+from jaxtyping import Float
 
 from r1s_jax.data.aliases import Aliases
 from r1s_jax.data.question_forms import Question, parse_question
 from r1s_jax.data.rows import answerable, placed_rows
-from r1s_jax.io.errors import shorten
+from r1s_jax.io.errors import reading, shorten
 from r1s_jax.io.journal import DataError
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.console import console
@@ -79,6 +81,51 @@ class QuestionStream:
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at the cursor `state` of a stream of the same questions and seed."""
         self._questions.set_state(state)
+
+
+class ByDifficulty:
+    """Draws questions by what they earned last: most often those that some samples solve.
+
+    Questions whose group earned a mean of at most 0.25, or more than 0.75, teach little; they are
+    drawn a fifth as often as the others and those not seen yet (prime-rl's curriculum). A draw
+    depends on (seed, step, draw) and the rewards noted before.
+    """
+
+    _HARD, _EASY, _SELDOM = 0.25, 0.75, 0.2
+
+    def __init__(self, questions: Sequence[Question], seed: int):
+        self._questions, self._seed = questions, seed
+        self._place = {question.id: i for i, question in enumerate(questions)}
+        self._scores = np.full(len(questions), np.nan)
+
+    def take(self, size: int, step: int, draw: int) -> list[Question]:
+        """`size` questions, different ones as far as there are as many."""
+        known, scores = ~np.isnan(self._scores), self._scores
+        seldom = known & ((scores <= self._HARD) | (scores > self._EASY))
+        weights = np.where(seldom, self._SELDOM, 1.0)
+        rng = np.random.default_rng((self._seed, step, draw))
+        again = size > len(self._questions)
+        chosen = rng.choice(len(weights), size, replace=again, p=weights / weights.sum())
+        return [self._questions[i] for i in chosen]
+
+    def note(self, questions: Sequence[Question], rewards: Float[np.ndarray, " N"]) -> None:
+        """Notes the mean reward of each question's samples; NaN: no reward."""
+        ids = np.array([question.id for question in questions])
+        for number in np.unique(ids):
+            values = rewards[(ids == number) & ~np.isnan(rewards)]
+            if len(values) and number in self._place:
+                self._scores[self._place[int(number)]] = float(values.mean())
+
+    def state(self) -> dict[str, float]:
+        """The scores by place, for a checkpoint."""
+        return {str(i): float(self._scores[i]) for i in np.flatnonzero(~np.isnan(self._scores))}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Restores what `state` returned, for the same questions. Raises BadInput."""
+        self._scores[:] = np.nan
+        with reading("the scores of questions in a checkpoint"):
+            for place, score in state.items():
+                self._scores[int(place)] = float(score)
 
 
 def question_stream(

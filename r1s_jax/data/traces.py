@@ -41,6 +41,8 @@ class TraceRow(TypedDict):
     spans: list[tuple[str, bool]]  # (text, written by the policy?)
     # The policy's tokens only, in order; joined, their texts are the policy's spans.
     token_advantages: list[tuple[str, float]]
+    # The KL of each of these tokens to the reference or teacher; empty without one.
+    token_kl: NotRequired[list[float]]
     searches: list[SearchRow]
     prompt_tokens: int
     sampled_tokens: int
@@ -61,6 +63,7 @@ class _Readable(TypedDict):
     finish: str
     spans: list[tuple[str, bool]]
     token_advantages: NotRequired[list[tuple[str, float]]]  # demonstrations have none
+    token_kl: NotRequired[list[float]]
     searches: list[Any]
 
 
@@ -77,6 +80,7 @@ class Trace:
     step: int | None = None
     # (text, advantage) of each token of the policy's spans, in order; empty if unknown
     token_advantages: Sequence[tuple[str, float]] = ()
+    token_kl: Sequence[float] = ()  # of the same tokens; empty without a reference or teacher
     dialect: Dialect = R1_SEARCHER
 
     @property
@@ -92,9 +96,10 @@ class Trace:
         """`pieces` cut into tokens: (kind, [(text, advantages)]).
 
         A character made of several tokens has the advantages of all of them, in order; a token
-        that lies in two pieces is in both. Advantages are "" if unknown.
+        that lies in two pieces is in both. An advantage is followed by a slash and the token's KL,
+        where that is known. Advantages are "" if unknown.
         """
-        tokens = _whole_characters(self.token_advantages)
+        tokens = _whole_characters(self.token_advantages, self.token_kl)
         at, end, shown = 0, 0, ""
         for kind, text in self.pieces():
             if kind == "documents" or not self.token_advantages:
@@ -200,11 +205,13 @@ def _no_trajectory(path: Path, number: int, error: Exception) -> DataError:
     return DataError(f"{path}, line {number}: no trajectory ({error})")
 
 
-def _whole_characters(tokens: Sequence[tuple[str, float]]) -> Iterator[tuple[str, str]]:
+def _whole_characters(
+    tokens: Sequence[tuple[str, float]], kl: Sequence[float]
+) -> Iterator[tuple[str, str]]:
     """(text, advantages); tokens without text are merged into the next token that has some."""
     waiting: list[str] = []
-    for text, advantage in tokens:
-        waiting.append(f"{advantage:+.3g}")
+    for i, (text, advantage) in enumerate(tokens):
+        waiting.append(f"{advantage:+.3g}" + (f"/{kl[i]:.2g}" if kl else ""))
         if text:
             yield text, " ".join(waiting)
             waiting = []
@@ -221,8 +228,11 @@ def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
         fields["finish"],
         fields["step"],
         fields.get("token_advantages", ()),
+        fields.get("token_kl", ()),
         dialect,
     )
+    if len(trace.token_kl) not in (0, len(trace.token_advantages)):
+        raise ValueError("`token_kl` and `token_advantages` differ in length")
     tokens = "".join(text for text, _ in trace.token_advantages)
     if tokens and tokens != "".join(text for text, by_policy in trace.spans if by_policy):
         raise ValueError("the tokens of `token_advantages` do not spell what the policy wrote")

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from r1s_jax.config import AlgorithmConfig, Config, StageConfig
 from r1s_jax.data.environment import Environment
-from r1s_jax.learning.advantages import has_signal
+from r1s_jax.learning.advantages import Terms, has_signal
 from r1s_jax.learning.partial_rollouts import PartialRollouts
 from r1s_jax.models.params import Params
 from r1s_jax.rewards.registry import BatchReward
@@ -35,6 +35,10 @@ class Rewarded:
     @staticmethod
     def of(rolled: Rolled, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> "Rewarded":
         values = np.array([r.value for r in rewards], np.float32)
+        if algorithm.search_price:
+            groups = rolled.trajectory.groups
+            searches = np.array([s.searches_answered for s in rolled.solutions])
+            values -= algorithm.search_price * search_costs(values, searches, groups)
         mask = learnable(rolled.trajectory, algorithm, rolled.unanswered, values)
         teaches = np.asarray(mask.any(-1))
         groups = rolled.trajectory.groups
@@ -50,6 +54,24 @@ class Rewarded:
         """The tokens to learn from that this step's parameters sampled."""
         ages = self.rolled.ages
         return self.mask if ages is None else self.mask & (ages == 0)
+
+    @property
+    def documents(self) -> Bool[np.ndarray, "N W"]:
+        """What the system wrote after the prompts of trajectories to learn from."""
+        t, at = self.rolled.trajectory, np.arange(self.mask.shape[1])
+        after = (at >= t.prompt_lengths[:, None]) & (at < t.lengths[:, None])
+        return after & ~t.loss_mask & self.mask.any(-1, keepdims=True)
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of the rewards; a reward that has fewer than others gets terms of weight 0."""
+        summands = [reward.summands for reward in self.rewards]
+        shape = len(summands), max(map(len, summands), default=0)
+        terms = Terms(np.zeros(shape), np.zeros(shape))
+        for row, pairs in enumerate(summands):
+            for column, (weight, value) in enumerate(pairs):
+                terms.weights[row, column], terms.values[row, column] = weight, value
+        return terms
 
     def first_groups(self, count: int) -> "Rewarded":
         """The first `count` groups that teach, in order.
@@ -92,7 +114,9 @@ class Collector:
         """
         if self.config.rollout.partial_rollouts:
             rolled = self.carried.roll(params, step, settings.questions_per_step)
-            return Rewarded.of(rolled, self._reward(rolled, stage), self.config.algorithm)
+            return self._noted(
+                Rewarded.of(rolled, self._reward(rolled, stage), self.config.algorithm)
+            )
         c, batches, rewards = self.config, [], []
         for draw in range(1 + c.algorithm.dynamic_sampling):
             batch = self.environment.batch(step, settings.questions_per_step, draw)
@@ -110,6 +134,11 @@ class Collector:
             rewarded = Rewarded.of(merge(batches), rewards, c.algorithm)
             if len(np.unique(rewarded.groups[rewarded.teaches])) >= settings.questions_per_step:
                 break
+        return self._noted(rewarded)
+
+    def _noted(self, rewarded: Rewarded) -> Rewarded:
+        values = np.array([reward.value for reward in rewarded.rewards])
+        self.environment.note(rewarded.rolled.questions, values)
         return rewarded
 
     def state(self) -> tuple[dict[str, Any], str | None]:
@@ -129,6 +158,24 @@ class Collector:
             prompts = list(map(self.engine.render, prompts))
         golds = [q.answers for q in rolled.questions]
         return on_main(lambda: list(reward(prompts, rolled.solutions, golds)))
+
+
+def search_costs(
+    rewards: Float[np.ndarray, " N"],
+    searches: Int[np.ndarray, " N"],
+    groups: Int[np.ndarray, " N"],
+) -> Float[np.ndarray, " N"]:
+    """What the searches of each trajectory cost, from 0 to 1: their share of the group's most
+    searches, times the group's mean reward (at least 0, at most 1).
+
+    Where a question is seldom answered, searches cost little (after prime-rl's linear penalty).
+    """
+    costs = np.zeros(len(rewards), np.float32)
+    for group in np.unique(groups):
+        rows = (groups == group) & ~np.isnan(rewards)
+        if rows.any() and (most := searches[rows].max()):
+            costs[rows] = np.clip(rewards[rows].mean(), 0, 1) * searches[rows] / most
+    return costs
 
 
 def learnable(

@@ -14,12 +14,12 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from r1s_jax.config import Attention, ModelConfig, OptimizerConfig, PolicyConfig, Remat
 from r1s_jax.learning.logprobs import token_logprobs
 from r1s_jax.learning.losses import Metrics, TokenLoss
-from r1s_jax.learning.packing import PackedBatch
+from r1s_jax.learning.packing import PackedBatch, Sizes, pack, unpack
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.lora import combine, trainable
 from r1s_jax.models.params import Params
@@ -155,10 +155,33 @@ class Learner:
         """float32[M, R, T] log-probability of every token under `params`."""
         return to_host(self._logprobs(params, self._place(batch), jnp.int32(micro)))
 
+    def sequence_logprobs(
+        self,
+        params: Params,
+        tokens: Int[np.ndarray, "N W"],
+        lengths: Int[np.ndarray, " N"],
+        wanted: Bool[np.ndarray, "N W"],
+        sizes: Sizes,
+    ) -> Float[np.ndarray, "N W"]:
+        """Log-probability of the `wanted` tokens of N sequences, which it packs; 0 elsewhere."""
+        nothing = np.zeros(tokens.shape, np.float32)
+        batch, layout, micro = pack(
+            tokens,
+            lengths,
+            wanted.astype(np.float32),
+            nothing,
+            nothing,
+            capacity=sizes.capacity,
+            micro_batch_rows=sizes.micro_batch_rows,
+        )
+        packed = self.logprobs(params, batch, micro)
+        return np.where(wanted, unpack(packed, layout, lengths, tokens.shape[1]), 0.0)
+
     def _place(self, batch: PackedBatch[np.ndarray]) -> PackedBatch:
         return place(batch, NamedSharding(self.mesh, P(None, BATCH_AXES)))
 
-    def _forward(self, params: Params, batch: PackedBatch) -> tuple[Array, Array]:
+    def _forward(self, params: Params, batch: PackedBatch) -> tuple[Array, Array, Array]:
+        """Log-probabilities, entropies and log-masses of nuclei: see token_logprobs."""
         impl = attention_impl(self.attention, self.mesh)
         policy = Policy(
             self.model,
@@ -170,7 +193,7 @@ class Learner:
             tuning=mesh_tuning(self.mesh),
         )
         hidden = policy.hidden(batch.tokens, batch.positions, batch.last_query)
-        return token_logprobs(policy, batch.tokens, hidden, batch.weights > 0)
+        return token_logprobs(policy, batch.tokens, hidden, _scored(batch), batch.kept)
 
     def update_step(
         self, state: LearnerState, batch: PackedBatch, micro: Array, scale: Array
@@ -179,8 +202,8 @@ class Learner:
         trained = trainable(state.params)
 
         def loss(trained: Params, rows: PackedBatch) -> tuple[Array, Metrics]:
-            logprobs, entropies = self._forward(combine(state.params, trained), rows)
-            value, metrics = self.loss(logprobs, rows)
+            logprobs, entropies, masses = self._forward(combine(state.params, trained), rows)
+            value, metrics = self.loss(logprobs, rows._replace(log_kept=masses))
             mask = (rows.weights > 0).astype(jnp.float32)
             common = {"tokens": mask.sum(), "entropy": (mask * entropies).sum()}
             return value, common | metrics
@@ -221,6 +244,11 @@ class Learner:
             return out.at[i].set(self._forward(params, rows)[0])
 
         return lax.fori_loop(0, micro, fill, jnp.zeros(batch.tokens.shape))
+
+
+def _scored(batch: PackedBatch) -> Bool[Array, "R T"]:
+    """The tokens whose log-probabilities a stream of the loss needs."""
+    return (batch.weights > 0) | (batch.kl_weights > 0) | (batch.ce_weights > 0)
 
 
 def _merge(name: str, total: Array, value: Array) -> Array:

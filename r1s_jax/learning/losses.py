@@ -1,8 +1,15 @@
-"""Losses over packed rows with a weight per token: of the policy, and of the cold start.
+"""Losses over packed rows with weights per token: of the policy, and of the cold start.
 
 Shapes: R packed rows of T tokens. Weights of 1 / (tokens of the sequence x sequences of the batch)
 give the mean over each sequence's tokens and then over sequences; equal weights give the mean over
 all tokens. Neither depends on the packing.
+
+The loss of a policy is the sum of three streams, each with weights of its own, 0 where a token has
+no part in it:
+
+- `rl`: `weights`, the policy gradient of the named loss;
+- `ref_kl`: `kl_weights`, the KL to the reference or to a teacher;
+- `ce`: `ce_weights`, the cross-entropy of tokens that the system wrote.
 """
 
 from collections.abc import Callable
@@ -11,15 +18,25 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from r1s_jax.config import AlgorithmConfig
+from r1s_jax.config import AlgorithmConfig, KlEstimator, LldsGate
 from r1s_jax.learning.packing import PackedBatch
 
 Metrics = dict[str, Array]
 # (log-probabilities, micro-batch) -> (loss, metrics). Metrics are summed over micro-batches and
 # divided by the number of trained tokens; metrics whose names end in `max` are maxima.
 TokenLoss = Callable[[Array, PackedBatch], tuple[Array, Metrics]]
+
+_MOST_DPPO_RATIO = 20.0  # a token of small probability may have any ratio within the trust region
+
+# Estimates of the KL from log q - log p of a sampled token (see advantages.kl_divergence). As a
+# loss, the gradient of k2 is that of KL(p || q) and the gradient of k3 is that of KL(q || p).
+_KL: dict[KlEstimator, Callable[[Array], Array]] = {
+    "k1": lambda gap: -gap,
+    "k2": lambda gap: gap**2 / 2,
+    "k3": lambda gap: jnp.expm1(gap) - gap,
+}
 
 
 @cache
@@ -28,13 +45,19 @@ def policy_loss(config: AlgorithmConfig) -> TokenLoss:
     a, limits = config, {"clip_high": config.clip_high}
     loss: TokenLoss = {
         "clip": partial(clipped_loss, a.clip, dual_clip=a.dual_clip, **limits),
+        "dppo": partial(dppo_loss, a.clip),
         "gspo": partial(gspo_loss, a.clip, **limits),
         "cispo": partial(cispo_loss, a.clip, **limits),
         "gmpo": partial(gmpo_loss, a.clip, **limits),
         "reinforce": reinforce_loss,
     }[a.loss]
+    if a.sequence_mask:
+        loss = partial(_with_sequence_mask, a.sequence_mask, loss)
+    loss = partial(_with_kl, _KL[a.kl_estimator], loss)
     if a.llds_coefficient:
-        loss = partial(_with_llds, a.llds_coefficient, loss)
+        loss = partial(_with_llds, a.llds_coefficient, a.llds_gate, loss)
+    if a.echo_coefficient:
+        loss = partial(_with_cross_entropy, loss)
     return loss
 
 
@@ -46,14 +69,13 @@ def clipped_loss(
     clip_high: float = 0.0,
     dual_clip: float = 0.0,
 ) -> tuple[Array, Metrics]:
-    """PPO's clipped objective (arXiv 1707.06347, eq. 7) and the KL to the reference (k3).
+    """PPO's clipped objective (arXiv 1707.06347, eq. 7).
 
     Args:
       clip: the ratio is clipped at this distance from 1.
       clip_high: the same above 1, where it differs (DAPO, arXiv 2503.14476); 0: as `clip`.
       dual_clip: a token with a negative advantage costs at most this many times the advantage
         (arXiv 1912.09729, eq. 5); 0: no bound.
-      batch: `kl_weights` are a token's share of the KL, times its coefficient.
     """
     log_ratio = _log_ratio(logprobs, batch)
     ratio = jnp.exp(log_ratio)
@@ -61,7 +83,7 @@ def clipped_loss(
     if dual_clip:
         bound = dual_clip * batch.advantages
         objective = jnp.where(batch.advantages < 0, jnp.maximum(objective, bound), objective)
-    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, outside, batch)
+    return _loss(objective, batch), _metrics(logprobs, log_ratio, outside, batch)
 
 
 def gspo_loss(
@@ -75,7 +97,7 @@ def gspo_loss(
     log_ratio = _sequence_means(_log_ratio(logprobs, batch), batch)
     ratio = jnp.exp(log_ratio)
     objective, outside = _clipped(ratio, batch.advantages, clip, clip_high or clip)
-    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, outside, batch)
+    return _loss(objective, batch), _metrics(logprobs, log_ratio, outside, batch)
 
 
 def cispo_loss(
@@ -89,8 +111,8 @@ def cispo_loss(
     log_ratio = _log_ratio(logprobs, batch)
     ratio, most = jnp.exp(log_ratio), 1 + (clip_high or clip)
     weight = lax.stop_gradient(jnp.minimum(ratio, most))
-    objective = weight * batch.advantages * logprobs
-    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, ratio > most, batch)
+    objective = weight * batch.advantages * (logprobs - batch.log_kept)
+    return _loss(objective, batch), _metrics(logprobs, log_ratio, ratio > most, batch)
 
 
 def gmpo_loss(
@@ -108,7 +130,25 @@ def gmpo_loss(
     )
     objective = jnp.exp(_sequence_means(limited, batch)) * batch.advantages
     outside = limited != log_ratio
-    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, outside, batch)
+    return _loss(objective, batch), _metrics(logprobs, log_ratio, outside, batch)
+
+
+def dppo_loss(
+    bound: float, logprobs: Float[Array, "R T"], batch: PackedBatch
+) -> tuple[Array, Metrics]:
+    """The ratio times the advantage, without tokens that left the trust region (DPPO with total
+    variation, arXiv 2602.04879).
+
+    A token is left out where its probability, not its logarithm, moved by more than `bound` in the
+    direction of its advantage; the paper takes 0.2. The ratio is a weight, cut at
+    `_MOST_DPPO_RATIO` and not differentiated.
+    """
+    log_ratio = _log_ratio(logprobs, batch)
+    moved = jnp.exp(batch.old_logprobs + log_ratio) - jnp.exp(batch.old_logprobs)
+    outside = moved * jnp.sign(batch.advantages) > bound
+    weight = jnp.where(outside, 0.0, jnp.minimum(jnp.exp(log_ratio), _MOST_DPPO_RATIO))
+    objective = lax.stop_gradient(weight) * batch.advantages * (logprobs - batch.log_kept)
+    return _loss(objective, batch), _metrics(logprobs, log_ratio, outside, batch)
 
 
 def reinforce_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[Array, Metrics]:
@@ -117,30 +157,75 @@ def reinforce_loss(logprobs: Float[Array, "R T"], batch: PackedBatch) -> tuple[A
     Correct only on-policy, which means one update per rollout.
     """
     log_ratio = _log_ratio(logprobs, batch)
-    objective, nothing = batch.advantages * logprobs, jnp.zeros(logprobs.shape, bool)
-    return _loss(objective, logprobs, batch), _metrics(logprobs, log_ratio, nothing, batch)
+    objective = batch.advantages * (logprobs - batch.log_kept)
+    nothing = jnp.zeros(logprobs.shape, bool)
+    return _loss(objective, batch), _metrics(logprobs, log_ratio, nothing, batch)
+
+
+def _with_sequence_mask(
+    width: float, loss: TokenLoss, logprobs: Float[Array, "R T"], batch: PackedBatch
+) -> tuple[Array, Metrics]:
+    """`loss` without sequences whose geometric mean of ratios is further than `width` from 1.
+
+    Such sequences are too far from the policy that sampled them for their ratios to be trusted.
+    """
+    ratio = jnp.exp(_sequence_means(_log_ratio(logprobs, batch), batch))
+    outside = lax.stop_gradient(jnp.abs(ratio - 1)) > width
+    masked = (outside & (batch.weights > 0)).astype(jnp.float32)
+    value, metrics = loss(logprobs, batch._replace(weights=batch.weights * (1 - masked)))
+    return value, metrics | {"sequence_masked": masked.sum()}
+
+
+def _with_kl(
+    estimate: Callable[[Array], Array],
+    loss: TokenLoss,
+    logprobs: Float[Array, "R T"],
+    batch: PackedBatch,
+) -> tuple[Array, Metrics]:
+    """`loss` plus the stream `ref_kl`: an estimate of the KL from a token's log-ratio."""
+    value, metrics = loss(logprobs, batch)
+    # Without a KL term there may be no reference: its zeros must not reach exp.
+    gap = jnp.where(batch.kl_weights > 0, batch.reference_logprobs - logprobs, 0.0)
+    return value + (batch.kl_weights * estimate(gap)).sum(), metrics
+
+
+def _with_cross_entropy(
+    loss: TokenLoss, logprobs: Float[Array, "R T"], batch: PackedBatch
+) -> tuple[Array, Metrics]:
+    """`loss` plus the stream `ce`: the cross-entropy of the documents (ECHO)."""
+    value, metrics = loss(logprobs, batch)
+    documents = (batch.ce_weights > 0).astype(jnp.float32)
+    metrics |= {"documents_nll": -(documents * logprobs).sum(), "documents": documents.sum()}
+    return value - (batch.ce_weights * logprobs).sum(), metrics
 
 
 def _with_llds(
-    coefficient: float, loss: TokenLoss, logprobs: Float[Array, "R T"], batch: PackedBatch
+    coefficient: float,
+    gate: LldsGate,
+    loss: TokenLoss,
+    logprobs: Float[Array, "R T"],
+    batch: PackedBatch,
 ) -> tuple[Array, Metrics]:
     """`loss` plus a penalty on lost likelihood (LLDS, arXiv 2512.04220).
 
-    It applies to trajectories whose advantage is not negative and that became less likely as a
-    whole: each token that became less likely costs its loss of log-probability.
+    It applies to actions (the text of a turn), or to responses (the text of a trajectory), whose
+    advantage is not negative and that became less likely as a whole: each of their tokens that
+    became less likely costs its loss of log-probability.
     """
     value, metrics = loss(logprobs, batch)
     log_ratio = _log_ratio(logprobs, batch)
     lost = jnp.maximum(-log_ratio, 0) * (batch.advantages >= 0)
-    lost = jnp.where(_sequence_means(log_ratio, batch) < 0, lost, 0.0)
+    means = _turn_means if gate == "action" else _sequence_means
+    lost = jnp.where(means(log_ratio, batch) < 0, lost, 0.0)
     mask = (batch.weights > 0).astype(jnp.float32)
     metrics = metrics | {"likelihood_lost": (mask * lost).sum()}
     return value + coefficient * (batch.weights * lost).sum(), metrics
 
 
 def _log_ratio(logprobs: Array, batch: PackedBatch) -> Float[Array, "R T"]:
-    """log(new / old probability) of every trained token; 0 elsewhere."""
-    return jnp.where(batch.weights > 0, logprobs - batch.old_logprobs, 0.0)
+    """log(new / old probability) of every trained token within its nucleus; 0 elsewhere."""
+    drawn = logprobs - batch.log_kept
+    return jnp.where(batch.weights > 0, drawn - batch.old_logprobs, 0.0)
 
 
 def _clipped(ratio: Array, advantages: Array, low: float, high: float) -> tuple[Array, Array]:
@@ -152,7 +237,20 @@ def _clipped(ratio: Array, advantages: Array, low: float, high: float) -> tuple[
 def _sequence_means(values: Float[Array, "R T"], batch: PackedBatch) -> Float[Array, "R T"]:
     """Mean over the trained tokens of each token's sequence. No sequence spans two rows."""
     ids = batch.segment_ids
-    first = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    return _means(values, jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0))), batch)
+
+
+def _turn_means(values: Float[Array, "R T"], batch: PackedBatch) -> Float[Array, "R T"]:
+    """Mean over the trained tokens of each token's turn: those without another between them."""
+    ids, trained = batch.segment_ids, batch.weights > 0
+    first = (ids[:, 1:] != ids[:, :-1]) | (trained[:, 1:] & ~trained[:, :-1])
+    return _means(values, jnp.pad(first, ((0, 0), (1, 0))), batch)
+
+
+def _means(
+    values: Float[Array, "R T"], first: Bool[Array, "R T"], batch: PackedBatch
+) -> Float[Array, "R T"]:
+    """Mean over the trained tokens of each span; `first` marks the beginnings of spans."""
     place, mask = jnp.cumsum(first, axis=1), (batch.weights > 0).astype(values.dtype)
 
     def row(values: Array, mask: Array, place: Array) -> Array:
@@ -164,12 +262,10 @@ def _sequence_means(values: Float[Array, "R T"], batch: PackedBatch) -> Float[Ar
     return jax.vmap(row)(values, mask, place)
 
 
-def _loss(objective: Array, logprobs: Array, batch: PackedBatch) -> Float[Array, ""]:
-    """The KL to the reference (k3) minus the objective, both weighted by token."""
-    # Without a KL term there may be no reference: its zeros must not reach exp.
-    gap = jnp.where(batch.kl_weights > 0, batch.reference_logprobs - logprobs, 0.0)
+def _loss(objective: Array, batch: PackedBatch) -> Float[Array, ""]:
+    """Minus the objective, weighted by token."""
     objective = jnp.where(batch.weights > 0, objective, 0.0)
-    return -(batch.weights * objective).sum() + (batch.kl_weights * (jnp.expm1(gap) - gap)).sum()
+    return -(batch.weights * objective).sum()
 
 
 def _metrics(logprobs: Array, log_ratio: Array, outside: Array, batch: PackedBatch) -> Metrics:

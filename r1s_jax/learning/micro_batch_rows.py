@@ -11,6 +11,7 @@ from r1s_jax.config import Config
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.packing import PackedBatch, row_length
 from r1s_jax.models.sharding import BATCH_AXES, batch_shards
+from r1s_jax.rollout.sampler import kept_width
 from r1s_jax.system.console import console, warn
 from r1s_jax.system.distributed import gather, together
 from r1s_jax.system.memory import host_memory
@@ -65,17 +66,20 @@ def _power_of_two(n: int) -> int:
 
 
 def packed_shapes(
-    learner: Learner, sequences: int, rows: int, length: int
+    learner: Learner, sequences: int, rows: int, length: int, kept: int = 0
 ) -> PackedBatch[jax.ShapeDtypeStruct]:
-    """Shapes of an update's batch: `rows` rows of `length` tokens a data shard and pass."""
+    """Shapes of an update's batch: `rows` rows of `length` tokens a data shard and pass, with room
+    for nuclei of `kept` tokens."""
     rows *= batch_shards(learner.mesh)
     shape = (-(-sequences // rows), rows, length)
     sharding = NamedSharding(learner.mesh, P(None, BATCH_AXES))
-    integers = ("tokens", "segment_ids", "positions", "last_query")
+    integers = ("tokens", "segment_ids", "positions", "last_query", "kept")
     return PackedBatch(
         **{
             name: jax.ShapeDtypeStruct(
-                shape, jnp.int32 if name in integers else jnp.float32, sharding=sharding
+                (*shape, kept) if name == "kept" else shape,
+                jnp.int32 if name in integers else jnp.float32,
+                sharding=sharding,
             )
             for name in PackedBatch._fields
         }
@@ -86,7 +90,8 @@ def _bytes(
     config: Config, learner: Learner, state: LearnerState, sequences: int, rows: int
 ) -> float:
     """Bytes of the update on a device, state included; infinite where its memory is exhausted."""
-    batch = packed_shapes(learner, sequences, rows, row_length(config))
+    kept = kept_width(config.rollout.temperature, config.rollout.top_p)
+    batch = packed_shapes(learner, sequences, rows, row_length(config), kept)
     try:
         memory = learner.compile(state, batch).memory_analysis()
     except jax.errors.JaxRuntimeError as error:

@@ -17,6 +17,13 @@ from r1s_jax.io.errors import ConfigError
 from r1s_jax.rollout.trajectory import A
 
 
+class Sizes(NamedTuple):
+    """Sizes of packed rows."""
+
+    capacity: int  # tokens of a row
+    micro_batch_rows: int  # of all data shards
+
+
 def row_length(config: Config) -> int:
     """Tokens of a packed row."""
     return config.optimizer.pack_length or config.rollout.max_length
@@ -29,12 +36,15 @@ class PackedBatch(NamedTuple, Generic[A]):
     segment_ids: A  # int32, the trajectory of each token; 0 is padding
     positions: A  # int32, in the token's own trajectory
     last_query: A  # int32, last token of the row that attends to this one; -1 is padding
-    weights: A  # float32, a token's share of the loss; 0 unless the policy wrote it
+    weights: A  # float32, a token's share of the loss `rl`; 0 unless the policy wrote it
     advantages: A  # float32
     old_logprobs: A  # float32, when the token was sampled
-    reference_logprobs: A  # float32, under the frozen reference; 0 where there is none
-    kl_weights: A  # float32, a token's share of a KL in the loss; 0 where there is none
+    reference_logprobs: A  # float32, under the reference or teacher; 0 where there is none
+    kl_weights: A  # float32, a token's share of the loss `ref_kl`; 0 where there is none
+    ce_weights: A  # float32, a token's share of the loss `ce`; 0 where there is none
     fresh: A  # float32, 1 where this step's parameters sampled the token; for metrics
+    kept: A  # int32[M, R, T, C], the nucleus that the token was drawn from (see sampler.Drawn)
+    log_kept: A  # float32, log of the nucleus's probability under the learner, which fills it in
 
 
 class Layout(NamedTuple):
@@ -127,7 +137,9 @@ def pack(
     old_logprobs: np.ndarray,
     reference_logprobs: np.ndarray | None = None,
     kl_weights: np.ndarray | None = None,
+    ce_weights: np.ndarray | None = None,
     fresh: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
     *,
     capacity: int,
     micro_batch_rows: int,
@@ -139,7 +151,8 @@ def pack(
     that the update compiles once. Sequences share a beginning up to the token before the first that
     has a weight.
     """
-    trained = weights > 0 if kl_weights is None else (weights > 0) | (kl_weights > 0)
+    streams = [w for w in (weights, kl_weights, ce_weights) if w is not None]
+    trained = np.any([w > 0 for w in streams], axis=0)
     beginnings = Beginnings.of(tokens, lengths, trained)
     layout, last = _place(*first_fit(lengths, capacity, beginnings), lengths, capacity, beginnings)
     micro = -(-layout.rows // micro_batch_rows)
@@ -150,7 +163,7 @@ def pack(
     last_query[: layout.rows] = last
     sources = {"tokens": tokens, "weights": weights, "advantages": advantages}
     sources |= {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs}
-    sources |= {"kl_weights": kl_weights, "fresh": fresh}
+    sources |= {"kl_weights": kl_weights, "ce_weights": ce_weights, "fresh": fresh}
     packed = {
         name: np.zeros(shape, np.int32 if name == "tokens" else np.float32) for name in sources
     }
@@ -160,10 +173,19 @@ def pack(
         for name, source in sources.items():
             if source is not None:
                 packed[name][cut] = source[i, own]
+    nuclei = np.full((*shape, 0 if kept is None else kept.shape[2]), -1, np.int32)
+    if kept is not None:
+        for i, cut, own in _places(layout, lengths):
+            nuclei[cut] = kept[i, own]
     batch = PackedBatch(
-        segment_ids=segment_ids, positions=positions, last_query=last_query, **packed
+        segment_ids=segment_ids,
+        positions=positions,
+        last_query=last_query,
+        kept=nuclei,
+        log_kept=np.zeros(shape, np.float32),
+        **packed,
     )
-    return PackedBatch(*(a.reshape(split) for a in batch)), layout, micro
+    return PackedBatch(*(a.reshape(split + a.shape[2:]) for a in batch)), layout, micro
 
 
 def _place(

@@ -176,6 +176,8 @@ _ARRAYS = {
     "loss_mask": np.bool_,
     "sample_logprobs": np.float32,
     "policy_logprobs": np.float32,
+    "kept": np.int32,
+    "log_kept": np.float32,
     "drawn": np.int32,
 }
 _SEARCH = ("trajectory", "query", "outcome", "documents", "seconds", "detail")
@@ -206,9 +208,12 @@ class _Saved(msgspec.Struct):
 
     def flight(self) -> InFlight:
         """The trajectory; raises ValueError, KeyError or TypeError for inconsistent parts."""
+        saved = {"kept": b"", "log_kept": bytes(len(self.arrays["policy_logprobs"]))} | self.arrays
         arrays: dict[str, Any] = {
-            n: np.frombuffer(self.arrays[n], kind).copy() for n, kind in _ARRAYS.items()
+            n: np.frombuffer(saved[n], kind).copy() for n, kind in _ARRAYS.items()
         }
+        tokens = len(arrays["tokens"])
+        arrays["kept"] = arrays["kept"].reshape(tokens, len(arrays["kept"]) // max(1, tokens))
         if len({len(array) for array in arrays.values()}) != 1:
             raise ValueError("its arrays differ in length")
         same = {name: getattr(self, name) for name in _SAME}

@@ -8,15 +8,18 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from r1s_jax.config import Config
-from r1s_jax.learning.advantages import kl_divergence, token_advantages
+from r1s_jax.learning.advantages import TurnRewards, kl_divergence, token_advantages
 from r1s_jax.learning.collect import Rewarded
+from r1s_jax.learning.gold import gold_logprobs, with_credit
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.micro_batch_rows import micro_batch_rows
-from r1s_jax.learning.packing import pack, row_length, unpack
+from r1s_jax.learning.packing import Sizes, pack, row_length
+from r1s_jax.learning.teacher import Teacher, shown_logprobs
 from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
-from r1s_jax.rollout.trajectory import Trajectory
+from r1s_jax.rollout.engine import Engine
+from r1s_jax.rollout.trajectory import Trajectory, turn_numbers
 
 GAP_METRICS = ("logprob_diff_mean", "logprob_diff_max")
 
@@ -27,11 +30,14 @@ class Learned:
 
     advantages: Float[np.ndarray, "N W"]  # float32
     updates: list[dict[str, float]]  # metrics of each update, in order
-    kl: float  # to the reference, mean over sampled tokens; 0 without a reference
+    kl: float  # to the reference or teacher, mean over scored tokens; 0 without one
     importance_weight: float  # mean over sampled tokens; 1 without tis_cap
     # Mean and maximum of |learner's - sampler's log-probability| before any update, over the tokens
     # that this step's parameters sampled; empty without such tokens.
     logprob_diff: dict[str, float] = field(default_factory=dict)
+    credit: dict[str, float] = field(default_factory=dict)  # metrics of turns and teachers
+    # Estimated KL of each sampled token to the reference or teacher, float64; None without one.
+    token_kl: Float[np.ndarray, "N W"] | None = None
 
 
 def token_weights(
@@ -53,8 +59,17 @@ def token_weights(
 class PolicyGradient:
     """Reinforce++ and its relatives over one rollout batch at a time."""
 
-    def __init__(self, config: Config, learner: Learner):
+    def __init__(
+        self,
+        config: Config,
+        learner: Learner,
+        engine: Engine | None = None,
+        teacher: Teacher | None = None,
+    ):
+        """`engine` tokenises what some settings of `algorithm` show or ask; `teacher` is the policy
+        that `algorithm.teacher` names (see load_teacher)."""
         self.config, self.learner = config, learner
+        self.engine, self.teacher = engine, teacher
         self._rows: int | None = None  # of a micro-batch, chosen before the first update
 
     def learn(
@@ -74,47 +89,132 @@ class PolicyGradient:
         self._rows = self._rows or self._choose_rows(state, len(t.lengths))
         order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
         parts = np.array_split(order, a.updates_per_rollout)
-        old, gap = t.policy_logprobs, None
-        if self._uses_learner_logprobs():
-            old = self._logprobs(state.params, t, mask, parts)
-            gap = gap_metrics(old, t.policy_logprobs, rewarded.fresh)
-        correction = np.ones(mask.shape)
-        if a.tis_cap:
-            weights = importance_weights(old, t.policy_logprobs, a.tis_cap)
-            correction = np.where(mask, weights, 1)
-        reference = None
+        old, correction, gap = self._old_logprobs(state, rewarded, parts)
+        reference, scored = self._reference(state, rewarded, parts)
         kl = np.zeros(mask.shape)
-        if state.reference is not None:
-            reference = self._logprobs(combine(state.params, state.reference), t, mask, parts)
-            kl = np.where(mask, kl_divergence(a.kl_estimator, old, reference), 0.0)
+        if reference is not None:
+            kl = np.where(scored, kl_divergence(a.kl_estimator, old, reference), 0.0)
+        turns, credit = self._turn_rewards(state, rewarded)
         advantages = token_advantages(
             a.estimator,
             rewarded.values,
             t.groups,
             mask,
+            turns=turns,
+            terms=rewarded.terms if a.estimator == "gdpo" else None,
             kl=kl if a.kl_penalty == "reward" else None,
             kl_coefficient=kl_coefficient,
             reward_clip=a.reward_clip,
         )
+        signal = {"advantages": advantages, "old_logprobs": old - t.log_kept, "kept": t.kept}
+        signal |= {"reference_logprobs": reference, "fresh": rewarded.fresh}
         rows: list[dict[str, float]] = []
         for part in parts:
-            weights = token_weights(mask[part], a.loss_average, self.config.rollout.max_length)
-            batch, _, micro = self._pack(
-                t,
-                part,
-                weights=weights * correction[part],
-                advantages=advantages[part],
-                old_logprobs=old[part],
-                reference_logprobs=None if reference is None else reference[part],
-                kl_weights=kl_coefficient * weights if a.kl_penalty == "loss" else None,
-                fresh=rewarded.fresh[part],
-            )
+            weights = self._weights(rewarded, part, scored, kl_coefficient)
+            weights["weights"] = weights["weights"] * correction[part]
+            own = {name: x[part] for name, x in signal.items() if x is not None}
+            batch, _, micro = self._pack(t, part, **weights, **own)
             state, row = self.learner.update(state, batch, micro, learning_rate_scale)
             update_gap = _pop_gap(row)
             gap = update_gap if gap is None else gap  # of the first: later ones see a moved policy
+            if documents := row.pop("documents", 0.0):  # the mean over all tokens of the update
+                row["documents_nll"] /= documents
             rows.append(row)
-        means = (float(x[mask].mean()) for x in (kl, correction)) if mask.any() else (0.0, 1.0)
-        return state, Learned(advantages, rows, *means, logprob_diff=gap or {})
+        if a.teacher:
+            credit["teacher_scored"] = float(scored.sum() / max(1, mask.sum()))
+        return state, Learned(
+            advantages,
+            rows,
+            kl=float(kl[scored].mean()) if scored.any() else 0.0,
+            importance_weight=float(correction[mask].mean()) if mask.any() else 1.0,
+            logprob_diff=gap or {},
+            credit=credit,
+            token_kl=None if reference is None else kl,
+        )
+
+    def _weights(
+        self,
+        rewarded: Rewarded,
+        part: np.ndarray,
+        scored: Bool[np.ndarray, "N W"],
+        kl_coefficient: float,
+    ) -> dict[str, np.ndarray]:
+        """The weights of the three streams of the loss (see losses.py) for these rows."""
+        a, longest = self.config.algorithm, self.config.rollout.max_length
+        weights = {"weights": token_weights(rewarded.mask[part], a.loss_average, longest)}
+        if a.kl_penalty == "loss":
+            shares = token_weights(scored[part], a.loss_average, longest)
+            weights["kl_weights"] = kl_coefficient * shares
+        if a.echo_coefficient:
+            shares = token_weights(rewarded.documents[part], "token")
+            weights["ce_weights"] = a.echo_coefficient * shares
+        return weights
+
+    def _old_logprobs(
+        self, state: LearnerState, rewarded: Rewarded, parts: Sequence[np.ndarray]
+    ) -> tuple[Float[np.ndarray, "N W"], Float[np.ndarray, "N W"], dict[str, float] | None]:
+        """The log-probabilities that ratios compare with, each token's correction of the sampler's
+        numerics, and the difference between the two programs where it is known already."""
+        a, t, mask = self.config.algorithm, rewarded.rolled.trajectory, rewarded.mask
+        correction = np.ones(mask.shape)
+        if not self._uses_learner_logprobs():
+            return t.policy_logprobs, correction, None
+        old = self._logprobs(state.params, t, mask, parts)
+        if a.tis_cap:
+            weights = importance_weights(old, t.policy_logprobs, a.tis_cap)
+            correction = np.where(mask, weights, 1)
+        return old, correction, gap_metrics(old, t.policy_logprobs, rewarded.fresh)
+
+    def _reference(
+        self, state: LearnerState, rewarded: Rewarded, parts: Sequence[np.ndarray]
+    ) -> tuple[Float[np.ndarray, "N W"] | None, Bool[np.ndarray, "N W"]]:
+        """Log-probabilities of sampled tokens under the reference or teacher, if there is one, and
+        which tokens have one."""
+        a, t, mask = self.config.algorithm, rewarded.rolled.trajectory, rewarded.mask
+        if not a.kl_coefficient:
+            return None, mask
+        if self.teacher:
+            learner, params = self.teacher
+            logprobs = learner.sequence_logprobs(params, t.tokens, t.lengths, mask, self._sizes)
+            return logprobs, mask
+        if a.teacher:
+            assert self.engine  # a run has one
+            prompt = self.engine.prompt_tokens
+            return shown_logprobs(self.learner, state, rewarded, a.teacher, prompt, self._sizes)
+        assert state.reference is not None  # kept for a kl_coefficient
+        params = combine(state.params, state.reference)
+        return self._logprobs(params, t, mask, parts), mask
+
+    def _turn_rewards(
+        self, state: LearnerState, rewarded: Rewarded
+    ) -> tuple[TurnRewards | None, dict[str, float]]:
+        """The rewards of turns, from the reward and from `algorithm.credit`, and metrics."""
+        a, t = self.config.algorithm, rewarded.rolled.trajectory
+        given = [r.turns for r in rewarded.rewards]
+        if a.credit == "outcome" and not any(given):
+            return None, {}
+        count = int(turn_numbers(t.loss_mask).max(initial=0)) + 2
+        rewards, shaping = np.full((len(given), count), np.nan), np.zeros((len(given), count))
+        for row, values in enumerate(given):
+            rewards[row, : len(values)] = values
+        turns = TurnRewards(turn_numbers(rewarded.mask), rewards, shaping, a.credit == "igpo")
+        if a.credit == "outcome":
+            return turns, {}
+        assert self.engine  # a run has one
+        params = state.params
+        if a.credit == "tips":
+            assert state.reference is not None
+            params = combine(params, state.reference)
+        golds = [q.answers for q in rewarded.rolled.questions]
+        scores = gold_logprobs(
+            self.learner, params, t, golds, self.engine.answer_tokens, self._sizes
+        )
+        return with_credit(a.credit, turns, scores)
+
+    @property
+    def _sizes(self) -> Sizes:
+        assert self._rows is not None  # set by learn
+        return Sizes(row_length(self.config), self._rows * batch_shards(self.learner.mesh))
 
     def _uses_learner_logprobs(self) -> bool:
         """Whether ratios use the learner's own old log-probabilities, not the sampler's.
@@ -143,23 +243,13 @@ class PolicyGradient:
         """
         out = np.zeros(mask.shape, np.float32)
         for part in parts:
-            nothing = np.zeros(mask[part].shape, np.float32)
-            batch, layout, micro = self._pack(
-                t, part, weights=mask[part], advantages=nothing, old_logprobs=nothing
+            out[part] = self.learner.sequence_logprobs(
+                params, t.tokens[part], t.lengths[part], mask[part], self._sizes
             )
-            packed = self.learner.logprobs(params, batch, micro)
-            out[part] = unpack(packed, layout, t.lengths[part], mask.shape[1])
-        return np.where(mask, out, 0.0)
+        return out
 
     def _pack(self, t: Trajectory[np.ndarray], rows: np.ndarray, **values: Any):
-        assert self._rows is not None  # set by learn
-        return pack(
-            t.tokens[rows],
-            t.lengths[rows],
-            **values,
-            capacity=row_length(self.config),
-            micro_batch_rows=self._rows * batch_shards(self.learner.mesh),
-        )
+        return pack(t.tokens[rows], t.lengths[rows], **values, **self._sizes._asdict())
 
 
 def _pop_gap(row: dict[str, float]) -> dict[str, float]:

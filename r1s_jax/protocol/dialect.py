@@ -157,7 +157,7 @@ class Dialect:
         """The text from the end of a thought to the end of the answer."""
         raise NotImplementedError
 
-    def _closing(self) -> str:
+    def closing(self) -> str:
         """The text that ends a thought; "" without reasoning."""
         return f" {END_THINK}" if self.reasons else ""
 

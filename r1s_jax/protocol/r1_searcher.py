@@ -214,7 +214,7 @@ class R1Searcher(Dialect):
         return f" {query_call(query)}"
 
     def answer_turn(self, answer: str) -> str:
-        return f"{self._closing()} {BEGIN_ANSWER} {answer} {END_ANSWER}"
+        return f"{self.closing()} {BEGIN_ANSWER} {answer} {END_ANSWER}"
 
 
 def has_cjk(text: str) -> bool:

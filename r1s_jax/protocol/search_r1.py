@@ -142,10 +142,10 @@ class SearchR1(Dialect):
         return f" {BEGIN_THINK}" if self.reasons else ""
 
     def search_turn(self, query: str) -> str:
-        return f"{self._closing()} {self.query_call(query)}"
+        return f"{self.closing()} {self.query_call(query)}"
 
     def answer_turn(self, answer: str) -> str:
-        return f"{self._closing()} {BEGIN_ANSWER} {answer} {END_ANSWER}"
+        return f"{self.closing()} {BEGIN_ANSWER} {answer} {END_ANSWER}"
 
 
 def _document(number: int, line: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from r1s_jax.protocol.dialect import Dialect, replies, written
 from r1s_jax.protocol.r1_searcher import R1Searcher
@@ -57,6 +58,11 @@ class Solution:
         not count.
         """
         return sum(map(self.dialect.searched, replies(self.spans)))
+
+    @property
+    def turns_answered(self) -> int:
+        """The number of turns of the policy that the system replied to, in whatever way."""
+        return sum(a and not b for (_, a), (_, b) in pairwise(self.spans))
 
     def pieces(self) -> Iterator[tuple[str, str]]:
         """The whole text as (kind, text): policy, query, documents or answer."""

@@ -187,10 +187,11 @@ class ToolCall(Dialect):
         return self.reasons  # without reasoning, the whole last turn is the answer
 
     def search_turn(self, query: str) -> str:
-        return f"{self._closing()} {self.query_call(query)}{self.frame.turn_end}"
+        return f"{self.closing()} {self.query_call(query)}{self.frame.turn_end}"
 
     def answer_turn(self, answer: str) -> str:
-        return f"{self._closing()} {answer}"
+        tagged = BEGIN_ANSWER in (self.prompt or "")
+        return f"{self.closing()} {f'{BEGIN_ANSWER} {answer} {END_ANSWER}' if tagged else answer}"
 
     def as_dict(self) -> dict[str, Any]:
         return super().as_dict() | {"frame": list(self.frame)}

@@ -11,6 +11,7 @@ from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.rewards.rules import (
     Reward,
     RewardRule,
+    as_reward,
     format_holds,
     reward_parts,
     searches_answered,
@@ -119,17 +120,21 @@ def composed(text: str, rule: Callable[[str], RewardRule], error: type[UserError
     terms = parse(text, error)
     rules = {term.name: rule(term.name) for term in terms if term.name not in TERMS}
 
-    def value(term: Term, solution: Solution, golds: Sequence[str]) -> float:
+    def reward(term: Term, solution: Solution, golds: Sequence[str]) -> Reward:
         if term.name in TERMS:
-            return TERMS[term.name](solution, golds, term.argument or 0.0)
-        reward = rules[term.name](solution, golds)
-        return float(reward.value if isinstance(reward, Reward) else reward)
+            return Reward(TERMS[term.name](solution, golds, term.argument or 0.0), {})
+        return as_reward(rules[term.name](solution, golds))
 
     def total(solution: Solution, golds: str | Sequence[str]) -> Reward:
         golds = [golds] if isinstance(golds, str) else golds
-        values = [value(term, solution, golds) for term in terms]
-        parts = {term.name: v for term, v in zip(terms, values, strict=True)}
-        whole = sum(term.weight * v for term, v in zip(terms, values, strict=True))
-        return Reward(whole, reward_parts(solution, golds) | parts)
+        rewards = [(term.weight, reward(term, solution, golds)) for term in terms]
+        parts = {term.name: r.value for term, (_, r) in zip(terms, rewards, strict=True)}
+        turns = [[weight * x for x in r.turns] for weight, r in rewards if r.turns]
+        return Reward(
+            sum(weight * r.value for weight, r in rewards),
+            reward_parts(solution, golds) | parts,
+            tuple(map(sum, zip(*turns, strict=True))),
+            tuple((weight * w, v) for weight, r in rewards for w, v in r.summands),
+        )
 
     return total

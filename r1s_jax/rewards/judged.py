@@ -131,7 +131,8 @@ class JudgedReward:
             reward = self._rule(solution, gold)
             value = math.nan if verdict is None else reward.value + self._weight * verdict
             parts = reward.parts | {NAME: math.nan if verdict is None else verdict}
-            rewards.append(replace(reward, value=value, parts=parts))
+            terms = (*reward.summands, (self._weight, parts[NAME]))
+            rewards.append(replace(reward, value=value, parts=parts, terms=terms))
         return rewards
 
     def _judge(

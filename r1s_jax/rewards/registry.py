@@ -4,13 +4,14 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from r1s_jax.io.errors import UserError
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards import released, released_search_r1, rules
 from r1s_jax.rewards.composed import TERMS, composed, is_composed
 from r1s_jax.rewards.http import HttpReward
-from r1s_jax.rewards.rules import Reward, RewardRule, reward_parts
+from r1s_jax.rewards.rules import Reward, RewardRule, as_reward, reward_parts
 
 
 class RewardError(UserError, ValueError):
@@ -64,16 +65,23 @@ def reward_rule(name: str) -> RewardRule:
 
     def checked(solution: Solution, golds: str | Sequence[str]) -> Reward:
         try:
-            reward = rule(solution, golds)
-            reward = reward if isinstance(reward, Reward) else Reward(float(reward), {})
+            reward = as_reward(rule(solution, golds))
             parts = {part: float(value) for part, value in reward.parts.items()}
-            reward = Reward(float(reward.value), reward_parts(solution, golds) | parts)
+            turns = tuple(float(value) for value in reward.turns)
+            parts = reward_parts(solution, golds) | parts
+            reward = replace(reward, value=float(reward.value), parts=parts, turns=turns)
         except Exception as error:
             raise RewardError(
                 f"reward {name!r} failed on {solution.text[:80]!r}: {type(error).__name__}: {error}"
             ) from error
-        if not math.isfinite(reward.value):
-            raise RewardError(f"reward {name!r} gave {reward.value} for {solution.text[:80]!r}")
+        wrong = [x for x in (reward.value, *reward.turns) if not math.isfinite(x)]
+        if wrong:
+            raise RewardError(f"reward {name!r} gave {wrong[0]} for {solution.text[:80]!r}")
+        if reward.turns and len(reward.turns) != solution.turns_answered:
+            raise RewardError(
+                f"reward {name!r} gave {len(reward.turns)} turn rewards for "
+                f"{solution.turns_answered} answered turns: {solution.text[:80]!r}"
+            )
         return reward
 
     return checked

@@ -18,10 +18,26 @@ FORMAT_PENALTY = -2.0
 
 @dataclass(frozen=True)
 class Reward:
-    """`value` trains the policy; `parts` are for the logs and need not add up to it."""
+    """`value` trains the policy; `parts` are for the logs and need not add up to it.
+
+    `turns` are rewards of the turns that the system answered, in order, beside `value`; none means
+    0 for each. `terms` are the (weight, value) of a sum's terms; none means one term, `value`.
+    """
 
     value: float
     parts: dict[str, float]
+    turns: tuple[float, ...] = ()
+    terms: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def summands(self) -> tuple[tuple[float, float], ...]:
+        """`terms`, or the one term that `value` is."""
+        return self.terms or ((1.0, self.value),)
+
+
+def as_reward(value: "Reward | float") -> Reward:
+    """What a rule returned, as a Reward."""
+    return value if isinstance(value, Reward) else Reward(float(value), {})
 
 
 def searches_answered(solution: Solution) -> int:
@@ -56,7 +72,8 @@ def stage2(solution: Solution, golds: str | Sequence[str]) -> Reward:
     """Teaches to answer: the answer's F1, less a penalty when the format fails."""
     parts = reward_parts(solution, golds)
     penalty = 0.0 if parts["format"] else FORMAT_PENALTY
-    return Reward(parts["answer_f1"] + penalty, parts | {"penalty": penalty})
+    terms = ((1.0, parts["answer_f1"]), (1.0, penalty))
+    return Reward(parts["answer_f1"] + penalty, parts | {"penalty": penalty}, terms=terms)
 
 
 def _answer_rule(value: str) -> "RewardRule":

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -33,6 +34,7 @@ from r1s_jax.models.tokenizer import (
     token_texts,
 )
 from r1s_jax.protocol.automaton import build_tag_table
+from r1s_jax.protocol.dialect import opens_reasoning
 from r1s_jax.protocol.prompts import bound, renderer
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.retrieval.api import Retriever
@@ -45,7 +47,7 @@ from r1s_jax.rollout.in_flight import (
     trajectories,
 )
 from r1s_jax.rollout.loop import Rollout
-from r1s_jax.rollout.sampler import trajectory_keys
+from r1s_jax.rollout.sampler import kept_width, trajectory_keys
 from r1s_jax.rollout.session import Programs
 from r1s_jax.rollout.trajectory import Finish, Position, Prompts, Trajectory
 from r1s_jax.system.distributed import gather, to_host
@@ -53,6 +55,7 @@ from r1s_jax.system.dtype import default_dtype
 
 # Least tokens for the documents of a first search, their tags included.
 _LEAST_DOCUMENTS = 24
+_MARK = "\0"  # stands for an answer
 _MAX_ID = 0x7FFFFFFF  # random keys fold in 31 bits of a question's id
 
 
@@ -208,6 +211,26 @@ class Engine:
         """Token ids of the document block for these passage lines."""
         return self.broker.document_tokens(lines[: self.config.documents_per_query])
 
+    def answer_tokens(self, answer: str, first_turn: bool) -> tuple[list[int], list[int]]:
+        """Token ids of a turn that answers at once: up to the answer, and the answer's own."""
+        before, space = self._openings[first_turn]
+        return before, self.encode(space + self.foreign(answer))
+
+    @cached_property
+    def _openings(self) -> dict[bool, tuple[list[int], str]]:
+        """For a first and a later turn that answers at once: its beginning, and the space before
+        the answer, which belongs to the answer's first token."""
+        opened, closing, openings = opens_reasoning(self.render("")), self.dialect.closing(), {}
+        for first_turn in (True, False):
+            opening = "" if first_turn and opened else self.dialect.opening()
+            turn = self.dialect.answer_turn(_MARK)
+            if not (opened or opening):  # there is no thought to close
+                turn = turn.removeprefix(closing)
+            before = f"{opening}{turn}".partition(_MARK)[0]
+            bare = before.rstrip(" ")
+            openings[first_turn] = self.encode(bare), before[len(bare) :]
+        return openings
+
     def decode(self, ids: Sequence[int]) -> str:
         """The exact text of token ids, special tokens included."""
         return decode(self.tokenizer, ids)
@@ -327,7 +350,9 @@ class Engine:
         **more: Any,
     ) -> Rolled:
         """Makes a batch of ended flights, groups adjacent. Raises NotFinite."""
-        trajectory = trajectories(flights, self.config.max_length, group_numbers(flights))
+        c = self.config
+        kept = kept_width(c.temperature, c.top_p)
+        trajectory = trajectories(flights, c.max_length, group_numbers(flights), kept)
         check_finite(trajectory)
         totals = {name: int(values.sum()) for name, values in counters.items()}
         busy = totals.pop("busy") / max(totals.pop("room"), 1)

@@ -31,6 +31,8 @@ class InFlight:
     loss_mask: Bool[np.ndarray, " T"]
     sample_logprobs: Float[np.ndarray, " T"]
     policy_logprobs: Float[np.ndarray, " T"]
+    kept: Int[np.ndarray, "T C"]
+    log_kept: Float[np.ndarray, " T"]
     drawn: Int[np.ndarray, " T"]  # step at which each token was sampled; -1: not sampled
     at: tuple[int, ...]  # its Position
     found: int = 0  # document blocks received; set at the end
@@ -63,6 +65,8 @@ class InFlight:
             loss_mask=np.zeros(n, bool),
             sample_logprobs=blank,
             policy_logprobs=blank,
+            kept=np.zeros((n, 0), np.int32),
+            log_kept=blank,
             drawn=np.full(n, -1, np.int32),
             at=tuple(Position(n, 0, 0, 0, 0, 0)),
         )
@@ -102,9 +106,13 @@ class InFlight:
             return np.concatenate([values, np.full(length - old, fill, values.dtype)])
 
         self.tokens = t.tokens[row, :length].copy()
-        for name in ("sample_logprobs", "policy_logprobs"):
+        for name in ("sample_logprobs", "policy_logprobs", "log_kept"):
             values = getattr(t, name)[row, :length]
             setattr(self, name, np.where(new, values, grown(getattr(self, name), 0)))
+        kept, before = t.kept[row, :length].copy(), self.kept
+        if before.shape[1]:  # sampled before, in an earlier step
+            kept[:old] = np.where(new[:old, None], kept[:old], before)
+        self.kept = kept
         self.drawn = np.where(new, np.int32(step), grown(self.drawn, -1))
         self.loss_mask = grown(self.loss_mask, False) | new
         self.finish = self.finish or int(t.finish[row])  # a failed first search ended it
@@ -132,9 +140,9 @@ def shared_beginning(flights: Sequence[InFlight | None]) -> int:
 
 
 def trajectories(
-    flights: Sequence[InFlight], width: int, groups: Sequence[int]
+    flights: Sequence[InFlight], width: int, groups: Sequence[int], kept: int = 0
 ) -> Trajectory[np.ndarray]:
-    """Stacks flights as rows of arrays of `width` columns."""
+    """Stacks flights as rows of arrays of `width` columns; nuclei have room for `kept` tokens."""
 
     def rows(name: str) -> np.ndarray:
         first = getattr(flights[0], name)
@@ -142,6 +150,12 @@ def trajectories(
         for i, flight in enumerate(flights):
             values = getattr(flight, name)
             out[i, : len(values)] = values
+        return out
+
+    def nuclei() -> np.ndarray:
+        out = np.full((len(flights), width, kept), -1, np.int32)
+        for i, flight in enumerate(flights):
+            out[i, : len(flight.kept), : flight.kept.shape[1]] = flight.kept
         return out
 
     def each(values: Sequence[int]) -> np.ndarray:
@@ -152,6 +166,8 @@ def trajectories(
         loss_mask=rows("loss_mask"),
         sample_logprobs=rows("sample_logprobs"),
         policy_logprobs=rows("policy_logprobs"),
+        kept=nuclei(),
+        log_kept=rows("log_kept"),
         lengths=each([len(f.tokens) for f in flights]),
         prompt_lengths=each([f.prompt_length for f in flights]),
         groups=each(groups),

@@ -175,7 +175,7 @@ class Rollout:
             out = state.out._replace(lengths=lengths)
             inside = jnp.arange(width) < lengths[:, None]
             out = out._replace(tokens=jnp.where(inside, out.tokens[:, :width], 0))
-            for name in ("loss_mask", "sample_logprobs", "policy_logprobs"):
+            for name in ("loss_mask", "sample_logprobs", "policy_logprobs", "kept", "log_kept"):
                 out = out._replace(**{name: getattr(out, name)[:, :width]})
             return out
 
@@ -300,14 +300,19 @@ class Rollout:
         else:
             settings = jax.tree.map(lambda x: x.at[s.row].get(mode="clip"), prompts.settings)
             drawn = sample_each(logits, uniform, *settings)
-        token, sample_logprob, policy_logprob = drawn
         at = (jnp.where(ready, s.row, out.tokens.shape[0]), s.length)
         out = out._replace(
-            tokens=out.tokens.at[at].set(token, mode="drop"),
+            tokens=out.tokens.at[at].set(drawn.token, mode="drop"),
             loss_mask=out.loss_mask.at[at].set(True, mode="drop"),
-            sample_logprobs=out.sample_logprobs.at[at].set(sample_logprob, mode="drop"),
-            policy_logprobs=out.policy_logprobs.at[at].set(policy_logprob, mode="drop"),
+            sample_logprobs=out.sample_logprobs.at[at].set(drawn.sample_logprob, mode="drop"),
+            policy_logprobs=out.policy_logprobs.at[at].set(drawn.policy_logprob, mode="drop"),
         )
+        if out.kept.shape[-1]:
+            out = out._replace(
+                kept=out.kept.at[at].set(drawn.kept, mode="drop"),
+                log_kept=out.log_kept.at[at].set(drawn.log_kept, mode="drop"),
+            )
+        token = drawn.token
         one = ready.astype(jnp.int32)
         tag_state = tag_table[s.tag_state, token].astype(jnp.int32)
         ended = jnp.where(ready, tag_state - self.num_tag_states, -1)

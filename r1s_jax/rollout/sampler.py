@@ -4,7 +4,7 @@ Both steps avoid sorting the vocabulary: the nucleus is found by bisection on a 
 threshold and the token by inverting the cumulative distribution with one uniform number.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,28 @@ from jaxtyping import Array, Float, Int
 # their differences to rounding.
 GREEDY_BELOW = 1e-5
 _BLOCK = 128
+# A nucleus is recorded up to this many tokens.
+_MOST_KEPT = 32
+
+
+class Drawn(NamedTuple):
+    """The next token of each row, and what learning needs to know of its distributions.
+
+    Under top-p a token is drawn from the nucleus, so importance ratios compare probabilities within
+    that set, which must be the one of sampling time. A nucleus of more than `_MOST_KEPT` tokens is
+    not recorded; ratios of its token compare the whole distributions.
+    """
+
+    token: Int[Array, " S"]
+    sample_logprob: Float[Array, " S"]  # under the tempered nucleus that it was drawn from
+    policy_logprob: Float[Array, " S"]  # under temperature 1 and top-p 1
+    kept: Int[Array, "S C"]  # the nucleus; -1 fills up; C = 0 where it is not recorded
+    log_kept: Float[Array, " S"]  # log of its probability under temperature 1; 0: not recorded
+
+
+def kept_width(temperature: float, top_p: float) -> int:
+    """The width C of `Drawn.kept`."""
+    return _MOST_KEPT if top_p < 1 and temperature >= GREEDY_BELOW else 0
 
 
 def trajectory_keys(
@@ -44,21 +66,31 @@ def trajectory_keys(
 
 def sample(
     logits: Float[Array, "S V"], uniform: Float[Array, " S"], *, temperature: float, top_p: float
-) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
-    """Next token of each row, with two logprobs.
+) -> Drawn:
+    """Draws the next token of each row.
 
-    Returns `(token, sample_logprob, policy_logprob)`: the logprob under the distribution that the
-    token was drawn from (tempered, cut to the nucleus, renormalised), and under the plain softmax
-    (temperature 1, top-p 1), which importance ratios compare. A temperature below GREEDY_BELOW
-    takes the likeliest token, whose sampling probability is 1.
+    A temperature below GREEDY_BELOW takes the likeliest token, whose sampling probability is 1.
     """
     if temperature < GREEDY_BELOW:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return token, jnp.zeros(logits.shape[0]), _logprob(logits, token)
+        return _without_nucleus(token, jnp.zeros(logits.shape[0]), _logprob(logits, token))
     probs = jax.nn.softmax(logits / temperature, axis=-1)
     if top_p < 1:
         probs = _nucleus(probs, top_p)
-    return _draw(logits, probs, uniform)
+    drawn = _draw(logits, probs, uniform)
+    if not (width := kept_width(temperature, top_p)):
+        return drawn
+    kept = _kept(probs, min(width, probs.shape[-1]))
+    kept = jnp.pad(kept, ((0, 0), (0, width - kept.shape[1])), constant_values=-1)
+    return drawn._replace(kept=kept, log_kept=log_mass(logits, kept))
+
+
+def log_mass(logits: Float[Array, "*B V"], kept: Int[Array, "*B C"]) -> Float[Array, "*B"]:
+    """Log of the probability of the tokens `kept` (-1: none); 0 where there are none at all."""
+    chosen = jnp.take_along_axis(logits, jnp.maximum(kept, 0), axis=-1)
+    inside = jax.nn.logsumexp(jnp.where(kept >= 0, chosen, -1e30), axis=-1)
+    mass = inside - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where((kept >= 0).any(-1), mass, 0.0)
 
 
 def sample_each(
@@ -66,8 +98,8 @@ def sample_each(
     uniform: Float[Array, " S"],
     temperature: Float[Array, " S"],
     top_p: Float[Array, " S"],
-) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
-    """`sample` with a temperature and a top-p per row."""
+) -> Drawn:
+    """`sample` with a temperature and a top-p per row; does not record nuclei."""
     greedy = temperature < GREEDY_BELOW
     probs = jax.nn.softmax(logits / jnp.where(greedy, 1, temperature)[:, None], axis=-1)
     cut = top_p < 1
@@ -76,9 +108,9 @@ def sample_each(
         lambda: jnp.where(cut[:, None], _nucleus(probs, top_p), probs),
         lambda: probs,
     )
-    token, drawn, plain = _draw(logits, probs, uniform)
+    token, drawn, plain, *_ = _draw(logits, probs, uniform)
     best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return (
+    return _without_nucleus(
         jnp.where(greedy, best, token),
         jnp.where(greedy, 0, drawn),
         jnp.where(greedy, _logprob(logits, best), plain),
@@ -87,12 +119,30 @@ def sample_each(
 
 def _draw(
     logits: Float[Array, "S V"], probs: Float[Array, "S V"], uniform: Float[Array, " S"]
-) -> tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]:
+) -> Drawn:
     """See `sample`; `probs` are tempered and cut, but not renormalised."""
     token = invert_cdf(probs, uniform)
     drawn = jnp.take_along_axis(probs, token[:, None], axis=-1)[:, 0]
     sample_logprob = jnp.log(drawn) - jnp.log(probs.sum(-1))
-    return token, sample_logprob, _logprob(logits, token)
+    return _without_nucleus(token, sample_logprob, _logprob(logits, token))
+
+
+def _without_nucleus(token: Array, sample_logprob: Array, policy_logprob: Array) -> Drawn:
+    kept = jnp.zeros((len(token), 0), jnp.int32)
+    return Drawn(token, sample_logprob, policy_logprob, kept, jnp.zeros(len(token)))
+
+
+def _kept(probs: Float[Array, "S V"], width: int) -> Int[Array, "S C"]:
+    """The tokens with any probability; all -1 where they are more than `width`."""
+    # The TPU sorts a vocabulary slowly; its approximate search is checked by the count below.
+    values, ids = lax.platform_dependent(
+        probs,
+        tpu=lambda p: tuple(lax.approx_max_k(p, width)),
+        default=lambda p: tuple(lax.top_k(p, width)),
+    )
+    found = values > 0
+    whole = found.sum(-1, keepdims=True) == (probs > 0).sum(-1, keepdims=True)
+    return jnp.where(found & whole, ids, -1).astype(jnp.int32)
 
 
 def _nucleus(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int
 from r1s_jax.config import RolloutConfig
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS
+from r1s_jax.rollout.sampler import kept_width
 from r1s_jax.rollout.trajectory import A, Prompts, Trajectory
 
 
@@ -76,14 +77,15 @@ def initial(config: RolloutConfig, prompts: Prompts, cache: Callable[[int], KVCa
     c, count = config, prompts.lengths.shape[0]
     slots = min(c.slots, count)
     # The extra columns hold a chunk or document block written near the end; cut off afterwards.
-    out = _prompts_only(prompts, c.max_length + c.max_documents_length)
+    kept = kept_width(c.temperature, c.top_p) if prompts.settings is None else 0
+    out = _prompts_only(prompts, c.max_length + c.max_documents_length, kept)
     zeros, zero = jnp.zeros(slots, jnp.int32), jnp.zeros(1, jnp.int32)
     free = Slots(jnp.full(slots, count), *[zeros] * (len(Slots._fields) - 1))
     return State(free, out, cache(slots), zero, zero, zero, zero, zero)
 
 
-def _prompts_only(prompts: Prompts, width: int) -> Trajectory:
-    """Trajectories that hold only their prompts."""
+def _prompts_only(prompts: Prompts, width: int, kept: int) -> Trajectory:
+    """Trajectories that hold only their prompts; nuclei have room for `kept` tokens."""
     count = prompts.lengths.shape[0]
     tokens = jnp.zeros((count, width), jnp.int32)
     blank, zeros = jnp.zeros((count, width)), jnp.zeros(count, jnp.int32)
@@ -92,6 +94,8 @@ def _prompts_only(prompts: Prompts, width: int) -> Trajectory:
         loss_mask=blank.astype(bool),
         sample_logprobs=blank,
         policy_logprobs=blank,
+        kept=jnp.full((count, width, kept), -1, jnp.int32),
+        log_kept=blank,
         lengths=zeros,
         prompt_lengths=prompts.prompt_lengths,
         groups=prompts.groups,
@@ -136,7 +140,7 @@ def admit(
     count, out = prompts.lengths.shape[0], state.out
     slots = _where(ended_rows, _empty(count), state.slots)
     slots = _where(new_rows, _started(prompts, jnp.arange(count)), slots)
-    blank = _prompts_only(prompts, out.tokens.shape[1])
+    blank = _prompts_only(prompts, out.tokens.shape[1], out.kept.shape[2])
 
     def chosen(new: Array, old: Array) -> Array:
         return jnp.where(new_rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)

@@ -95,9 +95,33 @@ class Trajectory(NamedTuple, Generic[A]):
     tokens: Int[A, "N W"]  # prompt, then thoughts, queries, documents, answer; 0 after the end
     loss_mask: Bool[A, "N W"]  # true exactly where the policy sampled the token
     sample_logprobs: Float[A, "N W"]  # under the distribution the token was drawn from
-    policy_logprobs: Float[A, "N W"]  # under temperature 1 and top-p 1, for the ratio
+    policy_logprobs: Float[A, "N W"]  # under temperature 1 and top-p 1
+    kept: Int[A, "N W C"]  # the nucleus that a token was drawn from (see sampler.Drawn); C may be 0
+    log_kept: Float[A, "N W"]  # log of the nucleus's probability, for the ratio; 0: not recorded
     lengths: Int[A, " N"]  # all tokens, the prompt's included
     prompt_lengths: Int[A, " N"]
     groups: Int[A, " N"]  # index of the prompt; equal for samples of one question
     searches: Int[A, " N"]  # document blocks received, the system's own first search included
     finish: Int[A, " N"]  # see Finish
+
+
+def turn_numbers(mask: Bool[np.ndarray, "N W"]) -> Int[np.ndarray, "N W"]:
+    """The turn of each token of a loss mask, counted from 0; -1 for tokens of the system.
+
+    A turn is what the policy sampled between two texts of the system.
+    """
+    begins = mask.copy()
+    begins[:, 1:] &= ~mask[:, :-1]
+    return np.where(mask, np.cumsum(begins, axis=1) - 1, -1)
+
+
+def turn_begins(t: Trajectory[np.ndarray], row: int) -> list[int]:
+    """How many tokens trajectory `row` had when each of its turns could begin: after the prompt,
+    and after each reply of the system."""
+    mask, length = t.loss_mask[row], int(t.lengths[row])
+    sampled = np.flatnonzero(mask[:length])
+    if not len(sampled):
+        return [int(t.prompt_lengths[row])]
+    breaks = np.flatnonzero(np.diff(sampled) > 1) + 1
+    begins = [int(sampled[0]), *sampled[breaks].tolist()]
+    return begins if mask[length - 1] else [*begins, length]

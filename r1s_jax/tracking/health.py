@@ -244,7 +244,7 @@ SIGNALS = (
         "not fall (arXiv 2512.04220)",
         _likelihood_lost,
         0.5,
-        "an early sign of a collapse: set algorithm.llds_coefficient=0.1, lower "
+        "an early sign of a collapse: set algorithm.llds_coefficient=0.2, lower "
         "optimizer.learning_rate or algorithm.updates_per_rollout, or take "
         "algorithm.estimator=reinforce_baseline",
     ),

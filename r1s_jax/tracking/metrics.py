@@ -89,6 +89,7 @@ def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
     return {
         **row,
         **learned.logprob_diff,
+        **learned.credit,
         "kl": learned.kl,
         "importance_weight": learned.importance_weight,
         "trained_tokens": tokens,
@@ -137,7 +138,7 @@ def headline(row: dict[str, Any]) -> str:
 def trace_rows(
     rolled: Rolled,
     rewards: Sequence[Reward],
-    advantages: np.ndarray,
+    learned: Learned,
     count: int,
     token_texts: Callable[[Trajectory[np.ndarray], int], list[str]],
 ) -> Iterator[TraceRow]:
@@ -151,14 +152,16 @@ def trace_rows(
     for i in (rows[place] for place in np.unique(places)):
         question, t = rolled.questions[i], rolled.trajectory
         mask = t.loss_mask[i]
-        texts = zip(token_texts(t, i), advantages[i][mask], strict=True)
-        yield TraceRow(
+        advantages = learned.advantages[i][mask]
+        texts = zip(token_texts(t, i), advantages, strict=True)
+        kl = [] if learned.token_kl is None else learned.token_kl[i][mask].tolist()
+        row = TraceRow(
             question_id=question.id,
             question=question.question,
             answers=list(question.answers),
             reward=rewards[i].value,
             parts=rewards[i].parts,
-            advantage=float(advantages[i][mask].mean()) if mask.any() else 0.0,
+            advantage=float(advantages.mean()) if mask.any() else 0.0,
             finish=Finish(int(t.finish[i])).name.lower(),
             spans=list(rolled.solutions[i].spans),
             token_advantages=[(text, float(f"{value:.4g}")) for text, value in texts],
@@ -175,6 +178,9 @@ def trace_rows(
             sampled_tokens=int(mask.sum()),
             tokens=int(t.lengths[i]),
         )
+        if kl:
+            row["token_kl"] = [float(f"{value:.4g}") for value in kl]
+        yield row
 
 
 def _finish_shares(finish: np.ndarray) -> dict[str, float]:

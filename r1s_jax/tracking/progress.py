@@ -50,9 +50,10 @@ class Progress(Standing):
         return self._stage1_steps(config) + config.stage2.steps
 
     def learning_rate_scale(self, config: Config) -> float:
-        """Share of the learning rate at the next step: falls linearly to `decay_to`."""
-        share = self.step / max(self.total_steps(config) - 1, 1)
-        return 1.0 - (1.0 - config.optimizer.decay_to) * share
+        """Share of the learning rate at the next step: it warms up, and moves to `decay_to`."""
+        o, share = config.optimizer, self.step / max(self.total_steps(config) - 1, 1)
+        warm = min(1.0, (self.step + 1) / max(o.warmup_steps, 1))
+        return warm * (1.0 - (1.0 - o.decay_to) * share)
 
     def note_step(self, config: Config, row: Mapping[str, Any]) -> None:
         """Notes a finished step by its row of metrics, and the end of stage 1 at its goal."""

@@ -1,7 +1,9 @@
 """Sources of documents of a corpus recipe: passages, a built index, a search server."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from r1s_jax.config import CorpusConfig
@@ -43,6 +45,20 @@ def test_passages_are_indexed_and_an_index_brings_its_own_encoder(files, tmp_pat
     # The encoder of the config has no effect here.
     source = {"index": str(tmp_path / "index"), "encoder": "wheel:absent==1"}
     assert first_line(questions, **source) == LINES["1"]
+
+
+def test_questions_drawn_by_difficulty_are_the_same_after_a_resume(files):
+    config = CorpusConfig(
+        questions=(str(files[1]),), passages=(str(files[0]),), sampler="difficulty"
+    )
+    first, resumed = (CorpusEnvironment(config, seed=0, held_out=1) for _ in range(2))
+    batch = first.batch(0, 2)
+    first.note([q for q in batch.questions for _ in range(2)], np.array([1.0, 1.0, 0.0, 1.0]))
+    resumed.restore(json.loads(json.dumps(first.state())))
+    for step in range(1, 9):
+        assert first.batch(step, 1).questions == resumed.batch(step, 1).questions
+    with pytest.raises(ConfigError, match="draws from all files"):
+        replace(config, mix=(1.0,))
 
 
 def test_a_search_server(files):

@@ -1,9 +1,18 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 
-from r1s_jax.data.questions import Question, question_stream, read_questions, texts, without
+from r1s_jax.data.questions import (
+    ByDifficulty,
+    Question,
+    question_stream,
+    read_questions,
+    texts,
+    without,
+)
+from r1s_jax.io.errors import BadInput
 from r1s_jax.io.journal import DataError
 
 QUESTIONS = [Question(i, f"q{i}", ("a",)) for i in range(10)]
@@ -171,3 +180,34 @@ def test_reads_tables(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"q\.parquet"):
         read_questions(path)
+
+
+def test_questions_of_middling_difficulty_come_most_often():
+    sampler = ByDifficulty(QUESTIONS, seed=0)
+    solved, never, some = QUESTIONS[:3], QUESTIONS[3:6], QUESTIONS[6:8]
+    for questions, rewards in ((solved, (1, 1)), (never, (0, 0.5)), (some, (0, 1))):
+        for question in questions:
+            sampler.note([question] * 3, np.array([*rewards, np.nan]))
+    drawn = [q.id for step in range(2000) for q in sampler.take(1, step, 0)]
+    shares = np.bincount(drawn, minlength=10) / len(drawn)
+    # Two with some right samples and two not seen yet have weight 1, six have weight 0.2.
+    np.testing.assert_allclose(shares[6:], 1 / 5.2, atol=0.03)
+    np.testing.assert_allclose(shares[:6], 0.2 / 5.2, atol=0.015)
+
+
+def test_a_draw_depends_on_the_step_and_on_what_was_noted():
+    first, again, other = (ByDifficulty(QUESTIONS, seed=s) for s in (1, 1, 2))
+    assert ids_at(first, 0) == ids_at(again, 0) != ids_at(other, 0)
+    assert len(set(ids_at(first, 3))) == 4, "a step has no question twice"
+    assert len(first.take(25, 0, 0)) == 25, "unless it has more than there are"
+    first.note(QUESTIONS, np.linspace(0, 1, len(QUESTIONS)))
+    assert [ids_at(first, step) for step in range(9)] != [ids_at(again, s) for s in range(9)]
+    again.restore(json.loads(json.dumps(first.state())))
+    assert [ids_at(first, step) for step in range(9)] == [ids_at(again, s) for s in range(9)]
+    assert first.state() == again.state()
+    with pytest.raises(BadInput, match="scores of questions in a checkpoint"):
+        again.restore({"99": 1.0})
+
+
+def ids_at(sampler: ByDifficulty, step: int) -> list[int]:
+    return [question.id for question in sampler.take(4, step, 0)]

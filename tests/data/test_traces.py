@@ -110,6 +110,8 @@ def test_tokens_are_assigned_to_pieces():
         ("policy", [("So ", "+1")]),
         ("query", [(begin, "+1"), (f"é{end}", "+2")]),
     ]
+    kl = Trace("q", ("a",), spans, token_advantages=across, token_kl=[0.5, 0.25, 0.125])
+    assert list(kl.token_pieces())[-1] == ("policy", [(" it", "+3/0.12")])
 
 
 def test_a_run_is_sampled_evenly(tmp_path):

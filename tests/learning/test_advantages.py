@@ -7,40 +7,64 @@ from hypothesis import strategies as st
 
 from r1s_jax.config import Estimator
 from r1s_jax.learning.advantages import (
+    Terms,
+    TurnRewards,
     adapted_kl_coefficient,
     has_signal,
     kl_divergence,
     token_advantages,
     whiten,
 )
+from r1s_jax.rollout.trajectory import turn_numbers
 
 ESTIMATORS = get_args(Estimator)
+RELATIVE = [name for name in ESTIMATORS if name != "reinforce++"]
 N, W = 12, 9
 
 
-def oracle(estimator, rewards, groups, mask, kl=None, coefficient=0.0, clip=10.0):
+def relative(estimator, value, peers):
+    """A value relative to those of its group, its own among them."""
+    peers, spread = np.array(peers), max(peers) > min(peers)
+    if estimator == "reinforce++":
+        return value
+    if not spread:
+        return 0.0
+    if estimator == "rloo":
+        return value - (peers.sum() - value) / (len(peers) - 1)
+    if estimator in ("grpo", "gdpo"):
+        return (value - peers.mean()) / (peers.std(ddof=1) + 1e-9)
+    if estimator == "max_rl":
+        return (value - peers.mean()) / peers.mean() if peers.mean() > 0 else 0.0
+    return value - peers.mean()
+
+
+def oracle(
+    estimator, rewards, groups, mask, kl=None, coefficient=0.0, clip=10.0, turns=None, terms=None
+):
     """The advantages in float64, token by token."""
     rewards = np.clip(np.asarray(rewards, np.float64), -clip, clip)
     out = np.zeros(mask.shape)
     for i, row in enumerate(mask):
         peers = [j for j in range(len(mask)) if groups[j] == groups[i] and mask[j].any()]
-        r, others = rewards[peers], [rewards[j] for j in peers if j != i]
         if not row.any():
             continue
-        outcome = {
-            "reinforce++": lambda i=i: rewards[i],
-            "reinforce_baseline": lambda i=i, r=r: rewards[i] - r.mean(),
-            "rloo": lambda i=i, o=others: rewards[i] - np.mean(o) if o else 0.0,
-            "grpo": lambda i=i, r=r: (
-                (rewards[i] - r.mean()) / (r.std(ddof=1) + 1e-9) if len(r) > 1 else 0.0
-            ),
-            "dr_grpo": lambda i=i, r=r: rewards[i] - r.mean(),
-        }[estimator]()
-        total = outcome
+        gains = [x for j in peers for x in turns.rewards[j] if x == x] if turns else []
+        joint = [*rewards[peers], *gains]
+        together = joint if turns and turns.joint else rewards[peers]
+        total = relative(estimator, rewards[i], together)
+        if estimator == "gdpo" and terms:
+            total = 0.0
+            for p in range(terms.values.shape[1]):
+                column = np.clip(terms.values[:, p], -clip, clip)
+                total += terms.weights[i, p] * relative("grpo", column[i], column[peers])
         for t in np.flatnonzero(row)[::-1]:
-            total -= coefficient * kl[i, t] if kl is not None else 0.0
-            out[i, t] = total
-    if estimator in ("grpo", "dr_grpo") or not mask.any():
+            out[i, t] = total - coefficient * (kl[i, t:][row[t:]].sum() if kl is not None else 0.0)
+            for k in range(turns.turns[i, t], turns.rewards.shape[1]) if turns else ():
+                out[i, t] += turns.shaping[i, k]
+                if not np.isnan(turns.rewards[i, k]):
+                    among = joint if turns.joint else gains
+                    out[i, t] += relative(estimator, turns.rewards[i, k], among)
+    if estimator in ("grpo", "dr_grpo", "max_rl") or not mask.any():
         return out
     return np.where(mask, (out - out[mask].mean()) / np.sqrt(out[mask].var() + 1e-8), 0)
 
@@ -70,6 +94,52 @@ def test_estimators_agree_with_float64(estimator, batch):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+@given(batch=batches(), seed=st.integers(0, 2**31), joint=st.booleans())
+@settings(deadline=None, max_examples=25)
+def test_turns_and_terms_agree_with_float64(estimator, batch, seed, joint):
+    rewards, groups, mask, kl = batch
+    rng, numbers = np.random.default_rng(seed), turn_numbers(mask)
+    shape = N, int(numbers.max()) + 2
+    given = np.arange(shape[1]) < rng.integers(0, 1 + numbers.max(1, keepdims=True) + 1)
+    turns = TurnRewards(
+        numbers,
+        np.where(given, rng.choice([0.0, 0.5, 1.0], shape), np.nan),
+        rng.normal(size=shape) * 0.1,
+        joint,
+    )
+    terms = Terms(rng.choice([-2.0, 0.0, 0.3, 1.0], (N, 2)), np.full((N, 2), [1.0, 0.2]))
+    got = token_advantages(
+        estimator, rewards, groups, mask, kl=kl, kl_coefficient=0.05, turns=turns, terms=terms
+    )
+    expected = oracle(estimator, rewards, groups, mask, kl, 0.05, turns=turns, terms=terms)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_rewarded_turn_is_credited_to_itself_and_to_the_turns_before_it():
+    """Two samples of a question, three turns each; the second turn of the first one earns more."""
+    mask = np.tile(np.array([1, 1, 0, 1, 0, 0, 1, 1, 1], bool), (2, 1))
+    rewards = np.array([[0.0, 1.0, np.nan], [0.0, 0.0, np.nan]])
+    turns = TurnRewards(turn_numbers(mask), rewards, np.zeros(rewards.shape))
+    got = token_advantages("dr_grpo", np.zeros(2, np.float32), np.zeros(2, int), mask, turns=turns)
+    # Relative to the mean of 0.25 of all four rewarded turns.
+    first, second = 0.0 - 0.25 + 1 - 0.25, 1 - 0.25
+    np.testing.assert_allclose(got[0][mask[0]], [first, first, second, 0, 0, 0], atol=1e-7)
+    assert (got[1][mask[1]][:2] == -0.5).all()
+
+
+def test_a_penalty_that_a_group_shares_does_not_hide_the_answers():
+    """gdpo's reason: in units of a group's deviation, a large term swamps a small one."""
+    mask = np.ones((4, 3), bool)
+    values = np.array([[1.0, 0.0], [0.0, 0.0], [1.0, -2.0], [0.0, -2.0]])
+    terms, rewards = Terms(values, np.ones((4, 2))), values.sum(1).astype(np.float32)
+    groups = np.zeros(4, int)
+    plain = token_advantages("grpo", rewards, groups, mask)[:, 0]
+    apart = token_advantages("gdpo", rewards, groups, mask, terms=terms)[:, 0]
+    assert (plain[0] - plain[1]) / (plain[0] - plain[2]) == pytest.approx(0.5, rel=1e-5)
+    assert (apart[0] - apart[1]) / (apart[0] - apart[2]) == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_rewards_are_clamped(estimator):
     rng = np.random.default_rng(0)
     rewards, groups = np.array([1e6, -1e6] + [0.0] * 10, np.float32), np.arange(N) // 4
@@ -93,7 +163,7 @@ def test_forced_tokens_have_no_effect(estimator):
     np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("estimator", ["reinforce_baseline", "rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("estimator", RELATIVE)
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, 2 / 3, 0.7])
 def test_equal_rewards_in_a_group_have_zero_advantages(estimator, reward):
     """Rounding errors must not count as differences, even in units of a standard deviation."""
@@ -107,7 +177,7 @@ def test_equal_rewards_in_a_group_have_zero_advantages(estimator, reward):
 def test_a_single_sample_in_a_group_has_no_signal():
     mask = np.ones((N, W), bool)
     rewards, groups = np.arange(N, dtype=np.float32), np.arange(N)
-    for estimator in ("reinforce_baseline", "rloo", "grpo", "dr_grpo"):
+    for estimator in RELATIVE:
         assert not np.asarray(token_advantages(estimator, rewards, groups, mask)).any()
     assert np.asarray(token_advantages("reinforce++", rewards, groups, mask)).any()
 

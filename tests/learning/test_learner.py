@@ -17,7 +17,7 @@ from r1s_jax.tracking.metrics import update_metrics
 from tests.makers import LEARNED as MODEL
 from tests.makers import LENGTHS, WIDTH, make_learner, make_params, make_sequences, packed, step
 
-OTHERS = ("reference_logprobs", "kl_weights", "fresh")
+OTHERS = ("reference_logprobs", "kl_weights", "ce_weights", "fresh", "log_kept")
 
 
 def one_per_row(sequences) -> tuple[PackedBatch, int]:
@@ -28,6 +28,7 @@ def one_per_row(sequences) -> tuple[PackedBatch, int]:
     positions = np.where(inside, np.arange(WIDTH), 0).astype(np.int32)[None]
     last = np.where(inside, LENGTHS[:, None] - 1, -1).astype(np.int32)[None]
     ids = inside.astype(np.int32)[None]
+    arrays["kept"] = np.zeros((1, *inside.shape, 0), np.int32)
     return PackedBatch(segment_ids=ids, positions=positions, last_query=last, **arrays), 1
 
 
@@ -72,7 +73,7 @@ def test_token_logprobs_and_entropies_equal_those_of_full_logits(
     rng, policy = np.random.default_rng(length), Policy(MODEL, params, tuning=tuning)
     tokens = rng.integers(0, MODEL.vocab_size, (3, length))
     hidden = jnp.asarray(rng.normal(size=(3, length, MODEL.d_model)), jnp.float32)
-    logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden, tokens >= 0)
+    logprobs, entropies, _ = token_logprobs(policy, jnp.asarray(tokens), hidden, tokens >= 0)
     assert logprobs.shape == entropies.shape == (3, length)
     full = log_softmax(policy.logits(hidden))[:, :-1]
     expected = np.take_along_axis(full, tokens[:, 1:, None], -1)[..., 0]
@@ -92,7 +93,7 @@ def test_logits_are_computed_for_selected_tokens_only(params, monkeypatch, tunin
     weights = jnp.asarray(rng.normal(size=selected.shape) * selected)
 
     def ours(hidden):
-        logprobs, entropies = token_logprobs(policy, jnp.asarray(tokens), hidden, selected)
+        logprobs, entropies, _ = token_logprobs(policy, jnp.asarray(tokens), hidden, selected)
         return (weights * logprobs).sum(), (logprobs, entropies)
 
     def theirs(hidden):

@@ -20,13 +20,15 @@ def random_rows(
     old = rng.normal(-2, 1, shape)
     arrays = dict(weights=weights, advantages=rng.normal(size=shape), old_logprobs=old)
     arrays |= dict(reference_logprobs=rng.normal(-2, 1, shape), kl_weights=kl * weights)
-    arrays |= dict(fresh=rng.random(shape) < 0.7)
+    arrays |= dict(ce_weights=0 * weights, fresh=rng.random(shape) < 0.7)
     zeros = np.zeros(shape, np.int32)
     batch = PackedBatch(
         tokens=zeros,
         segment_ids=zeros + 1,
         positions=zeros,
         last_query=zeros,
+        kept=np.zeros((*shape, 0), np.int32),
+        log_kept=np.zeros(shape, np.float32),
         **{name: a.astype(np.float32) for name, a in arrays.items()},
     )
     logprobs = (old + rng.normal(0, spread, shape)).astype(np.float32)
@@ -48,7 +50,8 @@ def oracle(config, logprobs, batch):
             loss -= batch.weights[at] * gain
         if batch.kl_weights[at] > 0:
             gap = batch.reference_logprobs[at] - logprobs[at]
-            loss += batch.kl_weights[at] * (np.exp(gap) - gap - 1)
+            estimate = gap**2 / 2 if config.kl_estimator == "k2" else np.exp(gap) - gap - 1
+            loss += batch.kl_weights[at] * estimate
     return loss, outside
 
 
@@ -58,6 +61,7 @@ CONFIGS = {
     "asymmetric": AlgorithmConfig(clip=0.2, clip_high=0.28),
     "dual": AlgorithmConfig(clip=0.2, dual_clip=1.5),
     "kl": AlgorithmConfig(kl_coefficient=0.1, kl_penalty="loss", kl_estimator="k3"),
+    "reverse kl": AlgorithmConfig(kl_coefficient=0.1, kl_penalty="loss", kl_estimator="k2"),
 }
 
 
@@ -79,7 +83,7 @@ def test_the_policy_loss_agrees_with_float64(name):
     np.testing.assert_allclose(metrics["logprob_diff_max"], gaps.max(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["asymmetric", "dual", "kl"])
+@pytest.mark.parametrize("name", ["asymmetric", "dual", "kl", "reverse kl"])
 def test_each_option_makes_a_difference(name):
     config = CONFIGS[name]
     logprobs, batch = random_rows(spread=1.0, kl=config.kl_coefficient)
@@ -130,9 +134,15 @@ def sequences(batch: PackedBatch):
                 yield row, places
 
 
-def gain_of(config: AlgorithmConfig, log_ratio, advantage, logprob):
+def gain_of(config: AlgorithmConfig, log_ratio, advantage, logprob, old):
     """The objective of a sequence's tokens."""
     low, high = config.clip, config.clip_high or config.clip
+    if config.loss == "clip":
+        ratio = np.exp(log_ratio)
+        return np.minimum(ratio * advantage, np.clip(ratio, 1 - low, 1 + high) * advantage)
+    if config.loss == "dppo":
+        left = (np.exp(old + log_ratio) - np.exp(old)) * np.sign(advantage) > low
+        return np.where(left, 0, np.minimum(np.exp(log_ratio), 20)) * advantage * logprob
     if config.loss == "gspo":
         s = np.exp(log_ratio.mean())
         return np.minimum(s * advantage, np.clip(s, 1 - low, 1 + high) * advantage)
@@ -145,7 +155,7 @@ def gain_of(config: AlgorithmConfig, log_ratio, advantage, logprob):
 
 
 def sequence_oracle(config: AlgorithmConfig, logprobs, batch, fixed=None) -> float:
-    """`fixed` are the log-probabilities that CISPO treats as constants."""
+    """`fixed` are the log-probabilities that CISPO and DPPO treat as constants."""
 
     def wide(array):
         return np.asarray(array, np.float64)
@@ -153,15 +163,21 @@ def sequence_oracle(config: AlgorithmConfig, logprobs, batch, fixed=None) -> flo
     loss = 0.0
     for row, at in sequences(batch):
         weights, new = wide(batch.weights[row, at]), wide(logprobs[row, at])
-        log_ratio = new - wide(batch.old_logprobs[row, at])
-        ratios = log_ratio
-        if config.loss == "cispo" and fixed is not None:
-            ratios = wide(fixed[row, at]) - wide(batch.old_logprobs[row, at])
+        old = wide(batch.old_logprobs[row, at])
+        log_ratio = ratios = new - old
+        if config.loss in ("cispo", "dppo") and fixed is not None:
+            ratios = wide(fixed[row, at]) - old
         advantage = wide(batch.advantages[row, at])
-        loss -= (weights * gain_of(config, ratios, advantage, new)).sum()
-        if config.llds_coefficient and log_ratio.mean() < 0:
-            lost = np.maximum(-log_ratio, 0) * (advantage >= 0)
-            loss += config.llds_coefficient * (weights * lost).sum()
+        masked = config.sequence_mask and abs(np.exp(log_ratio.mean()) - 1) > config.sequence_mask
+        if not masked:
+            loss -= (weights * gain_of(config, ratios, advantage, new, old)).sum()
+        turns = np.split(np.arange(len(at)), np.flatnonzero(np.diff(at) > 1) + 1)
+        for turn in turns if config.llds_gate == "action" else [np.arange(len(at))]:
+            if config.llds_coefficient and log_ratio[turn].sum() < 0:
+                lost = np.maximum(-log_ratio[turn], 0) * (advantage[turn] >= 0)
+                loss += config.llds_coefficient * (weights[turn] * lost).sum()
+    if config.echo_coefficient:
+        loss -= (wide(batch.ce_weights) * wide(logprobs)).sum()
     return loss
 
 
@@ -170,7 +186,14 @@ SEQUENCE_CONFIGS = {
     "cispo": AlgorithmConfig(loss="cispo", clip=0.2, clip_high=0.3),
     "gmpo": AlgorithmConfig(loss="gmpo", clip=0.2, clip_high=0.4),
     "reinforce": AlgorithmConfig(loss="reinforce"),
+    "dppo": AlgorithmConfig(loss="dppo", clip=0.02),
+    "sequence mask": AlgorithmConfig(loss="reinforce", sequence_mask=0.1),
+    "clip with sequence mask": AlgorithmConfig(clip=0.3, sequence_mask=0.1),
     "preserving": AlgorithmConfig(loss="reinforce", llds_coefficient=0.7),
+    "preserving by response": AlgorithmConfig(
+        loss="reinforce", llds_coefficient=0.7, llds_gate="response"
+    ),
+    "echo": AlgorithmConfig(loss="reinforce", echo_coefficient=0.1),
 }
 
 
@@ -181,7 +204,10 @@ def packed_rows(seed: int) -> tuple[np.ndarray, PackedBatch]:
     advantages = np.random.default_rng(seed).normal(size=7).astype(np.float32)[ids]
     weights = np.where(ids > 0, batch.weights, 0).astype(np.float32)
     return logprobs, batch._replace(
-        segment_ids=ids.astype(np.int32), advantages=advantages, weights=weights
+        segment_ids=ids.astype(np.int32),
+        advantages=advantages,
+        weights=weights,
+        ce_weights=np.where((ids > 0) & (weights == 0), np.float32(0.02), np.float32(0)),
     )
 
 
@@ -214,7 +240,10 @@ def test_packing_changes_no_loss(name):
     assert len(rows) == 6
 
     def alone(array: np.ndarray) -> np.ndarray:
-        return np.stack([np.where(mine, array[row], 0) for row, mine in rows])
+        wide = array.ndim - 2  # of nuclei
+        return np.stack(
+            [np.where(mine.reshape(-1, *[1] * wide), array[row], 0) for row, mine in rows]
+        )
 
     apart = PackedBatch(*map(alone, batch))
     np.testing.assert_allclose(loss(alone(logprobs), apart)[0], loss(logprobs, batch)[0], rtol=1e-5)
@@ -230,7 +259,7 @@ def test_losses_agree_where_the_policy_has_not_moved():
         return np.asarray(jax.grad(lambda p: policy_loss(config)(p, batch)[0])(batch.old_logprobs))
 
     plain = slope(AlgorithmConfig(loss="reinforce"))
-    for name in ("clip", "gspo", "cispo", "gmpo"):
+    for name in ("clip", "gspo", "cispo", "gmpo", "dppo"):
         np.testing.assert_allclose(
             slope(AlgorithmConfig(loss=name)), plain, rtol=1e-4, atol=1e-7, err_msg=name
         )

@@ -15,7 +15,7 @@ from r1s_jax.config import AlgorithmConfig, MeshConfig, StageConfig, override
 from r1s_jax.configs import tiny_world
 from r1s_jax.data.environment import Batch
 from r1s_jax.data.questions import Question
-from r1s_jax.learning.collect import Collector, Rewarded, learnable
+from r1s_jax.learning.collect import Collector, Rewarded, learnable, search_costs
 from r1s_jax.learning.learner import Learner, LearnerState
 from r1s_jax.learning.losses import policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient, importance_weights
@@ -23,7 +23,7 @@ from r1s_jax.models.sharding import make_mesh, place, replicated
 from r1s_jax.protocol.solution import Solution
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Rolled, merge
-from r1s_jax.rollout.trajectory import Finish, Trajectory
+from r1s_jax.rollout.trajectory import Finish, Trajectory, turn_numbers
 from r1s_jax.tracking.metrics import rollout_metrics, update_metrics
 from tests.learning.test_advantages import ESTIMATORS
 from tests.learning.test_advantages import oracle as advantages_oracle
@@ -31,6 +31,10 @@ from tests.makers import with_devices
 
 N, W, VOCABULARY, UPDATES, LONGEST = 10, 14, 7, 2, 17
 PLAIN = AlgorithmConfig()
+SEARCHED = (
+    "<|begin_of_query|> q <|end_of_query|>\n\n<|begin_of_documents|>\n(1)a b\n"
+    "<|end_of_documents|>\n\n<answer> a </answer>"
+)
 
 
 class TableLearner(Learner):
@@ -38,7 +42,7 @@ class TableLearner(Learner):
 
     def _forward(self, params, batch):
         logprobs = params["table"][batch.tokens]
-        return logprobs, -logprobs
+        return logprobs, -logprobs, jnp.zeros(logprobs.shape)
 
     def start(self, table: np.ndarray, reference: np.ndarray) -> LearnerState:
         tables = place(
@@ -60,6 +64,8 @@ def make_batch(seed: int) -> tuple[Trajectory, np.ndarray]:
         loss_mask=mask,
         sample_logprobs=sampled,
         policy_logprobs=sampled,
+        kept=np.zeros((N, W, 0), np.int32),
+        log_kept=np.zeros((N, W), np.float32),
         lengths=lengths,
         prompt_lengths=np.zeros(N, np.int32),
         groups=np.sort(rng.integers(0, 4, N)).astype(np.int32),
@@ -87,9 +93,11 @@ def oracle(a, t, rewards, table, reference, seed, step, rate):
     capped = np.minimum(np.exp(old - t.policy_logprobs), a.tis_cap)
     correction = capped if a.tis_cap else np.ones((N, W))
     gap = reference[t.tokens] - old
-    kl = -gap if a.kl_estimator == "k1" else np.exp(gap) - gap - 1
+    kl = {"k1": -gap, "k2": gap**2 / 2, "k3": np.exp(gap) - gap - 1}[a.kl_estimator]
     in_reward = a.kl_coefficient if a.kl_penalty == "reward" else 0.0
     advantages = advantages_oracle(a.estimator, rewards, t.groups, mask, kl, in_reward)
+    inside = np.arange(W) < t.lengths[:, None]
+    documents = inside & ~t.loss_mask & mask.any(1, keepdims=True)
     order = np.random.default_rng((seed, step)).permutation(N)
     for part in np.array_split(order, UPDATES):
         gradient, rows = np.zeros(VOCABULARY), max(1, sum(mask[i].any() for i in part))
@@ -102,19 +110,32 @@ def oracle(a, t, rewards, table, reference, seed, step, rate):
                 share = 1 / (rows * LONGEST)
             tokens, advantage = t.tokens[i, at], advantages[i, at]
             log_ratio = table[tokens] - old[i, at]
-            slope = -correction[i, at] * slopes(a, log_ratio, advantage) * advantage
-            if a.llds_coefficient and log_ratio.mean() < 0:
-                slope -= a.llds_coefficient * ((log_ratio < 0) & (advantage >= 0))
+            slope = -correction[i, at] * slopes(a, log_ratio, advantage, old[i, at]) * advantage
+            if a.sequence_mask and abs(np.exp(log_ratio.mean()) - 1) > a.sequence_mask:
+                slope[:] = 0
+            turn = turn_numbers(t.loss_mask)[i, at]
+            for k in set(turn) if a.llds_coefficient else ():
+                whole = turn == k if a.llds_gate == "action" else turn >= 0
+                if log_ratio[whole].sum() < 0:
+                    lost = (turn == k) & (log_ratio < 0) & (advantage >= 0)
+                    slope -= a.llds_coefficient * lost
             if a.kl_penalty == "loss":
-                slope += a.kl_coefficient * (1 - np.exp(reference[tokens] - table[tokens]))
+                gap = table[tokens] - reference[tokens]
+                slope += a.kl_coefficient * (gap if a.kl_estimator == "k2" else 1 - np.exp(-gap))
             np.add.at(gradient, tokens, share * slope)
+            if a.echo_coefficient and documents[part].any():
+                each = a.echo_coefficient / documents[part].sum()
+                np.add.at(gradient, t.tokens[i, documents[i]], -each)
         table = table - rate * gradient
     return table
 
 
-def slopes(a, log_ratio, advantage):
+def slopes(a, log_ratio, advantage, old):
     """The derivative of a sequence's objective by each log-probability, in units of advantages."""
     ratio, high = np.exp(log_ratio), a.clip_high or a.clip
+    if a.loss == "dppo":
+        moved = np.exp(old + log_ratio) - np.exp(old)
+        return np.where(moved * np.sign(advantage) > a.clip, 0, np.minimum(ratio, 20))
     if a.loss == "reinforce":
         return np.ones(len(ratio))
     if a.loss == "cispo":
@@ -160,7 +181,12 @@ OPTIONS = {
     "cispo": {"loss": "cispo", "clip": 0.05},
     "gmpo": {"loss": "gmpo", "clip": 0.05},
     "reinforce": {"loss": "reinforce"},
+    "dppo": {"loss": "dppo", "clip": 0.01},
+    "sequence mask": {"sequence_mask": 0.15},
     "likelihood": {"llds_coefficient": 0.5},
+    "likelihood by response": {"llds_coefficient": 0.5, "llds_gate": "response"},
+    "kl k2": {"kl_coefficient": 0.3, "kl_penalty": "loss", "kl_estimator": "k2"},
+    "echo": {"echo_coefficient": 0.3},
 }
 
 
@@ -333,6 +359,9 @@ def test_dynamic_sampling_draws_until_enough_groups_have_signal():
         def render(self, question):
             return question
 
+        def note(self, questions, rewards):
+            assert len(questions) == len(rewards)
+
     def reward(questions, solutions, golds):
         return [Reward(float(v), {}) for v in batches[drawn[-1]][1]]
 
@@ -356,3 +385,17 @@ def test_merged_batches_keep_their_groups_apart():
     np.testing.assert_array_equal(whole.trajectory.tokens[N:], t.tokens)
     np.testing.assert_array_equal(whole.take(np.array([3, 12])).trajectory.tokens, t.tokens[[3, 2]])
     assert jax.tree.structure(merge([one])) == jax.tree.structure(one)
+
+
+def test_searches_cost_little_where_questions_are_hard():
+    groups = np.repeat([0, 1, 2], 3)
+    rewards = np.array([1, 1, 0, 0, 0, 0, -2, 1, np.nan], np.float32)
+    searches = np.array([2, 1, 0, 4, 2, 0, 3, 1, 9])
+    got = search_costs(rewards, searches, groups)
+    np.testing.assert_allclose(got, [2 / 3, 1 / 3, 0, 0, 0, 0, 0, 0, 0], rtol=1e-6)
+    t, _ = make_batch(0)
+    said = tuple(Solution.of_text(SEARCHED if i % 2 else "<answer> a </answer>") for i in range(N))
+    t = t._replace(groups=np.zeros(N, int))
+    batch = rewarded_of(t, np.ones(N), replace(PLAIN, search_price=0.5), solutions=said)
+    np.testing.assert_allclose(batch.values, np.where(np.arange(N) % 2, 0.5, 1))
+    assert all(reward.value == 1 for reward in batch.rewards)

@@ -4,20 +4,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import jax
 import numpy as np
 import pytest
 
-from r1s_jax.config import AlgorithmConfig
+from r1s_jax.config import AlgorithmConfig, Loss
 from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.packing import PackedBatch, pack, unpack
 from tests.makers import LEARNED, make_learner, make_params, step, with_devices
 
 WIDTH = 40
 LOSSES = {
-    name: policy_loss(AlgorithmConfig(loss=name, llds_coefficient=0.3))
-    for name in ("clip", "gspo", "cispo", "gmpo", "reinforce")
+    name: policy_loss(
+        AlgorithmConfig(loss=name, llds_coefficient=0.3, sequence_mask=5.0, echo_coefficient=1.0)
+    )
+    for name in get_args(Loss)
 } | {"likelihood": likelihood_loss}
 ADAPTED = replace(LEARNED, lora_rank=2, lora_alpha=4)
 
@@ -52,6 +55,8 @@ def make_group_batch(seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     arrays |= dict(old_logprobs=rng.normal(-3.4, 0.4, shape))
     arrays |= dict(reference_logprobs=rng.normal(-3.4, 0.4, shape), kl_weights=0.3 * weights)
     arrays |= dict(fresh=rng.random(shape) < 0.5)
+    documents = (at > np.array(starts)[:, None]) & (at < lengths[:, None]) & ~mask
+    arrays |= dict(ce_weights=0.01 * documents)
     floats = {n: a if n == "tokens" else a.astype(np.float32) for n, a in arrays.items()}
     return lengths, floats
 
@@ -63,6 +68,8 @@ def one_a_row(lengths: np.ndarray, arrays: dict[str, np.ndarray]) -> tuple[Packe
         segment_ids=inside.astype(np.int32)[None],
         positions=np.where(inside, np.arange(WIDTH), 0).astype(np.int32)[None],
         last_query=np.where(inside, lengths[:, None] - 1, -1).astype(np.int32)[None],
+        kept=np.zeros((1, *inside.shape, 0), np.int32),
+        log_kept=np.zeros((1, *inside.shape), np.float32),
         **{name: np.where(inside, a, 0)[None] for name, a in arrays.items()},
     ), 1
 

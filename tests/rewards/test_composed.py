@@ -145,3 +145,33 @@ def test_a_users_function_may_be_a_term(tmp_path, monkeypatch):
     (tmp_path / "my_terms.py").write_text("def short(solution, golds):\n    return 0.5\n")
     monkeypatch.chdir(tmp_path)
     assert reward_rule("f1 - 2*my_terms:short")(GOOD, GOLD).value == pytest.approx(0.0)
+
+
+def test_turns_are_rewarded_and_add_up_in_a_sum(tmp_path, monkeypatch):
+    (tmp_path / "my_turns.py").write_text(
+        "from r1s_jax.rewards import Reward\n\n\n"
+        "def good(solution, golds):\n"
+        "    return Reward(1.0, {}, turns=[0.5] * solution.turns_answered)\n\n\n"
+        "def long(solution, golds):\n"
+        "    return Reward(1.0, {}, turns=(1, 2, 3))\n\n\n"
+        "def broken(solution, golds):\n"
+        "    return Reward(1.0, {}, turns=[float('nan')] * solution.turns_answered)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert GOOD.turns_answered == 2
+    assert reward_rule("my_turns:good")(GOOD, GOLD).turns == (0.5, 0.5)
+    mixed = reward_rule("f1 + 2*my_turns:good - 0.5*my_turns:good")(GOOD, GOLD)
+    assert mixed.turns == pytest.approx((0.75, 0.75))
+    assert reward_rule("f1")(GOOD, GOLD).turns == ()
+    with pytest.raises(RewardError, match="gave 3 turn rewards for 2 answered turns"):
+        reward_rule("my_turns:long")(GOOD, GOLD)
+    with pytest.raises(RewardError, match="gave nan"):
+        reward_rule("my_turns:broken")(GOOD, GOLD)
+
+
+def test_the_terms_of_a_sum_and_of_stage2_are_known_one_by_one():
+    assert reward_rule("f1")(GOOD, GOLD).summands == ((1.0, 1.0),)
+    assert reward_rule("stage2")(SILENT, GOLD).terms == ((1.0, 0.0), (1.0, -2.0))
+    reward = reward_rule("2*stage2 - 0.5*searched")(GOOD, GOLD)
+    assert reward.terms == ((2.0, 1.0), (2.0, 0.0), (-0.5, 1.0))
+    assert sum(weight * value for weight, value in reward.terms) == pytest.approx(reward.value)

@@ -11,6 +11,7 @@ import pytest
 
 from r1s_jax.config import SearchConfig
 from r1s_jax.data.questions import Question
+from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.params import init_params
 from r1s_jax.models.sharding import shard_params
@@ -51,7 +52,8 @@ def assert_same(a, b, rows=slice(None)):
     """Equal tokens, masks and endings; equal log-probabilities up to the order of reductions."""
     for name in ("tokens", "loss_mask", "lengths", "prompt_lengths", "searches", "finish"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name)[rows], err_msg=name)
-    for name in ("sample_logprobs", "policy_logprobs"):
+    np.testing.assert_array_equal(np.sort(a.kept), np.sort(b.kept[rows]))
+    for name in ("sample_logprobs", "policy_logprobs", "log_kept"):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name)[rows], atol=2e-5)
 
 
@@ -132,7 +134,8 @@ def test_traces_name_every_token_and_its_advantage(engine, rolled):
     t = rolled.trajectory
     advantages = np.arange(t.tokens.size, dtype=np.float32).reshape(t.tokens.shape)
     rewards = [Reward(0.0, {})] * len(t.tokens)
-    rows = list(trace_rows(rolled, rewards, advantages, len(rewards), engine.token_texts))
+    learned = Learned(advantages, [], 0.0, 1.0, token_kl=0.5 * advantages)
+    rows = list(trace_rows(rolled, rewards, learned, len(rewards), engine.token_texts))
     ended = 0
     for i, row in enumerate(rows):
         ids = t.tokens[i][t.loss_mask[i]].tolist()
@@ -144,6 +147,7 @@ def test_traces_name_every_token_and_its_advantage(engine, rolled):
         ended += ids[-1] in engine.eos_ids
         advantages_of_row = [advantage for _, advantage in row["token_advantages"]]
         np.testing.assert_allclose(advantages_of_row, advantages[i][t.loss_mask[i]], rtol=1e-3)
+        np.testing.assert_allclose(row["token_kl"], 0.5 * advantages[i][t.loss_mask[i]], rtol=1e-3)
     assert len(rows) == len(rewards) and 0 < ended < len(rows)
 
 
@@ -295,7 +299,13 @@ def test_a_trajectory_resumed_in_another_rollout_ends_the_same(engine, rolled):
         flight.absorb(t, row, step=3)
     assert all(f.ended for f in flights)
     assert_same(
-        trajectories(flights, CONFIG.max_length, rolled.trajectory.groups), rolled.trajectory
+        trajectories(
+            flights,
+            CONFIG.max_length,
+            rolled.trajectory.groups,
+            rolled.trajectory.kept.shape[2],
+        ),
+        rolled.trajectory,
     )
     for flight in unfinished:
         assert set(flight.drawn[~flight.loss_mask]) == {-1}

@@ -81,7 +81,7 @@ def test_random_draws_pass_a_chi_square_test():
     draws, logits = 20000, random_logits(1, 40, 1.0)
     uniform = jax.random.uniform(jax.random.key(3), (draws,))
     rows = jnp.broadcast_to(jnp.asarray(logits), (draws, 40))
-    token, _, _ = draw_sample(rows, uniform, temperature=1.0, top_p=1.0)
+    token, *_ = draw_sample(rows, uniform, temperature=1.0, top_p=1.0)
     expected = draws * np.exp(log_softmax(logits))[0]
     statistic = ((np.bincount(np.asarray(token), minlength=40) - expected) ** 2 / expected).sum()
     assert statistic < 39 + 4 * np.sqrt(2 * 39)
@@ -120,7 +120,7 @@ def test_both_log_probabilities(temperature, top_p):
     logits = random_logits(64, 500)
     uniform = jax.random.uniform(jax.random.key(0), (64,))
     drawn = draw_sample(logits, uniform, temperature=temperature, top_p=top_p)
-    token, sample_logprob, policy_logprob = map(np.asarray, drawn)
+    token, sample_logprob, policy_logprob, kept, log_kept = map(np.asarray, drawn)
     tempered = np.exp(log_softmax(logits / temperature))
     for i, t in enumerate(token):
         in_nucleus = nucleus(tempered[i], top_p)
@@ -128,6 +128,13 @@ def test_both_log_probabilities(temperature, top_p):
         expected = np.log(tempered[i, t] / tempered[i, in_nucleus].sum())
         np.testing.assert_allclose(sample_logprob[i], expected, atol=2e-5)
         np.testing.assert_allclose(policy_logprob[i], log_softmax(logits)[i, t], atol=2e-5)
+        recorded = 0 < in_nucleus.sum() <= kept.shape[1]
+        assert set(kept[i][kept[i] >= 0]) == set(np.flatnonzero(in_nucleus) if recorded else ())
+        mass = np.exp(log_softmax(logits)[i, in_nucleus]).sum() if recorded else 1.0
+        np.testing.assert_allclose(log_kept[i], np.log(mass), atol=2e-5)
+    if top_p == 0.6 and temperature == 0.5:
+        assert ((kept >= 0).any(-1)).all(), "the case has nuclei that are small enough"
+    assert top_p == 1 or kept.shape == (64, 32)
 
 
 def test_temperature_changes_the_distribution():
@@ -135,7 +142,7 @@ def test_temperature_changes_the_distribution():
     logits = jnp.broadcast_to(jnp.array([0.0, 1.0, 3.0]), (draws, 3))
     uniform = (jnp.arange(draws) + 0.5) / draws
     for temperature in (0.5, 4.0):
-        token, _, _ = draw_sample(logits, uniform, temperature=temperature, top_p=1.0)
+        token, *_ = draw_sample(logits, uniform, temperature=temperature, top_p=1.0)
         share = np.bincount(np.asarray(token), minlength=3) / draws
         expected = np.exp(log_softmax(np.array([0.0, 1.0, 3.0]) / temperature))
         np.testing.assert_allclose(share, expected, atol=1e-3)
@@ -144,7 +151,9 @@ def test_temperature_changes_the_distribution():
 def test_greedy_takes_the_likeliest_whatever_the_uniform():
     logits = random_logits(32, 700)
     uniform = jnp.linspace(0, BELOW_ONE, 32)
-    token, sample_logprob, policy_logprob = draw_sample(logits, uniform, temperature=0, top_p=0.95)
+    token, sample_logprob, policy_logprob, *_ = draw_sample(
+        logits, uniform, temperature=0, top_p=0.95
+    )
     np.testing.assert_array_equal(token, logits.argmax(-1))
     np.testing.assert_array_equal(sample_logprob, 0)
     np.testing.assert_allclose(policy_logprob, log_softmax(logits).max(-1), atol=2e-5)
@@ -159,7 +168,7 @@ def test_a_temperature_close_to_zero_is_greedy(vocab, temperature):
         draw_sample(logits, uniform, temperature=temperature, top_p=1.0),
         jax.jit(sample_each)(logits, uniform, *each),
     ]
-    for token, sample_logprob, _ in drawn:
+    for token, sample_logprob, *_ in drawn:
         np.testing.assert_array_equal(token, logits.argmax(-1))
         np.testing.assert_array_equal(sample_logprob, 0)
 

@@ -39,6 +39,8 @@ def rolled(right: bool) -> Rolled:
         loss_mask=np.tile([False, True, True, False], (n, 1)),
         sample_logprobs=logprobs,
         policy_logprobs=logprobs,
+        kept=np.zeros((n, width, 0), np.int32),
+        log_kept=np.zeros((n, width), np.float32),
         lengths=zeros + width,
         prompt_lengths=zeros,
         groups=zeros,

@@ -12,7 +12,8 @@
     token.classList.add("at");
     const advantages = token.dataset.a.split(" ");
     const many = advantages.length > 1 ? ` (${advantages.length} tokens)` : "";
-    tip.textContent = `advantage ${advantages.join(", ")}${many}`;
+    const parts = advantages.map((part) => part.replace(/\/(.*)/, " (KL $1)"));
+    tip.textContent = `advantage ${parts.join(", ")}${many}`;
     const box = token.getBoundingClientRect();
     const room = document.documentElement.clientWidth - tip.offsetWidth - 4;
     tip.style.left = `${Math.max(4, Math.min(box.left, room))}px`;

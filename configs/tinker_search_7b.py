@@ -1,0 +1,8 @@
+"""Qwen2.5-7B-Instruct learns to search by tool calls with tinker-cookbook's published numbers."""
+
+from r1s_jax.config import Config
+from r1s_jax.configs._tinker import tinker_search
+
+
+def config() -> Config:
+    return tinker_search("tinker_search_7b", "hf:Qwen/Qwen2.5-7B-Instruct")
