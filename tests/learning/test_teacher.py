@@ -64,7 +64,9 @@ def test_the_policys_own_tokens_are_scored_after_the_longer_prompt(rewarded, sho
         longer = engine.prompt_tokens(f"{question.question}\n\n{hint}")
         own = t.tokens[row, t.prompt_lengths[row] : t.lengths[row]]
         tokens = np.array([*longer, *own])
-        logits = np.asarray(Policy(MODEL, searching_params())(tokens[None])[0], np.float64)
+        padded = np.zeros((1, 2 * ROLLOUT.max_length), np.int32)  # one shape for all
+        padded[0, : len(tokens)] = tokens
+        logits = np.asarray(Policy(MODEL, searching_params())(padded)[0], np.float64)
         logits -= np.logaddexp.reduce(logits, axis=-1, keepdims=True)
         at = np.flatnonzero(batch.mask[row]) - int(t.prompt_lengths[row]) + len(longer)
         expected = logits[at - 1, tokens[at]]
