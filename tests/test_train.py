@@ -179,18 +179,25 @@ def wait_until(happened: Callable[[], object], run: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+STREAMS = ["algorithm.credit=tips", "algorithm.teacher=gold", "algorithm.kl_coefficient=0.1"]
+STREAMS += ["algorithm.kl_penalty=loss", "algorithm.kl_estimator=k2", "algorithm.loss=dppo"]
+STREAMS += ["algorithm.echo_coefficient=0.1", "algorithm.llds_coefficient=0.2"]
+STREAMS += ["algorithm.sequence_mask=0.5", "algorithm.search_price=0.1", "rollout.top_p=0.9"]
+
+
 @pytest.mark.slow
-def test_partial_rollouts_are_the_same_run_when_killed_and_resumed(tmp_path):
+@pytest.mark.parametrize("streams", [[], STREAMS], ids=["one stream", "all streams"])
+def test_partial_rollouts_are_the_same_run_when_killed_and_resumed(tmp_path, streams):
     """A checkpoint holds the trajectories in flight, and a step never depends on time."""
     paths = tmp_path / "whole", tmp_path / "killed"
+    carry = ["rollout.partial_rollouts=true", *streams]
     for path in paths:
-        carry = "rollout.partial_rollouts=true"
-        run = begin(command(path, carry))
+        run = begin(command(path, *carry))
         if path is paths[1]:
             wait_until(lambda: len(rows_so_far(paths[1] / "metrics.jsonl")) >= 3, run)
             run.kill()
             run.wait()
-            run = begin(command(path, carry, "--resume"))
+            run = begin(command(path, *carry, "--resume"))
         out, _ = run.communicate(timeout=900)
         assert run.returncode == 0, out
     rows = rows_so_far(paths[0] / "metrics.jsonl")
