@@ -17,7 +17,7 @@ from r1s_jax.config import (
 )
 
 
-def tinker_search(name: str, model: str) -> Config:
+def tinker_search(name: str, model: str, slots: int) -> Config:
     """512 questions x 8 samples a step, each question once; a broken format costs 0.1.
 
     Name your files: `environment.questions=...` and `environment.index=...` (or retriever). A
@@ -41,7 +41,7 @@ def tinker_search(name: str, model: str) -> Config:
         stage1=StageConfig(steps=0, reward="stage1", questions_per_step=512),
         stage2=StageConfig(steps=331, reward="em + 0.1*format", questions_per_step=512),
         rollout=RolloutConfig(
-            slots=64,
+            slots=slots,
             top_p=1.0,
             max_length=8192,
             max_prompt_length=512,

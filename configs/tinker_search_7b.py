@@ -5,4 +5,4 @@ from r1s_jax.configs._tinker import tinker_search
 
 
 def config() -> Config:
-    return tinker_search("tinker_search_7b", "hf:Qwen/Qwen2.5-7B-Instruct")
+    return tinker_search("tinker_search_7b", "hf:Qwen/Qwen2.5-7B-Instruct", slots=64)
