@@ -219,8 +219,7 @@ class Run:
             batch = self.collector.collect(state.params, step, name, stage)
             trained = batch.first_groups(stage.questions_per_step)
         release_memory()
-        # The baseline of reinforce++ is the batch, so groups of equal rewards teach too.
-        if c.algorithm.estimator != "reinforce++" and not trained.teaches.any():
+        if not (trained.teaches.any() or trained.teaches_otherwise(c.algorithm)):
             warn(
                 f"step {step + 1}: all answers to each question earned the same, so nothing is "
                 "learned from them: raise rollout.temperature or rollout.top_p, or take other "

@@ -73,6 +73,13 @@ class Rewarded:
                 terms.weights[row, column], terms.values[row, column] = weight, value
         return terms
 
+    def teaches_otherwise(self, algorithm: AlgorithmConfig) -> bool:
+        """Whether a batch teaches whose groups all have equal rewards: by the baseline of
+        `reinforce++`, which is the batch, by rewards of turns, or by another stream of the loss."""
+        a = algorithm
+        turns = a.credit != "outcome" or any(reward.turns for reward in self.rewards)
+        return turns or a.estimator == "reinforce++" or bool(a.teacher or a.echo_coefficient)
+
     def first_groups(self, count: int) -> "Rewarded":
         """The first `count` groups that teach, in order.
 

@@ -399,3 +399,19 @@ def test_searches_cost_little_where_questions_are_hard():
     batch = rewarded_of(t, np.ones(N), replace(PLAIN, search_price=0.5), solutions=said)
     np.testing.assert_allclose(batch.values, np.where(np.arange(N) % 2, 0.5, 1))
     assert all(reward.value == 1 for reward in batch.rewards)
+
+
+def test_groups_of_equal_rewards_may_teach_otherwise():
+    t, _ = make_batch(0)
+    t = t._replace(groups=np.zeros(N, int))
+    batch = rewarded_of(t, np.ones(N))
+    assert not batch.teaches.any() and not batch.teaches_otherwise(PLAIN)
+    others = [
+        {"estimator": "reinforce++"},
+        {"credit": "igpo"},
+        {"echo_coefficient": 0.1},
+        {"teacher": "gold", "kl_coefficient": 0.1},
+    ]
+    assert all(batch.teaches_otherwise(AlgorithmConfig(**options)) for options in others)
+    rewarded = [Reward(1.0, {}, turns=(0.5,))] * N
+    assert Rewarded.of(rolled_of(t), rewarded, PLAIN).teaches_otherwise(PLAIN)
