@@ -219,7 +219,8 @@ class Run:
             batch = self.collector.collect(state.params, step, name, stage)
             trained = batch.first_groups(stage.questions_per_step)
         release_memory()
-        if not (trained.teaches.any() or trained.teaches_otherwise(c.algorithm)):
+        # The baseline of reinforce++ is the batch, so groups of equal rewards teach too.
+        if c.algorithm.estimator != "reinforce++" and not trained.teaches.any():
             warn(
                 f"step {step + 1}: all answers to each question earned the same, so nothing is "
                 "learned from them: raise rollout.temperature or rollout.top_p, or take other "
@@ -234,7 +235,8 @@ class Run:
                 learning_rate_scale=self.progress.learning_rate_scale(c),
             )
         release_memory()
-        self.progress.adapt_kl(c, learned.kl)
+        if learned.kl is not None:
+            self.progress.adapt_kl(c, learned.kl)
         traces = m.trace_rows(
             trained.rolled,
             trained.rewards,

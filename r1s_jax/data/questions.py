@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,9 @@ class ByDifficulty:
     def __init__(self, questions: Sequence[Question], seed: int):
         self._questions, self._seed = questions, seed
         self._place = {question.id: i for i, question in enumerate(questions)}
+        self._names = [
+            sha256(question.question.encode()).hexdigest()[:16] for question in questions
+        ]
         self._scores = np.full(len(questions), np.nan)
 
     def take(self, size: int, step: int, draw: int) -> list[Question]:
@@ -117,15 +121,15 @@ class ByDifficulty:
                 self._scores[self._place[int(number)]] = float(values.mean())
 
     def state(self) -> dict[str, float]:
-        """The scores by place, for a checkpoint."""
-        return {str(i): float(self._scores[i]) for i in np.flatnonzero(~np.isnan(self._scores))}
+        """The scores by a hash of the question, for a checkpoint."""
+        known = np.flatnonzero(~np.isnan(self._scores))
+        return {self._names[i]: float(self._scores[i]) for i in known}
 
     def restore(self, state: dict[str, float]) -> None:
-        """Restores what `state` returned, for the same questions. Raises BadInput."""
-        self._scores[:] = np.nan
+        """Restores what `state` returned; questions that it lacks count as not seen. Raises
+        BadInput where a score is no number."""
         with reading("the scores of questions in a checkpoint"):
-            for place, score in state.items():
-                self._scores[int(place)] = float(score)
+            self._scores[:] = [float(state.get(name, np.nan)) for name in self._names]
 
 
 def question_stream(

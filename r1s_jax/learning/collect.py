@@ -1,7 +1,7 @@
 """Collects the batch of a step: rolls out, rewards, and marks the trajectories to learn from."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,19 +30,24 @@ class Rewarded:
     rewards: Sequence[Reward]
     values: Float[np.ndarray, " N"]  # float32; NaN where the judge gave no verdict
     mask: Bool[np.ndarray, "N W"]  # tokens to learn from: see learnable
-    teaches: Bool[np.ndarray, " N"]  # has tokens to learn from, and its group's rewards differ
+    # Has tokens to learn from, and its group's rewards differ, or something else teaches.
+    teaches: Bool[np.ndarray, " N"]
 
     @staticmethod
     def of(rolled: Rolled, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> "Rewarded":
-        values = np.array([r.value for r in rewards], np.float32)
-        if algorithm.search_price:
-            groups = rolled.trajectory.groups
+        values, groups = np.array([r.value for r in rewards], np.float32), rolled.trajectory.groups
+        if price := algorithm.search_price:
             searches = np.array([s.searches_answered for s in rolled.solutions])
-            values -= algorithm.search_price * search_costs(values, searches, groups)
+            costs = search_costs(values, searches, groups)
+            values -= price * costs
+            rewards = [
+                replace(r, terms=(*r.summands, (-price, float(cost))))
+                for r, cost in zip(rewards, costs, strict=True)
+            ]
         mask = learnable(rolled.trajectory, algorithm, rolled.unanswered, values)
         teaches = np.asarray(mask.any(-1))
-        groups = rolled.trajectory.groups
-        teaches[teaches] = has_signal(values[teaches], groups[teaches])
+        if not teaches_otherwise(rewards, algorithm):
+            teaches[teaches] = has_signal(values[teaches], groups[teaches])
         return Rewarded(rolled, rewards, values, mask, teaches)
 
     @property
@@ -72,13 +77,6 @@ class Rewarded:
             for column, (weight, value) in enumerate(pairs):
                 terms.weights[row, column], terms.values[row, column] = weight, value
         return terms
-
-    def teaches_otherwise(self, algorithm: AlgorithmConfig) -> bool:
-        """Whether a batch teaches whose groups all have equal rewards: by the baseline of
-        `reinforce++`, which is the batch, by rewards of turns, or by another stream of the loss."""
-        a = algorithm
-        turns = a.credit != "outcome" or any(reward.turns for reward in self.rewards)
-        return turns or a.estimator == "reinforce++" or bool(a.teacher or a.echo_coefficient)
 
     def first_groups(self, count: int) -> "Rewarded":
         """The first `count` groups that teach, in order.
@@ -165,6 +163,15 @@ class Collector:
             prompts = list(map(self.engine.render, prompts))
         golds = [q.answers for q in rolled.questions]
         return on_main(lambda: list(reward(prompts, rolled.solutions, golds)))
+
+
+def teaches_otherwise(rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> bool:
+    """Whether groups of equal rewards teach too: by rewards of turns, by terms that may differ
+    where their sums are equal, or by another stream of the loss."""
+    a = algorithm
+    turns = a.credit != "outcome" or any(reward.turns for reward in rewards)
+    terms = a.estimator == "gdpo" and any(len(reward.summands) > 1 for reward in rewards)
+    return turns or terms or bool(a.teacher or a.echo_coefficient)
 
 
 def search_costs(

@@ -152,7 +152,8 @@ class Learner:
         return self.compiled.setdefault(batch.tokens.shape, program)
 
     def logprobs(self, params: Params, batch: PackedBatch[np.ndarray], micro: int) -> np.ndarray:
-        """float32[M, R, T] log-probability of every token under `params`."""
+        """float32[M, R, T] log-probability of every token under `params`, within its nucleus where
+        the batch records one."""
         return to_host(self._logprobs(params, self._place(batch), jnp.int32(micro)))
 
     def sequence_logprobs(
@@ -162,8 +163,12 @@ class Learner:
         lengths: Int[np.ndarray, " N"],
         wanted: Bool[np.ndarray, "N W"],
         sizes: Sizes,
+        kept: Int[np.ndarray, "N W C"] | None = None,
     ) -> Float[np.ndarray, "N W"]:
-        """Log-probability of the `wanted` tokens of N sequences, which it packs; 0 elsewhere."""
+        """Log-probability of the `wanted` tokens of N sequences, which it packs; 0 elsewhere.
+
+        With `kept`, it is that within the nucleus that the token was drawn from.
+        """
         nothing = np.zeros(tokens.shape, np.float32)
         batch, layout, micro = pack(
             tokens,
@@ -171,6 +176,7 @@ class Learner:
             wanted.astype(np.float32),
             nothing,
             nothing,
+            kept=kept,
             capacity=sizes.capacity,
             micro_batch_rows=sizes.micro_batch_rows,
         )
@@ -241,7 +247,8 @@ class Learner:
     def _logprobs(self, params: Params, batch: PackedBatch, micro: Array) -> Array:
         def fill(i: Array, out: Array) -> Array:
             rows = PackedBatch(*(lax.dynamic_index_in_dim(a, i, keepdims=False) for a in batch))
-            return out.at[i].set(self._forward(params, rows)[0])
+            logprobs, _, masses = self._forward(params, rows)
+            return out.at[i].set(logprobs - masses)
 
         return lax.fori_loop(0, micro, fill, jnp.zeros(batch.tokens.shape))
 

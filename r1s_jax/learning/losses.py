@@ -172,7 +172,8 @@ def _with_sequence_mask(
     ratio = jnp.exp(_sequence_means(_log_ratio(logprobs, batch), batch))
     outside = lax.stop_gradient(jnp.abs(ratio - 1)) > width
     masked = (outside & (batch.weights > 0)).astype(jnp.float32)
-    value, metrics = loss(logprobs, batch._replace(weights=batch.weights * (1 - masked)))
+    value, _ = loss(logprobs, batch._replace(weights=batch.weights * (1 - masked)))
+    _, metrics = loss(logprobs, batch)  # of all sequences: the masked ones drift most
     return value, metrics | {"sequence_masked": masked.sum()}
 
 

@@ -30,7 +30,7 @@ class Learned:
 
     advantages: Float[np.ndarray, "N W"]  # float32
     updates: list[dict[str, float]]  # metrics of each update, in order
-    kl: float  # to the reference or teacher, mean over scored tokens; 0 without one
+    kl: float | None  # to the reference or teacher, mean over scored tokens; None without any
     importance_weight: float  # mean over sampled tokens; 1 without tis_cap
     # Mean and maximum of |learner's - sampler's log-probability| before any update, over the tokens
     # that this step's parameters sampled; empty without such tokens.
@@ -90,10 +90,11 @@ class PolicyGradient:
         order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
         parts = np.array_split(order, a.updates_per_rollout)
         old, correction, gap = self._old_logprobs(state, rewarded, parts)
+        plain = t.policy_logprobs if t.kept.shape[2] else old
         reference, scored = self._reference(state, rewarded, parts)
         kl = np.zeros(mask.shape)
         if reference is not None:
-            kl = np.where(scored, kl_divergence(a.kl_estimator, old, reference), 0.0)
+            kl = np.where(scored, kl_divergence(a.kl_estimator, plain, reference), 0.0)
         turns, credit = self._turn_rewards(state, rewarded)
         advantages = token_advantages(
             a.estimator,
@@ -106,7 +107,7 @@ class PolicyGradient:
             kl_coefficient=kl_coefficient,
             reward_clip=a.reward_clip,
         )
-        signal = {"advantages": advantages, "old_logprobs": old - t.log_kept, "kept": t.kept}
+        signal = {"advantages": advantages, "old_logprobs": old, "kept": t.kept}
         signal |= {"reference_logprobs": reference, "fresh": rewarded.fresh}
         rows: list[dict[str, float]] = []
         for part in parts:
@@ -125,7 +126,7 @@ class PolicyGradient:
         return state, Learned(
             advantages,
             rows,
-            kl=float(kl[scored].mean()) if scored.any() else 0.0,
+            kl=float(kl[scored].mean()) if scored.any() else None,
             importance_weight=float(correction[mask].mean()) if mask.any() else 1.0,
             logprob_diff=gap or {},
             credit=credit,
@@ -153,17 +154,17 @@ class PolicyGradient:
     def _old_logprobs(
         self, state: LearnerState, rewarded: Rewarded, parts: Sequence[np.ndarray]
     ) -> tuple[Float[np.ndarray, "N W"], Float[np.ndarray, "N W"], dict[str, float] | None]:
-        """The log-probabilities that ratios compare with, each token's correction of the sampler's
-        numerics, and the difference between the two programs where it is known already."""
+        """The log-probabilities that ratios compare with, within each token's nucleus, its
+        correction of the sampler's numerics, and the difference between the two programs where it
+        is known already."""
         a, t, mask = self.config.algorithm, rewarded.rolled.trajectory, rewarded.mask
-        correction = np.ones(mask.shape)
+        correction, sampled = np.ones(mask.shape), t.policy_logprobs - t.log_kept
         if not self._uses_learner_logprobs():
-            return t.policy_logprobs, correction, None
-        old = self._logprobs(state.params, t, mask, parts)
+            return sampled, correction, None
+        old = self._logprobs(state.params, t, mask, parts, within_nucleus=True)
         if a.tis_cap:
-            weights = importance_weights(old, t.policy_logprobs, a.tis_cap)
-            correction = np.where(mask, weights, 1)
-        return old, correction, gap_metrics(old, t.policy_logprobs, rewarded.fresh)
+            correction = np.where(mask, importance_weights(old, sampled, a.tis_cap), 1)
+        return old, correction, gap_metrics(old, sampled, rewarded.fresh)
 
     def _reference(
         self, state: LearnerState, rewarded: Rewarded, parts: Sequence[np.ndarray]
@@ -196,6 +197,8 @@ class PolicyGradient:
         count = int(turn_numbers(t.loss_mask).max(initial=0)) + 2
         rewards, shaping = np.full((len(given), count), np.nan), np.zeros((len(given), count))
         for row, values in enumerate(given):
+            if any(given):  # a reward that names no turns gives each of them 0
+                rewards[row, : rewarded.rolled.solutions[row].turns_answered] = 0.0
             rewards[row, : len(values)] = values
         turns = TurnRewards(turn_numbers(rewarded.mask), rewards, shaping, a.credit == "igpo")
         if a.credit == "outcome":
@@ -236,6 +239,8 @@ class PolicyGradient:
         t: Trajectory[np.ndarray],
         mask: Bool[np.ndarray, "N W"],
         parts: Sequence[np.ndarray],
+        *,
+        within_nucleus: bool = False,
     ) -> Float[np.ndarray, "N W"]:
         """The learner's log-probability of every sampled token under `params`; 0 elsewhere.
 
@@ -243,8 +248,9 @@ class PolicyGradient:
         """
         out = np.zeros(mask.shape, np.float32)
         for part in parts:
+            kept = t.kept[part] if within_nucleus else None
             out[part] = self.learner.sequence_logprobs(
-                params, t.tokens[part], t.lengths[part], mask[part], self._sizes
+                params, t.tokens[part], t.lengths[part], mask[part], self._sizes, kept
             )
         return out
 

@@ -90,7 +90,7 @@ def update_metrics(learned: Learned, seconds: float) -> dict[str, float]:
         **row,
         **learned.logprob_diff,
         **learned.credit,
-        "kl": learned.kl,
+        "kl": learned.kl or 0.0,
         "importance_weight": learned.importance_weight,
         "trained_tokens": tokens,
         "trained_tokens_per_s": tokens / seconds,

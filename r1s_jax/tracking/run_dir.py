@@ -46,6 +46,27 @@ _STARTING = {"versions.json", "versions.json.partial", "config.json.partial"}
 _PACKAGES = ("r1s-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "scann", "numpy")
 
 
+# Fields that runs of 0.2.0 lack, with the values that mean what those runs did.
+ADDED = {
+    "algorithm.credit": "outcome",
+    "algorithm.sequence_mask": 0.0,
+    "algorithm.llds_gate": "response",
+    "algorithm.echo_coefficient": 0.0,
+    "algorithm.teacher": "",
+    "algorithm.search_price": 0.0,
+    "environment.sampler": "shuffled",
+    "optimizer.warmup_steps": 0,
+}
+
+
+def _as_before(place: str, described: dict[str, Any]) -> bool:
+    """Whether a field that an older run lacks has the value that changes nothing."""
+    if place == "algorithm.llds_gate" and not described["algorithm"]["llds_coefficient"]:
+        return True  # there is nothing to gate
+    section, _, name = place.partition(".")
+    return place in ADDED and described[section][name] == ADDED[place]
+
+
 def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
     """Makes the directory and writes `config.json` and `versions.json`, or checks them on resume.
 
@@ -65,6 +86,7 @@ def open_run_dir(path: Path, config: Config, resume: bool) -> Path:
             f"{place} was {old!r}, now {new!r}"
             for place, old, new in differences(read_object(written, ConfigError), described)
             if not _same_place(old, new, base)
+            and not (old is None and _as_before(place, described))
         ]
         if differ:
             raise ConfigError(f"{path} is a run of another config: {'; '.join(differ)}")

@@ -6,11 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from r1s_jax.config import MeshConfig
+from r1s_jax.config import AlgorithmConfig, MeshConfig
+from r1s_jax.configs import tiny_world
+from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.losses import _log_ratio
 from r1s_jax.learning.packing import pack, unpack
+from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.sharding import make_mesh, shard_params
+from r1s_jax.protocol.solution import Solution
+from r1s_jax.rewards.rules import Reward
+from r1s_jax.rollout.engine import Rolled
 from tests.makers import MODEL, ROLLOUT, make_engine, make_learner, roll, searching_params
 
 TOP_P = 0.9
@@ -79,3 +85,29 @@ def test_a_policy_that_moved_has_the_ratio_within_the_nucleus_of_sampling_time(r
         compared += 1
     assert compared > 100
     assert np.abs(got[t.loss_mask]).max() > 0.05
+
+
+def test_ratios_to_the_learners_own_probabilities_are_within_the_nucleus_too(rolled):
+    """With tis_cap, old log-probabilities are the learner's: within the nuclei, as the new ones."""
+    temperature, t = rolled
+    config = tiny_world.config()
+    config = replace(config, rollout=ROLLOUT, algorithm=AlgorithmConfig(tis_cap=2.0))
+    mesh = make_mesh(MeshConfig())
+    learner = make_learner(model=MODEL, mesh=mesh)
+    method = PolicyGradient(config, learner)
+    method._rows = 2
+    n = len(t.lengths)
+    said = (Solution.of_text("<answer> a </answer>"),) * n
+    rolled_batch = Rolled(((),) * n, t, said, ((),) * n, {}, 1.0, {})
+    batch = Rewarded.of(rolled_batch, [Reward(0.0, {})] * n, config.algorithm)
+    # The policy has moved since it sampled, as that of carried trajectories has.
+    after = jax.tree.map(lambda p: p * 1.1, peaked_params(temperature))
+    state = learner.init(shard_params(after, MODEL, mesh))
+    old, correction, _ = method._old_logprobs(state, batch, [np.arange(n)])
+    mask = t.loss_mask & batch.mask
+    moved = log_ratios(t, after)
+    sampled = t.policy_logprobs - t.log_kept
+    np.testing.assert_allclose((old - sampled)[mask], moved[mask], atol=1e-4)
+    assert np.abs(moved[mask]).max() > 0.05
+    expected = np.minimum(np.exp(moved[mask]), 2.0)
+    np.testing.assert_allclose(correction[mask], expected, rtol=1e-3)

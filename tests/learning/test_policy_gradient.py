@@ -404,14 +404,28 @@ def test_searches_cost_little_where_questions_are_hard():
 def test_groups_of_equal_rewards_may_teach_otherwise():
     t, _ = make_batch(0)
     t = t._replace(groups=np.zeros(N, int))
-    batch = rewarded_of(t, np.ones(N))
-    assert not batch.teaches.any() and not batch.teaches_otherwise(PLAIN)
+
+    def teaches(algorithm=PLAIN, **parts) -> bool:
+        rewards = [Reward(1.0, {}, **parts)] * N
+        return bool(Rewarded.of(rolled_of(t), rewards, algorithm).teaches.any())
+
+    assert not teaches()
     others = [
-        {"estimator": "reinforce++"},
         {"credit": "igpo"},
         {"echo_coefficient": 0.1},
         {"teacher": "gold", "kl_coefficient": 0.1},
     ]
-    assert all(batch.teaches_otherwise(AlgorithmConfig(**options)) for options in others)
-    rewarded = [Reward(1.0, {}, turns=(0.5,))] * N
-    assert Rewarded.of(rolled_of(t), rewarded, PLAIN).teaches_otherwise(PLAIN)
+    assert all(teaches(AlgorithmConfig(**options)) for options in others)
+    assert teaches(turns=(0.5,))
+    gdpo = AlgorithmConfig(estimator="gdpo")
+    assert teaches(gdpo, terms=((1.0, 3.0), (1.0, -2.0))) and not teaches(gdpo)
+
+
+def test_a_search_price_is_a_term_of_its_own():
+    t, _ = make_batch(0)
+    said = tuple(Solution.of_text(SEARCHED if i % 2 else "<answer> a </answer>") for i in range(N))
+    algorithm = replace(PLAIN, search_price=0.5, estimator="gdpo")
+    t = t._replace(groups=np.zeros(N, int))
+    batch = rewarded_of(t, np.ones(N), algorithm, solutions=said)
+    np.testing.assert_array_equal(batch.terms.weights, np.tile([1.0, -0.5], (N, 1)))
+    np.testing.assert_array_equal(batch.terms.values[:, 1], np.arange(N) % 2)

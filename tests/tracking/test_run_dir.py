@@ -17,7 +17,7 @@ from r1s_jax.data import digests
 from r1s_jax.io.errors import UserError
 from r1s_jax.models.checkpoint_owner import read_versions
 from r1s_jax.models.pretrained import load_pretrained, make_policy, save_policy
-from r1s_jax.tracking.run_dir import StopRequest, as_written, check_data, open_run_dir
+from r1s_jax.tracking.run_dir import ADDED, StopRequest, as_written, check_data, open_run_dir
 from tests.makers import letters, save_other_weights, save_small_model
 
 
@@ -52,6 +52,26 @@ def test_a_run_of_another_config_is_refused_with_the_difference(tmp_path):
     file.write_text(json.dumps(old))
     with pytest.raises(ConfigError, match=r"search\.served_by was None, now "):
         open_run_dir(tmp_path / "run", config(), resume=True)
+
+
+def test_a_run_of_020_lacks_later_fields_and_is_resumed_unless_they_change_it(tmp_path):
+    begin(tmp_path / "run", config())
+    file = tmp_path / "run" / "config.json"
+    old = json.loads(file.read_text())
+    for section, name in (place.split(".") for place in ADDED):
+        del old[section][name]
+    file.write_text(json.dumps(old))
+    open_run_dir(tmp_path / "run", config(), resume=True)
+    credited = replace(config().algorithm, credit="igpo")
+    with pytest.raises(ConfigError, match=r"algorithm\.credit was None, now 'igpo'"):
+        open_run_dir(tmp_path / "run", config(algorithm=credited), resume=True)
+    old["algorithm"]["llds_coefficient"] = 0.1
+    file.write_text(json.dumps(old))
+    priced = replace(config().algorithm, llds_coefficient=0.1)
+    with pytest.raises(ConfigError, match=r"llds_gate was None, now 'action'"):
+        open_run_dir(tmp_path / "run", config(algorithm=priced), resume=True)
+    by_response = replace(priced, llds_gate="response")
+    open_run_dir(tmp_path / "run", config(algorithm=by_response), resume=True)
 
 
 def test_a_run_of_an_earlier_version_is_refused(tmp_path):
