@@ -1,5 +1,7 @@
 """Architectures of the published models in recipes, so that planning needs no download."""
 
+from dataclasses import replace
+
 from r1s_jax.config import ModelConfig, PolicyConfig, RopeScaling
 from r1s_jax.models.weights import load_config
 from r1s_jax.system.assets import resolve
@@ -18,19 +20,6 @@ KNOWN = {
         norm_eps=1e-6,
         qkv_bias=True,
         max_position=131072,
-    ),
-    "hf:Qwen/Qwen2.5-7B-Instruct": ModelConfig(
-        vocab_size=152064,
-        d_model=3584,
-        d_ff=18944,
-        num_layers=28,
-        num_heads=28,
-        num_kv_heads=4,
-        head_dim=128,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        qkv_bias=True,
-        max_position=32768,
     ),
     "hf:Qwen/Qwen3-4B-Instruct-2507": ModelConfig(
         vocab_size=151936,
@@ -99,6 +88,7 @@ KNOWN = {
         max_position=8192,
     ),
 }
+KNOWN["hf:Qwen/Qwen2.5-7B-Instruct"] = replace(KNOWN["hf:Qwen/Qwen2.5-7B"], max_position=32768)
 
 
 def architecture_of(policy: PolicyConfig) -> ModelConfig:
