@@ -12,7 +12,7 @@ help: ## What can be made
 quickstart: .venv/ready ## A small policy learns to search a generated world (minutes, CPU)
 	$(BIN)/r1s train tiny_world $(ARGS)
 
-wiki: .venv/ready ## SmolLM2-135M learns to search Wikipedia summaries (20 minutes, CPU)
+wiki: .venv/ready ## SmolLM2-135M learns to search Wikipedia summaries (20 to 25 minutes, CPU)
 	$(BIN)/r1s train wiki_smollm2 $(ARGS)
 
 test: .venv/dev ## The tests, without the slow ones

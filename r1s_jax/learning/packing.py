@@ -164,24 +164,21 @@ def pack(
     sources = {"tokens": tokens, "weights": weights, "advantages": advantages}
     sources |= {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs}
     sources |= {"kl_weights": kl_weights, "ce_weights": ce_weights, "fresh": fresh}
-    packed = {
+    packed: dict[str, np.ndarray] = {
         name: np.zeros(shape, np.int32 if name == "tokens" else np.float32) for name in sources
     }
+    sources["kept"] = kept
+    packed["kept"] = np.full((*shape, 0 if kept is None else kept.shape[2]), -1, np.int32)
     for i, cut, own in _places(layout, lengths):
         segment_ids[cut] = i + 1
         positions[cut] = np.arange(own.start, own.stop)
         for name, source in sources.items():
             if source is not None:
                 packed[name][cut] = source[i, own]
-    nuclei = np.full((*shape, 0 if kept is None else kept.shape[2]), -1, np.int32)
-    if kept is not None:
-        for i, cut, own in _places(layout, lengths):
-            nuclei[cut] = kept[i, own]
     batch = PackedBatch(
         segment_ids=segment_ids,
         positions=positions,
         last_query=last_query,
-        kept=nuclei,
         log_kept=np.zeros(shape, np.float32),
         **packed,
     )

@@ -180,8 +180,8 @@ class PolicyGradient:
             return logprobs, mask
         if a.teacher:
             assert self.engine  # a run has one
-            prompt = self.engine.prompt_tokens
-            return shown_logprobs(self.learner, state, rewarded, a.teacher, prompt, self._sizes)
+            params, prompt = state.params, self.engine.prompt_tokens
+            return shown_logprobs(self.learner, params, rewarded, a.teacher, prompt, self._sizes)
         assert state.reference is not None  # kept for a kl_coefficient
         params = combine(state.params, state.reference)
         return self._logprobs(params, t, mask, parts), mask

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from r1s_jax.config import Config, ConfigError
 from r1s_jax.learning.collect import Rewarded
-from r1s_jax.learning.learner import Learner, LearnerState, make_optimizer
+from r1s_jax.learning.learner import Learner, make_optimizer
 from r1s_jax.learning.losses import likelihood_loss
 from r1s_jax.learning.packing import Sizes
 from r1s_jax.models.params import Params
@@ -59,7 +59,7 @@ def load_teacher(config: Config, mesh: Mesh, policy: Pretrained) -> Teacher | No
 
 def shown_logprobs(
     learner: Learner,
-    state: LearnerState,
+    params: Params,
     rewarded: Rewarded,
     shown: str,
     prompt_tokens: PromptTokens,
@@ -97,7 +97,7 @@ def shown_logprobs(
         lengths[row], tokens[row, : len(text)] = len(text), text
         places = np.flatnonzero(mask[row])
         wanted[row, places + shift] = True
-    logprobs = learner.sequence_logprobs(state.params, tokens, lengths, wanted, sizes)
+    logprobs = learner.sequence_logprobs(params, tokens, lengths, wanted, sizes)
     for row in rows:
         scored[row] = mask[row]
         out[row, mask[row]] = logprobs[row, wanted[row]]

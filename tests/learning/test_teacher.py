@@ -42,9 +42,9 @@ def rewarded():
 def scored_by(engine, rewarded, shown: str, capacity: int):
     mesh = make_mesh(MeshConfig())
     learner = make_learner(model=MODEL, mesh=mesh)
-    state = learner.init(shard_params(searching_params(), MODEL, mesh))
+    params = shard_params(searching_params(), MODEL, mesh)
     sizes = Sizes(capacity, 2)
-    return shown_logprobs(learner, state, rewarded, shown, engine.prompt_tokens, sizes)
+    return shown_logprobs(learner, params, rewarded, shown, engine.prompt_tokens, sizes)
 
 
 @pytest.mark.parametrize("shown", ["gold", "sample"])
