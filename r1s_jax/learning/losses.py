@@ -39,10 +39,19 @@ _KL: dict[KlEstimator, Callable[[Array], Array]] = {
 }
 
 
-@cache
+# The fields that a loss depends on: configs that differ in others share a compiled update.
+_FIELDS = ("loss", "clip", "clip_high", "dual_clip", "sequence_mask", "kl_estimator")
+_FIELDS += ("llds_coefficient", "llds_gate", "echo_coefficient")
+
+
 def policy_loss(config: AlgorithmConfig) -> TokenLoss:
-    """The loss that `config` names, with its bounds; the same object for equal configs."""
-    a, limits = config, {"clip_high": config.clip_high}
+    """The loss that `config` names, with its bounds; the same object where they are equal."""
+    return _policy_loss(AlgorithmConfig(**{name: getattr(config, name) for name in _FIELDS}))
+
+
+@cache
+def _policy_loss(a: AlgorithmConfig) -> TokenLoss:
+    limits = {"clip_high": a.clip_high}
     loss: TokenLoss = {
         "clip": partial(clipped_loss, a.clip, dual_clip=a.dual_clip, **limits),
         "dppo": partial(dppo_loss, a.clip),
