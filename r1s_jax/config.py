@@ -438,10 +438,28 @@ class TinyWorldConfig(Checked, section="environment"):
     0 means none, otherwise at least 3."""
     memorised_fraction: Share = 0.3
     """This share of questions and demonstrations is about memorised people, if there are any."""
+    hops: Annotated[int, Meta(ge=1, le=5)] = 2
+    """Questions need from one to this many facts, each number equally often."""
+    distractors: Annotated[int, Meta(ge=0, le=30)] = 0
+    """For each person, this many others have names that differ in the last syllable, and pages."""
+    same_names: Share = 0.0
+    """This share of people has a second name, and somebody else of the same first name a page."""
+    coverage: Share = 1.0
+    """This share of people's pages exists, except in demonstrations."""
+    stale: Share = 0.0
+    """This share of people has an outdated page too: other facts after the words "I guess"."""
+    recall: Share = 1.0
+    """For this share of queries the search engine finds the page of the person that they name; the
+    query's words decide, so that other words may find it."""
+    padding: Annotated[int, Meta(ge=0, le=30)] = 0
+    """A page also has this many facts about other people, before and after its own."""
 
     def check_values(self) -> None:
         ring = self.memorised_people not in (1, 2)
         check(ring, f"environment.memorised_people={self.memorised_people} must be 0 or at least 3")
+        fewest = min(self.people, self.cold_start_people, self.eval_people)
+        message = f"environment.hops={self.hops} lead further than the {fewest} people of a world"
+        check(self.hops < fewest, message)
 
 
 @dataclass(frozen=True)
@@ -454,7 +472,7 @@ class CorpusConfig(Checked, section="environment"):
 
     questions: tuple[str, ...]
     """Files with a question and its answers a row: JSON, JSON lines, CSV, TSV, Parquet,
-    datasets:ORG/NAME, or benchmarks by name (see training.md)."""
+    datasets:ORG/NAME, benchmarks by name, or links:CORPUS, which makes them (see training.md)."""
     mix: tuple[float, ...] = ()
     """Each file of `questions` gives this share (above 0) of the training questions; empty: in
     proportion to its size."""

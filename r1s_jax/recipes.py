@@ -38,8 +38,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def recipe_name(name: str) -> str:
-    """The name of a recipe; for a user's file, the file's name without .py."""
-    return Path(name).stem if name.endswith(".py") else name
+    """A recipe's name without its folder; for a user's file, the file's name without .py."""
+    return Path(name).stem
 
 
 def copy_recipe(name: str, file: Path) -> Path:
@@ -99,6 +99,9 @@ def _naming(file: Path) -> Iterator[None]:
 
 
 def _modules() -> dict[str, ModuleType]:
-    modules = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
-    names = [name for name in modules if not name.startswith("_")]
-    return {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+    """The modules of recipes by name; one in a folder has the folder's name before its own."""
+    modules = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    paths = [m.name.removeprefix(f"{package.__name__}.") for m in modules if not m.ispkg]
+    paths = [path for path in paths if not path.split(".")[-1].startswith("_")]
+    names = {path.replace(".", "/"): path for path in paths}
+    return {n: importlib.import_module(f"{package.__name__}.{p}") for n, p in names.items()}

@@ -44,7 +44,7 @@ def others(tmp_path, monkeypatch):
     save_letters_model(tmp_path / "search_r1_model", CHAT)
     save_letters_model(tmp_path / "qwen3_tools", HERMES_CHAT, end="<|im_end|>")
     world = TinyWorld((3,), 12)
-    questions = world.questions(8, 0.5)
+    questions = world.questions(8)
     with gzip.open("wiki-18.jsonl.gz", "wt") as file:
         for person in world.people:
             text = person.passage.partition("   ")[2]

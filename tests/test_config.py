@@ -1,11 +1,9 @@
 import dataclasses
 import importlib
-import pkgutil
 import re
 
 import pytest
 
-import r1s_jax.configs
 from r1s_jax.config import (
     AlgorithmConfig,
     Config,
@@ -19,6 +17,7 @@ from r1s_jax.config import (
 )
 from r1s_jax.io import renamed
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.recipes import load_recipe, titles
 
 MODEL = ModelConfig(32, 8, 16, 1, 2, 1, 4)
 
@@ -237,17 +236,14 @@ def test_a_config_cannot_be_changed_in_place():
         make_config().rollout.slots = 3
 
 
-MODULES = [m.name for m in pkgutil.iter_modules(r1s_jax.configs.__path__) if not m.ispkg]
-RECIPES = [name for name in MODULES if not name.startswith("_")]
-
-
 def test_there_are_recipes():
-    assert {"tiny_world", "wiki_smollm2"} <= set(RECIPES)
+    assert {"tiny_world", "wiki_smollm2", "worlds/recall"} <= titles().keys()
+    assert not any("_" in name.rpartition("/")[2][:1] for name in titles())
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", titles())
 def test_every_recipe_builds(name):
-    config = importlib.import_module(f"r1s_jax.configs.{name}").config()
+    config = load_recipe(name)
     assert isinstance(config, Config) and config.name == name
     assert override(config, ["seed=3"]).seed == 3
     pack_length = config.optimizer.pack_length or config.rollout.max_length

@@ -93,6 +93,32 @@ def from_titles(
     typer.echo(json.dumps(counts))
 
 
+@app.command("from-links")
+def from_links(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Passages with titles, as `r1s index build` takes them: a path, hf:, wheel:."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="File of questions to write.")],
+    patterns: Annotated[
+        Path | None,
+        typer.Option(exists=True, help="More rules, JSON lines (see data/links.py)."),
+    ] = None,
+) -> None:
+    """Make two-hop questions from pages that name other pages of the corpus.
+
+    "What is the capital of the country that Kano lies in?": Kano's page names Nigeria, whose page
+    names the capital. Each question has its two supporting titles, so that `r1s corpus audit` can
+    check it. The last line printed is JSON: the number of questions.
+    """
+    from r1s_jax.data.links import write_links
+    from r1s_jax.retrieval.references import read_corpus
+
+    typer.echo(json.dumps(write_links(read_corpus(source), out, patterns)))
+
+
 @app.command("tiny-world")
 def tiny_world(
     out: Annotated[Path, typer.Argument(help="Directory to write.")],

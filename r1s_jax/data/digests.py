@@ -5,6 +5,7 @@ import hashlib
 from r1s_jax.config import CorpusConfig
 from r1s_jax.data.aliases import ALIASES
 from r1s_jax.data.benchmarks import questions_file
+from r1s_jax.data.links import LINKS
 from r1s_jax.retrieval.references import files_of, load_encoder
 from r1s_jax.retrieval.tables import HUB
 from r1s_jax.system.assets import resolve
@@ -22,7 +23,7 @@ def data_digests(config: CorpusConfig) -> dict[str, tuple[str, str]]:
         for place, reference in enumerate(getattr(config, field)):
             if not reference.startswith(HUB):
                 digest = hashlib.sha256()
-                files = files_of([questions_file(reference)])
+                files = files_of([questions_file(reference.removeprefix(LINKS))])
                 files += [path for f in files[:1] if (path := f.parent / ALIASES).is_file()]
                 for path in files:
                     with path.open("rb") as file:

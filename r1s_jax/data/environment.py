@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -13,6 +13,7 @@ from jaxtyping import Float
 from r1s_jax.config import Config, CorpusConfig, TinyWorldConfig
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
+from r1s_jax.data.links import LINKS, link_questions, read_rules
 from r1s_jax.data.questions import (
     ByDifficulty,
     Question,
@@ -21,6 +22,7 @@ from r1s_jax.data.questions import (
     texts,
     without,
 )
+from r1s_jax.data.tiny_search import Forgetful
 from r1s_jax.data.tiny_world import GUESS, Style, TinyWorld, prompt_of
 from r1s_jax.data.titles import apart, read_articles, title_demonstrations, title_questions
 from r1s_jax.io.errors import ConfigError
@@ -32,7 +34,7 @@ from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import Index, build_index
-from r1s_jax.retrieval.references import is_summaries, open_retriever
+from r1s_jax.retrieval.references import is_summaries, open_retriever, read_corpus
 from r1s_jax.retrieval.tables import HUB
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.assets import AssetError, resolve
@@ -43,11 +45,10 @@ T = TypeVar("T")
 
 # Part of a world's seed: worlds of different purposes never coincide.
 _COLD_START, _LEARNING, _EVALUATION = 0, 1, 2
-# Tiny world: share of questions that need two facts.
-_TWO_HOP_FRACTION = 0.5
-# Share of demonstrations that guess at once, and of two-hop ones that guess after the first search.
+# Tiny world: share of demonstrations that guess at once, and of those with several hops that guess
+# after the first search.
 _GUESS_FRACTION = 0.2
-_TWO_HOP_GUESS_FRACTION = 0.5
+_FIRST_HOP_GUESS_FRACTION = 0.5
 # Weights in the loss. The decision to search weighs little, so that only a minority of samples
 # searches; a guessed answer weighs little, since random answers only add noise.
 _SEARCH_WEIGHT = 0.08
@@ -98,8 +99,16 @@ class Environment(Protocol):
 class TinyWorldEnvironment:
     """A fresh world every step, a function of (seed, step), so that there is no cursor."""
 
-    def __init__(self, config: TinyWorldConfig, seed: int, dialect: Dialect = R1_SEARCHER):
+    def __init__(
+        self,
+        config: TinyWorldConfig,
+        seed: int,
+        dialect: Dialect = R1_SEARCHER,
+        documents: int = 1,
+    ):
+        """A search finds up to `documents` passages in demonstrations."""
         self.config, self.seed, self.dialect = config, seed, dialect
+        self._documents = documents
         self._encoder = HashEncoder()
 
     def questions(self) -> Sequence[Question]:
@@ -113,36 +122,31 @@ class TinyWorldEnvironment:
 
     def _world(self, step: int, draw: int) -> TinyWorld:
         seed = (self.seed, _LEARNING, step, draw) if draw else (self.seed, _LEARNING, step)
-        return TinyWorld(seed, self.config.people, self.config.memorised_people)
+        return TinyWorld(seed, self.config.people, self.config)
 
     def evaluation(self, size: int) -> Batch:
         c = self.config
-        world = TinyWorld((self.seed, _EVALUATION, 0), c.eval_people, c.memorised_people)
-        return self._batch(world, size)
+        return self._batch(TinyWorld((self.seed, _EVALUATION, 0), c.eval_people, c), size)
 
     def demonstrations(self, step: int, size: int) -> list[Demonstration]:
-        """A fifth guesses at once; half of the others look up one fact, half need two.
+        """A fifth guesses at once; the others look up from one to `config.hops` facts.
 
-        Half of the two-hop ones guess after the first search, which leaves something to learn. The
-        decision to search has little weight, so that only a minority of samples searches.
-        Demonstrations about memorised people guess as often, and guess right.
+        Half of those with several hops guess after the first search, which leaves something to
+        learn. The decision to search has little weight, so that only a minority of samples
+        searches. Demonstrations about memorised people guess as often, and guess right.
         """
         c = self.config
-        world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people, c.memorised_people)
+        world = TinyWorld((self.seed, _COLD_START, step), c.cold_start_people, c)
         rng = np.random.default_rng((self.seed, _COLD_START, step))
-        one_hop = world.questions(3 * c.cold_start_people, 0.0)
-        two_hop = world.questions(3 * c.cold_start_people, 1.0)
+        by_hops = [world.questions(3 * c.cold_start_people, [h + 1]) for h in range(c.hops)]
         memorised = world.known_questions()
         about_memorised = min(round(size * c.memorised_fraction), len(memorised))
         size -= about_memorised
         recalled = round(about_memorised * _GUESS_FRACTION)
         guesses = round(size * _GUESS_FRACTION)
-        twice = (size - guesses) // 2
         picks: list[tuple[Sequence[Question], int, Style]] = [
-            (one_hop, size - guesses - twice, "search"),
-            (two_hop, twice, "search"),
-            (one_hop, guesses - guesses // 2, "guess"),
-            (two_hop, guesses // 2, "guess"),
+            *((q, n, "search") for q, n in _evenly(by_hops, size - guesses)),
+            *((q, n, "guess") for q, n in _evenly(by_hops, guesses)),
             (memorised, recalled, "guess"),
             (memorised, about_memorised - recalled, "search"),
         ]
@@ -156,8 +160,8 @@ class TinyWorldEnvironment:
         for questions, count, style in picks:
             for i in rng.choice(len(questions), count, replace=False):
                 question, chosen = questions[i], style
-                if style == "search" and question.hops == 2:
-                    guess = rng.random() < _TWO_HOP_GUESS_FRACTION
+                if style == "search" and question.hops > 1:
+                    guess = rng.random() < _FIRST_HOP_GUESS_FRACTION
                     chosen = "search_then_guess" if guess else "search"
                 out.append(self._demonstration(world, question, chosen))
         return out
@@ -167,7 +171,7 @@ class TinyWorldEnvironment:
         guess_weight = 1.0 if question.memorised else _GUESS_WEIGHT
         spans = tuple(
             (text, guess_weight if text.startswith(GUESS) else float(trained))
-            for text, trained in world.demonstration(question, style, self.dialect)
+            for text, trained in world.demonstration(question, style, self.dialect, self._documents)
         )
         return Demonstration(question.question, spans, 1.0 if style == "guess" else _SEARCH_WEIGHT)
 
@@ -181,11 +185,18 @@ class TinyWorldEnvironment:
         pass
 
     def _batch(self, world: TinyWorld, size: int) -> Batch:
-        questions = world.questions(size, _TWO_HOP_FRACTION, self.config.memorised_fraction)
-        return Batch(questions, self._index(world))
+        fraction = self.config.memorised_fraction
+        return Batch(world.questions(size, memorised_fraction=fraction), self._index(world))
 
-    def _index(self, world: TinyWorld) -> Index:
-        return build_index(world.passages, self._encoder)
+    def _index(self, world: TinyWorld) -> Retriever:
+        index = build_index(world.passages, self._encoder)
+        return Forgetful(index, self.config.recall) if self.config.recall < 1 else index
+
+
+def _evenly(kinds: Sequence[T], n: int) -> Iterator[tuple[T, int]]:
+    """Each kind with its part of `n`; the first kinds get what is over."""
+    for i, kind in enumerate(kinds):
+        yield kind, (n + len(kinds) - 1 - i) // len(kinds)
 
 
 class CorpusEnvironment:
@@ -342,7 +353,8 @@ def _serve(retriever: Retriever) -> str:
 def make_environment(config: Config, dialect: Dialect = R1_SEARCHER) -> Environment:
     """The environment of a config, its demonstrations in the policy's dialect."""
     if isinstance(config.environment, TinyWorldConfig):
-        return TinyWorldEnvironment(config.environment, config.seed, dialect)
+        documents = config.rollout.documents_per_query
+        return TinyWorldEnvironment(config.environment, config.seed, dialect, documents)
     return CorpusEnvironment(config.environment, config.seed, config.eval.questions, dialect)
 
 
@@ -350,6 +362,8 @@ def _questions_of(reference: str) -> Iterable[Question]:
     """The questions behind a reference or the name of a benchmark."""
     if reference.startswith(HUB):
         return read_questions(reference)
+    if reference.startswith(LINKS):
+        return link_questions(read_corpus(reference.removeprefix(LINKS)), read_rules())
     path = questions_file(reference)
     if not is_summaries(path):
         return read_questions(path)

@@ -6,9 +6,8 @@ same few tokens wherever it stands, so that the policy can copy it.
 """
 
 import json
-from collections.abc import Collection
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,14 +15,16 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from r1s_jax.config import TinyWorldConfig
 from r1s_jax.data.questions import Question
+from r1s_jax.data.tiny_pages import LAST_SYLLABLES, SYLLABLES, Pages, Person, draw_names
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.protocol.dialect import BEGIN_THINK, Dialect
 from r1s_jax.protocol.r1_searcher import R1Searcher
 from r1s_jax.protocol.search_r1 import SearchR1
 from r1s_jax.protocol.solution import R1_SEARCHER
 from r1s_jax.protocol.tool_call import ToolCall
-from r1s_jax.retrieval.api import Passage, join_line
+from r1s_jax.retrieval.api import Passage
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
@@ -40,11 +41,6 @@ _WORDS = (
     "None",
 )
 # fmt: on
-# The last syllables of names are a separate set: with few syllables in common, the policy seldom
-# confuses neighbouring names.
-SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "aio")))
-LAST_SYLLABLES = tuple(map("".join, product("bdgklmnprstz", "euy")))
-
 _WORD_START = "▁"  # the customary mark of a piece that begins a word
 
 GUESS = " I guess."
@@ -143,40 +139,28 @@ def prompt_of(dialect: Dialect) -> str | None:
     return "{question}" if dialect.name == SearchR1.name else None
 
 
-@dataclass(frozen=True)
-class Person:
-    """A person of the world, who has one page."""
-
-    name: str
-    facts: dict[str, str]  # relation -> value, in the order of the page
-
-    @property
-    def passage(self) -> str:
-        """The person's line of the corpus. It has the name twice, so that a search for the name
-        ranks this page above the page of the person's student, which has it once."""
-        facts = ", ".join(f"{relation} {value}" for relation, value in self.facts.items())
-        return join_line(self.name, f"{self.name} has {facts}.")
-
-
 class TinyWorld:
     """People with a birthplace, a trade and a teacher; the teachers form one ring.
 
     In a ring of three or more, nobody teaches themselves or their own teacher. The world is a
-    function of `seed_key` (say, seed, split and index) and the numbers of people; no method changes
-    it. `memorised_people` more people have the same facts in every world and no relation to the
-    others.
+    function of `seed_key` (say, seed, split and index), the number of people and `config`, of which
+    it reads all but the other numbers of people; no method changes it. `config.memorised_people`
+    more people have the same facts in every world and no relation to the others.
     """
 
-    def __init__(self, seed_key: tuple[int, ...], num_people: int, memorised_people: int = 0):
+    def __init__(
+        self, seed_key: tuple[int, ...], num_people: int, config: TinyWorldConfig | None = None
+    ):
         if num_people < 3:
             raise ConfigError(f"a world needs at least 3 people, not {num_people}")
-        self.seed_key = seed_key
-        memorised = TinyWorld(_MEMORISED_KEY, memorised_people) if memorised_people else None
+        self.seed_key, self.config = seed_key, config or TinyWorldConfig()
+        count = self.config.memorised_people
+        memorised = TinyWorld(_MEMORISED_KEY, count) if count else None
         self.known = memorised.people if memorised else []
         rng = self._rng("facts")
         # As many places as people: the policy would memorise a few recurring ones, not read them.
-        names = _draw_names(rng, 2 * num_people, memorised.names if memorised else ())
-        people, self.places = names[:num_people], names[num_people:]
+        names = draw_names(rng, 2 * num_people, memorised.names if memorised else ())
+        people, self.places = self._full_names(names[:num_people]), names[num_people:]
         self.people = [
             Person(
                 name,
@@ -193,48 +177,68 @@ class TinyWorld:
         ]
         self._by_name = {person.name: person for person in (*self.people, *self.known)}
 
+    def _full_names(self, names: list[str]) -> list[str]:
+        """The names, a share of them with a second name, without which they are ambiguous."""
+        rng, count = self._rng("pages", 0), round(self.config.same_names * len(names))
+        chosen = rng.permutation(len(names))[:count]
+        seconds = dict(zip(chosen, draw_names(rng, count, names), strict=True))
+        return [f"{n} {seconds[i]}" if i in seconds else n for i, n in enumerate(names)]
+
     @property
     def names(self) -> list[str]:
         """The names of all people and places, except the memorised people."""
         return [person.name for person in self.people] + self.places
 
     def _rng(
-        self, purpose: Literal["facts", "questions", "guesses"], *key: int
+        self, purpose: Literal["facts", "questions", "guesses", "pages"], *key: int
     ) -> np.random.Generator:
         """A separate generator for each purpose, so that no call affects another."""
-        salt = ("facts", "questions", "guesses").index(purpose)
+        salt = ("facts", "questions", "guesses", "pages").index(purpose)
         return np.random.default_rng(np.random.SeedSequence(salt, spawn_key=(*self.seed_key, *key)))
 
     @property
     def passages(self) -> list[Passage]:
-        """The corpus: one passage per person."""
-        people = (*self.people, *self.known)
-        return [Passage(str(i), person.passage) for i, person in enumerate(people)]
+        """The corpus: one passage per person, as far as `config` changes nothing."""
+        lines = [*self._pages, *(person.passage for person in self.known)]
+        return [Passage(str(i), line) for i, line in enumerate(lines)]
+
+    @cached_property
+    def _pages(self) -> Pages:
+        taken = {word for name in self._by_name for word in (name, *name.split())}
+        return Pages(
+            self.people, self._values, {*taken, *self.places}, self.config, self._rng("pages", 1)
+        )
+
+    @property
+    def _values(self) -> Mapping[str, Sequence[str]]:
+        """The possible values of each relation."""
+        people = [person.name for person in self.people]
+        return {BIRTHPLACE: self.places, TRADE: TRADES, TEACHER: people}
 
     def questions(
-        self, n: int, two_hop_fraction: float, memorised_fraction: float = 0.0
+        self, n: int, hops: Sequence[int] | None = None, memorised_fraction: float = 0.0
     ) -> list[Question]:
         """`n` different questions in random order.
 
         The share `memorised_fraction` is about memorised people, as far as there are such
-        questions; the share `two_hop_fraction` of the others has two hops. The ids are unique
-        within this world. Raises ConfigError if the world has too few questions.
+        questions; the others need these numbers of hops (None: from one to `config.hops`), each
+        equally often. The ids are unique within this world. Raises ConfigError if the world has too
+        few questions.
         """
         memorised = self.known_questions()
         about_memorised = min(round(n * memorised_fraction), len(memorised))
-        n -= about_memorised
-        two_hop = round(n * two_hop_fraction)
+        kinds = range(1, self.config.hops + 1)
+        counts = _split(n - about_memorised, hops or kinds)
         rng, each = self._rng("questions"), len(self.people) * len(RELATIONS)
-        if not 0 <= two_hop <= n or max(two_hop, n - two_hop) > each:
-            raise ConfigError(
-                f"{n} questions with {two_hop} of two hops: this world has {each} of each kind"
-            )
-        one_hop_ids = rng.permutation(each)[: n - two_hop]
-        two_hop_ids = rng.permutation(each)[:two_hop] + each
-        memorised_ids = [q.id for q in memorised]
-        memorised_ids = rng.permutation(memorised_ids)[:about_memorised] if about_memorised else []
-        ids = rng.permutation([*one_hop_ids, *two_hop_ids, *memorised_ids])
-        return [self._question(int(i)) for i in ids]
+        if max(counts.values()) > each:
+            raise ConfigError(f"{counts} questions by hops: this world has {each} of each kind")
+        ids = []
+        for kind in kinds:
+            permuted = rng.permutation(each) + (kind - 1) * each
+            ids += list(permuted[: counts.get(kind, 0)])
+        if about_memorised:
+            ids += list(rng.permutation([q.id for q in memorised])[:about_memorised])
+        return [self._question(int(i)) for i in rng.permutation(ids)]
 
     def known_questions(self) -> list[Question]:
         """All questions about memorised people, whose facts never change; each needs one fact."""
@@ -244,18 +248,21 @@ class TinyWorld:
     @property
     def _first_memorised_id(self) -> int:
         """The first id of a question about memorised people; the ids of all others precede it."""
-        return 2 * len(self.people) * len(RELATIONS)
+        return self.config.hops * len(self.people) * len(RELATIONS)
 
     def _question(self, id: int) -> Question:
         name, relations = self._hops(id)
         chain = " of ".join(f"the {relation}" for relation in reversed(relations))
-        answer = name
+        answer, pages = name, []
         for relation in relations:
+            pages.append(answer)
             answer = self._by_name[answer].facts[relation]
         text, memorised = f"What is {chain} of {name}?", id >= self._first_memorised_id
         # 0 hops: scores by hops count only questions whose facts must be looked up.
         hops = 0 if memorised else len(relations)
-        return Question(id, text, (answer,), hops=hops, memorised=memorised)
+        return Question(
+            id, text, (answer,), hops=hops, supporting=tuple(pages), memorised=memorised
+        )
 
     def _hops(self, id: int) -> tuple[str, tuple[str, ...]]:
         """The name that question `id` starts from, and the relations to follow, first hop first."""
@@ -263,19 +270,22 @@ class TinyWorld:
             which, who = divmod(id - self._first_memorised_id, len(self.known))
             return self.known[who].name, (RELATIONS[which],)
         rest, who = divmod(id, len(self.people))
-        two_hop, which = divmod(rest, len(RELATIONS))
-        last = RELATIONS[which]
-        return self.people[who].name, (TEACHER, last) if two_hop else (last,)
+        further, which = divmod(rest, len(RELATIONS))
+        return self.people[who].name, (*[TEACHER] * further, RELATIONS[which])
 
     def demonstration(
-        self, question: Question, style: Style, dialect: Dialect = R1_SEARCHER
+        self,
+        question: Question,
+        style: Style,
+        dialect: Dialect = R1_SEARCHER,
+        documents: int = 1,
     ) -> Spans:
         """A worked solution, as (text, trained?) spans that follow the prompt.
 
         `search` looks up every hop, `guess` none, `search_then_guess` only the first. A guess is
         a random value of the right kind, seldom the right one; about memorised people it is the
-        right one. The span of a guess begins with `GUESS`. The documents of a search are the one
-        passage of the person searched for, in the search engine's form; they are not trained on.
+        right one. The span of a guess begins with `GUESS`. A search finds up to `documents`
+        passages, the person's own first, absent or not; they are not trained on.
         The first word of a thought, `Let` or `I`, is the decision to search or to guess.
         """
         if self._question(question.id) != question:
@@ -292,7 +302,7 @@ class TinyWorld:
             person = self._by_name[value]
             thought = " Let me search." if dialect.talks else ""
             spans.append((thought + dialect.search_turn(f"{value} {relation}"), True))
-            spans.append((dialect.reply([[person.passage]]), False))
+            spans.append((dialect.reply([self._found(person)[:documents]]), False))
             value = person.facts[relation]
             if dialect.talks:
                 spans.append((f"{dialect.opening()} Found {relation} {value}.", True))
@@ -306,10 +316,11 @@ class TinyWorld:
         spans.append((thought + answer, True))
         return tuple(spans)
 
+    def _found(self, person: Person) -> list[str]:
+        return [person.passage] if person in self.known else self._pages.about(person.name)
+
     def _guess(self, id: int, relation: str) -> str:
-        people = [person.name for person in self.people]
-        values = {BIRTHPLACE: self.places, TRADE: TRADES, TEACHER: people}[relation]
-        return str(self._rng("guesses", id).choice(values))
+        return str(self._rng("guesses", id).choice(self._values[relation]))
 
     def check(self) -> None:
         """Raises ValueError unless every name denotes one thing, with one value per relation.
@@ -324,25 +335,20 @@ class TinyWorld:
                 raise ValueError(f"the facts of {person.name} are not one value per relation")
 
 
+def _split(n: int, kinds: Sequence[int]) -> dict[int, int]:
+    """`n` divided over the kinds as evenly as whole numbers allow."""
+    counts = {}
+    for others, kind in reversed(list(enumerate(kinds))):
+        counts[kind] = round(n / (others + 1))
+        n -= counts[kind]
+    return counts
+
+
 def _shuffled(rng: np.random.Generator, facts: dict[str, str]) -> dict[str, str]:
     """The facts in random order: in a fixed order, the policy would read a fact by its place,
     syllable by syllable, and would sometimes never learn one of them."""
     relations = list(facts)
     return {relations[i]: facts[relations[i]] for i in rng.permutation(len(relations))}
-
-
-def _draw_names(rng: np.random.Generator, n: int, excluded: Collection[str]) -> list[str]:
-    """`n` different names, e.g. Bakory, none of them in `excluded`."""
-    total = len(SYLLABLES) ** 2 * len(LAST_SYLLABLES)
-    if n > total - len(excluded):
-        raise ConfigError(f"a world has {total:,} names; {n:,} people and places are too many")
-    drawn: dict[str, None] = {}  # an ordered set
-    while len(drawn) < n:
-        first, second = rng.choice(SYLLABLES, 2)
-        name = f"{first}{second}{rng.choice(LAST_SYLLABLES)}".capitalize()
-        if name not in excluded:
-            drawn[name] = None
-    return list(drawn)
 
 
 def write_world(folder: Path, people: int, questions: int, seed: int) -> Path:
@@ -355,7 +361,7 @@ def write_world(folder: Path, people: int, questions: int, seed: int) -> Path:
         "passages.tsv": [f"{passage.id}\t{passage.line}" for passage in world.passages],
         "questions.jsonl": [
             json.dumps({"idx": q.id, "question": q.question, "answer": q.answers[0]})
-            for q in world.questions(questions, 0.5)
+            for q in world.questions(questions)
         ],
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,13 @@ ADDED = {
     "algorithm.teacher": "",
     "algorithm.search_price": 0.0,
     "environment.sampler": "shuffled",
+    "environment.hops": 2,
+    "environment.distractors": 0,
+    "environment.same_names": 0.0,
+    "environment.coverage": 1.0,
+    "environment.stale": 0.0,
+    "environment.recall": 1.0,
+    "environment.padding": 0,
     "optimizer.warmup_steps": 0,
 }
 

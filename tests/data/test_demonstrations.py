@@ -87,7 +87,7 @@ def test_an_end_of_turn_token_is_imitated(tmp_path, thinking, with_end):
     tokenizer = build_tokenizer("tool_call")
     dialect = bound(make_dialect("tool_call", thinking), tokenizer)
     world = TinyWorld((1,), 30)
-    (question,) = world.questions(1, 1.0)
+    (question,) = world.questions(1, [2])
     full = world.demonstration(question, "search", dialect)
     assert full[-1][0].endswith(dialect.turn_end)
     spans = [

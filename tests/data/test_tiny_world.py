@@ -2,6 +2,9 @@ import numpy as np
 import pytest
 
 from r1s_jax import rewards
+from r1s_jax.config import TinyWorldConfig, override
+from r1s_jax.configs import tiny_world
+from r1s_jax.data.tiny_search import Forgetful
 from r1s_jax.data.tiny_world import (
     EOS,
     PROMPT,
@@ -11,6 +14,7 @@ from r1s_jax.data.tiny_world import (
     TinyWorld,
     build_tokenizer,
 )
+from r1s_jax.io.errors import ConfigError
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import build_index
@@ -23,7 +27,7 @@ def world() -> TinyWorld:
 
 @pytest.fixture(scope="module")
 def questions(world):
-    return world.questions(120, two_hop_fraction=0.5)
+    return world.questions(120)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def read_answer(world, question) -> list[str]:
 def test_a_world_follows_from_its_key(world, questions):
     again = TinyWorld((0, 1, 2), num_people=200)
     assert again.passages == world.passages
-    assert again.questions(120, two_hop_fraction=0.5) == questions
+    assert again.questions(120) == questions
     assert all(
         again.demonstration(q, "guess") == world.demonstration(q, "guess") for q in questions
     )
@@ -79,27 +83,27 @@ def test_each_question_has_one_answer(world, questions):
 def test_all_questions_of_a_small_world(num_people):
     world = TinyWorld((7,), num_people)
     world.check()
-    questions = world.questions(num_people * 2 * len(RELATIONS), two_hop_fraction=0.5)
+    questions = world.questions(num_people * 2 * len(RELATIONS))
     assert len({q.question for q in questions}) == len(questions)
     for question in questions:
         assert read_answer(world, question) == list(question.answers)
         assert question.answers[0] not in question.question  # no person leads to itself
     with pytest.raises(ValueError, match="of each kind"):
-        world.questions(len(questions) + 2, two_hop_fraction=0.5)
+        world.questions(len(questions) + 2)
 
 
 def test_memorised_people_are_the_same_in_every_world():
-    worlds = [TinyWorld((0, 1, step), 60, memorised_people=5) for step in (2, 3)]
+    worlds = [TinyWorld((0, 1, step), 60, TinyWorldConfig(memorised_people=5)) for step in (2, 3)]
     for world in worlds:
         world.check()
-        for question in (questions := world.questions(40, 0.5, memorised_fraction=0.3)):
+        for question in (questions := world.questions(40, memorised_fraction=0.3)):
             assert read_answer(world, question) == list(question.answers)
             assert (question.hops == 0) == question.memorised
         assert sum(q.memorised for q in questions) == 12
         assert [q.hops for q in questions].count(2) == 14
         memorised = world.known_questions()
         assert len(memorised) == 5 * len(RELATIONS) and all(q.memorised for q in memorised)
-        assert sum(q.memorised for q in world.questions(100, 0.5, memorised_fraction=0.5)) == len(
+        assert sum(q.memorised for q in world.questions(100, memorised_fraction=0.5)) == len(
             memorised
         )
         for question in memorised:
@@ -231,3 +235,78 @@ def test_a_query_by_name_and_relation_finds_the_page(world):
     hits = index.search(queries, k=1)
     right = [hit[0].line == person.passage for hit, person in zip(hits, people, strict=True)]
     assert np.mean(right) >= 0.97
+
+
+KNOBS = {
+    "hops": 4,
+    "distractors": 2,
+    "same_names": 0.5,
+    "coverage": 0.7,
+    "stale": 0.5,
+    "padding": 3,
+    "memorised_people": 5,
+}
+
+
+def test_a_hard_world_is_one_the_tokenizer_knows_and_its_true_pages_answer(tokenizer):
+    world = TinyWorld((4,), 60, TinyWorldConfig(**KNOBS))
+    questions = world.questions(80, memorised_fraction=0.2)
+    assert {q.hops for q in questions} == {0, 1, 2, 3, 4}
+    for text in [p.line for p in world.passages] + [q.question for q in questions]:
+        assert tokenizer.unk_token_id not in tokenizer.encode(text)
+    for question in questions:
+        spans = world.demonstration(question, "search", documents=2)
+        solution = rewards.Solution(spans)
+        assert rewards.stage2(solution, question.answers).value == 1.0
+        assert rewards.searches_answered(solution) == max(1, question.hops)
+
+
+@pytest.mark.parametrize(("name", "value"), [(k, v) for k, v in KNOBS.items() if k != "hops"])
+def test_each_knob_changes_pages_and_nothing_else(name, value):
+    plain = TinyWorld((4,), 60)
+    hard = TinyWorld((4,), 60, TinyWorldConfig(**{name: value}))
+    before, after = [p.line for p in plain.passages], [p.line for p in hard.passages]
+    if name == "same_names":
+        assert sum(" " in person.name for person in hard.people) == 30
+        assert len(after) == 90
+        return
+    if name == "memorised_people":
+        assert len(after) == 65
+        return
+    assert [p.facts for p in hard.people] == [p.facts for p in plain.people]
+    added = [line for line in after if line not in before]
+    if name == "coverage":
+        assert not added and len(after) == 42
+    elif name == "stale":
+        assert after[:60] == before and len(added) == 30
+        assert all(", I guess " in line for line in added)
+    elif name == "distractors":
+        assert after[:60] == before and len(added) == 120
+    else:
+        assert len(after) == 60
+        assert all(
+            new.startswith(old.partition(" has ")[0].partition("   ")[0])
+            and old.partition("   ")[2] in new
+            and new.count(" has ") == 4
+            for old, new in zip(before, after, strict=True)
+        )
+
+
+def test_a_forgetful_search_engine_misses_a_share_of_right_pages_for_good():
+    world = TinyWorld((4,), 200)
+    index = build_index(world.passages, HashEncoder())
+    engine = Forgetful(index, 0.6)
+    queries = [f"{person.name} {relation}" for person in world.people for relation in RELATIONS]
+    found = engine.search(queries, 1)
+    right = [hits[0].title == q.split()[0] for q, hits in zip(queries, found, strict=True)]
+    assert 0.55 < np.mean(right) < 0.65
+    assert engine.search(queries, 1) == found
+    by_person = np.array(right).reshape(200, 3)
+    assert by_person.any(1).mean() > 0.9  # other words find what the first did not
+    assert len(engine.passages) == 200
+
+
+@pytest.mark.parametrize("change", [{"hops": 5, "cold_start_people": 5}])
+def test_more_hops_than_people_are_refused(change):
+    with pytest.raises(ConfigError, match="hops=5 lead further than the 5 people"):
+        override(tiny_world.config(), [f"environment.{k}={v}" for k, v in change.items()])

@@ -44,7 +44,7 @@ def tiny(name: str, thinking: str = "template"):
 def test_demonstrations_are_well_formed_in_every_dialect(name, thinking):
     dialect, tokenizer = tiny(name, thinking)
     world = TinyWorld((1,), 30)
-    for question in world.questions(6, 0.5):
+    for question in world.questions(6):
         spans = []
         for text, by_policy in world.demonstration(question, "search", dialect):
             ids = encode(tokenizer, text)

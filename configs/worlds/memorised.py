@@ -1,0 +1,14 @@
+"""The tiny world with people whose facts the policy knows by heart, and a price on searches."""
+
+from r1s_jax.config import Config, override
+from r1s_jax.configs.tiny_world import config as tiny_world
+
+
+def config() -> Config:
+    return override(
+        tiny_world(),
+        [
+            "name=worlds/memorised",
+            "environment.memorised_people=20",
+        ],
+    )
