@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float
 
 from r1s_jax.data.environment import Batch
 from r1s_jax.data.question_forms import Question
+from r1s_jax.eval.audit import Finding
+from r1s_jax.eval.explain import budget, cause
 from r1s_jax.eval.score import interval
 from r1s_jax.models.params import Params
 from r1s_jax.rewards.answer_scores import score_answer
@@ -29,11 +31,14 @@ class Evaluation:
     rolled: Rolled
     sampled: dict[str, float] = field(default_factory=dict)  # see evaluate_samples
     by_need: dict[str, float] = field(default_factory=dict)  # see search_by_need
+    lost: dict[str, float] = field(default_factory=dict)  # see losses
 
     def scores(self) -> dict[str, float]:
         """The scores that are compared before and after learning."""
         names = ("f1", "cover_em", "searches", "solved_with_search", "solved_without_search")
-        return {name: getattr(self, name) for name in names} | self.sampled | self.by_need
+        return (
+            {name: getattr(self, name) for name in names} | self.sampled | self.by_need | self.lost
+        )
 
 
 def evaluate_samples(
@@ -66,10 +71,12 @@ def evaluate(
     batch: Batch,
     sampler: Engine | None = None,
     samples: int = 0,
+    findings: Sequence[Finding] = (),
 ) -> Evaluation:
     """Answers every question once; `engine` should sample at temperature 0.
 
-    With `samples`, `sampler` also answers each that many times, at its own temperature.
+    With `samples`, `sampler` also answers each that many times, at its own temperature. `findings`,
+    one for each question, say what the corpus has (see eval/audit.py).
     """
     rolled = engine.run(
         params, batch.questions, samples=1, seed=0, step=0, retriever=batch.retriever
@@ -93,7 +100,20 @@ def evaluate(
         rolled=rolled,
         sampled=evaluate_samples(sampler, params, batch, samples) if sampler and samples else {},
         by_need=search_by_need(rolled.questions, searched, f1),
+        lost=losses(rolled, findings, f1, engine.config.documents_per_query) if findings else {},
     )
+
+
+def losses(
+    rolled: Rolled, findings: Sequence[Finding], f1: Float[np.ndarray, " N"], documents: int
+) -> dict[str, float]:
+    """The part of 1 - F1 that each cause has, as `lost_<cause>` (see eval/explain.py)."""
+    causes = [
+        cause(finding, solution.answer or "", solution.found, documents)
+        for finding, solution in zip(findings, rolled.solutions, strict=True)
+    ]
+    shares = budget(f1, causes)
+    return {f"lost_{name}": part["share"] for name, part in shares.items()}
 
 
 def search_by_need(

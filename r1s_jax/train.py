@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from r1s_jax.config import Config, RolloutConfig
 from r1s_jax.data.environment import dialect_of, open_environment
 from r1s_jax.data.tiny_world import build_tokenizer
+from r1s_jax.eval.audit import Finding, Lines, audit
 from r1s_jax.eval.held_out import Evaluation, evaluate
 from r1s_jax.learning.cold_start import demonstrations_of, imitate
 from r1s_jax.learning.collect import Collector
@@ -41,6 +43,8 @@ from r1s_jax.tracking.run_dir import (
 )
 from r1s_jax.tracking.summary import note_evaluation, summarize
 from r1s_jax.tracking.telemetry import Telemetry
+
+_AUDITED = 10**6  # a run reads at most so many passages to tell where its errors come from
 
 
 def train(
@@ -264,9 +268,20 @@ class Run:
         if not (count := self.config.eval.questions):
             return None
         batch, samples = self.environment.evaluation(count), self.config.eval.samples
-        found = evaluate(self.evaluation_engine, state.params, batch, self.engine, samples)
+        found = evaluate(
+            self.evaluation_engine, state.params, batch, self.engine, samples, self._findings
+        )
         release_memory()
         return found
+
+    @cached_property
+    def _findings(self) -> list[Finding]:
+        """What the corpus has for the held-out questions; [] unless it is at hand and small."""
+        batch = self.environment.evaluation(self.config.eval.questions)
+        passages = getattr(batch.retriever, "passages", None)
+        if passages is None or len(passages) > _AUDITED:
+            return []
+        return audit(batch.questions, Lines(passages), batch.retriever)
 
     def _engine(self, rollout: RolloutConfig) -> Engine:
         c = self.config

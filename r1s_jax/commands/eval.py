@@ -9,6 +9,7 @@ import typer
 
 from r1s_jax.commands.options import (
     WIKIPEDIA,
+    AsJson,
     Changes,
     Model,
     Online,
@@ -125,6 +126,37 @@ def score(
             typer.echo(json.dumps(row, ensure_ascii=False))
     else:
         scoring.print_tables(summaries, gains)
+
+
+@app.command("explain")
+def explain(
+    file: Annotated[Path, typer.Argument(help="Answers, as `r1s eval run` writes them; .gz too.")],
+    index: Annotated[Path, typer.Option(help="Directory of the index that was searched.")],
+    questions: Annotated[
+        str,
+        typer.Option(help="Questions with supporting titles. [default: those that were answered]"),
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Write the rows with their `cause`.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Where do the errors come from: the corpus, the search engine or the policy?
+
+    Every wrong answer has one cause, so that the shares add up to the loss. See examples with
+    `r1s traces OUT --cause never_asked`.
+    """
+    from r1s_jax.eval.explain import as_table, explain_file
+    from r1s_jax.retrieval.references import open_saved_index
+    from r1s_jax.system.console import bars, console
+
+    with bars() as progress:
+        result = explain_file(file, open_saved_index(index), questions, out, progress)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    console.print(as_table(result))
+    console.print(f"{result['with_titles']} of {result['answers']} answers have known titles")
+    if out:
+        console.print(f"Examples: r1s traces {out} --cause never_asked")
 
 
 @app.command("judge")

@@ -16,6 +16,7 @@ def traces(
     finish: Annotated[str, typer.Option(help="finished, search_limit, length, ...")] = "",
     step: Annotated[int | None, typer.Option(help="Training step.")] = None,
     contains: Annotated[str, typer.Option(help="Text that occurs in it.")] = "",
+    cause: Annotated[str, typer.Option(help="As `r1s eval explain` names it.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="Most trajectories to show; 0: all.")] = 10,
     html: Annotated[Path | None, typer.Option(help="Write a page instead of printing.")] = None,
 ) -> None:
@@ -23,7 +24,7 @@ def traces(
     from r1s_jax.data.traces import Wanted, read_traces
     from r1s_jax.tracking.trace_view import show
 
-    filters = Wanted(min_reward, max_reward, searches, finish, step, contains)
+    filters = Wanted(min_reward, max_reward, searches, finish, step, contains, cause)
     matches = [trace for trace in read_traces(source) if filters.fits(trace)]
     show(matches[: limit or None], len(matches), html)
     if html:

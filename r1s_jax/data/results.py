@@ -147,13 +147,14 @@ def supporting_recall(titles: Iterable[str], lines: Iterable[str]) -> float:
 
     Raises ValueError if there are no titles.
     """
-    supporting = {_title(title) for title in titles}
+    supporting = {page_key(title) for title in titles}
     if not supporting:
         raise ValueError("no titles to look for")
-    return len(supporting & {_title(split_line(line)[0]) for line in lines}) / len(supporting)
+    return len(supporting & {page_key(split_line(line)[0]) for line in lines}) / len(supporting)
 
 
-def _title(title: str) -> str:
+def page_key(title: str) -> str:
+    """What titles of one page have in common: case, punctuation and articles do not count."""
     return normalize_answer(title) or " ".join(title.lower().split())  # "The The" is a band
 
 

@@ -82,6 +82,7 @@ class Trace:
     token_advantages: Sequence[tuple[str, float]] = ()
     token_kl: Sequence[float] = ()  # of the same tokens; empty without a reference or teacher
     dialect: Dialect = R1_SEARCHER
+    cause: str = ""  # why the answer is wrong: see eval/explain.py
 
     @property
     def solution(self) -> Solution:
@@ -119,7 +120,7 @@ class Trace:
         """Step, reward, number of searches and finish, as far as they are known."""
         numbers = {"step": self.step, "reward": self.reward, "searches": self.searches}
         parts = [f"{k} {v:.3g}" for k, v in numbers.items() if v is not None]
-        return "  ".join([*parts, self.finish] if self.finish else parts)
+        return "  ".join([*parts, *filter(None, (self.finish, self.cause))])
 
 
 def is_complete(finish: str) -> bool:
@@ -137,6 +138,7 @@ class Wanted:
     finish: str = ""
     step: int | None = None
     contains: str = ""
+    cause: str = ""
 
     def fits(self, trace: Trace) -> bool:
         """Whether a trace passes every filter; an unknown value fails its filter."""
@@ -147,6 +149,7 @@ class Wanted:
             and (high is None or (reward is not None and reward <= high))
             and (self.searches is None or trace.searches == self.searches)
             and (not self.finish or trace.finish == self.finish)
+            and (not self.cause or trace.cause == self.cause)
             and (self.step is None or trace.step == self.step)
             and any(self.contains in text for text in (trace.question, *dict(trace.spans)))
         )
@@ -161,7 +164,7 @@ def read_traces(source: Path) -> Iterator[Trace]:
     if source.is_dir() and not path.exists():
         raise DataError(f"{source} holds no traces.jsonl: is it the directory of a run?")
     rows = whole_rows(path) if path.name == "traces.jsonl" else read_rows(path)
-    dialect = _dialect_of(path)
+    dialect = dialect_of_file(path)
     for number, row in rows:
         try:
             yield _of_run(row, dialect) if "spans" in row else _of_answers(row, dialect)
@@ -178,7 +181,7 @@ def sample_traces(path: Path, count: int) -> tuple[list[Trace], int]:
     with path.open("rb") as lines:
         total = sum(line.endswith(b"\n") for line in lines)
     chosen = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
-    traces, dialect = [], _dialect_of(path)
+    traces, dialect = [], dialect_of_file(path)
     with path.open("rb") as lines:
         for i, line in enumerate(lines):
             if i not in chosen:
@@ -191,7 +194,7 @@ def sample_traces(path: Path, count: int) -> tuple[list[Trace], int]:
     return traces, total
 
 
-def _dialect_of(path: Path) -> Dialect:
+def dialect_of_file(path: Path) -> Dialect:
     """The dialect of a file's trajectories, from the run's config or the file's header."""
     config = path.parent / "config.json"
     if path.name == "traces.jsonl" and config.exists():
@@ -259,4 +262,5 @@ def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
         int(scores["searches"]),
         str(row.get("stop_reason_final", "")),
         dialect=dialect,
+        cause=str(row.get("cause", "")),
     )

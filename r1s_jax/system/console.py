@@ -71,8 +71,19 @@ def make_progress() -> Progress:
 
 
 @contextmanager
+def bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Bars for the parts of a long job; yields the function that makes one of a title."""
+    with make_progress() as progress:
+
+        def bar(title: str) -> Callable[[int, int], None]:
+            task = progress.add_task(title, total=None, info="")
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        yield bar
+
+
+@contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for one long job; yields the function to call with (done, total)."""
-    with make_progress() as progress:
-        task = progress.add_task(title, total=None, info="")
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with bars() as bar:
+        yield bar(title)

@@ -8,6 +8,7 @@ from etils import epath
 from rich.table import Table
 
 from r1s_jax.data.traces import Trace
+from r1s_jax.eval.explain import CAUSES
 from r1s_jax.eval.held_out import Evaluation
 from r1s_jax.eval.score import interval
 from r1s_jax.io.journal import rows_so_far
@@ -71,7 +72,8 @@ def summarize(
     }
     if after and progress.before:
         for name, value in after.scores().items():
-            summary |= {f"{name}_before": progress.before[name], f"{name}_after": value}
+            if name in progress.before:  # not where an older version evaluated
+                summary |= {f"{name}_before": progress.before[name], f"{name}_after": value}
         by_hops = {"f1_one_hop_after": after.f1_one_hop, "f1_two_hop_after": after.f1_two_hop}
         summary |= {name: f1 for name, f1 in by_hops.items() if f1 is not None}
         note_evaluation(run_dir, "after", after)
@@ -127,8 +129,11 @@ def _show_evaluation(summary: dict[str, Any], after: Evaluation) -> None:
         ("searches a question", "searches"),
         ("searched where it must", "searched_needed"),
         ("searched where it need not", "searched_memorised"),
+        *((f"lost: {name.replace('_', ' ')}", f"lost_{name}") for name in CAUSES),
     ):
         if f"{key}_after" in summary:
+            if name.startswith("lost") and not summary[f"{key}_before"] + summary[f"{key}_after"]:
+                continue
             values = (summary[f"{key}_{when}"] for when in ("before", "after"))
             table.add_row(name, *(f"{value:.3f}" for value in values))
     for name in ("one_hop", "two_hop"):
