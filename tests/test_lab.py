@@ -8,13 +8,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
-from r1s_jax.commands.lab import _is_done, _note_move, _Plan, _planned, run_folder
 from r1s_jax.config import CorpusConfig
 from r1s_jax.configs import wiki_smollm2
 from r1s_jax.io.errors import ConfigError
-from r1s_jax.tracking.arms import Arm
+from r1s_jax.lab import Plan, hours_left, is_done, note_move, planned, run_folder
+from r1s_jax.tracking.arms import Arm, as_markdown, holm, table_of
 from r1s_jax.tracking.run_dir import check_data, open_run_dir
 from tests.makers import SHORT, run_cli
 
@@ -50,14 +52,14 @@ def test_a_directory_holds_one_comparison(tmp_path):
 
 def test_arms_with_equal_cold_start_settings_share_one(tmp_path):
     def folder(*changes: str, seed: int = 0) -> Path:
-        return _planned("tiny_world", TINY, Arm("x", changes), seed, tmp_path).cold_folder
+        return planned("tiny_world", TINY, Arm("x", changes), seed, tmp_path).cold_folder
 
     for changes in ("algorithm.loss=gspo", "optimizer.learning_rate=1", "rollout.slots=32"):
         assert folder(changes) == folder()
     for changes in ("eval.questions=7", "rollout.max_documents_length=40", "optimizer.b2=0.9"):
         assert folder(changes) != folder()
     assert folder(seed=1) != folder()
-    plan = _planned("tiny_world", TINY, Arm("x", ("algorithm.loss=gspo",)), 0, tmp_path)
+    plan = planned("tiny_world", TINY, Arm("x", ("algorithm.loss=gspo",)), 0, tmp_path)
     # The first arm makes the shared cold start; that arm may be killed and then left out.
     assert plan.cold_start.algorithm.loss == "clip" and plan.config.algorithm.loss == "gspo"
     assert plan.cold_start.eval == plan.config.eval and not plan.config.cold_start.steps
@@ -66,7 +68,7 @@ def test_arms_with_equal_cold_start_settings_share_one(tmp_path):
 def test_each_run_has_its_own_checkpoints(tmp_path):
     elsewhere = [*TINY, "run.checkpoint_dir=gs://bucket/lab/"]
     plans = [
-        _planned("tiny_world", elsewhere, Arm(name, ()), seed, tmp_path)
+        planned("tiny_world", elsewhere, Arm(name, ()), seed, tmp_path)
         for name, seed in (("a", 0), ("b", 0), ("a", 1))
     ]
     places = [plan.config.run.checkpoint_dir for plan in plans]
@@ -78,8 +80,8 @@ def test_each_run_has_its_own_checkpoints(tmp_path):
 
 def test_a_comparison_resumes_after_its_folder_was_moved(tmp_path):
     def begin(out: Path, *changes: str):
-        plan = _planned("tiny_world", [*TINY, *changes], Arm("x", ()), 0, out)
-        _note_move(run_folder(out, "x", 0), plan)
+        plan = planned("tiny_world", [*TINY, *changes], Arm("x", ()), 0, out)
+        note_move(plan)
         return open_run_dir(run_folder(out, "x", 0), plan.config, resume=True)
 
     (begin(tmp_path / "lab") / "metrics.jsonl").touch()
@@ -100,16 +102,16 @@ def test_a_damaged_plan_is_named(tmp_path, plan):
 
 def test_a_run_of_an_edited_recipe_is_refused(tmp_path):
     arm, out = Arm("x", ()), tmp_path / "lab"
-    plan = _planned("tiny_world", TINY, arm, 0, out)
+    plan = planned("tiny_world", TINY, arm, 0, out)
     folder = run_folder(out, "x", 0)
-    assert not _is_done(out, arm, 0, plan)
+    assert not is_done(plan)
     open_run_dir(folder, plan.config, resume=False)
     for name in ("metrics.jsonl", "summary.json"):
         (folder / name).write_text("{}")
-    assert _is_done(out, arm, 0, plan)
-    edited = _planned("tiny_world", [*TINY, "algorithm.clip=0.1"], arm, 0, out)
+    assert is_done(plan)
+    edited = planned("tiny_world", [*TINY, "algorithm.clip=0.1"], arm, 0, out)
     with pytest.raises(ConfigError, match=r"algorithm.clip was 0.2, now 0.1"):
-        _is_done(out, arm, 0, edited)
+        is_done(edited)
 
 
 def without_times(folder: Path) -> dict:
@@ -120,9 +122,10 @@ def without_times(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_kill_in_the_middle_changes_nothing(tmp_path):
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_kill_in_the_middle_changes_nothing(tmp_path, jobs):
     command = [sys.executable, "-m", "r1s_jax.cli", "lab", "tiny_world", *TINY, *ARMS]
-    command += ["--seeds", "2", "--out"]
+    command += ["--seeds", "2", "--jobs", jobs, "--out"]
     whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr[-2000:]
     last = json.loads(whole.stdout.splitlines()[-1])
@@ -143,19 +146,61 @@ def test_a_kill_in_the_middle_changes_nothing(tmp_path):
         assert (tmp_path / "killed" / name).stat().st_size > 100
 
 
+def test_an_arms_file_and_a_budget(tmp_path, monkeypatch):
+    arms = tmp_path / "arms.txt"
+    arms.write_text("# two arms\na:\n\nb: optimizer.learning_rate=1e-3\n", "utf-8")
+    plans = [
+        planned("tiny_world", TINY, Arm(name, ()), seed, tmp_path / "lab")
+        for seed in range(2)
+        for name in ("a", "b")
+    ]
+    assert hours_left(plans) is None
+    for plan, seconds in zip(plans, (3600, 1800), strict=False):
+        plan.folder.mkdir(parents=True)
+        (plan.folder / "summary.json").write_text(json.dumps({"seconds": seconds}))
+    assert hours_left(plans) is None  # no cold start is done
+    plans[0].cold_folder.parent.mkdir()
+    plans[0].cold_folder.with_suffix(".done").write_text('{"seconds": 360}')
+    assert hours_left(plans) == pytest.approx(2 * 0.75 + 0.1)
+    assert hours_left(plans, jobs=2) == pytest.approx((2 * 0.75 + 0.1) / 2)
+    monkeypatch.setattr("r1s_jax.lab.is_done", lambda plan: False)
+    monkeypatch.setattr("r1s_jax.lab._cold_start", lambda config, folder: None)
+    arguments = ["lab", "tiny_world", *TINY, "--arms", str(arms), "--seeds", "2"]
+    done = run_cli(*arguments, "--out", str(tmp_path / "lab"), "--hours", "1")
+    assert "would take 1.6 hours more, and --hours is 1.0" in str(done.exception)
+
+
+def test_arms_are_compared_with_the_first_one_and_p_is_corrected():
+    def runs(*f1):
+        empty = dict.fromkeys(("searches_after", "searched_needed_after"))
+        empty |= {"searched_memorised_after": None, "f1_before": 0.0, "signals": {}}
+        empty |= {"steps_to_good": None, "seconds_to_good": None, "stopped": None}
+        return [empty | {"f1_after": value} for value in f1]
+
+    base, better = np.array([0.5, 0.6, 0.4]), np.array([0.8, 0.8, 0.7])
+    rows = table_of({"base": runs(*base), "better": runs(*better), "same": runs(*base)})
+    expected = ttest_rel(better, base).pvalue
+    assert rows[1]["gain"] == pytest.approx(np.mean(better - base))
+    assert rows[1]["p"] == pytest.approx(expected)
+    assert rows[1]["p_holm"] == pytest.approx(2 * expected)
+    assert rows[0]["gain"] is None and rows[2]["p"] == rows[2]["p_holm"] == 1.0
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
+    assert "gain (p, Holm)" in as_markdown(rows)
+
+
 def test_arms_over_different_data_are_not_compared(tmp_path):
     """A finished run counts only while its questions are unchanged."""
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"question": "Who?", "answer": "A"}\n')
     environment = CorpusConfig(questions=(str(questions),), retriever="http://x/queries")
-    plan = _Plan(replace(wiki_smollm2.config(), environment=environment), None, tmp_path)
-    arm, folder = Arm("base", ()), run_folder(tmp_path, "base", 0)
+    folder = run_folder(tmp_path, "base", 0)
+    plan = Plan(folder, replace(wiki_smollm2.config(), environment=environment), None, tmp_path)
     open_run_dir(folder, plan.config, resume=False)
     check_data(folder, plan.config, accept_changed=False)
     (folder / "metrics.jsonl").touch()
-    assert not _is_done(tmp_path, arm, 0, plan)
+    assert not is_done(plan)
     (folder / "summary.json").write_text("{}")
-    assert _is_done(tmp_path, arm, 0, plan)
+    assert is_done(plan)
     questions.write_text('{"question": "Where?", "answer": "A"}\n')
     with pytest.raises(ConfigError, match=r"q\.jsonl changed since the run began"):
-        _is_done(tmp_path, arm, 0, plan)
+        is_done(plan)

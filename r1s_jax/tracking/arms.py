@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypedDict
 import msgspec
 import numpy as np
 from rich.table import Table
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 from r1s_jax.io.journal import rows_so_far
 from r1s_jax.tracking.journal import read_json
@@ -53,6 +53,9 @@ class Arm(NamedTuple):
     overrides: tuple[str, ...]
 
 
+Run = dict[str, Any]  # the results of a run, as `run_result` returns them
+
+
 def run_result(folder: Path) -> dict[str, Any]:
     """The results of one run; `stopped` says why it ended early.
 
@@ -82,9 +85,13 @@ def run_result(folder: Path) -> dict[str, Any]:
     }
 
 
-def table_of(results: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row an arm: means over its seeds, with 95 % intervals (Student's t)."""
-    rows = []
+def table_of(results: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+    """A row an arm: means over its seeds, with 95 % intervals (Student's t).
+
+    `gain` is the mean difference in F1 to the first arm on the same seeds, `p` the probability of a
+    larger one by chance (paired t-test, two-sided), `p_holm` the same corrected for all arms.
+    """
+    rows, (first, *_) = [], results.values()
     for name, runs in results.items():
         signals = sorted({signal for run in runs for signal in run["signals"]})
         rows.append(
@@ -93,6 +100,7 @@ def table_of(results: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, 
                 "seeds": len(runs),
                 **{key: _mean([run[key] for run in runs]) for key in ("f1_before", "f1_after")},
                 "f1_after_interval": _interval([run["f1_after"] for run in runs]),
+                **_gain(runs, first),
                 **{name: _mean([run[name] for run in runs]) for name in _SEARCHES},
                 "reached_good": sum(run["steps_to_good"] is not None for run in runs),
                 "steps_to_good": _mean([run["steps_to_good"] for run in runs]),
@@ -101,7 +109,31 @@ def table_of(results: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, 
                 "signals": {s: sum(s in run["signals"] for run in runs) for s in signals},
             }
         )
-    return rows
+    corrected = holm([row["p"] for row in rows])
+    return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
+
+
+def _gain(runs: Sequence[Run], first: Sequence[Run]) -> dict[str, float | None]:
+    """`gain` and `p` of an arm; None for the first arm itself and where fewer than two seeds can be
+    compared."""
+    pairs = [(run["f1_after"], base["f1_after"]) for run, base in zip(runs, first, strict=False)]
+    gains = np.array([a - b for a, b in pairs if a is not None and b is not None])
+    if runs is first or len(gains) < 2:
+        return {"gain": None, "p": None}
+    mean, error = float(gains.mean()), float(gains.std(ddof=1)) / len(gains) ** 0.5
+    if not error:
+        return {"gain": mean, "p": float(mean == 0)}
+    return {"gain": mean, "p": 2 * float(stdtr(len(gains) - 1, -abs(mean) / error))}
+
+
+def holm(p: Sequence[float | None]) -> list[float | None]:
+    """Values of p corrected for their number (Holm, 1979); None stays None."""
+    known = sorted((value, i) for i, value in enumerate(p) if value is not None)
+    corrected, highest = list(p), 0.0
+    for rank, (value, i) in enumerate(known):
+        highest = max(highest, min(1.0, value * (len(known) - rank)))
+        corrected[i] = highest
+    return corrected
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -123,18 +155,23 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     """The headings, then a line an arm; a column of searches is left out if no arm fills it."""
     searches = {k: v for k, v in _SEARCHES.items() if any(row[k] is not None for row in rows)}
-    heads = ("arm", "F1 before", "F1 after (95 %)", f"steps to {GOOD}", "s", *searches.values())
+    heads = ("arm", "F1 before", "F1 after (95 %)", "gain (p, Holm)", f"steps to {GOOD}", "s")
+    heads += tuple(searches.values())
     yield (*heads, "signals")
     for row in rows:
         low, high = row["f1_after_interval"] or (None, None)
         f1 = _number(row["f1_after"]) + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
         if row["stopped"]:  # a stopped run has no F1
             f1 += f", {row['stopped']} stopped"
+        gain = "-"
+        if row["gain"] is not None:
+            gain = f"{row['gain']:+.2f} ({row['p_holm']:.2g})"
         reached = f"{_number(row['steps_to_good'], 0)} ({row['reached_good']}/{row['seeds']})"
         yield (
             row["arm"],
             _number(row["f1_before"]),
             f1,
+            gain,
             reached,
             _number(row["seconds_to_good"], 0),
             *(_number(row[name]) for name in searches),

@@ -120,12 +120,12 @@ def _go_on(folder: Path) -> Any:
 
 
 def _lab(folder: Path) -> None:
-    from r1s_jax.commands.lab import _check_same_lab, run_folder
+    from r1s_jax.lab import check_same_lab, run_folder
     from r1s_jax.tracking.arms import Arm
     from r1s_jax.tracking.run_dir import open_run_dir
 
     arm = Arm("a", ())
-    _check_same_lab(folder / "lab", "tiny_world", [], [arm])
+    check_same_lab(folder / "lab", "tiny_world", [], [arm])
     run = run_folder(folder / "lab", "a", 0)
     open_run_dir(run, _plan(folder, arm).config, resume=False)
     row = {"step": 1, "answer_f1": 0.5, "seconds_rollout": 1.0, "seconds_update": 0.5, "health": []}
@@ -134,20 +134,20 @@ def _lab(folder: Path) -> None:
 
 
 def _plan(folder: Path, arm: Any) -> Any:
-    from r1s_jax.commands.lab import _planned
+    from r1s_jax.lab import planned
 
-    return _planned("tiny_world", [], arm, 0, folder / "lab")
+    return planned("tiny_world", [], arm, 0, folder / "lab")
 
 
 def _go_on_with_lab(folder: Path) -> Any:
-    from r1s_jax.commands.lab import _check_same_lab, _is_done, _note_move, run_folder
+    from r1s_jax.lab import check_same_lab, is_done, note_move, run_folder
     from r1s_jax.tracking.arms import Arm, as_markdown, plot_arms, run_result, table_of
 
     arm, out = Arm("a", ()), folder / "lab"
     plan, run = _plan(folder, arm), run_folder(out, "a", 0)
-    _check_same_lab(out, "tiny_world", [], [arm])
-    _note_move(run, plan)
-    done = _is_done(out, arm, 0, plan)
+    check_same_lab(out, "tiny_world", [], [arm])
+    note_move(plan)
+    done = is_done(plan)
     plot_arms({"a": [run]}, out / "curves.png")
     return done, as_markdown(table_of({"a": [run_result(run)]}))
 
