@@ -235,7 +235,7 @@ def side_by_side(plans: Sequence[Plan], jobs: int, out: Path) -> Generator[int]:
     They end with this process, and when the caller closes this generator. Raises RunFailed.
     """
     logs = [out / f"process-{i}.log" for i in range(1, jobs + 1)]
-    cores = [set(part) for part in np.array_split(_cores(), jobs)]
+    cores = [set(part.tolist()) for part in np.array_split(_cores(), jobs)]
     processes = [_start(plans, logs[0], cores[0])]
     try:
         while any(process.is_alive() for process in processes):
