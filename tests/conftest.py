@@ -37,10 +37,6 @@ for name, value in _PROGRAMS.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)  # for the processes that tests start
 
-# Linux allows a process 65,530 memory maps by default, and each compiled program takes several: a
-# worker that kept the programs of all its tests would exceed the limit and crash.
-_MANY_MAPS = 25_000
-
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
@@ -56,11 +52,9 @@ def index(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
-    """Forgets compiled programs when there are very many."""
+    """A worker that kept the programs of all its tests would crash."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
-        forget_compiled_programs()
+    forget_compiled_programs()
 
 
 # The longest files, which come first: none of them may start last.

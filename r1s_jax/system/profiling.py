@@ -15,6 +15,7 @@ from r1s_jax.io.errors import ConfigError
 from r1s_jax.system.assets import cache_dir
 from r1s_jax.system.chips import CHIPS
 
+_MANY_MAPS = 25_000
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -51,13 +52,15 @@ def keep_compiled_programs() -> None:
 
 
 def forget_compiled_programs() -> None:
-    """Frees the compiled programs of finished runs.
+    """Frees the compiled programs of finished work, if there are many.
 
     On Linux a process may have 65,530 memory maps; each program takes several, and a process that
     needs more crashes.
     """
-    jax.clear_caches()
-    gc.collect()
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def model_flops_utilization(params: Any, tokens: float, seconds: float) -> float | None:
