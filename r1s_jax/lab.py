@@ -241,17 +241,22 @@ def side_by_side(plans: Sequence[Plan], jobs: int, out: Path) -> Generator[int]:
         while any(process.is_alive() for process in processes):
             yield sum((plan.folder / "summary.json").exists() for plan in plans)
             time.sleep(1)
-            for process, log in zip(processes, logs, strict=False):
-                if process.exitcode:
-                    raise RunFailed(f"a run failed; {log} says why. The comparison can be resumed")
             if len(processes) < jobs and _room_for_another(plans, processes[0].pid):
                 number = len(processes)
                 processes.append(_start(plans, logs[number], cores[number]))
+            _raise_failure(processes, logs)
+        _raise_failure(processes, logs)
     finally:
         for process in processes:
             process.terminate()  # a run ends after its step, with a checkpoint
         for process in processes:
             process.join()
+
+
+def _raise_failure(processes: Sequence[Any], logs: Sequence[Path]) -> None:
+    for process, log in zip(processes, logs, strict=False):
+        if process.exitcode:
+            raise RunFailed(f"a run failed; {log} says why. The comparison can be resumed")
 
 
 def _cores() -> list[int]:

@@ -366,6 +366,35 @@ CORPUS += [
 
 
 @pytest.mark.slow
+def test_questions_drawn_by_difficulty_survive_a_kill(model, index, tmp_path):
+    """The rewards of questions, which decide what comes next, stand in the checkpoint."""
+    questions = tmp_path / "q.jsonl"
+    rows = [{"question": f"What is the trade of Bakor{i}?", "answer": "smith"} for i in range(12)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [*CORPUS, "environment.passages=", f"environment.index={index}", "stage2.steps=5"]
+    options += [f"environment.questions={questions}", f"policy.model={model}", *STREAMS]
+    options += ["environment.sampler=difficulty", "stage2.reward=words", "cold_start.steps=0"]
+    paths = tmp_path / "whole", tmp_path / "killed"
+    code = "import sys; from r1s_jax.cli import main; sys.argv[0] = 'r1s'; main()"
+    for path in paths:
+        words = [sys.executable, "-c", code, "train", "wiki_smollm2", *options]
+        words += ["--run-dir", str(path)]
+        run = begin(words)
+        if path is paths[1]:
+            wait_until(lambda: len(rows_so_far(paths[1] / "metrics.jsonl")) >= 3, run)
+            run.kill()
+            run.wait()
+            run = begin([*words, "--resume"])
+        out, _ = run.communicate(timeout=900)
+        assert run.returncode == 0, out
+    asked = [row["question"] for row in rows_so_far(paths[0] / "traces.jsonl")]
+    assert len(set(asked)) > 3
+    for name in ("metrics.jsonl", "traces.jsonl"):
+        whole, killed = (without_times(rows_so_far(path / name)) for path in paths)
+        assert whole == killed
+
+
+@pytest.mark.slow
 def test_a_run_folder_is_complete_and_remembers_its_data(model, index, tmp_path, monkeypatch):
     """Resumes from another folder without its base model; changed data is refused."""
     monkeypatch.chdir(tmp_path)

@@ -81,7 +81,7 @@ class _Watch:
     """Says how long a comparison takes, and ends one that takes too long."""
 
     def __init__(self, plans: list["Plan"], jobs: int, hours: float | None):
-        self._plans, self._jobs, self._most = plans, jobs, hours
+        self._plans, self._jobs, self._most, self.runs = plans, jobs, hours, len(plans)
         self._started, self._estimate = time.monotonic(), None
 
     def begins(self, plan: "Plan", number: int) -> None:
@@ -89,7 +89,7 @@ class _Watch:
         from r1s_jax.system.console import console
 
         self.estimate()
-        console.rule(f"{plan.folder.name}: run {number} of {len(self._plans)}")
+        console.rule(f"{plan.folder.name}: run {number} of {self.runs}")
 
     def estimate(self) -> float | None:
         """Hours left, as far as they can be told; printed the first time. Raises TooLong."""
@@ -132,7 +132,7 @@ def _side_by_side(done: Generator[int], watch: _Watch) -> dict[str, Any] | None:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with closing(done), make_progress() as progress:
-            task = progress.add_task("runs", total=len(watch._plans), info="")
+            task = progress.add_task("runs", total=watch.runs, info="")
             for count in done:
                 left = watch.estimate()
                 info = "" if left is None else f"about {left:.1f} h left"
