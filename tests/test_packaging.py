@@ -16,7 +16,7 @@ from tests.makers import SHORT
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "retrieval", "eval", "configs")
-OTHERS = (".html", ".js", ".css", ".sh")
+OTHERS = (".txt", ".jsonl", ".html", ".js", ".css", ".sh")
 BUILD = "import sys, setuptools.build_meta as b; print(b.build_{kind}(sys.argv[1]))"
 MAJOR = int(importlib.metadata.version("setuptools").partition(".")[0])
 

@@ -62,7 +62,7 @@ class Rules(NamedTuple):
 def read_rules(added: Path | None = None) -> Rules:
     """The rules of this package and those in a file; raises DataError for a faulty one."""
     own = files("r1s_jax.data") / RULES
-    rows = [(f"{RULES}, line {i}", json.loads(t)) for i, t in enumerate(own.open(), 1)]
+    rows = [(f"{RULES}, line {i}", json.loads(t)) for i, t in enumerate(own.read_text("utf-8").splitlines(), 1)]
     if added:
         rows += [(f"{added}, line {number}", row) for number, row in read_rows(added)]
     rules = Rules({}, [], [])
