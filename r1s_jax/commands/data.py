@@ -116,7 +116,7 @@ def from_links(
     from r1s_jax.data.links import write_links
     from r1s_jax.retrieval.references import read_corpus
 
-    typer.echo(json.dumps(write_links(read_corpus(source), out, patterns)))
+    typer.echo(json.dumps(write_links(list(read_corpus(source)), out, patterns)))
 
 
 @app.command("tiny-world")

@@ -11,9 +11,10 @@ import numpy as np
 from jaxtyping import Float
 
 from r1s_jax.config import Config, CorpusConfig, TinyWorldConfig
+from r1s_jax.data import links
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.demonstrations import Demonstration, demonstrations_at, read_demonstrations
-from r1s_jax.data.links import LINKS, link_questions, read_rules
+from r1s_jax.data.links import LINKS
 from r1s_jax.data.questions import (
     ByDifficulty,
     Question,
@@ -263,19 +264,27 @@ class CorpusEnvironment:
 
     @cached_property
     def _demonstrations(self) -> list[Demonstration]:
-        files = [resolve(reference) for reference in self.config.demonstrations]
+        made = [ref for ref in self.config.demonstrations if ref.startswith(LINKS)]
+        files = [resolve(ref) for ref in self.config.demonstrations if ref not in made]
         tables = [file for file in files if is_summaries(file)]
         traces = [file for file in files if file not in tables]
-        from_titles = [
+        from_pages = [
+            demonstration
+            for reference in made
+            for demonstration in links.link_demonstrations(
+                list(read_corpus(reference.removeprefix(LINKS))), self._dialect, seed=self._seed
+            )
+        ]
+        from_pages += [
             demonstration
             for table in tables
             for demonstration in title_demonstrations(
                 apart(read_articles(table))[0], self._dialect, seed=self._seed
             )
         ]
-        if tables and not traces:
-            return from_titles
-        return from_titles + read_demonstrations(traces, self._unwanted, self._dialect)
+        if from_pages and not traces:
+            return from_pages
+        return from_pages + read_demonstrations(traces, self._unwanted, self._dialect)
 
     def note(self, questions: Sequence[Question], rewards: Float[np.ndarray, " N"]) -> None:
         if self._by_difficulty:
@@ -363,7 +372,8 @@ def _questions_of(reference: str) -> Iterable[Question]:
     if reference.startswith(HUB):
         return read_questions(reference)
     if reference.startswith(LINKS):
-        return link_questions(read_corpus(reference.removeprefix(LINKS)), read_rules())
+        passages = list(read_corpus(reference.removeprefix(LINKS)))
+        return links.apart(links.link_questions(passages, links.read_rules()))[1]
     path = questions_file(reference)
     if not is_summaries(path):
         return read_questions(path)

