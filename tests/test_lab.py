@@ -175,6 +175,7 @@ def test_arms_are_compared_with_the_first_one_and_p_is_corrected():
         empty = dict.fromkeys(("searches_after", "searched_needed_after"))
         empty |= {"searched_memorised_after": None, "f1_before": 0.0, "signals": {}}
         empty |= {"steps_to_good": None, "seconds_to_good": None, "stopped": None}
+        empty |= {"collapsed": False, "answered": 1.0}
         return [empty | {"f1_after": value} for value in f1]
 
     base, better = np.array([0.5, 0.6, 0.4]), np.array([0.8, 0.8, 0.7])

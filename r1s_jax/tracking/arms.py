@@ -32,6 +32,7 @@ class _Step(TypedDict):
 
     step: int
     answer_f1: float
+    answered: float
     seconds_rollout: float
     seconds_update: float
     health: list[_Signal]
@@ -60,8 +61,9 @@ def run_result(folder: Path) -> dict[str, Any]:
     """The results of one run; `stopped` says why it ended early.
 
     `steps_to_good` and `seconds_to_good` count reinforcement learning until the F1 of rollouts
-    reaches GOOD; None if it never does. `signals` has the first step of each health signal that
-    fired.
+    reaches GOOD; None if it never does. `collapsed`: the F1 of the last rollouts is below half of
+    the best (means over _WINDOW steps). `answered`: the share of the last trajectories that have an
+    answer. `signals` has the first step of each health signal that fired.
     """
     summary = read_json(folder / "summary.json", _Summary)
     rows = rows_so_far(folder / "metrics.jsonl", _Step)
@@ -80,6 +82,8 @@ def run_result(folder: Path) -> dict[str, Any]:
         **{name: summary.get(name) for name in _SEARCHES},
         "steps_to_good": steps,
         "seconds_to_good": float(spent[steps - 1]) if steps else None,
+        "collapsed": bool(len(means)) and bool(means[-1] < means.max() / 2),
+        "answered": float(np.mean([row["answered"] for row in rows[-_WINDOW:]])) if rows else None,
         "signals": signals,
         "stopped": summary.get("stopped_unhealthy"),
     }
@@ -105,6 +109,8 @@ def table_of(results: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
                 "reached_good": sum(run["steps_to_good"] is not None for run in runs),
                 "steps_to_good": _mean([run["steps_to_good"] for run in runs]),
                 "seconds_to_good": _mean([run["seconds_to_good"] for run in runs]),
+                "collapsed": sum(run["collapsed"] for run in runs),
+                "answered": _mean([run["answered"] for run in runs]),
                 "stopped": sum(run["stopped"] is not None for run in runs),
                 "signals": {s: sum(s in run["signals"] for run in runs) for s in signals},
             }
@@ -161,6 +167,8 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, ...]]:
     for row in rows:
         low, high = row["f1_after_interval"] or (None, None)
         f1 = _number(row["f1_after"]) + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
+        if row["collapsed"]:
+            f1 += f", {row['collapsed']} collapsed"
         if row["stopped"]:  # a stopped run has no F1
             f1 += f", {row['stopped']} stopped"
         gain = "-"

@@ -128,7 +128,8 @@ def _lab(folder: Path) -> None:
     check_same_lab(folder / "lab", "tiny_world", [], [arm])
     run = run_folder(folder / "lab", "a", 0)
     open_run_dir(run, _plan(folder, arm).config, resume=False)
-    row = {"step": 1, "answer_f1": 0.5, "seconds_rollout": 1.0, "seconds_update": 0.5, "health": []}
+    row = {"step": 1, "answer_f1": 0.5, "answered": 1.0, "health": []}
+    row |= {"seconds_rollout": 1.0, "seconds_update": 0.5}
     (run / "metrics.jsonl").write_text(lines(row, row | {"step": 2}))
     (run / "summary.json").write_text(json.dumps({"f1_before": 0.1, "f1_after": 0.9}))
 

@@ -17,6 +17,7 @@ def write_run(folder: Path, f1: list[float], after: float | None, signal_at: int
         {
             "step": i,
             "answer_f1": value,
+            "answered": 0.75,
             "seconds_rollout": 1.0,
             "seconds_update": 0.5,
             "health": [{"signal": "truncated"}] if signal_at and i >= signal_at else [],
@@ -37,7 +38,10 @@ def test_the_result_of_a_run_comes_from_its_files(tmp_path):
     # The first four steps whose mean is .9 end with the sixth.
     assert got["steps_to_good"] == 6 and got["seconds_to_good"] == 9.0
     assert got["f1_after"] == 0.97 and got["signals"] == {"truncated": 3}
-    assert got["stopped"] is None
+    assert got["stopped"] is None and got["answered"] == 0.75 and not got["collapsed"]
+    falling = run_result(write_run(tmp_path / "c", [*rising, 0.5, 0.3, 0.2, 0.1], 0.1))
+    assert falling["collapsed"]  # .275 of .9375
+    assert ", 1 collapsed" in as_markdown(table_of({"a": [falling]}))
     got = run_result(write_run(tmp_path / "b", [0.1] * 3, None))
     assert got["steps_to_good"] is None and got["stopped"] == "lost" and got["f1_after"] is None
 
