@@ -105,12 +105,14 @@ def _bytes(
 def _memory(learner: Learner, state: LearnerState) -> float:
     """Bytes of memory of one device for an update and its state.
 
-    A device without a limit has its share of what the host has and this process does not yet hold.
+    What else this process holds there, such as a teacher, is not counted. A device without a limit
+    has its share of what the host has.
     """
-    device = learner.mesh.local_devices[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit
-    held = psutil.Process().memory_info().rss
-    held -= sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards)
-    return (host_memory() - max(0, held)) / len(learner.mesh.local_devices)
+    devices = learner.mesh.local_devices
+    stats = devices[0].memory_stats() or {}
+    shards = [s for x in jax.tree.leaves(state) for s in x.addressable_shards]
+    if limit := stats.get("bytes_limit"):
+        own = sum(s.data.nbytes for s in shards if s.device == devices[0])
+        return limit - max(0, stats.get("bytes_in_use", 0) - own)
+    held = psutil.Process().memory_info().rss - sum(s.data.nbytes for s in shards)
+    return (host_memory() - max(0, held)) / len(devices)

@@ -1,6 +1,7 @@
 """The number of micro-batch rows where a recipe leaves it open."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -61,3 +62,18 @@ def test_on_a_cpu_a_pass_takes_few_tokens(monkeypatch, length, rows):
     monkeypatch.setattr(module, "_bytes", lambda *_: 0.0)
     state = learner.init(makers.make_params())
     assert micro_batch_rows(config, learner, state, 1024) == rows
+
+
+def test_what_a_device_holds_besides_the_state_is_not_free():
+    """Such as a teacher."""
+
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 1000, "bytes_in_use": 500}
+
+    device = Device()
+    data = SimpleNamespace(nbytes=100)
+    shards = [SimpleNamespace(data=data, device=d) for d in (device, device, Device())]
+    learner = SimpleNamespace(mesh=SimpleNamespace(local_devices=[device]))
+    state = SimpleNamespace(addressable_shards=shards)
+    assert module._memory(learner, state) == 1000 - (500 - 200)
