@@ -77,6 +77,24 @@ def _aliases(folder: Path) -> None:
     (folder / "id_aliases.json").write_text(lines(names, names | {"Q_id": "Q2"}))
 
 
+def _link_rules(folder: Path) -> None:
+    rules = [
+        {"kind": "band", "is": "is a band"},
+        {"kind": "band", "link": "the band of {title}", "pattern": "singer of {page}"},
+        {"kind": "band", "question": "Where was {link} founded?", "pattern": "in {answer}"},
+    ]
+    (folder / "rules.jsonl").write_text(lines(*rules))
+
+
+def _read_links(folder: Path) -> Any:
+    from r1s_jax.data.links import link_questions, read_rules
+    from r1s_jax.retrieval.api import Passage
+
+    pages = ["Ann   Ann is the singer of The Xs.", "The Xs   The Xs is a band founded in Rome."]
+    passages = [Passage(str(i), line) for i, line in enumerate(pages)]
+    return link_questions(passages, read_rules(folder / "rules.jsonl"))
+
+
 def _import(module: str, name: str) -> Any:
     import importlib
 
@@ -84,6 +102,7 @@ def _import(module: str, name: str) -> Any:
 
 
 READERS = {
+    "rules of links": Reader(_link_rules, _read_links),
     "questions": Reader(_questions, _read_questions("q.jsonl")),
     "questions published": Reader(
         lambda f: (f / "q.jsonl").write_text(lines(*_published_questions())),

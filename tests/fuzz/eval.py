@@ -92,7 +92,18 @@ def _rewards(folder: Path) -> Any:
     return list(reward_file(folder / "s.jsonl", "stage2"))
 
 
+def _redirects(folder: Path) -> None:
+    (folder / "r.jsonl").write_text(lines({"title": "UK", "target": "United Kingdom"}))
+
+
+def _read_redirects(folder: Path) -> Any:
+    from r1s_jax.eval.audit import read_redirects
+
+    return read_redirects(folder / "r.jsonl")
+
+
 READERS = {
+    "redirects": Reader(_redirects, _read_redirects),
     "results": Reader(_results, _score),
     "verdicts": Reader(_verdicts, _read_verdicts),
     "rewards": Reader(_solutions, _rewards),
