@@ -205,15 +205,18 @@ def _cold_start(config: Config, folder: Path) -> dict[str, Any] | None:
 
 
 def hours_left(plans: Sequence[Plan], jobs: int = 1) -> float | None:
-    """An estimate from what is done so far; None before the first run is."""
+    """An estimate from what is done so far; None before every process has trained a run and one
+    more is done. The slowest runs, which compiled the programs of the others, do not count."""
     cold = {plan.cold_folder.with_suffix(".done") for plan in plans if plan.cold_start}
+    runs = {plan.folder / "summary.json" for plan in plans}
     total = 0.0
-    for files in (cold, {plan.folder / "summary.json" for plan in plans}):
+    for files, not_counted in ((cold, 0), (runs, jobs)):
         done = [file for file in files if file.exists() and file.stat().st_size]
-        seconds = [s for file in done if (s := read_json(file, _Timed).get("seconds"))]
-        if files and not seconds:
+        seconds = sorted(s for file in done if (s := read_json(file, _Timed).get("seconds")))
+        counted = seconds[: len(seconds) - not_counted]
+        if files and not counted:
             return None
-        total += sum(seconds) / max(1, len(seconds)) * (len(files) - len(done))
+        total += sum(counted) / max(1, len(counted)) * (len(files) - len(done))
     return total / jobs / 3600
 
 

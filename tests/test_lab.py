@@ -155,19 +155,20 @@ def test_an_arms_file_and_a_budget(tmp_path, monkeypatch):
         for name in ("a", "b")
     ]
     assert hours_left(plans) is None
-    for plan, seconds in zip(plans, (3600, 1800), strict=False):
+    for plan, seconds in zip(plans, (5400, 3600, 1800), strict=False):
         plan.folder.mkdir(parents=True)
         (plan.folder / "summary.json").write_text(json.dumps({"seconds": seconds}))
     assert hours_left(plans) is None  # no cold start is done
     plans[0].cold_folder.parent.mkdir()
     plans[0].cold_folder.with_suffix(".done").write_text('{"seconds": 360}')
-    assert hours_left(plans) == pytest.approx(2 * 0.75 + 0.1)
-    assert hours_left(plans, jobs=2) == pytest.approx((2 * 0.75 + 0.1) / 2)
+    assert hours_left(plans) == pytest.approx(0.75 + 0.1)  # without the slowest
+    assert hours_left(plans, jobs=2) == pytest.approx((0.5 + 0.1) / 2)
+    assert hours_left(plans, jobs=3) is None
     monkeypatch.setattr("r1s_jax.lab.is_done", lambda plan: False)
     monkeypatch.setattr("r1s_jax.lab._cold_start", lambda config, folder: None)
     arguments = ["lab", "tiny_world", *TINY, "--arms", str(arms), "--seeds", "2"]
-    done = run_cli(*arguments, "--out", str(tmp_path / "lab"), "--hours", "1")
-    assert "would take 1.6 hours more, and --hours is 1.0" in str(done.exception)
+    done = run_cli(*arguments, "--out", str(tmp_path / "lab"), "--hours", "0.5")
+    assert "would take 0.8 hours more, and --hours is 0.5" in str(done.exception)
 
 
 def test_arms_are_compared_with_the_first_one_and_p_is_corrected():

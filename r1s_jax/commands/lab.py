@@ -46,7 +46,7 @@ def lab(
 ) -> None:
     """Compare settings: `r1s lab tiny_world --arm "base:" --arm "grpo: algorithm.estimator=..."`.
 
-    Runs every arm on every seed; the arms of a seed share a cold start. After the first run it says
+    Runs every arm on every seed; the arms of a seed share a cold start. After a few runs it says
     how long the whole will take. A stopped or killed comparison resumes when called again. Writes
     lab.json, table.md, curves.png and report.html to the directory, and prints the table, in which
     arms are compared with the first one. CONFIG's overrides apply to all arms.
