@@ -41,6 +41,13 @@ def test_bad_input_is_one_message_before_any_run(tmp_path, arguments, words):
     assert not (tmp_path / "lab").exists()
 
 
+def test_runs_side_by_side_need_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr("r1s_jax.system.chips.has_accelerator", lambda: True)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    done = run_cli("lab", "tiny_world", "--arm", "a:", "--jobs", "2", "--out", str(tmp_path / "x"))
+    assert "--jobs is for CPUs" in str(done.exception)
+
+
 def test_a_directory_holds_one_comparison(tmp_path):
     (tmp_path / "plan.json").write_text(
         json.dumps({"recipe": "tiny_world", "overrides": [], "arms": {"a": ["seed=1"]}})

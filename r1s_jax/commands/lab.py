@@ -1,6 +1,7 @@
 """`r1s lab`: compares settings of a recipe, each over several seeds."""
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Generator
@@ -52,9 +53,12 @@ def lab(
     arms are compared with the first one. CONFIG's overrides apply to all arms.
     """
     from r1s_jax.lab import check_same_lab, note_move, planned, run_all, side_by_side, write_results
+    from r1s_jax.system.chips import has_accelerator
     from r1s_jax.system.console import console
     from r1s_jax.tracking.arms import as_table
 
+    if jobs > 1 and has_accelerator() and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise ConfigError("--jobs is for CPUs: a run takes the whole of an accelerator")
     chosen = [_arm(text) for text in [*(_lines(arms) if arms else ()), *(arm or [])]]
     if len({a.name for a in chosen}) < len(chosen) or not chosen:
         raise ConfigError('name the arms, each differently: --arm "base:" --arm "NAME: CHANGES"')
