@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from r1s_jax.tracking.arms import Arm, as_markdown, holm, table_of
 from r1s_jax.tracking.run_dir import check_data, open_run_dir
 from tests.makers import SHORT, run_cli
 
+ROOT = Path(__file__).parents[1]
 ARMS = ["--arm", "a:", "--arm", "b: optimizer.learning_rate=1e-3"]
 TINY = [*SHORT, "stage1.steps=0", "stage2.steps=3"]
 
@@ -183,7 +185,7 @@ def test_arms_are_compared_with_the_first_one_and_p_is_corrected():
         empty = dict.fromkeys(("searches_after", "searched_needed_after"))
         empty |= {"searched_memorised_after": None, "f1_before": 0.0, "signals": {}}
         empty |= {"steps_to_good": None, "seconds_to_good": None, "stopped": None}
-        empty |= {"collapsed": False, "answered": 1.0}
+        empty |= {"collapsed": False, "answered": 1.0, "searches_after": 0.0}
         return [empty | {"f1_after": value} for value in f1]
 
     base, better = np.array([0.5, 0.6, 0.4]), np.array([0.8, 0.8, 0.7])
@@ -195,6 +197,9 @@ def test_arms_are_compared_with_the_first_one_and_p_is_corrected():
     assert rows[0]["gain"] is None and rows[2]["p"] == rows[2]["p_holm"] == 1.0
     assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
     assert "gain (p, Holm)" in as_markdown(rows)
+    page = run_path(str(ROOT / "docs" / "make_worlds.py"))["tables"]({"one": rows, "two": rows})
+    line = next(text for text in page.splitlines() if text.startswith("| better"))
+    assert f"| +0.27 | {4 * expected:.2g} | 0.00 | 1.00 | 0/3 |" in line  # of four arms
 
 
 def test_arms_over_different_data_are_not_compared(tmp_path):
