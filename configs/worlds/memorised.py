@@ -1,4 +1,4 @@
-"""The tiny world with people whose facts the policy knows by heart, and a price on searches."""
+"""The tiny world with people whose facts never change, so that the policy may know them."""
 
 from r1s_jax.config import Config, override
 from r1s_jax.configs.tiny_world import config as tiny_world
