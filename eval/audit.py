@@ -1,6 +1,5 @@
 """Whether a corpus can answer questions: its pages, its answers, and the rank of both."""
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from rich.table import Table
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.question_forms import Question
 from r1s_jax.data.questions import read_questions
-from r1s_jax.data.results import page_key
+from r1s_jax.data.results import page_key, without_brackets
 from r1s_jax.data.rows import read_rows
 from r1s_jax.eval.score import interval
 from r1s_jax.io.errors import shorten
@@ -31,15 +30,9 @@ DEPTH = 100  # passages searched for each question
 RANKS = (1, 5, 20, 100)
 _AT_ONCE = 64  # queries of one search
 _NAMED = 5  # titles alike that are named
-_BRACKETS = re.compile(r"\s*\([^()]*\)\s*$")
 _THERE = ("title", "redirect")
 _YES_NO = {"yes", "no"}
 Progress = Callable[[int, int], None]  # (done, total)
-
-
-def without_brackets(title: str) -> str:
-    """`Mercury (planet)` as `Mercury`."""
-    return _BRACKETS.sub("", title)
 
 
 class Lines(Sequence[str]):

@@ -31,6 +31,7 @@ import numpy as np
 
 from r1s_jax.data.demonstrations import Demonstration
 from r1s_jax.data.question_forms import Question
+from r1s_jax.data.results import without_brackets
 from r1s_jax.data.rows import read_rows
 from r1s_jax.io.journal import DataError
 from r1s_jax.io.schema import check
@@ -45,7 +46,6 @@ KEPT = 200  # questions for demonstrations
 SEARCHING = 0.4  # share of the demonstrations that search
 _SENTENCES = 2  # of a page that are searched for a link
 _END = re.compile(r"(?<=[a-z)\]\"0-9])\.\s+(?=[A-Z])")
-_BRACKETS = re.compile(r"\s*\([^()]*\)$")
 _NAME = r"[A-Z][\w'’-]*(?:[ -](?:of|the|de|del|la|da|du|[A-Z][\w'’-]*))*"
 
 
@@ -121,7 +121,7 @@ def link_questions(passages: Sequence[Passage], rules: Rules) -> list[Question]:
     questions: dict[str, Question] = {}
     for title, phrase, kind, page in _links(pages, rules):
         for question, answer in _facts(pages[page], kind, rules):
-            text = question.replace("{link}", phrase.replace("{title}", _BRACKETS.sub("", title)))
+            text = question.replace("{link}", phrase.replace("{title}", without_brackets(title)))
             if _is_sound(title, page, pages[title], text, answer):
                 made = Question(len(questions), text, (answer,), 2, supporting=(title, page))
                 questions.setdefault(text, made)

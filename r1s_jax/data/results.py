@@ -1,5 +1,6 @@
 """Files of evaluated questions: their rows, the scores of a row, and the header beside the file."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -21,6 +22,7 @@ from r1s_jax.rewards.answer_scores import (
 
 # Keys of a verdict: ours first, then that of R1-Searcher's published traces.
 VERDICTS = ("judge", "gpt4o_output")
+_BRACKETS = re.compile(r"\s*\([^()]*\)\s*$")  # at the end of a title
 
 
 class ResultRow(TypedDict):
@@ -156,6 +158,11 @@ def supporting_recall(titles: Iterable[str], lines: Iterable[str]) -> float:
 def page_key(title: str) -> str:
     """What titles of one page have in common: case, punctuation and articles do not count."""
     return normalize_answer(title) or " ".join(title.lower().split())  # "The The" is a band
+
+
+def without_brackets(title: str) -> str:
+    """`Mercury (planet)` as `Mercury`."""
+    return _BRACKETS.sub("", title)
 
 
 def score_row(row: Mapping[str, Any]) -> dict[str, float]:
