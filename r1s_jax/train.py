@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from r1s_jax.config import Config, RolloutConfig
-from r1s_jax.data.environment import dialect_of, open_environment
+from r1s_jax.data.environment import Batch, dialect_of, open_environment
 from r1s_jax.data.tiny_world import build_tokenizer
 from r1s_jax.eval.audit import Finding, Lines, audit
 from r1s_jax.eval.held_out import Evaluation, evaluate
@@ -116,8 +116,8 @@ class Run:
         self.policy = policy._replace(params={})  # the host's copy is not needed any more
         on_main(lambda: save_policy(self.dir, self.policy))
         self.environment = open_environment(config, policy.spoken)
-        if count := config.eval.questions:
-            held_out = self.environment.evaluation(count).questions
+        if config.eval.questions:
+            held_out = self._held_out.questions
             on_main(lambda: write_held_out(self.dir, held_out))
         self.engine = self._engine(config.rollout)
         self.engine.check_prompts(self.environment.questions())
@@ -265,9 +265,9 @@ class Run:
 
     def evaluate(self, state: LearnerState) -> Evaluation | None:
         """Evaluates greedily, and sampled with `eval.samples`; None without `eval.questions`."""
-        if not (count := self.config.eval.questions):
+        if not self.config.eval.questions:
             return None
-        batch, samples = self.environment.evaluation(count), self.config.eval.samples
+        batch, samples = self._held_out, self.config.eval.samples
         found = evaluate(
             self.evaluation_engine, state.params, batch, self.engine, samples, self._findings
         )
@@ -275,9 +275,13 @@ class Run:
         return found
 
     @cached_property
+    def _held_out(self) -> Batch:
+        return self.environment.evaluation(self.config.eval.questions)
+
+    @cached_property
     def _findings(self) -> list[Finding]:
         """What the corpus has for the held-out questions; [] unless it is at hand and small."""
-        batch = self.environment.evaluation(self.config.eval.questions)
+        batch = self._held_out
         passages = getattr(batch.retriever, "passages", None)
         if passages is None or len(passages) > _AUDITED:
             return []

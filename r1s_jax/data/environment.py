@@ -4,7 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -32,7 +32,7 @@ from r1s_jax.io.json import decode
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import from_dict, make_dialect
 from r1s_jax.protocol.solution import R1_SEARCHER
-from r1s_jax.retrieval.api import Retriever
+from r1s_jax.retrieval.api import Passage, Retriever
 from r1s_jax.retrieval.encoder import HashEncoder
 from r1s_jax.retrieval.index import Index, build_index
 from r1s_jax.retrieval.references import is_summaries, open_retriever, read_corpus
@@ -270,9 +270,9 @@ class CorpusEnvironment:
         traces = [file for file in files if file not in tables]
         from_pages = [
             demonstration
-            for reference in made
+            for passages, shown, _ in map(_linked, made)
             for demonstration in links.link_demonstrations(
-                list(read_corpus(reference.removeprefix(LINKS))), self._dialect, seed=self._seed
+                shown, passages, self._dialect, seed=self._seed
             )
         ]
         from_pages += [
@@ -372,9 +372,15 @@ def _questions_of(reference: str) -> Iterable[Question]:
     if reference.startswith(HUB):
         return read_questions(reference)
     if reference.startswith(LINKS):
-        passages = list(read_corpus(reference.removeprefix(LINKS)))
-        return links.apart(links.link_questions(passages, links.read_rules()))[1]
+        return _linked(reference)[2]
     path = questions_file(reference)
     if not is_summaries(path):
         return read_questions(path)
     return title_questions(apart(read_articles(path))[1])
+
+
+@lru_cache(maxsize=1)
+def _linked(reference: str) -> tuple[list[Passage], list[Question], list[Question]]:
+    """(the passages of `links:CORPUS`, their questions for demonstrations, the others)."""
+    passages = list(read_corpus(reference.removeprefix(LINKS)))
+    return passages, *links.apart(links.link_questions(passages, links.read_rules()))

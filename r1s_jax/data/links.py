@@ -140,15 +140,14 @@ def _hash(question: Question) -> str:
 
 
 def link_demonstrations(
-    passages: Sequence[Passage], dialect: Dialect, *, seed: int
+    shown: Sequence[Question], passages: Sequence[Passage], dialect: Dialect, *, seed: int
 ) -> list[Demonstration]:
-    """Worked solutions of the questions that `apart` reserves.
+    """Worked solutions of questions from the passages (see `apart`).
 
     The share SEARCHING looks up both pages, the others answer at once: that searching pays is left
     to reinforcement learning.
     """
     pages = _pages(passages)
-    shown, _ = apart(link_questions(passages, read_rules()))
     searches = np.random.default_rng(seed).random(len(shown)) < SEARCHING
     return [_demonstration(q, pages, dialect, s) for q, s in zip(shown, searches, strict=True)]
 

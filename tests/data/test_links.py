@@ -47,7 +47,7 @@ def test_demonstrations_look_up_both_pages_and_are_not_asked_again():
     pages = passages(PAGES | many)
     shown, asked = apart(made := link_questions(pages, read_rules()))
     assert len(shown) + len(asked) == len(made) and not set(shown) & set(asked)
-    worked = link_demonstrations(pages, R1_SEARCHER, seed=0)
+    worked = link_demonstrations(shown, pages, R1_SEARCHER, seed=0)
     assert [d.question for d in worked] == [q.question for q in shown]
     searching = 0
     for demonstration, question in zip(worked, shown, strict=True):
