@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
+import numpy as np
+
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
-from r1s_jax.data.results import ResultRow, header_path, supporting_recall
+from r1s_jax.data.results import ForkAnswer, ResultRow, header_path, supporting_recall
 from r1s_jax.eval.header import begun, describe, load_described, refuse_other
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.journal import DataError
@@ -27,7 +29,7 @@ from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import FAILED, UNANSWERED, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.sampler import GREEDY_BELOW
-from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.rollout.trajectory import Finish, turn_numbers
 from r1s_jax.system.files import write_json, write_rows
 from r1s_jax.system.locks import only_one
 
@@ -185,7 +187,8 @@ def _answer(
     rolled = engine.run(params, padded, samples=k, seed=seed, step=0, retriever=retriever)
     searches.prefill_tokens += rolled.counters["prefill_tokens"]
     seconds = (time.perf_counter() - begin) / (len(batch) * k)
-    rows: list[ResultRow] = [_row(rolled, i, batch[i // k], seconds) for i in range(len(batch) * k)]
+    trunks = np.flatnonzero(rolled.trunks)[: len(batch) * k].tolist()
+    rows = [_row(rolled, row, batch[i // k], seconds) for i, row in enumerate(trunks)]
     if k > 1:
         rows = [{**row, "sample": i % k} for i, row in enumerate(rows)]
     return rows
@@ -290,7 +293,23 @@ def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRo
     if question.supporting:
         lines = (line for search in rolled.searches[i] for line in search.documents)
         row["supporting_recall"] = supporting_recall(question.supporting, lines)
+    if rolled.parents is not None:
+        row["hops"] = question.hops
+        row["forks"] = [_fork(rolled, i, fork) for fork in np.flatnonzero(rolled.parents == i)]
     return row
+
+
+def _fork(rolled: Rolled, row: int, fork: int) -> ForkAnswer:
+    """The answer of a fork of trajectory `row`."""
+    t, solution = rolled.trajectory, rolled.solutions[fork]
+    answer = solution.answer if solution.complete else None
+    turns = turn_numbers(t.loss_mask[[row]])[0]
+    return ForkAnswer(
+        search=int(turns[t.forked[fork] - 1]) + 1,
+        pred_ans=NO_ANSWER if answer is None else answer,
+        stop_reason_final=STOP_REASONS[Finish(int(t.finish[fork]))],
+        gen_text_store=solution.text,
+    )
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -299,6 +318,9 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 def _header(run: EvalRun, questions: Sequence[Question], source: dict[str, Any]) -> dict[str, Any]:
+    rollout = run.settings.config().rollout
+    names = ("forks", "fork", "forks_per_trajectory", "fork_depth")
+    forks = {name: getattr(rollout, name) for name in names} if rollout.forks else {}
     return describe(
         run.model,
         run.questions,
@@ -307,6 +329,7 @@ def _header(run: EvalRun, questions: Sequence[Question], source: dict[str, Any])
         source,
         mode=run.mode,
         samples=run.samples,
+        **forks,
     )
 
 

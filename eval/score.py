@@ -1,7 +1,7 @@
 """Scores of evaluated questions, with intervals, and paired comparisons of two result files."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from r1s_jax.data.results import sample_of
+from r1s_jax.data.rows import gold_answers
+from r1s_jax.rewards.answer_scores import score_answer
 
 PERCENT = ("em", "cem", "f1", "precision", "recall", "acc_l")
 PERCENT += ("em_squad", "f1_squad", "sub_em", "supporting_recall")
@@ -61,7 +63,36 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "interval": {name: _interval(sums) for name, sums in columns.items()},
         "exact": exact,
         **_several(groups),
+        **_search_worth(results),
     }
+
+
+def _search_worth(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What searches were worth: the F1 of an answer minus that of its fork, which went on without
+    the search's documents (see rollout/forks.py); {} without forks.
+
+    `search_worth` has, of `all` searches and by number of the `search` and by `hops` of the
+    question, how many there are (`n`), their `mean` in percent, and its 95 % bootstrap `interval`
+    over answers.
+    """
+    kinds: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for row in results:
+        own: dict[tuple[str, str], list[float]] = {}
+        for fork in row.get("forks", ()):
+            f1 = score_answer(fork["pred_ans"], gold_answers(row)).f1
+            keys = [("all", ""), ("search", str(fork["search"]))]
+            keys += [("hops", str(row["hops"]))] if row.get("hops") else []
+            for key in keys:
+                own.setdefault(key, []).append(100 * (row["scores"]["f1"] - f1))
+        for key, gaps in own.items():
+            kinds.setdefault(key, []).append((sum(gaps), len(gaps)))
+    worth: dict[str, Any] = {}
+    for (kind, name), sums in sorted(kinds.items()):
+        array = np.array(sums)
+        entry = {"n": int(array[:, 1].sum()), "mean": round(_mean(array), 1)}
+        entry |= {"interval": _interval(array)}
+        worth |= {kind: entry} if not name else {kind: worth.get(kind, {}) | {name: entry}}
+    return {"search_worth": worth} if worth else {}
 
 
 def _several(groups: Sequence[Group]) -> dict[str, Any]:
@@ -148,6 +179,8 @@ def print_tables(summaries: Sequence[dict[str, Any]], gains: Sequence[dict[str, 
         for name in names if any(kind in s for s in summaries) else ():
             cells = (_sampled(s, kind, name) for s in summaries)
             table.add_row(f"{_TITLES[name].removesuffix(' %')} {kind} %", *cells)
+    for label, pick in _worth_rows(summaries):
+        table.add_row(label, *(pick(s) for s in summaries))
     table.add_row("questions", *(_questions(s) for s in summaries))
     finish = [", ".join(f"{reason} {n}" for reason, n in s["finish"].items()) for s in summaries]
     table.add_row("finish", *finish)
@@ -162,6 +195,28 @@ def print_tables(summaries: Sequence[dict[str, Any]], gains: Sequence[dict[str, 
                 numbers = (f"{g['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}")
                 table.add_row(_TITLES[name], *numbers, str(g["better"]), str(g["worse"]))
         Console().print(table)
+
+
+def _worth_rows(
+    summaries: Sequence[dict[str, Any]],
+) -> Iterator[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """The labels of the rows of what searches were worth, each with the function of its cells."""
+    worths = [s.get("search_worth", {}) for s in summaries]
+    places = [("all", "", "a search was worth, F1 %")] if any(worths) else []
+    for kind, label in (("search", "search {}"), ("hops", "questions of {} hops")):
+        names = sorted({name for worth in worths for name in worth.get(kind, {})})
+        places += [(kind, name, f"  {label.format(name)}") for name in names]
+    for kind, name, label in places:
+
+        def cell(summary: dict[str, Any], kind: str = kind, name: str = name) -> str:
+            entry = summary.get("search_worth", {}).get(kind, {})
+            entry = entry.get(name, {}) if name else entry
+            if not entry:
+                return "-"
+            low, high = entry["interval"]
+            return f"{entry['mean']} ({low:.1f} to {high:.1f}), {entry['n']} searches"
+
+        yield label, cell
 
 
 def _with_interval(summary: dict[str, Any], name: str) -> str:

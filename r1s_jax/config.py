@@ -18,7 +18,8 @@ Estimator = Literal[
     "reinforce++", "reinforce_baseline", "rloo", "grpo", "dr_grpo", "gdpo", "max_rl"
 ]
 Loss = Literal["clip", "gspo", "cispo", "gmpo", "dppo", "reinforce"]
-Credit = Literal["outcome", "tips", "igpo"]
+Credit = Literal["outcome", "tips", "igpo", "fork"]
+Fork = Literal["nothing", "random", "answer"]
 LldsGate = Literal["action", "response"]
 KlEstimator = Literal["k1", "k2", "k3"]
 # What the backward pass recomputes of each layer (see PolicyConfig.remat).
@@ -29,6 +30,8 @@ Thinking = Literal["template", "on", "off"]
 # The backends of attention (see kernels/attention/api.py).
 Impl = Literal["xla", "tpu", "gpu", "interpret"]
 Attention = Literal["auto", Impl]
+
+MOST_FORKS = 16  # of a trajectory
 
 # Bounds shared by several fields; a number without an upper bound of its own is below 2**31.
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -227,6 +230,16 @@ class RolloutConfig(Checked, section="rollout"):
     the same tokens in fewer passes where text repeats itself; 0 means none."""
     cache_dtype: Literal["auto", "int8"] = "auto"
     """Keys and values are kept as computed (`auto`), or as int8 with a scale a token."""
+    forks: Share = 0.0
+    """This share of queries is forked: a copy of the trajectory goes on as if the search had gone
+    otherwise, which tells what the search was worth (see training.md); 0 means none."""
+    fork: Fork = "nothing"
+    """What differs in a fork: its search finds nothing, or the documents of another question
+    (`random`), or the query is taken back and the turn must answer (`answer`)."""
+    forks_per_trajectory: Annotated[int, Meta(ge=1, le=MOST_FORKS)] = 1
+    """A trajectory, or a fork of it, is forked at most this many times."""
+    fork_depth: Annotated[int, Meta(ge=1, le=4)] = 1
+    """Forks are forked too, up to this depth; 1: only trajectories are."""
 
     def check_values(self) -> None:
         check(
@@ -264,7 +277,11 @@ class AlgorithmConfig(Checked, section="algorithm"):
     """How rewards become advantages."""
     credit: Credit = "outcome"
     """What the turns of a trajectory earn beside its outcome: only what the reward gives them, or
-    what their documents did for the gold answer (`tips`, `igpo`; see training.md)."""
+    what their documents did for the gold answer (`tips`, `igpo`), or how much better the trajectory
+    ended than its forks did (`fork`; see training.md)."""
+    forks_teach: bool = False
+    """What the policy samples in forks is learned from too, as further samples of the question; of
+    a fork that earned more than its parent also the given beginning of its answer."""
     loss: Loss = "clip"
     """How advantages and probability ratios become a loss."""
     samples_per_question: Size = 16
@@ -611,6 +628,18 @@ def _check_sections(config: Config) -> None:
         "rollout.partial_rollouts with algorithm.loss=reinforce: that loss has no ratio, so tokens "
         "of older parameters would count as on-policy; set algorithm.tis_cap=2, or take another "
         "loss",
+    )
+    taught = config.algorithm.credit == "fork" or config.algorithm.forks_teach
+    check(
+        not taught or config.rollout.forks > 0,
+        "algorithm.credit=fork and algorithm.forks_teach learn from forks: set rollout.forks above "
+        "0 (1 forks at every query)",
+    )
+    alone = min(config.stage1.questions_per_step, config.stage2.questions_per_step) < 2
+    check(
+        not (config.rollout.forks and config.rollout.fork == "random" and alone),
+        "rollout.fork=random needs another question, whose documents a fork gets: set "
+        "questions_per_step of both stages to at least 2",
     )
     check(
         config.stage2.until_format_valid == 0,

@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from r1s_jax.config import DialectName, RolloutConfig, SearchConfig, Seed, Thinking, override
+from r1s_jax.config import (
+    MOST_FORKS,
+    DialectName,
+    RolloutConfig,
+    SearchConfig,
+    Seed,
+    Thinking,
+    override,
+)
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.fields import Checked, check
 from r1s_jax.io.json import decode
@@ -24,6 +32,10 @@ _CHANGE_NO_TOKEN = (
     "speculative_tokens",
     "partial_rollouts",
     "max_staleness",
+    "forks",
+    "fork",
+    "forks_per_trajectory",
+    "fork_depth",
 )
 
 
@@ -85,6 +97,12 @@ class Settings(NamedTuple):
 def decisive(config: RolloutConfig) -> dict[str, Any]:
     """The settings on which a trajectory depends, ready for JSON."""
     return {n: value for n, value in asdict(config).items() if n not in _CHANGE_NO_TOKEN}
+
+
+def all_forks(kind: str) -> list[str]:
+    """The changes that fork every search of a trajectory; none for the kind ""."""
+    most = f"rollout.forks_per_trajectory={MOST_FORKS}"
+    return [f"rollout.fork={kind}", "rollout.forks=1", most] if kind else []
 
 
 def evaluation(length: int = _LENGTH) -> InferenceConfig:

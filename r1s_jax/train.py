@@ -121,7 +121,8 @@ class Run:
             on_main(lambda: write_held_out(self.dir, held_out))
         self.engine = self._engine(config.rollout)
         self.engine.check_prompts(self.environment.questions())
-        self.evaluation_engine = self._engine(dataclasses.replace(config.rollout, temperature=0.0))
+        greedy = dataclasses.replace(config.rollout, temperature=0.0, forks=0.0)
+        self.evaluation_engine = self._engine(greedy)
         self.teacher = together(lambda: load_teacher(config, self.mesh, policy))
         self.collector = Collector(config, self.engine, self.environment, rewards)
         self.telemetry = Telemetry(self.dir, config)
@@ -233,7 +234,7 @@ class Run:
         with clock.time("update"):
             state, learned = gradient.learn(
                 state,
-                trained,
+                trained if c.algorithm.forks_teach else trained.trunks,
                 step=step,
                 kl_coefficient=kl_coefficient,
                 learning_rate_scale=self.progress.learning_rate_scale(c),
@@ -242,8 +243,7 @@ class Run:
         if learned.kl is not None:
             self.progress.adapt_kl(c, learned.kl)
         traces = m.trace_rows(
-            trained.rolled,
-            trained.rewards,
+            trained,
             learned,
             c.run.traces_per_step,
             self.engine.token_texts,
@@ -253,7 +253,8 @@ class Run:
         row = {
             "step": step + 1,
             "stage": name,
-            **m.rollout_metrics(batch),
+            **m.rollout_metrics(batch.trunks),
+            **m.fork_metrics(batch),
             **m.update_metrics(learned, clock.seconds["update"]),
             "kl_coefficient": kl_coefficient,
             **clock.metrics(

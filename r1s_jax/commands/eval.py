@@ -34,6 +34,13 @@ How = Annotated[
     typer.Option(help="rag: one search, for the question itself; direct: no search."),
 ]
 FirstFew = Annotated[int, typer.Option(min=0, help="Only the first N questions; 0: all.")]
+Forks = Annotated[
+    Literal["", "nothing", "random", "answer"],
+    typer.Option(
+        help="Also answer as if each search had found nothing, or the documents of another "
+        "question, or had not been made: what was it worth?"
+    ),
+]
 Samples = Annotated[
     int,
     typer.Option(min=1, help="Answers per question; several need rollout.temperature above 0."),
@@ -55,13 +62,15 @@ def run(
     site: Site = WIKIPEDIA,
     mode: How = "search",
     samples: Samples = 1,
+    forks: Forks = "",
     limit: FirstFew = 0,
     retry_failed: RetryFailed = False,
 ) -> None:
     """Answer a file of questions, for `r1s eval score`.
 
     Writes one row per answer, in order, as they finish; a stopped run continues where its file
-    ends. If too many searches fail, the exit status is 1; the rows show which ones.
+    ends. If too many searches fail, the exit status is 1; the rows show which ones. With --forks,
+    `r1s eval score` tells what searches were worth and `r1s traces` shows what became of each row.
     """
     from r1s_jax import presets
     from r1s_jax.eval.run import EvalRun, answer_file
@@ -69,7 +78,7 @@ def run(
     from r1s_jax.retrieval.references import open_search_engine
     from r1s_jax.system.console import progress_bar
 
-    settings = Settings(presets.evaluation, changes or ())
+    settings = Settings(presets.evaluation, [*presets.all_forks(forks), *(changes or ())])
     run = EvalRun(questions, model, settings, mode, samples, limit)
     engine, source = None, {}
     if mode != "direct":

@@ -25,6 +25,15 @@ VERDICTS = ("judge", "gpt4o_output")
 _BRACKETS = re.compile(r"\s*\([^()]*\)\s*$")  # at the end of a title
 
 
+class ForkAnswer(TypedDict):
+    """How a question is answered when one search goes otherwise; the keys are those of a row."""
+
+    search: int  # which of the trajectory's searches, from 1
+    pred_ans: str
+    stop_reason_final: str
+    gen_text_store: str
+
+
 class ResultRow(TypedDict):
     """A row of a file of answers of `r1s eval run`: the published schema and more keys."""
 
@@ -41,6 +50,8 @@ class ResultRow(TypedDict):
     search_outcomes: list[str]  # found, empty, timeout, error, bad_query, long_query
     sample: NotRequired[int]  # which of several answers to one question, from 0
     supporting_recall: NotRequired[float]  # see supporting_recall
+    hops: NotRequired[int]  # facts that the question needs, where that is known; with forks
+    forks: NotRequired[list[ForkAnswer]]
 
 
 FORMAT = 2  # version of the headers

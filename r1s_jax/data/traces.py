@@ -1,14 +1,14 @@
 """Trajectories of a run or of a file of answers, and filters of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import msgspec
 import numpy as np
 
-from r1s_jax.data.results import header_path, read_header, score_row
+from r1s_jax.data.results import ForkAnswer, header_path, read_header, score_row
 from r1s_jax.data.rows import gold_answers, read_rows
 from r1s_jax.io.journal import DataError, parse_row, whole_rows
 from r1s_jax.io.json import read_object
@@ -16,6 +16,7 @@ from r1s_jax.io.schema import check
 from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import from_dict
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
+from r1s_jax.rewards.answer_scores import score_answer
 
 
 class SearchRow(TypedDict):
@@ -25,6 +26,15 @@ class SearchRow(TypedDict):
     outcome: str
     documents: list[str]  # passage lines
     seconds: float
+
+
+class ForkRow(TypedDict):
+    """A fork of a trajectory (see rollout/forks.py)."""
+
+    turn: int  # of the trajectory, from 0: the search at its end went otherwise
+    reward: float | None  # None: the judge gave no verdict
+    finish: str
+    spans: list[tuple[str, bool]]  # as in TraceRow
 
 
 class TraceRow(TypedDict):
@@ -47,6 +57,7 @@ class TraceRow(TypedDict):
     prompt_tokens: int
     sampled_tokens: int
     tokens: int
+    forks: NotRequired[list[ForkRow]]  # in the order of the searches
 
 
 class _RunConfig(msgspec.Struct):
@@ -65,6 +76,7 @@ class _Readable(TypedDict):
     token_advantages: NotRequired[list[tuple[str, float]]]  # demonstrations have none
     token_kl: NotRequired[list[float]]
     searches: list[Any]
+    forks: NotRequired[list[ForkRow]]
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class Trace:
     token_kl: Sequence[float] = ()  # of the same tokens; empty without a reference or teacher
     dialect: Dialect = R1_SEARCHER
     cause: str = ""  # why the answer is wrong: see eval/explain.py
+    forks: Sequence["Branch"] = ()  # in the order of the searches
 
     @property
     def solution(self) -> Solution:
@@ -116,11 +129,45 @@ class Trace:
                 at = take
             yield kind, parts
 
+    def forks_at(self, search: int) -> list["Branch"]:
+        """The forks at a search, counted from 0."""
+        return [fork for fork in self.forks if fork.turn == search]
+
+    def forks_from(self, search: int) -> list["Branch"]:
+        """The forks at this and later searches: of searches that got no reply."""
+        return [fork for fork in self.forks if fork.turn >= search]
+
     def title(self) -> str:
         """Step, reward, number of searches and finish, as far as they are known."""
         numbers = {"step": self.step, "reward": self.reward, "searches": self.searches}
         parts = [f"{k} {v:.3g}" for k, v in numbers.items() if v is not None]
         return "  ".join([*parts, *filter(None, (self.finish, self.cause))])
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What became of a trajectory when one search went otherwise."""
+
+    turn: int  # the search, from 0
+    reward: float | None
+    worth: float | None  # the trajectory's reward minus this one
+    finish: str
+    pieces: Sequence[tuple[str, str]]  # (kind, text) from where it differs
+
+    @staticmethod
+    def of(trunk: Trace, turn: int, reward: float | None, finish: str, own: Solution) -> "Branch":
+        """`own` is the whole text of the fork of `trunk`."""
+        theirs, pieces = list(trunk.pieces()), list(own.pieces())
+        same = next((i for i, p in enumerate(pieces) if p not in theirs[i : i + 1]), len(pieces))
+        known = reward is not None and trunk.reward is not None
+        worth = trunk.reward - reward if known else None  # pyright: ignore
+        return Branch(turn, reward, worth, finish, pieces[same:])
+
+    def title(self) -> str:
+        """What the search was worth, and how the fork ended."""
+        worth = "" if self.worth is None else f"the search was worth {self.worth:+.3g}; "
+        reward = "" if self.reward is None else f" reward {self.reward:.3g}"
+        return f"{worth}without it:{reward} {self.finish}".rstrip()
 
 
 def is_complete(finish: str) -> bool:
@@ -239,7 +286,18 @@ def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
     tokens = "".join(text for text, _ in trace.token_advantages)
     if tokens and tokens != "".join(text for text, by_policy in trace.spans if by_policy):
         raise ValueError("the tokens of `token_advantages` do not spell what the policy wrote")
-    return trace
+    return replace(trace, forks=[_branch(trace, fork) for fork in fields.get("forks", ())])
+
+
+def _branch(trace: Trace, fork: ForkRow) -> Branch:
+    own = Solution(tuple(fork["spans"]), trace.dialect, is_complete(fork["finish"]))
+    return Branch.of(trace, fork["turn"], fork["reward"], fork["finish"], own)
+
+
+def _answered_branch(trace: Trace, fork: ForkAnswer) -> Branch:
+    f1 = score_answer(fork["pred_ans"], trace.answers).f1
+    own = Solution.of_text(fork["gen_text_store"], trace.dialect)
+    return Branch.of(trace, fork["search"] - 1, f1, fork["stop_reason_final"], own)
 
 
 def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
@@ -254,7 +312,7 @@ def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
     if not isinstance(text, str):
         raise ValueError("`gen_text_store` must be a text")
     solution = Solution.of_text(text, dialect)
-    return Trace(
+    trace = Trace(
         row["question"],
         gold_answers(row),
         [(text, by_policy) for text, by_policy in solution.spans if text],
@@ -264,3 +322,5 @@ def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
         dialect=dialect,
         cause=str(row.get("cause", "")),
     )
+    forks = check(row.get("forks", []), list[ForkAnswer], "`forks`", DataError)
+    return replace(trace, forks=[_answered_branch(trace, fork) for fork in forks])

@@ -15,8 +15,10 @@ from r1s_jax.models.params import Params
 from r1s_jax.rewards.registry import BatchReward
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine, Rolled, merge
-from r1s_jax.rollout.trajectory import CUT_OFF, Finish, Trajectory
+from r1s_jax.rollout.trajectory import CUT_OFF, Finish, Trajectory, turn_numbers
 from r1s_jax.system.distributed import on_main
+
+_NOT_ITS_FAULT = (Finish.SEARCH_ERROR, Finish.ABORTED)
 
 
 @dataclass(frozen=True)
@@ -29,26 +31,51 @@ class Rewarded:
     rolled: Rolled
     rewards: Sequence[Reward]
     values: Float[np.ndarray, " N"]  # float32; NaN where the judge gave no verdict
-    mask: Bool[np.ndarray, "N W"]  # tokens to learn from: see learnable
+    # Tokens to learn from: see learnable. Of a fork that earned more than its parent also the
+    # beginning of its answer, which the policy did not sample.
+    mask: Bool[np.ndarray, "N W"]
     # Has tokens to learn from, and its group's rewards differ, or something else teaches.
     teaches: Bool[np.ndarray, " N"]
+    worth: Float[np.ndarray, "N K"]  # of the search that ended turn k: see search_worth
 
     @staticmethod
     def of(rolled: Rolled, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> "Rewarded":
         values, groups = np.array([r.value for r in rewards], np.float32), rolled.trajectory.groups
         if price := algorithm.search_price:
             searches = np.array([s.searches_answered for s in rolled.solutions])
-            costs = search_costs(values, searches, groups)
+            costs = search_costs(values, searches, groups, rolled.trunks)
             values -= price * costs
             rewards = [
                 replace(r, terms=(*r.summands, (-price, float(cost))))
                 for r, cost in zip(rewards, costs, strict=True)
             ]
         mask = learnable(rolled.trajectory, algorithm, rolled.unanswered, values)
+        if algorithm.forks_teach and rolled.parents is not None:
+            assert rolled.openings is not None
+            better = values > np.where(rolled.trunks, np.inf, values[rolled.parents])
+            mask |= rolled.openings & (better & mask.any(-1))[:, None]
         teaches = np.asarray(mask.any(-1))
         if not teaches_otherwise(rewards, algorithm):
             teaches[teaches] = has_signal(values[teaches], groups[teaches])
-        return Rewarded(rolled, rewards, values, mask, teaches)
+        return Rewarded(rolled, rewards, values, mask, teaches, search_worth(rolled, values))
+
+    def take(self, rows: Int[np.ndarray, " M"]) -> "Rewarded":
+        """Only these rows."""
+        return Rewarded(
+            self.rolled.take(rows),
+            [self.rewards[i] for i in rows.tolist()],
+            self.values[rows],
+            self.mask[rows],
+            self.teaches[rows],
+            self.worth[rows],
+        )
+
+    @property
+    def trunks(self) -> "Rewarded":
+        """The trajectories without their forks."""
+        if self.rolled.parents is None:
+            return self
+        return self.take(np.flatnonzero(self.rolled.trunks))
 
     @property
     def groups(self) -> Int[np.ndarray, " N"]:
@@ -57,15 +84,15 @@ class Rewarded:
     @property
     def fresh(self) -> Bool[np.ndarray, "N W"]:
         """The tokens to learn from that this step's parameters sampled."""
-        ages = self.rolled.ages
-        return self.mask if ages is None else self.mask & (ages == 0)
+        ages, sampled = self.rolled.ages, self.mask & self.rolled.trajectory.loss_mask
+        return sampled if ages is None else sampled & (ages == 0)
 
     @property
     def documents(self) -> Bool[np.ndarray, "N W"]:
         """What the system wrote after the prompts of trajectories to learn from."""
         t, at = self.rolled.trajectory, np.arange(self.mask.shape[1])
         after = (at >= t.prompt_lengths[:, None]) & (at < t.lengths[:, None])
-        return after & ~t.loss_mask & self.mask.any(-1, keepdims=True)
+        return after & ~t.loss_mask & ~self.mask & self.mask.any(-1, keepdims=True)
 
     @property
     def terms(self) -> Terms:
@@ -85,14 +112,7 @@ class Rewarded:
         """
         teaching = set(self.groups[self.teaches].tolist())
         names = sorted(np.unique(self.groups).tolist(), key=lambda g: (g not in teaching, g))
-        rows = np.flatnonzero(np.isin(self.groups, names[:count]))
-        return Rewarded(
-            self.rolled.take(rows),
-            [self.rewards[i] for i in rows.tolist()],
-            self.values[rows],
-            self.mask[rows],
-            self.teaches[rows],
-        )
+        return self.take(np.flatnonzero(np.isin(self.groups, names[:count])))
 
 
 class Collector:
@@ -142,8 +162,9 @@ class Collector:
         return self._noted(rewarded)
 
     def _noted(self, rewarded: Rewarded) -> Rewarded:
-        values = np.array([reward.value for reward in rewarded.rewards])
-        self.environment.note(rewarded.rolled.questions, values)
+        trunks = rewarded.trunks
+        values = np.array([reward.value for reward in trunks.rewards])
+        self.environment.note(trunks.rolled.questions, values)
         return rewarded
 
     def state(self) -> tuple[dict[str, Any], str | None]:
@@ -178,18 +199,43 @@ def search_costs(
     rewards: Float[np.ndarray, " N"],
     searches: Int[np.ndarray, " N"],
     groups: Int[np.ndarray, " N"],
+    trunks: Bool[np.ndarray, " N"],
 ) -> Float[np.ndarray, " N"]:
     """What the searches of each trajectory cost, from 0 to 1: their share of the group's most
     searches, times the group's mean reward (at least 0, at most 1).
 
-    Where a question is seldom answered, searches cost little (after prime-rl's linear penalty).
+    Forks, which are not among the `trunks`, change neither the most nor the mean. Where a question
+    is seldom answered, searches cost little (after prime-rl's linear penalty).
     """
     costs = np.zeros(len(rewards), np.float32)
     for group in np.unique(groups):
         rows = (groups == group) & ~np.isnan(rewards)
-        if rows.any() and (most := searches[rows].max()):
-            costs[rows] = np.clip(rewards[rows].mean(), 0, 1) * searches[rows] / most
+        own = rows & trunks
+        if own.any() and (most := searches[own].max()):
+            costs[rows] = np.clip(rewards[own].mean(), 0, 1) * searches[rows] / most
     return costs
+
+
+def search_worth(rolled: Rolled, values: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N K"]:
+    """What the search that ended turn k was worth: the reward of the trajectory minus the mean
+    reward of its forks at that search.
+
+    NaN where there is no fork, or where the trajectory or its forks ended without a fault of the
+    policy: a search failed, or the judge gave no verdict.
+    """
+    t = rolled.trajectory
+    turns = turn_numbers(t.loss_mask)
+    total = np.zeros((len(values), turns.max(initial=-1) + 1))
+    count = np.zeros(total.shape)
+    known = ~np.isnan(values) & ~np.isin(t.finish, _NOT_ITS_FAULT)
+    for row in np.flatnonzero(known & ~rolled.trunks):
+        assert rolled.parents is not None
+        if (parent := rolled.parents[row]) >= 0 and known[parent]:
+            at = parent, turns[parent, t.forked[row] - 1]
+            total[at] += values[row]
+            count[at] += 1
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: there is no fork
+        return np.asarray(values, np.float64)[:, None] - total / count
 
 
 def learnable(
@@ -202,8 +248,10 @@ def learnable(
 
     Left out are trajectories that a failed search ended or that got no reward (NaN: no verdict of
     the judge), because the policy caused neither. `algorithm` may also leave out `unanswered`
-    trajectories and those cut off.
+    trajectories and those cut off. Forks are left out unless `algorithm.forks_teach`; a fork's own
+    tokens come after those of its parent.
     """
-    ends = [Finish.SEARCH_ERROR, Finish.ABORTED, *CUT_OFF * algorithm.mask_truncated]
+    ends = [*_NOT_ITS_FAULT, *CUT_OFF * algorithm.mask_truncated]
     out = np.isin(t.finish, ends) | (unanswered & algorithm.mask_unanswered) | np.isnan(rewards)
+    out |= (t.forked > 0) & (not algorithm.forks_teach)
     return t.loss_mask & ~out[:, None]

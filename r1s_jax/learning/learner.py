@@ -177,8 +177,7 @@ class Learner:
             nothing,
             nothing,
             kept=kept,
-            capacity=sizes.capacity,
-            micro_batch_rows=sizes.micro_batch_rows,
+            **sizes._asdict(),
         )
         packed = self.logprobs(params, batch, micro)
         return np.where(wanted, unpack(packed, layout, lengths, tokens.shape[1]), 0.0)

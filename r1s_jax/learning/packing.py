@@ -22,6 +22,7 @@ class Sizes(NamedTuple):
 
     capacity: int  # tokens of a row
     micro_batch_rows: int  # of all data shards
+    sequences: int = 0  # a batch has room for so many, one a row, if it holds fewer
 
 
 def row_length(config: Config) -> int:
@@ -62,22 +63,40 @@ class Layout(NamedTuple):
 class Beginnings(NamedTuple):
     """What N sequences may share: their tokens before the first trained one, but the last of these.
 
-    The last one stays with each sequence because the model predicts the trained token there.
+    The last one stays with each sequence because the model predicts the trained token there. A fork
+    (see rollout/forks.py) shares also what its parent trains.
     """
 
-    order: np.ndarray  # the sequences, sorted by their beginnings
+    order: np.ndarray  # the sequences, sorted by their beginnings; forks follow their parents
     common: np.ndarray  # [N, N] number of leading tokens that two sequences share
     group: np.ndarray  # [N] equal for equal beginnings, if there is something to share
 
     @staticmethod
-    def of(tokens: np.ndarray, lengths: np.ndarray, trained: np.ndarray) -> "Beginnings":
-        """`tokens` and `trained` are [N, W]."""
+    def of(
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        trained: np.ndarray,
+        parents: np.ndarray | None = None,
+    ) -> "Beginnings":
+        """`tokens` and `trained` are [N, W]; `parents` int[N], -1: it is no fork."""
         first = np.where(trained.any(1), trained.argmax(1), lengths)
         starts = [row[: max(0, n - 1)] for row, n in zip(tokens, first, strict=True)]
-        order = np.array(
-            sorted(range(len(starts)), key=lambda i: starts[i].astype(">i4").tobytes())
-        )
-        steps = [_common(starts[i], starts[j]) for i, j in pairwise(order)]
+        parents = np.full(len(starts), -1) if parents is None else parents
+        texts = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
+
+        def path(i: int) -> tuple[int, ...]:
+            """Sorts forks behind their parents, first those that share more."""
+            if (parent := int(parents[i])) < 0:
+                return (i,)
+            return (*path(parent), -_common(texts[parent], starts[i]), i)
+
+        paths = [path(i) for i in range(len(starts))]
+        keys = [(starts[p[0]].astype(">i4").tobytes(), p) for p in paths]
+        order = np.array(sorted(range(len(starts)), key=keys.__getitem__))
+        steps = [
+            _common(texts[i] if paths[i][0] == paths[j][0] else starts[i], starts[j])
+            for i, j in pairwise(order)
+        ]
         steps = np.array(steps, np.int64)
         size, n = np.array([len(s) for s in starts], np.int64), len(starts)
         common, group = np.zeros((n, n), np.int64), np.zeros(n, np.int64)
@@ -87,6 +106,7 @@ class Beginnings(NamedTuple):
             common[i, order[at + 1 :]] = np.minimum.accumulate(steps[at:])
         common = np.maximum(common, common.T)
         same = (steps > 0) & (steps == size[order[1:]]) & (steps == size[order[:-1]])
+        same |= (steps > 0) & (parents[order[1:]] >= 0)
         group[order[1:]] = np.cumsum(~same)
         return Beginnings(order, common, group)
 
@@ -140,23 +160,26 @@ def pack(
     ce_weights: np.ndarray | None = None,
     fresh: np.ndarray | None = None,
     kept: np.ndarray | None = None,
+    parents: np.ndarray | None = None,
     *,
     capacity: int,
     micro_batch_rows: int,
+    sequences: int = 0,
 ) -> tuple[PackedBatch[np.ndarray], Layout, int]:
     """Packs N sequences ([N, W] arrays, `lengths` int[N]) into micro-batches.
 
     Returns the batch, its layout and the number of micro-batches that are not empty. The batch has
-    enough micro-batches of `micro_batch_rows` rows for one sequence a row, whatever is packed, so
-    that the update compiles once. Sequences share a beginning up to the token before the first that
-    has a weight.
+    enough micro-batches of `micro_batch_rows` rows for one sequence a row, and for `sequences` of
+    them, whatever is packed, so that the update compiles once. Sequences share a beginning up to
+    the token before the first that has a weight; `parents` int[N] are those of forks, or -1.
     """
     streams = [w for w in (weights, kl_weights, ce_weights) if w is not None]
     trained = np.any([w > 0 for w in streams], axis=0)
-    beginnings = Beginnings.of(tokens, lengths, trained)
+    beginnings = Beginnings.of(tokens, lengths, trained, parents)
     layout, last = _place(*first_fit(lengths, capacity, beginnings), lengths, capacity, beginnings)
     micro = -(-layout.rows // micro_batch_rows)
-    split = (-(-len(lengths) // micro_batch_rows), micro_batch_rows, capacity)
+    most = max(len(lengths), sequences)
+    split = (-(-most // micro_batch_rows), micro_batch_rows, capacity)
     shape = (split[0] * micro_batch_rows, capacity)
     segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     last_query = np.full(shape, -1, np.int32)

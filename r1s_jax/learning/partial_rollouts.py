@@ -25,7 +25,8 @@ from r1s_jax.models.sharding import batch_shards
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Search
 from r1s_jax.rollout.engine import Engine, Rolled
-from r1s_jax.rollout.in_flight import InFlight, group_numbers
+from r1s_jax.rollout.forks import tree_rows
+from r1s_jax.rollout.in_flight import ARRAYS, InFlight, group_numbers
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.session import Session
 from r1s_jax.rollout.trajectory import Position
@@ -56,15 +57,16 @@ class PartialRollouts:
         self.groups = [group for group in self.groups if all(group is not r for r in ready)]
         self._expire_old_ones(step)
         flights = [flight for group in ready for flight in group]
-        ages = np.zeros((len(flights), self.config.rollout.max_length), np.int32)
-        for row, flight in enumerate(flights):
+        rows = [f for flight in flights for f in flight.tree.values()]
+        ages = np.zeros((len(rows), self.config.rollout.max_length), np.int32)
+        for row, flight in enumerate(rows):
             ages[row, : len(flight.tokens)] = np.where(flight.loss_mask, step - flight.drawn, 0)
         rolled = self.engine.rolled(
             flights,
             seconds=time.perf_counter() - started,
             counters=counters,
             ages=ages,
-            carried=sum(bool(f.loss_mask.any()) and not f.ended for g in self.groups for f in g),
+            carried=sum(bool(f.loss_mask.any()) and not f.over for g in self.groups for f in g),
         )
         return replace(rolled, outcomes=dict(first_searches + Counter(rolled.outcomes)))
 
@@ -91,6 +93,7 @@ class PartialRollouts:
         if missing <= 0:
             self.engine.broker.begin(None)
             names = ("decode_steps", "prefill_chunks", "prefill_tokens", "busy", "room")
+            names += ("forks", "forks_left_out") if self.config.rollout.forks else ()
             return {name: np.zeros(1, int) for name in names}
         engine, shards = self.engine, batch_shards(self.engine.mesh)
         placed = self._places(groups, size, shards)
@@ -102,21 +105,21 @@ class PartialRollouts:
                 retrievers[batch] = self.environment.retriever_of(*batch)
             return retrievers[batch]
 
-        engine.broker.begin(None, [f and retriever(f) for f in placed], steady=True)
+        size = tree_rows(self.config.rollout)
+        by_row = [f and retriever(f) for f in placed for _ in range(size)]
+        engine.broker.begin(None, by_row, steady=True)
+        engine.broker.others = engine.others(placed)
         prompts = engine.prompts(placed, self.config.seed, self.config.rollout.max_length)
         session = Session(engine.programs, params, prompts, engine.tag_table)
         session.run(Until(groups=-(-missing // shards)))
         engine.broker.share()
         engine.broker.check()
         (trajectory, counters), at = session.results(), session.positions()
-        for row, flight in enumerate(placed):
-            if flight:
-                flight.absorb(trajectory, row, step=step, at=at)
-        engine.note_searches(placed)
+        engine.absorb(placed, trajectory, step=step, at=at)
         return counters
 
     def _places(self, groups: Sequence[Group], size: int, shards: int) -> list[InFlight | None]:
-        """A row for every trajectory that has not ended; groups go to the data shards in turn.
+        """All trajectories that have not ended, forks included; groups go to the shards in turn.
 
         The number of rows is the same at every step of a stage, so that the loop compiles once.
         """
@@ -124,14 +127,14 @@ class PartialRollouts:
         rows = samples * max(-(-2 * size // shards), -(-len(groups) // shards))
         placed: list[InFlight | None] = []
         for shard in range(shards):
-            mine = [f for group in groups[shard::shards] for f in group if not f.ended]
+            mine = [f for group in groups[shard::shards] for f in group if not f.over]
             placed += [*mine, *[None] * (rows - len(mine))]
         return placed
 
     def _expire_old_ones(self, step: int) -> None:
         for group in self.groups:
             for flight in group:
-                if not flight.ended and step - flight.step >= self.config.rollout.max_staleness:
+                if step - flight.step >= self.config.rollout.max_staleness:
                     flight.expire()
 
     # Checkpoints.
@@ -156,8 +159,8 @@ class PartialRollouts:
 
 
 def whole(group: Group) -> bool:
-    """Whether every trajectory of the group has ended."""
-    return all(flight.ended for flight in group)
+    """Whether every trajectory of the group has ended, forks included."""
+    return all(flight.over for flight in group)
 
 
 def split(flights: Sequence[InFlight]) -> list[Group]:
@@ -170,17 +173,7 @@ def split(flights: Sequence[InFlight]) -> list[Group]:
     return groups
 
 
-# The arrays of a trajectory, with an entry per token, and their dtypes in a checkpoint.
-_ARRAYS = {
-    "tokens": np.int32,
-    "loss_mask": np.bool_,
-    "sample_logprobs": np.float32,
-    "policy_logprobs": np.float32,
-    "kept": np.int32,
-    "log_kept": np.float32,
-    "drawn": np.int32,
-}
-_SEARCH = ("trajectory", "query", "outcome", "documents", "seconds", "detail")
+_SEARCH = ("trajectory", "query", "outcome", "documents", "seconds", "detail", "number")
 
 
 class _Saved(msgspec.Struct):
@@ -194,23 +187,28 @@ class _Saved(msgspec.Struct):
     prompt_length: int
     start: int
     arrays: dict[str, bytes]
-    at: tuple[int, int, int, int, int, int]
+    at: list[int]
     found: int
     finish: int
     searches: list[dict[str, Any]]
+    node: int = 0
+    forked: int = 0
+    shared: int = 0
+    forks: list["_Saved"] = []
 
     @staticmethod
     def of(f: InFlight) -> "_Saved":
-        arrays = {n: getattr(f, n).astype(kind).tobytes() for n, kind in _ARRAYS.items()}
+        arrays = {n: getattr(f, n).astype(kind).tobytes() for n, kind in ARRAYS.items()}
         searches = [{name: getattr(s, name) for name in _SEARCH} for s in f.searches]
         same = {name: getattr(f, name) for name in _SAME}
-        return _Saved(**same, at=Position(*f.at), arrays=arrays, searches=searches)
+        forks = [_Saved.of(fork) for fork in f.forks.values()]
+        return _Saved(**same, at=list(f.at), arrays=arrays, searches=searches, forks=forks)
 
     def flight(self) -> InFlight:
         """The trajectory; raises ValueError, KeyError or TypeError for inconsistent parts."""
         saved = {"kept": b"", "log_kept": bytes(len(self.arrays["policy_logprobs"]))} | self.arrays
         arrays: dict[str, Any] = {
-            n: np.frombuffer(saved[n], kind).copy() for n, kind in _ARRAYS.items()
+            n: np.frombuffer(saved[n], kind).copy() for n, kind in ARRAYS.items()
         }
         tokens = len(arrays["tokens"])
         arrays["kept"] = arrays["kept"].reshape(tokens, len(arrays["kept"]) // max(1, tokens))
@@ -218,7 +216,14 @@ class _Saved(msgspec.Struct):
             raise ValueError("its arrays differ in length")
         same = {name: getattr(self, name) for name in _SAME}
         searches = [Search(**{**s, "documents": tuple(s["documents"])}) for s in self.searches]
-        return InFlight(**same, **arrays, at=self.at, searches=searches)
+        forks = {fork.node: fork.flight() for fork in self.forks}
+        return InFlight(**same, **arrays, at=self._position(), searches=searches, forks=forks)
+
+    def _position(self) -> tuple[int, ...]:
+        """The position; one saved before there were forks has two numbers less."""
+        at = self.at if len(self.at) != 6 else [*self.at[:5], 0, 0, self.at[5]]
+        return tuple(Position(*at))
 
 
-_SAME = tuple(n for n in _Saved.__struct_fields__ if n not in ("arrays", "at", "searches"))
+_PARTS = ("arrays", "at", "searches", "forks")
+_SAME = tuple(n for n in _Saved.__struct_fields__ if n not in _PARTS)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from r1s_jax.config import Config
 from r1s_jax.learning.advantages import TurnRewards, kl_divergence, token_advantages
@@ -19,6 +19,7 @@ from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.rollout.engine import Engine
+from r1s_jax.rollout.forks import renumbered, tree_rows
 from r1s_jax.rollout.trajectory import Trajectory, turn_numbers
 
 GAP_METRICS = ("logprob_diff_mean", "logprob_diff_max")
@@ -71,6 +72,7 @@ class PolicyGradient:
         self.config, self.learner = config, learner
         self.engine, self.teacher = engine, teacher
         self._rows: int | None = None  # of a micro-batch, chosen before the first update
+        self._sequences = 0  # of an update, at most
 
     def learn(
         self,
@@ -83,12 +85,16 @@ class PolicyGradient:
     ) -> tuple[LearnerState, Learned]:
         """Takes `updates_per_rollout` optimizer steps; donates `state`.
 
-        Statistics are taken once, over the whole batch, before the first update.
+        Statistics are taken once, over the whole batch, before the first update. The batch has
+        forks only if they teach.
         """
         a, t, mask = self.config.algorithm, rewarded.rolled.trajectory, rewarded.mask
-        self._rows = self._rows or self._choose_rows(state, len(t.lengths))
-        order = np.random.default_rng((self.config.seed, step)).permutation(len(mask))
-        parts = np.array_split(order, a.updates_per_rollout)
+        parts = self._parts(rewarded, step)
+        self._sequences = max(map(len, parts))
+        if a.forks_teach:  # as many as there can be, so that the update compiles once
+            trunks = -(-int(rewarded.rolled.trunks.sum()) // a.updates_per_rollout)
+            self._sequences = trunks * tree_rows(self.config.rollout)
+        self._rows = self._rows or self._choose_rows(state, self._sequences)
         old, correction, gap = self._old_logprobs(state, rewarded, parts)
         plain = t.policy_logprobs if t.kept.shape[2] else old
         reference, scored = self._reference(state, rewarded, parts)
@@ -107,6 +113,9 @@ class PolicyGradient:
             kl_coefficient=kl_coefficient,
             reward_clip=a.reward_clip,
         )
+        if a.credit == "fork":
+            advantages = advantages + fork_advantages(rewarded)
+        advantages = opening_advantages(rewarded, advantages)
         signal = {"advantages": advantages, "old_logprobs": old, "kept": t.kept}
         signal |= {"reference_logprobs": reference, "fresh": rewarded.fresh}
         rows: list[dict[str, float]] = []
@@ -114,6 +123,8 @@ class PolicyGradient:
             weights = self._weights(rewarded, part, scored, kl_coefficient)
             weights["weights"] = weights["weights"] * correction[part]
             own = {name: x[part] for name, x in signal.items() if x is not None}
+            if rewarded.rolled.parents is not None:
+                own["parents"] = renumbered(rewarded.rolled.parents, part)
             batch, _, micro = self._pack(t, part, **weights, **own)
             state, row = self.learner.update(state, batch, micro, learning_rate_scale)
             update_gap = _pop_gap(row)
@@ -159,6 +170,8 @@ class PolicyGradient:
         is known already."""
         a, t, mask = self.config.algorithm, rewarded.rolled.trajectory, rewarded.mask
         correction, sampled = np.ones(mask.shape), t.policy_logprobs - t.log_kept
+        if (given := mask & ~t.loss_mask).any():  # never sampled: as if drawn now
+            sampled = np.where(given, self._logprobs(state.params, t, given, parts), sampled)
         if not self._uses_learner_logprobs():
             return sampled, correction, None
         old = self._logprobs(state.params, t, mask, parts, within_nucleus=True)
@@ -191,8 +204,8 @@ class PolicyGradient:
     ) -> tuple[TurnRewards | None, dict[str, float]]:
         """The rewards of turns, from the reward and from `algorithm.credit`, and metrics."""
         a, t = self.config.algorithm, rewarded.rolled.trajectory
-        given = [r.turns for r in rewarded.rewards]
-        if a.credit == "outcome" and not any(given):
+        given, scored = [r.turns for r in rewarded.rewards], a.credit in ("tips", "igpo")
+        if not scored and not any(given):
             return None, {}
         count = int(turn_numbers(t.loss_mask).max(initial=0)) + 2
         rewards, shaping = np.full((len(given), count), np.nan), np.zeros((len(given), count))
@@ -201,7 +214,7 @@ class PolicyGradient:
                 rewards[row, : rewarded.rolled.solutions[row].turns_answered] = 0.0
             rewards[row, : len(values)] = values
         turns = TurnRewards(turn_numbers(rewarded.mask), rewards, shaping, a.credit == "igpo")
-        if a.credit == "outcome":
+        if not scored:
             return turns, {}
         assert self.engine  # a run has one
         params = state.params
@@ -217,7 +230,8 @@ class PolicyGradient:
     @property
     def _sizes(self) -> Sizes:
         assert self._rows is not None  # set by learn
-        return Sizes(row_length(self.config), self._rows * batch_shards(self.learner.mesh))
+        rows = self._rows * batch_shards(self.learner.mesh)
+        return Sizes(row_length(self.config), rows, self._sequences)
 
     def _uses_learner_logprobs(self) -> bool:
         """Whether ratios use the learner's own old log-probabilities, not the sampler's.
@@ -229,8 +243,14 @@ class PolicyGradient:
         rounded = self.learner.compute_dtype != np.dtype("float32")
         return a.tis_cap > 0 or (a.loss == "gspo" and rounded)
 
-    def _choose_rows(self, state: LearnerState, trajectories: int) -> int:
-        sequences = -(-trajectories // self.config.algorithm.updates_per_rollout)
+    def _parts(self, rewarded: Rewarded, step: int) -> list[Int[np.ndarray, " M"]]:
+        """The rows of each update, drawn at random; forks stay with their trajectories."""
+        trunks, updates = rewarded.rolled.trunks, self.config.algorithm.updates_per_rollout
+        order = np.random.default_rng((self.config.seed, step)).permutation(int(trunks.sum()))
+        trees = np.split(np.arange(len(trunks)), np.flatnonzero(trunks)[1:])
+        return [np.concatenate([trees[i] for i in part]) for part in np.array_split(order, updates)]
+
+    def _choose_rows(self, state: LearnerState, sequences: int) -> int:
         return micro_batch_rows(self.config, self.learner, state, sequences)
 
     def _logprobs(
@@ -242,7 +262,7 @@ class PolicyGradient:
         *,
         within_nucleus: bool = False,
     ) -> Float[np.ndarray, "N W"]:
-        """The learner's log-probability of every sampled token under `params`; 0 elsewhere.
+        """The learner's log-probability of every token of `mask` under `params`; 0 elsewhere.
 
         Packed by `parts`, as the updates are, so that both round alike.
         """
@@ -256,6 +276,29 @@ class PolicyGradient:
 
     def _pack(self, t: Trajectory[np.ndarray], rows: np.ndarray, **values: Any):
         return pack(t.tokens[rows], t.lengths[rows], **values, **self._sizes._asdict())
+
+
+def fork_advantages(rewarded: Rewarded) -> Float[np.ndarray, "N W"]:
+    """What the search at the end of a turn was worth, at every token of that turn; float32, 0 where
+    it is not known."""
+    turns = turn_numbers(rewarded.mask)
+    worth = np.nan_to_num(rewarded.worth)
+    if not worth.size:
+        return np.zeros(turns.shape, np.float32)
+    gains = np.take_along_axis(worth, np.clip(turns, 0, worth.shape[1] - 1), axis=1)
+    return np.where(turns >= 0, gains, 0.0).astype(np.float32)
+
+
+def opening_advantages(
+    rewarded: Rewarded, advantages: Float[np.ndarray, "N W"]
+) -> Float[np.ndarray, "N W"]:
+    """`advantages`, but at the given beginning of a fork's answer by how much it earned more than
+    its parent: no sample of the group made that choice."""
+    rolled = rewarded.rolled
+    if rolled.openings is None or rolled.parents is None:
+        return advantages
+    gap = np.nan_to_num(rewarded.values - rewarded.values[rolled.parents])[:, None]
+    return np.where(rewarded.mask & rolled.openings, gap, advantages).astype(np.float32)
 
 
 def _pop_gap(row: dict[str, float]) -> dict[str, float]:

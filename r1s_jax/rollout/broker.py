@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
-from r1s_jax.config import SearchConfig
+from r1s_jax.config import Fork, SearchConfig
 from r1s_jax.io.errors import ConfigError, UserError, reason, shorten
 from r1s_jax.io.http import within
 from r1s_jax.io.text import whole
@@ -33,6 +33,8 @@ _IDLE_WAIT_S = 0.02
 # Outcomes of a search without documents. FAILED: caused by the retriever. UNANSWERED: malformed by
 # the policy; the reply to an invalid turn names the problem, a bad query gets no reply.
 FAILED, UNANSWERED = ("timeout", "error"), ("bad_query", "long_query", "invalid_turn")
+# What a fork gets in place of its documents (see forks.py): no search is made.
+WITHHELD = {"nothing": "withheld", "answer": "taken_back"}
 # In a steady rollout (see `Broker.begin`) documents arrive this many iterations after their query.
 _LAG = 8
 # A retriever counts as broken if a rollout's searches, at least this many, all find nothing.
@@ -73,6 +75,8 @@ class Search:
     ids: tuple[str, ...] = ()  # of the documents; "" where the retriever gives none
     seconds: float = 0.0
     detail: str = ""
+    number: int = -1  # replies that the trajectory had before; -1: not recorded
+    sent: str = ""  # the query that the retriever got, where it was another one
     tried: str = ""  # the error of the last failed attempt
     turn: "Turn | None" = field(default=None, repr=False, compare=False)
     started: float = field(default_factory=time.monotonic)
@@ -86,6 +90,7 @@ class Turn:
     shard: int
     searches: list[Search] = field(default_factory=list)
     delivered: bool = False
+    opening: list[int] = field(default_factory=list)  # begins an answer in the turn's place
     due: int = 0  # in a steady rollout: the shard's iteration in which the reply is delivered
 
     @property
@@ -97,7 +102,7 @@ class Broker:
     """Serves the searches of rollouts, one rollout at a time.
 
     `log` holds every search of the current rollout in the order they ended. Programs find the
-    broker by its `number`.
+    broker by its `number`. `others` is another question for each row, whose documents a fork gets.
     """
 
     def __init__(
@@ -112,14 +117,18 @@ class Broker:
         evaluation: bool = False,
         clean: Callable[[str], str] = whole,
         forgiving: bool = False,
+        fork: Fork = "nothing",
+        openings: Callable[[bool], list[int]] = lambda first_turn: [],
     ):
         """`clean` makes the text of documents harmless to the tokenizer (see tokenizer.foreign);
         `evaluation` reads queries as the published evaluation does; `forgiving` shows the policy a
-        failed search as one that found nothing, while the log keeps the failure.
+        failed search as one that found nothing, while the log keeps the failure. `fork` is
+        what forks get, `openings` the tokens that begin an answer in a first or a later turn.
         Raises ConfigError if max_documents_length has no room for the documents' tags."""
         self.config, self._clean, self._forgiving = config, clean, forgiving
         self.dialect, self._evaluation = dialect, evaluation
         self._decode, self._encode = decode, encode
+        self._fork, self._openings = fork, openings
         self._k, self._width = documents_per_query, max_documents_length
         self._most_characters = max_documents_length * CHARACTERS_A_TOKEN
         self._changed = threading.Condition()
@@ -144,6 +153,7 @@ class Broker:
         """
         with self._changed:
             self._retriever, self._by_row = retriever, by_row
+            self.others: Sequence[str] = ()
             self._steady, self._iterations = steady, Counter[int]()  # iterations by shard
             self._pending: dict[tuple[int, int], Turn] = {}
             self._ready: dict[int, deque[Turn]] = {}
@@ -165,8 +175,9 @@ class Broker:
 
     @property
     def _total(self) -> int:
-        """Searches that reached the retriever; malformed queries did not."""
-        return sum(self._counts.values()) - sum(self._counts[outcome] for outcome in UNANSWERED)
+        """Searches that reached the retriever."""
+        others = (*UNANSWERED, *WITHHELD.values())
+        return sum(self._counts.values()) - sum(self._counts[outcome] for outcome in others)
 
     def share(self) -> None:
         """Adds the counts and logs of all other processes, so that every process decides alike."""
@@ -225,7 +236,16 @@ class Broker:
 
     # Called by the program.
 
-    def exchange(self, shard: Any, idle: Any, rows: Any, submit: Any, query: Any) -> np.ndarray:
+    def exchange(
+        self,
+        shard: Any,
+        idle: Any,
+        rows: Any,
+        submit: Any,
+        query: Any,
+        copied: Any = None,
+        replies: Any = None,
+    ) -> np.ndarray:
         """Takes new queries, returns the replies that are ready.
 
         Args:
@@ -234,17 +254,20 @@ class Broker:
           rows: int32[S] trajectory in each slot.
           submit: bool[S] slots that just ended a query.
           query: int32[S, Q] last tokens of each slot's turn, -1 where the turn is shorter.
+          copied: with forks, bool[S] slots of forks whose query is their parent's.
+          replies: with forks, int32[S] replies that each trajectory has got.
 
         Returns the array of callback_arrays.py.
         """
         shard, submit = int(shard), np.asarray(submit)
         try:
             if submit.any():
-                self._submit(shard, np.asarray(rows), np.flatnonzero(submit), np.asarray(query))
+                turns = np.asarray(rows), np.asarray(query), copied, replies
+                self._submit(shard, np.flatnonzero(submit), *turns)
             collect = self._collect_due if self._steady else self._collect
             done = collect(shard, bool(idle))
             self._stopped |= self._past_limit()
-            results = [(turn.slot, *self._result(turn.searches)) for turn in done]
+            results = [(turn.slot, *self._result(turn.searches, turn.opening)) for turn in done]
             for turn in done:
                 turn.delivered = True
             return pack_results(results, self._stopped, self._width)
@@ -309,22 +332,47 @@ class Broker:
 
     # Internal.
 
-    def _submit(self, shard: int, rows: np.ndarray, slots: np.ndarray, query: np.ndarray) -> None:
+    def _submit(
+        self,
+        shard: int,
+        slots: np.ndarray,
+        rows: np.ndarray,
+        query: np.ndarray,
+        copied: Any,
+        replies: Any,
+    ) -> None:
         valid = []
         for slot in slots:
             ids = query[slot][query[slot] >= 0].tolist()
             calls = self._calls(ids, full=len(ids) == query.shape[1])
             turn = Turn(int(slot), shard, due=self._iterations[shard] + _LAG)
-            turn.searches = [Search(int(rows[slot]), call.query, turn=turn) for call, _ in calls]
+            number = -1 if replies is None else int(replies[slot])
+            turn.searches = [
+                Search(int(rows[slot]), call.query, number=number, turn=turn) for call, _ in calls
+            ]
+            withheld = ""
+            if copied is not None and copied[slot]:
+                withheld = self._prepare_fork(turn)
             with self._changed:
                 self._pending[shard, turn.slot] = turn
                 for search, (call, unanswered) in zip(turn.searches, calls, strict=True):
-                    if unanswered:
+                    if unanswered and withheld != WITHHELD["answer"]:
                         self._close(search, unanswered, detail=call.problem)
+                    elif withheld:
+                        self._close(search, withheld)
                     else:
                         valid.append(search)
         if valid:
             self._start(valid)
+
+    def _prepare_fork(self, turn: Turn) -> str:
+        """Makes a fork's turn differ from its parent's; the outcome of its searches, if known."""
+        if self._fork == "answer":
+            turn.opening = self._openings(turn.searches[0].number == 0)
+        elif self._fork == "random":
+            for search in turn.searches:
+                search.sent = self.others[search.trajectory]
+        return WITHHELD.get(self._fork, "")
 
     def _calls(self, ids: Sequence[int], full: bool) -> list[tuple[Call, str]]:
         """The calls of a turn, each with "" or, if it cannot be searched, its outcome."""
@@ -352,7 +400,7 @@ class Broker:
 
     def _run(self, retriever: Retriever | None, searches: list[Search]) -> None:
         deadline = searches[0].started + self.config.timeout_s
-        queries, detail = [s.query for s in searches], ""
+        queries, detail = [s.sent or s.query for s in searches], ""
         for attempt in range(self.config.retries + 1):
             if time.monotonic() > deadline:
                 return  # late: the waiting side closes the searches as timed out
@@ -427,8 +475,12 @@ class Broker:
             if now - search.started > self.config.timeout_s:
                 self._close(search, "timeout", detail=self._timeout_text(search))
 
-    def _result(self, searches: Sequence[Search]) -> tuple[Status, int, list[int]]:
+    def _result(
+        self, searches: Sequence[Search], opening: Sequence[int] = ()
+    ) -> tuple[Status, int, list[int]]:
         """The status of a turn, the number of searches made, and the tokens of the reply."""
+        if opening:
+            return Status.TAKEN_BACK, 0, list(opening)
         outcomes = {search.outcome for search in searches}
         if not outcomes.isdisjoint(FAILED) and not self._forgiving:
             return Status.ERROR, 0, []

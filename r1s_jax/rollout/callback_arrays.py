@@ -24,6 +24,7 @@ class Status(IntEnum):
     ERROR = 2
     BAD_QUERY = 3
     INVALID = 4  # the turn holds no valid search; the reply says so
+    TAKEN_BACK = 5  # the turn is taken back; the reply begins an answer in its place
 
 
 class Result(NamedTuple):

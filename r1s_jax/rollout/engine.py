@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 
 from r1s_jax.config import Attention, MeshConfig, RolloutConfig, SearchConfig
 from r1s_jax.data.questions import Question
-from r1s_jax.io.errors import UserError
+from r1s_jax.io.errors import ConfigError, UserError
 from r1s_jax.io.journal import DataError
 from r1s_jax.models.params import Params
 from r1s_jax.models.pretrained import Pretrained
@@ -34,16 +35,19 @@ from r1s_jax.models.tokenizer import (
     token_texts,
 )
 from r1s_jax.protocol.automaton import build_tag_table
-from r1s_jax.protocol.dialect import opens_reasoning
+from r1s_jax.protocol.dialect import BEGIN_ANSWER, opens_reasoning
 from r1s_jax.protocol.prompts import bound, renderer
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Broker, Search
+from r1s_jax.rollout.forks import parent_node, renumbered, tree_rows
 from r1s_jax.rollout.in_flight import (
     NOBODY,
     InFlight,
     group_numbers,
+    parents,
     shared_beginning,
+    stacked,
     trajectories,
 )
 from r1s_jax.rollout.loop import Rollout
@@ -72,12 +76,22 @@ class Rolled:
     counters: dict[str, int]
     slots_busy: float = 0.0  # share of slots that sampled a token, averaged over decode steps
     ages: np.ndarray | None = None  # int32[N, W] with partial rollouts: each token's age in steps
+    # int[N] with forks: the row that each is forked from; -1: none, it is no fork
+    parents: np.ndarray | None = None
+    # bool[N, W] with forks: tokens that began a fork's answer; the policy did not sample them
+    openings: np.ndarray | None = None
+
     carried: int = 0  # unfinished trajectories carried over to the next step
 
     @property
     def sampled_tokens(self) -> int:
         """The number of tokens that the policy sampled."""
         return int(self.trajectory.loss_mask.sum())
+
+    @property
+    def trunks(self) -> np.ndarray:
+        """bool[N]: the trajectories that are no forks."""
+        return np.full(len(self.questions), True) if self.parents is None else self.parents < 0
 
     @property
     def unanswered(self) -> np.ndarray:
@@ -93,6 +107,8 @@ class Rolled:
             solutions=tuple(self.solutions[i] for i in rows),
             searches=tuple(self.searches[i] for i in rows),
             ages=None if self.ages is None else self.ages[rows],
+            parents=None if self.parents is None else renumbered(self.parents, rows),
+            openings=None if self.openings is None else self.openings[rows],
         )
 
 
@@ -100,11 +116,15 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
     """Joins batches with equal numbers of samples per question; their groups stay distinct."""
     if len(batches) == 1:
         return batches[0]
-    trajectories, groups = [], 0
+    trajectories, parents, openings, groups, count = [], [], [], 0, 0
     for batch in batches:
-        t = batch.trajectory
+        t, own = batch.trajectory, batch.parents
         trajectories.append(t._replace(groups=t.groups + groups))
         groups = int(trajectories[-1].groups.max()) + 1
+        if own is not None:
+            parents.append(np.where(own < 0, own, own + count))
+            openings.append(batch.openings)
+        count += len(t.lengths)
     return Rolled(
         questions=sum((b.questions for b in batches), ()),
         trajectory=Trajectory(
@@ -116,6 +136,8 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
         seconds=sum(b.seconds for b in batches),
         counters=dict(sum((Counter(b.counters) for b in batches), Counter())),
         slots_busy=float(np.mean([b.slots_busy for b in batches])),
+        parents=np.concatenate(parents) if parents else None,
+        openings=np.concatenate(openings) if openings else None,
     )
 
 
@@ -182,7 +204,10 @@ class Engine:
             forgiving=forgiving,
             documents_per_query=config.documents_per_query,
             max_documents_length=config.max_documents_length,
+            fork=config.fork,
+            openings=lambda first_turn: self._openings[first_turn][0],
         )
+        self._check_forks()
         self.roll = Rollout(
             model=self.model,
             config=config,
@@ -257,13 +282,12 @@ class Engine:
         flights = self.begin(questions, samples=samples, step=step, draw=draw)
         width = self.config.max_prompt_length
         placed = [*flights, *[None] * (-len(flights) % batch_shards(self.mesh))]
+        self.broker.others = self.others(placed)
         prompts = self.prompts(placed, seed, width)
         trajectory, counters = to_host(self.programs.whole(params, prompts, self.tag_table))
         self.broker.share()
         self.broker.check()
-        for row, flight in enumerate(flights):
-            flight.absorb(trajectory, row, step=step)
-        self.note_searches(flights)
+        self.absorb(placed, trajectory, step=step)
         return self.rolled(flights, seconds=time.perf_counter() - started, counters=counters)
 
     def begin(
@@ -295,14 +319,19 @@ class Engine:
         return flights
 
     def prompts(self, placed: Sequence[InFlight | None], seed: int, width: int) -> Prompts:
-        """The loop's input on the mesh: one flight per row, None for an unused row.
+        """The loop's input on the mesh: for each flight the rows of its tree, None for unused ones.
 
         Neighbours of one question and step form a group.
         """
-        rows = [f or NOBODY for f in placed]
+        size = tree_rows(self.config)
+        owners = [f or NOBODY for f in placed for _ in range(size)]
+        known = [(f.tree if f else {}).get(node) for f in placed for node in range(size)]
+        live = np.array([f is not None and not f.ended for f in known])
+        rows = [f or owner for f, owner in zip(known, owners, strict=True)]
         tokens = np.zeros((len(rows), width), np.int32)
         for i, flight in enumerate(rows):
-            tokens[i, : len(flight.tokens)] = flight.tokens
+            start = flight.tokens if live[i] else flight.tokens[: flight.prompt_length]
+            tokens[i, : len(start)] = start
 
         def each(values: Iterable[int]) -> np.ndarray:
             return np.array(list(values), np.int32)
@@ -323,7 +352,7 @@ class Engine:
             shared=np.full(len(rows), shared_beginning(placed), np.int32),
             keys=keys,
             broker=np.full(len(rows), self.broker.number, np.int32),
-            live=np.array([f is not None for f in placed]),
+            live=live,
             at=Position(*map(each, zip(*(f.at for f in rows), strict=True))),
         )
         return place(arrays, batch_sharding(self.mesh))
@@ -332,14 +361,49 @@ class Engine:
         """The most tokens of this trajectory, at most `rollout.max_length`."""
         return self.config.max_length
 
-    def note_searches(self, placed: Sequence[InFlight | None]) -> None:
-        """Adds to every flight its delivered searches; undelivered ones are made again."""
+    def others(self, placed: Sequence[InFlight | None]) -> list[str]:
+        """For each row the next question, whose documents a fork may get.
+
+        Raises ConfigError if there is no other question.
+        """
+        if not self.config.forks or self.config.fork != "random":
+            return []
+        texts = [f.question.question if f else "" for f in placed]
+        each = list(dict.fromkeys(filter(None, texts)))
+        if len(each) == 1:
+            raise ConfigError(
+                "rollout.fork=random needs the documents of another question, and the rollout has "
+                "only one: take more questions, or rollout.fork=nothing"
+            )
+        after = dict(zip(each, [*each[1:], *each[:1]], strict=True))
+        return [after.get(text, "") for text in texts for _ in range(tree_rows(self.config))]
+
+    def absorb(
+        self,
+        placed: Sequence[InFlight | None],
+        t: Trajectory[np.ndarray],
+        *,
+        step: int,
+        at: Position[np.ndarray] | None = None,
+    ) -> None:
+        """Every flight, with its new forks, takes over its row and its delivered searches.
+
+        Undelivered searches are made again. `at` is the position of unfinished trajectories.
+        """
+        size, searches = tree_rows(self.config), dict[int, list[Search]]()
         for search in self.broker.log:
-            reached = search.turn is None or search.turn.delivered
-            if 0 <= search.trajectory < len(placed) and reached:
-                flight = placed[search.trajectory]
-                assert flight is not None  # an unused row makes no search
-                flight.searches.append(search)
+            if search.turn is None or search.turn.delivered:
+                searches.setdefault(search.trajectory, []).append(search)
+        for first, flight in enumerate(placed):
+            for node in range(size if flight else 0):
+                assert flight is not None
+                row = first * size + node
+                if node not in flight.tree and t.lengths[row]:
+                    parent = flight.tree[parent_node(node, self.config)]
+                    flight.forks[node] = parent.fork(node, int(t.forked[row]), self.config.fork)
+                if own := flight.tree.get(node):
+                    own.absorb(t, row, step=step, at=at)
+                    own.searches += searches.get(row, [])
 
     def rolled(
         self,
@@ -349,8 +413,12 @@ class Engine:
         counters: Mapping[str, np.ndarray],
         **more: Any,
     ) -> Rolled:
-        """Makes a batch of ended flights, groups adjacent. Raises NotFinite."""
+        """Makes a batch of ended flights, groups adjacent, each followed by its forks.
+
+        Raises NotFinite.
+        """
         c = self.config
+        flights = [f for flight in flights for f in flight.tree.values()]
         kept = kept_width(c.temperature, c.top_p)
         trajectory = trajectories(flights, c.max_length, group_numbers(flights), kept)
         check_finite(trajectory)
@@ -359,18 +427,29 @@ class Engine:
         return Rolled(
             questions=tuple(f.question for f in flights),
             trajectory=trajectory,
-            solutions=tuple(self.solution(trajectory, i, f.start) for i, f in enumerate(flights)),
+            solutions=tuple(
+                self.solution(trajectory, i, f.start, f.written) for i, f in enumerate(flights)
+            ),
             searches=tuple(tuple(f.searches) for f in flights),
             outcomes=self.broker.counts,
             seconds=seconds,
             slots_busy=busy,
             counters=totals,
+            parents=parents(flights, c) if c.forks else None,
+            openings=stacked([f.opening for f in flights], c.max_length) if c.forks else None,
             **more,
         )
 
-    def solution(self, trajectory: Trajectory[np.ndarray], row: int, start: int) -> Solution:
-        """The text of a trajectory from token `start` on, split by who wrote it."""
-        spans = self._token_spans(trajectory, row, start)
+    def solution(
+        self,
+        trajectory: Trajectory[np.ndarray],
+        row: int,
+        start: int,
+        written: Bool[np.ndarray, " T"] | None = None,
+    ) -> Solution:
+        """The text of a trajectory from token `start` on, split by who wrote it: the policy wrote
+        the tokens `written`, by default those of the loss mask."""
+        spans = self._token_spans(trajectory, row, start, written)
         texts = tuple((self.decode(ids), by_policy) for ids, by_policy in spans)
         return Solution(texts, self.dialect, Finish(int(trajectory.finish[row])).complete)
 
@@ -384,16 +463,30 @@ class Engine:
         return texts + [""] * (int(trajectory.loss_mask[row].sum()) - len(texts))
 
     def _token_spans(
-        self, trajectory: Trajectory[np.ndarray], row: int, start: int = 0
+        self,
+        trajectory: Trajectory[np.ndarray],
+        row: int,
+        start: int = 0,
+        written: Bool[np.ndarray, " T"] | None = None,
     ) -> list[tuple[list[int], bool]]:
         """Token ids from `start` on, without the end of sequence, split by who wrote them."""
         end = int(trajectory.lengths[row])
-        tokens, mask = trajectory.tokens[row, start:end], trajectory.loss_mask[row, start:end]
+        tokens = trajectory.tokens[row, start:end]
+        mask = (trajectory.loss_mask[row] if written is None else written)[start:end]
         if len(tokens) and mask[-1] and tokens[-1] in self.eos_ids:
             tokens, mask = tokens[:-1], mask[:-1]
         edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
         pieces = zip(np.split(tokens, edges), np.split(mask, edges), strict=True)
         return [(t.tolist(), bool(m[0])) for t, m in pieces if len(t)]
+
+    def _check_forks(self) -> None:
+        """Raises ConfigError if the dialect cannot be made to answer, but forks must."""
+        must = self.config.forks and self.config.fork == "answer"
+        if must and BEGIN_ANSWER not in self.dialect.answer_turn(_MARK):
+            raise ConfigError(
+                f"rollout.fork=answer: no tag begins an answer in the dialect {self.dialect.name}, "
+                "so that a turn cannot be made to answer: take rollout.fork=nothing"
+            )
 
     def _first_searches(self, questions: Sequence[Question]) -> list[Search]:
         """The system's own first search of every question, if the config asks for one."""

@@ -1,17 +1,29 @@
 """A trajectory on the host, which may stay unfinished over several learning steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from r1s_jax.config import Fork, RolloutConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.rollout.broker import FAILED, Search
+from r1s_jax.rollout.forks import parent_node
 from r1s_jax.rollout.trajectory import Finish, Position, Trajectory
 
 # A step's further draws use the random keys of steps beyond the end of any run.
 _DRAWS_APART = 1 << 20
+# The arrays of a trajectory, with an entry per token, and their dtypes in a checkpoint.
+ARRAYS = {
+    "tokens": np.int32,
+    "loss_mask": np.bool_,
+    "sample_logprobs": np.float32,
+    "policy_logprobs": np.float32,
+    "kept": np.int32,
+    "log_kept": np.float32,
+    "drawn": np.int32,
+}
 # A shorter common beginning is not worth a copy between slots.
 _LEAST_SHARED = 16
 
@@ -38,6 +50,12 @@ class InFlight:
     found: int = 0  # document blocks received; set at the end
     finish: int = 0
     searches: list[Search] = field(default_factory=list)
+    # Of a fork (see forks.py): its row in the tree, its parent's tokens at the query, and how many
+    # of them it begins with.
+    node: int = 0
+    forked: int = 0
+    shared: int = 0
+    forks: dict[int, "InFlight"] = field(default_factory=dict)  # of a trajectory, by row
 
     @staticmethod
     def begun(
@@ -68,7 +86,7 @@ class InFlight:
             kept=np.zeros((n, 0), np.int32),
             log_kept=blank,
             drawn=np.full(n, -1, np.int32),
-            at=tuple(Position(n, 0, 0, 0, 0, 0)),
+            at=tuple(Position(n, *[0] * (len(Position._fields) - 1))),
         )
 
     @property
@@ -76,9 +94,47 @@ class InFlight:
         return self.finish != Finish.NONE
 
     @property
+    def over(self) -> bool:
+        """Whether it and its forks have ended."""
+        return all(flight.ended for flight in self.tree.values())
+
+    @property
     def key_step(self) -> int:
         """The step number that enters its random key (see `_DRAWS_APART`)."""
         return self.step + self.draw * _DRAWS_APART
+
+    @property
+    def tree(self) -> dict[int, "InFlight"]:
+        """A trajectory and its forks, by their rows in the tree, in order."""
+        return {0: self} | dict(sorted(self.forks.items()))
+
+    def fork(self, node: int, forked: int, kind: Fork) -> "InFlight":
+        """The fork of this trajectory at the query that ends after `forked` tokens."""
+        own = self.loss_mask[:forked]
+        turn = np.flatnonzero(np.diff(own, prepend=False) & own)
+        shared = int(turn[-1]) if kind == "answer" else forked
+        arrays = {name: getattr(self, name)[:shared].copy() for name in ARRAYS}
+        inherited = [s for s in self.searches if s.number < len(turn) - 1]
+        fresh = {"found": 0, "finish": 0, "searches": inherited, "forks": {}}
+        place = {"node": node, "forked": forked, "shared": shared}
+        return replace(self, **arrays, **fresh, **place)
+
+    @property
+    def own(self) -> Bool[np.ndarray, " T"]:
+        """The tokens that the policy sampled in it, and not in its parent."""
+        return self.loss_mask & (np.arange(len(self.loss_mask)) >= self.shared)
+
+    @property
+    def opening(self) -> Bool[np.ndarray, " T"]:
+        """The beginning of an answer that a fork was given in place of a turn, if it was."""
+        at = np.arange(len(self.loss_mask))
+        end = self.own.argmax() if self.shared != self.forked else 0
+        return (at >= self.shared) & (at < end)
+
+    @property
+    def written(self) -> Bool[np.ndarray, " T"]:
+        """The tokens that count as the policy's text."""
+        return self.loss_mask | self.opening
 
     def note_first(self, search: Search) -> None:
         """Records the system's own first search; if it failed, ends the trajectory."""
@@ -121,8 +177,10 @@ class InFlight:
             self.at = tuple(int(values[row]) for values in at)
 
     def expire(self) -> None:
-        """Ends it unfinished, as too old."""
-        self.finish, self.found = int(Finish.TOO_OLD), Position(*self.at).searches
+        """Ends it and its forks, as far as they are unfinished, as too old."""
+        for flight in self.tree.values():
+            if not flight.ended:
+                flight.finish, flight.found = int(Finish.TOO_OLD), Position(*flight.at).searches
 
 
 def shared_beginning(flights: Sequence[InFlight | None]) -> int:
@@ -139,18 +197,33 @@ def shared_beginning(flights: Sequence[InFlight | None]) -> int:
     return count if count >= _LEAST_SHARED else 0
 
 
+def parents(flights: Sequence[InFlight], config: RolloutConfig) -> Int[np.ndarray, " N"]:
+    """The place among `flights`, where each tree is whole and adjacent, of each one's parent; -1
+    for a trajectory that is no fork."""
+    out, places = np.full(len(flights), -1), dict[int, int]()
+    for i, flight in enumerate(flights):
+        places = places if flight.node else {}
+        places[flight.node] = i
+        if flight.node:
+            out[i] = places[parent_node(flight.node, config)]
+    return out
+
+
+def stacked(values: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """The arrays as rows of `width` columns, filled up with zeros."""
+    out = np.zeros((len(values), width), values[0].dtype)
+    for row, own in zip(out, values, strict=True):
+        row[: len(own)] = own
+    return out
+
+
 def trajectories(
     flights: Sequence[InFlight], width: int, groups: Sequence[int], kept: int = 0
 ) -> Trajectory[np.ndarray]:
     """Stacks flights as rows of arrays of `width` columns; nuclei have room for `kept` tokens."""
 
     def rows(name: str) -> np.ndarray:
-        first = getattr(flights[0], name)
-        out = np.zeros((len(flights), width), first.dtype)
-        for i, flight in enumerate(flights):
-            values = getattr(flight, name)
-            out[i, : len(values)] = values
-        return out
+        return stacked([getattr(flight, name) for flight in flights], width)
 
     def nuclei() -> np.ndarray:
         out = np.full((len(flights), width, kept), -1, np.int32)
@@ -163,7 +236,7 @@ def trajectories(
 
     return Trajectory(
         tokens=rows("tokens"),
-        loss_mask=rows("loss_mask"),
+        loss_mask=rows("own"),
         sample_logprobs=rows("sample_logprobs"),
         policy_logprobs=rows("policy_logprobs"),
         kept=nuclei(),
@@ -173,6 +246,7 @@ def trajectories(
         groups=each(groups),
         searches=each([f.found for f in flights]),
         finish=each([f.finish for f in flights]),
+        forked=each([f.forked for f in flights]),
     )
 
 

@@ -44,6 +44,7 @@ from r1s_jax.rollout.callback_arrays import (
     unpack_result,
 )
 from r1s_jax.rollout.feeding import behind, feed
+from r1s_jax.rollout.forks import copy_parents, fork
 from r1s_jax.rollout.lookup import lookup
 from r1s_jax.rollout.sampler import sample, sample_each
 from r1s_jax.rollout.state import (
@@ -55,10 +56,9 @@ from r1s_jax.rollout.state import (
     initial,
     places,
     refill,
-    waiting_rows,
     when,
 )
-from r1s_jax.rollout.trajectory import Finish, Prompts, Trajectory
+from r1s_jax.rollout.trajectory import Finish, Prompts, Query, Trajectory
 
 # Indices in the tag table of the tags whose end the loop acts on.
 QUERY_END, ANSWER_END = 0, 1
@@ -171,7 +171,8 @@ class Rollout:
 
         def cut(state: State) -> Trajectory:
             s, width = state.slots, self.config.max_length
-            lengths = state.out.lengths.at[s.row].set(s.length, mode="drop")
+            lengths = jnp.where(state.waiting, state.lengths, state.out.lengths)
+            lengths = lengths.at[s.row].set(s.length, mode="drop")
             out = state.out._replace(lengths=lengths)
             inside = jnp.arange(width) < lengths[:, None]
             out = out._replace(tokens=jnp.where(inside, out.tokens[:, :width], 0))
@@ -179,16 +180,21 @@ class Rollout:
                 out = out._replace(**{name: getattr(out, name)[:, :width]})
             return out
 
-        shards = state.next_row.shape[0]
+        shards = state.busy.shape[0]
         counters = {
             "decode_steps": state.decode_steps,
             "prefill_chunks": state.prefill_chunks,
             "prefill_tokens": state.prefill_tokens,
             "busy": state.busy,
+            **self._fork_counters(state),
             "room": state.decode_steps * (state.slots.row.shape[0] // shards),
         }
         out = self._on_shards(cut, (State.partition(),), P(BATCH_AXES))(state)
         return out, counters
+
+    def _fork_counters(self, state: State) -> dict[str, Array]:
+        names = ("forks", "forks_left_out") if self.config.forks else ()
+        return {name: getattr(state, name) for name in names}
 
     def _on_shards(self, function: Callable, inputs: Any, outputs: Any) -> Callable:
         return jax.shard_map(
@@ -244,9 +250,9 @@ class Rollout:
         )
         ready = jnp.any(state.slots.phase == Phase.ACTIVE)
         state = when(ready, partial(self._decode, policy, prompts, tag_table), state)
-        more = jnp.any(state.next_row < waiting_rows(prompts))
-        refillable = more & jnp.any(state.slots.phase == Phase.EMPTY)
-        return when(refillable, partial(refill, prompts), state)
+        refillable = jnp.any(state.waiting) & jnp.any(state.slots.phase == Phase.EMPTY)
+        state = when(refillable, partial(refill, prompts), state)
+        return copy_parents(self.config, state) if self.config.forks else state
 
     # Sampling.
 
@@ -360,6 +366,9 @@ class Rollout:
         """Hands new queries to the host and takes the documents that are ready."""
         c, s = self.config, state.slots
         submit = s.phase == Phase.SUBMIT
+        if c.forks:
+            state = fork(c, prompts, state, submit)
+            s = state.slots
         width = c.max_turn_length if self.dialect.reads_whole_turn else c.max_query_length
         back = jnp.arange(width) - width
         at = s.length[:, None] + back
@@ -368,7 +377,8 @@ class Rollout:
         idle = ~jnp.any(s.phase == Phase.ACTIVE)
         shard = lax.axis_index(BATCH_AXES)
         rows = shard * state.out.lengths.shape[0] + s.row
-        results = self._call_host(prompts.broker[0], shard, idle, rows, submit, query)
+        turns = (s.query == Query.COPIED, s.replies) if c.forks else ()
+        results = self._call_host(prompts.broker[0], shard, idle, rows, submit, query, *turns)
         s = s._replace(phase=jnp.where(submit, Phase.WAIT, s.phase))
         count, abort = unpack_head(results)
         state = lax.fori_loop(
@@ -379,8 +389,7 @@ class Rollout:
         )
         busy = state.slots.phase != Phase.EMPTY
         state = finish(state, jnp.where((abort > 0) & busy, Finish.ABORTED, Finish.NONE))
-        next_row = jnp.where(abort > 0, waiting_rows(prompts), state.next_row)
-        return state._replace(next_row=next_row)
+        return state._replace(waiting=state.waiting & (abort == 0))
 
     def _call_host(self, *operands: Array) -> Int[Array, "R D"]:
         shape = callback_shape(self.config.max_documents_length)
@@ -400,6 +409,7 @@ class Rollout:
         c, s = self.config, state.slots
         slot, status, searches, count, block = result
         answered = (status != Status.ERROR) & (status != Status.BAD_QUERY)
+        replied = answered & (status != Status.TAKEN_BACK)
         fits = s.length[slot] + count < c.max_length
         row = jnp.where(answered & fits, s.row[slot], state.out.tokens.shape[0])
         at = s.length[slot] + jnp.arange(c.max_documents_length)
@@ -417,7 +427,8 @@ class Rollout:
             tag_state=s.tag_state.at[slot].set(0),
             called=s.called.at[slot].set(0),
             searches=s.searches.at[slot].add(jnp.where(answered & fits, searches, 0)),
-            replies=s.replies.at[slot].add((answered & fits).astype(jnp.int32)),
+            replies=s.replies.at[slot].add((replied & fits).astype(jnp.int32)),
+            query=s.query.at[slot].set(Query.NEW),
             phase=s.phase.at[slot].set(Phase.ACTIVE),
         )
         reasons = jnp.zeros_like(s.phase).at[slot].set(reason)

@@ -74,18 +74,19 @@ class Session:
         return to_host(self._programs.results(self._state))
 
     def positions(self) -> Position[np.ndarray]:
-        """The position of each unfinished trajectory in a slot; zeros for all others."""
-        slots = to_host(self._state.slots)
-        count, shards = len(self._prompts.lengths), len(self._state.next_row)
+        """The position of each unfinished trajectory."""
+        slots, begins = to_host((self._state.slots, self._state.at))
+        count, shards = len(self._prompts.lengths), len(self._state.busy)
         shard = np.repeat(np.arange(shards), len(slots.row) // shards)
         busy = slots.phase != Phase.EMPTY
         rows = (shard * (count // shards) + slots.row)[busy]
 
-        def by_row(values: np.ndarray) -> np.ndarray:
-            out = np.zeros(count, np.int32)
+        def by_row(begin: np.ndarray, values: np.ndarray) -> np.ndarray:
+            out = begin.copy()
             out[rows] = values[busy]
             return out
 
         asked = np.isin(slots.phase, (Phase.SUBMIT, Phase.WAIT)).astype(np.int32)
-        names = Position._fields[:-1]
-        return Position(*(by_row(getattr(slots, name)) for name in names), asked=by_row(asked))
+        now = {name: getattr(slots, name) for name in Position._fields if name != "asked"}
+        now["asked"] = asked
+        return Position(*(by_row(getattr(begins, name), now[name]) for name in Position._fields))

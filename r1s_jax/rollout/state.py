@@ -18,7 +18,7 @@ from r1s_jax.config import RolloutConfig
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.sharding import BATCH_AXES, TENSOR_AXIS
 from r1s_jax.rollout.sampler import kept_width
-from r1s_jax.rollout.trajectory import A, Prompts, Trajectory
+from r1s_jax.rollout.trajectory import A, Position, Prompts, Trajectory
 
 
 class Phase(IntEnum):
@@ -41,6 +41,8 @@ class Slots(NamedTuple, Generic[A]):
     searches: A
     replies: A  # the system's replies to its turns: documents, and notes on invalid turns
     called: A  # whether the turn holds a call, in dialects that act at the end of a turn
+    forks: A  # forks made of it
+    query: A  # what is known of its query: see Query
     phase: A
 
 
@@ -50,11 +52,15 @@ class State(NamedTuple, Generic[A]):
     slots: Slots[A]
     out: Trajectory[A]
     cache: KVCache
-    next_row: Int[A, "1"]  # the first trajectory not yet in a slot
+    waiting: Bool[A, " N"]  # trajectories that wait for a slot
+    lengths: Int[A, " N"]  # tokens with which each begins; 0: padding, or a fork not made yet
+    at: Position[A]  # where each begins
     decode_steps: Int[A, "1"]
     prefill_chunks: Int[A, "1"]
     prefill_tokens: Int[A, "1"]  # forced tokens that were computed, not copied
     busy: Int[A, "1"]  # sum over decode steps of the slots that sampled
+    forks: Int[A, "1"]
+    forks_left_out: Int[A, "1"]  # chosen, but the trajectory had its most forks
 
     @staticmethod
     def partition() -> "State[P]":
@@ -64,11 +70,15 @@ class State(NamedTuple, Generic[A]):
             slots=Slots(*[batch] * len(Slots._fields)),
             out=Trajectory(*[batch] * len(Trajectory._fields)),
             cache=cache,  # pyright: ignore[reportArgumentType]  # one for all its arrays
-            next_row=batch,
+            waiting=batch,
+            lengths=batch,
+            at=Position(*[batch] * len(Position._fields)),
             decode_steps=batch,
             prefill_chunks=batch,
             prefill_tokens=batch,
             busy=batch,
+            forks=batch,
+            forks_left_out=batch,
         )
 
 
@@ -81,7 +91,8 @@ def initial(config: RolloutConfig, prompts: Prompts, cache: Callable[[int], KVCa
     out = _prompts_only(prompts, c.max_length + c.max_documents_length, kept)
     zeros, zero = jnp.zeros(slots, jnp.int32), jnp.zeros(1, jnp.int32)
     free = Slots(jnp.full(slots, count), *[zeros] * (len(Slots._fields) - 1))
-    return State(free, out, cache(slots), zero, zero, zero, zero, zero)
+    lengths = jnp.where(prompts.live, prompts.lengths, 0)
+    return State(free, out, cache(slots), prompts.live, lengths, prompts.at, *[zero] * 6)
 
 
 def _prompts_only(prompts: Prompts, width: int, kept: int) -> Trajectory:
@@ -101,27 +112,26 @@ def _prompts_only(prompts: Prompts, width: int, kept: int) -> Trajectory:
         groups=prompts.groups,
         searches=zeros,
         finish=zeros,
+        forked=zeros,
     )
 
 
-def waiting_rows(prompts: Prompts) -> Int[Array, "1"]:
-    """The number of trajectories to roll out; they are the first rows of a shard."""
-    return prompts.live.sum(dtype=jnp.int32)[None]
-
-
 def refill(prompts: Prompts, state: State) -> State:
-    """Puts the next trajectories into the empty slots.
+    """Puts the next trajectories into the empty slots: forks first, the others in their order.
 
     An emptied slot still has the shared beginning of all prompts in its cache.
     """
-    s, count = state.slots, waiting_rows(prompts)
+    s, fork = state.slots, state.waiting & (state.out.forked > 0)
+    other = state.waiting & ~fork
     empty = s.phase == Phase.EMPTY
-    row = state.next_row + jnp.cumsum(empty) - 1
-    chosen = empty & (row < count)
-    started = _started(prompts, row)
+    place = jnp.where(fork, jnp.cumsum(fork), fork.sum() + jnp.cumsum(other)) - 1
+    turn = jnp.cumsum(empty) - 1
+    chosen = (empty & (turn < state.waiting.sum()))[:, None] & state.waiting
+    chosen &= place == turn[:, None]
+    started = _started(state, jnp.argmax(chosen, axis=1).astype(jnp.int32))
     started = started._replace(cached=jnp.minimum(s.cached, prompts.shared.max()))
-    slots = _where(chosen, started, s)
-    return state._replace(slots=slots, next_row=state.next_row + chosen.sum(dtype=jnp.int32))
+    slots = _where(chosen.any(1), started, s)
+    return state._replace(slots=slots, waiting=state.waiting & ~chosen.any(0))
 
 
 def places(prompts: Prompts, s: Slots) -> Int[Array, " S"]:
@@ -138,8 +148,12 @@ def admit(
 ) -> State:
     """Empties the slots of `ended_rows` and starts `new_rows`; row i is in slot i."""
     count, out = prompts.lengths.shape[0], state.out
+    # Rows that begin later count as padding until then.
+    lengths = jnp.where(new_rows, prompts.lengths, state.lengths)
+    at = Position(*(jnp.where(new_rows, n, o) for n, o in zip(prompts.at, state.at, strict=True)))
+    state = state._replace(lengths=lengths, at=at)
     slots = _where(ended_rows, _empty(count), state.slots)
-    slots = _where(new_rows, _started(prompts, jnp.arange(count)), slots)
+    slots = _where(new_rows, _started(state, jnp.arange(count)), slots)
     blank = _prompts_only(prompts, out.tokens.shape[1], out.kept.shape[2])
 
     def chosen(new: Array, old: Array) -> Array:
@@ -148,10 +162,10 @@ def admit(
     return state._replace(slots=slots, out=Trajectory(*map(chosen, blank, out)))
 
 
-def _started(prompts: Prompts, row: Int[Array, " S"]) -> Slots:
+def _started(state: State, row: Int[Array, " S"]) -> Slots:
     """Slots that start these rows, or resume them at their positions."""
     length, at = jax.tree.map(
-        lambda x: x.at[row].get(mode="fill", fill_value=0), (prompts.lengths, prompts.at)
+        lambda x: x.at[row].get(mode="fill", fill_value=0), (state.lengths, state.at)
     )
     return Slots(
         row=row,
@@ -162,6 +176,8 @@ def _started(prompts: Prompts, row: Int[Array, " S"]) -> Slots:
         searches=at.searches,
         replies=at.replies,
         called=at.called,
+        forks=at.forks,
+        query=at.query,
         phase=jnp.where(at.asked > 0, Phase.SUBMIT, Phase.ACTIVE),
     )
 
@@ -179,8 +195,9 @@ def complete_groups(prompts: Prompts, state: State) -> Int[Array, ""]:
     count = prompts.groups.shape[0]
     starts = jnp.append(True, prompts.groups[1:] != prompts.groups[:-1])
     group = jnp.cumsum(starts) - 1
-    going = prompts.live & (state.out.finish == 0)
-    live = jax.ops.segment_max(prompts.live.astype(jnp.int32), group, count)
+    begun = state.lengths > 0
+    going = begun & (state.out.finish == 0)
+    live = jax.ops.segment_max(begun.astype(jnp.int32), group, count)
     unfinished = jax.ops.segment_sum(going.astype(jnp.int32), group, count)
     return ((live > 0) & (unfinished == 0)).sum(dtype=jnp.int32)
 

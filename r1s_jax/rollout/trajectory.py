@@ -36,6 +36,14 @@ class Finish(IntEnum):
 CUT_OFF = (Finish.LENGTH, Finish.SEARCH_LIMIT, Finish.TOO_OLD)
 
 
+class Query(IntEnum):
+    """Whether a trajectory may be forked at the query that it has just written, or writes now."""
+
+    NEW = 0
+    SEEN = 1  # forked, or not chosen
+    COPIED = 2  # it is the fork itself, and the query its parent's (see forks.py)
+
+
 class Position(NamedTuple, Generic[A]):
     """Where in its turn a trajectory stands, each int32[N]; initially all 0 but `turn_start`."""
 
@@ -44,6 +52,8 @@ class Position(NamedTuple, Generic[A]):
     searches: A
     replies: A  # the system's replies to its turns: documents, and notes on invalid turns
     called: A  # whether the turn holds a call, in dialects that act at the end of a turn
+    forks: A  # forks made of it
+    query: A  # what is known of its query: see Query
     asked: A  # whether the turn has ended in a query that is not answered yet
 
 
@@ -68,7 +78,7 @@ class Prompts(NamedTuple, Generic[A]):
     shared: Int[A, " N"]  # leading tokens that all prompts have in common; equal in all rows
     keys: A  # one random key per trajectory
     broker: Int[A, " N"]  # number of the broker that answers searches; equal in all rows
-    live: Bool[A, " N"]  # false for padding rows, which follow a data shard's live ones
+    live: Bool[A, " N"]  # false for rows that only pad, and for the rows of forks to come
     at: Position[A]
     settings: Settings[A] | None = None  # None: those of the config
 
@@ -84,7 +94,7 @@ class Prompts(NamedTuple, Generic[A]):
     ) -> "Prompts[np.ndarray]":
         """Trajectories that hold only their prompts, as NumPy arrays."""
         zeros = np.zeros_like(lengths)
-        at = Position(lengths, zeros, zeros, zeros, zeros, zeros)
+        at = Position(lengths, *[zeros] * (len(Position._fields) - 1))
         same = np.full_like(lengths, broker)
         return Prompts(tokens, lengths, lengths, limits, groups, zeros, keys, same, live, at)
 
@@ -103,6 +113,7 @@ class Trajectory(NamedTuple, Generic[A]):
     groups: Int[A, " N"]  # index of the prompt; equal for samples of one question
     searches: Int[A, " N"]  # document blocks received, the system's own first search included
     finish: Int[A, " N"]  # see Finish
+    forked: Int[A, " N"]  # of a fork: tokens of its parent at the query; 0: not a fork
 
 
 def turn_numbers(mask: Bool[np.ndarray, "N W"]) -> Int[np.ndarray, "N W"]:

@@ -3,19 +3,18 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from r1s_jax.data.traces import SearchRow, TraceRow
+from r1s_jax.data.traces import ForkRow, SearchRow, TraceRow
 from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.policy_gradient import Learned
-from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.broker import FAILED
 from r1s_jax.rollout.engine import Rolled
-from r1s_jax.rollout.trajectory import Finish, Trajectory
+from r1s_jax.rollout.trajectory import Finish, Trajectory, turn_numbers
 from r1s_jax.system.profiling import Compilations, host_memory_gib, model_flops_utilization
 from r1s_jax.tracking.behaviour import behaviour_metrics
 
@@ -61,6 +60,26 @@ def rollout_metrics(batch: Rewarded) -> dict[str, float]:
         **behaviour_metrics(rolled, rewards),
         **_ages(rolled),
         **{f"finish_{name}": share for name, share in _finish_shares(t.finish).items()},
+    }
+
+
+def fork_metrics(batch: Rewarded) -> dict[str, float]:
+    """With forks: how many there are, their tokens, and what searches were worth (means)."""
+    rolled, worth = batch.rolled, batch.worth[batch.rolled.trunks]
+    if rolled.parents is None:
+        return {}
+    tokens = rolled.trajectory.loss_mask[~rolled.trunks].sum()
+    means = {
+        f"search_worth_{number + 1}": float(values[~np.isnan(values)].mean())
+        for number, values in enumerate(worth.T)
+        if not np.isnan(values).all()
+    }
+    known = worth[~np.isnan(worth)]
+    return {
+        "forks_with_worth": len(known),
+        "fork_tokens": int(tokens),
+        **({"search_worth": float(known.mean())} if known.size else {}),
+        **means,
     }
 
 
@@ -136,25 +155,29 @@ def headline(row: dict[str, Any]) -> str:
 
 
 def trace_rows(
-    rolled: Rolled,
-    rewards: Sequence[Reward],
+    batch: Rewarded,
     learned: Learned,
     count: int,
     token_texts: Callable[[Trajectory[np.ndarray], int], list[str]],
 ) -> Iterator[TraceRow]:
     """The rows of `traces.jsonl` of a step: `count` trajectories, spread over the batch.
 
-    Trajectories without a reward (no verdict of the judge) are left out. `token_texts` returns the
-    text of each token that the policy wrote (see Engine).
+    Trajectories without a reward (no verdict of the judge) are left out; forks stand with their
+    trajectories. `token_texts` returns the text of each token that the policy wrote (see Engine).
     """
-    rows = [i for i, reward in enumerate(rewards) if not math.isnan(reward.value)]
+    rolled, rewards = batch.rolled, batch.rewards
+    trunks = np.flatnonzero(rolled.trunks).tolist()
+    rows = [i for i in trunks if not math.isnan(rewards[i].value)]
+    # Learned from are all rows, or the trajectories alone.
+    alone = len(learned.advantages) < len(rewards)
+    learned_row = np.cumsum(rolled.trunks) - 1 if alone else np.arange(len(rewards))
     places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     for i in (rows[place] for place in np.unique(places)):
         question, t = rolled.questions[i], rolled.trajectory
         mask = t.loss_mask[i]
-        advantages = learned.advantages[i][mask]
+        advantages = learned.advantages[learned_row[i]][mask]
         texts = zip(token_texts(t, i), advantages, strict=True)
-        kl = [] if learned.token_kl is None else learned.token_kl[i][mask].tolist()
+        kl = [] if learned.token_kl is None else learned.token_kl[learned_row[i]][mask].tolist()
         row = TraceRow(
             question_id=question.id,
             question=question.question,
@@ -180,7 +203,27 @@ def trace_rows(
         )
         if kl:
             row["token_kl"] = [float(f"{value:.4g}") for value in kl]
+        if forks := list(_fork_rows(batch, i)):
+            row["forks"] = forks
         yield row
+
+
+def _fork_rows(batch: Rewarded, row: int) -> Iterator[ForkRow]:
+    """The forks of trajectory `row`, in the order of its searches."""
+    rolled, t = batch.rolled, batch.rolled.trajectory
+    turns = turn_numbers(t.loss_mask[[row]])[0]
+    parents = np.zeros(0) if rolled.parents is None else rolled.parents
+    for fork in np.flatnonzero(parents == row).tolist():
+        yield ForkRow(
+            turn=int(turns[t.forked[fork] - 1]),
+            reward=_number(batch.rewards[fork].value),
+            finish=Finish(int(t.finish[fork])).name.lower(),
+            spans=list(rolled.solutions[fork].spans),
+        )
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _finish_shares(finish: np.ndarray) -> dict[str, float]:

@@ -54,6 +54,7 @@ ADDED = {
     "algorithm.echo_coefficient": 0.0,
     "algorithm.teacher": "",
     "algorithm.search_price": 0.0,
+    "algorithm.forks_teach": False,
     "environment.sampler": "shuffled",
     "environment.hops": 2,
     "environment.distractors": 0,
@@ -63,6 +64,10 @@ ADDED = {
     "environment.recall": 1.0,
     "environment.padding": 0,
     "optimizer.warmup_steps": 0,
+    "rollout.forks": 0.0,
+    "rollout.fork": "nothing",
+    "rollout.forks_per_trajectory": 1,
+    "rollout.fork_depth": 1,
 }
 
 

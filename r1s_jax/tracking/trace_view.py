@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from r1s_jax.data.traces import Trace
+from r1s_jax.data.traces import Branch, Trace
 from r1s_jax.io.text import printable
 from r1s_jax.tracking.pages import write_page
 
@@ -30,9 +30,24 @@ def as_text(trace: Trace) -> Text:
     """Question, gold answers and the whole text in colour."""
     out = Text.assemble(("Question: ", "bold"), printable(trace.question))
     out.append(printable(f"   gold: {' | '.join(trace.answers)}\n"), "dim")
+    search = 0
     for kind, text in trace.pieces():
         out.append(printable(text), STYLES[kind])
+        if kind == "documents":
+            for fork in trace.forks_at(search):
+                out.append_text(_fork_text(fork))
+            search += 1
+    for fork in trace.forks_from(search):
+        out.append_text(_fork_text(fork))
     return out
+
+
+def _fork_text(fork: Branch) -> Text:
+    """A fork, set apart from the trajectory that it belongs to."""
+    out = Text.assemble(("\n  ⑂ ", "bold"), (printable(fork.title()), "dim"), "\n   ")
+    for kind, text in fork.pieces:
+        out.append(printable(text), STYLES[kind])
+    return out.append("\n")
 
 
 def show(traces: Sequence[Trace], matching: int, html: Path | None = None) -> None:

@@ -10,7 +10,7 @@ import pytest
 from r1s_jax.data.traces import Trace, Wanted, read_traces, sample_traces
 from r1s_jax.io.journal import DataError
 from r1s_jax.protocol import r1_searcher as protocol
-from r1s_jax.tracking.trace_view import LABELS, as_text
+from r1s_jax.tracking.trace_view import LABELS, as_text, show
 
 DOCUMENTS = protocol.document_block(["Rome is a city."])
 QUERY = f"{protocol.BEGIN_QUERY} Rome {protocol.END_QUERY}"
@@ -164,3 +164,37 @@ def test_published_traces_are_split_at_their_documents():
         assert len(blocks) == trace.searches
         written = "".join(text for text, by_policy in trace.spans if by_policy)
         assert protocol.BEGIN_DOCUMENTS not in written
+
+
+NOTHING = protocol.document_block([])
+OTHERWISE = f" </think> {protocol.BEGIN_ANSWER} a river {protocol.END_ANSWER}"
+
+
+def test_forks_are_shown_beside_their_search(tmp_path):
+    fork = {"turn": 0, "reward": 0.25, "finish": "finished"}
+    fork["spans"] = [[QUERY, True], [NOTHING, False], [OTHERWISE, True]]
+    write(tmp_path / "traces.jsonl", RUN_ROW | {"forks": [fork]})
+    answered = {"search": 1, "pred_ans": "a river", "stop_reason_final": "finished"}
+    answered["gen_text_store"] = QUERY + NOTHING + OTHERWISE
+    file = write(tmp_path / "answers.jsonl", ANSWERED | {"forks": [answered]})
+    (of_run,), (of_answers,) = read_traces(tmp_path), read_traces(file)
+    assert [b.worth for b in (*of_run.forks, *of_answers.forks)] == [0.25, 1.0]
+    assert of_run.forks[0].pieces == of_answers.forks[0].pieces
+    assert ("policy", QUERY) not in of_run.forks[0].pieces
+    shown = as_text(of_run).plain
+    assert shown.index("Rome is a city") < shown.index("worth +0.25") < shown.index("a river")
+    assert shown.index("a river") < shown.rindex("a city")
+    page = tmp_path / "page.html"
+    show([of_run], 1, page)
+    text = page.read_text("utf-8")
+    assert text.index("Rome is a city") < text.index("worth +0.25") < text.index("a river")
+    assert text.index("a river") < text.rindex("a city")
+
+
+def test_a_damaged_fork_is_named(tmp_path):
+    write(tmp_path / "traces.jsonl", RUN_ROW | {"forks": [{"turn": 0}]})
+    with pytest.raises(DataError, match=r"line 1.*forks"):
+        next(read_traces(tmp_path))
+    file = write(tmp_path / "answers.jsonl", ANSWERED | {"forks": [{"search": "1"}]})
+    with pytest.raises(DataError, match="forks"):
+        next(read_traces(file))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.data.results import read_header, read_results
+from r1s_jax.data.results import read_header, read_results, score_row
 from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
 from r1s_jax.eval.score import summarize
 from r1s_jax.io.errors import ConfigError
@@ -304,3 +304,51 @@ def test_other_weights_under_one_name_are_refused(questions, searcher, tmp_path)
             answer_file(make_run(questions, str(model), mode="direct"), None, {}, out,
                         retry_failed=retry)  # fmt: skip
     assert out.read_bytes() == before
+
+
+def test_forks_tell_what_searches_were_worth(questions, searcher, tmp_path):
+    """The answers are those of a run without forks; a stopped run with forks continues."""
+    forked = dict(forks=1.0, fork="nothing", forks_per_trajectory=16)
+    plain = answer_file(
+        make_run(questions, searcher), EchoRetriever(), {}, tmp_path / "plain.jsonl"
+    )
+    run, out = make_run(questions, searcher, **forked), tmp_path / "forks.jsonl"
+    rows = rows_of(answer_file(run, EchoRetriever(), {}, out))
+    without = [{k: v for k, v in row.items() if k not in ("forks", "hops")} for row in rows]
+    assert strip(without) == strip(rows_of(plain))
+    forks = [fork for row in rows for fork in row["forks"]]
+    assert len(forks) >= 3
+    for row in rows:
+        asked = [fork["search"] for fork in row["forks"]]
+        assert asked == list(range(1, len(asked) + 1))
+        for fork in row["forks"]:
+            before = row["gen_text_store"].split(protocol.END_QUERY)[: fork["search"]]
+            assert fork["gen_text_store"].startswith(protocol.END_QUERY.join(before))
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    assert strip(rows_of(answer_file(run, EchoRetriever(), {}, out))) == strip(rows)
+    with pytest.raises(DataError, match="forks"):
+        answer_file(make_run(questions, searcher), EchoRetriever(), {}, out)
+
+
+def test_the_worth_of_searches_is_scored_by_number_and_hops():
+    def row(id: int, pred: str, forks: list[tuple[int, str]], hops: int) -> dict:
+        return {
+            "id": id,
+            "question": f"{id}?",
+            "answer": "Rome",
+            "pred_ans": pred,
+            "gen_text_store": "",
+            "hops": hops,
+            "forks": [{"search": n, "pred_ans": p} for n, p in forks],
+        }
+
+    rows = [row(1, "Rome", [(1, "Oslo"), (2, "Rome")], 2), row(2, "Rome", [(1, "Rome")], 1)]
+    rows += [row(3, "Oslo", [(1, "Rome")], 1), row(4, "Rome", [], 1)]
+    results = [r | {"scores": score_row(r)} for r in rows]
+    worth = summarize(results)["search_worth"]
+    assert worth["all"]["n"] == 4
+    assert worth["all"]["mean"] == pytest.approx(0.0)
+    assert {n: w["mean"] for n, w in worth["search"].items()} == {"1": 0.0, "2": 0.0}
+    assert {n: w["mean"] for n, w in worth["hops"].items()} == {"1": -50.0, "2": 50.0}
+    assert worth["hops"]["1"]["interval"] == [-100.0, 0.0]
+    assert "search_worth" not in summarize([results[3]])

@@ -140,6 +140,7 @@ def test_smollm2_scores_answers_as_transformers_does():
         groups=0 * size,
         searches=0 * size + 2,
         finish=0 * size + 1,
+        forked=0 * size,
     )
     assert turn_begins(t, 0) == expected["begins"].tolist()
     got = gold_logprobs(

@@ -71,6 +71,7 @@ def make_batch(seed: int) -> tuple[Trajectory, np.ndarray]:
         groups=np.sort(rng.integers(0, 4, N)).astype(np.int32),
         searches=np.zeros(N, np.int32),
         finish=rng.choice([Finish.FINISHED, Finish.FINISHED, Finish.SEARCH_ERROR], N),
+        forked=np.zeros(N, np.int32),
     )
     return trajectory, rng.choice([-2, 0, 0.5, 1], N).astype(np.float32)
 
@@ -391,7 +392,7 @@ def test_searches_cost_little_where_questions_are_hard():
     groups = np.repeat([0, 1, 2], 3)
     rewards = np.array([1, 1, 0, 0, 0, 0, -2, 1, np.nan], np.float32)
     searches = np.array([2, 1, 0, 4, 2, 0, 3, 1, 9])
-    got = search_costs(rewards, searches, groups)
+    got = search_costs(rewards, searches, groups, np.full(9, True))
     np.testing.assert_allclose(got, [2 / 3, 1 / 3, 0, 0, 0, 0, 0, 0, 0], rtol=1e-6)
     t, _ = make_batch(0)
     said = tuple(Solution.of_text(SEARCHED if i % 2 else "<answer> a </answer>") for i in range(N))

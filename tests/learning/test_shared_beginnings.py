@@ -61,6 +61,35 @@ def make_group_batch(seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return lengths, floats
 
 
+def make_tree_batch() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The same with forks: each continues its parent's tokens, trained ones too, with its own.
+
+    Some forks share more with their parent than others; two are forks of forks.
+    """
+    rng, (lengths, arrays) = np.random.default_rng(5), make_group_batch()
+    parents, rows = [], []
+    for row in range(len(lengths)):
+        parents.append(-1)
+        rows.append({name: a[row] for name, a in arrays.items()} | {"length": int(lengths[row])})
+        trunk = len(rows) - 1
+        for fork in range(row % 4):
+            parent = trunk if fork < 2 else len(rows) - 1
+            own = {name: a.copy() for name, a in rows[parent].items() if name != "length"}
+            first = int((rows[parent]["weights"] > 0).argmax())
+            shared = int(rng.integers(first + 1, rows[parent]["length"] + 1))
+            length = min(WIDTH, shared + int(rng.integers(1, 8)))
+            own["tokens"][shared:] = rng.integers(0, LEARNED.vocab_size, WIDTH - shared)
+            for name in ("weights", "kl_weights"):
+                own[name][:] = 0
+                own[name][min(shared + fork, length - 1) : length] = 0.05
+            own["ce_weights"] = own["ce_weights"] * 0
+            rows.append(own | {"length": length})
+            parents.append(parent)
+    sizes = np.array([row.pop("length") for row in rows])
+    stacked = {name: np.stack([row[name] for row in rows]) for name in arrays}
+    return sizes, stacked | {"parents": np.array(parents)}
+
+
 def one_a_row(lengths: np.ndarray, arrays: dict[str, np.ndarray]) -> tuple[PackedBatch, int]:
     """A batch without the packer."""
     inside = np.arange(WIDTH) < lengths[:, None]
@@ -70,13 +99,13 @@ def one_a_row(lengths: np.ndarray, arrays: dict[str, np.ndarray]) -> tuple[Packe
         last_query=np.where(inside, lengths[:, None] - 1, -1).astype(np.int32)[None],
         kept=np.zeros((1, *inside.shape, 0), np.int32),
         log_kept=np.zeros((1, *inside.shape), np.float32),
-        **{name: np.where(inside, a, 0)[None] for name, a in arrays.items()},
+        **{n: np.where(inside, a, 0)[None] for n, a in arrays.items() if n != "parents"},
     ), 1
 
 
-def compare(learner, capacity: int, rows: int) -> int:
+def compare(learner, capacity: int, rows: int, make=make_group_batch) -> int:
     """Compares one SGD step; returns how many tokens were computed."""
-    lengths, arrays = make_group_batch()
+    lengths, arrays = make()
     batch, _, micro = pack(**arrays, lengths=lengths, capacity=capacity, micro_batch_rows=rows)
     before = jax.device_get(make_params(learner.model))
     expected, metrics = step(learner, *one_a_row(lengths, arrays))
@@ -111,6 +140,24 @@ def test_in_one_row_and_in_short_ones(name):
     learner = make_learner(loss=LOSSES[name])
     everything, few = (compare(learner, *size) for size in ((192, 1), (40, 1)))
     assert everything < few < make_group_batch()[0].sum()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("clip", (48, 2)),
+        ("gspo", (400, 1)),
+        *(pytest.param(n, (40, 1), marks=pytest.mark.slow) for n in ("clip", "dppo")),
+    ],
+)
+def test_what_a_fork_shares_is_computed_once_and_changes_nothing(name, size):
+    learner, (lengths, arrays) = make_learner(loss=LOSSES[name]), make_tree_batch()
+    computed = compare(learner, *size, make_tree_batch)
+    del arrays["parents"]
+    batch, _, _ = pack(**arrays, lengths=lengths, capacity=size[0], micro_batch_rows=size[1])
+    assert computed < (batch.segment_ids > 0).sum() < lengths.sum()
+    if size[0] == 400:  # all in one row: a fork adds its own tokens, and the one before a trained
+        assert computed < 0.6 * lengths.sum()
 
 
 @pytest.mark.slow

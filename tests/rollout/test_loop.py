@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from r1s_jax.config import SearchConfig
+from r1s_jax.config import AlgorithmConfig, SearchConfig
 from r1s_jax.data.questions import Question
+from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.params import init_params
@@ -135,7 +136,8 @@ def test_traces_name_every_token_and_its_advantage(engine, rolled):
     advantages = np.arange(t.tokens.size, dtype=np.float32).reshape(t.tokens.shape)
     rewards = [Reward(0.0, {})] * len(t.tokens)
     learned = Learned(advantages, [], 0.0, 1.0, token_kl=0.5 * advantages)
-    rows = list(trace_rows(rolled, rewards, learned, len(rewards), engine.token_texts))
+    batch = Rewarded.of(rolled, rewards, AlgorithmConfig())
+    rows = list(trace_rows(batch, learned, len(rewards), engine.token_texts))
     ended = 0
     for i, row in enumerate(rows):
         ids = t.tokens[i][t.loss_mask[i]].tolist()

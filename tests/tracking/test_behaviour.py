@@ -46,6 +46,7 @@ def rolled(right: bool) -> Rolled:
         groups=zeros,
         searches=np.array([1, 2, 0, 0]),
         finish=np.array(FINISHES),
+        forked=zeros,
     )
     golds = ("yes",) if right else ("other",)
     return Rolled(

@@ -1,0 +1,137 @@
+"""Forks: what would have become of a trajectory if a search had gone otherwise.
+
+At a query the trajectory is copied into a row of its own, and into a slot as soon as one is free,
+its KV cache included. The copy, a fork, differs in one thing: its search finds nothing, or the
+documents of another question, or the query is taken back and the turn must answer. Everything else
+is common, the random keys too, so the difference of the two rewards tells what the search was worth
+with little noise.
+
+The rows of a trajectory and of all forks that it may get are adjacent, in the order of a tree: row
+0 is the trajectory, the forks of row n are rows n * F + 1 to n * F + F, where F is
+`rollout.forks_per_trajectory`. Which query is forked depends on its trajectory's key and its place.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from r1s_jax.config import RolloutConfig
+from r1s_jax.rollout.state import Phase, State
+from r1s_jax.rollout.trajectory import Position, Prompts, Query
+
+# Folded into a trajectory's key for the choice of queries; places of tokens are below.
+_CHOICE = 2**31 - 1
+
+
+def tree_rows(config: RolloutConfig) -> int:
+    """The rows that a trajectory and its forks take."""
+    if not config.forks:
+        return 1
+    return sum(config.forks_per_trajectory**depth for depth in range(config.fork_depth + 1))
+
+
+def parent_node(node: int, config: RolloutConfig) -> int:
+    """The row, within the tree, of the trajectory that row `node` > 0 is forked from."""
+    return (node - 1) // config.forks_per_trajectory
+
+
+def renumbered(parents: Int[np.ndarray, " N"], rows: Int[np.ndarray, " M"]) -> np.ndarray:
+    """The parents of `rows` as places among these rows; -1 for one that is not there."""
+    place = np.full(len(parents) + 1, -1)  # the last is that of -1
+    place[rows] = np.arange(len(rows))
+    return place[parents[rows]]
+
+
+def fork(config: RolloutConfig, prompts: Prompts, state: State, asked: Bool[Array, " S"]) -> State:
+    """Makes forks of the slots that just ended a query; they wait for a slot."""
+    s, out, size = state.slots, state.out, tree_rows(config)
+    count, most = out.lengths.shape[0], config.forks_per_trajectory
+    keys = prompts.keys.at[s.row].get(mode="clip")
+    draw = jax.vmap(
+        lambda key, at: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, _CHOICE), at))
+    )
+    node = s.row % size
+    first = node * most + 1
+    new = asked & (s.query == Query.NEW)
+    chosen = new & (first < size) & (draw(keys, s.length) < config.forks)
+    made = chosen & (s.forks < most)
+    row = jnp.where(made, s.row - node + first + s.forks, count)
+    # A turn that is taken back is not copied.
+    begin = s.turn_start if config.fork == "answer" else s.length
+
+    def copied(rows: Array) -> Array:
+        return rows.at[s.row].get(mode="fill", fill_value=0)
+
+    def copy(name: str, values: Array | None = None) -> Array:
+        rows = getattr(out, name)
+        return rows.at[row].set(copied(rows) if values is None else values, mode="drop")
+
+    before = jnp.arange(out.tokens.shape[1]) < begin[:, None]
+    names = ("tokens", "sample_logprobs", "policy_logprobs", "kept", "log_kept")
+    out = out._replace(
+        **{name: copy(name) for name in names},
+        loss_mask=copy("loss_mask", copied(out.loss_mask) & before),
+        forked=copy("forked", s.length),
+    )
+    zeros = jnp.zeros_like(row)
+    at = Position(
+        turn_start=s.turn_start,
+        tag_state=s.tag_state,
+        searches=s.searches,
+        replies=s.replies,
+        called=s.called,
+        forks=zeros,
+        query=zeros + Query.COPIED,
+        asked=zeros + 1,
+    )
+    begins = zip(state.at, at, strict=True)
+    return state._replace(
+        slots=s._replace(forks=s.forks + made, query=jnp.where(new, Query.SEEN, s.query)),
+        out=out,
+        waiting=state.waiting.at[row].set(True, mode="drop"),
+        lengths=state.lengths.at[row].set(begin, mode="drop"),
+        at=Position(*(old.at[row].set(new, mode="drop") for old, new in begins)),
+        forks=state.forks + made.sum(dtype=jnp.int32),
+        forks_left_out=state.forks_left_out + (chosen & ~made).sum(dtype=jnp.int32),
+    )
+
+
+def copy_parents(config: RolloutConfig, state: State) -> State:
+    """Copies the cache of every parent that is still in a slot to its forks that got one.
+
+    A fork whose parent has left its slot is fed its tokens, like any forced text.
+    """
+    return lax.while_loop(
+        lambda s: jnp.any(_parents(config, s)[1]), lambda s: _copy(config, s), state
+    )
+
+
+def _parents(config: RolloutConfig, state: State) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
+    """The slot of each slot's parent, and whether its cache is to be copied."""
+    s, size = state.slots, tree_rows(config)
+    node = s.row % size
+    parent = s.row - node + (node - 1) // config.forks_per_trajectory
+    busy = s.phase != Phase.EMPTY
+    needed = s.length - 1
+    has = busy[None, :] & (s.cached[None, :] >= needed[:, None])
+    same = (parent[:, None] == s.row[None, :]) & has
+    # Before its reply all that a fork has is its parent's.
+    new = busy & (node > 0) & (s.query == Query.COPIED) & (s.cached < needed)
+    return jnp.argmax(same, axis=1), same.any(1) & new
+
+
+def _copy(config: RolloutConfig, state: State) -> State:
+    s, (leader, ready) = state.slots, _parents(config, state)
+    slot = jnp.argmax(ready)
+
+    def copy(buffer: Array) -> Array:
+        rest = (0,) * (buffer.ndim - 2)
+        size = (buffer.shape[0], 1, *buffer.shape[2:])
+        source = lax.dynamic_slice(buffer, (0, leader[slot], *rest), size)
+        return lax.dynamic_update_slice(buffer, source, (0, slot, *rest))
+
+    cached = s.cached.at[slot].set(s.length[slot] - 1)
+    cache = jax.tree.map(copy, state.cache)
+    return state._replace(slots=s._replace(cached=cached), cache=cache)

@@ -1,0 +1,203 @@
+"""Forks: equal to what the host loop samples when one search goes otherwise."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from r1s_jax.io.errors import ConfigError
+from r1s_jax.rollout.broker import Search
+from r1s_jax.rollout.callback_arrays import Status
+from r1s_jax.rollout.engine import Rolled
+from r1s_jax.rollout.forks import tree_rows
+from r1s_jax.rollout.trajectory import turn_numbers
+from tests.fakes import EchoRetriever
+from tests.host_loop import HostLoop
+from tests.makers import QUESTIONS, make_engine, roll, searching_params
+from tests.makers import ROLLOUT as CONFIG
+
+TRUNK = ("tokens", "loss_mask", "sample_logprobs", "policy_logprobs", "lengths", "finish")
+
+
+def forking(kind: str, share: float = 1.0, most: int = 2, depth: int = 1, **more: Any):
+    fields = {"forks": share, "fork": kind, "forks_per_trajectory": most, "fork_depth": depth}
+    return make_engine(dataclasses.replace(CONFIG, **fields, **more))
+
+
+def trunks(rolled: Rolled) -> Rolled:
+    assert rolled.parents is not None
+    return rolled.take(np.flatnonzero(rolled.parents < 0))
+
+
+class OtherwiseLoop(HostLoop):
+    """The host loop in which the searches of some turns go otherwise."""
+
+    def otherwise(self, kind: str, turns: set[int], openings: Any, other: str) -> None:
+        self._kind, self._turns, self._openings, self._other = kind, turns, openings, other
+        self._turn, plain = 0, self.broker._run
+
+        def run(retriever: Any, searches: list[Search]) -> None:
+            if self._turn in self._turns and self._kind == "random":
+                searches[0].sent = self._other
+            plain(retriever, searches)
+
+        self.broker._run = run
+
+    def _search(self, turn: list[int]):
+        taken = self._turn in self._turns and self._kind != "random"
+        self._turn += 1
+        if not taken:
+            self._turn -= 1
+            event = super()._search(turn)
+            self._turn += 1
+            return event
+        count = len(turn)
+        if self._kind == "answer":
+            self._drawn = []
+            for name in ("tokens", "mask", "policy_logprobs"):
+                del getattr(self, name)[-count:]
+            self._cached = min(self._cached, len(self.tokens))
+            # It is not a reply, so the turn goes on as the same.
+            reply, self._turn = self._openings(self._turn == 1), self._turn - 1
+            self._turns = self._turns - {self._turn}
+            self._force(reply)
+            return None
+        answer = self.broker.answer_now
+        calls = self.broker.dialect.calls(self.decode(turn[-CONFIG.max_query_length :]), False)
+        bad = any(call.problem for call in calls)
+        reply = (Status.EMPTY, 1, self.broker.document_tokens([]), [])
+        self.broker.answer_now = lambda *a: answer(*a) if bad else reply
+        event = super()._search(turn)
+        self.broker.answer_now = answer
+        return event
+
+
+def path(rolled: Rolled, row: int) -> set[int]:
+    """The turns of the trajectories from `row` up that were forked."""
+    turns, t = set(), rolled.trajectory
+    full = full_masks(rolled)
+    while rolled.parents[row] >= 0:
+        parent = rolled.parents[row]
+        turns.add(int(turn_numbers(full[[parent]])[0, t.forked[row] - 1]))
+        row = parent
+    return turns
+
+
+def full_masks(rolled: Rolled) -> np.ndarray:
+    """The masks of all that was sampled, in a fork's parent too."""
+    t, full = rolled.trajectory, rolled.trajectory.loss_mask.copy()
+    for row, parent in enumerate(rolled.parents):
+        if parent >= 0:
+            first = int(t.loss_mask[row].argmax()) if t.loss_mask[row].any() else t.lengths[row]
+            n = min(int(first), int(t.forked[row]))
+            same = (t.tokens[row, :n] == t.tokens[parent, :n]).cumprod().astype(bool)
+            full[row, :n] |= full[parent, :n] & same
+    return full
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("nothing", 1), ("random", 1), ("answer", 1), ("nothing", 2)]
+)
+def test_a_fork_is_what_the_host_loop_samples_when_that_search_goes_otherwise(kind, depth):
+    engine, params = forking(kind, depth=depth), searching_params()
+    rolled = roll(engine, params=params)
+    t, forks = rolled.trajectory, np.flatnonzero(rolled.parents >= 0)
+    assert len(forks) >= 8
+    assert (rolled.parents[rolled.parents[forks]] >= 0).any() == (depth > 1)
+    base, samples, trunk = jax.random.fold_in(jax.random.key(1), 2), {}, 0
+    for row in range(len(t.lengths)):
+        trunk = row if rolled.parents[row] < 0 else trunk
+        samples.setdefault(trunk, len(samples))
+        question, sample = rolled.questions[row], samples[trunk] % 6
+        if row not in forks:
+            continue
+        single = make_engine()
+        single.broker.begin(EchoRetriever())
+        loop = OtherwiseLoop(
+            config=single.config,
+            eos_ids=single.eos_ids,
+            broker=single.broker,
+            decode=single.decode,
+            model=single.model,
+            params=params,
+            compute_dtype=np.dtype("float32"),
+        )
+        after = [q.question for q in QUESTIONS]
+        other = after[(after.index(question.question) + 1) % len(after)]
+        loop.otherwise(kind, path(rolled, row), lambda first: engine._openings[first][0], other)
+        key = jax.random.fold_in(jax.random.fold_in(base, question.id), sample)
+        list(loop.run(engine.encode(engine.render(question.question)), key))
+        assert loop.tokens == t.tokens[row, : t.lengths[row]].tolist()
+        assert (loop.finish, loop.searches) == (t.finish[row], t.searches[row])
+        own = t.loss_mask[row]
+        np.testing.assert_array_equal(own[: len(loop.mask)] & ~np.array(loop.mask), False)
+        logprobs = np.zeros(own.shape)
+        logprobs[: len(loop.tokens)] = loop.policy_logprobs
+        np.testing.assert_allclose(logprobs[own], t.policy_logprobs[row][own], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("nothing", {}),
+        ("answer", {"speculative_tokens": 3}),
+        ("random", {"cache_dtype": "int8"}),
+        ("nothing", {"top_p": 1.0}),
+    ],
+)
+def test_trajectories_are_the_same_with_forks_and_without(kind, more):
+    plain = roll(make_engine(dataclasses.replace(CONFIG, **more)))
+    rolled = roll(forking(kind, depth=2, **more))
+    t = trunks(rolled).trajectory
+    for name in TRUNK:
+        np.testing.assert_array_equal(getattr(t, name), getattr(plain.trajectory, name), name)
+    assert len(rolled.questions) > len(plain.questions)
+    assert rolled.counters["forks"] == len(rolled.questions) - len(plain.questions)
+
+
+def test_forks_do_not_depend_on_slots_or_on_when_the_loop_is_left():
+    """What is copied from a slot is what would be computed."""
+    few = roll(forking("nothing", slots=4, depth=2))
+    many = roll(forking("nothing", slots=64, depth=2))
+    for name in ("tokens", "loss_mask", "lengths", "finish", "searches", "forked"):
+        np.testing.assert_array_equal(
+            getattr(few.trajectory, name), getattr(many.trajectory, name), name
+        )
+    assert few.solutions == many.solutions
+
+
+def test_a_share_of_the_queries_is_forked_and_what_has_no_room_is_counted():
+    whole = roll(forking("nothing", most=1))
+    assert whole.counters["forks_left_out"] > 0
+    counts = [roll(forking("nothing", share, most=8)).counters for share in (0.3, 1.0)]
+    assert 0 < counts[0]["forks"] < counts[1]["forks"]
+    assert counts[1]["forks_left_out"] == 0
+
+
+def test_the_searches_of_a_fork_are_its_parents_and_its_own():
+    for kind, outcome in (("nothing", "withheld"), ("answer", "taken_back")):
+        rolled = roll(forking(kind))
+        for row, parent in enumerate(rolled.parents):
+            if parent < 0:
+                continue
+            own, before = rolled.searches[row], rolled.searches[parent]
+            (turn,) = path(rolled, row)
+            assert own[:turn] == before[:turn]
+            assert own[turn].outcome in (outcome, "bad_query", "long_query")
+        assert rolled.outcomes[outcome] > 0
+
+
+def test_the_beginning_of_an_answer_counts_as_the_policys_text():
+    rolled = roll(forking("answer"))
+    forks = [s for s, p in zip(rolled.solutions, rolled.parents, strict=True) if p >= 0]
+    begun = [s for s in forks if "<answer>" in s.written]
+    assert len(begun) == len(forks)
+    assert any(s.answer is not None for s in forks)
+
+
+def test_forks_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="only one"):
+        roll(forking("random"), questions=QUESTIONS[:1])
+    assert tree_rows(CONFIG) == 1
