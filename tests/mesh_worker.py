@@ -4,6 +4,7 @@
 """
 
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -24,12 +25,16 @@ def on_mesh(shape: str) -> dict[str, np.ndarray]:
     engine = makers.make_engine(model=MODEL, mesh=mesh)
     trajectory = makers.roll(engine).trajectory
     assert (makers.roll_in_pieces(engine).tokens == trajectory.tokens).all()
+    forking = replace(makers.ROLLOUT, forks=1.0, forks_per_trajectory=2, fork_depth=2)
+    forked = makers.roll(makers.make_engine(forking, model=MODEL, mesh=mesh))
+    assert (forked.trajectory.tokens[forked.trunks] == trajectory.tokens).all()
     learner = makers.make_learner(optax.sgd(1.0), model=MODEL, mesh=mesh)
     batch, micro = makers.packed(makers.make_sequences(), micro_batch_rows=8)
     params, metrics = makers.step(learner, batch, micro)
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     named = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-    return {"tokens": trajectory.tokens, "loss": np.asarray(metrics["loss"]), **named}
+    tokens = {"tokens": trajectory.tokens, "forked tokens": forked.trajectory.tokens}
+    return {**tokens, "loss": np.asarray(metrics["loss"]), **named}
 
 
 if __name__ == "__main__":

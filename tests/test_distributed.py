@@ -107,6 +107,19 @@ def test_several_processes_learn_the_same_as_one(alone, tmp_path, count):
     assert all(row["searches"][0]["outcome"] == "found" for row in traces)
 
 
+@pytest.mark.slow
+def test_forks_are_the_same_in_several_processes(tmp_path):
+    forks = ["rollout.forks=1", "rollout.fork=random", "algorithm.credit=fork"]
+    forks += ["algorithm.forks_teach=true", "rollout.forks_per_trajectory=2"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    ((status, _, error),) = finish(start(1, [*TRAIN, *forks, "--run-dir", str(one)], devices=2))
+    assert status == 0, error
+    ended = finish(start(2, [*TRAIN, *forks, "--run-dir", str(two), "--distributed"]))
+    assert [status for status, *_ in ended] == [0, 0], ended[0][2]
+    assert_alike(learned(two), learned(one))
+    assert sum(row["forks"] for row in learned(two)[1]) > 0
+
+
 def test_values_and_errors_reach_every_process(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy"):  # a dead proxy: processes must connect directly
         monkeypatch.setenv(name, "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""Every mesh of eight devices gives the same trajectories and update as one device."""
+"""Every mesh of eight devices gives the same trajectories, forks and update as one device."""
 
 import subprocess
 import sys
@@ -30,8 +30,10 @@ def test_a_mesh_changes_nothing(tmp_path, shapes):
     one = computed(tmp_path, 1, ["1x1x1"])["1x1x1"]
     for shape, result in computed(tmp_path, 8, shapes).items():
         assert result.keys() == one.keys()
-        np.testing.assert_array_equal(result["tokens"], one["tokens"], err_msg=shape)
-        for name in one.keys() - {"tokens"}:
+        whole = {"tokens", "forked tokens"}
+        for name in whole:
+            np.testing.assert_array_equal(result[name], one[name], err_msg=f"{shape} {name}")
+        for name in one.keys() - whole:
             np.testing.assert_allclose(
                 result[name], one[name], atol=1e-4, err_msg=f"{shape} {name}"
             )

@@ -185,8 +185,15 @@ STREAMS += ["algorithm.echo_coefficient=0.1", "algorithm.llds_coefficient=0.2"]
 STREAMS += ["algorithm.sequence_mask=0.5", "algorithm.search_price=0.1", "rollout.top_p=0.9"]
 
 
+FORKS = ["rollout.forks=0.8", "rollout.fork=answer", "rollout.forks_per_trajectory=2"]
+FORKS += ["rollout.fork_depth=2", "rollout.top_p=0.9", "algorithm.credit=fork"]
+FORKS += ["algorithm.forks_teach=true", "algorithm.search_price=0.3"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("streams", [[], STREAMS], ids=["one stream", "all streams"])
+@pytest.mark.parametrize(
+    "streams", [[], STREAMS, FORKS], ids=["one stream", "all streams", "forks"]
+)
 def test_partial_rollouts_are_the_same_run_when_killed_and_resumed(tmp_path, streams):
     """A checkpoint holds the trajectories in flight, and a step never depends on time."""
     paths = tmp_path / "whole", tmp_path / "killed"
@@ -203,6 +210,7 @@ def test_partial_rollouts_are_the_same_run_when_killed_and_resumed(tmp_path, str
     rows = rows_so_far(paths[0] / "metrics.jsonl")
     assert sum(row["partial_trajectories"] for row in rows) > 0
     assert max(row["token_age_mean"] for row in rows) > 0
+    assert (sum(row.get("forks", 0) for row in rows) > 0) == (streams == FORKS)
     assert not undocumented(rows[-1])
     assert [row["decode_steps"] for row in rows] == [
         row["decode_steps"] for row in rows_so_far(paths[1] / "metrics.jsonl")

@@ -220,14 +220,15 @@ def search_worth(rolled: Rolled, values: Float[np.ndarray, " N"]) -> Float[np.nd
     """What the search that ended turn k was worth: the reward of the trajectory minus the mean
     reward of its forks at that search.
 
-    NaN where there is no fork, or where the trajectory or its forks ended without a fault of the
-    policy: a search failed, or the judge gave no verdict.
+    NaN where there is no fork, where it wrote nothing (its reply had no room, or the query was
+    faulty), and where it or the trajectory ended without a fault of the policy: a search failed, or
+    the judge gave no verdict.
     """
     t = rolled.trajectory
     turns = turn_numbers(t.loss_mask)
     total = np.zeros((len(values), turns.max(initial=-1) + 1))
     count = np.zeros(total.shape)
-    known = ~np.isnan(values) & ~np.isin(t.finish, _NOT_ITS_FAULT)
+    known = ~np.isnan(values) & ~np.isin(t.finish, _NOT_ITS_FAULT) & t.loss_mask.any(-1)
     for row in np.flatnonzero(known & ~rolled.trunks):
         assert rolled.parents is not None
         if (parent := rolled.parents[row]) >= 0 and known[parent]:

@@ -90,11 +90,7 @@ class PolicyGradient:
         """
         a, t, mask = self.config.algorithm, rewarded.rolled.trajectory, rewarded.mask
         parts = self._parts(rewarded, step)
-        self._sequences = max(map(len, parts))
-        if a.forks_teach:  # as many as there can be, so that the update compiles once
-            trunks = -(-int(rewarded.rolled.trunks.sum()) // a.updates_per_rollout)
-            self._sequences = trunks * tree_rows(self.config.rollout)
-        self._rows = self._rows or self._choose_rows(state, self._sequences)
+        self._rows = self._rows or self._choose_rows(state)
         old, correction, gap = self._old_logprobs(state, rewarded, parts)
         plain = t.policy_logprobs if t.kept.shape[2] else old
         reference, scored = self._reference(state, rewarded, parts)
@@ -102,20 +98,7 @@ class PolicyGradient:
         if reference is not None:
             kl = np.where(scored, kl_divergence(a.kl_estimator, plain, reference), 0.0)
         turns, credit = self._turn_rewards(state, rewarded)
-        advantages = token_advantages(
-            a.estimator,
-            rewarded.values,
-            t.groups,
-            mask,
-            turns=turns,
-            terms=rewarded.terms if a.estimator == "gdpo" else None,
-            kl=kl if a.kl_penalty == "reward" else None,
-            kl_coefficient=kl_coefficient,
-            reward_clip=a.reward_clip,
-        )
-        if a.credit == "fork":
-            advantages = advantages + fork_advantages(rewarded)
-        advantages = opening_advantages(rewarded, advantages)
+        advantages = self._advantages(rewarded, turns, kl, kl_coefficient)
         signal = {"advantages": advantages, "old_logprobs": old, "kept": t.kept}
         signal |= {"reference_logprobs": reference, "fresh": rewarded.fresh}
         rows: list[dict[str, float]] = []
@@ -143,6 +126,29 @@ class PolicyGradient:
             credit=credit,
             token_kl=None if reference is None else kl,
         )
+
+    def _advantages(
+        self,
+        rewarded: Rewarded,
+        turns: TurnRewards | None,
+        kl: Float[np.ndarray, "N W"],
+        kl_coefficient: float,
+    ) -> Float[np.ndarray, "N W"]:
+        a = self.config.algorithm
+        advantages = token_advantages(
+            a.estimator,
+            rewarded.values,
+            rewarded.groups,
+            rewarded.mask,
+            turns=turns,
+            terms=rewarded.terms if a.estimator == "gdpo" else None,
+            kl=kl if a.kl_penalty == "reward" else None,
+            kl_coefficient=kl_coefficient,
+            reward_clip=a.reward_clip,
+        )
+        if a.credit == "fork":
+            advantages = advantages + fork_advantages(rewarded)
+        return opening_advantages(rewarded, advantages)
 
     def _weights(
         self,
@@ -245,13 +251,17 @@ class PolicyGradient:
 
     def _parts(self, rewarded: Rewarded, step: int) -> list[Int[np.ndarray, " M"]]:
         """The rows of each update, drawn at random; forks stay with their trajectories."""
-        trunks, updates = rewarded.rolled.trunks, self.config.algorithm.updates_per_rollout
+        trunks, a = rewarded.rolled.trunks, self.config.algorithm
         order = np.random.default_rng((self.config.seed, step)).permutation(int(trunks.sum()))
         trees = np.split(np.arange(len(trunks)), np.flatnonzero(trunks)[1:])
-        return [np.concatenate([trees[i] for i in part]) for part in np.array_split(order, updates)]
+        split = np.array_split(order, a.updates_per_rollout)
+        # With forks as many as there can be, so that the update compiles once.
+        most = tree_rows(self.config.rollout) if a.forks_teach else 1
+        self._sequences = most * max(map(len, split))
+        return [np.concatenate([trees[i] for i in part]) for part in split]
 
-    def _choose_rows(self, state: LearnerState, sequences: int) -> int:
-        return micro_batch_rows(self.config, self.learner, state, sequences)
+    def _choose_rows(self, state: LearnerState) -> int:
+        return micro_batch_rows(self.config, self.learner, state, self._sequences)
 
     def _logprobs(
         self,
@@ -279,10 +289,15 @@ class PolicyGradient:
 
 
 def fork_advantages(rewarded: Rewarded) -> Float[np.ndarray, "N W"]:
-    """What the search at the end of a turn was worth, at every token of that turn; float32, 0 where
-    it is not known."""
+    """How much more than others the search at the end of a turn was worth, at every token of that
+    turn; float32, 0 where it is not known.
+
+    Minus the mean of the batch: a policy that searches already learns from it where searches are
+    worth more or less, and not to search ever more surely.
+    """
     turns = turn_numbers(rewarded.mask)
-    worth = np.nan_to_num(rewarded.worth)
+    worth, known = rewarded.worth, ~np.isnan(rewarded.worth)
+    worth = np.where(known, worth - worth[known].mean() if known.any() else 0.0, 0.0)
     if not worth.size:
         return np.zeros(turns.shape, np.float32)
     gains = np.take_along_axis(worth, np.clip(turns, 0, worth.shape[1] - 1), axis=1)

@@ -54,6 +54,7 @@ from r1s_jax.rollout.loop import Rollout
 from r1s_jax.rollout.sampler import kept_width, trajectory_keys
 from r1s_jax.rollout.session import Programs
 from r1s_jax.rollout.trajectory import Finish, Position, Prompts, Trajectory
+from r1s_jax.system.console import warn
 from r1s_jax.system.distributed import gather, to_host
 from r1s_jax.system.dtype import default_dtype
 
@@ -158,6 +159,8 @@ def check_finite(t: Trajectory[np.ndarray]) -> None:
 
 class Engine:
     """Rolls out questions with one policy and one set of limits, in the policy's dialect."""
+
+    _said = False  # that forks were left out
 
     def __init__(
         self,
@@ -424,6 +427,7 @@ class Engine:
         check_finite(trajectory)
         totals = {name: int(values.sum()) for name, values in counters.items()}
         busy = totals.pop("busy") / max(totals.pop("room"), 1)
+        self._say_left_out(totals.get("forks_left_out", 0))
         return Rolled(
             questions=tuple(f.question for f in flights),
             trajectory=trajectory,
@@ -439,6 +443,17 @@ class Engine:
             openings=stacked([f.opening for f in flights], c.max_length) if c.forks else None,
             **more,
         )
+
+    def _say_left_out(self, forks: int) -> None:
+        """Says once that trajectories have more queries to fork than they may have forks."""
+        if forks and not self._said:
+            self._said = True
+            most = self.config.forks_per_trajectory
+            warn(
+                f"{forks} queries of this batch were to be forked and were not: their trajectories "
+                f"have rollout.forks_per_trajectory={most} forks already (said once; "
+                "forks_left_out counts them)"
+            )
 
     def solution(
         self,

@@ -29,6 +29,7 @@ def rollout_metrics(batch: Rewarded) -> dict[str, float]:
     values = np.array([r.value for r in judged])
     taught = len(np.unique(t.groups[batch.teaches]))
     outcomes = rolled.outcomes
+    counters = {k: n for k, n in rolled.counters.items() if not k.startswith("forks")}
     failed = sum(outcomes.get(name, 0) for name in FAILED)
     waits = [s.seconds for searches in rolled.searches for s in searches]
     parts = {
@@ -54,8 +55,8 @@ def rollout_metrics(batch: Rewarded) -> dict[str, float]:
         "trajectory_length": float(t.lengths.mean()),
         "sampled_tokens": rolled.sampled_tokens,
         "sampled_tokens_per_s": rolled.sampled_tokens / rolled.seconds,
-        **{f"{name}_per_s": n / rolled.seconds for name, n in rolled.counters.items()},
-        **rolled.counters,
+        **{f"{name}_per_s": n / rolled.seconds for name, n in counters.items()},
+        **counters,
         "slots_busy": rolled.slots_busy,
         **behaviour_metrics(rolled, rewards),
         **_ages(rolled),
@@ -68,7 +69,7 @@ def fork_metrics(batch: Rewarded) -> dict[str, float]:
     rolled, worth = batch.rolled, batch.worth[batch.rolled.trunks]
     if rolled.parents is None:
         return {}
-    tokens = rolled.trajectory.loss_mask[~rolled.trunks].sum()
+    own = rolled.trajectory.loss_mask[~rolled.trunks]
     means = {
         f"search_worth_{number + 1}": float(values[~np.isnan(values)].mean())
         for number, values in enumerate(worth.T)
@@ -76,8 +77,10 @@ def fork_metrics(batch: Rewarded) -> dict[str, float]:
     }
     known = worth[~np.isnan(worth)]
     return {
-        "forks_with_worth": len(known),
-        "fork_tokens": int(tokens),
+        "forks": len(own),
+        "forks_left_out": rolled.counters["forks_left_out"],
+        "forks_without_room": int((~own.any(-1)).sum()),
+        "fork_tokens": int(own.sum()),
         **({"search_worth": float(known.mean())} if known.size else {}),
         **means,
     }

@@ -38,7 +38,9 @@ def test_worth_is_the_reward_with_the_search_minus_that_without(rolled):
             forks = [
                 values[f]
                 for f in np.flatnonzero(rolled.parents == row)
-                if turns[row, t.forked[f] - 1] == turn and not np.isnan(values[f])
+                if turns[row, t.forked[f] - 1] == turn
+                and not np.isnan(values[f])
+                and t.loss_mask[f].any()
             ]
             if row == 3 or not forks or t.finish[row] == Finish.SEARCH_ERROR:
                 assert np.isnan(batch.worth[row, turn])
@@ -46,8 +48,9 @@ def test_worth_is_the_reward_with_the_search_minus_that_without(rolled):
             expected = np.float32(values[row]) - np.mean(forks)
             assert batch.worth[row, turn] == pytest.approx(expected, abs=1e-6)
             own = fork_advantages(batch)[row, turns[row] == turn]
-            np.testing.assert_allclose(own, expected if batch.mask[row].any() else 0, atol=1e-6)
-    assert (~np.isnan(batch.worth)).sum() >= 10
+            credit = expected - np.nanmean(batch.worth)
+            np.testing.assert_allclose(own, credit if batch.mask[row].any() else 0, atol=1e-6)
+    assert (~np.isnan(batch.worth)).sum() >= 5
 
 
 def test_forks_are_learned_from_only_where_they_teach(rolled):
