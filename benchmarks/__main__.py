@@ -148,6 +148,26 @@ def attention(
 
 
 @app.command()
+def forks(
+    model: Annotated[str, typer.Argument(help="A run, or a model that searches.")],
+    recipe: Annotated[str, typer.Argument(help="The recipe with its questions.")] = "tiny_world",
+    kind: Annotated[
+        Literal["nothing", "random", "answer"], typer.Option(help="What a fork gets.")
+    ] = "nothing",
+    questions: Annotated[int, typer.Option(min=2, help="Held-out questions.")] = 200,
+    samples: Annotated[int, typer.Option(min=2, help="Trajectories per question.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """The variance of what a search is worth: by forks, and by independent samples."""
+    from benchmarks.forks import bench_forks
+    from r1s_jax.recipes import load_recipe
+
+    size = {"questions": questions, "samples": samples}
+    for row in bench_forks(model, load_recipe(recipe), kind=kind, **size):
+        _print_result(row, as_json)
+
+
+@app.command()
 def search(
     index: Annotated[Path | None, typer.Argument(help="Directory of a built index.")] = None,
     synthetic: Annotated[

@@ -295,7 +295,8 @@ def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRo
         row["supporting_recall"] = supporting_recall(question.supporting, lines)
     if rolled.parents is not None:
         row["hops"] = question.hops
-        row["forks"] = [_fork(rolled, i, fork) for fork in np.flatnonzero(rolled.parents == i)]
+        forks = np.flatnonzero(rolled.parents == i).tolist()
+        row["forks"] = [_fork(rolled, i, fork) for fork in forks]
     return row
 
 

@@ -91,7 +91,10 @@ class Settings(NamedTuple):
         default = InferenceConfig(RolloutConfig(max_length=_LENGTH, max_prompt_length=1))
         length = override(default, lengths).rollout.max_length
         others = [c for c in self.changes if c not in lengths]
-        return override(self.preset(min(length, longest)), others)
+        config = override(self.preset(min(length, longest)), others)
+        only = "rollout.forks: only r1s train and r1s eval run make forks; leave it out"
+        check(self.preset is evaluation or not config.rollout.forks, only)
+        return config
 
 
 def decisive(config: RolloutConfig) -> dict[str, Any]:

@@ -270,10 +270,17 @@ class Run:
             return None
         batch, samples = self._held_out, self.config.eval.samples
         found = evaluate(
-            self.evaluation_engine, state.params, batch, self.engine, samples, self._findings
+            self.evaluation_engine, state.params, batch, self._sampler, samples, self._findings
         )
         release_memory()
         return found
+
+    @cached_property
+    def _sampler(self) -> Engine:
+        """Samples answers as the rollouts of training do, without forks."""
+        rollout = self.config.rollout
+        forks = rollout.forks > 0
+        return self._engine(dataclasses.replace(rollout, forks=0.0)) if forks else self.engine
 
     @cached_property
     def _held_out(self) -> Batch:

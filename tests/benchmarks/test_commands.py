@@ -2,13 +2,19 @@
 
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from benchmarks.__main__ import app
 from r1s_jax import cli
+from r1s_jax.data.tiny_world import build_tokenizer
+from r1s_jax.models.weights import save_params
 from tests.benchmarks import run
+from tests.makers import MODEL, searching_params
 
 COMMANDS = ("decode", "update", "step", "rollout", "serve", "search", "encode", "attention")
+COMMANDS += ("forks",)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -42,6 +48,19 @@ def test_keys_of_output(model, args):
     keys = KEYS[args].split()
     assert set(keys) <= result.keys()
     assert all(result[key] > 0 for key in keys if key not in ("dtype", "searches"))
+
+
+def test_the_variance_of_forks(tmp_path):
+    tokenizer = build_tokenizer()
+    params = jax.tree.map(np.asarray, searching_params())
+    eos = (tokenizer.eos_token_id,)
+    model = save_params(params, MODEL, tmp_path / "m", tokenizer, "float32", eos_token_ids=eos)
+    done = run("forks", str(model), "--questions", 4, "--samples", 4, "--json")
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["search"] for row in rows] == list(range(1, len(rows) + 1)) and rows
+    assert {"ratio", "interval", "variance_forks", "search_worth"} <= rows[0].keys()
+    assert rows[0]["tokens_ratio"] > 1
 
 
 def test_bad_input_is_one_clear_message(capsys, monkeypatch):

@@ -7,7 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from r1s_jax import presets
+from r1s_jax.config import override
+from r1s_jax.configs import tiny_world
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.presets import Settings
+from r1s_jax.protocol.tool_call import ToolCall
 from r1s_jax.rollout.broker import Search
 from r1s_jax.rollout.callback_arrays import Status
 from r1s_jax.rollout.engine import Rolled
@@ -201,3 +206,25 @@ def test_forks_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="only one"):
         roll(forking("random"), questions=QUESTIONS[:1])
     assert tree_rows(CONFIG) == 1
+    engine = forking("answer")
+    engine.dialect = ToolCall()
+    with pytest.raises(ConfigError, match="no tag begins an answer in the dialect tool_call"):
+        engine._check_forks()
+    for preset in (presets.serving, presets.selection):
+        with pytest.raises(ConfigError, match="only r1s train and r1s eval run make forks"):
+            Settings(preset, ["rollout.forks=1"]).config()
+    for changes, message in {
+        ("algorithm.credit=fork",): "set rollout.forks above 0",
+        ("algorithm.forks_teach=true",): "set rollout.forks above 0",
+        ("rollout.forks=1", "rollout.fork=random", "stage2.questions_per_step=1"): "at least 2",
+        ("rollout.fork=everything",): "rollout.fork",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            override(tiny_world.config(), changes)
+
+
+def test_forks_without_room_are_said_once(capsys):
+    engine = forking("nothing", most=1)
+    for _ in range(2):
+        roll(engine)
+    assert capsys.readouterr().err.replace("\n", " ").count("forks already") == 1
