@@ -188,7 +188,9 @@ def _answer(
     searches.prefill_tokens += rolled.counters["prefill_tokens"]
     seconds = (time.perf_counter() - begin) / (len(batch) * k)
     trunks = np.flatnonzero(rolled.trunks)[: len(batch) * k].tolist()
-    rows = [_row(rolled, row, batch[i // k], seconds) for i, row in enumerate(trunks)]
+    rows: list[ResultRow] = [
+        _row(rolled, row, batch[i // k], seconds) for i, row in enumerate(trunks)
+    ]
     if k > 1:
         rows = [{**row, "sample": i % k} for i, row in enumerate(rows)]
     return rows
