@@ -386,4 +386,5 @@ def documented_columns() -> set[str]:
 def undocumented(row: dict[str, Any]) -> set[str]:
     """The columns of a row of metrics.jsonl that docs/metrics.md does not name."""
     names = {re.sub(r"^token_age_\d+$", "token_age_0", name) for name in row}
+    names = {re.sub(r"^search_worth_\d+$", "search_worth_1", name) for name in names}
     return names - documented_columns()
