@@ -64,6 +64,11 @@ class EvalRun:
             raise ConfigError(f"mode {self.mode!r}: take search, rag or direct")
         if self.samples < 1:
             raise ConfigError(f"samples={self.samples}: must be at least 1")
+        if self.mode != "search" and self.settings.config().rollout.forks:
+            raise ConfigError(
+                f"mode {self.mode} makes no searches of the policy's own, so there is none to "
+                "fork: leave out --forks, or take --mode search"
+            )
         if self.samples > 1 and self.settings.config().rollout.temperature < GREEDY_BELOW:
             raise ConfigError(
                 f"samples={self.samples} at temperature 0 would all be the same: set "

@@ -326,6 +326,8 @@ def test_forks_tell_what_searches_were_worth(questions, searcher, tmp_path):
             assert fork["gen_text_store"].startswith(protocol.END_QUERY.join(before))
     out.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     assert strip(rows_of(answer_file(run, EchoRetriever(), {}, out))) == strip(rows)
+    with pytest.raises(ConfigError, match="there is none to fork"):
+        make_run(questions, searcher, mode="direct", **forked)
     with pytest.raises(DataError, match="forks"):
         answer_file(make_run(questions, searcher), EchoRetriever(), {}, out)
 
