@@ -57,7 +57,7 @@ def _by_search(rolled: Rolled) -> Iterator[dict[str, Any]]:
     f1 = np.array([score_answer(s.answer, q.answers).f1 for s, q in pairs])
     tokens, turns = t.loss_mask.sum(1), turn_numbers(t.loss_mask)
     forks = np.flatnonzero(parents >= 0)
-    searches = turns[parents[forks], t.forked[forks] - 1]
+    searches = rolled.forked_turns[forks]
     for search in range(searches.max(initial=-1) + 1):
         rows = []
         for group in np.unique(t.groups):

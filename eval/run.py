@@ -29,7 +29,7 @@ from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import FAILED, UNANSWERED, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.sampler import GREEDY_BELOW
-from r1s_jax.rollout.trajectory import Finish, turn_numbers
+from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.files import write_json, write_rows
 from r1s_jax.system.locks import only_one
 
@@ -303,17 +303,16 @@ def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRo
     if rolled.parents is not None:
         row["hops"] = question.hops
         forks = np.flatnonzero(rolled.parents == i).tolist()
-        row["forks"] = [_fork(rolled, i, fork) for fork in forks]
+        row["forks"] = [_fork(rolled, fork) for fork in forks]
     return row
 
 
-def _fork(rolled: Rolled, row: int, fork: int) -> ForkAnswer:
-    """The answer of a fork of trajectory `row`."""
+def _fork(rolled: Rolled, fork: int) -> ForkAnswer:
+    """The answer of the fork in row `fork`."""
     t, solution = rolled.trajectory, rolled.solutions[fork]
     answer = solution.answer if solution.complete else None
-    turns = turn_numbers(t.loss_mask[[row]])[0]
     return ForkAnswer(
-        search=int(turns[t.forked[fork] - 1]) + 1,
+        search=int(rolled.forked_turns[fork]) + 1,
         pred_ans=NO_ANSWER if answer is None else answer,
         stop_reason_final=STOP_REASONS[Finish(int(t.finish[fork]))],
         gen_text_store=solution.text,

@@ -225,14 +225,13 @@ def search_worth(rolled: Rolled, values: Float[np.ndarray, " N"]) -> Float[np.nd
     the judge gave no verdict.
     """
     t = rolled.trajectory
-    turns = turn_numbers(t.loss_mask)
-    total = np.zeros((len(values), turns.max(initial=-1) + 1))
+    total = np.zeros((len(values), turn_numbers(t.loss_mask).max(initial=-1) + 1))
     count = np.zeros(total.shape)
     known = ~np.isnan(values) & ~np.isin(t.finish, _NOT_ITS_FAULT) & t.loss_mask.any(-1)
     for row in np.flatnonzero(known & ~rolled.trunks):
         assert rolled.parents is not None
         if (parent := rolled.parents[row]) >= 0 and known[parent]:
-            at = parent, turns[parent, t.forked[row] - 1]
+            at = parent, rolled.forked_turns[row]
             total[at] += values[row]
             count[at] += 1
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: there is no fork

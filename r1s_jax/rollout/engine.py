@@ -53,7 +53,7 @@ from r1s_jax.rollout.in_flight import (
 from r1s_jax.rollout.loop import Rollout
 from r1s_jax.rollout.sampler import kept_width, trajectory_keys
 from r1s_jax.rollout.session import Programs
-from r1s_jax.rollout.trajectory import Finish, Position, Prompts, Trajectory
+from r1s_jax.rollout.trajectory import Finish, Position, Prompts, Trajectory, turn_numbers
 from r1s_jax.system.console import warn
 from r1s_jax.system.distributed import gather, to_host
 from r1s_jax.system.dtype import default_dtype
@@ -93,6 +93,15 @@ class Rolled:
     def trunks(self) -> np.ndarray:
         """bool[N]: the trajectories that are no forks."""
         return np.full(len(self.questions), True) if self.parents is None else self.parents < 0
+
+    @cached_property
+    def forked_turns(self) -> np.ndarray:
+        """int[N]: the turn of its parent, from 0, at whose end each fork begins; -1: no fork."""
+        out, t = np.full(len(self.questions), -1), self.trajectory
+        if self.parents is not None:
+            forks = np.flatnonzero(self.parents >= 0)
+            out[forks] = turn_numbers(t.loss_mask)[self.parents[forks], t.forked[forks] - 1]
+        return out
 
     @property
     def unanswered(self) -> np.ndarray:

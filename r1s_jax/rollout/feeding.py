@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from r1s_jax.config import RolloutConfig
 from r1s_jax.models.decoder import Policy
-from r1s_jax.rollout.state import Phase, Slots, State, places, take, when
+from r1s_jax.rollout.state import Phase, Slots, State, copy_slot, places, take, when
 from r1s_jax.rollout.trajectory import Prompts
 
 # Scope in the compiled program of the operations that run once per chunk.
@@ -79,19 +79,9 @@ def _leaders(s: Slots, same: Array, length: Array) -> _Copies:
 
 def _copy(prompts: Prompts, state: State) -> State:
     """Copies one leader's cache to the first slot that may copy."""
-    s, cache = state.slots, state.cache
-    copies = _copies(prompts, s)
+    copies = _copies(prompts, state.slots)
     slot = jnp.argmax(copies.ready)
-
-    def copy(buffer: Array) -> Array:
-        rest = (0,) * (buffer.ndim - 2)
-        size = (buffer.shape[0], 1, *buffer.shape[2:])
-        source = lax.dynamic_slice(buffer, (0, copies.leader[slot], *rest), size)
-        return lax.dynamic_update_slice(buffer, source, (0, slot, *rest))
-
-    cached = s.cached.at[slot].set(copies.length[slot])
-    cache = jax.tree.map(copy, cache)
-    return state._replace(slots=s._replace(cached=cached), cache=cache)
+    return copy_slot(state, copies.leader[slot], slot, copies.length[slot])
 
 
 @jax.named_scope(PREFILL_SCOPE)

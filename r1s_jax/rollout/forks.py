@@ -11,6 +11,8 @@ The rows of a trajectory and of all forks that it may get are adjacent, in the o
 `rollout.forks_per_trajectory`. Which query is forked depends on its trajectory's key and its place.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from r1s_jax.config import RolloutConfig
-from r1s_jax.rollout.state import Phase, State
+from r1s_jax.rollout.state import Phase, State, copy_slot
 from r1s_jax.rollout.trajectory import Position, Prompts, Query
 
 # Folded into a trajectory's key for the choice of queries; places of tokens are below.
@@ -32,7 +34,7 @@ def tree_rows(config: RolloutConfig) -> int:
     return sum(config.forks_per_trajectory**depth for depth in range(config.fork_depth + 1))
 
 
-def parent_node(node: int, config: RolloutConfig) -> int:
+def parent_node(node: Any, config: RolloutConfig) -> Any:
     """The row, within the tree, of the trajectory that row `node` > 0 is forked from."""
     return (node - 1) // config.forks_per_trajectory
 
@@ -112,7 +114,7 @@ def _parents(config: RolloutConfig, state: State) -> tuple[Int[Array, " S"], Boo
     """The slot of each slot's parent, and whether its cache is to be copied."""
     s, size = state.slots, tree_rows(config)
     node = s.row % size
-    parent = s.row - node + (node - 1) // config.forks_per_trajectory
+    parent = s.row - node + parent_node(node, config)
     busy = s.phase != Phase.EMPTY
     needed = s.length - 1
     has = busy[None, :] & (s.cached[None, :] >= needed[:, None])
@@ -123,15 +125,6 @@ def _parents(config: RolloutConfig, state: State) -> tuple[Int[Array, " S"], Boo
 
 
 def _copy(config: RolloutConfig, state: State) -> State:
-    s, (leader, ready) = state.slots, _parents(config, state)
+    leader, ready = _parents(config, state)
     slot = jnp.argmax(ready)
-
-    def copy(buffer: Array) -> Array:
-        rest = (0,) * (buffer.ndim - 2)
-        size = (buffer.shape[0], 1, *buffer.shape[2:])
-        source = lax.dynamic_slice(buffer, (0, leader[slot], *rest), size)
-        return lax.dynamic_update_slice(buffer, source, (0, slot, *rest))
-
-    cached = s.cached.at[slot].set(s.length[slot] - 1)
-    cache = jax.tree.map(copy, state.cache)
-    return state._replace(slots=s._replace(cached=cached), cache=cache)
+    return copy_slot(state, leader[slot], slot, state.slots.length[slot] - 1)

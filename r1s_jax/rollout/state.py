@@ -202,6 +202,20 @@ def complete_groups(prompts: Prompts, state: State) -> Int[Array, ""]:
     return ((live > 0) & (unfinished == 0)).sum(dtype=jnp.int32)
 
 
+def copy_slot(state: State, source: Array, slot: Array, length: Array) -> State:
+    """Copies a slot's cache to another slot, of which the first `length` tokens count."""
+
+    def copy(buffer: Array) -> Array:
+        rest = (0,) * (buffer.ndim - 2)
+        size = (buffer.shape[0], 1, *buffer.shape[2:])
+        own = lax.dynamic_slice(buffer, (0, source, *rest), size)
+        return lax.dynamic_update_slice(buffer, own, (0, slot, *rest))
+
+    cached = state.slots.cached.at[slot].set(length)
+    cache = jax.tree.map(copy, state.cache)
+    return state._replace(slots=state.slots._replace(cached=cached), cache=cache)
+
+
 def take(values: Int[Array, " S"], slots: Int[Array, " R"]) -> Int[Array, " R"]:
     """`values[slots]` by comparison; the TPU compiler (libtpu 0.0.42) fails on a small gather."""
     chosen = slots[:, None] == jnp.arange(values.shape[0])

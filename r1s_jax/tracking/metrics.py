@@ -14,7 +14,7 @@ from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.policy_gradient import Learned
 from r1s_jax.rollout.broker import FAILED
 from r1s_jax.rollout.engine import Rolled
-from r1s_jax.rollout.trajectory import Finish, Trajectory, turn_numbers
+from r1s_jax.rollout.trajectory import Finish, Trajectory
 from r1s_jax.system.profiling import Compilations, host_memory_gib, model_flops_utilization
 from r1s_jax.tracking.behaviour import behaviour_metrics
 
@@ -214,11 +214,10 @@ def trace_rows(
 def _fork_rows(batch: Rewarded, row: int) -> Iterator[ForkRow]:
     """The forks of trajectory `row`, in the order of its searches."""
     rolled, t = batch.rolled, batch.rolled.trajectory
-    turns = turn_numbers(t.loss_mask[[row]])[0]
     parents = np.zeros(0) if rolled.parents is None else rolled.parents
     for fork in np.flatnonzero(parents == row).tolist():
         yield ForkRow(
-            turn=int(turns[t.forked[fork] - 1]),
+            turn=int(rolled.forked_turns[fork]),
             reward=_number(batch.rewards[fork].value),
             finish=Finish(int(t.finish[fork])).name.lower(),
             spans=list(rolled.solutions[fork].spans),
