@@ -549,6 +549,9 @@ class RunConfig(Checked, section="run"):
     """The run writes a checkpoint every this many steps."""
     keep_checkpoints: Size = 2
     """The run keeps this many of the newest checkpoints, and the best one besides."""
+    keep_for_audit: Count = 0
+    """The run also keeps every so manieth checkpoint of reinforcement learning, from which `r1s
+    audit` and `r1s replay` begin; 0 means none."""
     checkpoint_dir: str = ""
     """Another place for checkpoints, such as gs://bucket/path; empty: the run's directory."""
     traces_per_step: Count = 4

@@ -30,6 +30,7 @@ from r1s_jax.system.profiling import forget_compiled_programs
 from r1s_jax.tracking.arms import Arm, as_markdown, plot_arms, run_result, table_of
 from r1s_jax.tracking.health import UnhealthyRun
 from r1s_jax.tracking.journal import read_json
+from r1s_jax.tracking.record import note_moved
 from r1s_jax.tracking.report import write_report
 from r1s_jax.tracking.run_dir import check_data, open_run_dir
 from r1s_jax.train import train
@@ -132,6 +133,7 @@ def note_move(plan: Plan) -> None:
     if before != now and Path(before).parts[-2:] == plan.cold_folder.parts[-2:]:
         stored["policy"]["model"] = now
         write_json(file, stored)
+        note_moved(plan.folder)
 
 
 class _StoredPolicy(TypedDict):

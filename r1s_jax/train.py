@@ -22,6 +22,7 @@ from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.learning.teacher import load_teacher
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
 from r1s_jax.models.pretrained import make_policy, save_policy, saved_dialect
+from r1s_jax.models.seals import checksums
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.rewards.judged import stage_rewards
 from r1s_jax.rewards.registry import FORMAT_REWARDS
@@ -33,7 +34,9 @@ from r1s_jax.system.memory import release_memory
 from r1s_jax.system.profiling import StepTrace, keep_compiled_programs
 from r1s_jax.tracking import health
 from r1s_jax.tracking import metrics as m
-from r1s_jax.tracking.progress import Progress
+from r1s_jax.tracking.digests import step_digests
+from r1s_jax.tracking.progress import Progress, kept_for_audit
+from r1s_jax.tracking.record import facts, note_end, note_evaluated, note_start
 from r1s_jax.tracking.run_dir import (
     StopRequest,
     check_data,
@@ -93,7 +96,13 @@ def _train(run: "Run", trace: StepTrace, cold_start_only: bool) -> dict[str, Any
     if stop.requested:
         return {"stopped": stop.requested, "phase": run.progress.phase, "run_dir": str(run.dir)}
     after = run.evaluate(state)
-    return on_main(lambda: summarize(run.dir, run.progress, after, best))
+    return on_main(lambda: _ended(run, after, best))
+
+
+def _ended(run: "Run", after: Evaluation | None, best: Any) -> dict[str, Any]:
+    summary = summarize(run.dir, run.progress, after, best)
+    note_end(run.dir)
+    return summary
 
 
 class Run:
@@ -127,7 +136,8 @@ class Run:
         self.collector = Collector(config, self.engine, self.environment, rewards)
         self.telemetry = Telemetry(self.dir, config)
         where = checkpoint_directory(self.dir, config.run.checkpoint_dir)
-        self.checkpoints = Checkpoints(where, config.run.keep_checkpoints, self.dir)
+        keep = config.run.keep_checkpoints
+        self.checkpoints = Checkpoints(where, keep, self.dir, lambda i: kept_for_audit(config, i))
         saved = self.checkpoints.progress(Progress.of) if resume else None
         if resume and saved is None:
             warn(f"{run_dir} holds no checkpoint to resume from: the run starts from the beginning")
@@ -136,6 +146,9 @@ class Run:
         self.clock = m.StepClock()
         self.telemetry.rewind(**self.progress.rows(config))
         self.history = health.History(on_main(self.telemetry.steps))
+        self._sums: dict[str, int] = {}  # of the state that the next step begins with, if known
+        here = facts(dict(self.mesh.shape), config.policy.compute_dtype)
+        on_main(lambda: note_start(self.dir, self.progress.phase, self.progress.step, here))
 
     def cold_start(self, stop: StopRequest, *, evaluated: bool = True) -> LearnerState:
         """Imitates demonstrations; returns the state that reinforcement learning starts from."""
@@ -171,8 +184,12 @@ class Run:
     def _evaluate_before(self, state: LearnerState) -> None:
         """Evaluates the policy before reinforcement learning, once per run."""
         if not (self.progress.step or self.progress.before) and (before := self.evaluate(state)):
-            scores = on_main(lambda: note_evaluation(self.dir, "before", before))
-            self.progress.before = scores
+            self.progress.before = on_main(lambda: self._note_before(before))
+
+    def _note_before(self, before: Evaluation) -> dict[str, float]:
+        scores = note_evaluation(self.dir, "before", before)
+        note_evaluated(self.dir)
+        return scores
 
     def learn(self, state: LearnerState, stop: StopRequest, trace: StepTrace) -> LearnerState:
         """Runs stages 1 and 2. Raises UnhealthyRun, with a checkpoint, for a fatal signal."""
@@ -220,6 +237,7 @@ class Run:
         c, step = self.config, self.progress.step
         name, stage = self.progress.stage(c)
         clock, kl_coefficient = self.clock, self.progress.kl(c)
+        before = self._sums or checksums(state)
         with clock.time("collect"):
             batch = self.collector.collect(state.params, step, name, stage)
             trained = batch.first_groups(stage.questions_per_step)
@@ -240,6 +258,9 @@ class Run:
                 learning_rate_scale=self.progress.learning_rate_scale(c),
             )
         release_memory()
+        with clock.time("digests"):
+            self._sums = checksums(state)
+            digests = step_digests(before, batch, learned, self._sums)
         if learned.kl is not None:
             self.progress.adapt_kl(c, learned.kl)
         traces = m.trace_rows(
@@ -261,6 +282,7 @@ class Run:
                 batch.rolled.seconds, state.params, int(trained.rolled.trajectory.lengths.sum())
             ),
             "rewards_answers": stage.reward not in FORMAT_REWARDS,
+            "digests": digests,
         }
         return state, on_main(lambda: row)  # every process must judge the same times
 
@@ -315,10 +337,10 @@ class Run:
         return learner.init(params, keep_reference=c.algorithm.keeps_reference)
 
     def _save(self, state: LearnerState) -> None:
-        """Starts to write a checkpoint, whose index grows through both phases."""
-        progress, learning = self.progress, self.progress.phase == "learning"
+        """Starts to write a checkpoint."""
+        progress = self.progress
         progress.environment, progress.carried = self.collector.state()
         progress.seconds = time.perf_counter() - self.started
-        index = progress.step + (self.config.cold_start.steps + 1 if learning else 0)
+        index = progress.index(self.config)
         with self.clock.time("checkpoint"):
-            self.checkpoints.save(index, state, progress.as_dict(), progress.score)
+            self.checkpoints.save(index, state, progress.as_dict(), progress.score, self._sums)

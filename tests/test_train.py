@@ -22,16 +22,12 @@ from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.journal import rows_so_far
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.system.locks import InUse, only_one
+from r1s_jax.tracking.metrics import without_times
 from r1s_jax.tracking.progress import Progress
 from r1s_jax.tracking.report import write_report
 from r1s_jax.tracking.run_dir import open_run_dir
 from r1s_jax.train import Run, train
 from tests.makers import SHORT, run_cli, undocumented
-
-# Columns that depend on time; no other column may depend on when a run was stopped.
-TIMES = ("seconds", "_per_s", "compilations", "host_memory")
-# Rows go on during a search of others, so the number of decode steps depends on its duration.
-TIMES += ("decode_steps", "prefill_chunks", "slots_busy")
 
 
 def command(run_dir: Path, *options: str) -> list[str]:
@@ -59,8 +55,9 @@ def whole(tmp_path_factory) -> Path:
     return path
 
 
-def without_times(rows: list[dict]) -> list[dict]:
-    rows = [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in rows]
+def same_columns(rows: list[dict]) -> list[dict]:
+    """The columns that must not depend on when a run was stopped."""
+    rows = [without_times(row) for row in rows]
     for row in rows:
         for search in row.get("searches", []) if isinstance(row.get("searches"), list) else []:
             search.pop("seconds")
@@ -69,7 +66,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     for name in ("cold_start.jsonl", "metrics.jsonl", "traces.jsonl"):
-        assert without_times(rows_so_far(a / name)) == without_times(rows_so_far(b / name)), name
+        assert same_columns(rows_so_far(a / name)) == same_columns(rows_so_far(b / name)), name
     results = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
     assert results[0]["f1_after"] == results[1]["f1_after"]
 
@@ -398,7 +395,7 @@ def test_questions_drawn_by_difficulty_survive_a_kill(model, index, tmp_path):
     asked = [row["question"] for row in rows_so_far(paths[0] / "traces.jsonl")]
     assert len(set(asked)) > 3
     for name in ("metrics.jsonl", "traces.jsonl"):
-        whole, killed = (without_times(rows_so_far(path / name)) for path in paths)
+        whole, killed = (same_columns(rows_so_far(path / name)) for path in paths)
         assert whole == killed
 
 

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from r1s_jax.config import Config
+from r1s_jax.io.sealed_lines import digest
 from r1s_jax.learning.advantages import TurnRewards, kl_divergence, token_advantages
 from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.gold import gold_logprobs, with_credit
@@ -39,6 +41,7 @@ class Learned:
     credit: dict[str, float] = field(default_factory=dict)  # metrics of turns and teachers
     # Estimated KL of each sampled token to the reference or teacher, float64; None without one.
     token_kl: Float[np.ndarray, "N W"] | None = None
+    inputs: str = ""  # a digest of what the updates were given besides the state
 
 
 def token_weights(
@@ -102,6 +105,7 @@ class PolicyGradient:
         signal = {"advantages": advantages, "old_logprobs": old, "kept": t.kept}
         signal |= {"reference_logprobs": reference, "fresh": rewarded.fresh}
         rows: list[dict[str, float]] = []
+        inputs = digest(learning_rate_scale)
         for part in parts:
             weights = self._weights(rewarded, part, scored, kl_coefficient)
             weights["weights"] = weights["weights"] * correction[part]
@@ -109,6 +113,7 @@ class PolicyGradient:
             if rewarded.rolled.parents is not None:
                 own["parents"] = renumbered(rewarded.rolled.parents, part)
             batch, _, micro = self._pack(t, part, **weights, **own)
+            inputs = digest(inputs, *jax.tree.leaves(batch), micro)
             state, row = self.learner.update(state, batch, micro, learning_rate_scale)
             update_gap = _pop_gap(row)
             gap = update_gap if gap is None else gap  # of the first: later ones see a moved policy
@@ -125,6 +130,7 @@ class PolicyGradient:
             logprob_diff=gap or {},
             credit=credit,
             token_kl=None if reference is None else kl,
+            inputs=inputs,
         )
 
     def _advantages(

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -37,11 +37,13 @@ from r1s_jax.models.checkpoint_owner import (
 from r1s_jax.models.params import Params, ParamSpec, param_specs
 from r1s_jax.models.seals import SEAL, State, checksums, host_checksum, is_sealed, sealed
 from r1s_jax.system.console import warn
-from r1s_jax.system.distributed import on_main
+from r1s_jax.system.distributed import is_main, on_main
+from r1s_jax.system.files import file_digest, write_json
 
 T = TypeVar("T")
 
 _CHECKSUMS = "array_checksums"
+FILES = "digests.json"  # in a checkpoint: the digests of its other files
 # Orbax warns at every save without a score (stage 1 has none), and whenever the metadata of an item
 # is read without the metadata of the whole checkpoint.
 _HIDDEN = ("tracked_metric", "Metadata file does not exist", "Failed to get item metadata")
@@ -66,14 +68,25 @@ class Checkpoints:
     another run, InUse where another process writes there.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int, run: Path | None = None):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        keep: int,
+        run: Path | None = None,
+        also: Callable[[int], bool] = lambda index: False,
+    ):
+        """Keeps the `keep` newest, the best one, and those whose index `also` names."""
         best = policies.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        kept = [policies.LatestN(n=keep), best, _Also(also)]
+        self._directory, self._run = _absolute(directory), run
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             best_fn=_score,
             create=True,
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=lambda: _note_files(self._directory)
+            ),
         )
-        self._directory, self._run = _absolute(directory), run
         self._held = contextlib.ExitStack()
         _ignore_late_errors()
         if run:
@@ -94,10 +107,12 @@ class Checkpoints:
         state: State,
         progress: Mapping[str, Any],
         score: float | None = None,
+        sums: Mapping[str, int] | None = None,
     ) -> None:
         """Starts to save; `wait` raises the errors of writing in the background.
 
-        The checkpoint with the highest `score` is kept whatever its age. Raises CheckpointError
+        The checkpoint with the highest `score` is kept whatever its age. `sums` are the checksums
+        of the state, where they are known. Raises CheckpointError
         (for a full disk, say); earlier checkpoints stay whole.
         """
         if (run := self._run) and not is_local(self._directory):
@@ -105,7 +120,9 @@ class Checkpoints:
         metrics = None if score is None else sealed({"score": score})
         args = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
-            progress=ocp.args.JsonSave(sealed({**progress, _CHECKSUMS: checksums(state)})),
+            progress=ocp.args.JsonSave(
+                sealed({**progress, _CHECKSUMS: dict(sums or checksums(state))})
+            ),
         )
         self._guard(lambda: self._manager.save(index, args=args, metrics=metrics, force=True))
 
@@ -142,7 +159,7 @@ class Checkpoints:
         if self._manager.latest_step() is None:
             return None
         with self.reading():
-            return parse(_saved_progress(self._directory / str(self._manager.latest_step())))
+            return parse(saved_progress(self._directory / str(self._manager.latest_step())))
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -160,24 +177,8 @@ class Checkpoints:
 
         A damaged checkpoint is moved away, then DamagedCheckpoint is raised.
         """
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-        )
-        newest = self._manager.latest_step()
         with self.reading():
-            saved = _saved_sums(self._directory / str(newest))
-        try:
-            restore = ocp.checkpoint_utils.construct_restore_args(abstract)
-            args = ocp.args.Composite(state=ocp.args.PyTreeRestore(abstract, restore))
-            restored: Any = self._manager.restore(newest, args=args)
-            state = restored.state
-        except jax.errors.JaxRuntimeError:
-            raise  # out of device memory, say: the checkpoint is not at fault
-        except Exception as error:
-            self._set_aside(reason(error))
-        if wrong := sorted({name for name, _ in saved.items() ^ checksums(state).items()}):
-            self._set_aside(f"{len(wrong)} arrays changed since they were saved, first {wrong[0]}")
-        return state
+            return read_state(self._directory / str(self._manager.latest_step()), like)
 
     def _set_aside(self, why: str) -> NoReturn:
         """Moves the newest checkpoint away, so that the one before it is the newest, and raises.
@@ -205,6 +206,71 @@ class Checkpoints:
                 f"cannot save a checkpoint in {self._directory}: {why}. Earlier checkpoints are "
                 "whole: make room, then go on with --resume."
             ) from error
+
+
+class _Also(policies.PreservationPolicy):
+    """Preserves the checkpoints whose index a function names."""
+
+    def __init__(self, wanted: Callable[[int], bool]):
+        self._wanted = wanted
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [self._wanted(checkpoint.step) for checkpoint in checkpoints]
+
+
+def read_state(folder: epath.Path, like: State) -> State:
+    """The state of one checkpoint, with the shapes, dtypes and shardings of `like`.
+
+    Raises CheckpointError for a damaged checkpoint, and BadInput where its JSON is.
+    """
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    saved = saved_sums(folder)
+    try:
+        restore = ocp.checkpoint_utils.construct_restore_args(abstract)
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        state = reader.restore(folder / "state", ocp.args.PyTreeRestore(abstract, restore))
+    except jax.errors.JaxRuntimeError:
+        raise  # out of device memory, say: the checkpoint is not at fault
+    except Exception as error:
+        raise CheckpointError(reason(error)) from error
+    if wrong := sorted({name for name, _ in saved.items() ^ checksums(state).items()}):
+        raise CheckpointError(
+            f"{len(wrong)} arrays changed since they were saved, first {wrong[0]}"
+        )
+    return state
+
+
+def _note_files(directory: epath.Path) -> None:
+    """Writes the digests of a new checkpoint's files into it; not in a bucket, which has its own
+    checksums and would have to send every byte back."""
+    for folder in saved_in(directory) if is_local(directory) and is_main() else ():
+        if not (folder / FILES).exists():
+            write_json(Path(folder / FILES), sealed({"files": _file_digests(folder)}))
+
+
+def _file_digests(folder: epath.Path) -> dict[str, str]:
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in files
+        if path.name != FILES
+    }
+
+
+def changed_files(folder: epath.Path) -> list[str] | None:
+    """The files of a checkpoint that are not as they were written, are missing or were added.
+
+    None if it has no digests of its files: it lies in a bucket, an older version wrote it, or its
+    run was killed then. Raises BadInput where the digests themselves are damaged.
+    """
+    path = folder / FILES
+    if not path.exists():
+        return None
+    noted = check(_read_sealed(path)["files"], dict[str, str], path)
+    now = _file_digests(folder)
+    return sorted({name for name, _ in noted.items() ^ now.items()})
 
 
 def _damaged(folder: epath.Path, why: str, outcome: str) -> str:
@@ -279,7 +345,7 @@ def flaw(folder: epath.Path) -> str:
                 return f"{folder} cannot be read: it holds no {name}"
         path = folder / "_CHECKPOINT_METADATA"
         check(parse_object(path.read_bytes(), path), _Described, path)
-        _saved_progress(folder)
+        saved_progress(folder)
     except UserError as error:
         return str(error)
     return ""
@@ -295,7 +361,7 @@ def _read_sealed(path: epath.Path) -> dict[str, Any]:
     return values
 
 
-def _saved_progress(folder: epath.Path) -> dict[str, Any]:
+def saved_progress(folder: epath.Path) -> dict[str, Any]:
     """The values that a checkpoint keeps beside its arrays. Raises BadInput if damaged."""
     path = folder / "progress" / "metadata"
     if not path.exists():
@@ -392,7 +458,7 @@ def read_params(checkpoint: epath.PathLike, model: ModelConfig, dtype: Any) -> P
     with reading(checkpoint, CheckpointError):
         params = reader.restore(folder / "state", arguments)["params"]
     _check_shapes(checkpoint, params, specs)
-    _check_sums(checkpoint, params, _saved_sums(folder))
+    _check_sums(checkpoint, params, saved_sums(folder))
     return jax.tree.map(lambda x: np.asarray(x).astype(dtype), params)
 
 
@@ -420,9 +486,9 @@ def _stored_dtypes(folder: epath.Path, specs: Params) -> Params:
         )
 
 
-def _saved_sums(folder: epath.Path) -> dict[str, int]:
+def saved_sums(folder: epath.Path) -> dict[str, int]:
     """The checksums of a checkpoint's arrays."""
-    sums = _saved_progress(folder)[_CHECKSUMS]
+    sums = saved_progress(folder)[_CHECKSUMS]
     return check(sums, dict[str, int], folder / "progress" / "metadata", CheckpointError)
 
 

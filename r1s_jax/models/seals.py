@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from r1s_jax.io.sealed_lines import digest
+
 State = Any  # a pytree of arrays, such as a learner's state
 
 SEAL = "seal"
@@ -29,6 +31,15 @@ def checksums(state: State) -> dict[str, int]:
     sums = _sums([leaf for _, leaf in leaves])
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     return {name: int(value) for name, value in zip(names, sums, strict=True)}
+
+
+def state_digests(sums: Mapping[str, int]) -> dict[str, str]:
+    """A digest of the parameters and one of the optimizer's state, from their checksums."""
+    parts = {"params": ".params", "optimizer": ".optimizer"}
+    return {
+        part: digest({name: n for name, n in sums.items() if name.startswith(start)})
+        for part, start in parts.items()
+    }
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, even if the process that writes them is killed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -36,6 +37,12 @@ def write_json(path: Path, value: Any) -> None:
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes JSON lines."""
     write_text(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

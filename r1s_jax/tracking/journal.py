@@ -51,6 +51,8 @@ class _LearningRow(StepRow):
     searches_per_question: float
     sampled_tokens: float
     seconds_rollout: float
+    digests: NotRequired[dict[str, str]]  # see tracking/digests.py
+    seal: NotRequired[str]
 
 
 def step_rows(path: Path) -> list[dict[str, Any]]:
@@ -71,7 +73,7 @@ def learning_rows(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     rows = rows_so_far(path, _LearningRow)
     for row in rows:
-        for name in row.keys() - {"stage", "health"}:
+        for name in row.keys() - {"stage", "health", "digests", "seal"}:
             check(row[name], _NUMBER, f"{path}, step {row['step']}: {name}", DataError)
     return rows
 

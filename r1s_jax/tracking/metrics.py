@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,10 @@ from r1s_jax.rollout.trajectory import Finish, Trajectory
 from r1s_jax.system.profiling import Compilations, host_memory_gib, model_flops_utilization
 from r1s_jax.tracking.behaviour import behaviour_metrics
 
+# Parts of the names of columns that depend on time, so that they differ between equal runs. Rows go
+# on during a search of others, so the number of decode steps depends on the search's duration.
+_TIMED = ("seconds", "_per_s", "compilations", "host_memory", "mfu", "seal")
+_TIMED += ("decode_steps", "prefill_chunks", "slots_busy")
 # Names in `metrics.jsonl` of parts of a reward, where they differ.
 _PART_NAMES = {"format": "format_valid"}
 
@@ -123,7 +127,8 @@ class StepClock:
     """Measures the time that a run's steps take, their compilations and the host's memory."""
 
     def __init__(self) -> None:
-        self.seconds = {"collect": 0.0, "update": 0.0, "checkpoint": 0.0}  # of the latest of each
+        names = ("collect", "update", "digests", "checkpoint")
+        self.seconds = dict.fromkeys(names, 0.0)  # of the latest of each
         self._compilations = Compilations()
 
     @contextmanager
@@ -146,7 +151,19 @@ class StepClock:
             "seconds_rollout": seconds_rollout,
             "seconds_reward": collect - seconds_rollout,
             "seconds_update": update,
+            "seconds_digests": self.seconds["digests"],
         }
+
+
+def without_times(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a row of metrics that are the same in every run of one config on one machine.
+
+    Not so health, which may judge times, and the digest of traces, which hold times.
+    """
+    same = {k: v for k, v in row.items() if k != "health" and not any(t in k for t in _TIMED)}
+    if digests := row.get("digests"):
+        same["digests"] = {k: v for k, v in digests.items() if k != "traces"}
+    return same
 
 
 def headline(row: dict[str, Any]) -> str:

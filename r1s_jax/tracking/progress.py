@@ -28,6 +28,10 @@ class Progress(Standing):
         """The progress that a checkpoint holds. Raises BadInput for wrong types."""
         return check(saved, Progress, "the progress in a checkpoint")
 
+    def index(self, config: Config) -> int:
+        """The number of its checkpoint, which grows through both phases."""
+        return self.step + (config.cold_start.steps + 1 if self.phase == "learning" else 0)
+
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return asdict(self)
@@ -80,3 +84,10 @@ class Progress(Standing):
         """Moves the coefficient towards the target, where the config has one."""
         if target := config.algorithm.kl_target:
             self.kl_coefficient = adapted_kl_coefficient(self.kl(config), measured, target)
+
+
+def kept_for_audit(config: Config, index: int) -> bool:
+    """Whether `run.keep_for_audit` keeps checkpoint `index` for good."""
+    step, every = index - config.cold_start.steps - 1, config.run.checkpoint_every
+    kept = config.run.keep_for_audit * every
+    return kept > 0 and step >= 0 and step % kept == 0

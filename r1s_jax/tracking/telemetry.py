@@ -8,6 +8,7 @@ from typing import Any
 from r1s_jax.config import Config
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.journal import rows_so_far
+from r1s_jax.io.sealed_lines import digest, last_seal, sealed_line
 from r1s_jax.models.checkpoint_owner import read_versions
 from r1s_jax.system.console import console
 from r1s_jax.system.distributed import is_main
@@ -23,12 +24,16 @@ class Telemetry:
     """Appends to `metrics.jsonl`, `cold_start.jsonl` and `traces.jsonl` of a run directory.
 
     One JSON object a line, flushed at once. `rewind` drops rows that a resumed run writes again.
+    The lines of the first two are sealed (io/sealed_lines.py), and a row of `metrics.jsonl` with
+    `digests` also gets one of the lines of `traces.jsonl` that belong to its step.
     Only the main process writes; in others every call does nothing.
     """
 
     def __init__(self, run_dir: Path, config: Config | None = None):
         self.run_dir, self._writes = run_dir, is_main()
         console.quiet = not self._writes
+        self._seals: dict[str, str] = {}  # the last of each file
+        self._traces: list[str] = []  # the lines since the last step
         self._boards: dict[str, Board] = {}
         self._first: dict[str, int] = dict.fromkeys(_PREFIXES, 1)  # the next step of each
         self._cold_steps = config.cold_start.steps if config else 0
@@ -38,7 +43,10 @@ class Telemetry:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Writes a row of `metrics.jsonl`, and its numbers as scalars."""
-        self._append("metrics.jsonl", row)
+        if "digests" in row:
+            row = {**row, "digests": {**row["digests"], "traces": digest(*self._traces)}}
+        self._traces = []
+        self._append_sealed("metrics.jsonl", row)
         self._scalars("rl", row)
 
     def steps(self) -> list[dict[str, Any]]:
@@ -47,12 +55,14 @@ class Telemetry:
 
     def cold_start(self, row: Mapping[str, Any]) -> None:
         """Writes a row of `cold_start.jsonl`, and its numbers as scalars."""
-        self._append("cold_start.jsonl", row)
+        self._append_sealed("cold_start.jsonl", row)
         self._scalars("cold_start", row)
 
     def trace(self, row: Mapping[str, Any]) -> None:
         """Writes a trajectory to `traces.jsonl`."""
-        self._append("traces.jsonl", row)
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        self._traces.append(line)
+        self._append("traces.jsonl", line)
 
     def rewind(self, *, cold_start: int, learning: int) -> None:
         """Drops rows after these steps, which an interrupted run wrote but did not save."""
@@ -67,11 +77,15 @@ class Telemetry:
         if self._wandb:
             self._wandb.finish()
 
-    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+    def _append_sealed(self, name: str, row: Mapping[str, Any]) -> None:
+        line, self._seals[name] = sealed_line(row, self._seals.get(name, ""))
+        self._append(name, line)
+
+    def _append(self, name: str, line: str) -> None:
         if not self._writes:
             return
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(line)
 
     def _scalars(self, prefix: str, row: Mapping[str, Any]) -> None:
         if not self._writes:
@@ -91,6 +105,7 @@ class Telemetry:
         if self._writes and path.exists():
             rows = [row for row in rows_so_far(path, StepRow) if row["step"] <= step]
             write_rows(path, rows)
+            self._seals[name] = last_seal(rows)
 
 
 def _start_wandb(run_dir: Path, config: Config) -> Any:
