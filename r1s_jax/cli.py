@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from r1s_jax import __version__
-from r1s_jax.commands import corpus, data, index, lab, look, model, serve, train
+from r1s_jax.commands import audit, corpus, data, index, lab, look, model, serve, train
 from r1s_jax.commands import eval as eval_
 from r1s_jax.io.errors import UserError, shorten
 from r1s_jax.io.renamed import refuse_renamed
@@ -56,6 +56,7 @@ for name, command in {
     "traces": look.traces,
     "report": look.report,
     "reward": look.reward,
+    "audit": audit.audit,
 }.items():
     app.command(name)(command)
 for name, group in {

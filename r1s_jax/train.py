@@ -157,7 +157,7 @@ class Run:
         if progress.phase == "learning":
             return self.checkpoints.restore(self._learning_state(params))
         optimizer = make_optimizer(self.config.optimizer, c.learning_rate)
-        learner = self._learner(optimizer, likelihood_loss)
+        learner = self.learner(optimizer, likelihood_loss)
         state = learner.init(params)
         del params
         if progress.step:
@@ -197,7 +197,7 @@ class Run:
         with self.checkpoints.reading():
             self.collector.restore(progress.environment, progress.carried)
         self._evaluate_before(state)  # if the cold start ran with cold_start_only
-        learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
+        learner = self.learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
         gradient = PolicyGradient(c, learner, self.engine, self.teacher)
         with make_progress() as bar:
             total = progress.total_steps(c)
@@ -328,12 +328,29 @@ class Run:
             attention=c.policy.attention,
         )
 
-    def _learner(self, optimizer: Any, loss: Any) -> Learner:
+    def fresh_state(self) -> LearnerState:
+        """The state before the first step of reinforcement learning without a cold start.
+
+        Takes the parameters away: the run has no other copy.
+        """
+        params, self.params = self.params, {}
+        return self._learning_state(params)
+
+    def take_over(self, progress: Progress) -> None:
+        """Goes on from another run's progress, whose state the caller has."""
+        self.progress, self._sums = progress, {}
+        self.collector.restore(progress.environment, progress.carried)
+
+    def close(self) -> None:
+        self.telemetry.close()
+        self.checkpoints.close()
+
+    def learner(self, optimizer: Any, loss: Any) -> Learner:
         return Learner.of(self.config.policy, self.policy.model, self.mesh, optimizer, loss)
 
     def _learning_state(self, params: Any) -> LearnerState:
         c = self.config
-        learner = self._learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
+        learner = self.learner(make_optimizer(c.optimizer), policy_loss(c.algorithm))
         return learner.init(params, keep_reference=c.algorithm.keeps_reference)
 
     def _save(self, state: LearnerState) -> None:

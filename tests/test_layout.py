@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Lowest room first. A file imports its own room and earlier ones; some rooms only the listed ones.
 ROOMS = "io config presets kernels system retrieval protocol rewards data models rollout"
-ROOMS += " learning eval tracking aot serving train configs recipes lab commands cli"
+ROOMS += " learning eval tracking aot serving train audit configs recipes lab commands cli"
 ORDER = ROOMS.split()
 ONLY = {"config": {"io"}, "kernels": {"io"}, "retrieval": {"io", "config", "system"}}
 BESIDE = ("kernels", "retrieval", "eval", "configs")

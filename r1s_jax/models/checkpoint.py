@@ -83,6 +83,7 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             best_fn=_score,
             create=True,
+            # In the background, before the new checkpoint has its name: notes the one before.
             async_options=ocp.AsyncOptions(
                 post_finalization_callback=lambda: _note_files(self._directory)
             ),
@@ -134,6 +135,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until pending saves are on disk. Raises CheckpointError if one fails."""
         self._guard(self._manager.wait_until_finished)
+        _note_files(self._directory)
 
     def close_after_error(self) -> None:
         """Waits for pending saves, with a time-out in case other processes died."""
@@ -150,6 +152,7 @@ class Checkpoints:
     def close(self) -> None:
         with self._held:
             self._guard(self._manager.close)
+            _note_files(self._directory)
 
     def progress(self, parse: Callable[[dict[str, Any]], T]) -> T | None:
         """The progress in the newest checkpoint, parsed by `parse`; None without a checkpoint.
@@ -246,8 +249,9 @@ def _note_files(directory: epath.Path) -> None:
     """Writes the digests of a new checkpoint's files into it; not in a bucket, which has its own
     checksums and would have to send every byte back."""
     for folder in saved_in(directory) if is_local(directory) and is_main() else ():
-        if not (folder / FILES).exists():
-            write_json(Path(folder / FILES), sealed({"files": _file_digests(folder)}))
+        with contextlib.suppress(FileNotFoundError):  # it was one too many, and is deleted
+            if not (folder / FILES).exists():
+                write_json(Path(folder / FILES), sealed({"files": _file_digests(folder)}))
 
 
 def _file_digests(folder: epath.Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from r1s_jax.io.errors import UserError
 from r1s_jax.io.json import parse_object, read_object
 from r1s_jax.io.schema import check
 from r1s_jax.io.text import is_whole_number
+from r1s_jax.models.seals import is_sealed, sealed
 from r1s_jax.system.locks import only_one
 
 _MARK = "run.json"
@@ -53,6 +54,19 @@ def read_versions(run: Path) -> Versions:
     return check(values, Versions, file, CheckpointError)
 
 
+def broken_mark(directory: epath.Path) -> str:
+    """What is wrong with the mark in a folder of checkpoints; "": nothing is.
+
+    Marks of 0.2.0 have no seal.
+    """
+    file = directory / _MARK
+    if not file.exists():
+        return "it is gone"
+    values = parse_object(file.read_bytes(), file, CheckpointError)
+    whole = is_sealed(values) or values.keys() == {"run", "folder"}
+    return "" if whole else "it is not as it was written"
+
+
 def check_owner(run: Path, directory: epath.Path) -> None:
     """Raises CheckpointError where the checkpoints in `directory` belong to another run."""
     mark = _mark_in(directory)
@@ -78,7 +92,7 @@ def held_for(run: Path, directory: epath.Path) -> Iterator[None]:
         if not (mark and ours):
             directory.mkdir(parents=True, exist_ok=True)
             partial = directory / f"{_MARK}.partial"
-            mark = {"run": identity, "folder": str(run.resolve())}
+            mark = sealed({"run": identity, "folder": str(run.resolve())})
             partial.write_bytes(json.dumps(mark).encode())
             partial.replace(directory / _MARK)
         yield

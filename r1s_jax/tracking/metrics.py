@@ -127,7 +127,7 @@ class StepClock:
     """Measures the time that a run's steps take, their compilations and the host's memory."""
 
     def __init__(self) -> None:
-        names = ("collect", "update", "digests", "checkpoint")
+        names = ["collect", "update", "digests", "checkpoint"]
         self.seconds = dict.fromkeys(names, 0.0)  # of the latest of each
         self._compilations = Compilations()
 

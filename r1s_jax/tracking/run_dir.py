@@ -16,10 +16,11 @@ from typing import Any, Literal
 import jax
 import msgspec
 
-from r1s_jax.config import Config, CorpusConfig
+from r1s_jax.config import Config, CorpusConfig, TinyWorldConfig
 from r1s_jax.data.digests import data_digests
 from r1s_jax.data.questions import Question
 from r1s_jax.io.errors import ConfigError
+from r1s_jax.io.fields import declared
 from r1s_jax.io.http import without_credentials
 from r1s_jax.io.json import differences, read_object
 from r1s_jax.io.schema import check
@@ -170,8 +171,7 @@ def check_data(path: Path, config: Config, accept_changed: bool) -> None:
     if not isinstance(config.environment, CorpusConfig):
         return
     data, file = data_digests(config.environment), path / "data.json"
-    if file.exists():
-        before = check(read_object(file, ConfigError), dict[str, str], file, ConfigError)
+    if before := read_data(path):
         changed = [
             reference for place, (reference, digest) in data.items() if before.get(place) != digest
         ]
@@ -181,6 +181,40 @@ def check_data(path: Path, config: Config, accept_changed: bool) -> None:
                 "new run, or go on with --accept-changed-data"
             )
     write_json(file, {place: digest for place, (_, digest) in data.items()})
+
+
+def read_data(path: Path) -> dict[str, str]:
+    """The digests in a run's `data.json`; {} where there is none yet."""
+    file = path / "data.json"
+    if not file.exists():
+        return {}
+    return check(read_object(file, ConfigError), dict[str, str], file, ConfigError)
+
+
+def read_config(path: Path) -> Config:
+    """The config of a run, from its `config.json`. Raises ConfigError.
+
+    Fields that it lacks, because a version before them wrote it, get the values that change
+    nothing.
+    """
+    file = path / "config.json"
+    values = read_object(file, ConfigError)
+    for place, value in ADDED.items():
+        section, _, name = place.partition(".")
+        if isinstance(values.get(section), dict):
+            values[section].setdefault(name, value)
+    environment = values.get("environment")
+    corpus = isinstance(environment, dict) and "questions" in environment
+    kinds = {name: kind for name, (kind, _) in declared(Config).items()}
+    kinds["environment"] = CorpusConfig if corpus else TinyWorldConfig
+    if lacking := kinds.keys() - values.keys():
+        raise ConfigError(f"{file} lacks {', '.join(sorted(lacking))}")
+    return Config(
+        **{
+            name: check(values[name], kind, f"{file}: {name}", ConfigError)
+            for name, kind in kinds.items()
+        }
+    )
 
 
 # Ctrl-C and `kill`; then the signals that schedulers send before they kill (Slurm's --signal, Grid
