@@ -57,6 +57,7 @@ for name, command in {
     "report": look.report,
     "reward": look.reward,
     "audit": audit.audit,
+    "replay": audit.replay,
 }.items():
     app.command(name)(command)
 for name, group in {

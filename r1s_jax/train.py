@@ -21,7 +21,7 @@ from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.learning.teacher import load_teacher
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
-from r1s_jax.models.pretrained import make_policy, save_policy, saved_dialect
+from r1s_jax.models.pretrained import Pretrained, make_policy, save_policy, saved_dialect
 from r1s_jax.models.seals import checksums
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.rewards.judged import stage_rewards
@@ -128,10 +128,10 @@ class Run:
         if config.eval.questions:
             held_out = self._held_out.questions
             on_main(lambda: write_held_out(self.dir, held_out))
-        self.engine = self._engine(config.rollout)
+        self.engine = self.engine_of(config.rollout)
         self.engine.check_prompts(self.environment.questions())
         greedy = dataclasses.replace(config.rollout, temperature=0.0, forks=0.0)
-        self.evaluation_engine = self._engine(greedy)
+        self.evaluation_engine = self.engine_of(greedy)
         self.teacher = together(lambda: load_teacher(config, self.mesh, policy))
         self.collector = Collector(config, self.engine, self.environment, rewards)
         self.telemetry = Telemetry(self.dir, config)
@@ -302,7 +302,7 @@ class Run:
         """Samples answers as the rollouts of training do, without forks."""
         rollout = self.config.rollout
         forks = rollout.forks > 0
-        return self._engine(dataclasses.replace(rollout, forks=0.0)) if forks else self.engine
+        return self.engine_of(dataclasses.replace(rollout, forks=0.0)) if forks else self.engine
 
     @cached_property
     def _held_out(self) -> Batch:
@@ -317,10 +317,11 @@ class Run:
             return []
         return audit(batch.questions, Lines(passages), batch.retriever)
 
-    def _engine(self, rollout: RolloutConfig) -> Engine:
+    def engine_of(self, rollout: RolloutConfig, policy: Pretrained | None = None) -> Engine:
+        """An engine with these limits, for the run's policy or one that differs in its prompt."""
         c = self.config
         return Engine(
-            self.policy,
+            policy or self.policy,
             rollout,
             search=c.search,
             mesh=self.mesh,

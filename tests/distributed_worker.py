@@ -98,12 +98,12 @@ def decide_alike(me: int) -> None:
     collector.rewards, collector.engine = rewards, SimpleNamespace(render=str)
     questions = [SimpleNamespace(question="q", answers=("a",))] * 3
     rolled = SimpleNamespace(questions=questions, solutions=[Solution.of_text("a")] * 3)
-    drawn = gather([reward.value for reward in collector._reward(rolled, "lottery")])
+    drawn = gather([reward.value for reward in collector.reward(rolled, "lottery")])
     assert all(values == drawn[0] for values in drawn) and len(set(drawn[0])) == 3
-    assert [reward.value for reward in collector._reward(rolled, "on_the_last")] == [0.0] * 3
+    assert [reward.value for reward in collector.reward(rolled, "on_the_last")] == [0.0] * 3
     rewards["fails"] = batch_reward(f"{__spec__.name}:fails")
     try:
-        collector._reward(rolled, "fails")
+        collector.reward(rolled, "fails")
     except ProcessError as error:
         assert "process 0" in str(error) and "no reward today" in str(error)
     else:

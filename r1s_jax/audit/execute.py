@@ -151,8 +151,10 @@ class Again:
         return read_state(checkpoint, self._like)
 
     def params_of(self, checkpoint: epath.Path) -> Params:
-        """The parameters of a checkpoint, on the host."""
-        return jax.device_get(read_state(checkpoint, self._like).params)
+        """The parameters of a checkpoint of the run."""
+        if not checkpoint.exists():
+            raise AuditError(f"{checkpoint} does not exist")
+        return read_state(checkpoint, self._like).params
 
     def step(self, state: LearnerState) -> tuple[LearnerState, dict[str, Any], float]:
         """One step: the new state, its row, and how long it took; donates `state`."""
@@ -213,7 +215,7 @@ def execute(
                 int(piece.checkpoint.name) + step + 1 - piece.first
             )
             if measure and after.exists():
-                theirs = machinery.params_of(after)
+                theirs = jax.device_get(machinery.params_of(after))
                 distance = apart(before, theirs, jax.device_get(state.params))
                 executed = executed._replace(distance=distance)
             yield executed

@@ -140,7 +140,7 @@ class Collector:
         if self.config.rollout.partial_rollouts:
             rolled = self.carried.roll(params, step, settings.questions_per_step)
             return self._noted(
-                Rewarded.of(rolled, self._reward(rolled, stage), self.config.algorithm)
+                Rewarded.of(rolled, self.reward(rolled, stage), self.config.algorithm)
             )
         c, batches, rewards = self.config, [], []
         for draw in range(1 + c.algorithm.dynamic_sampling):
@@ -154,7 +154,7 @@ class Collector:
                 draw=draw,
                 retriever=batch.retriever,
             )
-            rewards += self._reward(rolled, stage)
+            rewards += self.reward(rolled, stage)
             batches.append(rolled)
             rewarded = Rewarded.of(merge(batches), rewards, c.algorithm)
             if len(np.unique(rewarded.groups[rewarded.teaches])) >= settings.questions_per_step:
@@ -176,7 +176,7 @@ class Collector:
         self.environment.restore(cursor)
         self.carried.restore(carried)
 
-    def _reward(self, rolled: Rolled, stage: str) -> list[Reward]:
+    def reward(self, rolled: Rolled, stage: str) -> list[Reward]:
         """The rewards of a batch, computed by the main process: a user's function may be random or
         read a clock or a file, and all processes must learn from the same rewards."""
         reward, prompts = self.rewards[stage], [q.question for q in rolled.questions]

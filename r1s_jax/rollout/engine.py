@@ -44,6 +44,7 @@ from r1s_jax.rollout.forks import parent_node, renumbered, tree_rows
 from r1s_jax.rollout.in_flight import (
     NOBODY,
     InFlight,
+    Origin,
     group_numbers,
     parents,
     shared_beginning,
@@ -82,6 +83,7 @@ class Rolled:
     # bool[N, W] with forks: tokens that began a fork's answer; the policy did not sample them
     openings: np.ndarray | None = None
 
+    origins: tuple[Origin, ...] = ()  # of each row
     carried: int = 0  # unfinished trajectories carried over to the next step
 
     @property
@@ -116,6 +118,7 @@ class Rolled:
             trajectory=Trajectory(*(array[rows] for array in self.trajectory)),
             solutions=tuple(self.solutions[i] for i in rows),
             searches=tuple(self.searches[i] for i in rows),
+            origins=tuple(self.origins[i] for i in rows) if self.origins else (),
             ages=None if self.ages is None else self.ages[rows],
             parents=None if self.parents is None else renumbered(self.parents, rows),
             openings=None if self.openings is None else self.openings[rows],
@@ -142,6 +145,7 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
         ),
         solutions=sum((b.solutions for b in batches), ()),
         searches=sum((b.searches for b in batches), ()),
+        origins=sum((b.origins for b in batches), ()),
         outcomes=dict(sum((Counter(b.outcomes) for b in batches), Counter())),
         seconds=sum(b.seconds for b in batches),
         counters=dict(sum((Counter(b.counters) for b in batches), Counter())),
@@ -292,8 +296,26 @@ class Engine:
         started = time.perf_counter()
         self.broker.begin(retriever)
         flights = self.begin(questions, samples=samples, step=step, draw=draw)
-        width = self.config.max_prompt_length
-        placed = [*flights, *[None] * (-len(flights) % batch_shards(self.mesh))]
+        return self.complete(params, flights, seed=seed, step=step, started=started)
+
+    def complete(
+        self,
+        params: Params,
+        flights: Sequence[InFlight],
+        *,
+        seed: int,
+        step: int,
+        rows: int = 0,
+        started: float | None = None,
+    ) -> Rolled:
+        """Rolls out trajectories that `begin` made, in a program of at least `rows` rows.
+
+        Raises as `run` does.
+        """
+        started = time.perf_counter() if started is None else started
+        width, rows = self.config.max_prompt_length, max(rows, len(flights))
+        rows += -rows % batch_shards(self.mesh)
+        placed = [*flights, *[None] * (rows - len(flights))]
         self.broker.others = self.others(placed)
         prompts = self.prompts(placed, seed, width)
         trajectory, counters = to_host(self.programs.whole(params, prompts, self.tag_table))
@@ -444,6 +466,7 @@ class Engine:
                 self.solution(trajectory, i, f.start, f.written) for i, f in enumerate(flights)
             ),
             searches=tuple(tuple(f.searches) for f in flights),
+            origins=tuple(f.origin for f in flights),
             outcomes=self.broker.counts,
             seconds=seconds,
             slots_busy=busy,

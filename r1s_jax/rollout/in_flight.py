@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -26,6 +27,18 @@ ARRAYS = {
 }
 # A shorter common beginning is not worth a copy between slots.
 _LEAST_SHARED = 16
+
+
+class Origin(NamedTuple):
+    """What names a trajectory in a run: with it, the seed and the question all its draws are known.
+
+    A fork has that of its trajectory.
+    """
+
+    step: int  # at which its question was drawn, from 0
+    draw: int  # of that step
+    occurrence: int  # of its question in that draw
+    sample: int
 
 
 @dataclass
@@ -102,6 +115,10 @@ class InFlight:
     def key_step(self) -> int:
         """The step number that enters its random key (see `_DRAWS_APART`)."""
         return self.step + self.draw * _DRAWS_APART
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.step, self.draw, self.occurrence, self.sample)
 
     @property
     def tree(self) -> dict[int, "InFlight"]:

@@ -49,7 +49,7 @@ def batch_digests(batch: Rewarded) -> dict[str, str]:
     searches = [[_search(s) for s in own] for own in rolled.searches]
     rewards = [[r.parts, r.summands, r.turns] for r in batch.rewards]
     return {
-        "questions": digest(questions, rolled.trajectory.groups),
+        "questions": digest(questions, rolled.origins, rolled.trajectory.groups),
         "documents": digest(searches),
         "trajectories": digest(*rolled.trajectory),
         "rewards": digest(batch.values, rewards),
