@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from r1s_jax.data.results import FORMAT, VERDICTS, header_path, read_header, read_results
+from r1s_jax.data.results import FORMAT, VERDICTS, read_header, read_results, write_header
 from r1s_jax.data.rows import gold_answers
 from r1s_jax.io.errors import shorten
 from r1s_jax.io.http import without_credentials
@@ -24,7 +24,7 @@ from r1s_jax.rewards.judged import (
     verdict_key,
 )
 from r1s_jax.system.chat_api import ChatApiError, ChatEndpoint, check_installed
-from r1s_jax.system.files import write_json, write_rows
+from r1s_jax.system.files import write_rows
 from r1s_jax.system.locks import only_one
 
 __all__ = ["PROMPT", "JudgeError", "Verdict", "judge_file", "parse_verdict"]
@@ -98,7 +98,7 @@ def _prompt(row: Mapping[str, Any]) -> str:
 def _write(path: Path, judge: ChatEndpoint, out: Path, rows: list[dict[str, Any]]) -> None:
     write_rows(out, rows)
     header = read_header(path) or {"format": FORMAT}
-    write_json(
-        header_path(out),
+    write_header(
+        out,
         header | {"judge": {"model": judge.model, "url": without_credentials(judge.url)}},
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from r1s_jax.data.benchmarks import questions_file
 from r1s_jax.data.questions import Question, read_questions
-from r1s_jax.data.results import ForkAnswer, ResultRow, header_path, supporting_recall
+from r1s_jax.data.results import ForkAnswer, ResultRow, supporting_recall, write_header
 from r1s_jax.eval.header import begun, describe, load_described, refuse_other
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.journal import DataError
@@ -30,7 +30,8 @@ from r1s_jax.rollout.broker import FAILED, UNANSWERED, SearchFailure, too_many
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.sampler import GREEDY_BELOW
 from r1s_jax.rollout.trajectory import Finish
-from r1s_jax.system.files import write_json, write_rows
+from r1s_jax.system.facts import facts
+from r1s_jax.system.files import write_rows
 from r1s_jax.system.locks import only_one
 
 T = TypeVar("T")
@@ -109,7 +110,10 @@ def answer_file(
         progress(len(rows), len(questions) * run.samples)
         engine, params = _load(run, out, described, before)
         engine.check_prompts(questions)
-        write_json(header_path(out), described)
+        # Beside what a resumed run compares: it may go on on another machine.
+        described["made_by"] = {"changes": list(run.settings.changes), "facts": facts()}
+        out.touch()
+        write_header(out, described)
         searches = _Searches(rows, config.search.max_failure_rate, before)
         at_a_time = max(1, config.rollout.slots // run.samples)
 
@@ -131,11 +135,28 @@ def answer_file(
                 part = 0
                 searches.add(answered)
                 progress(len(rows), len(questions) * run.samples)
-                write_json(header_path(out), described | searches.header())
+                write_header(out, described | searches.header())
                 searches.check(out, midway=True)
-        write_json(header_path(out), described | searches.header())
+        write_header(out, described | searches.header())
         searches.check(out)
     return out
+
+
+def answer_some(
+    run: EvalRun,
+    policy: Pretrained,
+    questions: Sequence[Question],
+    total: int,
+    retriever: Retriever | None,
+) -> Iterator[Sequence[ResultRow]]:
+    """The rows of each of these questions, answered as in a file of `total` questions."""
+    engine = _engine(run, policy.speaking(run.settings.config().protocol))
+    params = shard_params(policy.params, policy.model, engine.mesh)
+    at_a_time = max(1, run.settings.config().rollout.slots // run.samples)
+    size, searches = min(at_a_time, total), _Searches([], 1.0)
+    for batch in _batches(questions, size):
+        rows = _answer(run, engine, params, batch, size, retriever or _NoSearch(), searches)
+        yield from _batches(rows, run.samples)
 
 
 def _answer_again(

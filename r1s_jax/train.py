@@ -21,14 +21,15 @@ from r1s_jax.learning.losses import likelihood_loss, policy_loss
 from r1s_jax.learning.policy_gradient import PolicyGradient
 from r1s_jax.learning.teacher import load_teacher
 from r1s_jax.models.checkpoint import Checkpoints, DamagedCheckpoint, checkpoint_directory
+from r1s_jax.models.checksums import checksums
 from r1s_jax.models.pretrained import Pretrained, make_policy, save_policy, saved_dialect
-from r1s_jax.models.seals import checksums
 from r1s_jax.models.sharding import make_mesh, shard_params
 from r1s_jax.rewards.judged import stage_rewards
 from r1s_jax.rewards.registry import FORMAT_REWARDS
 from r1s_jax.rollout.engine import Engine
 from r1s_jax.system.console import console, make_progress, warn
 from r1s_jax.system.distributed import on_main, together
+from r1s_jax.system.facts import facts
 from r1s_jax.system.locks import only_one
 from r1s_jax.system.memory import release_memory
 from r1s_jax.system.profiling import StepTrace, keep_compiled_programs
@@ -36,7 +37,7 @@ from r1s_jax.tracking import health
 from r1s_jax.tracking import metrics as m
 from r1s_jax.tracking.digests import step_digests
 from r1s_jax.tracking.progress import Progress, kept_for_audit
-from r1s_jax.tracking.record import facts, note_end, note_evaluated, note_start
+from r1s_jax.tracking.record import note_end, note_evaluated, note_start
 from r1s_jax.tracking.run_dir import (
     StopRequest,
     check_data,

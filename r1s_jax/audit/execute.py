@@ -119,6 +119,11 @@ def other_facts(run: Path, step: int, now: Mapping[str, Any]) -> list[str]:
     for start in starts(read_record(run)):
         if start["phase"] == "cold_start" or start["step"] < step:
             then = start["facts"]
+    return facts_apart(then, now)
+
+
+def facts_apart(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The facts that differ, in words."""
     return [
         f"{_FACTS.get(name, name)} was {_shown(then.get(name))}, is {_shown(now.get(name))}"
         for name in sorted(then.keys() | now.keys())

@@ -10,10 +10,10 @@ from r1s_jax.config import Config, CorpusConfig
 from r1s_jax.data.digests import data_digests
 from r1s_jax.io.errors import UserError
 from r1s_jax.io.journal import DataError, parse_row, rows_so_far
-from r1s_jax.io.sealed_lines import broken_seal, digest
+from r1s_jax.io.seals import broken_seal, digest
 from r1s_jax.models.checkpoint import changed_files, checkpoint_directory, saved_sums
 from r1s_jax.models.checkpoint_owner import broken_mark, saved_in
-from r1s_jax.models.seals import state_digests
+from r1s_jax.models.checksums import state_digests
 from r1s_jax.retrieval.index import check_whole, read_info
 from r1s_jax.system.assets import resolve
 from r1s_jax.system.files import file_digest

@@ -24,9 +24,10 @@ from r1s_jax.retrieval.references import open_saved_index, read_corpus
 from r1s_jax.rewards.rules import Reward
 from r1s_jax.rollout.engine import Engine, Rolled
 from r1s_jax.rollout.trajectory import Finish
+from r1s_jax.system.facts import facts
 from r1s_jax.tracking.digests import batch_digests, first_difference
 from r1s_jax.tracking.journal import learning_rows
-from r1s_jax.tracking.record import RECORD, facts
+from r1s_jax.tracking.record import RECORD
 from r1s_jax.tracking.run_dir import read_config
 
 

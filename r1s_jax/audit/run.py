@@ -1,6 +1,6 @@
 """`r1s audit RUN`: a run's files against their digests, then some of its steps executed again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from r1s_jax.audit.files import check_run
 from r1s_jax.config import Config
 from r1s_jax.io.errors import UserError
 from r1s_jax.io.journal import rows_so_far
+from r1s_jax.system.facts import facts
 from r1s_jax.tracking.journal import learning_rows
-from r1s_jax.tracking.record import RECORD, facts, read_record, starts
+from r1s_jax.tracking.record import RECORD, read_record, starts
 from r1s_jax.tracking.run_dir import read_config
 
 Report = dict[str, Any]
@@ -170,34 +171,3 @@ def history(run: Path) -> list[str]:
             where = f"step {now['step'] + 1} of the {now['phase'].replace('_', ' ')}"
             lines.append(f"from {where} on bits may differ: other {', '.join(differ)}")
     return lines
-
-
-def as_text(report: Mapping[str, Any]) -> str:
-    """The report for people, without colours."""
-    lines = [f"{report['run']}: compared {', '.join(report['checked'])}"]
-    lines += [f"  {f['file']}: {f['what']}" for f in report["findings"]]
-    lines += [f"  {line}" for line in report["history"]]
-    if report["other"]:
-        lines += ["  this is another machine or program:"]
-        lines += [f"    {line}" for line in report["other"]]
-    for step in report["steps"]:
-        where = f"{step.get('phase', '')} step {step['step']}".strip()
-        lines.append(f"  {where}: {_outcome(step)}")
-    lines += [f"  {line}" for line in report["missing"]]
-    equal = sum(step["equal"] for step in report["steps"])
-    counted = f"{equal} of {len(report['steps'])} executed steps equal"
-    verdict = "nothing differs" if report["equal"] else "NOT as the run says"
-    return "\n".join([*lines, f"{counted}; {len(report['findings'])} files changed: {verdict}"])
-
-
-def _outcome(step: Mapping[str, Any]) -> str:
-    if step["equal"]:
-        return f"equal ({step['seconds']:.1f} s, then {step['seconds_then']:.1f} s)"
-    name = step["differs"] or ", ".join(step["columns"])
-    text = f"differs first in {name}: {step['meaning']}"
-    if "distance" in step:
-        text += f"; parameters are {step['distance']:.2g} of the update's length apart"
-    changes = [
-        f"{column} {then} -> {now}" for column, (then, now) in list(step["columns"].items())[:3]
-    ]
-    return text + (f" ({'; '.join(changes)})" if changes else "")

@@ -34,13 +34,13 @@ def audit(
     Names every file that changed, and for a step that comes out differently the first thing that
     differs and what that means. Nothing is written. Exit status 1 when something differs.
     """
-    from r1s_jax.audit import run as runs
+    from r1s_jax.audit.report import as_text, audit_path
     from r1s_jax.system.console import console
 
     if as_json:
         console.quiet = True
     with console.status("") as status:
-        report = runs.audit_run(
+        report = audit_path(
             path,
             steps,
             everything=everything,
@@ -50,7 +50,7 @@ def audit(
             progress=status.update,
         )
     console.quiet = False
-    typer.echo(json.dumps(report) if as_json else runs.as_text(report))
+    typer.echo(json.dumps(report) if as_json else as_text(report))
     if not report["equal"]:
         raise typer.Exit(1)
 

@@ -80,8 +80,16 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write.")],
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    with_audit: Annotated[
+        bool,
+        typer.Option("--with-audit", help="Add audit.json: how it was made, for `r1s audit`."),
+    ] = False,
 ) -> None:
     """Write a trained model in Hugging Face form: safetensors, tokenizer, configs, model card."""
+    from r1s_jax.audit.model import export_audit
     from r1s_jax.models.export import export as export_model
 
-    typer.echo(str(export_model(source, out, dtype)))
+    folder = export_model(source, out, dtype)
+    if with_audit:
+        export_audit(source, folder)
+    typer.echo(str(folder))

@@ -10,6 +10,7 @@ from r1s_jax.io.errors import shorten
 from r1s_jax.io.journal import DataError
 from r1s_jax.io.json import read_object
 from r1s_jax.io.schema import check
+from r1s_jax.io.seals import sealed
 from r1s_jax.protocol import r1_searcher as protocol
 from r1s_jax.retrieval.api import split_line
 from r1s_jax.rewards.answer_scores import (
@@ -19,6 +20,7 @@ from r1s_jax.rewards.answer_scores import (
     squad_f1_score,
     sub_exact_match,
 )
+from r1s_jax.system.files import file_digest, write_json
 
 # Keys of a verdict: ours first, then that of R1-Searcher's published traces.
 VERDICTS = ("judge", "gpt4o_output")
@@ -77,6 +79,14 @@ class _Questions(TypedDict):
     count: int
 
 
+class MadeBy(TypedDict, total=False):
+    """How answers were made, and a digest of them, for `r1s audit`."""
+
+    changes: list[str]  # of the preset
+    facts: dict[str, Any]  # see tracking/record.py
+    answers: str  # a digest of the file
+
+
 class _Header(TypedDict, total=False):
     """The keys of a header that are read again; a header may have more."""
 
@@ -90,6 +100,8 @@ class _Header(TypedDict, total=False):
     searches: dict[str, int]
     prefill_tokens: int
     judge: dict[str, Any]
+    made_by: MadeBy
+    seal: str
 
 
 def header_path(results: Path) -> Path:
@@ -113,6 +125,12 @@ def read_header(results: Path) -> dict[str, Any] | None:
         )
     check(header, _Header, path, DataError)
     return header
+
+
+def write_header(results: Path, header: Mapping[str, Any]) -> None:
+    """Writes a result file's header, sealed and with a digest of the file as it is now."""
+    made_by = {**header.get("made_by", {}), "answers": file_digest(results)}
+    write_json(header_path(results), sealed({**header, "made_by": made_by}))
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from r1s_jax.config import Config
-from r1s_jax.io.sealed_lines import digest
+from r1s_jax.io.seals import digest
 from r1s_jax.learning.advantages import TurnRewards, kl_divergence, token_advantages
 from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.gold import gold_logprobs, with_credit

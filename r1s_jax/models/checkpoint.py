@@ -27,6 +27,7 @@ from r1s_jax.config import ModelConfig
 from r1s_jax.io.errors import BadInput, UserError, reading, reason, shorten
 from r1s_jax.io.json import parse_object
 from r1s_jax.io.schema import check
+from r1s_jax.io.seals import SEAL, is_sealed, sealed
 from r1s_jax.models.checkpoint_owner import (
     CheckpointError,
     check_owner,
@@ -34,8 +35,8 @@ from r1s_jax.models.checkpoint_owner import (
     is_local,
     saved_in,
 )
+from r1s_jax.models.checksums import State, checksums, host_checksum
 from r1s_jax.models.params import Params, ParamSpec, param_specs
-from r1s_jax.models.seals import SEAL, State, checksums, host_checksum, is_sealed, sealed
 from r1s_jax.system.console import warn
 from r1s_jax.system.distributed import is_main, on_main
 from r1s_jax.system.files import file_digest, write_json

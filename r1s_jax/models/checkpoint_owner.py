@@ -11,8 +11,8 @@ from etils import epath
 from r1s_jax.io.errors import UserError
 from r1s_jax.io.json import parse_object, read_object
 from r1s_jax.io.schema import check
+from r1s_jax.io.seals import is_sealed, sealed
 from r1s_jax.io.text import is_whole_number
-from r1s_jax.models.seals import is_sealed, sealed
 from r1s_jax.system.locks import only_one
 
 _MARK = "run.json"

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from r1s_jax.io.sealed_lines import digest
+from r1s_jax.io.seals import digest
 from r1s_jax.learning.collect import Rewarded
 from r1s_jax.learning.policy_gradient import Learned
-from r1s_jax.models.seals import state_digests
+from r1s_jax.models.checksums import state_digests
 
 # In the order in which a step makes them, and what a difference means where all before are equal.
 DIGESTS = {

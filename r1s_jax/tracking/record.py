@@ -1,23 +1,15 @@
 """A run's `record.jsonl`: on what it began each time, and digests of the files that it leaves.
 
-Its lines are sealed (io/sealed_lines.py). An event `start` has the facts on which bits depend; it
+Its lines are sealed (io/seals.py). An event `start` has the facts on which bits depend; it
 and the others have digests of whole files in the run's folder, by name.
 """
 
-import importlib.metadata
-import os
-import platform
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-import jax
-
-from r1s_jax import __version__
 from r1s_jax.io.journal import DataError, journal_rows, rows_so_far
-from r1s_jax.io.sealed_lines import digest, last_seal, sealed_line
-from r1s_jax.system.dtype import machine
+from r1s_jax.io.seals import last_seal, sealed_line
 from r1s_jax.system.files import file_digest
 
 RECORD = "record.jsonl"
@@ -36,8 +28,6 @@ _AT_END = (
     "evaluation_after.jsonl",
     "summary.json",
 )
-_PACKAGES = ("jax", "jaxlib", "numpy", "transformers", "tokenizers", "scann")
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_DEFAULT_MATMUL_PRECISION")
 
 
 class Event(TypedDict):
@@ -48,34 +38,6 @@ class Event(TypedDict):
     step: NotRequired[int]  # of a start: the last step of the phase that was done
     facts: NotRequired[dict[str, Any]]
     files: dict[str, str]  # digests
-
-
-def facts(mesh: Mapping[str, int] | None = None, dtype: str = "") -> dict[str, Any]:
-    """All that decides, besides a run's settings and data, whether two machines compute alike."""
-    devices = Counter(f"{d.platform} {d.device_kind}" for d in jax.devices())
-    return {
-        "version": __version__,
-        "code": code_digest(),
-        **{name: v for name in _PACKAGES if (v := _version(name))},
-        "python": platform.python_version(),
-        "processor": machine(),
-        "cores": _cores(),
-        "flags": {name: os.environ[name] for name in _FLAGS if os.environ.get(name)},
-        "devices": dict(sorted(devices.items())),
-        "processes": jax.process_count(),
-        "mesh": dict(mesh or {}),
-        "dtype": dtype,
-    }
-
-
-def code_digest() -> str:
-    """A digest of the package's Python files."""
-    root = Path(__file__).parents[1]
-    paths = (Path(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
-    files = sorted(path for path in paths if path.suffix == ".py")
-    return digest(
-        *(part for f in files for part in (f.relative_to(root).as_posix(), f.read_bytes()))
-    )
 
 
 def note_start(run: Path, phase: str, step: int, known: Mapping[str, Any]) -> None:
@@ -116,10 +78,10 @@ def read_record(run: Path) -> list[dict[str, Any]]:
 
 
 def starts(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The events `start`. Raises DataError for one without its facts."""
+    """The events `start`. Raises DataError where there is none, or one without its facts."""
     found = [dict(event) for event in events if event["event"] == "start"]
-    if any(not event.keys() >= {"facts", "phase", "step"} for event in found):
-        raise DataError(f"{RECORD}: a start has no facts, phase or step")
+    if not found or any(not event.keys() >= {"facts", "phase", "step"} for event in found):
+        raise DataError(f"{RECORD}: there is no start, or one without its facts, phase or step")
     return found
 
 
@@ -132,15 +94,3 @@ def expected_files(events: Iterable[Mapping[str, Any]]) -> dict[str, str]:
             files = {}
         files |= event["files"]
     return files
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1

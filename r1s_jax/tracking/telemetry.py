@@ -8,7 +8,7 @@ from typing import Any
 from r1s_jax.config import Config
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.journal import rows_so_far
-from r1s_jax.io.sealed_lines import digest, last_seal, sealed_line
+from r1s_jax.io.seals import digest, last_seal, sealed_line
 from r1s_jax.models.checkpoint_owner import read_versions
 from r1s_jax.system.console import console
 from r1s_jax.system.distributed import is_main
@@ -24,7 +24,7 @@ class Telemetry:
     """Appends to `metrics.jsonl`, `cold_start.jsonl` and `traces.jsonl` of a run directory.
 
     One JSON object a line, flushed at once. `rewind` drops rows that a resumed run writes again.
-    The lines of the first two are sealed (io/sealed_lines.py), and a row of `metrics.jsonl` with
+    The lines of the first two are sealed (io/seals.py), and a row of `metrics.jsonl` with
     `digests` also gets one of the lines of `traces.jsonl` that belong to its step.
     Only the main process writes; in others every call does nothing.
     """

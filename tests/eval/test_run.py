@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from r1s_jax.data.results import read_header, read_results, score_row
+from r1s_jax.data.results import read_header, read_results, score_row, write_header
 from r1s_jax.eval.run import NO_ANSWER, EvalRun, answer_file
 from r1s_jax.eval.score import summarize
 from r1s_jax.io.errors import ConfigError
 from r1s_jax.io.journal import DataError
 from r1s_jax.presets import EVALUATION
 from r1s_jax.protocol import r1_searcher as protocol
+from r1s_jax.system.files import write_rows
 from tests import makers
 from tests.fakes import EchoRetriever
 from tests.makers import save_other_weights
@@ -269,6 +270,39 @@ def test_the_command(questions, searcher, index, tmp_path):
     assert len(rows_of(out)) == 5
     header = json.loads((tmp_path / "out.jsonl.header.json").read_text())
     assert header["source"]["encoder"]["fingerprint"]
+
+
+def test_a_file_of_answers_is_audited_by_answering_again(questions, searcher, index, tmp_path):
+    out, prompt = tmp_path / "out.jsonl", tmp_path / "prompt.txt"
+    prompt.write_text(PROMPT)
+    settings = ["rollout.temperature=1.0", "rollout.max_length=128", "rollout.max_turn_length=16"]
+    settings += ["rollout.documents_per_query=1", f"protocol.prompt={prompt}"]
+    options = ["--model", searcher, "--index", str(index), "--out", str(out), "--samples", "2"]
+    assert makers.run_cli("eval", "run", str(questions), *options, *settings).exit_code == 0
+    done = makers.run_cli("audit", str(out), "--steps", "3", "--json")
+    report = json.loads(done.output.splitlines()[-1])
+    assert done.exit_code == 0 and report["equal"] and len(report["rows"]) == 6
+
+    text = out.read_text()
+    rows = rows_of(out)
+    out.write_text(text.replace('"sampled_tokens": ', '"sampled_tokens": 1', 1))
+    done = makers.run_cli("audit", str(out))
+    assert done.exit_code == 1 and "out.jsonl: it is not as it was written" in done.output
+
+    rows[3]["pred_ans"] = "made up"  # with a new header: only answering again shows it
+    write_rows(out, rows)
+    write_header(out, read_header(out))
+    done = makers.run_cli("audit", str(out), "--all")
+    assert done.exit_code == 1 and "sample 1: differs in pred_ans" in done.output
+    assert "9 of 10 executed again are equal" in done.output
+
+    header = tmp_path / "out.jsonl.header.json"
+    header.write_text(header.read_text().replace('"count": 5', '"count": 6'))
+    done = makers.run_cli("audit", str(out), "--steps", "0")
+    assert done.exit_code == 1 and "out.jsonl.header.json" in done.output
+    header.unlink()
+    done = makers.run_cli("audit", str(out))
+    assert "its header has no digests" in str(done.exception)
 
 
 @pytest.mark.slow  # tests/rollout/test_loop.py checks the same for the loop

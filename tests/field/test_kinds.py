@@ -14,10 +14,10 @@ from r1s_jax.data.questions import read_questions
 from r1s_jax.data.results import read_results
 from r1s_jax.eval.score import compare, summarize
 from r1s_jax.io.journal import DataError
+from r1s_jax.io.seals import SEAL, sealed
 from r1s_jax.models.checkpoint import CheckpointError
 from r1s_jax.models.gguf import WeightsError
 from r1s_jax.models.pretrained import load_pretrained
-from r1s_jax.models.seals import SEAL, sealed
 from r1s_jax.models.weights import load_config, load_params, save_params
 from r1s_jax.retrieval.api import Hit
 from r1s_jax.retrieval.encoder import BertEncoder

@@ -26,7 +26,7 @@ from r1s_jax.models.checkpoint import (
     DamagedCheckpoint,
     newest_params,
 )
-from r1s_jax.models.seals import checksums, host_checksum
+from r1s_jax.models.checksums import checksums, host_checksum
 from r1s_jax.system.locks import InUse
 
 

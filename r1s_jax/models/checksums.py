@@ -1,7 +1,5 @@
-"""Detects damage to checkpoints: a checksum of each array, a seal on JSON values."""
+"""Checksums of arrays, which detect damage to checkpoints and tell one state from another."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from r1s_jax.io.sealed_lines import digest
+from r1s_jax.io.seals import digest
 
 State = Any  # a pytree of arrays, such as a learner's state
 
-SEAL = "seal"
 # Elements that `host_checksum` takes at a time: their intermediates fit into a core's cache.
 _CHUNK = 1 << 16
 # Odd, so that multiplication by them is invertible (golden ratio; murmur3's finalizer).
@@ -73,18 +70,3 @@ def _mixed(bits: Any, place: Any) -> Any:
     mixed = (bits ^ place) * _FIRST
     mixed = (mixed ^ (mixed >> 15)) * _SECOND
     return mixed ^ (mixed >> 13)
-
-
-def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON values together with a digest of them."""
-    return {**values, SEAL: _digest(values)}
-
-
-def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether the seal in `values` matches them."""
-    return values.get(SEAL) == _digest({k: v for k, v in values.items() if k != SEAL})
-
-
-def _digest(values: Mapping[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

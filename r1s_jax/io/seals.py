@@ -1,8 +1,4 @@
-"""JSON lines that are sealed one after the other, so that a changed line shows.
-
-The last key of a line is `seal`, a digest of the seal before it and of the line's own text: neither
-can one character change, nor a line go missing from the middle or change its place.
-"""
+"""Seals: digests inside JSON objects and lines, so that a change of them shows."""
 
 import hashlib
 import json
@@ -37,10 +33,28 @@ def digest(*parts: Any) -> str:
     return total.hexdigest()
 
 
-def sealed_line(row: Mapping[str, Any], before: str) -> tuple[str, str]:
-    """The line of a row, which must not be empty, and its seal.
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values together with a digest of them, which replaces an older one."""
+    plain = {k: v for k, v in values.items() if k != SEAL}
+    return {**plain, SEAL: _of_object(plain)}
 
-    `before` is the seal of the line before; "": there is none.
+
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Whether the seal in `values` matches them."""
+    return values.get(SEAL) == _of_object({k: v for k, v in values.items() if k != SEAL})
+
+
+def _of_object(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def sealed_line(row: Mapping[str, Any], before: str) -> tuple[str, str]:
+    """The line of a row, which must not be empty, and its seal, the last key.
+
+    `before` is the seal of the line before; "": there is none. As the seal is a digest of that and
+    of the line's own text, no character can change, and no line can go missing from the middle or
+    change its place.
     """
     text = json.dumps(row, ensure_ascii=False)[:-1]
     seal = digest(before, text)
