@@ -84,7 +84,9 @@ def test_every_row_is_judged_once_despite_failures(tmp_path):
     assert server.most_open == 32
     scores = summarize(read_results(out))
     assert (scores["judged"], scores["acc_l"]) == (266, 50.0)
-    assert read_header(out) == {"format": 2, "judge": {"model": "j", "url": server.url}}
+    header = read_header(out)
+    assert header["judge"] == {"model": "j", "url": server.url}
+    assert header.keys() == {"format", "judge", "made_by", "seal"}
 
 
 def test_only_failed_rows_are_judged_again(tmp_path):
