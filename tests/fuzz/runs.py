@@ -119,6 +119,38 @@ def _go_on(folder: Path) -> Any:
     return fired, files, _gain(before, after), _card(run, R1_SEARCHER)
 
 
+def _recorded(folder: Path) -> None:
+    """A run whose files have digests and seals, as `r1s audit` reads them."""
+    from r1s_jax.tracking.record import note_end, note_start
+    from r1s_jax.tracking.telemetry import Telemetry
+
+    _run(folder)
+    run = folder / "run"
+    rows = {name: (run / f"{name}.jsonl").read_text() for name in ("metrics", "traces")}
+    cold = (run / "cold_start.jsonl").read_text().splitlines()
+    for name in ("cold_start", *rows):
+        (run / f"{name}.jsonl").unlink()
+    note_start(run, "cold_start", 0, {"cores": 2})
+    telemetry = Telemetry(run)
+    for line in cold:
+        telemetry.cold_start(json.loads(line))
+    for row, trace in zip(*(text.splitlines() for text in rows.values()), strict=True):
+        telemetry.trace(json.loads(trace))
+        telemetry.step(json.loads(row) | {"digests": {"questions": "00"}})
+    telemetry.close()
+    note_end(run)
+
+
+def _audit(folder: Path) -> str:
+    """Compares the files of a run; what is found is the error that names the file."""
+    from r1s_jax.audit.run import audit_run
+    from r1s_jax.io.journal import DataError
+
+    if found := audit_run(folder / "run", 0)["findings"]:
+        raise DataError(f"{folder / 'run' / found[0]['file']}: {found[0]['what']}")
+    return "sound"
+
+
 def _lab(folder: Path) -> None:
     from r1s_jax.lab import check_same_lab, run_folder
     from r1s_jax.tracking.arms import Arm
@@ -183,6 +215,7 @@ READERS = {
     "page": Reader(_rows_of_run, _page, weight=2),
     "checkpoint": Reader(_run, _load_run, sealed=_deep("checkpoints/*/*"), weight=2),
     "resume": Reader(_resumable, _resume, sealed=_deep("checkpoints/*/*"), weight=4),
+    "audit": Reader(_recorded, _audit, sealed=_deep("*"), weight=4),
     "journals": Reader(_journals, _go_on, weight=6),
     "lab": Reader(_lab, _go_on_with_lab, weight=6),
 }
