@@ -110,10 +110,7 @@ def answer_file(
         progress(len(rows), len(questions) * run.samples)
         engine, params = _load(run, out, described, before)
         engine.check_prompts(questions)
-        # Beside what a resumed run compares: it may go on on another machine.
-        described["made_by"] = {"changes": list(run.settings.changes), "facts": facts()}
-        out.touch()
-        write_header(out, described)
+        _begin(run, out, described)
         searches = _Searches(rows, config.search.max_failure_rate, before)
         at_a_time = max(1, config.rollout.slots // run.samples)
 
@@ -140,6 +137,14 @@ def answer_file(
         write_header(out, described | searches.header())
         searches.check(out)
     return out
+
+
+def _begin(run: EvalRun, out: Path, described: dict[str, Any]) -> None:
+    """Adds how the answers are made to the header, and writes it."""
+    # Beside what a resumed run compares: it may go on on another machine.
+    described["made_by"] = {"changes": list(run.settings.changes), "facts": facts()}
+    out.touch()
+    write_header(out, described)
 
 
 def answer_some(

@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,6 @@ from r1s_jax.models.params import Params
 from r1s_jax.tracking.digests import DIGESTS, first_difference
 from r1s_jax.tracking.metrics import without_times
 from r1s_jax.tracking.progress import Progress
-from r1s_jax.tracking.record import read_record, starts
 from r1s_jax.train import Run, train
 
 # Facts without which bits may differ, in words.
@@ -109,14 +108,31 @@ def chosen(pieces: Sequence[Piece], steps: int, seed: int) -> list[Piece]:
     ]
 
 
+def usable(pieces: Sequence[Piece], differs: Callable[[int], Sequence[str]]) -> list[Piece]:
+    """The beginnings of pieces up to the first step that another machine or program made."""
+    out = []
+    for piece in pieces:
+        last = piece.first - 1
+        while last < piece.last and not differs(last + 1):
+            last += 1
+        if last >= piece.first:
+            out.append(piece._replace(last=last))
+    return out
+
+
 def _length(piece: Piece) -> int:
     return piece.last - piece.first + 1
 
 
-def other_facts(run: Path, step: int, now: Mapping[str, Any]) -> list[str]:
-    """How this machine and program differ from those that made `step`, in words."""
+def other_facts(
+    events: Iterable[Mapping[str, Any]], step: int, now: Mapping[str, Any]
+) -> list[str]:
+    """How this machine and program differ from those that made `step`, in words.
+
+    `events` are the starts of the run.
+    """
     then: Mapping[str, Any] = {}
-    for start in starts(read_record(run)):
+    for start in events:
         if start["phase"] == "cold_start" or start["step"] < step:
             then = start["facts"]
     return facts_apart(then, now)

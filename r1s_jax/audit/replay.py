@@ -27,7 +27,7 @@ from r1s_jax.rollout.trajectory import Finish
 from r1s_jax.system.facts import facts
 from r1s_jax.tracking.digests import batch_digests, first_difference
 from r1s_jax.tracking.journal import learning_rows
-from r1s_jax.tracking.record import RECORD
+from r1s_jax.tracking.record import RECORD, read_record, starts
 from r1s_jax.tracking.run_dir import read_config
 
 
@@ -140,7 +140,7 @@ def replay(
         state, notes = _go_to(machinery, checkpoint, config, step, rows, progress)
         if (run / RECORD).exists():
             here = facts(dict(machinery.run.mesh.shape), config.policy.compute_dtype)
-            notes += other_facts(run, step, here)
+            notes += other_facts(starts(read_record(run)), step, here)
         progress(f"Rolling out step {step}")
         name, stage = machinery.run.progress.stage(config)
         batch = machinery.run.collector.collect(state.params, step - 1, name, stage)

@@ -1,6 +1,6 @@
 """`r1s audit RUN`: a run's files against their digests, then some of its steps executed again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from r1s_jax.audit.execute import (
     execute,
     from_the_beginning,
     other_facts,
+    usable,
 )
 from r1s_jax.audit.files import check_run
 from r1s_jax.config import Config
-from r1s_jax.io.errors import UserError
+from r1s_jax.io.errors import ConfigError, UserError
 from r1s_jax.io.journal import rows_so_far
+from r1s_jax.models.sharding import make_mesh
 from r1s_jax.system.facts import facts
 from r1s_jax.tracking.journal import learning_rows
 from r1s_jax.tracking.record import RECORD, read_record, starts
@@ -67,7 +69,8 @@ def audit_run(
     elif wanted and findings:
         report["missing"].append("no step was executed: the files above are not the run's")
     unequal = [step for step in report["steps"] if not step["equal"]]
-    report["equal"] = not findings and not unequal and not (report["other"] and wanted)
+    refused = wanted and report["other"] and not report["steps"]
+    report["equal"] = not (findings or unequal or refused)
     return report
 
 
@@ -90,27 +93,33 @@ def _execute(
     progress: Callable[[str], None],
 ) -> None:
     rows = {row["step"]: row for row in learning_rows(run)}
-    pieces = executable(run, config, list(rows.values()))
-    if not everything:
-        pieces = chosen(pieces, steps, seed)
-    planned = sorted(s for piece in pieces for s in range(piece.first, piece.last + 1))
-    report["other"] = _differences(run, config, planned or [1])
-    if report["other"] and not distance:
-        report["missing"].append(
-            "no step was executed: on another machine, or by another version, bits may differ "
-            "(--distance executes nevertheless, and tells how far apart the results are)"
-        )
-        return
+    pieces, missing = executable(run, config, list(rows.values())), report["missing"]
+    events = starts(read_record(run))
+    here = facts(_mesh(config), config.policy.compute_dtype)
+    differs = {step: other_facts(events, step, here) for step in rows}
+    if others := [step for step, lines in differs.items() if lines]:
+        report["other"] = list(dict.fromkeys(line for step in others for line in differs[step]))
+        if not distance:
+            pieces = [] if everything else usable(pieces, lambda step: differs[step])
+            missing.append(
+                f"{len(others)} steps were not executed: on another machine, or by another "
+                "version, bits may differ (--distance executes them nevertheless, and tells how "
+                "far apart the results are)"
+            )
+            if not pieces:
+                return
     if everything:
         progress("Training the whole run again")
         report["steps"] = _all_again(run, config, index)
         return
-    if len(planned) < steps:
-        report["missing"].append(
-            f"only {len(planned)} of {steps} steps can be executed from the checkpoints that are "
-            "left: --all trains the whole run again (run.keep_for_audit=1 keeps every checkpoint)"
+    pieces = chosen(pieces, steps, seed)
+    count = sum(piece.last - piece.first + 1 for piece in pieces)
+    if count < steps:
+        missing.append(
+            f"only {count} of {steps} steps can be executed from the checkpoints that are left: "
+            "--all trains the whole run again (run.keep_for_audit=1 keeps every checkpoint)"
         )
-    if not planned:
+    if not pieces:
         return
     progress("Loading the run")
     with again(run, config, index) as machinery:
@@ -120,13 +129,12 @@ def _execute(
         report["steps"] = [_described(step) for step in done]
 
 
-def _differences(run: Path, config: Config, steps: Sequence[int]) -> list[str]:
-    """How this machine and program differ from those of any of these steps; each once."""
-    from r1s_jax.models.sharding import make_mesh
-
-    here = facts(dict(make_mesh(config.mesh).shape), config.policy.compute_dtype)
-    found = (text for step in steps for text in other_facts(run, step, here))
-    return list(dict.fromkeys(found))
+def _mesh(config: Config) -> dict[str, int]:
+    """The shape of the mesh here; {} where there are not the devices for it."""
+    try:
+        return dict(make_mesh(config.mesh).shape)
+    except ConfigError:
+        return {}
 
 
 def _all_again(run: Path, config: Config, index: str) -> list[dict[str, Any]]:
@@ -168,6 +176,8 @@ def history(run: Path) -> list[str]:
             if before["facts"].get(name) != now["facts"].get(name)
         ]
         if differ:
-            where = f"step {now['step'] + 1} of the {now['phase'].replace('_', ' ')}"
-            lines.append(f"from {where} on bits may differ: other {', '.join(differ)}")
+            where = " of the cold start" if now["phase"] == "cold_start" else ""
+            lines.append(
+                f"from step {now['step'] + 1}{where} on bits may differ: other {', '.join(differ)}"
+            )
     return lines

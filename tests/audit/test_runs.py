@@ -160,7 +160,7 @@ def test_another_machine_is_refused_by_name_or_compared_with_its_distance(copy, 
     sealed_again(copy / "record.jsonl", events)
     report = audit_run(copy, 1)
     assert not report["equal"] and not report["steps"] and not report["findings"]
-    assert len(report["other"]) == 1 and "bits may differ" in report["missing"][-1]
+    assert len(report["other"]) == 1 and "4 steps were not executed" in report["missing"][-1]
     output = run_cli("audit", str(copy), "--steps", "1").output
     assert report["other"][0] in output and "--distance" in output
     if name == "processor":
@@ -195,8 +195,10 @@ def test_a_run_that_was_killed_and_went_on_elsewhere_says_from_where(copy):
     second["facts"]["devices"] = {"cpu cpu": 4}
     second["files"] = events[0]["files"] | events[1]["files"]
     sealed_again(copy / "record.jsonl", [events[0], events[1], second, events[-1]])
-    report = audit_run(copy, 1)
-    assert report["history"] == ["from step 3 of the learning on bits may differ: other devices"]
+    report = audit_run(copy, 4)
+    assert report["equal"] and [step["step"] for step in report["steps"]] == [1, 2]
+    assert "2 steps were not executed" in report["missing"][0]
+    assert report["history"] == ["from step 3 on bits may differ: other devices"]
     assert not report["findings"]
     first = executable(copy, read_config(copy), rows_so_far(copy / "metrics.jsonl"))[0]
     assert (first.first, first.last) == (1, 1)
