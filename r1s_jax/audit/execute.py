@@ -60,6 +60,7 @@ class Executed(NamedTuple):
     columns: dict[str, tuple[Any, Any]]  # that differ: (then, now)
     seconds: float
     seconds_then: float
+    compiled: bool = False  # a part of `seconds` went into compiling
     distance: float | None = None  # see apart
 
     @property
@@ -264,7 +265,8 @@ def compared(then: Mapping[str, Any], now: Mapping[str, Any], seconds: float) ->
     }
     names = ("seconds_rollout", "seconds_reward", "seconds_update", "seconds_digests")
     before = sum(float(then.get(name, 0.0)) for name in names)
-    return Executed(then["step"], differs, columns, seconds, before)
+    compiled = bool(now.get("compilations"))
+    return Executed(then["step"], differs, columns, seconds, before, compiled)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,6 +1,7 @@
 """Compares the files of a run with their digests; nothing is executed."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,10 +154,12 @@ def _data(run: Path, config: Config, index: str) -> Iterator[Finding]:
     environment = config.environment
     if not isinstance(environment, CorpusConfig):
         return
+    if index:
+        environment = replace(environment, index=index)
     noted = read_data(run)
     for place, (reference, now) in data_digests(environment).items():
         if noted.get(place) != now:
             yield Finding(reference, "it is not the data of the run")
-    if index or environment.index:
-        folder = resolve(index or environment.index)
+    if environment.index:
+        folder = resolve(environment.index)
         check_whole(folder, read_info(folder))

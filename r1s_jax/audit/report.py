@@ -47,7 +47,8 @@ def as_text(report: Mapping[str, Any]) -> str:
 
 def _outcome(step: Mapping[str, Any]) -> str:
     if step["equal"]:
-        return f"equal ({step['seconds']:.1f} s, then {step['seconds_then']:.1f} s)"
+        compiling = " with compiling" if step["compiled"] else ""
+        return f"equal ({step['seconds']:.1f} s{compiling}, then {step['seconds_then']:.1f} s)"
     name = step["differs"] or ", ".join(step["columns"])
     text = f"differs first in {name}: {step['meaning']}"
     if "distance" in step:

@@ -161,6 +161,7 @@ def _described(step: Executed) -> dict[str, Any]:
         "columns": columns,
         "seconds": step.seconds,
         "seconds_then": step.seconds_then,
+        "compiled": step.compiled,
         **({} if step.distance is None else {"distance": step.distance}),
     }
 

@@ -250,7 +250,8 @@ def _note_files(directory: epath.Path) -> None:
     """Writes the digests of a new checkpoint's files into it; not in a bucket, which has its own
     checksums and would have to send every byte back."""
     for folder in saved_in(directory) if is_local(directory) and is_main() else ():
-        with contextlib.suppress(FileNotFoundError):  # it was one too many, and is deleted
+        # It was one too many and is deleted, or the disk is full: audits say that they are missing.
+        with contextlib.suppress(OSError):
             if not (folder / FILES).exists():
                 write_json(Path(folder / FILES), sealed({"files": _file_digests(folder)}))
 

@@ -320,7 +320,9 @@ def test_changed_data_and_a_changed_index_are_found(index, tmp_path):
         found = [f"{f.file} {f.what}" for f in check_run(run, read_config(run)).findings]
         assert any(path.name in text or str(own) in text for text in found), path
         path.write_bytes(data)
-    shutil.rmtree(own)
+    assert not check_run(run, read_config(run)).findings
+    moved = own.rename(tmp_path / "moved")
+    assert not check_run(run, read_config(run), str(moved)).findings
     assert any(str(own) in name or name == "data" for name in names_of(run))
 
 
