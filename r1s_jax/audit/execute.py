@@ -72,7 +72,7 @@ class Executed(NamedTuple):
         """What the first difference means."""
         if self.differs:
             return DIGESTS.get(self.differs, "the row has no such digest")
-        return "the row says something else, with the digests of what was executed"
+        return "numbers of the row differ, and no digest does"
 
 
 def executable(run: Path, config: Config, rows: Sequence[Mapping[str, Any]]) -> list[Piece]:

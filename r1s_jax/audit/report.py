@@ -42,6 +42,8 @@ def as_text(report: Mapping[str, Any]) -> str:
     equal = sum(one["equal"] for one in executed)
     counted = f"{equal} of {len(executed)} executed again are equal"
     verdict = "nothing differs" if report["equal"] else "NOT as it says"
+    if not report["equal"] and report.get("other") and not report["findings"]:
+        verdict = "another machine or program"
     return "\n".join([*lines, f"{counted}, {len(report['findings'])} files changed: {verdict}"])
 
 

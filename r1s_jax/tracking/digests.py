@@ -12,7 +12,8 @@ from r1s_jax.models.checksums import state_digests
 DIGESTS = {
     "params_before": "the step began with other parameters",
     "optimizer_before": "the step began with another state of the optimizer",
-    "questions": "other questions, or other random keys: the data or their order differ",
+    "questions": "other questions, or other random keys: the data or their order differ, or, with "
+    "partial rollouts, what was complete first",
     "documents": "queries or their documents differ: the index, the search engine, or the "
     "arithmetic of sampling",
     "trajectories": "other tokens or probabilities were sampled: the arithmetic differs",
