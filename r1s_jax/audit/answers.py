@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from r1s_jax import presets
-from r1s_jax.audit.execute import AuditError, facts_apart
+from r1s_jax.audit.execute import Asked, AuditError, facts_apart
 from r1s_jax.data.questions import Question
 from r1s_jax.data.results import VERDICTS, header_path, read_header, sample_of
 from r1s_jax.data.rows import gold_answers
@@ -30,15 +30,10 @@ _NOT_COMPARED = ("seconds", *VERDICTS, "supporting_recall", "hops", "scores")
 
 def audit_answers(
     file: Path,
-    rows: int,
-    *,
-    everything: bool = False,
-    index: str = "",
-    distance: bool = False,
-    seed: int = 0,
+    asked: Asked,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Checks a file of answers, then answers `rows` of its questions again, or all of them.
+    """Checks a file of answers, then answers some of its questions again.
 
     The report has the form of that of `audit_run`, with `rows` in place of `steps`. Raises
     AuditError for a file without a header of `r1s eval run`.
@@ -53,13 +48,13 @@ def audit_answers(
     findings, missing = list(_static(file, header)), list[str]()
     report: dict[str, Any] = {"file": str(file), "findings": findings, "missing": missing}
     report |= {"rows": [], "other": facts_apart(header["made_by"].get("facts", {}), facts())}
-    if (rows or everything) and not findings:
-        if report["other"] and not distance:
+    if (asked.count or asked.everything) and not findings:
+        if report["other"] and not asked.distance:
             missing.append("no row was answered again: see --distance")
         else:
             stored = rows_so_far(file)
-            chosen = _chosen(header, stored, rows, everything, seed)
-            report["rows"] = list(_again(header, stored, chosen, index, findings, progress))
+            chosen = _chosen(header, stored, asked)
+            report["rows"] = _again(header, stored, chosen, asked.index, findings, progress)
     unequal = any(not row["equal"] for row in report["rows"])
     report["equal"] = not findings and not unequal and not (report["other"] and not report["rows"])
     return report
@@ -75,13 +70,11 @@ def _static(file: Path, header: Mapping[str, Any]) -> list[dict[str, str]]:
     return found
 
 
-def _chosen(
-    header: Mapping[str, Any], stored: list[dict[str, Any]], rows: int, everything: bool, seed: int
-) -> list[int]:
+def _chosen(header: Mapping[str, Any], stored: list[dict[str, Any]], asked: Asked) -> list[int]:
     """Numbers of questions whose rows are all there."""
     count = len(stored) // header["run"].get("samples", 1)
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    return sorted(order if everything else order[:rows])
+    order = np.random.default_rng(asked.seed).permutation(count).tolist()
+    return sorted(order if asked.everything else order[: asked.count])
 
 
 def _again(

@@ -44,6 +44,16 @@ class AuditError(UserError, RuntimeError):
     """A run, or a step of it, that cannot be executed again."""
 
 
+class Asked(NamedTuple):
+    """What an audit is to execute again, and how."""
+
+    count: int = 2  # steps of a run, or questions of a file of answers
+    everything: bool = False
+    index: str = ""  # where the index is now
+    distance: bool = False  # also what another machine or program made
+    seed: int = 0  # draws what is executed
+
+
 class Piece(NamedTuple):
     """Steps to execute, from a checkpoint on."""
 

@@ -1,24 +1,26 @@
 """Audits whatever a path holds, and tells the result in words."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from r1s_jax.audit.answers import audit_answers
-from r1s_jax.audit.execute import AuditError
+from r1s_jax.audit.execute import Asked, AuditError
 from r1s_jax.audit.model import AUDIT, audit_model
 from r1s_jax.audit.run import audit_run
 
 
-def audit_path(path: Path, count: int, **options: Any) -> dict[str, Any]:
-    """The report on a run, a file of answers or an exported model; see audit_run for `options`."""
+def audit_path(
+    path: Path, asked: Asked, progress: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """The report on a run, a file of answers or an exported model."""
     if path.is_file():
-        return audit_answers(path, count, **options)
+        return audit_answers(path, asked, progress)
     if (path / AUDIT).exists():
         return audit_model(path)
     if not path.exists():
         raise AuditError(f"{path} does not exist")
-    return audit_run(path, count, **options)
+    return audit_run(path, asked, progress)
 
 
 def as_text(report: Mapping[str, Any]) -> str:

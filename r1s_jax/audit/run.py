@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from r1s_jax.audit.execute import (
+    Asked,
     AuditError,
     Executed,
     again,
@@ -32,25 +33,20 @@ Report = dict[str, Any]
 
 def audit_run(
     run: Path,
-    steps: int,
-    *,
-    everything: bool = False,
-    index: str = "",
-    distance: bool = False,
-    seed: int = 0,
+    asked: Asked,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Checks the files of a run, then executes `steps` of its steps again, or `everything`.
+    """Checks the files of a run, then executes some of its steps again.
 
     `equal` of the report tells whether all that was compared is equal. Nothing is executed where
-    files differ, or where this machine or program is another one, unless `distance` asks how far
-    apart the results then are. Raises AuditError for a folder that is no run.
+    files differ; steps of another machine or program only with `asked.distance`. Raises AuditError
+    for a folder that is no run.
     """
     if not (run / "config.json").exists():
         raise AuditError(f"{run} is no run: it holds no config.json")
     progress("Comparing files")
     config, unreadable = _config(run)
-    checked = check_run(run, config, index)
+    checked = check_run(run, config, asked.index)
     findings = [*unreadable, *(f._asdict() for f in checked.findings)]
     report: Report = {
         "run": str(run),
@@ -61,11 +57,11 @@ def audit_run(
         "steps": [],
         "other": [],
     }
-    wanted = everything or steps
+    wanted = asked.everything or asked.count
     if not findings and (run / RECORD).exists():
         report["history"] = history(run)
     if wanted and config and not findings and (run / RECORD).exists():
-        _execute(report, run, config, steps, everything, index, distance, seed, progress)
+        _execute(report, run, config, asked, progress)
     elif wanted and findings:
         report["missing"].append("no step was executed: the files above are not the run's")
     unequal = [step for step in report["steps"] if not step["equal"]]
@@ -85,11 +81,7 @@ def _execute(
     report: Report,
     run: Path,
     config: Config,
-    steps: int,
-    everything: bool,
-    index: str,
-    distance: bool,
-    seed: int,
+    asked: Asked,
     progress: Callable[[str], None],
 ) -> None:
     rows = {row["step"]: row for row in learning_rows(run)}
@@ -99,8 +91,8 @@ def _execute(
     differs = {step: other_facts(events, step, here) for step in rows}
     if others := [step for step, lines in differs.items() if lines]:
         report["other"] = list(dict.fromkeys(line for step in others for line in differs[step]))
-        if not distance:
-            pieces = [] if everything else usable(pieces, lambda step: differs[step])
+        if not asked.distance:
+            pieces = [] if asked.everything else usable(pieces, lambda step: differs[step])
             missing.append(
                 f"{len(others)} steps were not executed: on another machine, or by another "
                 "version, bits may differ (--distance executes them nevertheless, and tells how "
@@ -108,23 +100,27 @@ def _execute(
             )
             if not pieces:
                 return
-    if everything:
+    if asked.everything:
         progress("Training the whole run again")
-        report["steps"] = _all_again(run, config, index)
+        report["steps"] = _all_again(run, config, asked.index)
         return
-    pieces = chosen(pieces, steps, seed)
+    pieces = chosen(pieces, asked.count, asked.seed)
     count = sum(piece.last - piece.first + 1 for piece in pieces)
-    if count < steps:
+    if count < asked.count and not report["other"]:
         missing.append(
-            f"only {count} of {steps} steps can be executed from the checkpoints that are left: "
-            "--all trains the whole run again (run.keep_for_audit=1 keeps every checkpoint)"
+            f"only {count} of {asked.count} steps can be executed from the checkpoints that are "
+            "left: --all trains the whole run again (run.keep_for_audit=1 keeps every checkpoint)"
         )
     if not pieces:
         return
     progress("Loading the run")
-    with again(run, config, index) as machinery:
+    with again(run, config, asked.index) as machinery:
         done = execute(
-            machinery, pieces, rows, lambda s: progress(f"Executing step {s}"), measure=distance
+            machinery,
+            pieces,
+            rows,
+            lambda s: progress(f"Executing step {s}"),
+            measure=asked.distance,
         )
         report["steps"] = [_described(step) for step in done]
 

@@ -34,21 +34,15 @@ def audit(
     Names every file that changed, and for a step that comes out differently the first thing that
     differs and what that means. Nothing is written. Exit status 1 when something differs.
     """
+    from r1s_jax.audit.execute import Asked
     from r1s_jax.audit.report import as_text, audit_path
     from r1s_jax.system.console import console
 
     if as_json:
         console.quiet = True
     with console.status("") as status:
-        report = audit_path(
-            path,
-            steps,
-            everything=everything,
-            index=index,
-            distance=distance,
-            seed=seed,
-            progress=status.update,
-        )
+        asked = Asked(steps, everything, index, distance, seed)
+        report = audit_path(path, asked, status.update)
     console.quiet = False
     typer.echo(json.dumps(report) if as_json else as_text(report))
     if not report["equal"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r1s_jax.audit.execute import Piece, again, chosen, compared, executable
+from r1s_jax.audit.execute import Asked, Piece, again, chosen, compared, executable
 from r1s_jax.audit.files import check_run
 from r1s_jax.audit.replay import Change, replay
 from r1s_jax.audit.report import as_text
@@ -58,7 +58,7 @@ def names_of(run: Path) -> list[str]:
 
 
 def test_an_honest_run_is_equal_step_by_step(made):
-    report = audit_run(made, 10)
+    report = audit_run(made, Asked(10))
     assert report["equal"] and not report["findings"] and not report["other"]
     assert [step["step"] for step in report["steps"]] == [1, 2, 3, 4]
     assert all(step["equal"] and step["seconds"] > 0 for step in report["steps"])
@@ -158,13 +158,13 @@ def test_another_machine_is_refused_by_name_or_compared_with_its_distance(copy, 
         if "facts" in event:
             event["facts"][name] = value
     sealed_again(copy / "record.jsonl", events)
-    report = audit_run(copy, 1)
+    report = audit_run(copy, Asked(1))
     assert not report["equal"] and not report["steps"] and not report["findings"]
     assert len(report["other"]) == 1 and "4 steps were not executed" in report["missing"][-1]
     output = run_cli("audit", str(copy), "--steps", "1").output
     assert report["other"][0] in output and "--distance" in output
     if name == "processor":
-        report = audit_run(copy, 1, distance=True)
+        report = audit_run(copy, Asked(1, distance=True))
         assert report["steps"][0]["equal"] and report["steps"][0]["distance"] == 0.0
 
 
@@ -195,7 +195,7 @@ def test_a_run_that_was_killed_and_went_on_elsewhere_says_from_where(copy):
     second["facts"]["devices"] = {"cpu cpu": 4}
     second["files"] = events[0]["files"] | events[1]["files"]
     sealed_again(copy / "record.jsonl", [events[0], events[1], second, events[-1]])
-    report = audit_run(copy, 4)
+    report = audit_run(copy, Asked(4))
     assert report["equal"] and [step["step"] for step in report["steps"]] == [1, 2]
     assert "2 steps were not executed" in report["missing"][0]
     assert report["history"] == ["from step 3 on bits may differ: other devices"]
@@ -206,7 +206,7 @@ def test_a_run_that_was_killed_and_went_on_elsewhere_says_from_where(copy):
 
 def test_a_run_without_digests_says_what_can_still_be_checked(copy):
     (copy / "record.jsonl").unlink()
-    report = audit_run(copy, 2)
+    report = audit_run(copy, Asked(2))
     assert "version without digests" in report["missing"][0] and not report["steps"]
     assert report["checked"] == ["checkpoints", "data"] and report["equal"]
 
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_is_gone_is_one_message(copy):
     with pytest.raises(UserError, match=r"from before step 2 .* run.keep_for_audit=K"):
         replay(copy, 2)
     with pytest.raises(UserError, match="is no run"):
-        audit_run(copy / "policy", 1)
+        audit_run(copy / "policy", Asked(1))
 
 
 def test_changed_data_and_a_changed_index_are_found(index, tmp_path):

@@ -143,10 +143,11 @@ def _recorded(folder: Path) -> None:
 
 def _audit(folder: Path) -> str:
     """Compares the files of a run; what is found is the error that names the file."""
+    from r1s_jax.audit.execute import Asked
     from r1s_jax.audit.run import audit_run
     from r1s_jax.io.journal import DataError
 
-    if found := audit_run(folder / "run", 0)["findings"]:
+    if found := audit_run(folder / "run", Asked(0))["findings"]:
         raise DataError(f"{folder / 'run' / found[0]['file']}: {found[0]['what']}")
     return "sound"
 
