@@ -1,6 +1,7 @@
-"""Prints the tables of docs/worlds.md: `python docs/make_worlds.py labs/recall labs/crowd ...`.
+"""Prints the tables of docs/worlds.md: `python docs/make_worlds.py docs/labs/*.json`.
 
-p is corrected over the arms of all the comparisons together (Holm), as the page says.
+Each file is the `lab.json` of one comparison, under the comparison's name. p is corrected over the
+arms of all the comparisons together (Holm), as the page says.
 """
 
 import json
@@ -39,5 +40,5 @@ def _line(row: dict[str, Any], p: float | None) -> str:
 
 
 if __name__ == "__main__":
-    files = {Path(lab).name: Path(lab, "lab.json") for lab in sys.argv[1:]}
+    files = {Path(lab).stem: Path(lab) for lab in sys.argv[1:]}
     print(tables({n: json.loads(f.read_text("utf-8"))["arms"] for n, f in files.items()}))

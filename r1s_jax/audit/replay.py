@@ -131,6 +131,7 @@ def replay(
     """
     if not (run / "config.json").exists():
         raise AuditError(f"{run} is no run: it holds no config.json")
+    run = run.resolve()  # it is executed from where it was begun
     config = read_config(run)
     rows = {row["step"]: row for row in learning_rows(run)}
     checkpoint = _before(run, config, step, max(rows, default=0))

@@ -44,6 +44,7 @@ def audit_run(
     """
     if not (run / "config.json").exists():
         raise AuditError(f"{run} is no run: it holds no config.json")
+    run = run.resolve()  # it is executed from where it was begun
     progress("Comparing files")
     config, unreadable = _config(run)
     checked = check_run(run, config, asked.index)
@@ -135,16 +136,13 @@ def _mesh(config: Config) -> dict[str, int]:
 
 def _all_again(run: Path, config: Config, index: str) -> list[dict[str, Any]]:
     cold, learned = from_the_beginning(run, config, index)
-    pairs = [
-        *zip(rows_so_far(run / "cold_start.jsonl"), cold, strict=False),
-        *zip(learning_rows(run), learned, strict=False),
+    phases = [("cold start", rows_so_far(run / "cold_start.jsonl"), cold)]
+    phases.append(("", learning_rows(run), learned))
+    return [
+        {**_described(compared(then, now, 0.0)), "phase": phase}
+        for phase, before, after in phases
+        for then, now in zip(before, after, strict=False)
     ]
-    out = []
-    for phase, (then, now) in zip(
-        ["cold start"] * len(cold) + [""] * len(learned), pairs, strict=False
-    ):
-        out.append(_described(compared(then, now, 0.0)) | ({"phase": phase} if phase else {}))
-    return out
 
 
 def _described(step: Executed) -> dict[str, Any]:

@@ -263,11 +263,12 @@ def test_without_search_it_is_what_the_host_loop_samples_when_nothing_is_found(w
     assert searched
 
 
-def test_both_are_shown_side_by_side(whole, tmp_path):
+def test_both_are_shown_side_by_side(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(whole.parent)  # paths are relative to here, not to where the run was begun
     passages = tmp_path / "passages.jsonl"
     passages.write_text('{"id": "1", "title": "Nobody", "text": "Nobody has trade baker."}\n')
     page = tmp_path / "pair.html"
-    options = ["replay", str(whole), "--step", "3", "--sample", "1", "--documents", str(passages)]
+    options = ["replay", whole.name, "--step", "3", "--sample", "1", "--documents", str(passages)]
     out = run_cli(*options, "--json").output
     told = json.loads(out.splitlines()[-1])
     assert told["change"] == "documents" and told["then"]["tokens"] and told["now"]["tokens"]
