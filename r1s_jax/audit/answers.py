@@ -56,7 +56,8 @@ def audit_answers(
             chosen = _chosen(header, stored, asked)
             report["rows"] = _again(header, stored, chosen, asked.index, findings, progress)
     unequal = any(not row["equal"] for row in report["rows"])
-    report["equal"] = not findings and not unequal and not (report["other"] and not report["rows"])
+    refused = (asked.count or asked.everything) and report["other"] and not report["rows"]
+    report["equal"] = not (findings or unequal or refused)
     return report
 
 
@@ -131,6 +132,8 @@ def _retriever(header: Mapping[str, Any], index: str) -> Retriever | None:
     if header["run"].get("mode") == "direct":
         return None
     if url := source.get("retriever", ""):
+        if source.get("corpus", "").startswith("the web"):
+            raise AuditError("the answers were made with the live web, which answers otherwise now")
         if index:
             raise AuditError("--index: the answers were made with a search server")
         return open_search_engine(None, url)[0]
