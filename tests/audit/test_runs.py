@@ -23,9 +23,10 @@ from r1s_jax.recipes import load_recipe
 from r1s_jax.rollout.sampler import trajectory_keys
 from r1s_jax.tracking.record import note_start, read_record
 from r1s_jax.tracking.run_dir import check_data, open_run_dir, read_config
+from r1s_jax.tracking.telemetry import Telemetry
 from r1s_jax.train import train
 from tests.host_loop import HostLoop
-from tests.makers import SHORT, run_cli
+from tests.makers import SHORT, run_cli, save_small_run
 
 SETTINGS = [*SHORT, "cold_start.steps=20", "run.keep_for_audit=1", "stage2.steps=2"]
 NOT_COMPARED = {"learning_curve.png"}  # and what TensorBoard shows
@@ -346,3 +347,17 @@ def test_an_exported_model_hands_on_where_it_comes_from(copy, tmp_path):
     (copy / "summary.json").write_text("{}")
     done = run_cli("export", str(copy), str(tmp_path / "b"), "--with-audit")
     assert "summary.json" in str(done.exception)
+
+
+def test_a_run_that_an_older_version_began_is_checked_from_where_it_went_on(tmp_path):
+    run = save_small_run(tmp_path / "run")
+    (row, _) = rows_so_far(run / "metrics.jsonl")
+    note_start(run, "learning", 2, {})
+    telemetry = Telemetry(run)
+    telemetry.rewind(cold_start=2, learning=2)
+    telemetry.step(row | {"step": 3, "digests": {"questions": "00"}})
+    telemetry.close()
+    assert names_of(run) == []
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"step": 3', '"step": 4'))
+    assert names_of(run) == ["metrics.jsonl"]
