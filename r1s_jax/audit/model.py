@@ -10,7 +10,7 @@ from r1s_jax.io.json import read_object
 from r1s_jax.io.schema import check
 from r1s_jax.io.seals import is_sealed, sealed
 from r1s_jax.models.checkpoint import run_of
-from r1s_jax.system.files import file_digest, write_json
+from r1s_jax.system.files import changed_names, file_digest, folder_digests, write_json
 from r1s_jax.tracking.journal import learning_rows
 from r1s_jax.tracking.record import RECORD, read_record
 from r1s_jax.tracking.run_dir import read_config
@@ -44,15 +44,10 @@ def export_audit(source: str, model: Path) -> Path:
         ],
         "results": {name: file_digest(run / name) for name in _HANDED_ON if (run / name).is_file()},
         "summary": read_object(run / "summary.json") if (run / "summary.json").exists() else {},
-        "files": _digests(model),
+        "files": folder_digests(model, AUDIT),
     }
     write_json(model / AUDIT, sealed(values))
     return model / AUDIT
-
-
-def _digests(model: Path) -> dict[str, str]:
-    files = sorted(p for p in model.rglob("*") if p.is_file() and p.name != AUDIT)
-    return {path.relative_to(model).as_posix(): file_digest(path) for path in files}
 
 
 def audit_model(model: Path) -> dict[str, Any]:
@@ -62,8 +57,8 @@ def audit_model(model: Path) -> dict[str, Any]:
     if not is_sealed(values):
         findings.append({"file": AUDIT, "what": "it is not as it was written"})
     noted = check(values.get("files"), dict[str, str], model / AUDIT, BadInput)
-    now = _digests(model)
-    for name in sorted({name for name, _ in noted.items() ^ now.items()}):
+    now = folder_digests(model, AUDIT)
+    for name in changed_names(noted, now):
         what = "it is gone" if name not in now else "it is not as it was exported"
         findings.append({"file": name, "what": what})
     return {"model": str(model), "findings": findings, "missing": [], "equal": not findings}

@@ -83,7 +83,7 @@ class MadeBy(TypedDict, total=False):
     """How answers were made, and a digest of them, for `r1s audit`."""
 
     changes: list[str]  # of the preset
-    facts: dict[str, Any]  # see tracking/record.py
+    facts: dict[str, Any]  # see system/facts.py
     answers: str  # a digest of the file
 
 

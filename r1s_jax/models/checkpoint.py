@@ -39,7 +39,7 @@ from r1s_jax.models.checksums import State, checksums, host_checksum
 from r1s_jax.models.params import Params, ParamSpec, param_specs
 from r1s_jax.system.console import warn
 from r1s_jax.system.distributed import is_main, on_main
-from r1s_jax.system.files import file_digest, write_json
+from r1s_jax.system.files import changed_names, folder_digests, write_json
 
 T = TypeVar("T")
 
@@ -253,16 +253,9 @@ def _note_files(directory: epath.Path) -> None:
         # It was one too many and is deleted, or the disk is full: audits say that they are missing.
         with contextlib.suppress(OSError):
             if not (folder / FILES).exists():
-                write_json(Path(folder / FILES), sealed({"files": _file_digests(folder)}))
-
-
-def _file_digests(folder: epath.Path) -> dict[str, str]:
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in files
-        if path.name != FILES
-    }
+                write_json(
+                    Path(folder / FILES), sealed({"files": folder_digests(Path(folder), FILES)})
+                )
 
 
 def changed_files(folder: epath.Path) -> list[str] | None:
@@ -275,8 +268,7 @@ def changed_files(folder: epath.Path) -> list[str] | None:
     if not path.exists():
         return None
     noted = check(_read_sealed(path)["files"], dict[str, str], path)
-    now = _file_digests(folder)
-    return sorted({name for name, _ in noted.items() ^ now.items()})
+    return changed_names(noted, folder_digests(Path(folder), FILES))
 
 
 def _damaged(folder: epath.Path, why: str, outcome: str) -> str:

@@ -45,6 +45,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_digests(folder: Path, without: str) -> dict[str, str]:
+    """SHA-256 of every file below a folder by its path in it, but of those named `without`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != without)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files whose digests differ, that are gone, or that are new."""
+    return sorted({name for name, _ in before.items() ^ now.items()})
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A folder to fill: becomes `path` when the block ends, is deleted when it raises."""
