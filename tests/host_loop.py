@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from r1s_jax.kernels.tuning import default_tuning
 from r1s_jax.models.decoder import Policy
 from r1s_jax.models.kv_cache import KVCache
 from r1s_jax.models.params import Params
+from r1s_jax.rollout.engine import Engine
 from r1s_jax.rollout.lookup import lookup
 from r1s_jax.rollout.sampler import sample
 from r1s_jax.serving.turns import Event, Turns
@@ -31,6 +32,19 @@ class HostLoop(Turns):
     model: ModelConfig
     params: Params
     compute_dtype: Any
+
+    @classmethod
+    def of(cls, engine: Engine, params: Params) -> Self:
+        """The loop of an engine in float32, with its broker, which must have begun."""
+        return cls(
+            model=engine.model,
+            params=params,
+            config=engine.config,
+            compute_dtype=np.dtype("float32"),
+            eos_ids=engine.eos_ids,
+            broker=engine.broker,
+            decode=engine.decode,
+        )
 
     def run(self, prompt: Sequence[int], key: Any) -> Iterator[Event]:
         self._cached, self._drawn = 0, []

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from r1s_jax.audit.execute import Asked, Piece, again, chosen, compared, executable
@@ -247,15 +246,7 @@ def test_without_search_it_is_what_the_host_loop_samples_when_nothing_is_found(w
             told = replay(whole, 3, sample=sample, change=Change(without_search=True))
             engine = machinery.run.engine_of(config.rollout)
             engine.broker.begin(Nothing())
-            loop = HostLoop(
-                config=engine.config,
-                eos_ids=engine.eos_ids,
-                broker=engine.broker,
-                decode=engine.decode,
-                model=engine.model,
-                params=state.params,
-                compute_dtype=np.dtype("float32"),
-            )
+            loop = HostLoop.of(engine, state.params)
             one = jnp.array([0])
             keys = trajectory_keys(config.seed, one + 2, one + told.question_id, one + sample, one)
             list(loop.run(engine.prompt_tokens(told.then.trace.question), keys[0]))

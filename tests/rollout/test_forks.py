@@ -120,15 +120,7 @@ def test_a_fork_is_what_the_host_loop_samples_when_that_search_goes_otherwise(ki
             continue
         single = make_engine()
         single.broker.begin(EchoRetriever())
-        loop = OtherwiseLoop(
-            config=single.config,
-            eos_ids=single.eos_ids,
-            broker=single.broker,
-            decode=single.decode,
-            model=single.model,
-            params=params,
-            compute_dtype=np.dtype("float32"),
-        )
+        loop = OtherwiseLoop.of(single, params)
         after = [q.question for q in QUESTIONS]
         other = after[(after.index(question.question) + 1) % len(after)]
         loop.otherwise(kind, path(rolled, row), lambda first: engine._openings[first][0], other)
