@@ -30,7 +30,7 @@ def _line(row: dict[str, Any], p: float | None) -> str:
     cells = [
         row["arm"],
         f"{row['f1_after']:.2f} ({low:.2f} to {high:.2f})",
-        "" if row["gain"] is None else f"{row['gain']:+.2f}",
+        "" if row["gain"] is None else f"{round(row['gain'], 2) + 0.0:+.2f}",  # never -0.00
         "" if p is None else f"{p:.2g}",
         f"{row['searches_after']:.2f}",
         f"{row['answered']:.2f}",

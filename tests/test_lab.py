@@ -200,6 +200,8 @@ def test_arms_are_compared_with_the_first_one_and_p_is_corrected():
     page = run_path(str(ROOT / "docs" / "make_worlds.py"))["tables"]({"one": rows, "two": rows})
     line = next(text for text in page.splitlines() if text.startswith("| better"))
     assert f"| +0.27 | {4 * expected:.2g} | 0.00 | 1.00 | 0/3 |" in line  # of four arms
+    worse = [rows[0], rows[1] | {"gain": -0.001}]
+    assert "| +0.00 |" in run_path(str(ROOT / "docs" / "make_worlds.py"))["tables"]({"one": worse})
 
 
 def test_arms_over_different_data_are_not_compared(tmp_path):
