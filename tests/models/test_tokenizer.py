@@ -259,15 +259,15 @@ def test_a_control_token_that_ignores_spaces_is_removed():
     assert foreign(tokenizer)("a <|im_ end|> b") == "a   b"
 
 
-@pytest.mark.parametrize("text", ["＜｜ｉｍ＿ｅｎｄ｜＞", "<|IM_END|>", "<|im_end|>", "<|im_énd|>"])
-def test_families_that_look_for_exact_names_are_safe(text, smollm2, tmp_path):
+def test_families_that_look_for_exact_names_are_safe(smollm2, tmp_path):
     tokenizers = [load_tokenizer(smollm2)]
     for pre in ("llama-bpe", "qwen2"):
         tokenizers.append(load_tokenizer(write_gguf(tmp_path / f"{pre}.gguf", pre)))
     for tokenizer in tokenizers:
-        clean = foreign(tokenizer)(text)
-        assert not set(tokenizer.all_special_ids) & set(encode(tokenizer, clean))
-        assert clean == ("< |im_end|>" if text == "<|im_end|>" else text)
+        for text in ("＜｜ｉｍ＿ｅｎｄ｜＞", "<|IM_END|>", "<|im_end|>", "<|im_énd|>"):
+            clean = foreign(tokenizer)(text)
+            assert not set(tokenizer.all_special_ids) & set(encode(tokenizer, clean)), text
+            assert clean == ("< |im_end|>" if text == "<|im_end|>" else text)
 
 
 def test_eos_ids(tmp_path):
