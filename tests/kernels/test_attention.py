@@ -34,7 +34,9 @@ def test_attention_is_causal_and_grouped(module, heads, kv_heads):
 
 
 @pytest.mark.parametrize("module", [reference, api])
-@pytest.mark.parametrize(("length", "seed"), [(13, 0), (200, 1), (300, 2)])
+@pytest.mark.parametrize(
+    ("length", "seed"), [(13, 0), pytest.param(200, 1, marks=pytest.mark.slow), (300, 2)]
+)
 def test_attention_follows_its_tree(module, length, seed):
     """Output and gradients; of one block and of several, with beginnings three levels deep."""
     q, k, v = random_qkv(3, length, 4, 2, 8, seed)
