@@ -155,8 +155,8 @@ def test_trajectories_are_the_same_with_forks_and_without(kind, more):
 
 def test_forks_do_not_depend_on_slots_or_on_when_the_loop_is_left():
     """What is copied from a slot is what would be computed."""
+    assert CONFIG.slots < 6  # samples of a question, and forks beside them
     few = roll(forking("nothing", depth=2))
-    assert CONFIG.slots < 6
     many = roll(forking("nothing", slots=64, depth=2))
     for name in ("tokens", "loss_mask", "lengths", "finish", "searches", "forked"):
         np.testing.assert_array_equal(
