@@ -155,14 +155,15 @@ def forks(
         Literal["nothing", "random", "answer"], typer.Option(help="What a fork gets.")
     ] = "nothing",
     questions: Annotated[int, typer.Option(min=2, help="Held-out questions.")] = 200,
-    samples: Annotated[int, typer.Option(min=2, help="Trajectories per question.")] = 16,
+    samples: Annotated[int, typer.Option(min=2, help="Trajectories per question.")] = 8,
+    draws: Annotated[int, typer.Option(min=2, max=16, help="See rollout.fork_draws.")] = 4,
     as_json: AsJson = False,
 ) -> None:
     """The variance of what a search is worth: by forks, and by independent samples."""
     from benchmarks.forks import bench_forks
     from r1s_jax.recipes import load_recipe
 
-    size = {"questions": questions, "samples": samples}
+    size = {"questions": questions, "samples": samples, "draws": draws}
     for row in bench_forks(model, load_recipe(recipe), kind=kind, **size):
         _print_result(row, as_json)
 

@@ -335,6 +335,7 @@ def _row(rolled: Rolled, i: int, question: Question, seconds: float) -> ResultRo
 
 def _fork(rolled: Rolled, fork: int) -> ForkAnswer:
     """The answer of the fork in row `fork`."""
+    assert rolled.with_search is not None
     t, solution = rolled.trajectory, rolled.solutions[fork]
     answer = solution.answer if solution.complete else None
     return ForkAnswer(
@@ -342,6 +343,7 @@ def _fork(rolled: Rolled, fork: int) -> ForkAnswer:
         pred_ans=NO_ANSWER if answer is None else answer,
         stop_reason_final=STOP_REASONS[Finish(int(t.finish[fork]))],
         gen_text_store=solution.text,
+        with_search=bool(rolled.with_search[fork]),
     )
 
 
@@ -352,8 +354,10 @@ def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def _header(run: EvalRun, questions: Sequence[Question], source: dict[str, Any]) -> dict[str, Any]:
     rollout = run.settings.config().rollout
-    names = ("forks", "fork", "forks_per_trajectory", "fork_depth")
+    names = ("forks", "fork", "forks_per_trajectory", "fork_depth", "fork_draws")
     forks = {name: getattr(rollout, name) for name in names} if rollout.forks else {}
+    if forks.get("fork_draws") == 1:
+        del forks["fork_draws"]  # older files, which do not name it, can be continued
     return describe(
         run.model,
         run.questions,

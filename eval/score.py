@@ -13,6 +13,7 @@ from rich.table import Table
 from r1s_jax.data.results import sample_of
 from r1s_jax.data.rows import gold_answers
 from r1s_jax.rewards.answer_scores import score_answer
+from r1s_jax.rewards.rules import search_worth
 
 PERCENT = ("em", "cem", "f1", "precision", "recall", "acc_l")
 PERCENT += ("em_squad", "f1_squad", "sub_em", "supporting_recall")
@@ -68,8 +69,8 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _search_worth(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What searches were worth: the F1 of an answer minus that of its fork, which went on without
-    the search's documents (see rollout/forks.py); {} without forks.
+    """What searches were worth: the F1 of answers with a search minus that of its forks, which went
+    on without its documents (see rollout/forks.py); {} without forks.
 
     `search_worth` has, of `all` searches and by number of the `search` and by `hops` of the
     question, how many there are (`n`), their `mean` in percent, and its 95 % bootstrap `interval`
@@ -78,12 +79,15 @@ def _search_worth(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     kinds: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for row in results:
         own: dict[tuple[str, str], list[float]] = {}
+        forks: dict[int, list[tuple[float, bool]]] = {}
         for fork in row.get("forks", ()):
             f1 = score_answer(fork["pred_ans"], gold_answers(row)).f1
-            keys = [("all", ""), ("search", str(fork["search"]))]
+            forks.setdefault(fork["search"], []).append((f1, fork.get("with_search", False)))
+        for search, f1s in forks.items():
+            keys = [("all", ""), ("search", str(search))]
             keys += [("hops", str(row["hops"]))] if row.get("hops") else []
             for key in keys:
-                own.setdefault(key, []).append(100 * (row["scores"]["f1"] - f1))
+                own.setdefault(key, []).append(100 * search_worth(row["scores"]["f1"], f1s))
         for key, gaps in own.items():
             kinds.setdefault(key, []).append((sum(gaps), len(gaps)))
     worth: dict[str, Any] = {}

@@ -240,6 +240,9 @@ class RolloutConfig(Checked, section="rollout"):
     """A trajectory, or a fork of it, is forked at most this many times."""
     fork_depth: Annotated[int, Meta(ge=1, le=4)] = 1
     """Forks are forked too, up to this depth; 1: only trajectories are."""
+    fork_draws: Annotated[int, Meta(ge=1, le=MOST_FORKS)] = 1
+    """At a fork the rest is drawn this many times without the search and, the trajectory's own rest
+    included, as many times with it: the difference of the means is the worth, with less noise."""
 
     def check_values(self) -> None:
         check(

@@ -36,6 +36,7 @@ _CHANGE_NO_TOKEN = (
     "fork",
     "forks_per_trajectory",
     "fork_depth",
+    "fork_draws",
 )
 
 

@@ -25,7 +25,7 @@ def on_mesh(shape: str) -> dict[str, np.ndarray]:
     engine = makers.make_engine(model=MODEL, mesh=mesh)
     trajectory = makers.roll(engine).trajectory
     assert (makers.roll_in_pieces(engine).tokens == trajectory.tokens).all()
-    forking = replace(makers.ROLLOUT, forks=1.0, forks_per_trajectory=2, fork_depth=2)
+    forking = replace(makers.ROLLOUT, forks=1.0, fork_depth=2, fork_draws=2)
     forked = makers.roll(makers.make_engine(forking, model=MODEL, mesh=mesh))
     assert (forked.trajectory.tokens[forked.trunks] == trajectory.tokens).all()
     learner = makers.make_learner(optax.sgd(1.0), model=MODEL, mesh=mesh)

@@ -183,8 +183,8 @@ STREAMS += ["algorithm.sequence_mask=0.5", "algorithm.search_price=0.1", "rollou
 
 
 FORKS = ["rollout.forks=0.8", "rollout.fork=answer", "rollout.forks_per_trajectory=2"]
-FORKS += ["rollout.fork_depth=2", "rollout.top_p=0.9", "algorithm.credit=fork"]
-FORKS += ["algorithm.forks_teach=true", "algorithm.search_price=0.3"]
+FORKS += ["rollout.fork_depth=2", "rollout.fork_draws=2", "rollout.top_p=0.9"]
+FORKS += ["algorithm.credit=fork", "algorithm.forks_teach=true", "algorithm.search_price=0.3"]
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ class ForkAnswer(TypedDict):
     pred_ans: str
     stop_reason_final: str
     gen_text_store: str
+    with_search: NotRequired[bool]  # the search was made, and only the rest drawn again
 
 
 class ResultRow(TypedDict):

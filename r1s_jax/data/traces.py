@@ -1,5 +1,6 @@
 """Trajectories of a run or of a file of answers, and filters of them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from r1s_jax.protocol.dialect import Dialect
 from r1s_jax.protocol.dialects import from_dict
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.rewards.answer_scores import score_answer
+from r1s_jax.rewards.rules import search_worth
 
 
 class SearchRow(TypedDict):
@@ -35,6 +37,7 @@ class ForkRow(TypedDict):
     reward: float | None  # None: the judge gave no verdict
     finish: str
     spans: list[tuple[str, bool]]  # as in TraceRow
+    with_search: NotRequired[bool]  # the search was made, and only the rest drawn again
 
 
 class TraceRow(TypedDict):
@@ -150,24 +153,26 @@ class Branch:
 
     turn: int  # the search, from 0
     reward: float | None
-    worth: float | None  # the trajectory's reward minus this one
     finish: str
     pieces: Sequence[tuple[str, str]]  # (kind, text) from where it differs
+    with_search: bool  # it was made, and only the rest drawn again
+    worth: float | None = None  # of the search, at its first branch
 
     @staticmethod
-    def of(trunk: Trace, turn: int, reward: float | None, finish: str, own: Solution) -> "Branch":
+    def of(
+        trunk: Trace, turn: int, reward: float | None, finish: str, own: Solution, again: bool
+    ) -> "Branch":
         """`own` is the whole text of the fork of `trunk`."""
         theirs, pieces = list(trunk.pieces()), list(own.pieces())
         same = next((i for i, p in enumerate(pieces) if p not in theirs[i : i + 1]), len(pieces))
-        known = reward is not None and trunk.reward is not None
-        worth = trunk.reward - reward if known else None  # pyright: ignore
-        return Branch(turn, reward, worth, finish, pieces[same:])
+        return Branch(turn, reward, finish, pieces[same:], again)
 
     def title(self) -> str:
         """What the search was worth, and how the fork ended."""
         worth = "" if self.worth is None else f"the search was worth {self.worth:+.3g}; "
         reward = "" if self.reward is None else f" reward {self.reward:.3g}"
-        return f"{worth}without it:{reward} {self.finish}".rstrip()
+        made = "with it once more" if self.with_search else "without it"
+        return f"{worth}{made}:{reward} {self.finish}".rstrip()
 
 
 def is_complete(finish: str) -> bool:
@@ -286,18 +291,33 @@ def _of_run(row: dict[str, Any], dialect: Dialect) -> Trace:
     tokens = "".join(text for text, _ in trace.token_advantages)
     if tokens and tokens != "".join(text for text, by_policy in trace.spans if by_policy):
         raise ValueError("the tokens of `token_advantages` do not spell what the policy wrote")
-    return replace(trace, forks=[_branch(trace, fork) for fork in fields.get("forks", ())])
+    return _with_branches(trace, [_branch(trace, fork) for fork in fields.get("forks", ())])
+
+
+def _with_branches(trace: Trace, branches: Sequence[Branch]) -> Trace:
+    """The trace with its branches, the first of each search with what the search was worth."""
+    judged, seen = [], set[int]()
+    for branch in branches:
+        rewards = [(b.reward, b.with_search) for b in branches if b.turn == branch.turn]
+        known = [(reward, made) for reward, made in rewards if reward is not None]
+        worth = math.nan if trace.reward is None else search_worth(trace.reward, known)
+        first = branch.turn not in seen and not math.isnan(worth)
+        judged.append(replace(branch, worth=worth if first else None))
+        seen.add(branch.turn)
+    return replace(trace, forks=judged)
 
 
 def _branch(trace: Trace, fork: ForkRow) -> Branch:
     own = Solution(tuple(fork["spans"]), trace.dialect, is_complete(fork["finish"]))
-    return Branch.of(trace, fork["turn"], fork["reward"], fork["finish"], own)
+    again = fork.get("with_search", False)
+    return Branch.of(trace, fork["turn"], fork["reward"], fork["finish"], own, again)
 
 
 def _answered_branch(trace: Trace, fork: ForkAnswer) -> Branch:
     f1 = score_answer(fork["pred_ans"], trace.answers).f1
     own = Solution.of_text(fork["gen_text_store"], trace.dialect)
-    return Branch.of(trace, fork["search"] - 1, f1, fork["stop_reason_final"], own)
+    again = fork.get("with_search", False)
+    return Branch.of(trace, fork["search"] - 1, f1, fork["stop_reason_final"], own, again)
 
 
 def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
@@ -323,4 +343,4 @@ def _of_answers(row: dict[str, Any], dialect: Dialect) -> Trace:
         cause=str(row.get("cause", "")),
     )
     forks = check(row.get("forks", []), list[ForkAnswer], "`forks`", DataError)
-    return replace(trace, forks=[_answered_branch(trace, fork) for fork in forks])
+    return _with_branches(trace, [_answered_branch(trace, fork) for fork in forks])

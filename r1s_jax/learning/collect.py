@@ -13,7 +13,7 @@ from r1s_jax.learning.advantages import Terms, has_signal
 from r1s_jax.learning.partial_rollouts import PartialRollouts
 from r1s_jax.models.params import Params
 from r1s_jax.rewards.registry import BatchReward
-from r1s_jax.rewards.rules import Reward
+from r1s_jax.rewards.rules import Reward, search_worth
 from r1s_jax.rollout.engine import Engine, Rolled, merge
 from r1s_jax.rollout.trajectory import CUT_OFF, Finish, Trajectory, turn_numbers
 from r1s_jax.system.distributed import on_main
@@ -36,7 +36,7 @@ class Rewarded:
     mask: Bool[np.ndarray, "N W"]
     # Has tokens to learn from, and its group's rewards differ, or something else teaches.
     teaches: Bool[np.ndarray, " N"]
-    worth: Float[np.ndarray, "N K"]  # of the search that ended turn k: see search_worth
+    worth: Float[np.ndarray, "N K"]  # of the search that ended turn k: see searches_worth
 
     @staticmethod
     def of(rolled: Rolled, rewards: Sequence[Reward], algorithm: AlgorithmConfig) -> "Rewarded":
@@ -57,7 +57,7 @@ class Rewarded:
         teaches = np.asarray(mask.any(-1))
         if not teaches_otherwise(rewards, algorithm):
             teaches[teaches] = has_signal(values[teaches], groups[teaches])
-        return Rewarded(rolled, rewards, values, mask, teaches, search_worth(rolled, values))
+        return Rewarded(rolled, rewards, values, mask, teaches, searches_worth(rolled, values))
 
     def take(self, rows: Int[np.ndarray, " M"]) -> "Rewarded":
         """Only these rows."""
@@ -216,26 +216,26 @@ def search_costs(
     return costs
 
 
-def search_worth(rolled: Rolled, values: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N K"]:
-    """What the search that ended turn k was worth: the reward of the trajectory minus the mean
-    reward of its forks at that search.
+def searches_worth(rolled: Rolled, values: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N K"]:
+    """What the search that ended turn k was worth, by the rewards of the trajectory and of its
+    forks at that search (see rewards/rules.py).
 
     NaN where there is no fork, where it wrote nothing (its reply had no room, or the query was
     faulty), and where it or the trajectory ended without a fault of the policy: a search failed, or
     the judge gave no verdict.
     """
     t = rolled.trajectory
-    total = np.zeros((len(values), turn_numbers(t.loss_mask).max(initial=-1) + 1))
-    count = np.zeros(total.shape)
+    worth = np.full((len(values), turn_numbers(t.loss_mask).max(initial=-1) + 1), np.nan)
     known = ~np.isnan(values) & ~np.isin(t.finish, _NOT_ITS_FAULT) & t.loss_mask.any(-1)
+    forks: dict[tuple[int, int], list[tuple[float, bool]]] = {}
     for row in np.flatnonzero(known & ~rolled.trunks):
-        assert rolled.parents is not None
-        if (parent := rolled.parents[row]) >= 0 and known[parent]:
-            at = parent, rolled.forked_turns[row]
-            total[at] += values[row]
-            count[at] += 1
-    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: there is no fork
-        return np.asarray(values, np.float64)[:, None] - total / count
+        assert rolled.parents is not None and rolled.with_search is not None
+        if (parent := int(rolled.parents[row])) >= 0 and known[parent]:
+            at = parent, int(rolled.forked_turns[row])
+            forks.setdefault(at, []).append((float(values[row]), bool(rolled.with_search[row])))
+    for at, own in forks.items():
+        worth[at] = search_worth(float(values[at[0]]), own)
+    return worth
 
 
 def learnable(

@@ -5,8 +5,10 @@ judged only by the policy's text, so that a tag quoted in a retrieved passage co
 `released.py` holds the rules of the released servers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import nan
+from statistics import fmean as mean
 
 from r1s_jax.protocol.r1_searcher import has_cjk as has_cjk
 from r1s_jax.protocol.solution import Solution
@@ -38,6 +40,18 @@ class Reward:
 def as_reward(value: "Reward | float") -> Reward:
     """What a rule returned, as a Reward."""
     return value if isinstance(value, Reward) else Reward(float(value), {})
+
+
+def search_worth(reward: float, forks: Iterable[tuple[float, bool]]) -> float:
+    """What a search of a trajectory with this reward was worth, by its forks (rollout/forks.py).
+
+    The mean reward with the search, `reward` and those of forks that made it (true), minus the mean
+    reward of forks without it. NaN if there is none.
+    """
+    rewards = {True: [reward], False: list[float]()}
+    for value, made in forks:
+        rewards[made].append(value)
+    return mean(rewards[True]) - mean(rewards[False]) if rewards[False] else nan
 
 
 def searches_answered(solution: Solution) -> int:

@@ -40,7 +40,7 @@ from r1s_jax.protocol.prompts import bound, renderer
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Broker, Search
-from r1s_jax.rollout.forks import parent_node, renumbered, tree_rows
+from r1s_jax.rollout.forks import fork_keys, parent_node, renumbered, tree_rows, with_search
 from r1s_jax.rollout.in_flight import (
     NOBODY,
     InFlight,
@@ -80,6 +80,8 @@ class Rolled:
     ages: np.ndarray | None = None  # int32[N, W] with partial rollouts: each token's age in steps
     # int[N] with forks: the row that each is forked from; -1: none, it is no fork
     parents: np.ndarray | None = None
+    # bool[N] with forks: those that made their parent's search, like it
+    with_search: np.ndarray | None = None
     # bool[N, W] with forks: tokens that began a fork's answer; the policy did not sample them
     openings: np.ndarray | None = None
 
@@ -121,6 +123,7 @@ class Rolled:
             origins=tuple(self.origins[i] for i in rows) if self.origins else (),
             ages=None if self.ages is None else self.ages[rows],
             parents=None if self.parents is None else renumbered(self.parents, rows),
+            with_search=None if self.with_search is None else self.with_search[rows],
             openings=None if self.openings is None else self.openings[rows],
         )
 
@@ -129,15 +132,18 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
     """Joins batches with equal numbers of samples per question; their groups stay distinct."""
     if len(batches) == 1:
         return batches[0]
-    trajectories, parents, openings, groups, count = [], [], [], 0, 0
+    trajectories, parents, groups, count = [], [], 0, 0
     for batch in batches:
         t, own = batch.trajectory, batch.parents
         trajectories.append(t._replace(groups=t.groups + groups))
         groups = int(trajectories[-1].groups.max()) + 1
         if own is not None:
             parents.append(np.where(own < 0, own, own + count))
-            openings.append(batch.openings)
         count += len(t.lengths)
+
+    def joined(name: str) -> np.ndarray | None:
+        return np.concatenate([getattr(b, name) for b in batches]) if parents else None
+
     return Rolled(
         questions=sum((b.questions for b in batches), ()),
         trajectory=Trajectory(
@@ -151,7 +157,8 @@ def merge(batches: Sequence[Rolled]) -> Rolled:
         counters=dict(sum((Counter(b.counters) for b in batches), Counter())),
         slots_busy=float(np.mean([b.slots_busy for b in batches])),
         parents=np.concatenate(parents) if parents else None,
-        openings=np.concatenate(openings) if openings else None,
+        with_search=joined("with_search"),
+        openings=joined("openings"),
     )
 
 
@@ -384,7 +391,7 @@ class Engine:
             limits=each(map(self.limit, rows)),
             groups=each(group_numbers(rows)),
             shared=np.full(len(rows), shared_beginning(placed), np.int32),
-            keys=keys,
+            keys=fork_keys(keys, [*range(size)] * len(placed), self.config),
             broker=np.full(len(rows), self.broker.number, np.int32),
             live=live,
             at=Position(*map(each, zip(*(f.at for f in rows), strict=True))),
@@ -434,7 +441,8 @@ class Engine:
                 row = first * size + node
                 if node not in flight.tree and t.lengths[row]:
                     parent = flight.tree[parent_node(node, self.config)]
-                    flight.forks[node] = parent.fork(node, int(t.forked[row]), self.config.fork)
+                    back = self.config.fork == "answer" and not with_search(node, self.config)
+                    flight.forks[node] = parent.fork(node, int(t.forked[row]), taken_back=back)
                 if own := flight.tree.get(node):
                     own.absorb(t, row, step=step, at=at)
                     own.searches += searches.get(row, [])
@@ -472,6 +480,7 @@ class Engine:
             slots_busy=busy,
             counters=totals,
             parents=parents(flights, c) if c.forks else None,
+            with_search=np.array([with_search(f.node, c) for f in flights]) if c.forks else None,
             openings=stacked([f.opening for f in flights], c.max_length) if c.forks else None,
             **more,
         )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from r1s_jax.config import Fork, RolloutConfig
+from r1s_jax.config import RolloutConfig
 from r1s_jax.data.questions import Question
 from r1s_jax.rollout.broker import FAILED, Search
 from r1s_jax.rollout.forks import parent_node
@@ -125,11 +125,12 @@ class InFlight:
         """A trajectory and its forks, by their rows in the tree, in order."""
         return {0: self} | dict(sorted(self.forks.items()))
 
-    def fork(self, node: int, forked: int, kind: Fork) -> "InFlight":
-        """The fork of this trajectory at the query that ends after `forked` tokens."""
+    def fork(self, node: int, forked: int, *, taken_back: bool) -> "InFlight":
+        """The fork of this trajectory at the query that ends after `forked` tokens, and which may
+        be taken back."""
         own = self.loss_mask[:forked]
         turn = np.flatnonzero(np.diff(own, prepend=False) & own)
-        shared = int(turn[-1]) if kind == "answer" else forked
+        shared = int(turn[-1]) if taken_back else forked
         arrays = {name: getattr(self, name)[:shared].copy() for name in ARRAYS}
         inherited = [s for s in self.searches if s.number < len(turn) - 1]
         fresh = {"found": 0, "finish": 0, "searches": inherited, "forks": {}}

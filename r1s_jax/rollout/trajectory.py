@@ -42,6 +42,7 @@ class Query(IntEnum):
     NEW = 0
     SEEN = 1  # forked, or not chosen
     COPIED = 2  # it is the fork itself, and the query its parent's (see forks.py)
+    AGAIN = 3  # the same, and the fork makes its parent's search
 
 
 class Position(NamedTuple, Generic[A]):

@@ -231,13 +231,15 @@ def trace_rows(
 def _fork_rows(batch: Rewarded, row: int) -> Iterator[ForkRow]:
     """The forks of trajectory `row`, in the order of its searches."""
     rolled, t = batch.rolled, batch.rolled.trajectory
-    parents = np.zeros(0) if rolled.parents is None else rolled.parents
-    for fork in np.flatnonzero(parents == row).tolist():
+    if rolled.parents is None or rolled.with_search is None:
+        return
+    for fork in np.flatnonzero(rolled.parents == row).tolist():
         yield ForkRow(
             turn=int(rolled.forked_turns[fork]),
             reward=_number(batch.rewards[fork].value),
             finish=Finish(int(t.finish[fork])).name.lower(),
             spans=list(rolled.solutions[fork].spans),
+            with_search=bool(rolled.with_search[fork]),
         )
 
 

@@ -69,6 +69,7 @@ ADDED = {
     "rollout.fork": "nothing",
     "rollout.forks_per_trajectory": 1,
     "rollout.fork_depth": 1,
+    "rollout.fork_draws": 1,
     "run.keep_for_audit": 0,
 }
 

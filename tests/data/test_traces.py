@@ -191,6 +191,20 @@ def test_forks_are_shown_beside_their_search(tmp_path):
     assert text.index("a river") < text.rindex("a city")
 
 
+def test_a_search_of_several_draws_has_one_worth(tmp_path):
+    def fork(reward: float | None, **more: bool) -> dict:
+        spans = [[QUERY, True], [NOTHING, False], [OTHERWISE, True]]
+        return {"turn": 0, "reward": reward, "finish": "finished", "spans": spans} | more
+
+    forks = [fork(0.25), fork(None), fork(0.0, with_search=True)]
+    write(tmp_path / "traces.jsonl", RUN_ROW | {"reward": 1.0, "forks": forks})
+    (trace,) = read_traces(tmp_path)
+    assert [branch.worth for branch in trace.forks] == [0.25, None, None]
+    titles = [branch.title() for branch in trace.forks]
+    assert titles[0] == "the search was worth +0.25; without it: reward 0.25 finished"
+    assert titles[1:] == ["without it: finished", "with it once more: reward 0 finished"]
+
+
 def test_a_damaged_fork_is_named(tmp_path):
     write(tmp_path / "traces.jsonl", RUN_ROW | {"forks": [{"turn": 0}]})
     with pytest.raises(DataError, match=r"line 1.*forks"):

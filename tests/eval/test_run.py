@@ -367,7 +367,7 @@ def test_forks_tell_what_searches_were_worth(questions, searcher, tmp_path):
 
 
 def test_the_worth_of_searches_is_scored_by_number_and_hops():
-    def row(id: int, pred: str, forks: list[tuple[int, str]], hops: int) -> dict:
+    def row(id: int, pred: str, forks: list[tuple], hops: int) -> dict:
         return {
             "id": id,
             "question": f"{id}?",
@@ -375,7 +375,9 @@ def test_the_worth_of_searches_is_scored_by_number_and_hops():
             "pred_ans": pred,
             "gen_text_store": "",
             "hops": hops,
-            "forks": [{"search": n, "pred_ans": p} for n, p in forks],
+            "forks": [
+                {"search": n, "pred_ans": p, "with_search": bool(made)} for n, p, *made in forks
+            ],
         }
 
     rows = [row(1, "Rome", [(1, "Oslo"), (2, "Rome")], 2), row(2, "Rome", [(1, "Rome")], 1)]
@@ -388,3 +390,7 @@ def test_the_worth_of_searches_is_scored_by_number_and_hops():
     assert {n: w["mean"] for n, w in worth["hops"].items()} == {"1": -50.0, "2": 50.0}
     assert worth["hops"]["1"]["interval"] == [-100.0, 0.0]
     assert "search_worth" not in summarize([results[3]])
+    forks = [(1, "Oslo", True), (1, "Oslo"), (1, "Rome")]  # a draw with the search, two without
+    drawn = [r | {"scores": score_row(r)} for r in [row(5, "Rome", forks, 1)]]
+    worth = summarize([*drawn, results[0]])["search_worth"]["search"]["1"]
+    assert (worth["n"], worth["mean"]) == (2, 50.0)

@@ -19,7 +19,7 @@ PLAIN = AlgorithmConfig()
 
 @pytest.fixture(scope="module")
 def rolled():
-    config = replace(CONFIG, forks=1.0, forks_per_trajectory=2, fork_depth=2)
+    config = replace(CONFIG, forks=1.0, forks_per_trajectory=2, fork_depth=2, fork_draws=2)
     return roll(make_engine(config))
 
 
@@ -28,7 +28,7 @@ def rewarded(rolled, values, **changes) -> Rewarded:
 
 
 def test_worth_is_the_reward_with_the_search_minus_that_without(rolled):
-    """Against a loop over all trajectories and forks."""
+    """Against a loop over all trajectories and forks, the means of two draws each."""
     values = np.random.default_rng(0).normal(size=len(rolled.questions)).round(2)
     values[3] = np.nan
     batch, t = rewarded(rolled, values), rolled.trajectory
@@ -36,16 +36,18 @@ def test_worth_is_the_reward_with_the_search_minus_that_without(rolled):
     for row in range(len(values)):
         for turn in range(batch.worth.shape[1]):
             forks = [
-                values[f]
+                f
                 for f in np.flatnonzero(rolled.parents == row)
                 if turns[row, t.forked[f] - 1] == turn
                 and not np.isnan(values[f])
                 and t.loss_mask[f].any()
             ]
-            if row == 3 or not forks or t.finish[row] == Finish.SEARCH_ERROR:
+            without = [values[f] for f in forks if not rolled.with_search[f]]
+            again = [values[f] for f in forks if rolled.with_search[f]]
+            if row == 3 or not without or t.finish[row] == Finish.SEARCH_ERROR:
                 assert np.isnan(batch.worth[row, turn])
                 continue
-            expected = np.float32(values[row]) - np.mean(forks)
+            expected = np.mean([values[row], *again]) - np.mean(without)
             assert batch.worth[row, turn] == pytest.approx(expected, abs=1e-6)
             own = fork_advantages(batch)[row, turns[row] == turn]
             credit = expected - np.nanmean(batch.worth)

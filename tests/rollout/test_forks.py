@@ -26,8 +26,11 @@ from tests.makers import ROLLOUT as CONFIG
 TRUNK = ("tokens", "loss_mask", "sample_logprobs", "policy_logprobs", "lengths", "finish")
 
 
-def forking(kind: str, share: float = 1.0, most: int = 2, depth: int = 1, **more: Any):
+def forking(
+    kind: str, share: float = 1.0, most: int = 2, depth: int = 1, draws: int = 1, **more: Any
+):
     fields = {"forks": share, "fork": kind, "forks_per_trajectory": most, "fork_depth": depth}
+    fields["fork_draws"] = draws
     return make_engine(dataclasses.replace(CONFIG, **fields, **more))
 
 
@@ -39,8 +42,12 @@ def trunks(rolled: Rolled) -> Rolled:
 class OtherwiseLoop(HostLoop):
     """The host loop in which the searches of some turns go otherwise."""
 
-    def otherwise(self, kind: str, turns: set[int], openings: Any, other: str) -> None:
+    def otherwise(
+        self, kind: str, turns: set[int], draws: dict[int, int], openings: Any, other: str
+    ) -> None:
+        """Takes another random key after each turn of `draws`."""
         self._kind, self._turns, self._openings, self._other = kind, turns, openings, other
+        self._draws, self._folds = draws, list[int]()
         self._turn, plain = 0, self.broker._run
 
         def run(retriever: Any, searches: list[Search]) -> None:
@@ -50,7 +57,13 @@ class OtherwiseLoop(HostLoop):
 
         self.broker._run = run
 
+    def _sample(self, key: Any) -> int:
+        for draw in self._folds:
+            key = jax.random.fold_in(jax.random.fold_in(key, 2**31 - 2), draw)
+        return super()._sample(key)
+
     def _search(self, turn: list[int]):
+        self._folds += filter(None, [self._draws.pop(self._turn, 0)])
         taken = self._turn in self._turns and self._kind != "random"
         self._turn += 1
         if not taken:
@@ -79,15 +92,20 @@ class OtherwiseLoop(HostLoop):
         return event
 
 
-def path(rolled: Rolled, row: int) -> set[int]:
-    """The turns of the trajectories from `row` up that were forked."""
-    turns, t = set(), rolled.trajectory
+def path(rolled: Rolled, row: int) -> tuple[set[int], dict[int, int]]:
+    """Of the trajectories from `row` up: the turns that went otherwise, and the draws of turns."""
+    turns, draws, t = set(), {}, rolled.trajectory
     full = full_masks(rolled)
     while rolled.parents[row] >= 0:
         parent = rolled.parents[row]
-        turns.add(int(turn_numbers(full[[parent]])[0, t.forked[row] - 1]))
+        turn = int(turn_numbers(full[[parent]])[0, t.forked[row] - 1])
+        kin = (rolled.parents == parent) & (t.forked == t.forked[row])
+        kin &= rolled.with_search == rolled.with_search[row]
+        # The trajectory itself is the first of those with the search.
+        draws[turn] = int(kin[:row].sum()) + rolled.with_search[row]
+        turns |= set() if rolled.with_search[row] else {turn}
         row = parent
-    return turns
+    return turns, draws
 
 
 def full_masks(rolled: Rolled) -> np.ndarray:
@@ -103,27 +121,31 @@ def full_masks(rolled: Rolled) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("kind", "depth"), [("nothing", 1), ("random", 1), ("answer", 1), ("nothing", 2)]
+    ("kind", "depth", "draws"),
+    [("nothing", 1, 1), ("random", 1, 1), ("answer", 1, 3), ("nothing", 2, 1), ("random", 2, 2)],
 )
-def test_a_fork_is_what_the_host_loop_samples_when_that_search_goes_otherwise(kind, depth):
-    engine, params = forking(kind, depth=depth), searching_params()
+def test_a_fork_is_what_the_host_loop_samples_when_that_search_goes_otherwise(kind, depth, draws):
+    """Its own draws too, with the search and without it."""
+    most = 2 if draws == 1 else 1
+    engine, params = forking(kind, most=most, depth=depth, draws=draws), searching_params()
     rolled = roll(engine, params=params)
     t, forks = rolled.trajectory, np.flatnonzero(rolled.parents >= 0)
     assert len(forks) >= 8
     assert (rolled.parents[rolled.parents[forks]] >= 0).any() == (depth > 1)
+    assert rolled.with_search.sum() * (2 * draws - 1) == len(forks) * (draws - 1)
     base, samples, trunk = jax.random.fold_in(jax.random.key(1), 2), {}, 0
     for row in range(len(t.lengths)):
         trunk = row if rolled.parents[row] < 0 else trunk
         samples.setdefault(trunk, len(samples))
         question, sample = rolled.questions[row], samples[trunk] % 6
-        if row not in forks:
+        if row not in forks[:: 3 if draws > 1 else 1]:
             continue
         single = make_engine()
         single.broker.begin(EchoRetriever())
         loop = OtherwiseLoop.of(single, params)
         after = [q.question for q in QUESTIONS]
         other = after[(after.index(question.question) + 1) % len(after)]
-        loop.otherwise(kind, path(rolled, row), lambda first: engine._openings[first][0], other)
+        loop.otherwise(kind, *path(rolled, row), lambda first: engine._openings[first][0], other)
         key = jax.random.fold_in(jax.random.fold_in(base, question.id), sample)
         list(loop.run(engine.encode(engine.render(question.question)), key))
         assert loop.tokens == t.tokens[row, : t.lengths[row]].tolist()
@@ -180,7 +202,7 @@ def test_the_searches_of_a_fork_are_its_parents_and_its_own():
             if parent < 0:
                 continue
             own, before = rolled.searches[row], rolled.searches[parent]
-            (turn,) = path(rolled, row)
+            (turn,) = path(rolled, row)[0]
             assert own[:turn] == before[:turn]
             assert own[turn].outcome in (outcome, "bad_query", "long_query")
         assert rolled.outcomes[outcome] > 0
