@@ -23,7 +23,8 @@ _inside: list[Any] = []  # the active limit, once per open context
 def on_all_cores(function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
     """`function` of each item, in order; each of its matrix products uses one thread.
 
-    The result has the same bits, whatever core computes an item and however many others work.
+    The result has the same bits, whatever core computes an item and however many others work, if
+    nobody else sets the process's number of BLAS threads meanwhile.
     """
     with _one_thread_each():
         yield from _pool().map(function, items)
