@@ -14,6 +14,7 @@ import numpy as np
 
 from r1s_jax.config import MOST_FORKS, Config, Fork
 from r1s_jax.data.environment import open_environment
+from r1s_jax.io.errors import UserError
 from r1s_jax.models.pretrained import load_pretrained
 from r1s_jax.models.sharding import shard_params
 from r1s_jax.protocol.solution import R1_SEARCHER
@@ -51,6 +52,8 @@ def bench_forks(
         retriever=batch.retriever,
     )
     searches = list(_searches(rolled))
+    if not searches:
+        raise UserError(f"{reference} makes no searches, so that there is nothing to fork")
     names: list[int | str] = ["all", *sorted({one.search for one in searches})]
     return [
         {"search": name, **_summary([one for one in searches if name in ("all", one.search)])}

@@ -32,6 +32,7 @@ Impl = Literal["xla", "tpu", "gpu", "interpret"]
 Attention = Literal["auto", Impl]
 
 MOST_FORKS = 16  # of a trajectory
+MOST_ROWS = 8192  # a trajectory and its forks
 
 # Bounds shared by several fields; a number without an upper bound of its own is below 2**31.
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -255,6 +256,24 @@ class RolloutConfig(Checked, section="rollout"):
             f"rollout.prefill_rows={self.prefill_rows} must be between 1 and "
             f"rollout.slots={self.slots}",
         )
+        check(
+            not self.forks or self.tree_rows <= MOST_ROWS,
+            f"a trajectory and its forks may be {self.tree_rows:,} with these "
+            f"rollout.forks_per_trajectory, fork_depth and fork_draws; at most {MOST_ROWS:,} are "
+            "possible: lower one of them",
+        )
+
+    @property
+    def forks_per_query(self) -> int:
+        """With `fork_draws` draws without the search, and as many with it, of which the
+        trajectory itself is one."""
+        return 2 * self.fork_draws - 1
+
+    @property
+    def tree_rows(self) -> int:
+        """The most that a trajectory and its forks can be."""
+        children = self.forks_per_trajectory * self.forks_per_query
+        return sum(children**depth for depth in range(self.fork_depth + 1)) if self.forks else 1
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from r1s_jax.models.sharding import (
 )
 from r1s_jax.protocol.dialects import make_dialect
 from r1s_jax.rollout.feeding import PREFILL_SCOPE
-from r1s_jax.rollout.forks import tree_rows
 from r1s_jax.rollout.loop import DECODE_SCOPE, Rollout
 from r1s_jax.rollout.sampler import kept_width
 from r1s_jax.rollout.trajectory import Position, Prompts
@@ -166,7 +165,7 @@ def _prompts(config: Config, mesh: Mesh) -> Prompts[jax.ShapeDtypeStruct]:
         (2 * count, c.max_length) if c.partial_rollouts else (count, c.max_prompt_length)
     )
 
-    rows *= tree_rows(c)
+    rows *= c.tree_rows
 
     def by_row(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=batch_sharding(mesh))

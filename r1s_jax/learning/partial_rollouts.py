@@ -25,7 +25,6 @@ from r1s_jax.models.sharding import batch_shards
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Search
 from r1s_jax.rollout.engine import Engine, Rolled
-from r1s_jax.rollout.forks import tree_rows
 from r1s_jax.rollout.in_flight import ARRAYS, InFlight, group_numbers
 from r1s_jax.rollout.loop import Until
 from r1s_jax.rollout.session import Session
@@ -105,7 +104,7 @@ class PartialRollouts:
                 retrievers[batch] = self.environment.retriever_of(*batch)
             return retrievers[batch]
 
-        size = tree_rows(self.config.rollout)
+        size = self.config.rollout.tree_rows
         by_row = [f and retriever(f) for f in placed for _ in range(size)]
         engine.broker.begin(None, by_row, steady=True)
         engine.broker.others = engine.others(placed)

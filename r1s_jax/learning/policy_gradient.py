@@ -21,7 +21,7 @@ from r1s_jax.models.lora import combine
 from r1s_jax.models.params import Params
 from r1s_jax.models.sharding import batch_shards
 from r1s_jax.rollout.engine import Engine
-from r1s_jax.rollout.forks import renumbered, tree_rows
+from r1s_jax.rollout.forks import renumbered
 from r1s_jax.rollout.trajectory import Trajectory, turn_numbers
 
 GAP_METRICS = ("logprob_diff_mean", "logprob_diff_max")
@@ -262,7 +262,7 @@ class PolicyGradient:
         trees = np.split(np.arange(len(trunks)), np.flatnonzero(trunks)[1:])
         split = np.array_split(order, a.updates_per_rollout)
         # With forks as many as there can be, so that the update compiles once.
-        most = tree_rows(self.config.rollout) if a.forks_teach else 1
+        most = self.config.rollout.tree_rows if a.forks_teach else 1
         self._sequences = most * max(map(len, split))
         return [np.concatenate([trees[i] for i in part]) for part in split]
 

@@ -40,7 +40,7 @@ from r1s_jax.protocol.prompts import bound, renderer
 from r1s_jax.protocol.solution import R1_SEARCHER, Solution
 from r1s_jax.retrieval.api import Retriever
 from r1s_jax.rollout.broker import Broker, Search
-from r1s_jax.rollout.forks import fork_keys, parent_node, renumbered, tree_rows, with_search
+from r1s_jax.rollout.forks import fork_keys, parent_node, renumbered, with_search
 from r1s_jax.rollout.in_flight import (
     NOBODY,
     InFlight,
@@ -364,7 +364,7 @@ class Engine:
 
         Neighbours of one question and step form a group.
         """
-        size = tree_rows(self.config)
+        size = self.config.tree_rows
         owners = [f or NOBODY for f in placed for _ in range(size)]
         known = [(f.tree if f else {}).get(node) for f in placed for node in range(size)]
         live = np.array([f is not None and not f.ended for f in known])
@@ -417,7 +417,7 @@ class Engine:
                 "only one: take more questions, or rollout.fork=nothing"
             )
         after = dict(zip(each, [*each[1:], *each[:1]], strict=True))
-        return [after.get(text, "") for text in texts for _ in range(tree_rows(self.config))]
+        return [after.get(text, "") for text in texts for _ in range(self.config.tree_rows)]
 
     def absorb(
         self,
@@ -431,7 +431,7 @@ class Engine:
 
         Undelivered searches are made again. `at` is the position of unfinished trajectories.
         """
-        size, searches = tree_rows(self.config), dict[int, list[Search]]()
+        size, searches = self.config.tree_rows, dict[int, list[Search]]()
         for search in self.broker.log:
             if search.turn is None or search.turn.delivered:
                 searches.setdefault(search.trajectory, []).append(search)

@@ -35,21 +35,9 @@ _CHOICE = 2**31 - 1
 _DRAW = 2**31 - 2
 
 
-def tree_rows(config: RolloutConfig) -> int:
-    """The rows that a trajectory and its forks take."""
-    if not config.forks:
-        return 1
-    return sum(_children(config) ** depth for depth in range(config.fork_depth + 1))
-
-
 def _children(config: RolloutConfig) -> int:
     """The forks that a trajectory may have."""
-    return config.forks_per_trajectory * _siblings(config)
-
-
-def _siblings(config: RolloutConfig) -> int:
-    """The forks of one query."""
-    return 2 * config.fork_draws - 1
+    return config.forks_per_trajectory * config.forks_per_query
 
 
 def parent_node(node: Any, config: RolloutConfig) -> Any:
@@ -59,7 +47,7 @@ def parent_node(node: Any, config: RolloutConfig) -> Any:
 
 def with_search(node: int, config: RolloutConfig) -> bool:
     """Whether row `node` of the tree is a fork that makes its parent's search, like its parent."""
-    return node > 0 and (node - 1) % _siblings(config) >= config.fork_draws
+    return node > 0 and (node - 1) % config.forks_per_query >= config.fork_draws
 
 
 def draws(node: int, config: RolloutConfig) -> list[int]:
@@ -67,7 +55,7 @@ def draws(node: int, config: RolloutConfig) -> list[int]:
     0: that of its parent."""
     path = []
     while node:
-        place = (node - 1) % _siblings(config)
+        place = (node - 1) % config.forks_per_query
         path.append(place if place < config.fork_draws else place - config.fork_draws + 1)
         node = parent_node(node, config)
     path += [0] * (config.fork_depth - len(path))
@@ -97,8 +85,8 @@ def renumbered(parents: Int[np.ndarray, " N"], rows: Int[np.ndarray, " M"]) -> n
 
 def fork(config: RolloutConfig, prompts: Prompts, state: State, asked: Bool[Array, " S"]) -> State:
     """Makes forks of the slots that just ended a query; they wait for a slot."""
-    s, out, size = state.slots, state.out, tree_rows(config)
-    count, siblings = out.lengths.shape[0], _siblings(config)
+    s, out, size = state.slots, state.out, config.tree_rows
+    count, siblings = out.lengths.shape[0], config.forks_per_query
     keys = prompts.keys.at[s.row].get(mode="clip")
     draw = jax.vmap(
         lambda key, at: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, _CHOICE), at))
@@ -168,7 +156,7 @@ def copy_parents(config: RolloutConfig, state: State) -> State:
 
 def _parents(config: RolloutConfig, state: State) -> tuple[Int[Array, " S"], Bool[Array, " S"]]:
     """The slot of each slot's parent, and whether its cache is to be copied."""
-    s, size = state.slots, tree_rows(config)
+    s, size = state.slots, config.tree_rows
     node = s.row % size
     parent = s.row - node + parent_node(node, config)
     busy = s.phase != Phase.EMPTY

@@ -16,7 +16,6 @@ from r1s_jax.protocol.tool_call import ToolCall
 from r1s_jax.rollout.broker import Search
 from r1s_jax.rollout.callback_arrays import Status
 from r1s_jax.rollout.engine import Rolled
-from r1s_jax.rollout.forks import tree_rows
 from r1s_jax.rollout.trajectory import turn_numbers
 from tests.fakes import EchoRetriever
 from tests.host_loop import HostLoop
@@ -219,7 +218,7 @@ def test_the_beginning_of_an_answer_counts_as_the_policys_text():
 def test_forks_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="only one"):
         roll(forking("random"), questions=QUESTIONS[:1])
-    assert tree_rows(CONFIG) == 1
+    assert CONFIG.tree_rows == 1
     engine = forking("answer")
     engine.dialect = ToolCall()
     with pytest.raises(ConfigError, match="no tag begins an answer in the dialect tool_call"):
@@ -232,6 +231,7 @@ def test_forks_that_cannot_be_are_refused():
         ("algorithm.forks_teach=true",): "set rollout.forks above 0",
         ("rollout.forks=1", "rollout.fork=random", "stage2.questions_per_step=1"): "at least 2",
         ("rollout.fork=everything",): "rollout.fork",
+        ("rollout.forks=1", "rollout.fork_draws=16", "rollout.fork_depth=3"): "lower one of them",
     }.items():
         with pytest.raises(ConfigError, match=message):
             override(tiny_world.config(), changes)
