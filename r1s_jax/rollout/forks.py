@@ -108,9 +108,7 @@ def fork(config: RolloutConfig, prompts: Prompts, state: State, asked: Bool[Arra
 
     def copy(name: str, values: Array | None = None) -> Array:
         rows = getattr(out, name)
-        values = copied(rows) if values is None else values
-        shape = (*row.shape, *rows.shape[1:])
-        return rows.at[row].set(jnp.broadcast_to(values, shape), mode="drop")
+        return rows.at[row].set(copied(rows) if values is None else values, mode="drop")
 
     before = jnp.arange(out.tokens.shape[1]) < begin[..., None]
     names = ("tokens", "sample_logprobs", "policy_logprobs", "kept", "log_kept")
@@ -136,9 +134,7 @@ def fork(config: RolloutConfig, prompts: Prompts, state: State, asked: Bool[Arra
         out=out,
         waiting=state.waiting.at[row].set(True, mode="drop"),
         lengths=state.lengths.at[row].set(begin, mode="drop"),
-        at=Position(
-            *(old.at[row].set(jnp.broadcast_to(new, row.shape), mode="drop") for old, new in begins)
-        ),
+        at=Position(*(old.at[row].set(new, mode="drop") for old, new in begins)),
         forks=state.forks + siblings * made.sum(dtype=jnp.int32),
         forks_left_out=state.forks_left_out + (chosen & ~made).sum(dtype=jnp.int32),
     )
